@@ -1,0 +1,1 @@
+//! The CPU backend: SIMD kernels chosen at run time and a worker pool.

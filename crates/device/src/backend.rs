@@ -1,0 +1,165 @@
+//! The traits a device implements.
+//!
+//! - Outputs are supplied by the caller and sized once at load: captured graphs and two-phase calls
+//!   need fixed addresses. An operation sets the number of rows of its output; exceeding the capacity
+//!   or passing the wrong width is a bug of the model and panics.
+//! - Activations are f32 by contract; sums are in f32 (or exact integers) with one rounding at the end.
+//! - Nothing of a step survives it except the cache.
+//! - A backend is used by one thread at a time; it parallelises inside.
+//! - Where [`Caps::row_invariant`] is set, a row of any output is bit-identical whatever other rows
+//!   are in the batch, however a sequence is cut into steps.
+
+use crate::{
+    AttentionBatch, AttentionParams, Caps, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, Result,
+    RopeLayout,
+};
+
+/// Size of an activation.
+pub trait Rows {
+    /// Rows in use.
+    fn rows(&self) -> usize;
+    /// Features per row.
+    fn cols(&self) -> usize;
+}
+
+/// A device: memory for weights, activations and cache, and the operations every decoder needs.
+pub trait Backend: Send + Sync + 'static {
+    /// Activation `[rows, cols]`.
+    type Tensor: Rows + Send;
+    /// A vector of parameters: a norm's weight.
+    type Vector: Send + Sync;
+    /// Linear weight, in this backend's own layout, any format, bias included.
+    type Linear: Send + Sync;
+    /// Rotary tables.
+    type Rope: Send + Sync;
+    /// Block memory of all layers.
+    type KvCache: Send;
+    /// What attention needs to know of a step; built once, read by every layer.
+    type AttentionPlan: Send;
+
+    /// What this device offers.
+    fn caps(&self) -> &Caps;
+
+    // Load time.
+
+    /// An activation with room for `capacity` rows; 0 rows in use.
+    fn tensor(&self, capacity: usize, cols: usize) -> Result<Self::Tensor>;
+    /// A parameter vector, kept in f32.
+    fn vector(&self, src: &HostTensor<'_>) -> Result<Self::Vector>;
+    /// Prepares a linear weight: packs it, converts it to the format asked for.
+    fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Self::Linear>;
+    /// Prepares rotary tables.
+    fn rope_table(&self, src: &HostRope) -> Result<Self::Rope>;
+    /// Block memory, zeroed.
+    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<Self::KvCache>;
+
+    // Step time.
+
+    /// Digests the batch. Slots of all new tokens must lie within their block tables.
+    fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<Self::AttentionPlan>;
+    /// `out[t] = row ids[t] of table`, widened to f32. The table is a linear weight so that a tied
+    /// head shares its memory. Ids are below the table's rows.
+    fn embed(&self, ids: &[u32], table: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
+    /// Root-mean-square norm over each run of `weight.len()` columns (a whole row, or each head):
+    /// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467).
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, out: &mut Self::Tensor) -> Result<()>;
+    /// `x = rms_norm(x)`, as above.
+    fn rms_norm_in_place(&self, x: &mut Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<()>;
+    /// `residual += x; out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &self,
+        x: &Self::Tensor,
+        residual: &mut Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `x += y`.
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+    /// `out = x·Wᵀ + b`: x `[rows, in]`, out `[rows, out]`.
+    fn linear(&self, x: &Self::Tensor, weight: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
+    /// Rotates pairs of columns by the angle of each row's position in the plan (arXiv 2104.09864).
+    fn rope(
+        &self,
+        x: &mut Self::Tensor,
+        layout: RopeLayout,
+        table: &Self::Rope,
+        plan: &Self::AttentionPlan,
+    ) -> Result<()>;
+    /// `out = silu(gate) ⊙ up`, all of equal shape.
+    fn silu_mul(&self, gate: &Self::Tensor, up: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// Writes this step's keys and values into the cache of `layer`, then for every row attends
+    /// causally over all positions of its sequence up to its own:
+    /// `out = softmax(scale * q·Kᵀ)·V` per head.
+    ///
+    /// q `[rows, heads * head_dim]`, k and v `[rows, kv_heads * head_dim]`, out as q.
+    #[allow(clippy::too_many_arguments)] // three inputs, one output, and where the rest lies
+    fn paged_attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        plan: &Self::AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `out[i] = x[rows[i]]`.
+    fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<()>;
+    /// Zeroes blocks in every layer, so that nothing of a failed sequence remains.
+    fn clear_blocks(&self, cache: &mut Self::KvCache, blocks: &[u32]) -> Result<()>;
+    /// Copies from the host: `data.len()` is a multiple of the width.
+    fn write(&self, data: &[f32], out: &mut Self::Tensor) -> Result<()>;
+    /// Copies the rows in use to the host, replacing what `out` held.
+    fn read(&self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
+}
+
+/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), absorbed: the cache
+/// holds one latent and one rotated key per token, shared by all heads.
+pub trait LatentOps: Backend {
+    /// `kv_b_proj`, split and laid out for absorption.
+    type Latent: Send + Sync;
+
+    /// Prepares the up-projection.
+    fn latent_weight(&self, src: &HostLatent<'_>) -> Result<Self::Latent>;
+    /// Writes this step's latents and rotated keys into the cache of `layer`, then attends. Per head
+    /// with `q = [q_nope | q_rope]`, key rows `U` and value rows `V` of the weight:
+    /// `s_j = scale * ((Uᵀ q_nope)·c_j + q_rope·r_j)`, `out = V (Σ_j softmax(s)_j c_j)`.
+    ///
+    /// q `[rows, heads * (nope + rope)]`, latent `[rows, rank]`, rope_key `[rows, rope]`,
+    /// out `[rows, heads * v]`.
+    #[allow(clippy::too_many_arguments)] // three inputs, one output, and where the rest lies
+    fn latent_attention(
+        &self,
+        q: &Self::Tensor,
+        latent: &Self::Tensor,
+        rope_key: &Self::Tensor,
+        weight: &Self::Latent,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        plan: &Self::AttentionPlan,
+        scale: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+}
+
+/// Mixture of experts.
+pub trait MoeOps: Backend {
+    /// All experts of one layer and their routing rule.
+    type Experts: Send + Sync;
+
+    /// Prepares a layer's experts.
+    fn expert_weights(&self, src: &HostExperts<'_>) -> Result<Self::Experts>;
+    /// `out = Σ_e w_e · expert_e(x)` over the experts that [`crate::select_experts`] chooses from the
+    /// row's router logits, summed by ascending expert.
+    ///
+    /// x and out `[rows, hidden]`, logits `[rows, experts]`.
+    fn fused_moe(
+        &self,
+        x: &Self::Tensor,
+        logits: &Self::Tensor,
+        experts: &Self::Experts,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+}

@@ -1,0 +1,80 @@
+//! Element types of stored tensors, and the formats a device can keep a weight in.
+
+use std::fmt;
+
+/// Element type of a tensor in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE 754 binary32.
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// bfloat16: the upper half of an f32.
+    BF16,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+        })
+    }
+}
+
+/// How a backend keeps a linear weight in its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum WeightFormat {
+    /// f32 weights, f32 activations.
+    F32,
+    /// f16 weights widened on use, f32 activations.
+    F16,
+    /// bf16 weights widened on use, f32 activations.
+    BF16,
+    /// Signed bytes in blocks of 32 along K with one f16 scale each; activations are quantised the
+    /// same way per row, products are exact integers (see [`crate::q8_0`]).
+    Q8_0,
+}
+
+impl WeightFormat {
+    /// Bytes that `elements` weights take in this format.
+    pub const fn bytes(self, elements: usize) -> usize {
+        match self {
+            WeightFormat::F32 => elements * 4,
+            WeightFormat::F16 | WeightFormat::BF16 => elements * 2,
+            WeightFormat::Q8_0 => elements / crate::q8_0::BLOCK * crate::q8_0::BLOCK_BYTES,
+        }
+    }
+}
+
+impl From<DType> for WeightFormat {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => WeightFormat::F32,
+            DType::F16 => WeightFormat::F16,
+            DType::BF16 => WeightFormat::BF16,
+        }
+    }
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            WeightFormat::F32 => "f32",
+            WeightFormat::F16 => "f16",
+            WeightFormat::BF16 => "bf16",
+            WeightFormat::Q8_0 => "q8_0",
+        })
+    }
+}

@@ -1,0 +1,161 @@
+//! Tensors on the host on their way to a device: borrowed from a mapped checkpoint, never owned.
+//!
+//! Invariant: `data.len() == shape.product() * dtype.size()`, checked by [`HostTensor::new`].
+
+use half::{bf16, f16};
+
+use crate::{DType, DeviceError, Result, Routing, WeightFormat};
+
+/// A tensor as it lies in a checkpoint: row-major, little-endian.
+#[derive(Debug, Clone)]
+pub struct HostTensor<'a> {
+    name: &'a str,
+    dtype: DType,
+    shape: Vec<usize>,
+    data: &'a [u8],
+}
+
+impl<'a> HostTensor<'a> {
+    /// Wraps `data`.
+    ///
+    /// # Panics
+    /// If the byte length is not what shape and dtype imply; readers of files check that first.
+    pub fn new(name: &'a str, dtype: DType, shape: Vec<usize>, data: &'a [u8]) -> Self {
+        let want = shape.iter().product::<usize>() * dtype.size();
+        assert_eq!(data.len(), want, "{name}: {shape:?} of {dtype} takes {want} bytes");
+        Self { name, dtype, shape, data }
+    }
+
+    /// Name in the checkpoint, for messages.
+    pub fn name(&self) -> &'a str {
+        self.name
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The bytes, little-endian, possibly unaligned.
+    pub fn data(&self) -> &'a [u8] {
+        self.data
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Rows `start..start + count` of a 2-D tensor, without copying.
+    ///
+    /// # Panics
+    /// If the tensor is not 2-D or the range leaves it.
+    pub fn rows(&self, start: usize, count: usize) -> HostTensor<'a> {
+        let &[rows, cols] = self.shape.as_slice() else { panic!("{}: rows of {:?}", self.name, self.shape) };
+        assert!(start + count <= rows, "{}: rows {start}+{count} of {rows}", self.name);
+        let stride = cols * self.dtype.size();
+        HostTensor {
+            name: self.name,
+            dtype: self.dtype,
+            shape: vec![count, cols],
+            data: &self.data[start * stride..(start + count) * stride],
+        }
+    }
+
+    /// All elements widened to f32 (exact for every [`DType`]).
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.dtype {
+            DType::F32 => self.data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            DType::F16 => self.data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            DType::BF16 => self.data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        }
+    }
+
+    /// `Ok` if the shape is `expected`.
+    pub fn expect_shape(&self, expected: &[usize]) -> Result<()> {
+        if self.shape == expected {
+            return Ok(());
+        }
+        Err(DeviceError::Shape {
+            tensor: self.name.to_owned(),
+            actual: self.shape.clone(),
+            expected: expected.to_vec(),
+        })
+    }
+}
+
+/// A linear layer `y = x·Wᵀ + b` on its way to a device.
+#[derive(Debug, Clone)]
+pub struct HostLinear<'a> {
+    /// `[out_features, in_features]`.
+    pub weight: HostTensor<'a>,
+    /// `[out_features]`.
+    pub bias: Option<HostTensor<'a>>,
+    /// How the device shall keep the weight.
+    pub format: WeightFormat,
+}
+
+/// All routed experts of one mixture-of-experts layer, with the rule that chooses among them.
+/// Expert e computes `down_e · (silu(gate_e·x) ⊙ up_e·x)`.
+#[derive(Debug, Clone)]
+pub struct HostExperts<'a> {
+    /// One `[intermediate, hidden]` per expert.
+    pub gate: Vec<HostTensor<'a>>,
+    /// One `[intermediate, hidden]` per expert.
+    pub up: Vec<HostTensor<'a>>,
+    /// One `[hidden, intermediate]` per expert.
+    pub down: Vec<HostTensor<'a>>,
+    /// How the device shall keep the weights.
+    pub format: WeightFormat,
+    /// How router logits choose and weigh experts.
+    pub routing: Routing,
+}
+
+/// The up-projection of multi-head latent attention (`kv_b_proj`), which attention absorbs.
+#[derive(Debug, Clone)]
+pub struct HostLatent<'a> {
+    /// `[heads * (nope + v), rank]`: per head first the key rows, then the value rows.
+    pub kv_b: HostTensor<'a>,
+    /// Attention heads.
+    pub heads: usize,
+    /// Query and key width per head without position.
+    pub nope: usize,
+    /// Query and key width per head with rotary position.
+    pub rope: usize,
+    /// Value width per head.
+    pub v: usize,
+    /// Width of the shared latent.
+    pub rank: usize,
+    /// How the device shall keep the weight.
+    pub format: WeightFormat,
+}
+
+/// Rotary position embedding: angle of pair i at position p is `p * inv_freq[i]`, computed in f32;
+/// cosine and sine are multiplied by `scale`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostRope {
+    /// Radians per position, one per rotated pair.
+    pub inv_freq: Vec<f32>,
+    /// Factor on cosine and sine (yarn's attention factor; 1 otherwise).
+    pub scale: f32,
+    /// Positions `0..max_positions` can occur.
+    pub max_positions: usize,
+}
+
+impl HostRope {
+    /// Cosines and sines, each `[max_positions, pairs]`, with `scale` applied.
+    pub fn tables(&self) -> (Vec<f32>, Vec<f32>) {
+        let angles = (0..self.max_positions).flat_map(|p| self.inv_freq.iter().map(move |f| p as f32 * f));
+        angles.map(|a| (a.cos() * self.scale, a.sin() * self.scale)).unzip()
+    }
+}

@@ -1,0 +1,30 @@
+//! The seam between models and devices.
+//!
+//! A model is written once against [`Backend`] (and [`LatentOps`], [`MoeOps`] where its family needs
+//! them); a device implements those traits with about a dozen layer-level operations. Vendors cut
+//! their own libraries at this level, so a backend may fuse, pack and reorder freely below it.
+//! Tensor-level code is private to a backend; the alternative, a general tensor API, was refused
+//! because it fixes layouts that devices must be free to choose.
+//!
+//! [`Reference`] is a real backend in naive f32: it runs every model, judges every kernel through
+//! [`conformance`], and is the first code to read.
+
+mod attention;
+mod backend;
+mod caps;
+pub mod conformance;
+mod dtype;
+mod error;
+mod host;
+pub mod q8_0;
+mod reference;
+mod routing;
+
+pub use attention::{AttentionBatch, AttentionParams, KvSpec, LayerKv, RopeLayout, SequenceSpan};
+pub use backend::{Backend, LatentOps, MoeOps, Rows};
+pub use caps::{Caps, Op, Requirements};
+pub use dtype::{DType, WeightFormat};
+pub use error::{DeviceError, Result};
+pub use host::{HostExperts, HostLatent, HostLinear, HostRope, HostTensor};
+pub use reference::Reference;
+pub use routing::{Routing, select_experts};

@@ -1,0 +1,1 @@
+//! Checkpoints, architectures, and the runner that turns a step plan into sampled tokens.
