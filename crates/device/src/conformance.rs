@@ -1,0 +1,407 @@
+//! The list of cases that every backend must pass, judged by [`Reference`].
+//!
+//! A case is data (shapes, formats, tolerance), not code: add one to [`cases`]. Sizes are odd on
+//! purpose: tails of vectors, panels and blocks are where kernels break. Inputs come from a counter
+//! hash, so a case means the same numbers on every machine.
+
+use crate::{
+    AttentionBatch, AttentionParams, Backend, DType, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec,
+    LatentOps, LayerKv, MoeOps, Reference, Result, RopeLayout, Routing, Rows, SequenceSpan, WeightFormat,
+};
+
+/// What a backend must offer to run the whole list.
+pub trait Full: Backend + LatentOps + MoeOps {}
+impl<B: Backend + LatentOps + MoeOps> Full for B {}
+
+/// One operation at one size.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Case {
+    /// [`Backend::linear`] and [`Backend::embed`].
+    Linear {
+        /// Rows of the activation.
+        rows: usize,
+        /// K.
+        in_features: usize,
+        /// N.
+        out_features: usize,
+        /// Kept as.
+        format: WeightFormat,
+        /// With a bias.
+        bias: bool,
+    },
+    /// [`Backend::rms_norm`], in place and with residual.
+    Norm {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+        /// Columns per norm; divides `cols`.
+        run: usize,
+    },
+    /// [`Backend::silu_mul`], [`Backend::add`] and [`Backend::gather_rows`].
+    Elementwise {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+    },
+    /// [`Backend::rope`].
+    Rope(RopeLayout),
+    /// [`Backend::paged_attention`] over several steps of a ragged batch.
+    Attention {
+        /// Query heads.
+        heads: usize,
+        /// Key/value heads.
+        kv_heads: usize,
+        /// Width of a head.
+        head_dim: usize,
+    },
+    /// [`LatentOps::latent_attention`] over several steps of a ragged batch.
+    Latent {
+        /// Heads.
+        heads: usize,
+        /// Width without position.
+        nope: usize,
+        /// Width with position.
+        rope: usize,
+        /// Value width.
+        v: usize,
+        /// Latent width.
+        rank: usize,
+        /// Kept as.
+        format: WeightFormat,
+    },
+    /// [`MoeOps::fused_moe`].
+    Moe {
+        /// Rows.
+        rows: usize,
+        /// Width of the residual stream.
+        hidden: usize,
+        /// Width of an expert.
+        intermediate: usize,
+        /// Number of experts.
+        experts: usize,
+        /// Kept as.
+        format: WeightFormat,
+    },
+}
+
+/// All cases.
+pub fn cases() -> Vec<Case> {
+    use WeightFormat::{BF16, F16, F32, Q8_0};
+    let mut cases = Vec::new();
+    for format in [F32, F16, BF16] {
+        for (rows, in_features, out_features) in
+            [(1, 1, 1), (1, 7, 5), (3, 33, 17), (2, 64, 16), (5, 127, 31), (17, 192, 65), (1, 300, 129), (33, 96, 40)]
+        {
+            cases.push(Case::Linear { rows, in_features, out_features, format, bias: rows % 2 == 1 });
+        }
+    }
+    for (rows, in_features, out_features) in [(1, 32, 1), (3, 64, 17), (5, 96, 31), (17, 192, 65), (1, 320, 129)] {
+        cases.push(Case::Linear { rows, in_features, out_features, format: Q8_0, bias: rows % 2 == 1 });
+    }
+    for (rows, cols, run) in [(1, 1, 1), (3, 37, 37), (5, 96, 32), (2, 128, 16), (17, 192, 192)] {
+        cases.push(Case::Norm { rows, cols, run });
+    }
+    for (rows, cols) in [(1, 1), (3, 7), (5, 33), (17, 64)] {
+        cases.push(Case::Elementwise { rows, cols });
+    }
+    for interleaved in [false, true] {
+        cases.push(Case::Rope(RopeLayout { heads: 3, head_dim: 10, offset: 0, dim: 10, interleaved }));
+        cases.push(Case::Rope(RopeLayout { heads: 5, head_dim: 48, offset: 32, dim: 16, interleaved }));
+        cases.push(Case::Rope(RopeLayout { heads: 1, head_dim: 64, offset: 0, dim: 64, interleaved }));
+    }
+    for (heads, kv_heads, head_dim) in [(1, 1, 5), (4, 2, 32), (6, 2, 33), (7, 1, 64), (8, 8, 16)] {
+        cases.push(Case::Attention { heads, kv_heads, head_dim });
+    }
+    for format in [F32, BF16, F16] {
+        cases.push(Case::Latent { heads: 3, nope: 7, rope: 6, v: 5, rank: 19, format });
+        cases.push(Case::Latent { heads: 6, nope: 32, rope: 16, v: 32, rank: 64, format });
+    }
+    for format in [F32, BF16, F16, Q8_0] {
+        cases.push(Case::Moe { rows: 1, hidden: 64, intermediate: 32, experts: 8, format });
+        cases.push(Case::Moe { rows: 19, hidden: 96, intermediate: 64, experts: 16, format });
+    }
+    cases.push(Case::Moe { rows: 5, hidden: 37, intermediate: 23, experts: 8, format: BF16 });
+    cases
+}
+
+/// What a backend gave for a case beside what the judge gave: equal lengths.
+pub struct Outcome {
+    /// The judge's numbers.
+    pub expected: Vec<f32>,
+    /// The backend's numbers.
+    pub actual: Vec<f32>,
+    /// Largest difference allowed, absolute, on outputs of order one.
+    pub tolerance: f32,
+}
+
+impl Outcome {
+    /// Largest absolute difference; infinite where one side is not finite.
+    pub fn max_error(&self) -> f32 {
+        assert_eq!(self.expected.len(), self.actual.len());
+        let error = |(e, a): (&f32, &f32)| if e.is_finite() && a.is_finite() { (e - a).abs() } else { f32::INFINITY };
+        self.expected.iter().zip(&self.actual).map(error).fold(0.0, f32::max)
+    }
+
+    /// Whether the backend may keep its kernel.
+    pub fn passed(&self) -> bool {
+        !self.expected.is_empty() && self.max_error() <= self.tolerance
+    }
+}
+
+/// Runs one case on `backend` and on the judge.
+pub fn run<B: Full>(case: &Case, backend: &B) -> Result<Outcome> {
+    let judge = Reference::new();
+    // Q8_0 rounds activations: a last-bit difference before rounding may move a product by one step.
+    let tolerance = match case {
+        Case::Linear { format: WeightFormat::Q8_0, .. } => 2e-3,
+        Case::Moe { format: WeightFormat::Q8_0, .. } => 5e-3,
+        _ => 2e-5,
+    };
+    Ok(Outcome { expected: evaluate(case, &judge)?, actual: evaluate(case, backend)?, tolerance })
+}
+
+/// The numbers that one backend computes for a case, all outputs one after the other.
+pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
+    match *case {
+        Case::Linear { rows, in_features, out_features, format, bias } => {
+            let weight = Source::new(format, vec![out_features, in_features], 1, (in_features as f32).sqrt().recip());
+            let bias = bias.then(|| Source::new(WeightFormat::F32, vec![out_features], 2, 1.0));
+            let src = HostLinear { weight: weight.tensor(), bias: bias.as_ref().map(Source::tensor), format };
+            let weight = b.linear_weight(&src)?;
+            let x = activation(b, rows, in_features, 3)?;
+            let mut y = b.tensor(rows, out_features)?;
+            b.linear(&x, &weight, &mut y)?;
+            let ids: Vec<u32> = (0..rows).map(|r| (r * 7 % out_features) as u32).collect();
+            let mut embedded = b.tensor(rows, in_features)?;
+            b.embed(&ids, &weight, &mut embedded)?;
+            outputs(b, &[&y, &embedded])
+        }
+        Case::Norm { rows, cols, run } => {
+            let weight = b.vector(&Source::new(WeightFormat::F32, vec![run], 1, 1.0).tensor())?;
+            let mut x = activation(b, rows, cols, 2)?;
+            let mut residual = activation(b, rows, cols, 3)?;
+            let (mut y, mut z) = (b.tensor(rows, cols)?, b.tensor(rows, cols)?);
+            b.rms_norm(&x, &weight, 1e-6, &mut y)?;
+            b.add_rms_norm(&x, &mut residual, &weight, 1e-5, &mut z)?;
+            b.rms_norm_in_place(&mut x, &weight, 1e-6)?;
+            outputs(b, &[&x, &y, &z, &residual])
+        }
+        Case::Elementwise { rows, cols } => {
+            let mut gate = activation(b, rows, cols, 1)?;
+            let up = activation(b, rows, cols, 2)?;
+            let (mut y, mut picked) = (b.tensor(rows, cols)?, b.tensor(2, cols)?);
+            b.silu_mul(&gate, &up, &mut y)?;
+            b.add(&mut gate, &up)?;
+            b.gather_rows(&y, &[rows as u32 - 1, 0], &mut picked)?;
+            outputs(b, &[&y, &gate, &picked])
+        }
+        Case::Rope(layout) => {
+            let inv_freq = (0..layout.dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
+            let table = b.rope_table(&HostRope { inv_freq, scale: 1.25, max_positions: MAX_POSITIONS })?;
+            let mut result = Vec::new();
+            for step in Ragged::new(b.caps().kv_block_size).steps() {
+                let mut x = activation(b, step.num_tokens(), layout.heads * layout.head_dim, 1)?;
+                b.rope(&mut x, layout, &table, &step.plan(b)?)?;
+                result.extend(outputs(b, &[&x])?);
+            }
+            Ok(result)
+        }
+        Case::Attention { heads, kv_heads, head_dim } => {
+            let params = AttentionParams { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip() };
+            over_steps(b, LayerKv::Full { kv_heads, head_dim }, |cache, plan, rows, seed| {
+                let q = activation(b, rows, heads * head_dim, seed)?;
+                let k = activation(b, rows, kv_heads * head_dim, seed + 1)?;
+                let v = activation(b, rows, kv_heads * head_dim, seed + 2)?;
+                let mut out = b.tensor(rows, heads * head_dim)?;
+                b.paged_attention(&q, &k, &v, cache, 1, plan, &params, &mut out)?;
+                outputs(b, &[&out])
+            })
+        }
+        Case::Latent { heads, nope, rope, v, rank, format } => {
+            let kv_b = Source::new(format, vec![heads * (nope + v), rank], 1, (rank as f32).sqrt().recip());
+            let weight = b.latent_weight(&HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format })?;
+            let scale = ((nope + rope) as f32).sqrt().recip();
+            over_steps(b, LayerKv::Latent { rank, rope }, |cache, plan, rows, seed| {
+                let q = activation(b, rows, heads * (nope + rope), seed)?;
+                let latent = activation(b, rows, rank, seed + 1)?;
+                let key = activation(b, rows, rope, seed + 2)?;
+                let mut out = b.tensor(rows, heads * v)?;
+                b.latent_attention(&q, &latent, &key, &weight, cache, 1, plan, scale, &mut out)?;
+                outputs(b, &[&out])
+            })
+        }
+        Case::Moe { rows, hidden, intermediate, experts, format } => {
+            let sources = |seed: u64, shape: [usize; 2]| -> Vec<Source> {
+                let scale = (shape[1] as f32).sqrt().recip();
+                (0..experts).map(|e| Source::new(format, shape.to_vec(), seed + e as u64, scale)).collect()
+            };
+            let (gate, up) = (sources(100, [intermediate, hidden]), sources(200, [intermediate, hidden]));
+            let down = sources(300, [hidden, intermediate]);
+            let weights = b.expert_weights(&HostExperts {
+                gate: gate.iter().map(Source::tensor).collect(),
+                up: up.iter().map(Source::tensor).collect(),
+                down: down.iter().map(Source::tensor).collect(),
+                format,
+                routing: Routing {
+                    top_k: 3,
+                    n_group: 4,
+                    topk_group: 2,
+                    correction_bias: uniform(4, experts, 0.1),
+                    norm_topk_prob: true,
+                    scaling_factor: 1.5,
+                },
+            })?;
+            let x = activation(b, rows, hidden, 1)?;
+            let logits = activation(b, rows, experts, 2)?;
+            let mut out = b.tensor(rows, hidden)?;
+            b.fused_moe(&x, &logits, &weights, &mut out)?;
+            outputs(b, &[&out])
+        }
+    }
+}
+
+const MAX_POSITIONS: usize = 512;
+const NUM_BLOCKS: usize = 256;
+
+/// Sequences of uneven lengths that advance by uneven steps, in blocks handed out out of order.
+struct Ragged {
+    tables: Vec<Vec<u32>>,
+}
+
+struct Step<'a> {
+    spans: Vec<SequenceSpan<'a>>,
+}
+
+impl Ragged {
+    fn new(block_size: usize) -> Self {
+        let per_sequence = MAX_POSITIONS / 4 / block_size.min(32) + 1;
+        let block = |s: usize, i: usize| ((s + i * 3) * 5 % NUM_BLOCKS) as u32;
+        Self { tables: (0..3).map(|s| (0..per_sequence).map(|i| block(s, i)).collect()).collect() }
+    }
+
+    /// Prefill of different lengths, then a mix of decode and chunks, then decode.
+    fn steps(&self) -> Vec<Step<'_>> {
+        let plans: [[(usize, usize); 3]; 4] = [
+            [(0, 1), (0, 17), (0, 70)],
+            [(1, 5), (17, 1), (70, 1)],
+            [(6, 1), (18, 33), (71, 1)],
+            [(7, 1), (51, 1), (72, 9)],
+        ];
+        plans
+            .into_iter()
+            .map(|step| Step {
+                spans: step
+                    .into_iter()
+                    .zip(&self.tables)
+                    .map(|((start, len), table)| SequenceSpan { start, len, block_table: table })
+                    .collect(),
+            })
+            .collect()
+    }
+}
+
+impl Step<'_> {
+    fn num_tokens(&self) -> usize {
+        AttentionBatch { sequences: &self.spans }.num_tokens()
+    }
+
+    fn plan<B: Backend>(&self, b: &B) -> Result<B::AttentionPlan> {
+        b.plan_attention(&AttentionBatch { sequences: &self.spans })
+    }
+}
+
+/// Runs `attend(cache, plan, rows, seed)` for every step on one cache, in its second layer.
+fn over_steps<B: Backend>(
+    b: &B,
+    layer: LayerKv,
+    mut attend: impl FnMut(&mut B::KvCache, &B::AttentionPlan, usize, u64) -> Result<Vec<f32>>,
+) -> Result<Vec<f32>> {
+    let spec = KvSpec { layers: vec![layer; 2], block_size: b.caps().kv_block_size };
+    let mut cache = b.kv_cache(&spec, NUM_BLOCKS)?;
+    let mut result = Vec::new();
+    for (i, step) in Ragged::new(spec.block_size).steps().iter().enumerate() {
+        result.extend(attend(&mut cache, &step.plan(b)?, step.num_tokens(), 10 * i as u64 + 10)?);
+    }
+    Ok(result)
+}
+
+/// `n` numbers in (-scale, scale) from a hash of `seed` and their index (splitmix64).
+pub fn uniform(seed: u64, n: usize, scale: f32) -> Vec<f32> {
+    let value = |i: usize| {
+        let mut z = (seed << 32 | i as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..n).map(|i| value(i) * scale).collect()
+}
+
+/// Bytes of a stored tensor.
+struct Source {
+    dtype: DType,
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+impl Source {
+    /// Random values in the element type from which `format` is usually made.
+    fn new(format: WeightFormat, shape: Vec<usize>, seed: u64, scale: f32) -> Self {
+        let values = uniform(seed, shape.iter().product(), scale);
+        let (dtype, data) = match format {
+            WeightFormat::F32 => (DType::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            WeightFormat::F16 => {
+                (DType::F16, values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect())
+            }
+            WeightFormat::BF16 | WeightFormat::Q8_0 => {
+                (DType::BF16, values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect())
+            }
+        };
+        Self { dtype, shape, data }
+    }
+
+    fn tensor(&self) -> HostTensor<'_> {
+        HostTensor::new("case", self.dtype, self.shape.clone(), &self.data)
+    }
+}
+
+fn activation<B: Backend>(b: &B, rows: usize, cols: usize, seed: u64) -> Result<B::Tensor> {
+    let mut t = b.tensor(rows, cols)?;
+    b.write(&uniform(seed, rows * cols, 1.0), &mut t)?;
+    Ok(t)
+}
+
+fn outputs<B: Backend>(b: &B, tensors: &[&B::Tensor]) -> Result<Vec<f32>> {
+    let mut all = Vec::new();
+    let mut one = Vec::new();
+    for t in tensors {
+        b.read(t, &mut one)?;
+        assert_eq!(one.len(), t.rows() * t.cols());
+        all.append(&mut one);
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_judge_agrees_with_itself_and_says_something() {
+        for case in cases() {
+            let outcome = run(&case, &Reference::new()).unwrap();
+            assert!(outcome.passed(), "{case:?}");
+            assert!(outcome.expected.iter().any(|v| *v != 0.0), "{case:?} computes only zeros");
+        }
+    }
+
+    #[test]
+    fn a_wrong_number_fails_a_case() {
+        let mut outcome = run(&cases()[3], &Reference::new()).unwrap();
+        outcome.actual[0] += 1e-3;
+        assert!(!outcome.passed());
+        outcome.actual[0] = f32::NAN;
+        assert!(!outcome.passed());
+    }
+}

@@ -1,0 +1,510 @@
+//! The naive backend: plain loops in f32, one thread, the formula and nothing else. It judges every
+//! other backend, so it must stay obvious; it is never made faster.
+
+use std::collections::BTreeSet;
+
+use half::{bf16, f16};
+
+use crate::{
+    AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear, HostRope,
+    HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing, Rows, WeightFormat, q8_0,
+    select_experts,
+};
+
+/// The judge.
+pub struct Reference {
+    caps: Caps,
+}
+
+impl Reference {
+    /// A reference device. Its blocks are small, so that tests cross many block borders.
+    pub fn new() -> Self {
+        use WeightFormat::{BF16, F16, F32, Q8_0};
+        Self {
+            caps: Caps {
+                device: "reference".into(),
+                isa: "scalar".into(),
+                threads: 1,
+                kv_block_size: 8,
+                weight_formats: BTreeSet::from([F32, F16, BF16, Q8_0]),
+                ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
+                row_invariant: true,
+            },
+        }
+    }
+}
+
+impl Default for Reference {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// `[rows, cols]`, row-major.
+pub struct Tensor {
+    data: Vec<f32>,
+    cols: usize,
+    capacity: usize,
+}
+
+impl Tensor {
+    fn row(&self, r: usize) -> &[f32] {
+        &self.data[r * self.cols..(r + 1) * self.cols]
+    }
+
+    fn row_mut(&mut self, r: usize) -> &mut [f32] {
+        &mut self.data[r * self.cols..(r + 1) * self.cols]
+    }
+
+    fn set_rows(&mut self, rows: usize) {
+        assert!(rows <= self.capacity, "{rows} rows in a tensor of {}", self.capacity);
+        self.data.resize(rows * self.cols, 0.0);
+    }
+}
+
+impl Rows for Tensor {
+    fn rows(&self) -> usize {
+        self.data.len() / self.cols
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+}
+
+/// Weight values after rounding to their format; Q8_0 also quantises the activations it meets.
+pub struct Linear {
+    out_features: usize,
+    in_features: usize,
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    format: WeightFormat,
+}
+
+impl Linear {
+    fn new(src: &HostTensor<'_>, bias: Option<&HostTensor<'_>>, format: WeightFormat) -> Result<Self> {
+        let &[out_features, in_features] = src.shape() else {
+            panic!("{}: a linear weight has two dimensions, not {:?}", src.name(), src.shape())
+        };
+        if format == WeightFormat::Q8_0 && in_features % q8_0::BLOCK != 0 {
+            return Err(DeviceError::Format {
+                tensor: src.name().to_owned(),
+                dtype: src.dtype(),
+                format,
+                reason: format!("its {in_features} columns are not a multiple of {}", q8_0::BLOCK),
+            });
+        }
+        if let Some(bias) = bias {
+            bias.expect_shape(&[out_features])?;
+        }
+        let exact = src.to_f32();
+        let weight = match format {
+            WeightFormat::F32 => exact,
+            WeightFormat::F16 => exact.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+            WeightFormat::BF16 => exact.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
+            WeightFormat::Q8_0 => blocks(&exact)
+                .flat_map(|b| {
+                    let (scale, q) = q8_0::quantize_weight_block(b);
+                    q.map(|q| f32::from(q) * scale.to_f32())
+                })
+                .collect(),
+        };
+        Ok(Self { out_features, in_features, weight, bias: bias.map(HostTensor::to_f32), format })
+    }
+
+    fn row(&self, r: usize) -> &[f32] {
+        &self.weight[r * self.in_features..(r + 1) * self.in_features]
+    }
+
+    fn apply(&self, x: &[f32], out: &mut [f32]) {
+        assert_eq!((x.len(), out.len()), (self.in_features, self.out_features));
+        let quantized: Vec<f32>;
+        let x = if self.format == WeightFormat::Q8_0 {
+            quantized = blocks(x)
+                .flat_map(|b| {
+                    let (scale, q) = q8_0::quantize_activation_block(b);
+                    q.map(|q| f32::from(q) * scale)
+                })
+                .collect();
+            &quantized
+        } else {
+            x
+        };
+        for (n, out) in out.iter_mut().enumerate() {
+            *out = dot(x, self.row(n)) + self.bias.as_ref().map_or(0.0, |b| b[n]);
+        }
+    }
+}
+
+fn blocks(x: &[f32]) -> impl Iterator<Item = &[f32; q8_0::BLOCK]> {
+    x.chunks_exact(q8_0::BLOCK).map(|b| b.try_into().expect("chunks of BLOCK"))
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
+
+/// Cosines and sines, `[positions, pairs]`.
+pub struct Rope {
+    pairs: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+/// Per layer two planes of `[blocks * block_size, width]`: keys and values, or latents and rotated keys.
+pub struct KvCache {
+    block_size: usize,
+    layers: Vec<[Plane; 2]>,
+}
+
+struct Plane {
+    width: usize,
+    data: Vec<f32>,
+}
+
+impl Plane {
+    fn new(slots: usize, width: usize) -> Self {
+        Self { width, data: vec![0.0; slots * width] }
+    }
+
+    fn slot(&self, s: usize) -> &[f32] {
+        &self.data[s * self.width..(s + 1) * self.width]
+    }
+
+    fn slot_mut(&mut self, s: usize) -> &mut [f32] {
+        &mut self.data[s * self.width..(s + 1) * self.width]
+    }
+}
+
+/// For every row: its position, and the cache slots of positions `0..=position`.
+pub struct AttentionPlan {
+    rows: Vec<Vec<usize>>,
+}
+
+impl AttentionPlan {
+    fn position(&self, row: usize) -> usize {
+        self.rows[row].len() - 1
+    }
+
+    fn slot(&self, row: usize) -> usize {
+        self.rows[row][self.position(row)]
+    }
+}
+
+/// Experts of a layer, `gate`, `up`, `down` each.
+pub struct Experts {
+    experts: Vec<[Linear; 3]>,
+    routing: Routing,
+}
+
+/// Per head: key rows `[nope, rank]` and value rows `[v, rank]`.
+pub struct Latent {
+    shape: (usize, usize, usize),
+    heads: Vec<[Linear; 2]>,
+}
+
+fn softmax(scores: &mut [f32]) {
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
+    for s in scores.iter_mut() {
+        *s = (*s - max).exp();
+        sum += *s;
+    }
+    for s in scores {
+        *s /= sum;
+    }
+}
+
+fn write_slots(plane: &mut Plane, x: &Tensor, plan: &AttentionPlan) {
+    for row in 0..x.rows() {
+        plane.slot_mut(plan.slot(row)).copy_from_slice(x.row(row));
+    }
+}
+
+impl Backend for Reference {
+    type Tensor = Tensor;
+    type Vector = Vec<f32>;
+    type Linear = Linear;
+    type Rope = Rope;
+    type KvCache = KvCache;
+    type AttentionPlan = AttentionPlan;
+
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {
+        Ok(Tensor { data: Vec::new(), cols, capacity })
+    }
+
+    fn vector(&self, src: &HostTensor<'_>) -> Result<Vec<f32>> {
+        Ok(src.to_f32())
+    }
+
+    fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
+        Linear::new(&src.weight, src.bias.as_ref(), src.format)
+    }
+
+    fn rope_table(&self, src: &HostRope) -> Result<Rope> {
+        let (cos, sin) = src.tables();
+        Ok(Rope { pairs: src.inv_freq.len(), cos, sin })
+    }
+
+    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
+        let slots = num_blocks * spec.block_size;
+        let planes = |layer: &LayerKv| match *layer {
+            LayerKv::Full { kv_heads, head_dim } => [kv_heads * head_dim; 2],
+            LayerKv::Latent { rank, rope } => [rank, rope],
+        };
+        let layers = spec.layers.iter().map(|l| planes(l).map(|width| Plane::new(slots, width))).collect();
+        Ok(KvCache { block_size: spec.block_size, layers })
+    }
+
+    fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
+        let size = self.caps.kv_block_size;
+        let mut rows = Vec::new();
+        for s in batch.sequences {
+            let slot = |p: usize| s.block_table[p / size] as usize * size + p % size;
+            rows.extend((s.start..s.start + s.len).map(|position| (0..=position).map(slot).collect()));
+        }
+        Ok(AttentionPlan { rows })
+    }
+
+    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+        out.set_rows(ids.len());
+        for (row, &id) in ids.iter().enumerate() {
+            out.row_mut(row).copy_from_slice(table.row(id as usize));
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32, out: &mut Tensor) -> Result<()> {
+        out.set_rows(x.rows());
+        out.data.copy_from_slice(&x.data);
+        self.rms_norm_in_place(out, weight, eps)
+    }
+
+    fn rms_norm_in_place(&self, x: &mut Tensor, weight: &Vec<f32>, eps: f32) -> Result<()> {
+        assert_eq!(x.cols % weight.len(), 0, "a norm over {} of {} columns", weight.len(), x.cols);
+        for run in x.data.chunks_exact_mut(weight.len()) {
+            let mean = dot(run, run) / run.len() as f32;
+            let inverse = 1.0 / (mean + eps).sqrt();
+            for (v, w) in run.iter_mut().zip(weight) {
+                *v = *v * inverse * w;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &self,
+        x: &Tensor,
+        residual: &mut Tensor,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.add(residual, x)?;
+        self.rms_norm(residual, weight, eps, out)
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        assert_eq!(x.data.len(), y.data.len());
+        for (x, y) in x.data.iter_mut().zip(&y.data) {
+            *x += y;
+        }
+        Ok(())
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<()> {
+        out.set_rows(x.rows());
+        for row in 0..x.rows() {
+            weight.apply(x.row(row), out.row_mut(row));
+        }
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Tensor, layout: RopeLayout, table: &Rope, plan: &AttentionPlan) -> Result<()> {
+        let RopeLayout { heads, head_dim, offset, dim, interleaved } = layout;
+        assert_eq!((x.cols, dim), (heads * head_dim, 2 * table.pairs));
+        for row in 0..x.rows() {
+            let angles = plan.position(row) * table.pairs;
+            for head in 0..heads {
+                let part = &mut x.row_mut(row)[head * head_dim + offset..][..dim];
+                for i in 0..table.pairs {
+                    let (cos, sin) = (table.cos[angles + i], table.sin[angles + i]);
+                    let (a, b) = if interleaved { (2 * i, 2 * i + 1) } else { (i, i + table.pairs) };
+                    (part[a], part[b]) = (part[a] * cos - part[b] * sin, part[b] * cos + part[a] * sin);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn silu_mul(&self, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
+        assert_eq!(gate.data.len(), up.data.len());
+        out.set_rows(gate.rows());
+        for ((out, g), u) in out.data.iter_mut().zip(&gate.data).zip(&up.data) {
+            *out = silu(*g) * u;
+        }
+        Ok(())
+    }
+
+    fn paged_attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let AttentionParams { heads, kv_heads, head_dim, scale } = *params;
+        let [keys, values] = &mut cache.layers[layer];
+        write_slots(keys, k, plan);
+        write_slots(values, v, plan);
+        out.set_rows(q.rows());
+        for row in 0..q.rows() {
+            for head in 0..heads {
+                let query = &q.row(row)[head * head_dim..][..head_dim];
+                let kv = head / (heads / kv_heads) * head_dim;
+                let context = &plan.rows[row];
+                let mut scores: Vec<f32> =
+                    context.iter().map(|&s| scale * dot(query, &keys.slot(s)[kv..][..head_dim])).collect();
+                softmax(&mut scores);
+                let out = &mut out.row_mut(row)[head * head_dim..][..head_dim];
+                weighted_sum(&scores, context.iter().map(|&s| &values.slot(s)[kv..][..head_dim]), out);
+            }
+        }
+        Ok(())
+    }
+
+    fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
+        out.set_rows(rows.len());
+        for (i, &row) in rows.iter().enumerate() {
+            out.row_mut(i).copy_from_slice(x.row(row as usize));
+        }
+        Ok(())
+    }
+
+    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
+        for plane in cache.layers.iter_mut().flatten() {
+            let stride = cache.block_size * plane.width;
+            for &block in blocks {
+                plane.data[block as usize * stride..][..stride].fill(0.0);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, data: &[f32], out: &mut Tensor) -> Result<()> {
+        assert_eq!(data.len() % out.cols, 0);
+        out.set_rows(data.len() / out.cols);
+        out.data.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn read(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.extend_from_slice(&x.data);
+        Ok(())
+    }
+}
+
+fn weighted_sum<'a>(weights: &[f32], rows: impl Iterator<Item = &'a [f32]>, out: &mut [f32]) {
+    out.fill(0.0);
+    for (w, row) in weights.iter().zip(rows) {
+        for (out, v) in out.iter_mut().zip(row) {
+            *out += w * v;
+        }
+    }
+}
+
+impl LatentOps for Reference {
+    type Latent = Latent;
+
+    fn latent_weight(&self, src: &HostLatent<'_>) -> Result<Latent> {
+        let HostLatent { kv_b, heads, nope, rope, v, rank, format } = src;
+        kv_b.expect_shape(&[heads * (nope + v), *rank])?;
+        let head = |h: usize| {
+            let start = h * (nope + v);
+            let key = Linear::new(&kv_b.rows(start, *nope), None, *format)?;
+            Ok([key, Linear::new(&kv_b.rows(start + nope, *v), None, *format)?])
+        };
+        Ok(Latent { shape: (*nope, *rope, *v), heads: (0..*heads).map(head).collect::<Result<_>>()? })
+    }
+
+    fn latent_attention(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        rope_key: &Tensor,
+        weight: &Latent,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        scale: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (nope, rope, v) = weight.shape;
+        let [latents, rope_keys] = &mut cache.layers[layer];
+        write_slots(latents, latent, plan);
+        write_slots(rope_keys, rope_key, plan);
+        out.set_rows(q.rows());
+        for row in 0..q.rows() {
+            for (head, [keys, values]) in weight.heads.iter().enumerate() {
+                let query = &q.row(row)[head * (nope + rope)..][..nope + rope];
+                let mut absorbed = vec![0.0; latent.cols];
+                weighted_sum(&query[..nope], (0..nope).map(|i| keys.row(i)), &mut absorbed);
+                let context = &plan.rows[row];
+                let score = |s: usize| dot(&absorbed, latents.slot(s)) + dot(&query[nope..], rope_keys.slot(s));
+                let mut scores: Vec<f32> = context.iter().map(|&s| scale * score(s)).collect();
+                softmax(&mut scores);
+                let mut mixed = vec![0.0; latent.cols];
+                weighted_sum(&scores, context.iter().map(|&s| latents.slot(s)), &mut mixed);
+                values.apply(&mixed, &mut out.row_mut(row)[head * v..][..v]);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MoeOps for Reference {
+    type Experts = Experts;
+
+    fn expert_weights(&self, src: &HostExperts<'_>) -> Result<Experts> {
+        let linear = |t: &HostTensor<'_>| Linear::new(t, None, src.format);
+        let expert = |e: usize| Ok([linear(&src.gate[e])?, linear(&src.up[e])?, linear(&src.down[e])?]);
+        let experts = (0..src.gate.len()).map(expert).collect::<Result<_>>()?;
+        Ok(Experts { experts, routing: src.routing.clone() })
+    }
+
+    fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {
+        out.set_rows(x.rows());
+        for row in 0..x.rows() {
+            out.row_mut(row).fill(0.0);
+            for (e, weight) in select_experts(logits.row(row), &experts.routing) {
+                let [gate, up, down] = &experts.experts[e];
+                let mut g = vec![0.0; gate.out_features];
+                let mut u = vec![0.0; up.out_features];
+                let mut y = vec![0.0; down.out_features];
+                gate.apply(x.row(row), &mut g);
+                up.apply(x.row(row), &mut u);
+                for (g, u) in g.iter_mut().zip(&u) {
+                    *g = silu(*g) * u;
+                }
+                down.apply(&g, &mut y);
+                for (out, y) in out.row_mut(row).iter_mut().zip(&y) {
+                    *out += weight * y;
+                }
+            }
+        }
+        Ok(())
+    }
+}
