@@ -1,0 +1,119 @@
+//! The seam between engine and model: one step over a ragged batch.
+//!
+//! There is no prefill or decode phase. A step gives each sequence some tokens, from
+//! `num_computed` on; a sequence whose last known token is among them also asks for a sample.
+//! Everything a step needs is in the plan: a runner keeps no state per sequence but the cache.
+
+use std::sync::Arc;
+
+use crate::SamplingParams;
+
+/// Work of one step. Sequence ids are distinct.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepPlan {
+    /// In the order in which rows are packed.
+    pub sequences: Vec<SequenceStep>,
+}
+
+impl StepPlan {
+    /// Tokens computed by the step.
+    pub fn num_tokens(&self) -> usize {
+        self.sequences.iter().map(|s| s.tokens.len()).sum()
+    }
+}
+
+/// Tokens of one sequence at positions `num_computed..num_computed + tokens.len()`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SequenceStep {
+    /// The engine's number for the sequence.
+    pub id: u64,
+    /// Tokens whose keys and values are in the cache already.
+    pub num_computed: usize,
+    /// At least one.
+    pub tokens: Vec<u32>,
+    /// Blocks of positions `0..num_computed + tokens.len()`.
+    pub block_table: Vec<u32>,
+    /// Set when the last of `tokens` is the last known one: choose the next.
+    pub sample: Option<SampleRequest>,
+}
+
+/// How to choose the next token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleRequest {
+    /// Parameters, shared with the sequence.
+    pub params: Arc<SamplingParams>,
+    /// Index of the token to be generated: 0 for the first of the output.
+    pub position: u32,
+    /// Ids of prompt and output so far, only if [`SamplingParams::needs_history`], else empty.
+    pub history: Vec<u32>,
+    /// How many of `history` are prompt.
+    pub prompt_len: usize,
+}
+
+/// What a step gave, in the order of the plan.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepOutput {
+    /// One entry per sequence of the plan.
+    pub sequences: Vec<SequenceOutput>,
+}
+
+/// What a step gave one sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SequenceOutput {
+    /// As in the plan.
+    pub id: u64,
+    /// `None` if no sample was asked for.
+    pub sampled: Option<Result<SampledToken, SequenceFailure>>,
+}
+
+/// A chosen token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampledToken {
+    /// Its id, below the width of the logits.
+    pub token: u32,
+    /// Its log-probability under the model alone (before bias, penalties and temperature); 0 if not
+    /// asked for.
+    pub logprob: f32,
+    /// The most likely ids with their log-probabilities, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why one sequence of a step failed; its batch mates are untouched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SequenceFailure {
+    /// The model's logits hold NaN or infinity.
+    #[error("the model computed logits that are not finite")]
+    NonFiniteLogits,
+}
+
+/// A failure of the whole step.
+#[derive(Debug, thiserror::Error)]
+#[error("the device failed: {0}")]
+pub struct RunError(pub String);
+
+/// What the engine must know of a runner. Fixed for its life.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunSpec {
+    /// Width of the logits: every token id is below it.
+    pub vocab_size: usize,
+    /// Tokens of prompt and output together, at most.
+    pub max_model_len: usize,
+    /// Tokens per cache block.
+    pub block_size: usize,
+    /// Blocks in the cache; ids are `0..num_blocks`.
+    pub num_blocks: usize,
+    /// Tokens of one step, at most.
+    pub max_step_tokens: usize,
+    /// Sequences of one step, at most.
+    pub max_step_sequences: usize,
+}
+
+/// Runs steps. Implemented by the model runner and by the engine's simulator.
+pub trait Runner: Send {
+    /// Limits of this runner.
+    fn spec(&self) -> &RunSpec;
+    /// Computes a step. The plan keeps to the spec.
+    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError>;
+    /// Zeroes cache blocks, after a sequence failed.
+    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError>;
+}
