@@ -1,2 +1,24 @@
-//! Chores of the workspace.
-fn main() {}
+//! Chores of the workspace, one file each: `cargo xtask CHORE`.
+
+mod smoke;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Chores of the workspace")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Start a release binary with the bundled model and load it: readiness, throughput, disconnects
+    Smoke(smoke::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().chore {
+        Chore::Smoke(args) => smoke::main(&args),
+    }
+}

@@ -1,0 +1,131 @@
+//! Rules of the workspace that the compiler does not check: which crate may know which, what stays
+//! out of where, and that the pages name only what exists.
+
+use std::{collections::BTreeSet, fs, path::Path, process::Command};
+
+use serde_json::Value;
+
+/// Crate, the workspace crates it may use, and those its tests may use besides.
+const EDGES: &[(&str, &[&str], &[&str])] = &[
+    ("baton-device", &[], &[]),
+    ("baton-device-cpu", &["baton-device"], &[]),
+    ("baton-model", &["baton-device"], &["baton-device-cpu"]),
+    ("baton-engine", &["baton-model"], &[]),
+    ("baton-text", &[], &[]),
+    ("baton-http", &["baton-engine", "baton-text"], &["baton-loadgen"]),
+    (
+        "baton",
+        &["baton-device", "baton-device-cpu", "baton-engine", "baton-http", "baton-model", "baton-text"],
+        &["baton-loadgen"],
+    ),
+    ("baton-loadgen", &[], &[]),
+    ("xtask", &["baton-loadgen"], &[]),
+];
+
+/// Crates that must not know the network or an async runtime.
+const PLAIN: &[&str] = &["baton-device", "baton-device-cpu", "baton-model", "baton-text"];
+
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+fn read(file: &str) -> String {
+    fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"))
+}
+
+fn packages() -> Vec<Value> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
+        .current_dir(root())
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).expect("cargo prints JSON");
+    metadata["packages"].as_array().expect("packages").clone()
+}
+
+fn dependencies(package: &Value, dev: bool) -> BTreeSet<String> {
+    let all = package["dependencies"].as_array().expect("dependencies").iter();
+    all.filter(|d| (d["kind"] == "dev") == dev).map(|d| d["name"].as_str().expect("name").to_owned()).collect()
+}
+
+#[test]
+fn crates_know_only_the_crates_they_may() {
+    let packages = packages();
+    let names: BTreeSet<&str> = packages.iter().map(|p| p["name"].as_str().expect("name")).collect();
+    assert_eq!(
+        names,
+        EDGES.iter().map(|e| e.0).collect(),
+        "a crate without a line in EDGES, or a line without a crate"
+    );
+    for package in &packages {
+        let name = package["name"].as_str().expect("name");
+        let &(_, allowed, allowed_in_tests) = EDGES.iter().find(|e| e.0 == name).expect("checked above");
+        for (dev, allowed) in [(false, allowed.to_vec()), (true, [allowed, allowed_in_tests].concat())] {
+            let ours: Vec<String> =
+                dependencies(package, dev).into_iter().filter(|d| names.contains(d.as_str())).collect();
+            let extra: Vec<_> = ours.iter().filter(|d| !allowed.contains(&d.as_str())).collect();
+            assert!(extra.is_empty(), "{name} (tests: {dev}) must not use {extra:?}");
+        }
+    }
+}
+
+#[test]
+fn compute_and_text_know_no_network_and_no_runtime() {
+    for package in packages().iter().filter(|p| PLAIN.contains(&p["name"].as_str().expect("name"))) {
+        let found: Vec<_> = dependencies(package, false)
+            .into_iter()
+            .filter(|d| ["tokio", "axum", "hyper"].contains(&d.as_str()))
+            .collect();
+        assert!(found.is_empty(), "{} uses {found:?}", package["name"]);
+    }
+}
+
+#[test]
+fn banned_crates_are_not_in_the_lock_file() {
+    let deny = read("deny.toml");
+    let bans = deny.split("[bans]").nth(1).expect("deny.toml has [bans]");
+    let banned: Vec<&str> = bans.lines().filter_map(|l| l.split("crate = \"").nth(1)?.split('"').next()).collect();
+    assert!(banned.len() >= 5, "deny.toml bans {banned:?}");
+    let lock = read("Cargo.lock");
+    for name in banned {
+        assert!(!lock.contains(&format!("\nname = \"{name}\"\n")), "{name} is banned and in Cargo.lock");
+    }
+}
+
+#[test]
+fn pages_name_only_paths_that_exist() {
+    for page in ["README.md", "ARCHITECTURE.md"] {
+        let text = read(page);
+        let tops = ["crates/", "models/", "deploy/", "benches/", ".ci/", ".cargo/"];
+        let paths: Vec<&str> = text
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .filter(|p| tops.iter().any(|t| p.starts_with(t)) && !p.contains(['<', '*', '{', ' ']))
+            .collect();
+        assert!(!paths.is_empty(), "{page} names no path");
+        for path in paths {
+            assert!(root().join(path).exists(), "{page} names {path}, which does not exist");
+        }
+    }
+}
+
+#[test]
+fn every_source_file_says_what_it_is_for() {
+    let mut folders = vec![root().join("crates"), root().join("benches")];
+    let mut silent = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").path()) {
+            if entry.is_dir() {
+                folders.push(entry);
+            } else if entry.extension().is_some_and(|e| e == "rs") {
+                let text = fs::read_to_string(&entry).expect("a text file");
+                if !text.starts_with("//!") {
+                    silent.push(entry);
+                }
+            }
+        }
+    }
+    assert!(silent.is_empty(), "no opening //! in {silent:?}");
+}
