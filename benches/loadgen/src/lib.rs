@@ -5,10 +5,12 @@
 //! a clean close alone is an error, because a server that dies looks like that.
 
 mod client;
+mod local;
 mod report;
 mod sse;
 
 pub use client::{Client, Reply, Target};
+pub use local::LocalServer;
 pub use report::{Quantiles, Report};
 
 use std::{

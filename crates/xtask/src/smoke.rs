@@ -6,14 +6,12 @@
 
 use std::{
     fs,
-    net::TcpListener,
     path::PathBuf,
-    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
-use baton_loadgen::{Client, Report, Target, closed_loop};
+use anyhow::{Context, Result, ensure};
+use baton_loadgen::{LocalServer, Report, closed_loop};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -38,7 +36,9 @@ pub fn main(args: &Args) -> Result<()> {
 }
 
 async fn run(args: &Args) -> Result<()> {
-    let server = Server::start(args).await?;
+    let flags: Vec<&str> =
+        ["--log-level", "warn"].into_iter().chain(args.serve_flags.iter().map(String::as_str)).collect();
+    let server = LocalServer::start(&args.binary, &flags).await?;
     let figures = measure(&server).await?;
     let text = serde_json::to_string_pretty(&figures)?;
     #[allow(clippy::print_stdout)] // the chore's result
@@ -52,13 +52,13 @@ async fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-async fn measure(server: &Server) -> Result<Value> {
+async fn measure(server: &LocalServer) -> Result<Value> {
     let resident = server.resident_mib()?;
-    closed_loop(&server.target, CHAT, chats(900..902), 1).await; // page in
-    let one = checked(closed_loop(&server.target, CHAT, chats(100..112), 1).await)?;
-    let many = checked(closed_loop(&server.target, CHAT, chats(200..328), 32).await)?;
+    closed_loop(server.target(), CHAT, chats(900..902), 1).await; // page in
+    let one = checked(closed_loop(server.target(), CHAT, chats(100..112), 1).await)?;
+    let many = checked(closed_loop(server.target(), CHAT, chats(200..328), 32).await)?;
     // The same questions again, all at once: a reply must not depend on its company.
-    let again = checked(closed_loop(&server.target, CHAT, chats(100..112), 12).await)?;
+    let again = checked(closed_loop(server.target(), CHAT, chats(100..112), 12).await)?;
     for (alone, together) in one.replies.iter().zip(&again.replies) {
         ensure!(
             (&alone.reasoning, &alone.content) == (&together.reasoning, &together.content),
@@ -67,9 +67,9 @@ async fn measure(server: &Server) -> Result<Value> {
             together.content
         );
     }
-    let freed = server.kill_clients(50).await?;
+    let freed = kill_clients(server, 50).await?;
     Ok(json!({
-        "ready_ms": server.ready.as_secs_f64() * 1e3,
+        "ready_ms": server.ready().as_secs_f64() * 1e3,
         "resident_mib_when_ready": resident,
         "one_stream": one,
         "streams_32": many,
@@ -93,76 +93,27 @@ fn chats(numbers: std::ops::Range<u32>) -> Vec<Value> {
     numbers.map(chat).collect()
 }
 
-struct Server {
-    child: Child,
-    target: Target,
-    ready: Duration,
-}
-
-impl Server {
-    async fn start(args: &Args) -> Result<Self> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let start = Instant::now();
-        let child = Command::new(&args.binary)
-            .args(["serve", "--port", &port.to_string(), "--log-level", "warn"])
-            .args(&args.serve_flags)
-            .stdin(Stdio::null())
-            .spawn()
-            .with_context(|| format!("starting {}", args.binary.display()))?;
-        let target = Target { base: format!("http://127.0.0.1:{port}"), api_key: None };
-        let mut server = Self { child, target, ready: Duration::ZERO };
-        let client = Client::new(server.target.clone());
-        while !client.get("/ready").await.is_ok_and(|(status, _)| status == 200) {
-            ensure!(start.elapsed() < Duration::from_secs(60), "not ready after a minute");
-            if let Some(status) = server.child.try_wait()? {
-                bail!("the server ended: {status}");
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        server.ready = start.elapsed();
-        Ok(server)
+/// Opens `n` streams, cuts each after its head, and waits until no block is in use.
+async fn kill_clients(server: &LocalServer, n: u32) -> Result<Duration> {
+    let mut open = Vec::new();
+    for mut body in chats(500..500 + n) {
+        body["max_tokens"] = json!(900);
+        body["ignore_eos"] = json!(true);
+        // A client of its own, so that dropping it closes the connection.
+        let client = server.client();
+        let stream = client.open_stream(CHAT, body).await?;
+        open.push((client, stream));
     }
-
-    fn resident_mib(&self) -> Result<f64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("VmRSS")?;
-        Ok(line.trim().trim_end_matches("kB").trim().parse::<f64>()? / 1024.0)
+    ensure!(server.metric("vllm:kv_cache_usage_perc").await? > 0.0, "no block in use while {n} streams run");
+    drop(open);
+    let cut = Instant::now();
+    let busy = async || -> Result<bool> {
+        let running = server.metric("vllm:num_requests_running").await?;
+        Ok(running > 0.0 || server.metric("vllm:kv_cache_usage_perc").await? > 0.0)
+    };
+    while busy().await? {
+        ensure!(cut.elapsed() < Duration::from_secs(10), "blocks still in use 10 s after {n} clients left");
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
-
-    /// Opens `n` streams, cuts each after its first bytes, and waits until no block is in use.
-    async fn kill_clients(&self, n: u32) -> Result<Duration> {
-        let mut open = Vec::new();
-        for mut body in chats(500..500 + n) {
-            body["max_tokens"] = json!(900);
-            body["ignore_eos"] = json!(true);
-            // A client of its own, so that dropping it closes the connection.
-            let client = Client::new(self.target.clone());
-            open.push(client.open_stream(CHAT, body).await?);
-        }
-        ensure!(self.metric("vllm:kv_cache_usage_perc").await? > 0.0, "no block in use while {n} streams run");
-        drop(open);
-        let cut = Instant::now();
-        while self.metric("vllm:kv_cache_usage_perc").await? > 0.0
-            || self.metric("vllm:num_requests_running").await? > 0.0
-        {
-            ensure!(cut.elapsed() < Duration::from_secs(10), "blocks still in use 10 s after {n} clients left");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        Ok(cut.elapsed())
-    }
-
-    async fn metric(&self, name: &str) -> Result<f64> {
-        let (_, text) = Client::new(self.target.clone()).get("/metrics").await?;
-        let line =
-            text.lines().find(|l| l.starts_with(name) && !l.starts_with('#')).with_context(|| name.to_owned())?;
-        Ok(line.rsplit(' ').next().context("a value")?.parse()?)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Already gone is fine.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+    Ok(cut.elapsed())
 }

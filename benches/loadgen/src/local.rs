@@ -1,0 +1,113 @@
+//! A server of one's own: started on a free loopback port, killed when dropped.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{Client, Target};
+
+/// A running `baton serve`.
+#[derive(Debug)]
+pub struct LocalServer {
+    child: Child,
+    target: Target,
+    ready: Duration,
+}
+
+impl LocalServer {
+    /// Starts `binary serve --port FREE flags…` and waits until `/ready` answers 200.
+    pub async fn start(binary: &Path, flags: &[&str]) -> Result<Self> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let start = Instant::now();
+        let child = Command::new(binary)
+            .args(["serve", "--port", &port.to_string()])
+            .args(flags)
+            .stdin(Stdio::null())
+            .spawn()
+            .with_context(|| format!("starting {}", binary.display()))?;
+        let target = Target { base: format!("http://127.0.0.1:{port}"), api_key: None };
+        let mut server = Self { child, target, ready: Duration::ZERO };
+        let client = server.client();
+        while !client.get("/ready").await.is_ok_and(|(status, _)| status == 200) {
+            ensure!(start.elapsed() < Duration::from_secs(60), "not ready after a minute");
+            if let Some(status) = server.child.try_wait()? {
+                bail!("the server ended: {status}");
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        server.ready = start.elapsed();
+        Ok(server)
+    }
+
+    /// Where it listens.
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// A client with connections of its own.
+    pub fn client(&self) -> Client {
+        Client::new(self.target.clone())
+    }
+
+    /// From starting the process to the first 200 of `/ready`.
+    pub fn ready(&self) -> Duration {
+        self.ready
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Memory resident now, in MiB (Linux).
+    pub fn resident_mib(&self) -> Result<f64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("VmRSS")?;
+        Ok(line.trim().trim_end_matches("kB").trim().parse::<f64>()? / 1024.0)
+    }
+
+    /// The sum over all series of one metric.
+    pub async fn metric(&self, name: &str) -> Result<f64> {
+        let (_, text) = self.client().get("/metrics").await?;
+        let values: Vec<f64> = text
+            .lines()
+            .filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])))
+            .filter_map(|l| l.rsplit(' ').next()?.parse().ok())
+            .collect();
+        ensure!(!values.is_empty(), "no metric {name}");
+        Ok(values.iter().sum())
+    }
+
+    /// Sends SIGTERM, as a supervisor does.
+    pub fn terminate(&self) -> Result<()> {
+        let status = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status()?;
+        ensure!(status.success(), "kill: {status}");
+        Ok(())
+    }
+
+    /// Waits for the process to end by itself.
+    pub async fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(start.elapsed() < limit, "still running after {limit:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for LocalServer {
+    fn drop(&mut self) {
+        // Already gone is fine.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
