@@ -4,6 +4,7 @@
 //! values given here, and its length, nesting, work, memory and output are limited, so that any template on any
 //! input ends quickly in a text or a typed error.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use chrono::NaiveDateTime;
@@ -153,7 +154,7 @@ impl ChatTemplate {
         ];
         // Of two entries with one name the later counts.
         let own = own.into_iter().map(|(name, value)| (name.to_owned(), value));
-        let context: Value = kwargs.chain(special).chain(own).collect();
+        let context: BTreeMap<String, Value> = kwargs.chain(special).chain(own).collect();
         let mut out = Capped(Vec::new());
         template.render_captured_to(context, &mut out).map_err(|e| render_error(&e))?;
         String::from_utf8(out.0).map_err(|_| TextError::TemplateLimit("UTF-8 output"))
