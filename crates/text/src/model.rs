@@ -55,7 +55,10 @@ impl TextModel {
             config.add_bos_eos.map(|(bos, eos_too)| (named("bos_token").filter(|_| bos), eos.filter(|_| eos_too)));
 
         let added = tokenizer.get_added_tokens_decoder();
-        let special: HashSet<u32> = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+        // A token that has a name such as eos_token is special even where tokenizer.json does not say so.
+        let named_ids = config.special.iter().filter_map(|(_, token)| tokenizer.token_to_id(token));
+        let flagged = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id);
+        let special: HashSet<u32> = flagged.chain(named_ids).collect();
         let thinks = config.template.as_deref().is_some_and(|t| t.contains(CLOSE));
         let markers = reasoning_markers(&tokenizer).filter(|_| thinks);
         let keep = markers.iter().flat_map(|m| [m.open_id, m.close_id]).collect();
