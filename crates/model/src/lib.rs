@@ -4,10 +4,28 @@
 //! Generic below, erased above: architectures are generic over a backend, the engine sees only
 //! `dyn Runner`. No HTTP, no async, no text.
 
+mod arch;
+mod checkpoint;
+mod config;
+mod load;
+mod loader;
 mod params;
+mod philox;
+mod precision;
+mod runner;
+mod sampler;
 mod step;
 
+pub use checkpoint::{CheckpointError, FileError, Files};
+pub use config::{
+    Architecture, ConfigError, DeepseekV3Config, Family, GenerationConfig, LlamaConfig, ModelConfig, RopeConfig,
+    RopeScaling,
+};
+pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, Quantization, load};
 pub use params::SamplingParams;
+pub use precision::Conversion;
+pub use runner::ModelRunner;
+pub use sampler::Sampler;
 pub use step::{
     RunError, RunSpec, Runner, SampleRequest, SampledToken, SequenceFailure, SequenceOutput, SequenceStep, StepOutput,
     StepPlan,

@@ -1,0 +1,262 @@
+//! DeepSeek-V3 (arXiv 2412.19437): multi-head latent attention and mixture of experts.
+//!
+//! The cache keeps the latent and one rotated key per token; attention absorbs `kv_b_proj`
+//! (see [`LatentOps`]), so keys and values are never expanded. `kv_a_proj_with_mqa` yields both the
+//! latent and the shared key; its rows are split at load.
+
+use baton_device::{Backend, HostLatent, LatentOps, MoeOps, Result as DeviceResult, RopeLayout, Routing};
+
+use super::decoder::{Decoder, Layer, Mlp, MlpScratch, Step, mlp_specs, rope};
+use super::{Sizes, Specs};
+use crate::LoadError;
+use crate::checkpoint::Role;
+use crate::config::{DeepseekV3Config, ModelConfig};
+use crate::loader::Loader;
+
+/// Epsilon of the norms on the latents: the released code leaves them at their class's default,
+/// whatever `rms_norm_eps` says.
+const LATENT_NORM_EPS: f32 = 1e-6;
+
+pub(super) struct DeepseekLayer<B: LatentOps + MoeOps> {
+    query: Query<B>,
+    /// `[rank, hidden]`.
+    latent: B::Linear,
+    /// `[rank]`.
+    latent_norm: B::Vector,
+    /// `[rope, hidden]`.
+    rope_key: B::Linear,
+    kv_b: B::Latent,
+    /// `[hidden, heads * v]`.
+    o: B::Linear,
+    feed_forward: FeedForward<B>,
+}
+
+enum Query<B: Backend> {
+    /// `[heads * (nope + rope), hidden]`.
+    Direct(B::Linear),
+    /// `a [q_rank, hidden]`, `norm [q_rank]`, `b [heads * (nope + rope), q_rank]`.
+    Latent { a: B::Linear, norm: B::Vector, b: B::Linear },
+}
+
+enum FeedForward<B: MoeOps> {
+    Dense(Mlp<B>),
+    Experts {
+        /// `[experts, hidden]`.
+        router: B::Linear,
+        routed: B::Experts,
+        /// All shared experts as one network, if there are any.
+        shared: Option<Mlp<B>>,
+    },
+}
+
+pub(super) struct Shared<B: Backend> {
+    scale: f32,
+    rope: B::Rope,
+    q_rope: RopeLayout,
+    k_rope: RopeLayout,
+    /// `[rows, q_rank]`.
+    q_latent: Option<B::Tensor>,
+    /// `[rows, heads * (nope + rope)]`.
+    q: B::Tensor,
+    /// `[rows, rank]`.
+    latent: B::Tensor,
+    /// `[rows, rope]`.
+    rope_key: B::Tensor,
+    /// `[rows, heads * v]`.
+    context: B::Tensor,
+    dense: MlpScratch<B>,
+    /// `[rows, experts]`.
+    router_logits: B::Tensor,
+    shared_experts: Option<SharedExperts<B>>,
+}
+
+struct SharedExperts<B: Backend> {
+    scratch: MlpScratch<B>,
+    /// `[rows, hidden]`.
+    out: B::Tensor,
+}
+
+/// Names and shapes of a layer's tensors.
+pub(super) fn layer_specs(config: &ModelConfig, own: &DeepseekV3Config, layer: usize, specs: &mut Specs) {
+    let (hidden, heads) = (config.hidden_size, config.num_heads);
+    let attention = format!("model.layers.{layer}.self_attn");
+    let part = |name: &str| format!("{attention}.{name}");
+    let query = heads * (own.qk_nope_head_dim + own.qk_rope_head_dim);
+    match own.q_lora_rank {
+        None => specs.linear(part("q_proj"), query, hidden),
+        Some(rank) => {
+            specs.linear(part("q_a_proj"), rank, hidden);
+            specs.norm(part("q_a_layernorm"), rank);
+            specs.linear(part("q_b_proj"), query, rank);
+        }
+    }
+    specs.linear(part("kv_a_proj_with_mqa"), own.kv_lora_rank + own.qk_rope_head_dim, hidden);
+    specs.norm(part("kv_a_layernorm"), own.kv_lora_rank);
+    let kv_b = heads * (own.qk_nope_head_dim + own.v_head_dim);
+    specs.matrix(part("kv_b_proj"), kv_b, own.kv_lora_rank, Role::Float);
+    specs.linear(part("o_proj"), hidden, heads * own.v_head_dim);
+
+    let mlp = format!("model.layers.{layer}.mlp");
+    if layer < own.first_k_dense_replace {
+        return mlp_specs(&mlp, hidden, config.intermediate_size, specs);
+    }
+    specs.matrix(format!("{mlp}.gate"), own.n_routed_experts, hidden, Role::Router);
+    specs.vector(format!("{mlp}.gate.e_score_correction_bias"), own.n_routed_experts);
+    for expert in 0..own.n_routed_experts {
+        mlp_specs(&format!("{mlp}.experts.{expert}"), hidden, own.moe_intermediate_size, specs);
+    }
+    if own.n_shared_experts > 0 {
+        mlp_specs(&format!("{mlp}.shared_experts"), hidden, own.n_shared_experts * own.moe_intermediate_size, specs);
+    }
+}
+
+pub(super) fn build<B: LatentOps + MoeOps>(
+    config: &ModelConfig,
+    own: &DeepseekV3Config,
+    sizes: Sizes,
+    loader: &mut Loader<'_, B>,
+) -> Result<Decoder<B, DeepseekLayer<B>>, LoadError> {
+    let shared = Shared::new(config, own, sizes, loader.backend)?;
+    Decoder::build(config, sizes, loader, shared, |loader, layer| {
+        let attention = format!("model.layers.{layer}.self_attn");
+        let part = |name: &str| format!("{attention}.{name}");
+        let query = match own.q_lora_rank {
+            None => Query::Direct(loader.linear(&part("q_proj"))?),
+            Some(_) => Query::Latent {
+                a: loader.linear(&part("q_a_proj"))?,
+                norm: loader.norm(&part("q_a_layernorm"))?,
+                b: loader.linear(&part("q_b_proj"))?,
+            },
+        };
+        let [latent, rope_key] =
+            loader.split_linear(&part("kv_a_proj_with_mqa"), [own.kv_lora_rank, own.qk_rope_head_dim])?;
+        Ok(DeepseekLayer {
+            query,
+            latent,
+            latent_norm: loader.norm(&part("kv_a_layernorm"))?,
+            rope_key,
+            kv_b: loader.latent(&part("kv_b_proj"), |kv_b, format| HostLatent {
+                kv_b,
+                heads: config.num_heads,
+                nope: own.qk_nope_head_dim,
+                rope: own.qk_rope_head_dim,
+                v: own.v_head_dim,
+                rank: own.kv_lora_rank,
+                format,
+            })?,
+            o: loader.linear(&part("o_proj"))?,
+            feed_forward: FeedForward::load(own, layer, loader)?,
+        })
+    })
+}
+
+impl<B: LatentOps + MoeOps> FeedForward<B> {
+    fn load(own: &DeepseekV3Config, layer: usize, loader: &mut Loader<'_, B>) -> Result<Self, LoadError> {
+        let mlp = format!("model.layers.{layer}.mlp");
+        if layer < own.first_k_dense_replace {
+            return Ok(FeedForward::Dense(Mlp::load(loader, &mlp)?));
+        }
+        let correction_bias = loader.host_vector(&format!("{mlp}.gate.e_score_correction_bias"))?;
+        let routing = Routing { correction_bias, ..own.routing.clone() };
+        Ok(FeedForward::Experts {
+            router: loader.linear(&format!("{mlp}.gate"))?,
+            routed: loader.experts(&format!("{mlp}.experts"), own.n_routed_experts, routing)?,
+            shared: match own.n_shared_experts {
+                0 => None,
+                _ => Some(Mlp::load(loader, &format!("{mlp}.shared_experts"))?),
+            },
+        })
+    }
+}
+
+impl<B: Backend> Shared<B> {
+    fn new(config: &ModelConfig, own: &DeepseekV3Config, sizes: Sizes, backend: &B) -> DeviceResult<Self> {
+        let (nope, rope_dim) = (own.qk_nope_head_dim, own.qk_rope_head_dim);
+        let head_dim = nope + rope_dim;
+        let layout = RopeLayout {
+            heads: config.num_heads,
+            head_dim,
+            offset: nope,
+            dim: rope_dim,
+            interleaved: own.rope_interleaved,
+        };
+        let activation = |cols: usize| backend.tensor(sizes.rows, cols);
+        let shared_experts = match own.n_shared_experts {
+            0 => None,
+            n => Some(SharedExperts {
+                scratch: MlpScratch::new(backend, sizes.rows, n * own.moe_intermediate_size)?,
+                out: activation(config.hidden_size)?,
+            }),
+        };
+        Ok(Self {
+            // yarn stretches the softmax as well (the factor is 1 without it).
+            scale: (head_dim as f32).sqrt().recip() * config.rope.softmax_factor(),
+            rope: rope(backend, config, sizes)?,
+            q_rope: layout,
+            k_rope: RopeLayout { heads: 1, head_dim: rope_dim, offset: 0, ..layout },
+            q_latent: own.q_lora_rank.map(activation).transpose()?,
+            q: activation(config.num_heads * head_dim)?,
+            latent: activation(own.kv_lora_rank)?,
+            rope_key: activation(rope_dim)?,
+            context: activation(config.num_heads * own.v_head_dim)?,
+            dense: MlpScratch::new(backend, sizes.rows, config.intermediate_size)?,
+            router_logits: activation(own.n_routed_experts)?,
+            shared_experts,
+        })
+    }
+}
+
+impl<B: LatentOps + MoeOps> Layer<B> for DeepseekLayer<B> {
+    type Shared = Shared<B>;
+
+    fn attention(
+        &self,
+        backend: &B,
+        h: &B::Tensor,
+        step: &mut Step<'_, B>,
+        shared: &mut Shared<B>,
+        out: &mut B::Tensor,
+    ) -> DeviceResult<()> {
+        let Shared { scale, rope, q_rope, k_rope, q_latent, q, latent, rope_key, context, .. } = shared;
+        match (&self.query, q_latent) {
+            (Query::Latent { a, norm, b }, Some(q_latent)) => {
+                backend.linear(h, a, q_latent)?;
+                backend.rms_norm_in_place(q_latent, norm, LATENT_NORM_EPS)?;
+                backend.linear(q_latent, b, q)?;
+            }
+            (Query::Direct(weight), _) => backend.linear(h, weight, q)?,
+            (Query::Latent { .. }, None) => unreachable!("allocated where q_lora_rank is set"),
+        }
+        backend.linear(h, &self.latent, latent)?;
+        backend.rms_norm_in_place(latent, &self.latent_norm, LATENT_NORM_EPS)?;
+        backend.linear(h, &self.rope_key, rope_key)?;
+        backend.rope(q, *q_rope, rope, step.plan)?;
+        backend.rope(rope_key, *k_rope, rope, step.plan)?;
+        let Step { layer, plan, cache } = step;
+        backend.latent_attention(q, latent, rope_key, &self.kv_b, cache, *layer, plan, *scale, context)?;
+        backend.linear(context, &self.o, out)
+    }
+
+    fn feed_forward(
+        &self,
+        backend: &B,
+        h: &B::Tensor,
+        shared: &mut Shared<B>,
+        out: &mut B::Tensor,
+    ) -> DeviceResult<()> {
+        match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.forward(backend, h, &mut shared.dense, out),
+            FeedForward::Experts { router, routed, shared: shared_mlp } => {
+                backend.linear(h, router, &mut shared.router_logits)?;
+                backend.fused_moe(h, &shared.router_logits, routed, out)?;
+                if let (Some(mlp), Some(SharedExperts { scratch, out: shared_out })) =
+                    (shared_mlp, &mut shared.shared_experts)
+                {
+                    mlp.forward(backend, h, scratch, shared_out)?;
+                    backend.add(out, shared_out)?;
+                }
+                Ok(())
+            }
+        }
+    }
+}

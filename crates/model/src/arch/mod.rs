@@ -1,0 +1,129 @@
+//! Architectures: which tensors they have, what they need of a device, how they compute.
+//!
+//! Each is written once against the device seam. To add one: a module here, an arm in each `match`
+//! below, a parser in `config`.
+
+mod decoder;
+mod deepseek_v3;
+mod llama;
+
+use std::collections::BTreeMap;
+
+use baton_device::{Backend, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as DeviceResult};
+
+use crate::LoadError;
+use crate::checkpoint::{Role, TensorSpec};
+use crate::config::{Family, ModelConfig};
+use crate::loader::Loader;
+
+/// A loaded model: weights, and activations sized once.
+pub(crate) trait Model<B: Backend>: Send {
+    /// Computes all layers for the rows of `plan`, whose tokens are `ids`, and keeps their final hidden
+    /// states for [`Model::logits`].
+    fn forward(
+        &mut self,
+        backend: &B,
+        ids: &[u32],
+        plan: &B::AttentionPlan,
+        cache: &mut B::KvCache,
+    ) -> DeviceResult<()>;
+
+    /// Logits `[rows.len(), vocab]` of some rows of the last forward; at most [`Sizes::logit_rows`].
+    fn logits(&mut self, backend: &B, rows: &[u32]) -> DeviceResult<&B::Tensor>;
+}
+
+/// Capacities for which activations are allocated.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
+    /// Tokens of a step.
+    pub(crate) rows: usize,
+    /// Rows of logits computed at once.
+    pub(crate) logit_rows: usize,
+    /// Positions of a sequence.
+    pub(crate) positions: usize,
+}
+
+/// The tensors of a model by name.
+#[derive(Default)]
+pub(crate) struct Specs(pub(crate) BTreeMap<String, TensorSpec>);
+
+impl Specs {
+    fn add(&mut self, name: String, shape: Vec<usize>, role: Role) {
+        self.0.insert(name.clone(), TensorSpec { name, shape, role });
+    }
+
+    /// `{prefix}.weight`, a matrix `[out, in]`.
+    fn matrix(&mut self, prefix: String, out_features: usize, in_features: usize, role: Role) {
+        self.add(format!("{prefix}.weight"), vec![out_features, in_features], role);
+    }
+
+    /// `{prefix}.weight`, a matrix `[out, in]` that may be quantised.
+    fn linear(&mut self, prefix: String, out_features: usize, in_features: usize) {
+        self.matrix(prefix, out_features, in_features, Role::Linear);
+    }
+
+    /// `{prefix}.weight` of a norm.
+    fn norm(&mut self, prefix: String, len: usize) {
+        self.add(format!("{prefix}.weight"), vec![len], Role::Vector);
+    }
+
+    /// A vector by its full name.
+    fn vector(&mut self, name: String, len: usize) {
+        self.add(name, vec![len], Role::Vector);
+    }
+}
+
+/// Every tensor that a model of this config has.
+pub(crate) fn specs(config: &ModelConfig) -> Specs {
+    let mut specs = Specs::default();
+    decoder::outer_specs(config, &mut specs);
+    for layer in 0..config.num_layers {
+        match &config.family {
+            Family::Llama(own) => llama::layer_specs(config, own, layer, &mut specs),
+            Family::DeepseekV3(own) => deepseek_v3::layer_specs(config, own, layer, &mut specs),
+        }
+    }
+    specs
+}
+
+/// Whether a tensor beyond [`specs`] is known to change nothing.
+pub(crate) fn is_ignorable(config: &ModelConfig, name: &str) -> bool {
+    let beyond_last_layer = || {
+        let number = name.strip_prefix("model.layers.")?.split('.').next()?;
+        Some(number.parse::<usize>().ok()? >= config.num_layers)
+    };
+    // Tables that old files carry; a copy of the embedding; multi-token prediction.
+    name.ends_with(".rotary_emb.inv_freq")
+        || (config.tie_word_embeddings && name == decoder::HEAD)
+        || (matches!(config.family, Family::DeepseekV3(_)) && beyond_last_layer() == Some(true))
+}
+
+/// Operations that a model of this config calls, beyond those that every device has.
+pub(crate) fn ops(config: &ModelConfig) -> Vec<Op> {
+    match &config.family {
+        Family::Llama(_) => vec![Op::PagedAttention],
+        Family::DeepseekV3(own) if own.first_k_dense_replace == config.num_layers => vec![Op::LatentAttention],
+        Family::DeepseekV3(_) => vec![Op::LatentAttention, Op::FusedMoe],
+    }
+}
+
+/// The cache that a model of this config keeps.
+pub(crate) fn kv_spec(config: &ModelConfig, block_size: usize) -> KvSpec {
+    let layer = match &config.family {
+        Family::Llama(own) => LayerKv::Full { kv_heads: own.num_kv_heads, head_dim: own.head_dim },
+        Family::DeepseekV3(own) => LayerKv::Latent { rank: own.kv_lora_rank, rope: own.qk_rope_head_dim },
+    };
+    KvSpec { layers: vec![layer; config.num_layers], block_size }
+}
+
+/// Loads a model's weights.
+pub(crate) fn build<B: Backend + LatentOps + MoeOps>(
+    config: &ModelConfig,
+    sizes: Sizes,
+    loader: &mut Loader<'_, B>,
+) -> Result<Box<dyn Model<B>>, LoadError> {
+    Ok(match &config.family {
+        Family::Llama(own) => Box::new(llama::build(config, own, sizes, loader)?),
+        Family::DeepseekV3(own) => Box::new(deepseek_v3::build(config, own, sizes, loader)?),
+    })
+}

@@ -1,0 +1,211 @@
+//! A checkpoint's weights: which tensors there are, in which file, and whether they are exactly the
+//! ones that a config asks for.
+//!
+//! Invariant: every [`Entry`] of an open [`Checkpoint`] lies within its file, and names are distinct
+//! over all files. Bytes are mapped one tensor at a time, so reading a checkpoint keeps no more of it
+//! resident than the tensors in hand.
+
+mod files;
+mod header;
+mod index;
+
+use std::collections::BTreeMap;
+
+use baton_device::{DType, WeightFormat};
+pub use files::{FileError, Files};
+pub(crate) use files::{OpenFile, Part};
+use header::Entry;
+
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// Reasons listed in one message, at most.
+const MAX_REASONS: usize = 20;
+
+/// Why weights are refused.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// A file cannot be had.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// No weights that can be read.
+    #[error("no weights: {reason}; {SINGLE} or {INDEX} with its shards is read")]
+    NoWeights {
+        /// What is there instead.
+        reason: String,
+    },
+    /// A file is damaged.
+    #[error("{file} is damaged: {reason}")]
+    Damaged {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The index and the shards disagree.
+    #[error("{INDEX} does not agree with its shards: {reason}")]
+    Index {
+        /// Where they disagree.
+        reason: String,
+    },
+    /// The tensors are not those of the config.
+    #[error("the weights do not fit config.json: {}", reasons.join("; "))]
+    Tensors {
+        /// Every tensor that is missing, unexpected, or of the wrong shape or dtype.
+        reasons: Vec<String>,
+    },
+    /// A weight is NaN or infinite.
+    #[error("tensor {tensor} holds {value} at element {element}; weights must be finite")]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// Index in row-major order.
+        element: usize,
+        /// What is there.
+        value: f32,
+    },
+    /// A weight is too large for the format asked for.
+    #[error("tensor {tensor} holds {value}, which {format} cannot hold; load it as stored, or as bf16")]
+    OutOfRange {
+        /// The tensor.
+        tensor: String,
+        /// The value.
+        value: f32,
+        /// The format asked for.
+        format: WeightFormat,
+    },
+}
+
+/// A tensor that a config asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TensorSpec {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) role: Role,
+}
+
+/// What a tensor is for, which decides how it may be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// A weight that may be quantised.
+    Linear,
+    /// A weight that may change its float type only: embeddings, and what attention absorbs.
+    Float,
+    /// A router: as stored, since a changed weight changes which experts are chosen.
+    Router,
+    /// A norm, bias or correction: f32, which holds every stored type exactly.
+    Vector,
+}
+
+/// The open weight files of a checkpoint.
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    files: Vec<OpenFile>,
+    /// Which file, and where in it.
+    tensors: BTreeMap<String, (usize, Entry)>,
+}
+
+impl Checkpoint {
+    /// Opens the files and reads their headers.
+    pub(crate) fn open(files: &Files) -> Result<Self, CheckpointError> {
+        let single = files.open(SINGLE)?;
+        let index = files.read(INDEX, index::MAX_BYTES)?;
+        match (single, index) {
+            (Some(_), Some(_)) => Err(CheckpointError::NoWeights {
+                reason: format!("both {SINGLE} and {INDEX} are there, and either could be meant"),
+            }),
+            (Some(single), None) => {
+                let tensors = read_header(&single)?.into_iter().map(|e| (e.name.clone(), (0, e))).collect();
+                Ok(Self { files: vec![single], tensors })
+            }
+            (None, Some(index)) => index::open_shards(files, &index),
+            (None, None) => Err(no_weights(&files.names()?)),
+        }
+    }
+
+    /// `Ok` if the tensors are exactly those of `specs`, with their shapes, of types that can be
+    /// weights; tensors for which `ignored` holds may be there besides.
+    pub(crate) fn verify(
+        &self,
+        specs: &BTreeMap<String, TensorSpec>,
+        ignored: impl Fn(&str) -> bool,
+    ) -> Result<(), CheckpointError> {
+        let asked = specs.values().filter_map(|spec| {
+            let Some((_, entry)) = self.tensors.get(&spec.name) else {
+                return Some(format!("tensor {} is missing", spec.name));
+            };
+            if entry.shape != spec.shape {
+                return Some(format!(
+                    "tensor {} has shape {:?}, the config asks for {:?}",
+                    spec.name, entry.shape, spec.shape
+                ));
+            }
+            entry
+                .dtype()
+                .is_none()
+                .then(|| format!("tensor {} has dtype {}; weights are F32, F16 or BF16", spec.name, entry.stored_type))
+        });
+        let unexpected = self.tensors.keys().filter(|name| !specs.contains_key(*name) && !ignored(name));
+        let mut reasons: Vec<String> =
+            asked.chain(unexpected.map(|name| format!("tensor {name} is not part of this model"))).collect();
+        if reasons.is_empty() {
+            return Ok(());
+        }
+        let more = reasons.len().saturating_sub(MAX_REASONS);
+        reasons.truncate(MAX_REASONS);
+        if more > 0 {
+            reasons.push(format!("and {more} more"));
+        }
+        Err(CheckpointError::Tensors { reasons })
+    }
+
+    /// Bytes of all files.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.files.iter().map(OpenFile::len).sum()
+    }
+
+    /// The stored type of a verified tensor.
+    pub(crate) fn dtype(&self, name: &str) -> DType {
+        self.tensors[name].1.dtype().expect("verified")
+    }
+
+    /// A tensor's entry and bytes.
+    ///
+    /// # Panics
+    /// If there is no tensor of that name: [`Checkpoint::verify`] comes first.
+    pub(crate) fn tensor(&self, name: &str) -> Result<(&Entry, Part), CheckpointError> {
+        let (file, entry) = self.tensors.get(name).unwrap_or_else(|| panic!("{name} was verified"));
+        Ok((entry, self.files[*file].part(entry.offset, entry.bytes)?))
+    }
+}
+
+fn read_header(file: &OpenFile) -> Result<Vec<Entry>, CheckpointError> {
+    let damaged = |reason| CheckpointError::Damaged { file: file.name.clone(), reason };
+    if file.len() == 0 {
+        return Err(FileError::Empty { name: file.name.clone() }.into());
+    }
+    if file.len() < 8 {
+        return Err(damaged(format!("it has {} bytes: it is truncated", file.len())));
+    }
+    let prefix = file.part(0, 8)?;
+    let len = header::header_len(prefix[..8].try_into().expect("8 bytes"), file.len()).map_err(damaged)?;
+    if len == 0 {
+        return Err(damaged("its header is empty".into()));
+    }
+    header::parse(&file.part(8, len)?, file.len()).map_err(damaged)
+}
+
+/// Names what lies in a folder instead of weights: formats that run code when read are never opened.
+fn no_weights(names: &[String]) -> CheckpointError {
+    let with = |endings: &[&str]| names.iter().filter(|n| endings.iter().any(|e| n.ends_with(e))).min();
+    let reason = if let Some(name) = with(&[".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"]) {
+        format!("{name} is a pickle, which runs code when read; convert it to safetensors")
+    } else if let Some(name) = with(&[".gguf"]) {
+        format!("{name} is GGUF, which is not supported")
+    } else if let Some(name) = with(&[".safetensors"]) {
+        format!("{name} is there without {INDEX}")
+    } else {
+        "no weight file is there".into()
+    };
+    CheckpointError::NoWeights { reason }
+}

@@ -1,0 +1,277 @@
+//! From a checkpoint's files to a runner: read, refuse with every reason, size the cache, load.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use baton_device::{Backend, Caps, DType, DeviceError, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat, q8_0};
+use sha2::{Digest, Sha256};
+
+use crate::arch::{self, Sizes};
+use crate::checkpoint::{Checkpoint, CheckpointError, FileError, Files, Role, TensorSpec};
+use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig};
+use crate::loader::{Formats, Loader};
+use crate::precision::Conversion;
+use crate::runner::ModelRunner;
+use crate::step::RunSpec;
+
+/// Bytes of `config.json` or `generation_config.json` that are read.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// How a model shall be loaded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadOptions {
+    /// Float type of the weights; `None` for as stored.
+    pub dtype: Option<DType>,
+    /// Format of the linear layers; `None` for no quantisation. Embeddings (and a head tied to them),
+    /// norms, routers and latent up-projections stay floats.
+    pub quantization: Option<Quantization>,
+    /// Longest context in tokens; `None` for the model's own.
+    pub max_model_len: Option<usize>,
+    /// Tokens of one step, at most.
+    pub max_step_tokens: usize,
+    /// Sequences of one step, at most.
+    pub max_step_sequences: usize,
+    /// Memory for the cache.
+    pub kv_cache: KvCacheSize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            quantization: None,
+            max_model_len: None,
+            max_step_tokens: 2048,
+            max_step_sequences: 64,
+            kv_cache: KvCacheSize::AtMost(u64::MAX),
+        }
+    }
+}
+
+/// How linear layers can be quantised at load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// Signed bytes in blocks of 32 with a scale.
+    Q8_0,
+}
+
+impl From<Quantization> for WeightFormat {
+    fn from(quantization: Quantization) -> Self {
+        match quantization {
+            Quantization::Q8_0 => WeightFormat::Q8_0,
+        }
+    }
+}
+
+/// How much memory the cache takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvCacheSize {
+    /// Enough for `max_step_sequences` contexts of `max_model_len`, but no more bytes than this.
+    AtMost(u64),
+    /// As many whole blocks as these bytes hold.
+    Bytes(u64),
+}
+
+/// What was loaded, and how.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadReport {
+    /// Which model.
+    pub architecture: Architecture,
+    /// Stored element type of the embedding, which stands for the checkpoint's.
+    pub stored_dtype: DType,
+    /// Formats in which matrices are kept.
+    pub weight_formats: BTreeSet<WeightFormat>,
+    /// The checkpoint's defaults for sampling.
+    pub generation_config: GenerationConfig,
+    /// SHA-256, in hex, over `config.json` and each tensor's name, type, shape and bytes in the order
+    /// of the model, however they are split into files. Of checkpoints of 256 MiB and more only the
+    /// first 4 KiB of each tensor are covered: it tells models apart, it does not prove integrity.
+    pub digest: String,
+    /// Every tensor that is kept in a format other than the stored one, unless that is f32.
+    pub conversions: Vec<Conversion>,
+    /// Bytes of weights as kept.
+    pub weight_bytes: u64,
+    /// Bytes of the cache.
+    pub kv_bytes: u64,
+    /// Time that loading took.
+    pub seconds: f64,
+}
+
+/// Why a model was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A config file is refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The weights are refused, or a file cannot be had.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The device or the options do not suit the model.
+    #[error("this model cannot run as asked: {}", reasons.join("; "))]
+    Unsupported {
+        /// Every reason.
+        reasons: Vec<String>,
+    },
+    /// The cache would not hold a single sequence.
+    #[error(
+        "one sequence of {max_model_len} tokens takes {needed_blocks} cache blocks of {block_size} tokens, \
+         {block_bytes} bytes each ({} bytes); the cache has {bytes} bytes, which is {blocks} blocks: \
+         allow more memory or a shorter context", needed_blocks * block_bytes
+    )]
+    CacheTooSmall {
+        /// Tokens of a sequence.
+        max_model_len: usize,
+        /// Blocks that takes.
+        needed_blocks: u64,
+        /// Tokens of a block.
+        block_size: usize,
+        /// Bytes of a block over all layers.
+        block_bytes: u64,
+        /// Bytes allowed.
+        bytes: u64,
+        /// Blocks that gives.
+        blocks: u64,
+    },
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+impl From<FileError> for LoadError {
+    fn from(error: FileError) -> Self {
+        LoadError::Checkpoint(error.into())
+    }
+}
+
+/// Loads a checkpoint onto a device.
+pub fn load<B: Backend + LatentOps + MoeOps>(
+    backend: B,
+    files: &Files,
+    options: &LoadOptions,
+) -> Result<(ModelRunner<B>, LoadReport), LoadError> {
+    let start = Instant::now();
+    let (config, generation_config, digest) = read_configs(files)?;
+    let spec = run_spec(&config, options)?;
+    let checkpoint = Checkpoint::open(files)?;
+    let specs = arch::specs(&config).0;
+    checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
+    let formats = Formats { dtype: options.dtype, quantized: options.quantization.map(Into::into) };
+    let weight_formats = check_device(backend.caps(), &config, specs.values(), &checkpoint, formats)?;
+
+    let kv = arch::kv_spec(&config, backend.caps().kv_block_size);
+    let num_blocks = num_blocks(&kv, &spec, options.kv_cache)?;
+    let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
+
+    let sizes =
+        Sizes { rows: spec.max_step_tokens, logit_rows: spec.max_step_sequences, positions: spec.max_model_len };
+    let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
+    let model = arch::build(&config, sizes, &mut loader)?;
+    let cache = backend.kv_cache(&kv, num_blocks)?;
+    let report = LoadReport {
+        architecture: config.architecture,
+        stored_dtype: checkpoint.dtype("model.embed_tokens.weight"),
+        weight_formats,
+        generation_config,
+        conversions: std::mem::take(&mut loader.conversions),
+        weight_bytes: loader.weight_bytes,
+        kv_bytes: kv.block_bytes() as u64 * num_blocks as u64,
+        digest: loader.digest(),
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    Ok((ModelRunner::new(backend, model, cache, spec), report))
+}
+
+fn read_configs(files: &Files) -> Result<(ModelConfig, GenerationConfig, Sha256), LoadError> {
+    let json = files
+        .read("config.json", MAX_CONFIG_BYTES)?
+        .ok_or_else(|| FileError::Missing { name: "config.json".into() })?;
+    let config = ModelConfig::parse(&json)?;
+    let generation = files.read("generation_config.json", MAX_CONFIG_BYTES)?;
+    let generation = GenerationConfig::parse(generation.as_deref(), &config)?;
+    Ok((config, generation, Sha256::new_with_prefix(&json)))
+}
+
+/// The limits of the runner, without the cache's.
+fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, LoadError> {
+    let mut reasons = Vec::new();
+    let limit = config.max_position_embeddings;
+    let max_model_len = options.max_model_len.unwrap_or(limit);
+    if max_model_len == 0 || max_model_len > limit {
+        reasons.push(format!("a context of {max_model_len} tokens; this model takes 1 to {limit}"));
+    }
+    if options.max_step_tokens == 0 || options.max_step_sequences == 0 {
+        reasons.push("a step must have room for at least one token of one sequence".into());
+    }
+    if options.max_step_tokens < options.max_step_sequences {
+        reasons.push(format!(
+            "{} tokens per step for {} sequences: each needs at least one",
+            options.max_step_tokens, options.max_step_sequences
+        ));
+    }
+    if !reasons.is_empty() {
+        return Err(LoadError::Unsupported { reasons });
+    }
+    Ok(RunSpec {
+        vocab_size: config.vocab_size,
+        max_model_len,
+        block_size: 0,
+        num_blocks: 0,
+        max_step_tokens: options.max_step_tokens,
+        max_step_sequences: options.max_step_sequences,
+    })
+}
+
+/// The formats in use, if the device has all that the model needs in them.
+fn check_device<'a>(
+    caps: &Caps,
+    config: &ModelConfig,
+    specs: impl Iterator<Item = &'a TensorSpec>,
+    checkpoint: &Checkpoint,
+    formats: Formats,
+) -> Result<BTreeSet<WeightFormat>, LoadError> {
+    let mut weight_formats = BTreeSet::new();
+    let mut odd = Vec::new();
+    for spec in specs.filter(|s| s.role != Role::Vector) {
+        let format = formats.of(spec.role, checkpoint.dtype(&spec.name));
+        if format == WeightFormat::Q8_0 && spec.shape[1] % q8_0::BLOCK != 0 {
+            odd.push(spec);
+        }
+        weight_formats.insert(format);
+    }
+    let needs = Requirements { ops: arch::ops(config).into_iter().collect(), weight_formats };
+    let mut reasons = caps.refusals(&needs);
+    if let Some(first) = odd.first() {
+        reasons.push(format!(
+            "{} tensors cannot be kept as q8_0, whose blocks are {} columns: {} has {}",
+            odd.len(),
+            q8_0::BLOCK,
+            first.name,
+            first.shape[1]
+        ));
+    }
+    if reasons.is_empty() { Ok(needs.weight_formats) } else { Err(LoadError::Unsupported { reasons }) }
+}
+
+/// Blocks of the cache: at least those of one whole context.
+fn num_blocks(kv: &KvSpec, spec: &RunSpec, size: KvCacheSize) -> Result<usize, LoadError> {
+    let block_bytes = kv.block_bytes() as u64;
+    let needed_blocks = spec.max_model_len.div_ceil(kv.block_size) as u64;
+    let (bytes, wanted) = match size {
+        KvCacheSize::AtMost(bytes) => (bytes, needed_blocks.saturating_mul(spec.max_step_sequences as u64)),
+        KvCacheSize::Bytes(bytes) => (bytes, u64::MAX),
+    };
+    // Slots of all blocks are numbered in 32 bits.
+    let most = u64::from(u32::MAX) / kv.block_size as u64;
+    let blocks = (bytes / block_bytes).min(wanted).min(most);
+    if blocks < needed_blocks {
+        return Err(LoadError::CacheTooSmall {
+            max_model_len: spec.max_model_len,
+            needed_blocks,
+            block_size: kv.block_size,
+            block_bytes,
+            bytes,
+            blocks,
+        });
+    }
+    Ok(blocks as usize)
+}

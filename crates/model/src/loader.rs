@@ -1,0 +1,194 @@
+//! Tensor by tensor from checkpoint to device: map, check, hash, prepare, release.
+//!
+//! Invariants: a tensor's file pages are mapped only while it is prepared; every weight that reaches
+//! the device is finite; every change of precision is recorded.
+
+use std::collections::BTreeMap;
+
+use baton_device::{
+    Backend, DType, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps, MoeOps, Routing, WeightFormat,
+};
+use sha2::{Digest, Sha256};
+
+use crate::LoadError;
+use crate::checkpoint::{Checkpoint, CheckpointError, Part, Role, TensorSpec};
+use crate::precision::{self, Conversion};
+
+/// Above this many bytes of weights the digest covers only the beginning of each tensor.
+const HASH_ALL_BELOW: u64 = 256 << 20;
+/// Bytes of each tensor that the digest covers then.
+const HASH_PREFIX: usize = 4096;
+
+/// How weights shall be kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Formats {
+    /// Float type of what is not quantised; `None` for as stored.
+    pub(crate) dtype: Option<DType>,
+    /// Format of what may be quantised; `None` for no quantisation.
+    pub(crate) quantized: Option<WeightFormat>,
+}
+
+impl Formats {
+    /// The format of a matrix of this role and stored type.
+    pub(crate) fn of(self, role: Role, stored: DType) -> WeightFormat {
+        let float = || self.dtype.unwrap_or(stored).into();
+        match role {
+            Role::Linear => self.quantized.unwrap_or_else(float),
+            Role::Float => float(),
+            Role::Router => stored.into(),
+            Role::Vector => WeightFormat::F32,
+        }
+    }
+}
+
+/// Loads the tensors that were verified, each once.
+pub(crate) struct Loader<'a, B: Backend> {
+    pub(crate) backend: &'a B,
+    checkpoint: &'a Checkpoint,
+    specs: &'a BTreeMap<String, TensorSpec>,
+    formats: Formats,
+    hash_all: bool,
+    digest: Sha256,
+    /// Bytes of prepared weights.
+    pub(crate) weight_bytes: u64,
+    pub(crate) conversions: Vec<Conversion>,
+}
+
+/// A mapped tensor.
+struct Mapped<'a> {
+    spec: &'a TensorSpec,
+    dtype: DType,
+    part: Part,
+}
+
+impl Mapped<'_> {
+    fn host(&self) -> HostTensor<'_> {
+        HostTensor::new(&self.spec.name, self.dtype, self.spec.shape.clone(), &self.part)
+    }
+}
+
+impl<'a, B: Backend> Loader<'a, B> {
+    /// `digest` has seen the config already.
+    pub(crate) fn new(
+        backend: &'a B,
+        checkpoint: &'a Checkpoint,
+        specs: &'a BTreeMap<String, TensorSpec>,
+        formats: Formats,
+        digest: Sha256,
+    ) -> Self {
+        let hash_all = checkpoint.bytes() < HASH_ALL_BELOW;
+        Self { backend, checkpoint, specs, formats, hash_all, digest, weight_bytes: 0, conversions: Vec::new() }
+    }
+
+    /// `{prefix}.weight`, with `{prefix}.bias` if the model has one.
+    pub(crate) fn linear(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
+        let weight = self.map(&format!("{prefix}.weight"))?;
+        let bias_name = format!("{prefix}.bias");
+        let bias = if self.specs.contains_key(&bias_name) { Some(self.map(&bias_name)?) } else { None };
+        let format = self.account(&[&weight])?;
+        let src = HostLinear { weight: weight.host(), bias: bias.as_ref().map(Mapped::host), format };
+        Ok(self.backend.linear_weight(&src)?)
+    }
+
+    /// `{prefix}.weight`, cut along its rows into weights of the given heights.
+    pub(crate) fn split_linear<const N: usize>(
+        &mut self,
+        prefix: &str,
+        heights: [usize; N],
+    ) -> Result<[B::Linear; N], LoadError> {
+        let weight = self.map(&format!("{prefix}.weight"))?;
+        let format = self.account(&[&weight])?;
+        let mut start = 0;
+        let mut parts = Vec::with_capacity(N);
+        for height in heights {
+            let src = HostLinear { weight: weight.host().rows(start, height), bias: None, format };
+            parts.push(self.backend.linear_weight(&src)?);
+            start += height;
+        }
+        Ok(parts.try_into().unwrap_or_else(|_| unreachable!("one part per height")))
+    }
+
+    /// `{prefix}.weight` of a norm.
+    pub(crate) fn norm(&mut self, prefix: &str) -> Result<B::Vector, LoadError> {
+        let weight = self.map(&format!("{prefix}.weight"))?;
+        self.weight_bytes += weight.host().len() as u64 * 4;
+        Ok(self.backend.vector(&weight.host())?)
+    }
+
+    /// A vector that stays on the host, by its full name.
+    pub(crate) fn host_vector(&mut self, name: &str) -> Result<Vec<f32>, LoadError> {
+        Ok(self.map(name)?.host().to_f32())
+    }
+
+    /// `{prefix}.weight`, the up-projection of latent attention.
+    pub(crate) fn latent(
+        &mut self,
+        prefix: &str,
+        shape: impl for<'t> FnOnce(HostTensor<'t>, WeightFormat) -> HostLatent<'t>,
+    ) -> Result<B::Latent, LoadError>
+    where
+        B: LatentOps,
+    {
+        let weight = self.map(&format!("{prefix}.weight"))?;
+        let format = self.account(&[&weight])?;
+        Ok(self.backend.latent_weight(&shape(weight.host(), format))?)
+    }
+
+    /// `{prefix}.{expert}.{gate,up,down}_proj.weight` of all experts of a layer.
+    pub(crate) fn experts(&mut self, prefix: &str, count: usize, routing: Routing) -> Result<B::Experts, LoadError>
+    where
+        B: MoeOps,
+    {
+        let mut map_all = |name: &str| -> Result<Vec<Mapped<'a>>, LoadError> {
+            (0..count).map(|expert| self.map(&format!("{prefix}.{expert}.{name}.weight"))).collect()
+        };
+        let [gate, up, down] = [map_all("gate_proj")?, map_all("up_proj")?, map_all("down_proj")?];
+        let all: Vec<&Mapped<'_>> = gate.iter().chain(&up).chain(&down).collect();
+        let format = self.account(&all)?;
+        let src = HostExperts {
+            gate: gate.iter().map(Mapped::host).collect(),
+            up: up.iter().map(Mapped::host).collect(),
+            down: down.iter().map(Mapped::host).collect(),
+            format,
+            routing,
+        };
+        Ok(self.backend.expert_weights(&src)?)
+    }
+
+    /// The digest of all that was loaded, as lower-case hex.
+    pub(crate) fn digest(self) -> String {
+        self.digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Maps a tensor, hashes it and checks that it is finite.
+    fn map(&mut self, name: &str) -> Result<Mapped<'a>, LoadError> {
+        let spec = &self.specs[name];
+        let (entry, part) = self.checkpoint.tensor(name)?;
+        let dtype = entry.dtype().expect("verified");
+        let mapped = Mapped { spec, dtype, part };
+
+        self.digest.update(format!("{name}\n{dtype} {:?}\n", spec.shape));
+        let hashed = if self.hash_all { mapped.part.len() } else { mapped.part.len().min(HASH_PREFIX) };
+        self.digest.update(&mapped.part[..hashed]);
+
+        match precision::first_non_finite(&mapped.host()) {
+            None => Ok(mapped),
+            Some((element, value)) => {
+                Err(CheckpointError::NotFinite { tensor: name.to_owned(), element, value }.into())
+            }
+        }
+    }
+
+    /// The one format for matrices that are kept together, with their memory and loss recorded.
+    fn account(&mut self, tensors: &[&Mapped<'_>]) -> Result<WeightFormat, LoadError> {
+        let formats: Vec<_> = tensors.iter().map(|t| self.formats.of(t.spec.role, t.dtype)).collect();
+        // Where stored types are mixed, f32 holds them all.
+        let format = if formats.iter().all(|f| *f == formats[0]) { formats[0] } else { WeightFormat::F32 };
+        for tensor in tensors {
+            let host = tensor.host();
+            self.weight_bytes += format.bytes(host.len()) as u64;
+            self.conversions.extend(precision::convert(&host, format)?);
+        }
+        Ok(format)
+    }
+}

@@ -1,0 +1,121 @@
+//! What a change of precision costs a tensor, and whether a tensor is finite to begin with.
+
+use baton_device::{DType, HostTensor, WeightFormat, q8_0};
+use half::{bf16, f16};
+
+use crate::checkpoint::CheckpointError;
+
+/// A change of precision at load.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conversion {
+    /// Name in the checkpoint.
+    pub tensor: String,
+    /// Element type stored.
+    pub from: DType,
+    /// Format kept.
+    pub to: WeightFormat,
+    /// Largest absolute change of an element.
+    pub max_abs_error: f32,
+    /// Mean absolute change.
+    pub mean_abs_error: f32,
+}
+
+/// Elements looked at together: a multiple of every block size, small enough for the first-level cache.
+const CHUNK: usize = 64 * q8_0::BLOCK;
+
+/// Index and value of the first NaN or infinity.
+pub(crate) fn first_non_finite(tensor: &HostTensor<'_>) -> Option<(usize, f32)> {
+    chunks(tensor).find_map(|(start, chunk)| {
+        // A sum of absolute values is finite only if all are (or the tensor is absurd: look closer).
+        let suspicious = !chunk.iter().map(|v| v.abs()).sum::<f32>().is_finite();
+        let found = suspicious.then(|| chunk.iter().position(|v| !v.is_finite()))??;
+        Some((start + found, chunk[found]))
+    })
+}
+
+/// What keeping `tensor` in `format` loses; `None` where every element is kept exactly by design.
+pub(crate) fn convert(tensor: &HostTensor<'_>, format: WeightFormat) -> Result<Option<Conversion>, CheckpointError> {
+    if format == WeightFormat::F32 || format == tensor.dtype().into() {
+        return Ok(None);
+    }
+    let (mut max, mut sum) = (0.0f32, 0.0f64);
+    for (_, chunk) in chunks(tensor) {
+        for block in chunk.chunks(q8_0::BLOCK) {
+            for (value, kept) in block.iter().zip(keep(block, format)) {
+                let error = (value - kept).abs();
+                if !error.is_finite() {
+                    return Err(CheckpointError::OutOfRange { tensor: tensor.name().into(), value: *value, format });
+                }
+                max = max.max(error);
+                sum += f64::from(error);
+            }
+        }
+    }
+    Ok(Some(Conversion {
+        tensor: tensor.name().into(),
+        from: tensor.dtype(),
+        to: format,
+        max_abs_error: max,
+        mean_abs_error: (sum / tensor.len() as f64) as f32,
+    }))
+}
+
+/// A block as `format` gives it back.
+fn keep(block: &[f32], format: WeightFormat) -> [f32; q8_0::BLOCK] {
+    let mut kept = [0.0; q8_0::BLOCK];
+    kept[..block.len()].copy_from_slice(block);
+    match format {
+        WeightFormat::F32 => kept,
+        WeightFormat::F16 => kept.map(|v| f16::from_f32(v).to_f32()),
+        WeightFormat::BF16 => kept.map(|v| bf16::from_f32(v).to_f32()),
+        WeightFormat::Q8_0 => {
+            let (scale, q) = q8_0::quantize_weight_block(&kept);
+            q.map(|q| f32::from(q) * scale.to_f32())
+        }
+    }
+}
+
+/// A tensor's elements in chunks of [`CHUNK`], each with the index of its first element.
+fn chunks<'a>(tensor: &HostTensor<'a>) -> impl Iterator<Item = (usize, Vec<f32>)> + use<'a> {
+    let (name, dtype) = (tensor.name(), tensor.dtype());
+    let parts = tensor.data().chunks(CHUNK * dtype.size());
+    parts.enumerate().map(move |(i, part)| {
+        let shape = vec![part.len() / dtype.size()];
+        (i * CHUNK, HostTensor::new(name, dtype, shape, part).to_f32())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn a_non_finite_element_is_found_wherever_it_lies() {
+        for at in [0, 31, CHUNK - 1, CHUNK, 3 * CHUNK + 5] {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut values = vec![f32::MAX; 3 * CHUNK + 6];
+                let finite = tensor(&values);
+                assert_eq!(first_non_finite(&HostTensor::new("t", DType::F32, vec![values.len()], &finite)), None);
+                values[at] = bad;
+                let data = tensor(&values);
+                let found = first_non_finite(&HostTensor::new("t", DType::F32, vec![values.len()], &data));
+                assert_eq!(found.map(|f| f.0), Some(at));
+            }
+        }
+    }
+
+    #[test]
+    fn conversions_record_their_loss_and_refuse_overflow() {
+        let data = tensor(&[1.0 + 1.0 / 512.0, 1.0]);
+        let host = |data| HostTensor::new("t", DType::F32, vec![1, 2], data);
+        let lost = convert(&host(&data), WeightFormat::BF16).unwrap().unwrap();
+        assert_eq!((lost.max_abs_error, lost.mean_abs_error), (1.0 / 512.0, 0.5 / 512.0));
+        assert_eq!(convert(&host(&data), WeightFormat::F32).unwrap(), None);
+        let large = tensor(&[1e6, 0.0]);
+        assert!(matches!(convert(&host(&large), WeightFormat::F16), Err(CheckpointError::OutOfRange { .. })));
+    }
+}

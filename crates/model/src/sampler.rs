@@ -1,0 +1,222 @@
+//! From one row of logits to a token.
+//!
+//! Steps, in this order: logit_bias, repetition penalty, presence and frequency penalties, suppression
+//! of end tokens before `min_tokens`, temperature, top_k, top_p, min_p; then one draw. All in f64, so
+//! that rounding decides no cut. Logprobs are taken before every step: they are the model's own.
+//!
+//! The draw inverts the cumulative distribution over the kept tokens by ascending id, with the
+//! request's own random number ([`crate::philox`]). So a token depends on its row of logits, its
+//! request and its position alone. Nothing sorts the vocabulary: selection finds the few tokens that
+//! a cut keeps.
+
+use std::cmp::Ordering;
+
+use crate::philox::uniform;
+use crate::{SampleRequest, SampledToken, SamplingParams, SequenceFailure};
+
+/// A token that can be drawn, with its weight relative to the most likely one.
+type Candidate = (u32, f64);
+
+/// Chooses tokens. Holds only memory that is reused.
+#[derive(Debug, Default)]
+pub struct Sampler {
+    processed: Vec<f64>,
+    selection: Vec<f64>,
+    candidates: Vec<Candidate>,
+}
+
+impl Sampler {
+    /// Chooses the next token.
+    pub fn sample(&mut self, logits: &[f32], request: &SampleRequest) -> Result<SampledToken, SequenceFailure> {
+        let params = &*request.params;
+        let (finite, best) = scan(logits);
+        if !finite {
+            return Err(SequenceFailure::NonFiniteLogits);
+        }
+        let token = if params.temperature == 0.0 && !changes_logits(request) {
+            best
+        } else {
+            self.select(logits, request);
+            draw(&self.candidates, uniform(params.seed, params.choice, request.position))
+        };
+        let (logprob, top) = match params.logprobs {
+            None => (0.0, Vec::new()),
+            Some(count) => logprobs(logits, logits[best as usize], token, count as usize),
+        };
+        Ok(SampledToken { token, logprob, top })
+    }
+
+    /// The probability of every token, after all steps. Logits may be -inf, for tokens ruled out.
+    pub fn probabilities(&mut self, logits: &[f32], request: &SampleRequest) -> Vec<f64> {
+        self.select(logits, request);
+        let total: f64 = self.candidates.iter().map(|c| c.1).sum();
+        let mut probabilities = vec![0.0; logits.len()];
+        for (id, weight) in &self.candidates {
+            probabilities[*id as usize] = weight / total;
+        }
+        probabilities
+    }
+
+    /// Leaves in `candidates` the tokens that can be drawn, by ascending id; at least one.
+    fn select(&mut self, logits: &[f32], request: &SampleRequest) {
+        let Self { processed, selection, candidates } = self;
+        processed.clear();
+        processed.extend(logits.iter().map(|&l| f64::from(l)));
+        penalize(processed, request);
+
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = *request.params;
+        let (best, max) = first_max(processed);
+        candidates.clear();
+        if temperature > 0.0 {
+            let threshold = kth_largest(processed, top_k as usize, selection);
+            // Relative to the maximum first: exact for large logits, and never an overflow.
+            let weight = |l: f64| ((l - max) / f64::from(temperature)).exp();
+            let kept = (0u32..).zip(processed.iter()).filter(|(_, l)| **l >= threshold);
+            candidates.extend(kept.map(|(id, l)| (id, weight(*l))).filter(|c| c.1 > 0.0));
+            if top_p < 1.0 {
+                keep_nucleus(candidates, f64::from(top_p));
+            }
+            if min_p > 0.0 {
+                candidates.retain(|c| c.1 >= f64::from(min_p));
+            }
+            candidates.sort_unstable_by_key(|c| c.0);
+        }
+        if candidates.is_empty() {
+            candidates.push((best, 1.0));
+        }
+    }
+}
+
+/// Whether all logits are finite, and the first of the largest: one pass.
+fn scan(logits: &[f32]) -> (bool, u32) {
+    let (mut finite, mut best, mut max) = (true, 0, f32::NEG_INFINITY);
+    for (id, &l) in (0u32..).zip(logits) {
+        finite &= l.is_finite();
+        if l > max {
+            (best, max) = (id, l);
+        }
+    }
+    (finite, best)
+}
+
+fn first_max(logits: &[f64]) -> (u32, f64) {
+    let mut best = (0, f64::NEG_INFINITY);
+    for (id, &l) in (0u32..).zip(logits) {
+        if l > best.1 {
+            best = (id, l);
+        }
+    }
+    best
+}
+
+fn changes_logits(request: &SampleRequest) -> bool {
+    let params = &*request.params;
+    !params.logit_bias.is_empty() || params.needs_history() || request.position < params.min_tokens
+}
+
+/// Every step that changes single logits. Ids outside the vocabulary have no logit to change.
+fn penalize(logits: &mut [f64], request: &SampleRequest) {
+    let params = &*request.params;
+    for &(id, bias) in &params.logit_bias {
+        if let Some(l) = logits.get_mut(id as usize) {
+            *l += f64::from(bias);
+        }
+    }
+    let repetition = f64::from(params.repetition_penalty);
+    if repetition != 1.0 {
+        for (id, _) in occurrences(&request.history) {
+            if let Some(l) = logits.get_mut(id as usize) {
+                *l = if *l > 0.0 { *l / repetition } else { *l * repetition };
+            }
+        }
+    }
+    let (presence, frequency) = (f64::from(params.presence_penalty), f64::from(params.frequency_penalty));
+    if presence != 0.0 || frequency != 0.0 {
+        for (id, count) in occurrences(request.history.get(request.prompt_len..).unwrap_or_default()) {
+            if let Some(l) = logits.get_mut(id as usize) {
+                *l -= presence + frequency * count as f64;
+            }
+        }
+    }
+    if request.position < params.min_tokens {
+        for &id in &params.suppressed_until_min {
+            if let Some(l) = logits.get_mut(id as usize) {
+                *l = f64::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// Distinct ids with how often each occurs.
+fn occurrences(ids: &[u32]) -> Vec<(u32, usize)> {
+    let mut sorted = ids.to_vec();
+    sorted.sort_unstable();
+    sorted.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect()
+}
+
+/// The k-th largest logit: ties with it are kept. The smallest f64 where nothing is cut.
+fn kth_largest(logits: &[f64], k: usize, scratch: &mut Vec<f64>) -> f64 {
+    if k == 0 || k >= logits.len() {
+        return f64::MIN;
+    }
+    scratch.clear();
+    scratch.extend_from_slice(logits);
+    *scratch.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// Most likely first; equal ones by ascending id.
+fn by_weight(a: &Candidate, b: &Candidate) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Keeps the smallest set of most likely candidates whose mass reaches `p`; at least one. A small set
+/// is the rule, so ever larger heads are tried instead of sorting everything.
+fn keep_nucleus(candidates: &mut Vec<Candidate>, p: f64) {
+    let goal = p * candidates.iter().map(|c| c.1).sum::<f64>();
+    let mut head = 64;
+    while !candidates.is_empty() {
+        head = candidates.len().min(head);
+        if head < candidates.len() {
+            candidates.select_nth_unstable_by(head - 1, by_weight);
+        }
+        candidates[..head].sort_unstable_by(by_weight);
+        let mut mass = 0.0;
+        let reached = candidates[..head].iter().position(|c| {
+            mass += c.1;
+            mass >= goal
+        });
+        match reached {
+            Some(last) => return candidates.truncate(last + 1),
+            None if head == candidates.len() => return,
+            None => head *= 8,
+        }
+    }
+}
+
+/// The first candidate at which the cumulative weight exceeds `u` of the total.
+fn draw(candidates: &[Candidate], u: f64) -> u32 {
+    let goal = u * candidates.iter().map(|c| c.1).sum::<f64>();
+    let mut mass = 0.0;
+    let drawn = candidates.iter().find(|c| {
+        mass += c.1;
+        mass > goal
+    });
+    drawn.or(candidates.last()).expect("at least one candidate").0
+}
+
+/// The log-probability of `token` and the `count` most likely tokens with theirs, best first.
+fn logprobs(logits: &[f32], max: f32, token: u32, count: usize) -> (f32, Vec<(u32, f32)>) {
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+    let normalizer = f64::from(max) + sum.ln();
+    let logprob = |id: u32| (f64::from(logits[id as usize]) - normalizer) as f32;
+
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    let count = count.min(ids.len());
+    if 0 < count && count < ids.len() {
+        ids.select_nth_unstable_by(count - 1, order);
+    }
+    ids.truncate(count);
+    ids.sort_unstable_by(order);
+    (logprob(token), ids.into_iter().map(|id| (id, logprob(id))).collect())
+}
