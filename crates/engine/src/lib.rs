@@ -9,6 +9,8 @@ mod handle;
 mod request;
 mod stats;
 
+pub mod sim;
+
 pub use baton_model::{RunSpec, Runner, SampledToken, SamplingParams};
 pub use engine::{Engine, spawn};
 pub use handle::{EngineConfig, EngineHandle, OutputStream};
