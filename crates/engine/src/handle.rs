@@ -49,6 +49,9 @@ pub(crate) enum Command {
     Abort(RequestId),
     Drain,
     Shutdown,
+    /// A bug of our own.
+    #[cfg(test)]
+    Panic,
 }
 
 /// One accepted request on its way to the engine.
