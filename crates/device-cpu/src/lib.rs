@@ -1,1 +1,26 @@
 //! The CPU backend: SIMD kernels chosen at run time and a worker pool.
+//!
+//! Weights are packed at load into panels of 16 output rows, one lane each, so that an output is the
+//! sum over K in the order of K, in one accumulator: the same operations whether its row is computed
+//! alone or in a batch ([`kernels`]). Attention walks its context block by block from position 0.
+//! Hence no bit of a row depends on the other rows, on how a sequence is cut into steps, or on the
+//! number of threads; only the instruction set ([`Isa`]) may change bits.
+
+mod backend;
+mod cache;
+mod isa;
+mod kernels;
+mod memory;
+mod pool;
+mod simd;
+mod tensor;
+mod weight;
+
+pub use backend::{CpuBackend, CpuOptions};
+pub use cache::{AttentionPlan, KvCache};
+pub use isa::Isa;
+pub use kernels::latent::Latent;
+pub use kernels::moe::Experts;
+pub use kernels::rope::Rope;
+pub use tensor::Tensor;
+pub use weight::Linear;

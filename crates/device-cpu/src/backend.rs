@@ -1,0 +1,338 @@
+//! The device traits on top of the kernels: checks shapes, shares rows among the threads.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use baton_device::{
+    AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear, HostRope,
+    HostTensor, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, WeightFormat,
+};
+
+use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
+use crate::isa::{Dispatch, Isa};
+use crate::kernels::attention;
+use crate::kernels::latent::{self, Latent};
+use crate::kernels::linear::{Input, multiply};
+use crate::kernels::moe::{self, Experts};
+use crate::kernels::quantize::Quantized;
+use crate::kernels::rope::{Rope, Rotate};
+use crate::kernels::rows::{Add, RmsNorm, SiluMul};
+use crate::memory::DEVICE;
+use crate::pool::Pool;
+use crate::tensor::{Target, Tensor};
+use crate::weight::Linear;
+
+/// How a CPU backend is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads that share the work, the caller included; 0 for as many as the machine offers.
+    pub threads: usize,
+    /// Instruction set; the best found if `None`.
+    pub isa: Option<Isa>,
+}
+
+/// The CPU.
+pub struct CpuBackend {
+    caps: Caps,
+    isa: Dispatch,
+    pool: Pool,
+    scratch: Mutex<Scratch>,
+}
+
+#[derive(Default)]
+struct Scratch {
+    quantized: Quantized,
+    moe: moe::Scratch,
+}
+
+impl CpuBackend {
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] if the machine lacks the instruction set or refuses a thread.
+    pub fn new(options: &CpuOptions) -> Result<Self> {
+        use WeightFormat::{BF16, F16, F32, Q8_0};
+        let unavailable = |reason| DeviceError::Unavailable { device: DEVICE.to_owned(), reason };
+        let wanted = options.isa.unwrap_or_else(Isa::detect);
+        let isa = wanted.dispatch().ok_or_else(|| {
+            let available: Vec<_> = Isa::available().iter().map(ToString::to_string).collect();
+            unavailable(format!("this machine has no {wanted}; it has {}", available.join(", ")))
+        })?;
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let pool =
+            Pool::new(threads).map_err(|e| unavailable(format!("{threads} threads could not be started: {e}")))?;
+        let caps = Caps {
+            device: DEVICE.to_owned(),
+            isa: wanted.to_string(),
+            threads,
+            kv_block_size: BLOCK,
+            weight_formats: BTreeSet::from([F32, F16, BF16, Q8_0]),
+            ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
+            row_invariant: true,
+        };
+        Ok(Self { caps, isa, pool, scratch: Mutex::default() })
+    }
+
+    /// Contents are overwritten by every user, so poison means nothing.
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `f` with ranges that cover `0..rows`; `work` is that of one row, in multiply-adds.
+    fn share_rows(&self, rows: usize, work: usize, f: impl Fn(Range<usize>) + Sync) {
+        let chunk = rows.div_ceil(4 * self.pool.threads()).max(1);
+        self.pool.run(rows.div_ceil(chunk), rows * work, |task| {
+            f(task * chunk..rows.min((task + 1) * chunk));
+        });
+    }
+
+    /// Calls `f` with a row's number and contents, for every row of `x`.
+    fn each_row(&self, x: &mut Tensor, work_per_column: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        let (rows, cols) = (x.rows(), x.cols());
+        let target = Target::new(x.data_mut(), cols);
+        self.share_rows(rows, cols * work_per_column, |rows| {
+            for row in rows {
+                // SAFETY: ranges do not overlap.
+                f(row, unsafe { target.part(row, 0..cols) });
+            }
+        });
+    }
+}
+
+/// Rough multiply-adds per column of the operations on rows.
+mod work {
+    pub(super) const ADD: usize = 1;
+    pub(super) const NORM: usize = 4;
+    pub(super) const ROPE: usize = 8;
+    pub(super) const SILU: usize = 16;
+}
+
+fn same_shape(a: &Tensor, b: &Tensor) {
+    assert_eq!((a.rows(), a.cols()), (b.rows(), b.cols()), "shapes of two activations");
+}
+
+fn columns(x: &Tensor, cols: usize) {
+    assert_eq!(x.cols(), cols, "columns of an activation");
+}
+
+impl Backend for CpuBackend {
+    type Tensor = Tensor;
+    type Vector = Vec<f32>;
+    type Linear = Linear;
+    type Rope = Rope;
+    type KvCache = KvCache;
+    type AttentionPlan = AttentionPlan;
+
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {
+        Tensor::new(capacity, cols)
+    }
+
+    fn vector(&self, src: &HostTensor<'_>) -> Result<Vec<f32>> {
+        Ok(src.to_f32())
+    }
+
+    fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
+        Linear::new(src)
+    }
+
+    fn rope_table(&self, src: &HostRope) -> Result<Rope> {
+        Ok(Rope::new(src))
+    }
+
+    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
+        KvCache::new(spec, num_blocks)
+    }
+
+    fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
+        Ok(AttentionPlan::new(batch))
+    }
+
+    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+        columns(out, table.weight.in_features);
+        out.set_rows(ids.len());
+        self.each_row(out, work::ADD, |row, out| table.weight.read_row(ids[row] as usize, out));
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32, out: &mut Tensor) -> Result<()> {
+        columns(out, x.cols());
+        assert_eq!(x.cols() % weight.len(), 0, "a norm over {} of {} columns", weight.len(), x.cols());
+        out.set_rows(x.rows());
+        self.each_row(out, work::NORM, |row, out| {
+            out.copy_from_slice(x.row(row));
+            self.isa.run(RmsNorm { x: out, weight, eps });
+        });
+        Ok(())
+    }
+
+    fn rms_norm_in_place(&self, x: &mut Tensor, weight: &Vec<f32>, eps: f32) -> Result<()> {
+        assert_eq!(x.cols() % weight.len(), 0, "a norm over {} of {} columns", weight.len(), x.cols());
+        self.each_row(x, work::NORM, |_, x| self.isa.run(RmsNorm { x, weight, eps }));
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &self,
+        x: &Tensor,
+        residual: &mut Tensor,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.add(residual, x)?;
+        self.rms_norm(residual, weight, eps, out)
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        same_shape(x, y);
+        self.each_row(x, work::ADD, |row, x| self.isa.run(Add { x, y: y.row(row) }));
+        Ok(())
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<()> {
+        columns(out, weight.weight.out_features);
+        out.set_rows(x.rows());
+        let mut scratch = self.scratch();
+        let input = Input::prepare(self.isa, x.view(), &weight.weight, &mut scratch.quantized);
+        let target = Target::new(out.data_mut(), weight.weight.out_features);
+        multiply(&self.pool, self.isa, (input, x.rows()), (&weight.weight, weight.bias.as_deref()), &target);
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Tensor, layout: RopeLayout, table: &Rope, plan: &AttentionPlan) -> Result<()> {
+        columns(x, layout.heads * layout.head_dim);
+        assert_eq!((layout.dim, x.rows()), (2 * table.pairs, plan.rows()), "rotated columns and rows");
+        self.each_row(x, work::ROPE, |r, row| {
+            self.isa.run(Rotate { row, layout, table, position: plan.position(r) });
+        });
+        Ok(())
+    }
+
+    fn silu_mul(&self, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
+        same_shape(gate, up);
+        columns(out, gate.cols());
+        out.set_rows(gate.rows());
+        self.each_row(out, work::SILU, |row, out| {
+            out.copy_from_slice(gate.row(row));
+            self.isa.run(SiluMul { gate: out, up: up.row(row) });
+        });
+        Ok(())
+    }
+
+    fn paged_attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let Layer::Full { keys, values } = &mut cache.layers[layer] else { panic!("layer {layer} caches latents") };
+        columns(q, params.heads * params.head_dim);
+        same_shape(k, v);
+        columns(k, params.kv_heads * params.head_dim);
+        columns(out, q.cols());
+        assert_eq!((q.rows(), k.rows()), (plan.rows(), plan.rows()), "rows of the step");
+        for row in 0..plan.rows() {
+            keys.put(plan.slot(row), 0, k.row(row));
+            values.put(plan.slot(row), 0, v.row(row));
+        }
+        out.set_rows(q.rows());
+        let target = Target::new(out.data_mut(), q.cols());
+        attention::attend(&self.pool, self.isa, q, (keys, values), plan, params, &target);
+        Ok(())
+    }
+
+    fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
+        columns(out, x.cols());
+        out.set_rows(rows.len());
+        for (out, &row) in out.data_mut().chunks_exact_mut(x.cols()).zip(rows) {
+            out.copy_from_slice(x.row(row as usize));
+        }
+        Ok(())
+    }
+
+    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
+        blocks.iter().for_each(|&block| cache.clear(block as usize));
+        Ok(())
+    }
+
+    fn write(&self, data: &[f32], out: &mut Tensor) -> Result<()> {
+        assert_eq!(data.len() % out.cols(), 0, "whole rows");
+        out.set_rows(data.len() / out.cols());
+        out.data_mut().copy_from_slice(data);
+        Ok(())
+    }
+
+    fn read(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.extend_from_slice(x.data());
+        Ok(())
+    }
+}
+
+impl LatentOps for CpuBackend {
+    type Latent = Latent;
+
+    fn latent_weight(&self, src: &HostLatent<'_>) -> Result<Latent> {
+        Latent::new(src)
+    }
+
+    fn latent_attention(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        rope_key: &Tensor,
+        weight: &Latent,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        scale: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let Layer::Latent(plane) = &mut cache.layers[layer] else { panic!("layer {layer} caches keys and values") };
+        columns(q, weight.heads() * (weight.nope + weight.rope));
+        columns(latent, weight.rank);
+        columns(rope_key, weight.rope);
+        columns(out, weight.heads() * weight.v);
+        for rows in [q.rows(), latent.rows(), rope_key.rows()] {
+            assert_eq!(rows, plan.rows(), "rows of the step");
+        }
+        for row in 0..plan.rows() {
+            plane.put(plan.slot(row), 0, latent.row(row));
+            plane.put(plan.slot(row), rope_start(weight.rank), rope_key.row(row));
+        }
+        out.set_rows(q.rows());
+        let target = Target::new(out.data_mut(), weight.heads() * weight.v);
+        latent::attend(&self.pool, self.isa, q, weight, plane, plan, scale, &target);
+        Ok(())
+    }
+}
+
+impl MoeOps for CpuBackend {
+    type Experts = Experts;
+
+    fn expert_weights(&self, src: &HostExperts<'_>) -> Result<Experts> {
+        Experts::new(src)
+    }
+
+    fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {
+        columns(out, x.cols());
+        out.set_rows(x.rows());
+        assert_eq!(logits.rows(), x.rows(), "rows of the step");
+        let mut scratch = self.scratch();
+        moe::fused(&self.pool, self.isa, (x, logits), experts, &mut scratch.moe, out.data_mut());
+        Ok(())
+    }
+}

@@ -1,0 +1,89 @@
+//! Instruction sets: which the machine has, and how a kernel is run with one of them.
+
+use std::fmt;
+
+#[cfg(target_arch = "aarch64")]
+use crate::simd::neon::Neon;
+use crate::simd::{Kernel, portable::Portable};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{avx2::Avx2, avx512::Avx512};
+
+/// An instruction set that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// What every machine of the architecture has.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
+    Avx512,
+    /// aarch64.
+    Neon,
+}
+
+impl Isa {
+    const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon];
+
+    /// The best that this machine has.
+    pub fn detect() -> Isa {
+        *Self::available().last().expect("portable is always there")
+    }
+
+    /// All that this machine has, the best last.
+    pub fn available() -> Vec<Isa> {
+        Self::ALL.into_iter().filter(|isa| isa.dispatch().is_some()).collect()
+    }
+
+    /// `None` if the machine lacks it.
+    pub(crate) fn dispatch(self) -> Option<Dispatch> {
+        match self {
+            Isa::Portable => Some(Dispatch::Portable(Portable)),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::detect().map(Dispatch::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::detect().map(Dispatch::Avx512),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Some(Dispatch::Neon(Neon)),
+            #[allow(unreachable_patterns)] // which patterns are left depends on the architecture
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
+        })
+    }
+}
+
+/// An instruction set known to be there.
+#[derive(Clone, Copy)]
+pub(crate) enum Dispatch {
+    Portable(Portable),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+}
+
+impl Dispatch {
+    /// Runs a kernel as compiled for this instruction set.
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        match self {
+            Dispatch::Portable(s) => kernel.run(s),
+            #[cfg(target_arch = "x86_64")]
+            Dispatch::Avx2(s) => s.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Dispatch::Avx512(s) => s.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Dispatch::Neon(s) => s.run(kernel),
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! `y = x·Wᵀ + b` on packed weights.
+//!
+//! Order: an output is one lane of one accumulator that starts at 0, takes its products by ascending
+//! k (Q8_0: the exact sum of each block times both scales, by ascending block), then the bias. Tiles
+//! of `R` rows × `P` panels share loads; they change what is computed together, never the order.
+
+use std::ops::Range;
+
+use crate::isa::Dispatch;
+use crate::kernels::quantize::Quantized;
+use crate::pool::Pool;
+use crate::simd::{Kernel, LANES, Simd};
+use crate::tensor::{Target, View};
+use crate::weight::{Element, Floats, Matrix, Packed, Quants};
+
+/// Panels whose weights stay in cache while all rows of a task pass over them.
+const GROUP: usize = 4;
+/// Rows of one task: their activations stay in cache while the panels pass.
+const TASK_ROWS: usize = 64;
+/// Tasks that each thread finds on average, so that a late thread holds up little.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Rows ready to be multiplied, in the form that the weight's format wants.
+#[derive(Clone, Copy)]
+pub(crate) enum Input<'a> {
+    Floats(View<'a>),
+    /// Rows, by `index` where there is one.
+    Quants(&'a Quantized, Option<&'a [u32]>),
+}
+
+impl<'a> Input<'a> {
+    /// `x` for `weight`, quantised into `buffer` if need be.
+    pub(crate) fn prepare(isa: Dispatch, x: View<'a>, weight: &Matrix, buffer: &'a mut Quantized) -> Self {
+        assert_eq!(x.width, weight.in_features, "columns of the activation");
+        match weight.data {
+            Packed::Q8_0(_) => {
+                buffer.fill(isa, x);
+                Input::Quants(buffer, None)
+            }
+            _ => Input::Floats(x),
+        }
+    }
+
+    /// Rows `index[0]`, `index[1]`, … of this one.
+    pub(crate) fn indexed(self, index: &'a [u32]) -> Self {
+        match self {
+            Input::Floats(view) => Input::Floats(View { index: Some(index), ..view }),
+            Input::Quants(quants, _) => Input::Quants(quants, Some(index)),
+        }
+    }
+}
+
+/// A part of a product: some rows times some panels.
+#[derive(Clone)]
+pub(crate) struct Part<'a> {
+    pub(crate) input: Input<'a>,
+    pub(crate) weight: &'a Matrix,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) rows: Range<usize>,
+    pub(crate) panels: Range<usize>,
+}
+
+impl Part<'_> {
+    /// Computes the part into its rows and columns of `out`.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes that part of `out` meanwhile.
+    pub(crate) unsafe fn run(self, isa: Dispatch, out: &Target<'_>) {
+        let Part { weight, bias, rows, panels, .. } = self;
+        let out = PartOut { out, bias, out_features: weight.out_features };
+        match (self.input, &weight.data) {
+            (Input::Floats(x), Packed::F32(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
+            (Input::Floats(x), Packed::F16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
+            (Input::Floats(x), Packed::BF16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
+            (Input::Quants(x, index), Packed::Q8_0(w)) => isa.run(QuantPart { x, index, w, rows, panels, out }),
+            _ => unreachable!("the input was prepared for this weight"),
+        }
+    }
+}
+
+/// A whole product, shared among the threads.
+pub(crate) fn multiply(
+    pool: &Pool,
+    isa: Dispatch,
+    (input, rows): (Input<'_>, usize),
+    (weight, bias): (&Matrix, Option<&[f32]>),
+    out: &Target<'_>,
+) {
+    let chunk = panels_per_task(weight.panels(), pool.threads());
+    let chunks = weight.panels().div_ceil(chunk);
+    let work = rows * weight.out_features * weight.in_features;
+    pool.run(chunks * rows.div_ceil(TASK_ROWS), work, |task| {
+        let (row, panel) = (task / chunks * TASK_ROWS, task % chunks * chunk);
+        let rows = row..rows.min(row + TASK_ROWS);
+        let part = Part { input, weight, bias, rows, panels: panel..weight.panels().min(panel + chunk) };
+        // SAFETY: tasks differ in rows or in panels, so their parts do not overlap.
+        unsafe { part.run(isa, out) }
+    });
+}
+
+/// Whole groups of panels, where there are enough for all threads.
+pub(crate) fn panels_per_task(panels: usize, threads: usize) -> usize {
+    let share = panels.div_ceil(threads * TASKS_PER_THREAD).max(1);
+    if threads == 1 || share > GROUP / 2 { share.next_multiple_of(GROUP) } else { share }
+}
+
+/// Where a part puts its results.
+struct PartOut<'a> {
+    out: &'a Target<'a>,
+    bias: Option<&'a [f32]>,
+    out_features: usize,
+}
+
+impl PartOut<'_> {
+    #[inline(always)]
+    fn put<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize, acc: [[S::F32; P]; R]) {
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (p, mut v) in acc.into_iter().enumerate() {
+                let col = (panel + p) * LANES;
+                if let Some(bias) = self.bias {
+                    v = s.add(v, s.load_first(&bias[col..]));
+                }
+                // SAFETY: within the part that the caller of `Part::run` vouches for.
+                let out = unsafe { self.out.part(row + r, col..self.out_features.min(col + LANES)) };
+                s.store_first(v, out);
+            }
+        }
+    }
+}
+
+/// A kernel that computes tiles; the walk over a part is shared.
+trait Tiles {
+    /// Accumulators per row and panel.
+    const COST: usize;
+    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize);
+}
+
+/// Covers a part with tiles as large as the registers allow.
+#[inline(always)]
+fn walk<S: Simd, T: Tiles>(s: S, tiles: &T, rows: Range<usize>, panels: Range<usize>) {
+    for first in panels.clone().step_by(GROUP) {
+        let group = first..panels.end.min(first + GROUP);
+        let mut row = rows.start;
+        while row < rows.end {
+            let count = (rows.end - row).min(S::ACCUMULATORS / T::COST).clamp(1, 8);
+            match count {
+                1 => strip::<S, T, 1>(s, tiles, row, group.clone()),
+                2 => strip::<S, T, 2>(s, tiles, row, group.clone()),
+                3 => strip::<S, T, 3>(s, tiles, row, group.clone()),
+                4 => strip::<S, T, 4>(s, tiles, row, group.clone()),
+                5 => strip::<S, T, 5>(s, tiles, row, group.clone()),
+                6 => strip::<S, T, 6>(s, tiles, row, group.clone()),
+                7 => strip::<S, T, 7>(s, tiles, row, group.clone()),
+                _ => strip::<S, T, 8>(s, tiles, row, group.clone()),
+            }
+            row += count;
+        }
+    }
+}
+
+#[inline(always)]
+fn strip<S: Simd, T: Tiles, const R: usize>(s: S, tiles: &T, row: usize, panels: Range<usize>) {
+    let mut panel = panels.start;
+    while panel < panels.end {
+        let left = panels.end - panel;
+        let fits = |p: usize| left >= p && p * R * T::COST <= S::ACCUMULATORS;
+        if fits(4) {
+            tiles.tile::<S, R, 4>(s, row, panel);
+            panel += 4;
+        } else if fits(2) {
+            tiles.tile::<S, R, 2>(s, row, panel);
+            panel += 2;
+        } else {
+            tiles.tile::<S, R, 1>(s, row, panel);
+            panel += 1;
+        }
+    }
+}
+
+struct FloatPart<'a, T> {
+    x: View<'a>,
+    w: &'a Floats<T>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    out: PartOut<'a>,
+}
+
+impl<T: Element> Kernel for FloatPart<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        walk(s, &self, self.rows.clone(), self.panels.clone());
+    }
+}
+
+impl<T: Element> Tiles for FloatPart<'_, T> {
+    const COST: usize = 1;
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize) {
+        let depth = self.x.width;
+        let mut x: [&[f32]; R] = [&[]; R];
+        for (r, x) in x.iter_mut().enumerate() {
+            *x = &self.x.row(row + r)[..depth];
+        }
+        let mut w: [&[[T; LANES]]; P] = [&[]; P];
+        for (p, w) in w.iter_mut().enumerate() {
+            *w = &self.w.panel(panel + p)[..depth];
+        }
+        let mut acc = [[s.splat(0.0); P]; R];
+        for k in 0..depth {
+            let mut column = [s.splat(0.0); P];
+            for p in 0..P {
+                // SAFETY: every slice was cut to `depth`.
+                column[p] = T::load(s, unsafe { w[p].get_unchecked(k) });
+            }
+            for r in 0..R {
+                // SAFETY: as above.
+                let x = s.splat(unsafe { *x[r].get_unchecked(k) });
+                for p in 0..P {
+                    acc[r][p] = s.mul_add(x, column[p], acc[r][p]);
+                }
+            }
+        }
+        self.out.put(s, row, panel, acc);
+    }
+}
+
+struct QuantPart<'a> {
+    x: &'a Quantized,
+    index: Option<&'a [u32]>,
+    w: &'a Quants,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    out: PartOut<'a>,
+}
+
+impl Kernel for QuantPart<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        walk(s, &self, self.rows.clone(), self.panels.clone());
+    }
+}
+
+impl Tiles for QuantPart<'_> {
+    const COST: usize = 2;
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize) {
+        let w: [_; P] = std::array::from_fn(|p| self.w.panel(panel + p));
+        let x: [_; R] = std::array::from_fn(|r| self.x.row(self.index.map_or(row + r, |i| i[row + r] as usize)));
+        let mut acc = [[s.splat(0.0); P]; R];
+        for b in 0..w[0].0.len() {
+            let mut dots = [[s.dot_start(0); P]; R];
+            for r in 0..R {
+                dots[r] = [s.dot_start(x[r].2[b]); P];
+            }
+            for j in 0..w[0].0[b].len() {
+                for p in 0..P {
+                    let w = s.load_i8(&w[p].0[b][j]);
+                    for r in 0..R {
+                        let quad = x[r].0[b].as_chunks().0[j];
+                        dots[r][p] = s.dot4(dots[r][p], w, quad);
+                    }
+                }
+            }
+            for p in 0..P {
+                let scale = s.load_f16(&w[p].1[b]);
+                for r in 0..R {
+                    let scale = s.mul(scale, s.splat(x[r].1[b]));
+                    acc[r][p] = s.mul_add(s.to_f32(dots[r][p]), scale, acc[r][p]);
+                }
+            }
+        }
+        self.out.put(s, row, panel, acc);
+    }
+}

@@ -1,0 +1,9 @@
+//! The kernels. Each file states the order in which it adds, which is the same for every batch.
+
+pub(crate) mod attention;
+pub(crate) mod latent;
+pub(crate) mod linear;
+pub(crate) mod moe;
+pub(crate) mod quantize;
+pub(crate) mod rope;
+pub(crate) mod rows;

@@ -1,0 +1,143 @@
+//! Mixture of experts: rows are grouped by expert, so that a step reads an expert's weights once.
+//!
+//! Order: a row's experts are added by ascending number; within an expert, that of the linear kernel.
+
+use baton_device::{DeviceError, HostExperts, HostTensor, Result, Routing, select_experts};
+
+use crate::isa::Dispatch;
+use crate::kernels::linear::{Input, Part, panels_per_task};
+use crate::kernels::quantize::Quantized;
+use crate::kernels::rows::{AddScaled, SiluMul};
+use crate::pool::Pool;
+use crate::simd::LANES;
+use crate::tensor::{Target, Tensor, View};
+use crate::weight::Matrix;
+
+/// All routed experts of one layer.
+pub struct Experts {
+    experts: Vec<Expert>,
+    routing: Routing,
+}
+
+struct Expert {
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+}
+
+impl Experts {
+    pub(crate) fn new(src: &HostExperts<'_>) -> Result<Self> {
+        let matrix = |tensors: &[HostTensor<'_>], e: usize| Matrix::from_host(&tensors[e], src.format);
+        let expert = |e: usize| {
+            let expert = Expert { gate: matrix(&src.gate, e)?, up: matrix(&src.up, e)?, down: matrix(&src.down, e)? };
+            src.up[e].expect_shape(src.gate[0].shape())?;
+            src.gate[e].expect_shape(src.gate[0].shape())?;
+            src.down[e].expect_shape(&[expert.gate.in_features, expert.gate.out_features])?;
+            Ok::<_, DeviceError>(expert)
+        };
+        let experts = (0..src.gate.len()).map(expert).collect::<Result<_>>()?;
+        Ok(Self { experts, routing: src.routing.clone() })
+    }
+}
+
+/// Pairs of a row and an expert, sorted by expert and then by row, and what is computed for each.
+/// Grows to the largest step and is then reused.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    /// `(expert, row, weight)`.
+    pairs: Vec<(usize, u32, f32)>,
+    /// Row of each pair.
+    rows: Vec<u32>,
+    /// Own number of each pair.
+    own: Vec<u32>,
+    /// Expert with pairs, first pair, pairs.
+    runs: Vec<(usize, usize, usize)>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    down: Vec<f32>,
+    quantized: Quantized,
+    quantized_inner: Quantized,
+}
+
+/// `out = Σ_e weight_e · down_e(silu(gate_e x) ⊙ up_e x)` for every row.
+pub(crate) fn fused(
+    pool: &Pool,
+    isa: Dispatch,
+    (x, logits): (&Tensor, &Tensor),
+    layer: &Experts,
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) {
+    let Scratch { pairs, rows, own, runs, gate, up, down, quantized, quantized_inner } = scratch;
+    route(logits, &layer.routing, pairs);
+    rows.clear();
+    rows.extend(pairs.iter().map(|p| p.1));
+    own.clear();
+    own.extend(0..pairs.len() as u32);
+    runs.clear();
+    for run in pairs.chunk_by(|a, b| a.0 == b.0) {
+        let first = runs.last().map_or(0, |&(_, first, count)| first + count);
+        runs.push((run[0].0, first, run.len()));
+    }
+
+    let Some(shape) = layer.experts.first() else { return out.fill(0.0) };
+    let (hidden, inner) = (shape.gate.in_features, shape.gate.out_features);
+    for (buffer, width) in [(&mut *gate, inner), (&mut *up, inner), (&mut *down, hidden)] {
+        buffer.resize(pairs.len() * width, 0.0);
+    }
+    let work = pairs.len() * hidden * inner;
+
+    let input = Input::prepare(isa, x.view(), &shape.gate, quantized);
+    let (gates, ups) = (Target::new(gate, inner), Target::new(up, inner));
+    let chunk = panels_per_task(shape.gate.panels() * runs.len(), pool.threads()).min(shape.gate.panels());
+    let chunks = shape.gate.panels().div_ceil(chunk);
+    pool.run(runs.len() * chunks, 2 * work, |task| {
+        let (expert, first, count) = runs[task / chunks];
+        let Expert { gate, up, .. } = &layer.experts[expert];
+        let panel = task % chunks * chunk;
+        let panels = panel..gate.panels().min(panel + chunk);
+        let cols = panel * LANES..inner.min(panels.end * LANES);
+        let input = input.indexed(&rows[first..first + count]);
+        let part = Part { input, weight: gate, bias: None, rows: 0..count, panels };
+        // SAFETY: tasks differ in pairs or in columns, here and below; only one part is alive at a time.
+        unsafe { part.clone().run(isa, &gates.shifted(first, 0)) };
+        // SAFETY: as above.
+        unsafe { Part { weight: up, ..part }.run(isa, &ups.shifted(first, 0)) };
+        for pair in first..first + count {
+            // SAFETY: as above; both were computed by this task.
+            let (gate, up) = unsafe { (gates.part(pair, cols.clone()), ups.part(pair, cols.clone())) };
+            isa.run(SiluMul { gate, up });
+        }
+    });
+
+    let view = View { data: &gate[..], rows: pairs.len(), stride: inner, start: 0, width: inner, index: None };
+    let input = Input::prepare(isa, view, &shape.down, quantized_inner);
+    let downs = Target::new(down, hidden);
+    let chunk = panels_per_task(shape.down.panels() * runs.len(), pool.threads()).min(shape.down.panels());
+    let chunks = shape.down.panels().div_ceil(chunk);
+    pool.run(runs.len() * chunks, work, |task| {
+        let (expert, first, count) = runs[task / chunks];
+        let weight = &layer.experts[expert].down;
+        let panel = task % chunks * chunk;
+        let panels = panel..weight.panels().min(panel + chunk);
+        let input = input.indexed(&own[first..first + count]);
+        let part = Part { input, weight, bias: None, rows: 0..count, panels };
+        // SAFETY: tasks differ in pairs or in columns.
+        unsafe { part.run(isa, &downs.shifted(first, 0)) };
+    });
+
+    out.fill(0.0);
+    for (&(_, row, factor), y) in pairs.iter().zip(down.chunks_exact(hidden)) {
+        let x = &mut out[row as usize * hidden..][..hidden];
+        isa.run(AddScaled { x, y, factor });
+    }
+}
+
+/// Chooses the experts of every row.
+fn route(logits: &Tensor, routing: &Routing, pairs: &mut Vec<(usize, u32, f32)>) {
+    pairs.clear();
+    for (row, logits) in logits.data().chunks_exact(routing.correction_bias.len()).enumerate() {
+        pairs.extend(select_experts(logits, routing).into_iter().map(|(e, weight)| (e, row as u32, weight)));
+    }
+    pairs.sort_unstable_by_key(|&(expert, row, _)| (expert, row));
+}

@@ -1,0 +1,176 @@
+//! AVX2 with FMA and F16C: two registers per vector.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Kernel, LANES, Simd};
+
+/// AVX2, FMA and F16C: Haswell, Zen and later.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// `Some` if this machine has it.
+    pub(crate) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        (found && is_x86_feature_detected!("f16c")).then_some(Self(()))
+    }
+
+    /// Runs a kernel compiled for these features.
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn enter<K: Kernel>(s: Avx2, kernel: K) {
+            kernel.run(s);
+        }
+        // SAFETY: a value of this type exists only if `detect` found the features.
+        unsafe { enter(self, kernel) }
+    }
+}
+
+/// An intrinsic on values, or on memory that a reference of its exact size vouches for.
+macro_rules! intrinsic {
+    ($e:expr) => {
+        // SAFETY: `self` proves that the features are there (see `Avx2::detect`); addresses stay
+        // within the two halves of an array of 16.
+        unsafe { $e }
+    };
+}
+
+impl Simd for Avx2 {
+    type F32 = [__m256; 2];
+    type I32 = [__m256i; 2];
+    /// Bytes as they are.
+    type I8 = [__m256i; 2];
+
+    const ACCUMULATORS: usize = 6;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [__m256; 2] {
+        [intrinsic!(_mm256_set1_ps(x)); 2]
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> [__m256; 2] {
+        intrinsic!([_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))])
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; LANES]) -> [__m256; 2] {
+        let x = x.as_ptr().cast::<__m128i>();
+        intrinsic!([_mm256_cvtph_ps(_mm_loadu_si128(x)), _mm256_cvtph_ps(_mm_loadu_si128(x.add(1)))])
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> [__m256; 2] {
+        let x = x.as_ptr().cast::<__m128i>();
+        intrinsic!([
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(x)))),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(x.add(1))))),
+        ])
+    }
+
+    #[inline(always)]
+    fn store(self, v: [__m256; 2], out: &mut [f32; LANES]) {
+        intrinsic!({
+            _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
+        })
+    }
+
+    #[inline(always)]
+    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn sub(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn div(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])])
+    }
+
+    #[inline(always)]
+    fn at_least(self, x: [__m256; 2], low: [__m256; 2]) -> [__m256; 2] {
+        // The instruction yields its second operand if either is not a number.
+        intrinsic!([_mm256_max_ps(low[0], x[0]), _mm256_max_ps(low[1], x[1])])
+    }
+
+    #[inline(always)]
+    fn at_most(self, x: [__m256; 2], high: [__m256; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_min_ps(high[0], x[0]), _mm256_min_ps(high[1], x[1])])
+    }
+
+    #[inline(always)]
+    fn add_exponent(self, v: [__m256; 2], n: [__m256; 2]) -> [__m256; 2] {
+        let mut out = v;
+        for i in 0..2 {
+            out[i] = intrinsic!({
+                let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(n[i]));
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v[i]), n))
+            });
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn sums(self, [a, b, c, d]: [[__m256; 2]; 4]) -> [f32; 4] {
+        intrinsic!({
+            let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
+            let (c, d) = (_mm256_add_ps(c[0], c[1]), _mm256_add_ps(d[0], d[1]));
+            // Within each half: [a, b, a, b], then [a, b, c, d].
+            let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+            let low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+            let halves = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+            let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+            let mut out = [0.0; 4];
+            _mm_storeu_ps(out.as_mut_ptr(), sums);
+            out
+        })
+    }
+
+    #[inline(always)]
+    fn load_i8(self, w: &[i8; 4 * LANES]) -> [__m256i; 2] {
+        let w = w.as_ptr().cast::<__m256i>();
+        intrinsic!([_mm256_loadu_si256(w), _mm256_loadu_si256(w.add(1))])
+    }
+
+    #[inline(always)]
+    fn dot_start(self, _sum: i32) -> [__m256i; 2] {
+        [intrinsic!(_mm256_setzero_si256()); 2]
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: [__m256i; 2], w: [__m256i; 2], x: [i8; 4]) -> [__m256i; 2] {
+        let x = i32::from_le_bytes(x.map(|b| b as u8));
+        let mut out = acc;
+        for i in 0..2 {
+            // |w| · (x with the sign of w): two products of at most 127² fit 16 bits.
+            out[i] = intrinsic!({
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(_mm256_set1_epi32(x), w[i]));
+                _mm256_add_epi32(acc[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            });
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn to_f32(self, v: [__m256i; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])])
+    }
+}

@@ -1,0 +1,162 @@
+//! AVX-512: one register per vector, dot products of bytes by VNNI.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Kernel, LANES, Simd};
+
+/// AVX-512 F, BW, VL, DQ and VNNI: Ice Lake, Zen 4 and later.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// `Some` if this machine has it.
+    pub(crate) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vnni");
+        found.then_some(Self(()))
+    }
+
+    /// Runs a kernel compiled for these features.
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+        fn enter<K: Kernel>(s: Avx512, kernel: K) {
+            kernel.run(s);
+        }
+        // SAFETY: a value of this type exists only if `detect` found the features; those of AVX2 are
+        // implied by them.
+        unsafe { enter(self, kernel) }
+    }
+}
+
+/// An intrinsic on values, or on memory that a reference of its exact size vouches for.
+macro_rules! intrinsic {
+    ($e:expr) => {
+        // SAFETY: `self` proves that the features are there (see `Avx512::detect`).
+        unsafe { $e }
+    };
+}
+
+impl Simd for Avx512 {
+    type F32 = __m512;
+    type I32 = __m512i;
+    /// Bytes plus 128, unsigned as VNNI wants its first factor.
+    type I8 = __m512i;
+
+    const ACCUMULATORS: usize = 16;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        intrinsic!(_mm512_set1_ps(x))
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> __m512 {
+        intrinsic!(_mm512_loadu_ps(x.as_ptr()))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; LANES]) -> __m512 {
+        intrinsic!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> __m512 {
+        intrinsic!({
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        })
+    }
+
+    #[inline(always)]
+    fn store(self, v: __m512, out: &mut [f32; LANES]) {
+        intrinsic!(_mm512_storeu_ps(out.as_mut_ptr(), v))
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        intrinsic!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn at_least(self, x: __m512, low: __m512) -> __m512 {
+        // The instruction yields its second operand if either is not a number.
+        intrinsic!(_mm512_max_ps(low, x))
+    }
+
+    #[inline(always)]
+    fn at_most(self, x: __m512, high: __m512) -> __m512 {
+        intrinsic!(_mm512_min_ps(high, x))
+    }
+
+    #[inline(always)]
+    fn add_exponent(self, v: __m512, n: __m512) -> __m512 {
+        intrinsic!({
+            let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(n));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), n))
+        })
+    }
+
+    #[inline(always)]
+    fn sums(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        intrinsic!({
+            // Within each quarter: [a, b, a, b], then [a, b, c, d].
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            let quarters = _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+            let halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps::<1>(quarters));
+            let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+            let mut out = [0.0; 4];
+            _mm_storeu_ps(out.as_mut_ptr(), sums);
+            out
+        })
+    }
+
+    #[inline(always)]
+    fn load_i8(self, w: &[i8; 4 * LANES]) -> __m512i {
+        intrinsic!(_mm512_xor_si512(_mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi8(-128)))
+    }
+
+    #[inline(always)]
+    fn dot_start(self, sum: i32) -> __m512i {
+        // Undoes the 128 that was added to every weight.
+        intrinsic!(_mm512_set1_epi32(-128 * sum))
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: __m512i, w: __m512i, x: [i8; 4]) -> __m512i {
+        let x = i32::from_le_bytes(x.map(|b| b as u8));
+        intrinsic!(_mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)))
+    }
+
+    #[inline(always)]
+    fn to_f32(self, v: __m512i) -> __m512 {
+        intrinsic!(_mm512_cvtepi32_ps(v))
+    }
+}

@@ -1,0 +1,125 @@
+//! Vectors of 16 f32 lanes, whatever the registers are: one on AVX-512, two on AVX2, four on NEON.
+//!
+//! Kernels are written once against [`Simd`] and instantiated per instruction set by
+//! [`crate::isa::Dispatch`]. A value of a `Simd` type is proof that the machine has its features, so
+//! the operations are safe to call. Every method is inlined into a function that enables those
+//! features; that is why all of them, and the kernels, are `#[inline(always)]`.
+//!
+//! Each operation has one fixed order of additions, so equal inputs give equal bits wherever a
+//! kernel uses it.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+pub(crate) mod portable;
+
+use half::{bf16, f16};
+
+/// Lanes of a vector, on every instruction set.
+pub(crate) const LANES: usize = 16;
+
+/// Code that is compiled once per instruction set. Implementations of `run` are `#[inline(always)]`.
+pub(crate) trait Kernel {
+    /// Runs with the instructions that `s` stands for.
+    fn run<S: Simd>(self, s: S);
+}
+
+/// An instruction set.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// 16 floats.
+    type F32: Copy;
+    /// 16 integers.
+    type I32: Copy;
+    /// 16 groups of 4 signed bytes, none of them -128.
+    type I8: Copy;
+
+    /// How many `F32` accumulators leave room in the registers for operands.
+    const ACCUMULATORS: usize;
+
+    fn splat(self, x: f32) -> Self::F32;
+    fn load(self, x: &[f32; LANES]) -> Self::F32;
+    fn load_f16(self, x: &[f16; LANES]) -> Self::F32;
+    fn load_bf16(self, x: &[bf16; LANES]) -> Self::F32;
+    fn store(self, v: Self::F32, out: &mut [f32; LANES]);
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b + c`, rounded once where the instruction set can.
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// The larger of two, `x` if it is not a number.
+    fn at_least(self, x: Self::F32, low: Self::F32) -> Self::F32;
+    /// The smaller of two, `x` if it is not a number.
+    fn at_most(self, x: Self::F32, high: Self::F32) -> Self::F32;
+    /// Adds the integer in the low bits of each `n` to the exponent of `v`: `v * 2^n`.
+    fn add_exponent(self, v: Self::F32, n: Self::F32) -> Self::F32;
+    /// Sums the lanes of each of four vectors.
+    fn sums(self, v: [Self::F32; 4]) -> [f32; 4];
+
+    fn load_i8(self, w: &[i8; 4 * LANES]) -> Self::I8;
+    /// Where a chain of [`Simd::dot4`] starts, given the sum of all activations it will see.
+    fn dot_start(self, sum: i32) -> Self::I32;
+    /// Adds to each lane the dot product of its group of `w` with the four signed bytes of `x`. Exact.
+    fn dot4(self, acc: Self::I32, w: Self::I8, x: [i8; 4]) -> Self::I32;
+    fn to_f32(self, v: Self::I32) -> Self::F32;
+
+    /// Sum of the lanes.
+    #[inline(always)]
+    fn sum(self, v: Self::F32) -> f32 {
+        let zero = self.splat(0.0);
+        self.sums([v, zero, zero, zero])[0]
+    }
+
+    /// Up to 16 floats, zeros behind them.
+    #[inline(always)]
+    fn load_first(self, x: &[f32]) -> Self::F32 {
+        if let Some(x) = x.first_chunk() {
+            return self.load(x);
+        }
+        let mut lanes = [0.0; LANES];
+        lanes[..x.len()].copy_from_slice(x);
+        self.load(&lanes)
+    }
+
+    /// The first lanes, as many as `out` has and at most 16.
+    #[inline(always)]
+    fn store_first(self, v: Self::F32, out: &mut [f32]) {
+        if let Some(out) = out.first_chunk_mut() {
+            return self.store(v, out);
+        }
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        let len = out.len();
+        out.copy_from_slice(&lanes[..len]);
+    }
+
+    /// `e^x` to about 1e-7 relative for x in [-87, 88]; outside, the value at the border.
+    ///
+    /// `x = n ln 2 + r` with |r| ≤ ln 2 / 2, and a polynomial in r (coefficients of Cephes' `expf`).
+    /// Adding 1.5·2²³ rounds to the nearest integer and leaves it in the low bits.
+    #[inline(always)]
+    fn exp(self, x: Self::F32) -> Self::F32 {
+        let x = self.at_most(self.at_least(x, self.splat(-87.0)), self.splat(88.0));
+        let magic = self.splat(12_582_912.0);
+        let shifted = self.mul_add(x, self.splat(std::f32::consts::LOG2_E), magic);
+        let n = self.sub(shifted, magic);
+        let r = self.mul_add(n, self.splat(-0.693_359_4), x);
+        let r = self.mul_add(n, self.splat(2.121_944_4e-4), r);
+        let mut p = self.splat(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            p = self.mul_add(p, r, self.splat(c));
+        }
+        let p = self.add(self.mul_add(p, self.mul(r, r), r), self.splat(1.0));
+        self.add_exponent(p, shifted)
+    }
+
+    /// `x / (1 + e^-x)`.
+    #[inline(always)]
+    fn silu(self, x: Self::F32) -> Self::F32 {
+        let e = self.exp(self.sub(self.splat(0.0), x));
+        self.div(x, self.add(self.splat(1.0), e))
+    }
+}

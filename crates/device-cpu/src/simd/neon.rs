@@ -1,0 +1,160 @@
+//! NEON: four registers per vector.
+
+use std::arch::aarch64::*;
+use std::array::from_fn;
+
+use half::{bf16, f16};
+
+use super::{LANES, Simd};
+
+/// Every aarch64 machine.
+#[derive(Clone, Copy)]
+pub(crate) struct Neon;
+
+/// An intrinsic on values, or on memory that a reference of its exact size vouches for.
+macro_rules! intrinsic {
+    ($e:expr) => {
+        // SAFETY: NEON is part of the architecture's base; addresses stay within the four quarters
+        // of an array of 16.
+        #[allow(unused_unsafe)] // some intrinsics are safe where their feature is in the base
+        unsafe {
+            $e
+        }
+    };
+}
+
+impl Simd for Neon {
+    type F32 = [float32x4_t; 4];
+    type I32 = [int32x4_t; 4];
+    /// Bytes as they are.
+    type I8 = [int8x16_t; 4];
+
+    const ACCUMULATORS: usize = 6;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F32 {
+        [intrinsic!(vdupq_n_f32(x)); 4]
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F32 {
+        from_fn(|i| intrinsic!(vld1q_f32(x.as_ptr().add(4 * i))))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; LANES]) -> Self::F32 {
+        // The exponent is corrected by a multiplication, which also makes subnormals exact; infinities
+        // and NaN get the f32 exponent of such.
+        from_fn(|i| {
+            intrinsic!({
+                let bits = vmovl_u16(vld1_u16(x.as_ptr().cast::<u16>().add(4 * i)));
+                let magnitude = vshlq_n_u32::<13>(vandq_u32(bits, vdupq_n_u32(0x7fff)));
+                let correction = vdupq_n_f32(f32::from_bits((254 - 15) << 23));
+                let scaled = vreinterpretq_u32_f32(vmulq_f32(vreinterpretq_f32_u32(magnitude), correction));
+                let exponent = vandq_u32(bits, vdupq_n_u32(0x7c00));
+                let special = vandq_u32(vceqq_u32(exponent, vdupq_n_u32(0x7c00)), vdupq_n_u32(0x7f80_0000));
+                let sign = vshlq_n_u32::<16>(vandq_u32(bits, vdupq_n_u32(0x8000)));
+                vreinterpretq_f32_u32(vorrq_u32(vorrq_u32(scaled, special), sign))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> Self::F32 {
+        from_fn(|i| intrinsic!(vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(x.as_ptr().cast::<u16>().add(4 * i))))))
+    }
+
+    #[inline(always)]
+    fn store(self, v: Self::F32, out: &mut [f32; LANES]) {
+        for (quarter, v) in out.as_chunks_mut::<4>().0.iter_mut().zip(v) {
+            intrinsic!(vst1q_f32(quarter.as_mut_ptr(), v));
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        from_fn(|i| intrinsic!(vaddq_f32(a[i], b[i])))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        from_fn(|i| intrinsic!(vsubq_f32(a[i], b[i])))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        from_fn(|i| intrinsic!(vmulq_f32(a[i], b[i])))
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        from_fn(|i| intrinsic!(vdivq_f32(a[i], b[i])))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        from_fn(|i| intrinsic!(vfmaq_f32(c[i], a[i], b[i])))
+    }
+
+    #[inline(always)]
+    fn at_least(self, x: Self::F32, low: Self::F32) -> Self::F32 {
+        // Yields not-a-number if either is.
+        from_fn(|i| intrinsic!(vmaxq_f32(x[i], low[i])))
+    }
+
+    #[inline(always)]
+    fn at_most(self, x: Self::F32, high: Self::F32) -> Self::F32 {
+        from_fn(|i| intrinsic!(vminq_f32(x[i], high[i])))
+    }
+
+    #[inline(always)]
+    fn add_exponent(self, v: Self::F32, n: Self::F32) -> Self::F32 {
+        from_fn(|i| {
+            intrinsic!({
+                let n = vshlq_n_u32::<23>(vreinterpretq_u32_f32(n[i]));
+                vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(v[i]), n))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn sums(self, v: [Self::F32; 4]) -> [f32; 4] {
+        let quarters: [float32x4_t; 4] =
+            from_fn(|i| intrinsic!(vaddq_f32(vaddq_f32(v[i][0], v[i][1]), vaddq_f32(v[i][2], v[i][3]))));
+        let mut out = [0.0; 4];
+        intrinsic!({
+            let (ab, cd) = (vpaddq_f32(quarters[0], quarters[1]), vpaddq_f32(quarters[2], quarters[3]));
+            vst1q_f32(out.as_mut_ptr(), vpaddq_f32(ab, cd));
+        });
+        out
+    }
+
+    #[inline(always)]
+    fn load_i8(self, w: &[i8; 4 * LANES]) -> Self::I8 {
+        from_fn(|i| intrinsic!(vld1q_s8(w.as_ptr().add(LANES * i))))
+    }
+
+    #[inline(always)]
+    fn dot_start(self, _sum: i32) -> Self::I32 {
+        [intrinsic!(vdupq_n_s32(0)); 4]
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: Self::I32, w: Self::I8, x: [i8; 4]) -> Self::I32 {
+        let x = i32::from_le_bytes(x.map(|b| b as u8));
+        from_fn(|i| {
+            intrinsic!({
+                let x = vreinterpretq_s8_s32(vdupq_n_s32(x));
+                // Products of at most 127² fit 16 bits; pairs are added in 32.
+                let low = vpaddlq_s16(vmull_s8(vget_low_s8(w[i]), vget_low_s8(x)));
+                let high = vpaddlq_s16(vmull_s8(vget_high_s8(w[i]), vget_high_s8(x)));
+                vaddq_s32(acc[i], vpaddq_s32(low, high))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn to_f32(self, v: Self::I32) -> Self::F32 {
+        from_fn(|i| intrinsic!(vcvtq_f32_s32(v[i])))
+    }
+}

@@ -1,0 +1,137 @@
+//! Plain arrays; the compiler vectorises them for the target's base instruction set.
+
+use std::array::from_fn;
+
+use half::{bf16, f16};
+
+use super::{LANES, Simd};
+
+/// Any machine.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type F32 = [f32; LANES];
+    type I32 = [i32; LANES];
+    type I8 = [i8; 4 * LANES];
+
+    const ACCUMULATORS: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F32 {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F32 {
+        *x
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; LANES]) -> Self::F32 {
+        from_fn(|i| widen_f16(x[i]))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> Self::F32 {
+        from_fn(|i| f32::from_bits(u32::from(x[i].to_bits()) << 16))
+    }
+
+    #[inline(always)]
+    fn store(self, v: Self::F32, out: &mut [f32; LANES]) {
+        *out = v;
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        from_fn(|i| a[i] - b[i])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        from_fn(|i| a[i] / b[i])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        from_fn(|i| a[i] * b[i] + c[i])
+    }
+
+    #[inline(always)]
+    fn at_least(self, x: Self::F32, low: Self::F32) -> Self::F32 {
+        from_fn(|i| if x[i] < low[i] { low[i] } else { x[i] })
+    }
+
+    #[inline(always)]
+    fn at_most(self, x: Self::F32, high: Self::F32) -> Self::F32 {
+        from_fn(|i| if x[i] > high[i] { high[i] } else { x[i] })
+    }
+
+    #[inline(always)]
+    fn add_exponent(self, v: Self::F32, n: Self::F32) -> Self::F32 {
+        from_fn(|i| f32::from_bits(v[i].to_bits().wrapping_add(n[i].to_bits() << 23)))
+    }
+
+    #[inline(always)]
+    fn sums(self, v: [Self::F32; 4]) -> [f32; 4] {
+        from_fn(|i| {
+            let quarter = |j: usize| (v[i][j] + v[i][j + 4]) + (v[i][j + 8] + v[i][j + 12]);
+            (quarter(0) + quarter(2)) + (quarter(1) + quarter(3))
+        })
+    }
+
+    #[inline(always)]
+    fn load_i8(self, w: &[i8; 4 * LANES]) -> Self::I8 {
+        *w
+    }
+
+    #[inline(always)]
+    fn dot_start(self, _sum: i32) -> Self::I32 {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: Self::I32, w: Self::I8, x: [i8; 4]) -> Self::I32 {
+        from_fn(|i| (0..4).fold(acc[i], |sum, j| sum + i32::from(w[4 * i + j]) * i32::from(x[j])))
+    }
+
+    #[inline(always)]
+    fn to_f32(self, v: Self::I32) -> Self::F32 {
+        v.map(|x| x as f32)
+    }
+}
+
+/// Without branches, so that it vectorises: the exponent is corrected by a multiplication, which also
+/// makes subnormals exact; infinities and NaN get the f32 exponent of such.
+#[inline(always)]
+fn widen_f16(x: f16) -> f32 {
+    let bits = u32::from(x.to_bits());
+    let magnitude = (bits & 0x7fff) << 13;
+    let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+    let scaled = f32::from_bits(magnitude) * f32::from_bits((254 - 15) << 23);
+    f32::from_bits(scaled.to_bits() | special | (bits & 0x8000) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn widening_f16_is_exact_for_every_value() {
+        for bits in 0..=u16::MAX {
+            let x = f16::from_bits(bits);
+            let (ours, theirs) = (widen_f16(x), x.to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(), "{bits:#x}");
+        }
+    }
+}

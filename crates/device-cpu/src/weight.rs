@@ -1,0 +1,252 @@
+//! Linear weights, packed at load for the kernels of [`crate::kernels::linear`].
+//!
+//! Panel p holds output rows `16p..16p + 16`, rows beyond the last being zero. Floats: for each k the
+//! 16 weights of that column. Q8_0: for each block of 32 columns eight lines, each of 16 rows × 4
+//! columns, and apart from them the 16 scales of the block.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+use baton_device::{DeviceError, HostLinear, HostTensor, Result, WeightFormat, q8_0};
+
+use crate::memory::{Line, lines};
+use crate::simd::{LANES, Simd};
+
+/// A linear layer `y = x·Wᵀ + b`.
+pub struct Linear {
+    pub(crate) weight: Matrix,
+    /// Padded with zeros to whole panels.
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    pub(crate) fn new(src: &HostLinear<'_>) -> Result<Self> {
+        let weight = Matrix::from_host(&src.weight, src.format)?;
+        let bias = src.bias.as_ref().map(|bias| {
+            bias.expect_shape(&[weight.out_features])?;
+            let mut values = bias.to_f32();
+            values.resize(weight.panels() * LANES, 0.0);
+            Ok(values)
+        });
+        Ok(Self { weight, bias: bias.transpose()? })
+    }
+}
+
+/// A packed matrix `[out_features, in_features]`.
+pub(crate) struct Matrix {
+    pub(crate) out_features: usize,
+    pub(crate) in_features: usize,
+    pub(crate) data: Packed,
+}
+
+/// The panels of a matrix, by format.
+pub(crate) enum Packed {
+    F32(Floats<f32>),
+    F16(Floats<f16>),
+    BF16(Floats<bf16>),
+    Q8_0(Quants),
+}
+
+impl Matrix {
+    /// Packs a tensor of a checkpoint.
+    ///
+    /// # Panics
+    /// If it has not two dimensions.
+    pub(crate) fn from_host(src: &HostTensor<'_>, format: WeightFormat) -> Result<Self> {
+        let &[out_features, in_features] = src.shape() else {
+            panic!("{}: a linear weight has two dimensions, not {:?}", src.name(), src.shape())
+        };
+        if format == WeightFormat::Q8_0 && in_features % q8_0::BLOCK != 0 {
+            return Err(DeviceError::Format {
+                tensor: src.name().to_owned(),
+                dtype: src.dtype(),
+                format,
+                reason: format!("its {in_features} columns are not a multiple of {}", q8_0::BLOCK),
+            });
+        }
+        Self::pack(out_features, in_features, format, |rows| src.rows(rows.start, rows.len()).to_f32())
+    }
+
+    /// Packs the matrix whose rows `rows` gives, row-major, at most 16 at a time.
+    pub(crate) fn pack(
+        out_features: usize,
+        in_features: usize,
+        format: WeightFormat,
+        rows: impl Fn(Range<usize>) -> Vec<f32>,
+    ) -> Result<Self> {
+        let panels = out_features.div_ceil(LANES);
+        let panel = |p: usize| rows(p * LANES..out_features.min((p + 1) * LANES));
+        let data = match format {
+            WeightFormat::F32 => Packed::F32(Floats::pack(panels, in_features, panel)?),
+            WeightFormat::F16 => Packed::F16(Floats::pack(panels, in_features, panel)?),
+            WeightFormat::BF16 => Packed::BF16(Floats::pack(panels, in_features, panel)?),
+            WeightFormat::Q8_0 => Packed::Q8_0(Quants::pack(panels, in_features, panel)?),
+        };
+        Ok(Self { out_features, in_features, data })
+    }
+
+    pub(crate) fn format(&self) -> WeightFormat {
+        match self.data {
+            Packed::F32(_) => WeightFormat::F32,
+            Packed::F16(_) => WeightFormat::F16,
+            Packed::BF16(_) => WeightFormat::BF16,
+            Packed::Q8_0(_) => WeightFormat::Q8_0,
+        }
+    }
+
+    pub(crate) fn panels(&self) -> usize {
+        self.out_features.div_ceil(LANES)
+    }
+
+    /// Row `n`, widened.
+    pub(crate) fn read_row(&self, n: usize, out: &mut [f32]) {
+        assert!(n < self.out_features, "row {n} of {}", self.out_features);
+        let (panel, lane) = (n / LANES, n % LANES);
+        match &self.data {
+            Packed::F32(floats) => floats.read_row(panel, lane, out),
+            Packed::F16(floats) => floats.read_row(panel, lane, out),
+            Packed::BF16(floats) => floats.read_row(panel, lane, out),
+            Packed::Q8_0(quants) => quants.read_row(panel, lane, out),
+        }
+    }
+}
+
+/// A float format that weights are kept in.
+pub(crate) trait Element: Pod + Send + Sync {
+    fn narrow(x: f32) -> Self;
+    fn widen(self) -> f32;
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32;
+}
+
+impl Element for f32 {
+    fn narrow(x: f32) -> Self {
+        x
+    }
+
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+        s.load(x)
+    }
+}
+
+impl Element for f16 {
+    fn narrow(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+        s.load_f16(x)
+    }
+}
+
+impl Element for bf16 {
+    fn narrow(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+        s.load_bf16(x)
+    }
+}
+
+/// Panels of floats.
+pub(crate) struct Floats<T> {
+    lines: Vec<Line>,
+    in_features: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Floats<T> {
+    fn pack(panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32>) -> Result<Self> {
+        let bytes = panels.saturating_mul(in_features).saturating_mul(LANES * size_of::<T>());
+        let mut lines = lines(bytes, "weights")?;
+        let columns: &mut [[T; LANES]] = bytemuck::cast_slice_mut(&mut lines);
+        for p in 0..panels {
+            let columns = &mut columns[p * in_features..][..in_features];
+            for (lane, row) in panel(p).chunks_exact(in_features).enumerate() {
+                for (column, &x) in columns.iter_mut().zip(row) {
+                    column[lane] = T::narrow(x);
+                }
+            }
+        }
+        Ok(Self { lines, in_features, element: PhantomData })
+    }
+
+    /// The columns of one panel.
+    #[inline(always)]
+    pub(crate) fn panel(&self, p: usize) -> &[[T; LANES]] {
+        &bytemuck::cast_slice(&self.lines)[p * self.in_features..][..self.in_features]
+    }
+
+    fn read_row(&self, panel: usize, lane: usize, out: &mut [f32]) {
+        for (out, column) in out.iter_mut().zip(self.panel(panel)) {
+            *out = column[lane].widen();
+        }
+    }
+}
+
+/// One block of a panel: line j holds columns `4j..4j + 4` of each row.
+pub(crate) type QuantBlock = [[i8; 4 * LANES]; q8_0::BLOCK / 4];
+
+/// Panels of Q8_0.
+pub(crate) struct Quants {
+    lines: Vec<Line>,
+    scales: Vec<Line>,
+    blocks: usize,
+}
+
+impl Quants {
+    fn pack(panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32>) -> Result<Self> {
+        let blocks = in_features / q8_0::BLOCK;
+        let total = panels.saturating_mul(blocks);
+        let mut quants = lines(total.saturating_mul(size_of::<QuantBlock>()), "weights")?;
+        let mut scales = lines(total.saturating_mul(size_of::<[f16; LANES]>()), "weights")?;
+        let quant_blocks: &mut [QuantBlock] = bytemuck::cast_slice_mut(&mut quants);
+        let scale_blocks: &mut [[f16; LANES]] = bytemuck::cast_slice_mut(&mut scales);
+        for p in 0..panels {
+            for (lane, row) in panel(p).chunks_exact(in_features).enumerate() {
+                for (b, block) in row.as_chunks().0.iter().enumerate() {
+                    let (scale, quants) = q8_0::quantize_weight_block(block);
+                    scale_blocks[p * blocks + b][lane] = scale;
+                    for (line, quad) in quant_blocks[p * blocks + b].iter_mut().zip(quants.as_chunks::<4>().0) {
+                        line[4 * lane..][..4].copy_from_slice(quad);
+                    }
+                }
+            }
+        }
+        Ok(Self { lines: quants, scales, blocks })
+    }
+
+    /// The blocks of one panel and their scales.
+    #[inline(always)]
+    pub(crate) fn panel(&self, p: usize) -> (&[QuantBlock], &[[f16; LANES]]) {
+        let range = p * self.blocks..(p + 1) * self.blocks;
+        (&bytemuck::cast_slice(&self.lines)[range.clone()], &bytemuck::cast_slice(&self.scales)[range])
+    }
+
+    fn read_row(&self, panel: usize, lane: usize, out: &mut [f32]) {
+        let (blocks, scales) = self.panel(panel);
+        for (k, out) in out.iter_mut().enumerate() {
+            let (block, column) = (k / q8_0::BLOCK, k % q8_0::BLOCK);
+            let quant = blocks[block][column / 4][4 * lane + column % 4];
+            *out = f32::from(quant) * scales[block][lane].to_f32();
+        }
+    }
+}

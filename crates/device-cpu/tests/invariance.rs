@@ -1,0 +1,275 @@
+//! A row's bits depend on its own inputs alone: not on the other rows of the step, not on how a
+//! sequence is cut into steps, not on the number of threads. For every instruction set of this
+//! machine and every weight format.
+
+use baton_device::conformance::uniform;
+use baton_device::{
+    AttentionBatch, AttentionParams, Backend, DType, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec,
+    LatentOps, LayerKv, MoeOps, RopeLayout, Routing, SequenceSpan, WeightFormat,
+};
+use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
+use proptest::prelude::*;
+
+const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16, WeightFormat::Q8_0];
+
+/// One backend for each instruction set and each of 1, 2 and 3 threads.
+fn backends() -> Vec<Vec<CpuBackend>> {
+    let backend = |isa, threads| CpuBackend::new(&CpuOptions { threads, isa: Some(isa) }).unwrap();
+    Isa::available().into_iter().map(|isa| [1, 2, 3].map(|threads| backend(isa, threads)).into()).collect()
+}
+
+/// A stored f32 tensor.
+struct Stored(Vec<usize>, Vec<u8>);
+
+impl Stored {
+    fn new(seed: u64, shape: &[usize]) -> Self {
+        let values = uniform(seed, shape.iter().product(), 0.3);
+        Self(shape.to_vec(), values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
+    fn tensor(&self) -> HostTensor<'_> {
+        HostTensor::new("test", DType::F32, self.0.clone(), &self.1)
+    }
+}
+
+fn tensor(b: &CpuBackend, rows: usize, cols: usize, data: &[f32]) -> Tensor {
+    let mut t = b.tensor(rows, cols).unwrap();
+    b.write(data, &mut t).unwrap();
+    t
+}
+
+fn bits(b: &CpuBackend, t: &Tensor) -> Vec<u32> {
+    let mut out = Vec::new();
+    b.read(t, &mut out).unwrap();
+    out.into_iter().map(f32::to_bits).collect()
+}
+
+/// Checks that `op`, applied to all rows at once on any number of threads, gives each row the bits
+/// that it has alone. `op` takes one slice of rows per input.
+fn rows_alone_equal_rows_together(
+    same_isa: &[CpuBackend],
+    rows: usize,
+    inputs: &[(usize, Vec<f32>)],
+    op: impl Fn(&CpuBackend, &[Tensor], usize) -> Tensor,
+) -> Result<(), TestCaseError> {
+    let run = |b: &CpuBackend, from: usize, count: usize| {
+        let part =
+            |(cols, data): &(usize, Vec<f32>)| tensor(b, count, *cols, &data[from * cols..(from + count) * cols]);
+        bits(b, &op(b, &inputs.iter().map(part).collect::<Vec<_>>(), count))
+    };
+    let alone: Vec<u32> = (0..rows).flat_map(|r| run(&same_isa[0], r, 1)).collect();
+    for b in same_isa {
+        prop_assert!(run(b, 0, rows) == alone, "{} with {} threads", b.caps().isa, b.caps().threads);
+    }
+    Ok(())
+}
+
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+proptest! {
+    #![proptest_config(config(24))]
+
+    #[test]
+    fn a_linear_row_does_not_depend_on_its_batch(
+        rows in 1..80usize, blocks in 1..9usize, cut in 0..32usize, out_features in 1..200usize, bias: bool, seed in 0..1000u64,
+    ) {
+        for same_isa in backends() {
+            for format in FORMATS {
+                // Q8_0 wants whole blocks along K.
+                let in_features = if format == WeightFormat::Q8_0 { 32 * blocks } else { 32 * blocks - cut };
+                let weight = Stored::new(seed, &[out_features, in_features]);
+                let bias_values = Stored::new(seed + 1, &[out_features]);
+                let src =
+                    HostLinear { weight: weight.tensor(), bias: bias.then(|| bias_values.tensor()), format };
+                let inputs = [(in_features, uniform(seed + 2, rows * in_features, 1.0))];
+                rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
+                    let mut out = b.tensor(rows, out_features).unwrap();
+                    b.linear(&x[0], &b.linear_weight(&src).unwrap(), &mut out).unwrap();
+                    out
+                })?;
+            }
+        }
+    }
+
+    #[test]
+    fn an_expert_row_does_not_depend_on_its_batch(
+        rows in 1..40usize, hidden in 1..4usize, inner in 1..4usize, top_k in 1..4usize, seed in 0..1000u64,
+    ) {
+        const EXPERTS: usize = 8;
+        let (hidden, inner) = (32 * hidden, 32 * inner);
+        let stored = |from: u64, shape: [usize; 2]| -> Vec<Stored> {
+            (0..EXPERTS as u64).map(|e| Stored::new(seed + from + e, &shape)).collect()
+        };
+        let (gate, up) = (stored(0, [inner, hidden]), stored(10, [inner, hidden]));
+        let down = stored(20, [hidden, inner]);
+        let routing = Routing {
+            top_k,
+            n_group: 4,
+            topk_group: 2,
+            correction_bias: uniform(seed, EXPERTS, 0.1),
+            norm_topk_prob: true,
+            scaling_factor: 1.5,
+        };
+        let inputs = [
+            (hidden, uniform(seed + 30, rows * hidden, 1.0)),
+            (EXPERTS, uniform(seed + 31, rows * EXPERTS, 1.0)),
+        ];
+        for same_isa in backends() {
+            for format in FORMATS {
+                let src = HostExperts {
+                    gate: gate.iter().map(Stored::tensor).collect(),
+                    up: up.iter().map(Stored::tensor).collect(),
+                    down: down.iter().map(Stored::tensor).collect(),
+                    format,
+                    routing: routing.clone(),
+                };
+                rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
+                    let mut out = b.tensor(rows, hidden).unwrap();
+                    b.fused_moe(&x[0], &x[1], &b.expert_weights(&src).unwrap(), &mut out).unwrap();
+                    out
+                })?;
+            }
+        }
+    }
+
+    #[test]
+    fn operations_on_rows_do_not_depend_on_the_batch(
+        rows in 1..200usize, runs in 1..5usize, run in 1..300usize, seed in 0..1000u64,
+    ) {
+        let cols = runs * run;
+        let weight = Stored::new(seed, &[run]);
+        let inputs = [0, 1].map(|i| (cols, uniform(seed + i, rows * cols, 4.0)));
+        for same_isa in backends() {
+            rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
+                let mut gated = b.tensor(rows, cols).unwrap();
+                let mut out = b.tensor(rows, cols).unwrap();
+                b.silu_mul(&x[0], &x[1], &mut gated).unwrap();
+                b.add_rms_norm(&x[1], &mut gated, &b.vector(&weight.tensor()).unwrap(), 1e-5, &mut out).unwrap();
+                b.add(&mut out, &gated).unwrap();
+                out
+            })?;
+        }
+    }
+
+    #[test]
+    fn attention_does_not_depend_on_batch_chunks_or_threads(
+        lens in prop::collection::vec(1..70usize, 1..4),
+        cuts in prop::collection::vec(1..20usize, 1..8),
+        (kv_heads, group, head_dim) in (1..3usize, 1..4usize, 1..40usize),
+        seed in 0..1000u64,
+    ) {
+        let heads = kv_heads * group;
+        let params = AttentionParams { heads, kv_heads, head_dim, scale: 0.4 };
+        let widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
+        let steps = Steps { lens, cuts, seed, layer: LayerKv::Full { kv_heads, head_dim } };
+        for same_isa in backends() {
+            steps.check(&same_isa, &widths, heads * head_dim, |b, x, cache, plan, out| {
+                b.paged_attention(&x[0], &x[1], &x[2], cache, 0, plan, &params, out).unwrap();
+            })?;
+        }
+    }
+
+    #[test]
+    fn latent_attention_does_not_depend_on_batch_chunks_or_threads(
+        lens in prop::collection::vec(1..70usize, 1..4),
+        cuts in prop::collection::vec(1..20usize, 1..8),
+        (heads, nope, half_rope, v, rank) in (1..4usize, 1..40usize, 1..10usize, 1..40usize, 1..3usize),
+        seed in 0..1000u64,
+    ) {
+        let (rope, rank) = (2 * half_rope, 32 * rank);
+        let kv_b = Stored::new(seed, &[heads * (nope + v), rank]);
+        let widths = [heads * (nope + rope), rank, rope];
+        let steps = Steps { lens, cuts, seed, layer: LayerKv::Latent { rank, rope } };
+        let layout = RopeLayout { heads, head_dim: nope + rope, offset: nope, dim: rope, interleaved: seed % 2 == 0 };
+        let angles = HostRope { inv_freq: uniform(seed, half_rope, 1.0), scale: 1.0, max_positions: 80 };
+        for same_isa in backends() {
+            for format in FORMATS {
+                let src = HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format };
+                steps.check(&same_isa, &widths, heads * v, |b, x, cache, plan, out| {
+                    let weight = b.latent_weight(&src).unwrap();
+                    b.rope(&mut x[0], layout, &b.rope_table(&angles).unwrap(), plan).unwrap();
+                    b.latent_attention(&x[0], &x[1], &x[2], &weight, cache, 0, plan, 0.3, out).unwrap();
+                })?;
+            }
+        }
+    }
+}
+
+/// Some sequences and a way to cut them into steps.
+struct Steps {
+    lens: Vec<usize>,
+    /// Tokens that a step gives a sequence, taken in turn.
+    cuts: Vec<usize>,
+    seed: u64,
+    layer: LayerKv,
+}
+
+const BLOCKS_PER_SEQUENCE: usize = 8;
+
+impl Steps {
+    /// Checks that batched sequences in chunks give, on any number of threads, the bits that each
+    /// gives alone and whole.
+    fn check(
+        &self,
+        same_isa: &[CpuBackend],
+        widths: &[usize; 3],
+        out_width: usize,
+        attend: impl Fn(&CpuBackend, &mut [Tensor; 3], &mut KvCache, &<CpuBackend as Backend>::AttentionPlan, &mut Tensor),
+    ) -> Result<(), TestCaseError> {
+        let run = |b: &CpuBackend, cache: &mut KvCache, spans: &[(usize, usize, usize)]| {
+            let tables: Vec<Vec<u32>> = (0..self.lens.len()).map(|s| self.table(s)).collect();
+            let spans: Vec<_> = spans
+                .iter()
+                .map(|&(s, start, len)| (s, SequenceSpan { start, len, block_table: &tables[s] }))
+                .collect();
+            let sequences: Vec<_> = spans.iter().map(|s| s.1).collect();
+            let batch = AttentionBatch { sequences: &sequences };
+            let rows = batch.num_tokens();
+            let mut inputs = std::array::from_fn(|i| {
+                let row = |s: usize, p: usize| uniform(self.seed + (s * 1000 + p * 3 + i) as u64, widths[i], 1.0);
+                let data: Vec<f32> = spans
+                    .iter()
+                    .flat_map(|&(s, span)| (span.start..span.start + span.len).flat_map(move |p| row(s, p)))
+                    .collect();
+                tensor(b, rows, widths[i], &data)
+            });
+            let mut out = b.tensor(rows, out_width).unwrap();
+            attend(b, &mut inputs, cache, &b.plan_attention(&batch).unwrap(), &mut out);
+            bits(b, &out)
+        };
+        let cache = |b: &CpuBackend| {
+            let spec = KvSpec { layers: vec![self.layer], block_size: b.caps().kv_block_size };
+            b.kv_cache(&spec, self.lens.len() * BLOCKS_PER_SEQUENCE).unwrap()
+        };
+
+        let first = &same_isa[0];
+        let whole = |(s, &len): (usize, &usize)| run(first, &mut cache(first), &[(s, 0, len)]);
+        let whole: Vec<Vec<u32>> = self.lens.iter().enumerate().map(whole).collect();
+        for b in same_isa {
+            let mut cache = cache(b);
+            let mut done = vec![0; self.lens.len()];
+            let mut cuts = self.cuts.iter().cycle();
+            let mut chunked = vec![Vec::new(); self.lens.len()];
+            while done != self.lens {
+                let mut spans = Vec::new();
+                for (s, &len) in self.lens.iter().enumerate().filter(|&(s, &len)| done[s] < len) {
+                    spans.push((s, done[s], (*cuts.next().unwrap()).min(len - done[s])));
+                }
+                let mut bits = run(b, &mut cache, &spans).into_iter();
+                for (s, _, len) in spans {
+                    chunked[s].extend(bits.by_ref().take(len * out_width));
+                    done[s] += len;
+                }
+            }
+            prop_assert!(chunked == whole, "{} with {} threads", b.caps().isa, b.caps().threads);
+        }
+        Ok(())
+    }
+
+    /// Blocks of a sequence, scattered.
+    fn table(&self, sequence: usize) -> Vec<u32> {
+        (0..BLOCKS_PER_SEQUENCE).map(|i| (i * self.lens.len() + sequence) as u32).rev().collect()
+    }
+}
