@@ -2,7 +2,7 @@
 
 mod common;
 
-use baton_text::{ChatInput, TextError, TextFiles, TextModel};
+use baton_text::{ChatInput, Detokenizer, ReasoningSplitter, StopMatcher, TextError, TextFiles, TextModel};
 use common::{golden_file, model, noon, with_template};
 use serde_json::{Value, json};
 
@@ -228,4 +228,21 @@ fn an_unknown_decoder_streams_what_it_decodes() {
             assert_eq!(sent.concat() + &detokenizer.flush(), model.decode(&ids, true), "{text}");
         }
     }
+}
+
+#[test]
+fn a_model_is_shared_and_an_output_moves_between_threads() {
+    fn shared<T: Send + Sync + 'static>() {}
+    fn moved<T: Send + 'static>() {}
+    shared::<TextModel>();
+    moved::<Detokenizer>();
+    moved::<StopMatcher>();
+    moved::<ReasoningSplitter>();
+    // A detokenizer outlives the model it came from.
+    let model = with_template("x").unwrap();
+    let ids = model.encode("né", false).unwrap();
+    let mut detokenizer = model.detokenizer(true);
+    drop(model);
+    let text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+    assert_eq!(text + &detokenizer.flush(), "né");
 }
