@@ -1,6 +1,7 @@
 //! [`TextModel`]: one checkpoint's tokenizer, chat template and reasoning markers.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::sync::Arc;
 
 use chrono::NaiveDateTime;
@@ -165,6 +166,13 @@ impl TextModel {
             (open, _) => open.is_some(),
         };
         open_in_message || rendered.trim_end().ends_with(&markers.open)
+    }
+}
+
+impl fmt::Debug for TextModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let template = self.template.is_some();
+        f.debug_struct("TextModel").field("vocab_size", &self.vocab.len()).field("chat_template", &template).finish()
     }
 }
 

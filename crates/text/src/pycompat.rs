@@ -1,7 +1,7 @@
-//! Python's methods on template values: minijinja-contrib's, with the cost of those that can make much out of little
-//! charged before they run.
+//! Python's methods on template values: minijinja-contrib's and a few more, with the cost of those that can make much
+//! out of little charged before they run.
 
-use minijinja::value::ValueKind;
+use minijinja::value::{ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 
 /// Widest field and longest precision of `str.format`.
@@ -11,20 +11,47 @@ const MAX_FORMAT_DIGITS: usize = 3;
 pub(crate) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     if let Some(text) = value.as_str() {
         match name {
-            "split" | "splitlines" => {
-                let separator = args.first().and_then(Value::as_str).filter(|s| !s.is_empty());
-                let pieces = match (name, separator) {
-                    ("split", Some(separator)) => text.matches(separator).count(),
-                    ("split", None) => text.bytes().filter(u8::is_ascii_whitespace).count(),
-                    _ => text.bytes().filter(|&b| b == b'\n').count(),
-                };
-                state.consume_fuel(pieces as u64)?;
-            }
+            "split" | "splitlines" | "rsplit" => charge_pieces(state, text, name, args)?,
             "format" => charge_format(state, text, args)?,
+            _ => {}
+        }
+        match name {
+            "rsplit" => return rsplit(text, args),
+            "removeprefix" => {
+                let (prefix,): (&str,) = from_args(args)?;
+                return Ok(Value::from(text.strip_prefix(prefix).unwrap_or(text)));
+            }
+            "removesuffix" => {
+                let (suffix,): (&str,) = from_args(args)?;
+                return Ok(Value::from(text.strip_suffix(suffix).unwrap_or(text)));
+            }
             _ => {}
         }
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// `str.rsplit` with a separator.
+fn rsplit(text: &str, args: &[Value]) -> Result<Value, Error> {
+    let (separator, limit): (&str, Option<i64>) = from_args(args)?;
+    if separator.is_empty() {
+        return Err(Error::new(ErrorKind::InvalidOperation, "rsplit: empty separator"));
+    }
+    let limit = limit.and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX).saturating_add(1);
+    let mut pieces: Vec<Value> = text.rsplitn(limit, separator).map(Value::from).collect();
+    pieces.reverse();
+    Ok(Value::from(pieces))
+}
+
+/// Each piece becomes a value, however short it is.
+fn charge_pieces(state: &State, text: &str, name: &str, args: &[Value]) -> Result<(), Error> {
+    let separator = args.first().and_then(Value::as_str).filter(|s| !s.is_empty());
+    let pieces = match (name, separator) {
+        ("splitlines", _) => text.bytes().filter(|&b| b == b'\n').count(),
+        (_, Some(separator)) => text.matches(separator).count(),
+        (_, None) => text.bytes().filter(u8::is_ascii_whitespace).count(),
+    };
+    state.consume_fuel(pieces as u64)
 }
 
 /// Every field may write the longest argument; widths are limited outright.

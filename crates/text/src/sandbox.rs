@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 /// Address space of a job's stack; memory is taken only as far as the stack really grows.
-const STACK_BYTES: usize = 512 << 20;
+const STACK_BYTES: usize = 256 << 20;
 
 /// Jobs that may still be running after their caller has gone.
 const MAX_LATE: usize = 2;

@@ -2,7 +2,7 @@
 
 mod common;
 
-use baton_text::{ChatInput, TextError, TextFiles, TextModel};
+use baton_text::{ChatInput, Detokenizer, ReasoningSplitter, StopMatcher, TextError, TextFiles, TextModel};
 use common::{golden_file, model, noon, with_template};
 use serde_json::{Value, json};
 
@@ -56,6 +56,63 @@ fn request_variables_are_seen_but_replace_nothing() {
     let kwargs = json!({ "raise_exception": 1 }).as_object().unwrap().clone();
     let raised = raised.render_chat(&ChatInput { kwargs, ..user() }, noon());
     assert_eq!(raised, Err(TextError::TemplateRaised("no".into())));
+}
+
+/// The expected texts are those of Python's jinja2, set up as transformers does.
+#[test]
+fn templates_render_as_in_jinja2() {
+    let messages = json!([
+        { "role": "system", "content": "Be é." },
+        { "role": "user", "content": "  Hi <b> \n" },
+        { "role": "assistant", "content": "<think>\nr\n</think>\n\nans", "tool_calls": [{ "function":
+            { "name": "f", "arguments": { "a": 1, "b": [1.5, null, true], "c": { "d": "x'y\"z" } } } }] },
+    ]);
+    let cases = [
+        ("{{ messages | map(attribute='role') | join(', ') }}", "system, user, assistant"),
+        (
+            "{{ messages[2].tool_calls[0].function.arguments }}",
+            "{'a': 1, 'b': [1.5, None, True], 'c': {'d': 'x\\'y\"z'}}",
+        ),
+        (
+            "{{ messages[2].tool_calls[0].function.arguments | tojson }}",
+            "{\"a\": 1, \"b\": [1.5, null, true], \"c\": {\"d\": \"x'y\\\"z\"}}",
+        ),
+        ("{{ messages[2].content.split('</think>')[-1].lstrip('\\n') }}", "ans"),
+        ("[{{ messages[1].content | trim }}][{{ messages[1].content.rstrip('\\n') }}]", "[Hi <b>][  Hi <b> ]"),
+        ("{{ messages[-1].role }} {{ messages[1:] | length }} {{ messages[::-1][0].role }}", "assistant 2 assistant"),
+        (
+            "{{ x }}|{{ x is defined }}|{{ x | default('d') }}|{{ none }}|{{ true }}|{{ 7 // 2 }}|{{ 4 / 2 }}",
+            "|False|d|None|True|3|2.0",
+        ),
+        (
+            "{{ 'a.b.c'.rsplit('.', 1) }} {{ 'a,b'.split(',') }} {{ 'abc'.removeprefix('a').removesuffix('c') }}",
+            "['a.b', 'c'] ['a', 'b'] b",
+        ),
+        (
+            "{% for m in messages if m.role != 'user' %}{{ loop.index0 }}{{ m.role }}{{ ',' if not loop.last }}{% endfor %}",
+            "0system,1assistant",
+        ),
+        (
+            "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+            "user",
+        ),
+        (
+            "{% set ns = namespace(a=[]) %}{% for m in messages %}{% set ns.a = ns.a + [m.role] %}{% endfor %}{{ ns.a }}",
+            "['system', 'user', 'assistant']",
+        ),
+        ("{% macro f(a, b=2) %}{{ a }}{{ b }}{% endmacro %}{{ f(1) }}{{ f(1, b=3) }}", "1213"),
+        ("a\n  {% if true %}\n  b\n  {%- endif %}\n c {#- x -#}  d\n", "a\n  b cd"),
+    ];
+    for (source, expected) in cases {
+        let rendered = with_template(source).unwrap().render_chat(&chat(messages.clone()), noon());
+        assert_eq!(rendered.as_deref(), Ok(expected), "{source}");
+    }
+    for source in
+        ["{{ x.y }}", "{{ messages[0].content + x }}", "{{ 'a' + 1 }}", "{{ messages[9].role }}", "{{ x | tojson }}"]
+    {
+        let rendered = with_template(source).unwrap().render_chat(&chat(messages.clone()), noon());
+        assert!(matches!(rendered, Err(TextError::TemplateFailed { line: 1, .. })), "{source}: {rendered:?}");
+    }
 }
 
 #[test]
@@ -171,4 +228,21 @@ fn an_unknown_decoder_streams_what_it_decodes() {
             assert_eq!(sent.concat() + &detokenizer.flush(), model.decode(&ids, true), "{text}");
         }
     }
+}
+
+#[test]
+fn a_model_is_shared_and_an_output_moves_between_threads() {
+    fn shared<T: Send + Sync + 'static>() {}
+    fn moved<T: Send + 'static>() {}
+    shared::<TextModel>();
+    moved::<Detokenizer>();
+    moved::<StopMatcher>();
+    moved::<ReasoningSplitter>();
+    // A detokenizer outlives the model it came from.
+    let model = with_template("x").unwrap();
+    let ids = model.encode("né", false).unwrap();
+    let mut detokenizer = model.detokenizer(true);
+    drop(model);
+    let text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+    assert_eq!(text + &detokenizer.flush(), "né");
 }
