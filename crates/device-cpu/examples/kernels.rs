@@ -1,4 +1,5 @@
-//! Speed of the kernels on this machine: `cargo run --release -p baton-device-cpu --example kernels`.
+//! Speed of the kernels on this machine: `cargo run --release -p baton-device-cpu --example kernels`,
+//! with `linear` or `step` behind it for one of the two parts.
 //!
 //! Prints the minimum of several runs: other work on the machine only ever adds time.
 
@@ -14,6 +15,17 @@ use baton_device::{
 use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
 
 fn main() -> Result<()> {
+    let part = std::env::args().nth(1);
+    if part.as_deref() != Some("step") {
+        linears()?;
+    }
+    if part.as_deref() != Some("linear") {
+        steps()?;
+    }
+    Ok(())
+}
+
+fn linears() -> Result<()> {
     for isa in Isa::available().into_iter().rev() {
         println!("{isa}, 1 thread: linear 1536 -> 8960");
         let b = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) })?;
@@ -21,6 +33,10 @@ fn main() -> Result<()> {
             linear(&b, 1536, 8960, format)?;
         }
     }
+    Ok(())
+}
+
+fn steps() -> Result<()> {
     for threads in [1, 2] {
         let b = CpuBackend::new(&CpuOptions { threads, isa: None })?;
         println!("{}, {threads} threads: a decoding step of an abacus-sized model, context 64", b.caps().isa);

@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Below this much work, in multiply-adds, a region is not worth waking anyone: some 10 µs of one core.
-const PARALLEL_WORK: usize = 1 << 17;
+const PARALLEL_WORK: usize = 1 << 18;
 /// How long an idle worker spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(40);
 
