@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 /// Below this much work, in multiply-adds, a region is not worth waking anyone: some 10 µs of one core.
 const PARALLEL_WORK: usize = 1 << 18;
+const TASKS_PER_THREAD: usize = 4;
 /// How long an idle worker spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(40);
 
@@ -78,6 +79,13 @@ impl Pool {
     /// Threads, the caller included.
     pub(crate) fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// How many of `items` a task should take, where all together are `work`: all if it is little, else
+    /// so many that each thread finds some tasks and a late thread holds up little.
+    pub(crate) fn share(&self, items: usize, work: usize) -> usize {
+        let tasks = if work < PARALLEL_WORK || self.workers.is_empty() { 1 } else { TASKS_PER_THREAD * self.threads() };
+        items.div_ceil(tasks).max(1)
     }
 
     /// Runs `task(0)`, …, `task(tasks - 1)` in any order, and returns when all have ended. `work` is
