@@ -84,7 +84,7 @@ impl CpuBackend {
 
     /// Calls `f` with ranges that cover `0..rows`; `work` is that of one row, in multiply-adds.
     fn share_rows(&self, rows: usize, work: usize, f: impl Fn(Range<usize>) + Sync) {
-        let chunk = rows.div_ceil(4 * self.pool.threads()).max(1);
+        let chunk = self.pool.share(rows, rows * work);
         self.pool.run(rows.div_ceil(chunk), rows * work, |task| {
             f(task * chunk..rows.min((task + 1) * chunk));
         });

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use baton_device::{AttentionBatch, KvSpec, LayerKv, Result};
 
-use crate::memory::zeroed;
+use crate::memory::Floats;
 use crate::simd::LANES;
 
 /// Positions of a block: attention handles one block per round, a lane for each position.
@@ -65,7 +65,7 @@ pub(crate) fn latent_width(rank: usize, rope: usize) -> usize {
 
 /// `[blocks, heads, 16, width]`.
 pub(crate) struct Plane {
-    data: Box<[f32]>,
+    data: Floats,
     heads: usize,
     pub(crate) width: usize,
 }
@@ -73,7 +73,7 @@ pub(crate) struct Plane {
 impl Plane {
     fn new(blocks: usize, heads: usize, width: usize) -> Result<Self> {
         let len = blocks.saturating_mul(heads * BLOCK).saturating_mul(width);
-        Ok(Self { data: zeroed(len, "key/value blocks")?, heads, width })
+        Ok(Self { data: Floats::zeroed(len, "key/value blocks")?, heads, width })
     }
 
     fn clear(&mut self, block: usize) {

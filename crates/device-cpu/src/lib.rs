@@ -6,6 +6,7 @@
 //! Hence no bit of a row depends on the other rows, on how a sequence is cut into steps, or on the
 //! number of threads; only the instruction set ([`Isa`]) may change bits.
 
+mod affinity;
 mod backend;
 mod cache;
 mod isa;

@@ -1,5 +1,7 @@
 //! Memory that can be refused: every large allocation of the backend is made here.
 
+use std::ops::{Deref, DerefMut};
+
 use bytemuck::{Pod, Zeroable};
 
 use baton_device::{DeviceError, Result};
@@ -12,9 +14,38 @@ pub(crate) const DEVICE: &str = "cpu";
 #[repr(C, align(64))]
 pub(crate) struct Line([u8; 64]);
 
-/// Zeroed floats. Pages are taken from the system when they are first touched.
-pub(crate) fn zeroed(len: usize, what: &'static str) -> Result<Box<[f32]>> {
-    bytemuck::allocation::try_zeroed_slice_box(len).map_err(|()| out_of_memory(len.saturating_mul(4), what))
+/// Zeroed floats that start on a cache line. Pages are taken from the system when first touched;
+/// an allocation with that alignment of its own would be zeroed by hand, hence the detour.
+pub(crate) struct Floats {
+    memory: Box<[f32]>,
+    start: usize,
+    len: usize,
+}
+
+impl Floats {
+    pub(crate) fn zeroed(len: usize, what: &'static str) -> Result<Self> {
+        const PER_LINE: usize = size_of::<Line>() / size_of::<f32>();
+        let memory: Box<[f32]> = bytemuck::allocation::try_zeroed_slice_box(len.saturating_add(PER_LINE - 1))
+            .map_err(|()| out_of_memory(len.saturating_mul(size_of::<f32>()), what))?;
+        let start = memory.as_ptr().addr().wrapping_neg() % size_of::<Line>() / size_of::<f32>();
+        Ok(Self { memory, start, len })
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+
+    #[inline(always)]
+    fn deref(&self) -> &[f32] {
+        &self.memory[self.start..][..self.len]
+    }
+}
+
+impl DerefMut for Floats {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.memory[self.start..][..self.len]
+    }
 }
 
 /// `bytes` zeroed bytes, rounded up to whole lines.
@@ -53,9 +84,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn floats_start_on_a_cache_line_and_are_zero() {
+        for len in [0, 1, 100, 1 << 20] {
+            let floats = Floats::zeroed(len, "test").unwrap();
+            assert_eq!((floats.len(), floats.as_ptr().addr() % 64), (len, 0));
+            assert!(floats.iter().all(|&v| v == 0.0));
+        }
+    }
+
+    #[test]
     fn memory_that_is_not_there_is_an_error() {
         for bytes in [usize::MAX / 8, isize::MAX as usize / 2] {
-            assert!(matches!(zeroed(bytes / 4, "test"), Err(DeviceError::OutOfMemory { .. })));
+            assert!(matches!(Floats::zeroed(bytes / 4, "test"), Err(DeviceError::OutOfMemory { .. })));
             assert!(matches!(lines(bytes, "test"), Err(DeviceError::OutOfMemory { what: "test", .. })));
         }
     }

@@ -18,8 +18,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::affinity::{self, Allowed};
+
 /// Below this much work, in multiply-adds, a region is not worth waking anyone: some 10 µs of one core.
-const PARALLEL_WORK: usize = 1 << 17;
+const PARALLEL_WORK: usize = 1 << 18;
+const TASKS_PER_THREAD: usize = 4;
 /// How long an idle worker spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(40);
 
@@ -42,6 +45,9 @@ struct Shared {
     bed: Mutex<()>,
     bell: Condvar,
     closing: AtomicBool,
+    /// CPUs that workers can choose from, if they can.
+    allowed: Option<Allowed>,
+    caller_cpu: AtomicUsize,
 }
 
 #[derive(Clone, Copy)]
@@ -65,6 +71,8 @@ impl Pool {
             bed: Mutex::new(()),
             bell: Condvar::new(),
             closing: AtomicBool::new(false),
+            allowed: Allowed::detect(),
+            caller_cpu: AtomicUsize::new(usize::MAX),
         });
         let mut pool = Self { shared, region: Mutex::new(()), workers: Vec::new() };
         for i in 1..threads {
@@ -78,6 +86,13 @@ impl Pool {
     /// Threads, the caller included.
     pub(crate) fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// How many of `items` a task should take, where all together are `work`: all if it is little, else
+    /// so many that each thread finds some tasks and a late thread holds up little.
+    pub(crate) fn share(&self, items: usize, work: usize) -> usize {
+        let tasks = if work < PARALLEL_WORK || self.workers.is_empty() { 1 } else { TASKS_PER_THREAD * self.threads() };
+        items.div_ceil(tasks).max(1)
     }
 
     /// Runs `task(0)`, …, `task(tasks - 1)` in any order, and returns when all have ended. `work` is
@@ -116,6 +131,9 @@ impl Shared {
         // SAFETY: the last region has ended and this one is not yet open, so nobody reads.
         unsafe { *self.job.get() = Job(task) };
         self.pending.store(tasks as usize, SeqCst);
+        if self.allowed.is_some() {
+            self.caller_cpu.store(affinity::current(), SeqCst);
+        }
         let number = (self.tickets.load(SeqCst) >> 32) as u32;
         self.tickets.store(u64::from(number.wrapping_add(1)) << 32 | u64::from(tasks), SeqCst);
         if self.sleepers.load(SeqCst) > 0 {
@@ -157,6 +175,7 @@ impl Shared {
     fn work(&self) {
         let mut idle_since = Instant::now();
         while !self.closing.load(SeqCst) {
+            self.leave_the_callers_cpu();
             if self.claim_and_run() {
                 idle_since = Instant::now();
             } else if idle_since.elapsed() < SPIN {
@@ -165,6 +184,14 @@ impl Shared {
                 self.sleep();
                 idle_since = Instant::now();
             }
+        }
+    }
+
+    fn leave_the_callers_cpu(&self) {
+        let Some(allowed) = &self.allowed else { return };
+        let cpu = affinity::current();
+        if cpu == self.caller_cpu.load(SeqCst) && self.tickets.load(SeqCst) as u32 > 0 {
+            allowed.leave(cpu);
         }
     }
 

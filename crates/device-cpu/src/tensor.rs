@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use baton_device::{Result, Rows};
 
-use crate::memory::zeroed;
+use crate::memory::Floats;
 use crate::pool::Disjoint;
 
 /// `[rows, cols]`, row-major, in memory that never moves.
 pub struct Tensor {
-    data: Box<[f32]>,
+    data: Floats,
     rows: usize,
     cols: usize,
 }
@@ -17,7 +17,7 @@ pub struct Tensor {
 impl Tensor {
     pub(crate) fn new(capacity: usize, cols: usize) -> Result<Self> {
         assert!(cols > 0, "a tensor without columns");
-        Ok(Self { data: zeroed(capacity.saturating_mul(cols), "activations")?, rows: 0, cols })
+        Ok(Self { data: Floats::zeroed(capacity.saturating_mul(cols), "activations")?, rows: 0, cols })
     }
 
     pub(crate) fn set_rows(&mut self, rows: usize) {

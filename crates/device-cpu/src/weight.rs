@@ -44,9 +44,9 @@ pub(crate) struct Matrix {
 
 /// The panels of a matrix, by format.
 pub(crate) enum Packed {
-    F32(Floats<f32>),
-    F16(Floats<f16>),
-    BF16(Floats<bf16>),
+    F32(Panels<f32>),
+    F16(Panels<f16>),
+    BF16(Panels<bf16>),
     Q8_0(Quants),
 }
 
@@ -80,9 +80,9 @@ impl Matrix {
         let panels = out_features.div_ceil(LANES);
         let panel = |p: usize| rows(p * LANES..out_features.min((p + 1) * LANES));
         let data = match format {
-            WeightFormat::F32 => Packed::F32(Floats::pack(panels, in_features, panel)?),
-            WeightFormat::F16 => Packed::F16(Floats::pack(panels, in_features, panel)?),
-            WeightFormat::BF16 => Packed::BF16(Floats::pack(panels, in_features, panel)?),
+            WeightFormat::F32 => Packed::F32(Panels::pack(panels, in_features, panel)?),
+            WeightFormat::F16 => Packed::F16(Panels::pack(panels, in_features, panel)?),
+            WeightFormat::BF16 => Packed::BF16(Panels::pack(panels, in_features, panel)?),
             WeightFormat::Q8_0 => Packed::Q8_0(Quants::pack(panels, in_features, panel)?),
         };
         Ok(Self { out_features, in_features, data })
@@ -106,9 +106,9 @@ impl Matrix {
         assert!(n < self.out_features, "row {n} of {}", self.out_features);
         let (panel, lane) = (n / LANES, n % LANES);
         match &self.data {
-            Packed::F32(floats) => floats.read_row(panel, lane, out),
-            Packed::F16(floats) => floats.read_row(panel, lane, out),
-            Packed::BF16(floats) => floats.read_row(panel, lane, out),
+            Packed::F32(panels) => panels.read_row(panel, lane, out),
+            Packed::F16(panels) => panels.read_row(panel, lane, out),
+            Packed::BF16(panels) => panels.read_row(panel, lane, out),
             Packed::Q8_0(quants) => quants.read_row(panel, lane, out),
         }
     }
@@ -167,13 +167,13 @@ impl Element for bf16 {
 }
 
 /// Panels of floats.
-pub(crate) struct Floats<T> {
+pub(crate) struct Panels<T> {
     lines: Vec<Line>,
     in_features: usize,
     element: PhantomData<T>,
 }
 
-impl<T: Element> Floats<T> {
+impl<T: Element> Panels<T> {
     fn pack(panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32>) -> Result<Self> {
         let bytes = panels.saturating_mul(in_features).saturating_mul(LANES * size_of::<T>());
         let mut lines = lines(bytes, "weights")?;

@@ -1,8 +1,8 @@
 //! Attention of one row over its cached context, with softmax taken online (arXiv 2205.14135).
 //!
-//! Order: blocks of 16 positions from position 0 on. A block's 16 scores give their maximum, then
-//! their weights; what was summed before is rescaled only if the maximum grew (a factor of 1 changes
-//! no bit); values are added position by position. Nothing depends on which step wrote a position.
+//! Order: pieces of 64 positions from position 0 on. The scores of a piece give their maximum, then
+//! their weights, which rescale what was summed before; values are added position by position.
+//! Nothing depends on which step wrote a position.
 
 use baton_device::AttentionParams;
 
@@ -13,6 +13,8 @@ use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::{Target, Tensor};
 
+/// Blocks of a piece.
+const PIECE: usize = 4;
 /// Values computed together: vectors of 16 columns.
 const STRIPE: usize = 4;
 
@@ -70,31 +72,35 @@ impl Kernel for Attend<'_> {
         let out = self.out.as_chunks_mut::<LANES>().0;
         out.fill([0.0; LANES]);
         let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-        for (b, &block) in self.blocks.iter().enumerate() {
-            let positions = (self.len - b * BLOCK).min(BLOCK);
-            let mut weights = scores(s, query, self.keys.block(block, self.head), positions);
-            let block_max = weights[..positions].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut decay = 1.0;
-            if block_max > max {
-                decay = exp(s, max - block_max);
-                max = block_max;
+        for (piece, blocks) in self.blocks.chunks(PIECE).enumerate() {
+            let positions = (self.len - piece * PIECE * BLOCK).min(PIECE * BLOCK);
+            let mut weights = [[0.0; BLOCK]; PIECE];
+            let weights = &mut weights[..blocks.len()];
+            for (b, (scores, &block)) in weights.iter_mut().zip(blocks).enumerate() {
+                let keys = self.keys.block(block, self.head).as_chunks().0;
+                products(s, query, keys, positions - b * BLOCK, scores);
             }
-            let mut v = s.exp(s.sub(s.load(&weights), s.splat(max)));
-            s.store(v, &mut weights);
-            if positions < BLOCK {
-                weights[positions..].fill(0.0);
-                v = s.load(&weights);
+            weights.as_flattened_mut()[positions..].fill(f32::NEG_INFINITY);
+
+            let piece_max = weights.iter().fold(s.splat(max), |max, scores| s.at_least(s.load(scores), max));
+            let piece_max = s.max(piece_max);
+            let decay = if piece_max == max { 1.0 } else { exp(s, max - piece_max) };
+            max = piece_max;
+            for scores in weights.iter_mut() {
+                s.store(s.exp(s.sub(s.load(scores), s.splat(max))), scores);
             }
-            sum = sum * decay + s.sum(v);
-            let values = self.values.block(block, self.head).as_chunks::<LANES>().0;
-            let stride = self.values.width / LANES;
+            weights.as_flattened_mut()[positions..].fill(0.0);
+            let total = weights.iter().fold(s.splat(0.0), |total, weights| s.add(total, s.load(weights)));
+            sum = sum * decay + s.sum(total);
+
+            let mix = Mix { values: self.values, head: self.head, blocks, weights, positions, decay };
             let mut first = 0;
             while first < out.len() {
                 if out.len() - first >= STRIPE {
-                    mix::<S, STRIPE>(s, &weights[..positions], &values[first..], stride, decay, &mut out[first..]);
+                    mix.add_to::<S, STRIPE>(s, out, first);
                     first += STRIPE;
                 } else {
-                    mix::<S, 1>(s, &weights[..positions], &values[first..], stride, decay, &mut out[first..]);
+                    mix.add_to::<S, 1>(s, out, first);
                     first += 1;
                 }
             }
@@ -106,13 +112,17 @@ impl Kernel for Attend<'_> {
     }
 }
 
-/// Products of the query with the keys of a block's first positions; the rest is unspecified.
+/// Products of the query with a block's keys, by fours: those from `positions` on are unspecified.
 #[inline(always)]
-fn scores<S: Simd>(s: S, query: &[[f32; LANES]], keys: &[f32], positions: usize) -> [f32; BLOCK] {
-    let keys = keys.as_chunks::<LANES>().0;
-    let mut scores = [0.0; BLOCK];
+fn products<S: Simd>(
+    s: S,
+    query: &[[f32; LANES]],
+    keys: &[[f32; LANES]],
+    positions: usize,
+    products: &mut [f32; BLOCK],
+) {
     let width = query.len();
-    for (i, four) in scores.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+    for (i, four) in products.as_chunks_mut::<4>().0.iter_mut().enumerate() {
         if 4 * i >= positions {
             break;
         }
@@ -126,37 +136,50 @@ fn scores<S: Simd>(s: S, query: &[[f32; LANES]], keys: &[f32], positions: usize)
         }
         *four = s.sums(acc);
     }
-    scores
 }
 
-/// `out = out * decay + Σ_j weights[j] * values[j]` on `N` vectors of columns.
-#[inline(always)]
-fn mix<S: Simd, const N: usize>(
-    s: S,
-    weights: &[f32],
-    values: &[[f32; LANES]],
-    stride: usize,
+/// The values of a piece, weighted.
+struct Mix<'a> {
+    values: &'a Plane,
+    head: usize,
+    blocks: &'a [u32],
+    weights: &'a [[f32; BLOCK]],
+    positions: usize,
     decay: f32,
-    out: &mut [[f32; LANES]],
-) {
-    let mut acc = [s.splat(0.0); N];
-    for n in 0..N {
-        acc[n] = s.mul(s.load(&out[n]), s.splat(decay));
-    }
-    for (j, &weight) in weights.iter().enumerate() {
-        let weight = s.splat(weight);
-        let row = &values[j * stride..][..N];
+}
+
+impl Mix<'_> {
+    /// `out = out * decay + Σ_j weights[j] * values[j]` on `N` vectors of columns from `first` on.
+    #[inline(always)]
+    fn add_to<S: Simd, const N: usize>(&self, s: S, out: &mut [[f32; LANES]], first: usize) {
+        let out = &mut out[first..][..N];
+        let stride = self.values.width / LANES;
+        let mut acc = [s.splat(0.0); N];
         for n in 0..N {
-            acc[n] = s.mul_add(weight, s.load(&row[n]), acc[n]);
+            acc[n] = s.mul(s.load(&out[n]), s.splat(self.decay));
+        }
+        for (b, (weights, &block)) in self.weights.iter().zip(self.blocks).enumerate() {
+            let values = self.values.block(block, self.head).as_chunks().0;
+            let positions = (self.positions - b * BLOCK).min(BLOCK);
+            for (row, &weight) in values.chunks_exact(stride).zip(&weights[..positions]) {
+                let (row, weight) = (&row[first..][..N], s.splat(weight));
+                for n in 0..N {
+                    acc[n] = s.mul_add(weight, s.load(&row[n]), acc[n]);
+                }
+            }
+        }
+        for n in 0..N {
+            s.store(acc[n], &mut out[n]);
         }
     }
-    for n in 0..N {
-        s.store(acc[n], &mut out[n]);
-    }
 }
 
+/// `e^x` for x ≤ 0, and 0 for the infinity that a maximum starts from.
 #[inline(always)]
 fn exp<S: Simd>(s: S, x: f32) -> f32 {
+    if x == f32::NEG_INFINITY {
+        return 0.0;
+    }
     let mut lanes = [0.0; LANES];
     s.store(s.exp(s.splat(x)), &mut lanes);
     lanes[0]

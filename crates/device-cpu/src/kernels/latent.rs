@@ -1,12 +1,13 @@
 //! Multi-head latent attention, absorbed (arXiv 2405.04434): queries are taken into the space of the
 //! cached latents, so one cached row per token serves all heads as key and as value.
 //!
-//! A task takes some rows of one head through three stages: absorb, attend, project. Each stage has
+//! A task takes some rows of some heads through three stages: absorb, attend, project. Each stage has
 //! the order of its kernel ([`super::linear`], [`super::attention`]).
 
 use std::cell::RefCell;
+use std::ops::Range;
 
-use baton_device::{HostLatent, Result, WeightFormat};
+use baton_device::{HostLatent, Result, Rows, WeightFormat};
 
 use crate::cache::{AttentionPlan, Plane, latent_width, rope_start};
 use crate::isa::Dispatch;
@@ -19,6 +20,8 @@ use crate::weight::Matrix;
 
 /// Rows of one task: they share each load of the head's weights.
 const TASK_ROWS: usize = 16;
+/// Heads of one task: they share each load of a row's context.
+const TASK_HEADS: usize = 8;
 
 /// `kv_b_proj`, split by head.
 pub struct Latent {
@@ -84,41 +87,78 @@ pub(crate) fn attend(
     scale: f32,
     out: &Target<'_>,
 ) {
-    let &Latent { nope, rope, v, rank, ref heads } = weight;
-    let rank_width = rope_start(rank);
-    let width = latent_width(rank, rope);
-    let rows = plan.rows();
-    let chunk = rows.div_ceil(pool.threads()).clamp(1, TASK_ROWS);
-    let work = heads.len() * (rows * rank * (nope + v) + 2 * plan.context() * width);
-    pool.run(rows.div_ceil(chunk) * heads.len(), work, |task| {
-        let (head, first) = (task % heads.len(), task / heads.len() * chunk);
-        let rows = first..rows.min(first + chunk);
-        with_scratch(rows.len() * (width + rank_width), |scratch, quantized| {
-            scratch.fill(0.0);
-            let (queries, mixed) = scratch.split_at_mut(rows.len() * width);
-            let Head { absorb, project } = &heads[head];
-
-            let stride = heads.len() * (nope + rope);
-            let data = &q.data()[rows.start * stride..];
-            let nopes = View { data, rows: rows.len(), stride, start: head * (nope + rope), width: nope, index: None };
-            // SAFETY: this task alone has its scratch.
-            unsafe { multiply_here(isa, nopes, absorb, quantized, &Target::new(queries, width)) };
-
-            for (i, row) in rows.clone().enumerate() {
-                let query = &mut queries[i * width..][..width];
-                query[rank_width..][..rope].copy_from_slice(&q.row(row)[(head + 1) * (nope + rope) - rope..][..rope]);
-                query.iter_mut().for_each(|x| *x *= scale);
-                let (blocks, len) = (plan.blocks(row), plan.position(row) + 1);
-                let out = &mut mixed[i * rank_width..][..rank_width];
-                isa.run(Attend { query, keys: plane, values: plane, head: 0, blocks, len, out });
-            }
-
-            let mixed = View { data: mixed, rows: rows.len(), stride: rank_width, start: 0, width: rank, index: None };
-            let out = out.shifted(rows.start, head * v);
-            // SAFETY: each task has its own rows and head.
-            unsafe { multiply_here(isa, mixed, project, quantized, &out) };
+    let (rows, heads) = (plan.rows(), weight.heads.len());
+    let width = latent_width(weight.rank, weight.rope);
+    let work = heads * (rows * weight.rank * (weight.nope + weight.v) + 2 * plan.context() * width);
+    let row_chunk = pool.share(rows, work).min(TASK_ROWS);
+    let head_chunks = heads.div_ceil(TASK_HEADS);
+    pool.run(rows.div_ceil(row_chunk) * head_chunks, work, |task| {
+        let (row, head) = (task / head_chunks * row_chunk, task % head_chunks * TASK_HEADS);
+        let rows = row..rows.min(row + row_chunk);
+        let heads = head..heads.min(head + TASK_HEADS);
+        let task = Task { isa, q, weight, plane, plan, scale, rows, heads };
+        with_scratch(task.rows.len() * task.heads.len() * (width + rope_start(weight.rank)), |scratch, quantized| {
+            // SAFETY: tasks differ in rows or in heads.
+            unsafe { task.run(scratch, quantized, out) };
         });
     });
+}
+
+/// Some rows of some heads.
+struct Task<'a> {
+    isa: Dispatch,
+    q: &'a Tensor,
+    weight: &'a Latent,
+    plane: &'a Plane,
+    plan: &'a AttentionPlan,
+    scale: f32,
+    rows: Range<usize>,
+    heads: Range<usize>,
+}
+
+impl Task<'_> {
+    /// # Safety
+    /// Nobody else reads or writes these rows and heads of `out` meanwhile.
+    unsafe fn run(self, scratch: &mut [f32], quantized: &mut Quantized, out: &Target<'_>) {
+        let Task { isa, q, weight, plane, plan, scale, .. } = self;
+        let &Latent { nope, rope, v, rank, .. } = weight;
+        let (rank_width, rows) = (rope_start(rank), self.rows.len());
+        // Queries in the space of the cached rows, and mixed latents: both [heads, rows, width].
+        let (queries, mixed) = scratch.split_at_mut(rows * self.heads.len() * plane.width);
+        queries.fill(0.0);
+
+        let (first, stride) = (self.rows.start, q.cols());
+        let queries_of_heads = queries.chunks_exact_mut(rows * plane.width);
+        for (head, queries) in self.heads.clone().zip(queries_of_heads) {
+            let start = head * (nope + rope);
+            let nopes = View { data: &q.data()[first * stride..], rows, stride, start, width: nope, index: None };
+            // SAFETY: this task alone has its scratch.
+            unsafe {
+                multiply_here(isa, nopes, &weight.heads[head].absorb, quantized, &Target::new(queries, plane.width))
+            };
+            for (row, query) in self.rows.clone().zip(queries.chunks_exact_mut(plane.width)) {
+                query[rank_width..][..rope].copy_from_slice(&q.row(row)[start + nope..][..rope]);
+                query.iter_mut().for_each(|x| *x *= scale);
+            }
+        }
+
+        // Heads innermost: a row's context stays in cache while they pass.
+        for (i, row) in self.rows.clone().enumerate() {
+            for head in 0..self.heads.len() {
+                let query = &queries[(head * rows + i) * plane.width..][..plane.width];
+                let out = &mut mixed[(head * rows + i) * rank_width..][..rank_width];
+                let (blocks, len) = (plan.blocks(row), plan.position(row) + 1);
+                isa.run(Attend { query, keys: plane, values: plane, head: 0, blocks, len, out });
+            }
+        }
+
+        for (head, mixed) in self.heads.clone().zip(mixed.chunks_exact(rows * rank_width)) {
+            let mixed = View { data: mixed, rows, stride: rank_width, start: 0, width: rank, index: None };
+            let out = out.shifted(first, head * v);
+            // SAFETY: the caller's obligation.
+            unsafe { multiply_here(isa, mixed, &weight.heads[head].project, quantized, &out) };
+        }
+    }
 }
 
 /// A whole product, by this thread alone.

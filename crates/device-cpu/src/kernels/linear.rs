@@ -11,15 +11,12 @@ use crate::kernels::quantize::Quantized;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::{Target, View};
-use crate::weight::{Element, Floats, Matrix, Packed, Quants};
+use crate::weight::{Element, Matrix, Packed, Panels, Quants};
 
 /// Panels whose weights stay in cache while all rows of a task pass over them.
 const GROUP: usize = 4;
 /// Rows of one task: their activations stay in cache while the panels pass.
 const TASK_ROWS: usize = 64;
-/// Tasks that each thread finds on average, so that a late thread holds up little.
-const TASKS_PER_THREAD: usize = 4;
-
 /// Rows ready to be multiplied, in the form that the weight's format wants.
 #[derive(Clone, Copy)]
 pub(crate) enum Input<'a> {
@@ -86,9 +83,9 @@ pub(crate) fn multiply(
     (weight, bias): (&Matrix, Option<&[f32]>),
     out: &Target<'_>,
 ) {
-    let chunk = panels_per_task(weight.panels(), pool.threads());
-    let chunks = weight.panels().div_ceil(chunk);
     let work = rows * weight.out_features * weight.in_features;
+    let chunk = pool.share(weight.panels(), work).next_multiple_of(2);
+    let chunks = weight.panels().div_ceil(chunk);
     pool.run(chunks * rows.div_ceil(TASK_ROWS), work, |task| {
         let (row, panel) = (task / chunks * TASK_ROWS, task % chunks * chunk);
         let rows = row..rows.min(row + TASK_ROWS);
@@ -96,12 +93,6 @@ pub(crate) fn multiply(
         // SAFETY: tasks differ in rows or in panels, so their parts do not overlap.
         unsafe { part.run(isa, out) }
     });
-}
-
-/// Whole groups of panels, where there are enough for all threads.
-pub(crate) fn panels_per_task(panels: usize, threads: usize) -> usize {
-    let share = panels.div_ceil(threads * TASKS_PER_THREAD).max(1);
-    if threads == 1 || share > GROUP / 2 { share.next_multiple_of(GROUP) } else { share }
 }
 
 /// Where a part puts its results.
@@ -179,7 +170,7 @@ fn strip<S: Simd, T: Tiles, const R: usize>(s: S, tiles: &T, row: usize, panels:
 
 struct FloatPart<'a, T> {
     x: View<'a>,
-    w: &'a Floats<T>,
+    w: &'a Panels<T>,
     rows: Range<usize>,
     panels: Range<usize>,
     out: PartOut<'a>,

@@ -5,7 +5,7 @@
 use baton_device::{DeviceError, HostExperts, HostTensor, Result, Routing, select_experts};
 
 use crate::isa::Dispatch;
-use crate::kernels::linear::{Input, Part, panels_per_task};
+use crate::kernels::linear::{Input, Part};
 use crate::kernels::quantize::Quantized;
 use crate::kernels::rows::{AddScaled, SiluMul};
 use crate::pool::Pool;
@@ -89,7 +89,7 @@ pub(crate) fn fused(
 
     let input = Input::prepare(isa, x.view(), &shape.gate, quantized);
     let (gates, ups) = (Target::new(gate, inner), Target::new(up, inner));
-    let chunk = panels_per_task(shape.gate.panels() * runs.len(), pool.threads()).min(shape.gate.panels());
+    let chunk = pool.share(shape.gate.panels() * runs.len(), 2 * work).clamp(1, shape.gate.panels());
     let chunks = shape.gate.panels().div_ceil(chunk);
     pool.run(runs.len() * chunks, 2 * work, |task| {
         let (expert, first, count) = runs[task / chunks];
@@ -113,7 +113,7 @@ pub(crate) fn fused(
     let view = View { data: &gate[..], rows: pairs.len(), stride: inner, start: 0, width: inner, index: None };
     let input = Input::prepare(isa, view, &shape.down, quantized_inner);
     let downs = Target::new(down, hidden);
-    let chunk = panels_per_task(shape.down.panels() * runs.len(), pool.threads()).min(shape.down.panels());
+    let chunk = pool.share(shape.down.panels() * runs.len(), work).clamp(1, shape.down.panels());
     let chunks = shape.down.panels().div_ceil(chunk);
     pool.run(runs.len() * chunks, work, |task| {
         let (expert, first, count) = runs[task / chunks];

@@ -73,6 +73,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.sums([v, zero, zero, zero])[0]
     }
 
+    /// Largest of the lanes, unspecified if one is not a number.
+    #[inline(always)]
+    fn max(self, v: Self::F32) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+            }
+        }
+        lanes[0]
+    }
+
     /// Up to 16 floats, zeros behind them.
     #[inline(always)]
     fn load_first(self, x: &[f32]) -> Self::F32 {
@@ -121,5 +134,78 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn silu(self, x: Self::F32) -> Self::F32 {
         let e = self.exp(self.sub(self.splat(0.0), x));
         self.div(x, self.add(self.splat(1.0), e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+
+    /// Applies a function of a vector to all of `x`, on one instruction set.
+    struct Map<'a, F> {
+        x: &'a mut [f32],
+        f: F,
+    }
+
+    trait VectorFn {
+        fn apply<S: Simd>(&self, s: S, v: S::F32) -> S::F32;
+    }
+
+    impl<F: VectorFn> Kernel for Map<'_, F> {
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for x in self.x.as_chunks_mut().0 {
+                s.store(self.f.apply(s, s.load(x)), x);
+            }
+        }
+    }
+
+    struct Exp;
+
+    impl VectorFn for Exp {
+        #[inline(always)]
+        fn apply<S: Simd>(&self, s: S, v: S::F32) -> S::F32 {
+            s.exp(v)
+        }
+    }
+
+    struct Reduce;
+
+    impl VectorFn for Reduce {
+        #[inline(always)]
+        fn apply<S: Simd>(&self, s: S, v: S::F32) -> S::F32 {
+            let [a, b, c, d] = s.sums([v, s.splat(1.0), s.add(v, v), s.splat(0.0)]);
+            s.load_first(&[a, b, c, d, s.sum(v), s.max(v)])
+        }
+    }
+
+    #[test]
+    fn exp_is_right_to_1e_6_over_its_whole_range_and_keeps_nan() {
+        for isa in Isa::available() {
+            let exact: Vec<f32> = (0..16 * 4096).map(|i| -87.0 + 175.0 * i as f32 / 65_536.0).collect();
+            let mut ours = exact.clone();
+            isa.dispatch().unwrap().run(Map { x: &mut ours, f: Exp });
+            for (x, y) in exact.iter().zip(&ours) {
+                let error = (f64::from(*y) / f64::from(*x).exp() - 1.0).abs();
+                assert!(error < 1e-6, "{isa}: exp({x}) = {y}, off by {error:e}");
+            }
+            let mut odd = [f32::NAN, 1000.0, -1000.0, f32::NEG_INFINITY, 0.0, -0.0].repeat(8);
+            isa.dispatch().unwrap().run(Map { x: &mut odd, f: Exp });
+            assert!(odd[0].is_nan() && odd[1] > 1e38 && odd[2] < 1e-37 && odd[3] < 1e-37, "{isa}: {odd:?}");
+            assert_eq!(odd[4..6], [1.0, 1.0], "{isa}");
+        }
+    }
+
+    #[test]
+    fn reductions_see_every_lane_once() {
+        for isa in Isa::available() {
+            for lane in 0..LANES {
+                let mut x = [-1.0; LANES];
+                x[lane] = 100.0;
+                isa.dispatch().unwrap().run(Map { x: &mut x, f: Reduce });
+                assert_eq!(x[..6], [85.0, 16.0, 170.0, 0.0, 85.0, 100.0], "{isa}, lane {lane}");
+            }
+        }
     }
 }

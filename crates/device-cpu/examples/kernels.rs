@@ -1,0 +1,218 @@
+//! Speed of the kernels on this machine: `cargo run --release -p baton-device-cpu --example kernels`,
+//! with `linear` or `step` behind it for one of the two parts.
+//!
+//! Prints the minimum of several runs: other work on the machine only ever adds time.
+
+#![allow(clippy::print_stdout)] // a report for the terminal
+
+use std::time::{Duration, Instant};
+
+use baton_device::conformance::uniform;
+use baton_device::{
+    AttentionBatch, Backend, DType, HostExperts, HostLatent, HostLinear, HostTensor, KvSpec, LatentOps, LayerKv,
+    MoeOps, Result, Routing, SequenceSpan, WeightFormat,
+};
+use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
+
+fn main() -> Result<()> {
+    let part = std::env::args().nth(1);
+    if part.as_deref() != Some("step") {
+        linears()?;
+    }
+    if part.as_deref() != Some("linear") {
+        steps()?;
+    }
+    Ok(())
+}
+
+fn linears() -> Result<()> {
+    for isa in Isa::available().into_iter().rev() {
+        println!("{isa}, 1 thread: linear 1536 -> 8960");
+        let b = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) })?;
+        for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16, WeightFormat::Q8_0] {
+            linear(&b, 1536, 8960, format)?;
+        }
+    }
+    Ok(())
+}
+
+fn steps() -> Result<()> {
+    for threads in [1, 2] {
+        let b = CpuBackend::new(&CpuOptions { threads, isa: None })?;
+        println!("{}, {threads} threads: a decoding step of an abacus-sized model, context 64", b.caps().isa);
+        let model = SmallModel::new(&b)?;
+        let alone = model.step(&b, 1, 64)?;
+        for rows in [1, 4, 8, 16, 32] {
+            let time = model.step(&b, rows, 64)?;
+            let gain = rows as f64 * alone.as_secs_f64() / time.as_secs_f64();
+            println!("  {rows:3} sequences {:8.1} us, throughput x{gain:.2}", 1e6 * time.as_secs_f64());
+        }
+    }
+    Ok(())
+}
+
+/// The shortest of enough runs to fill half a second.
+fn shortest(mut f: impl FnMut() -> Result<()>) -> Result<Duration> {
+    let (start, mut best) = (Instant::now(), Duration::MAX);
+    while start.elapsed() < Duration::from_millis(500) {
+        let run = Instant::now();
+        f()?;
+        best = best.min(run.elapsed());
+    }
+    Ok(best)
+}
+
+fn linear(b: &CpuBackend, in_features: usize, out_features: usize, format: WeightFormat) -> Result<()> {
+    let weight = linear_weight(b, in_features, out_features, format)?;
+    let bytes = format.bytes(in_features * out_features) as f64;
+    for rows in [1, 4, 8, 32, 128] {
+        let x = activation(b, rows, in_features)?;
+        let mut y = b.tensor(rows, out_features)?;
+        let seconds = shortest(|| b.linear(&x, &weight, &mut y))?.as_secs_f64();
+        let flops = (2 * rows * in_features * out_features) as f64;
+        println!(
+            "  {format:5} m={rows:<4} {:9.1} us {:7.1} GB/s {:7.1} GFLOP/s",
+            1e6 * seconds,
+            bytes / seconds / 1e9,
+            flops / seconds / 1e9
+        );
+    }
+    Ok(())
+}
+
+fn stored(shape: &[usize]) -> Vec<u8> {
+    let scale = (shape[shape.len() - 1] as f32).sqrt().recip();
+    uniform(1, shape.iter().product(), scale).iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn linear_weight(b: &CpuBackend, in_features: usize, out_features: usize, format: WeightFormat) -> Result<Linear> {
+    let data = stored(&[out_features, in_features]);
+    let weight = HostTensor::new("bench", DType::F32, vec![out_features, in_features], &data);
+    b.linear_weight(&HostLinear { weight, bias: None, format })
+}
+
+fn activation(b: &CpuBackend, rows: usize, cols: usize) -> Result<Tensor> {
+    let mut t = b.tensor(rows, cols)?;
+    b.write(&uniform(2, rows * cols, 1.0), &mut t)?;
+    Ok(t)
+}
+
+/// The linear, attention and expert operations of a model of the bundled one's shape.
+struct SmallModel {
+    layers: Vec<SmallLayer>,
+    head: Linear,
+}
+
+struct SmallLayer {
+    q_a: Linear,
+    q_b: Linear,
+    kv_a: Linear,
+    latent: Latent,
+    o: Linear,
+    router: Linear,
+    shared: [Linear; 3],
+    experts: Experts,
+}
+
+const HIDDEN: usize = 192;
+const HEADS: usize = 6;
+const NOPE: usize = 32;
+const ROPE: usize = 16;
+const V: usize = 32;
+const RANK: usize = 64;
+const INNER: usize = 64;
+const EXPERTS: usize = 8;
+const VOCAB: usize = 1024;
+
+impl SmallModel {
+    fn new(b: &CpuBackend) -> Result<Self> {
+        Ok(Self {
+            layers: (0..5).map(|_| SmallLayer::new(b)).collect::<Result<_>>()?,
+            head: linear_weight(b, HIDDEN, VOCAB, WeightFormat::BF16)?,
+        })
+    }
+
+    /// Time of a step that gives each of `rows` sequences its last token of `context`.
+    fn step(&self, b: &CpuBackend, rows: usize, context: usize) -> Result<Duration> {
+        let blocks = context.div_ceil(b.caps().kv_block_size);
+        let tables: Vec<Vec<u32>> = (0..rows).map(|r| (0..blocks).map(|i| (r * blocks + i) as u32).collect()).collect();
+        let span = |table| SequenceSpan { start: context - 1, len: 1, block_table: table };
+        let sequences: Vec<_> = tables.iter().map(|t| span(t.as_slice())).collect();
+        let spec = KvSpec {
+            layers: vec![LayerKv::Latent { rank: RANK, rope: ROPE }; self.layers.len()],
+            block_size: b.caps().kv_block_size,
+        };
+        let mut cache = b.kv_cache(&spec, rows * blocks)?;
+
+        let mut x = activation(b, rows, HIDDEN)?;
+        let norm = b.vector(&HostTensor::new("norm", DType::F32, vec![HIDDEN], &stored(&[HIDDEN])))?;
+        let widths = [HIDDEN, 96, HEADS * (NOPE + ROPE), HEADS * V, EXPERTS, INNER, INNER, INNER, HIDDEN, VOCAB];
+        let [mut normed, mut q_a, mut q, mut mixed, mut logits, mut gate, mut up, mut gated, mut y, mut scores] =
+            widths.map(|cols| b.tensor(rows, cols).expect("a small tensor"));
+        let (mut kv, latent, rope) =
+            (b.tensor(rows, RANK + ROPE)?, activation(b, rows, RANK)?, activation(b, rows, ROPE)?);
+        shortest(|| {
+            let plan = b.plan_attention(&AttentionBatch { sequences: &sequences })?;
+            b.rms_norm(&x, &norm, 1e-6, &mut normed)?;
+            for (i, layer) in self.layers.iter().enumerate() {
+                b.linear(&normed, &layer.q_a, &mut q_a)?;
+                b.linear(&q_a, &layer.q_b, &mut q)?;
+                b.linear(&normed, &layer.kv_a, &mut kv)?;
+                b.latent_attention(&q, &latent, &rope, &layer.latent, &mut cache, i, &plan, 0.15, &mut mixed)?;
+                b.linear(&mixed, &layer.o, &mut y)?;
+                b.add_rms_norm(&y, &mut x, &norm, 1e-6, &mut normed)?;
+                b.linear(&normed, &layer.router, &mut logits)?;
+                b.fused_moe(&normed, &logits, &layer.experts, &mut y)?;
+                b.add(&mut x, &y)?;
+                b.linear(&normed, &layer.shared[0], &mut gate)?;
+                b.linear(&normed, &layer.shared[1], &mut up)?;
+                b.silu_mul(&gate, &up, &mut gated)?;
+                b.linear(&gated, &layer.shared[2], &mut y)?;
+                b.add_rms_norm(&y, &mut x, &norm, 1e-6, &mut normed)?;
+            }
+            b.linear(&normed, &self.head, &mut scores)
+        })
+    }
+}
+
+impl SmallLayer {
+    fn new(b: &CpuBackend) -> Result<Self> {
+        let format = WeightFormat::BF16;
+        let linear = |in_features, out_features| linear_weight(b, in_features, out_features, format);
+        let kv_b = stored(&[HEADS * (NOPE + V), RANK]);
+        let (inner, outer) = (stored(&[INNER, HIDDEN]), stored(&[HIDDEN, INNER]));
+        let experts =
+            |shape: [usize; 2], data| vec![HostTensor::new("bench", DType::F32, shape.to_vec(), data); EXPERTS];
+        Ok(Self {
+            q_a: linear(HIDDEN, 96)?,
+            q_b: linear(96, HEADS * (NOPE + ROPE))?,
+            kv_a: linear(HIDDEN, RANK + ROPE)?,
+            latent: b.latent_weight(&HostLatent {
+                kv_b: HostTensor::new("bench", DType::F32, vec![HEADS * (NOPE + V), RANK], &kv_b),
+                heads: HEADS,
+                nope: NOPE,
+                rope: ROPE,
+                v: V,
+                rank: RANK,
+                format,
+            })?,
+            o: linear(HEADS * V, HIDDEN)?,
+            router: linear(HIDDEN, EXPERTS)?,
+            shared: [linear(HIDDEN, INNER)?, linear(HIDDEN, INNER)?, linear(INNER, HIDDEN)?],
+            experts: b.expert_weights(&HostExperts {
+                gate: experts([INNER, HIDDEN], &inner),
+                up: experts([INNER, HIDDEN], &inner),
+                down: experts([HIDDEN, INNER], &outer),
+                format,
+                routing: Routing {
+                    top_k: 2,
+                    n_group: 4,
+                    topk_group: 2,
+                    correction_bias: vec![0.0; EXPERTS],
+                    norm_topk_prob: true,
+                    scaling_factor: 1.5,
+                },
+            })?,
+        })
+    }
+}
