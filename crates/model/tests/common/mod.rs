@@ -118,7 +118,7 @@ impl Sequence {
     }
 
     /// The next `count` tokens, sampling if they are the last known ones.
-    fn step(&self, count: usize) -> SequenceStep {
+    pub fn step(&self, count: usize) -> SequenceStep {
         let end = self.num_computed + count;
         let sample = (end == self.tokens.len()).then(|| SampleRequest {
             params: self.params.clone(),
