@@ -62,6 +62,20 @@ fn prompt_logprobs_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, 
     }
 }
 
+/// The bundled model: trained, so its answers have wide margins.
+fn bundled_model_answers_as_transformers_does<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
+    let mut runner = runner(make(), "../abacus");
+    let golden = common::json(common::folder("../abacus").join("golden.json"));
+    let ids = |v: &serde_json::Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
+    let chats = golden["chats"].as_array().unwrap();
+    for chat in chats {
+        let expected = ids(&chat["output_ids"]);
+        let output = generate(&mut runner, &ids(&chat["prompt_ids"]), SamplingParams::greedy(), expected.len());
+        assert_eq!(output.iter().map(|t| t.token).collect::<Vec<_>>(), expected, "{}", chat["messages"]);
+    }
+    assert!(!chats.is_empty());
+}
+
 /// All goldens on one backend, a test per checkpoint.
 macro_rules! goldens {
     ($backend:ident, $make:expr, $($test:ident: $case:literal),* $(,)?) => {
@@ -75,6 +89,11 @@ macro_rules! goldens {
                     prompt_logprobs_agree($make, $case);
                 }
             )*
+
+            #[test]
+            fn bundled_model() {
+                bundled_model_answers_as_transformers_does($make);
+            }
         }
     };
     ($backend:ident, $make:expr) => {
