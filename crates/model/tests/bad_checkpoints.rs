@@ -4,121 +4,12 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
 
 use baton_device::{DType, Reference, WeightFormat};
-use baton_model::{Files, KvCacheSize, LoadError, LoadOptions, LoadReport, ModelRunner, Quantization, load};
-use common::{Rng, all_logits, folder, options};
-use serde_json::{Map, Value, json};
-use tempfile::TempDir;
-
-type Loaded = (ModelRunner<Reference>, LoadReport);
-
-/// A copy of a golden checkpoint that a test may damage.
-struct Copy(TempDir);
-
-impl Copy {
-    fn of(case: &str) -> Self {
-        let copy = Self(tempfile::tempdir().unwrap());
-        for name in ["config.json", "generation_config.json", "model.safetensors"] {
-            copy.write(name, &fs::read(folder(case).join(name)).unwrap());
-        }
-        copy
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn write(&self, name: &str, content: &[u8]) {
-        fs::write(self.path().join(name), content).unwrap();
-    }
-
-    fn read(&self, name: &str) -> Vec<u8> {
-        fs::read(self.path().join(name)).unwrap()
-    }
-
-    fn edit_config(&self, edit: impl FnOnce(&mut Map<String, Value>)) -> &Self {
-        let mut config: Value = serde_json::from_slice(&self.read("config.json")).unwrap();
-        edit(config.as_object_mut().unwrap());
-        self.write("config.json", &serde_json::to_vec(&config).unwrap());
-        self
-    }
-
-    /// Replaces the weights by tensors edited as (name, dtype, shape, bytes).
-    fn edit_weights(&self, edit: impl FnOnce(&mut Vec<Tensor>)) -> &Self {
-        let mut tensors = read_tensors(&self.read("model.safetensors"));
-        edit(&mut tensors);
-        self.write("model.safetensors", &write_tensors(&tensors));
-        self
-    }
-
-    fn load(&self) -> Result<Loaded, LoadError> {
-        load(Reference::new(), &Files::folder(self.path()).unwrap(), &options())
-    }
-
-    /// The message with which loading fails.
-    fn refusal(&self) -> String {
-        match self.load() {
-            Ok(_) => panic!("it was loaded"),
-            Err(error) => error.to_string(),
-        }
-    }
-
-    #[track_caller]
-    fn assert_refused(&self, wanted: &[&str]) {
-        let message = self.refusal();
-        assert!(wanted.iter().all(|w| message.contains(w)), "{wanted:?} not in: {message}");
-    }
-}
-
-#[derive(Clone)]
-struct Tensor {
-    name: String,
-    dtype: String,
-    shape: Vec<usize>,
-    data: Vec<u8>,
-}
-
-fn read_tensors(file: &[u8]) -> Vec<Tensor> {
-    let len = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
-    let header: Map<String, Value> = serde_json::from_slice(&file[8..8 + len]).unwrap();
-    let tensor = |(name, entry): (String, Value)| {
-        let range: (usize, usize) = serde_json::from_value(entry["data_offsets"].clone()).unwrap();
-        Tensor {
-            name,
-            dtype: entry["dtype"].as_str().unwrap().into(),
-            shape: serde_json::from_value(entry["shape"].clone()).unwrap(),
-            data: file[8 + len..][range.0..range.1].to_vec(),
-        }
-    };
-    header.into_iter().filter(|(name, _)| name != "__metadata__").map(tensor).collect()
-}
-
-fn write_tensors(tensors: &[Tensor]) -> Vec<u8> {
-    let mut entries = Vec::new();
-    let mut data = Vec::new();
-    for t in tensors {
-        let start = data.len();
-        data.extend_from_slice(&t.data);
-        let entry = json!({"dtype": t.dtype, "shape": t.shape, "data_offsets": [start, data.len()]});
-        entries.push(format!("{}:{entry}", Value::from(t.name.as_str())));
-    }
-    with_header(format!("{{{}}}", entries.join(",")).as_bytes(), &data)
-}
-
-fn with_header(header: &[u8], data: &[u8]) -> Vec<u8> {
-    [&(header.len() as u64).to_le_bytes(), header, data].concat()
-}
-
-fn find<'a>(tensors: &'a mut [Tensor], name: &str) -> &'a mut Tensor {
-    tensors.iter_mut().find(|t| t.name == name).unwrap()
-}
-
-/// What a loaded model computes for a few tokens, to tell identical from different.
-fn probe((mut runner, _): Loaded) -> Vec<f32> {
-    all_logits(&mut runner, &[1, 2, 3, 4, 5])
-}
+use baton_model::{Files, KvCacheSize, LoadError, LoadOptions, Quantization, load};
+use common::checkpoint::{Copy, Tensor, find, probe, sharded, with_header};
+use common::{Rng, folder, options};
+use serde_json::json;
 
 #[test]
 fn a_missing_folder_is_named() {
@@ -285,36 +176,6 @@ fn a_weight_that_is_not_finite_is_named() {
             tensor.data[2 * 777..][..2].copy_from_slice(&bits.to_le_bytes());
         });
         copy.assert_refused(&["model.layers.1.mlp.up_proj.weight", "at element 777"]);
-    }
-}
-
-/// Splits a golden checkpoint into two shards cut inside a layer, with an index.
-fn sharded(case: &str) -> Copy {
-    let copy = Copy::of(case);
-    let tensors = read_tensors(&copy.read("model.safetensors"));
-    fs::remove_file(copy.path().join("model.safetensors")).unwrap();
-    let (first, second) = tensors.split_at(tensors.len() * 2 / 5);
-    copy.write("a.safetensors", &write_tensors(first));
-    copy.write("b.safetensors", &write_tensors(second));
-    let names = first.iter().map(|t| (t, "a.safetensors")).chain(second.iter().map(|t| (t, "b.safetensors")));
-    let map: Map<String, Value> = names.map(|(t, shard)| (t.name.clone(), json!(shard))).collect();
-    copy.write_index(&map);
-    copy
-}
-
-impl Copy {
-    fn write_index(&self, map: &Map<String, Value>) {
-        let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
-        self.write("model.safetensors.index.json", index.to_string().as_bytes());
-    }
-
-    fn edit_index(&self, edit: impl FnOnce(&mut Map<String, Value>)) -> &Self {
-        let mut index: Value = serde_json::from_slice(&self.read("model.safetensors.index.json")).unwrap();
-        let map = index["weight_map"].as_object_mut().unwrap();
-        edit(map);
-        let map = map.clone();
-        self.write_index(&map);
-        self
     }
 }
 

@@ -5,8 +5,10 @@
 mod common;
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
-use baton_model::{ModelRunner, Runner, SampledToken, SamplingParams, StepPlan};
-use common::{Pool, Rng, Sequence, all_logits, generate, prompts, runner, step};
+use baton_model::{Files, ModelRunner, Runner, SampledToken, SamplingParams, SequenceFailure, StepPlan, load};
+use common::checkpoint::{Copy, Tensor, find};
+use common::{Pool, Rng, Sequence, all_logits, generate, options, prompts, runner, step};
+use half::bf16;
 
 const OUTPUT: usize = 12;
 
@@ -157,6 +159,44 @@ fn cleared_blocks_leave_nothing<B: Backend + LatentOps + MoeOps>(make: impl Fn()
     assert!(cleared == empty, "{case}: something of the sequence remained");
 }
 
+/// A checkpoint in which token 7, and nothing else, makes the first layer's queries overflow.
+fn poisoned_by_token_7() -> Copy {
+    let copy = Copy::of("llama-rope3");
+    copy.edit_weights(|tensors| {
+        let put = |t: &mut Tensor, row: usize, value: bf16| {
+            t.data[2 * row * t.shape[1]..][..2].copy_from_slice(&value.to_le_bytes());
+        };
+        let embedding = find(tensors, "model.embed_tokens.weight");
+        (0..512).for_each(|row| put(embedding, row, if row == 7 { bf16::ONE } else { bf16::ZERO }));
+        let query = find(tensors, "model.layers.0.self_attn.q_proj.weight");
+        (0..128).for_each(|row| put(query, row, bf16::MAX));
+    });
+    copy
+}
+
+fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: &str) {
+    let copy = poisoned_by_token_7();
+    let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
+    let healthy = [1, 2, 3, 4];
+    let solo = generate(&mut runner, &healthy, params(1), 2);
+    let mut pool = Pool::new(&runner);
+    let mut both = [Sequence::new(1, &[5, 6, 7], params(0)), Sequence::new(2, &healthy, params(1))];
+    both.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len()));
+    let plan = StepPlan { sequences: both.iter().map(|s| s.step(s.tokens.len())).collect() };
+    let output = runner.step(&plan).unwrap().sequences;
+    assert_eq!(output[0].sampled, Some(Err(SequenceFailure::NonFiniteLogits)));
+    assert_eq!(output[1].sampled, Some(Ok(solo[0].clone())));
+
+    // The failed one's blocks, cleared, serve another.
+    runner.clear_blocks(&both[0].table).unwrap();
+    let mut next = Sequence::new(3, &healthy, params(1));
+    next.table = both[0].table.clone();
+    let mut next = [next];
+    step(&mut runner, &mut pool, &mut next, &[healthy.len()]);
+    step(&mut runner, &mut pool, &mut next, &[1]);
+    assert_eq!(next[0].output, solo);
+}
+
 /// Logits of a prompt's last token, if all before it are what `table` happens to hold.
 fn last_token_over<B: Backend + LatentOps + MoeOps>(
     runner: &mut ModelRunner<B>,
@@ -192,6 +232,7 @@ macro_rules! equalities {
             preempted_is_not,
             warm_prefix_is_cold,
             cleared_blocks_leave_nothing,
+            a_failed_sequence_spares_its_batch,
         );
     };
 }

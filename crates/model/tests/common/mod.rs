@@ -3,6 +3,8 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+pub mod checkpoint;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
