@@ -158,6 +158,10 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     let formats = Formats { dtype: options.dtype, quantized: options.quantization.map(Into::into) };
     let weight_formats = check_device(backend.caps(), &config, specs.values(), &checkpoint, formats)?;
 
+    let stored_dtype = checkpoint.dtype("model.embed_tokens.weight");
+    if let Some(stated) = config.dtype.filter(|stated| *stated != stored_dtype) {
+        tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
+    }
     let kv = arch::kv_spec(&config, backend.caps().kv_block_size);
     let num_blocks = num_blocks(&kv, &spec, options.kv_cache)?;
     let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
@@ -169,7 +173,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     let cache = backend.kv_cache(&kv, num_blocks)?;
     let report = LoadReport {
         architecture: config.architecture,
-        stored_dtype: checkpoint.dtype("model.embed_tokens.weight"),
+        stored_dtype,
         weight_formats,
         generation_config,
         conversions: std::mem::take(&mut loader.conversions),

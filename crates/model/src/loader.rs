@@ -86,6 +86,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let bias_name = format!("{prefix}.bias");
         let bias = if self.specs.contains_key(&bias_name) { Some(self.map(&bias_name)?) } else { None };
         let format = self.account(&[&weight])?;
+        self.weight_bytes += bias.as_ref().map_or(0, |b| b.host().len() as u64 * 4);
         let src = HostLinear { weight: weight.host(), bias: bias.as_ref().map(Mapped::host), format };
         Ok(self.backend.linear_weight(&src)?)
     }

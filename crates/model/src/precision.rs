@@ -23,13 +23,26 @@ pub struct Conversion {
 /// Elements looked at together: a multiple of every block size, small enough for the first-level cache.
 const CHUNK: usize = 64 * q8_0::BLOCK;
 
-/// Index and value of the first NaN or infinity.
+/// Index and value of the first NaN or infinity: an element whose exponent bits are all set.
 pub(crate) fn first_non_finite(tensor: &HostTensor<'_>) -> Option<(usize, f32)> {
-    chunks(tensor).find_map(|(start, chunk)| {
-        // A sum of absolute values is finite only if all are (or the tensor is absurd: look closer).
-        let suspicious = !chunk.iter().map(|v| v.abs()).sum::<f32>().is_finite();
-        let found = suspicious.then(|| chunk.iter().position(|v| !v.is_finite()))??;
-        Some((start + found, chunk[found]))
+    let data = tensor.data();
+    let element = match tensor.dtype() {
+        DType::F32 => first_where(data, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+        DType::F16 => first_where(data, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        DType::BF16 => first_where(data, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+    }?;
+    let size = tensor.dtype().size();
+    let found = HostTensor::new(tensor.name(), tensor.dtype(), vec![1], &data[element * size..][..size]);
+    Some((element, found.to_f32()[0]))
+}
+
+/// Index of the first element for which `hit` holds. A chunk is searched without an early exit, which
+/// compiles to vector code, and again only if something is in it.
+fn first_where<const N: usize>(data: &[u8], hit: impl Fn([u8; N]) -> bool) -> Option<usize> {
+    let (elements, _) = data.as_chunks::<N>();
+    elements.chunks(CHUNK).enumerate().find_map(|(i, chunk)| {
+        let any = chunk.iter().fold(false, |any, e| any | hit(*e));
+        any.then(|| chunk.iter().position(|e| hit(*e)))?.map(|at| i * CHUNK + at)
     })
 }
 
@@ -39,7 +52,7 @@ pub(crate) fn convert(tensor: &HostTensor<'_>, format: WeightFormat) -> Result<O
         return Ok(None);
     }
     let (mut max, mut sum) = (0.0f32, 0.0f64);
-    for (_, chunk) in chunks(tensor) {
+    for chunk in chunks(tensor) {
         for block in chunk.chunks(q8_0::BLOCK) {
             for (value, kept) in block.iter().zip(keep(block, format)) {
                 let error = (value - kept).abs();
@@ -75,14 +88,11 @@ fn keep(block: &[f32], format: WeightFormat) -> [f32; q8_0::BLOCK] {
     }
 }
 
-/// A tensor's elements in chunks of [`CHUNK`], each with the index of its first element.
-fn chunks<'a>(tensor: &HostTensor<'a>) -> impl Iterator<Item = (usize, Vec<f32>)> + use<'a> {
+/// A tensor's elements in chunks of [`CHUNK`].
+fn chunks<'a>(tensor: &HostTensor<'a>) -> impl Iterator<Item = Vec<f32>> + use<'a> {
     let (name, dtype) = (tensor.name(), tensor.dtype());
     let parts = tensor.data().chunks(CHUNK * dtype.size());
-    parts.enumerate().map(move |(i, part)| {
-        let shape = vec![part.len() / dtype.size()];
-        (i * CHUNK, HostTensor::new(name, dtype, shape, part).to_f32())
-    })
+    parts.map(move |part| HostTensor::new(name, dtype, vec![part.len() / dtype.size()], part).to_f32())
 }
 
 #[cfg(test)]
@@ -106,6 +116,10 @@ mod tests {
                 assert_eq!(found.map(|f| f.0), Some(at));
             }
         }
+        let f16s: Vec<u8> = [f16::MAX, f16::MIN, f16::NAN].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(first_non_finite(&HostTensor::new("t", DType::F16, vec![3], &f16s)).map(|f| f.0), Some(2));
+        let bf16s: Vec<u8> = [bf16::MAX, bf16::INFINITY].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(first_non_finite(&HostTensor::new("t", DType::BF16, vec![2], &bf16s)), Some((1, f32::INFINITY)));
     }
 
     #[test]

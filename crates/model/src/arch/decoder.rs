@@ -100,7 +100,9 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
         shared: L::Shared,
         mut layer: impl FnMut(&mut Loader<'a, B>, usize) -> Result<L, LoadError>,
     ) -> Result<Self, LoadError> {
+        // The largest tensors first: while one is prepared it takes memory twice.
         let embedding = loader.linear(EMBEDDING)?;
+        let head = if config.tie_word_embeddings { None } else { Some(loader.linear("lm_head")?) };
         let layers = (0..config.num_layers)
             .map(|i| {
                 Ok(Normed {
@@ -111,7 +113,6 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
             })
             .collect::<Result<_, LoadError>>()?;
         let norm = loader.norm(NORM)?;
-        let head = if config.tie_word_embeddings { None } else { Some(loader.linear("lm_head")?) };
         let backend = loader.backend;
         Ok(Self {
             eps: config.rms_norm_eps,

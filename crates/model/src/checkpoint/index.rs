@@ -55,10 +55,11 @@ pub(super) fn open_shards(files: &Files, json: &[u8]) -> Result<Checkpoint, Chec
         return Err(damaged(format!("it names {} shards; at most {MAX_SHARDS} are read", shards.len())));
     }
     let disagree = |reason| CheckpointError::Index { reason };
-    let mut checkpoint = Checkpoint { files: Vec::new(), tensors: BTreeMap::new() };
-    for shard in shards {
-        let file = files.open(shard)?.ok_or_else(|| FileError::Missing { name: shard.clone() })?;
-        for entry in read_header(&file)? {
+    let open = |shard: &String| files.open(shard)?.ok_or_else(|| FileError::Missing { name: shard.clone() });
+    let opened = shards.iter().map(|shard| open(shard)).collect::<Result<_, _>>()?;
+    let mut checkpoint = Checkpoint { files: opened, tensors: BTreeMap::new() };
+    for (number, shard) in shards.into_iter().enumerate() {
+        for entry in read_header(&checkpoint.files[number])? {
             match shard_of.get(&entry.name) {
                 Some(named) if named == shard => {}
                 Some(named) => {
@@ -66,9 +67,8 @@ pub(super) fn open_shards(files: &Files, json: &[u8]) -> Result<Checkpoint, Chec
                 }
                 None => return Err(disagree(format!("tensor {} of {shard} is not in the index", entry.name))),
             }
-            checkpoint.tensors.insert(entry.name.clone(), (checkpoint.files.len(), entry));
+            checkpoint.tensors.insert(entry.name.clone(), (number, entry));
         }
-        checkpoint.files.push(file);
     }
     match shard_of.iter().find(|(name, _)| !checkpoint.tensors.contains_key(*name)) {
         Some((name, shard)) => Err(disagree(format!("tensor {name} is not in {shard}"))),

@@ -138,12 +138,12 @@ fn refuse_unsupported(fields: &mut Fields<'_>, architecture: Architecture) {
 
 fn llama(fields: &mut Fields<'_>, architecture: Architecture, num_heads: usize, hidden_size: usize) -> LlamaConfig {
     let num_kv_heads = fields.size_or("num_key_value_heads", num_heads, HEADS);
-    if num_heads % num_kv_heads != 0 {
+    if !num_heads.is_multiple_of(num_kv_heads) {
         fields
             .refuse(format!("num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"));
     }
     let head_dim = fields.optional_size("head_dim", HEAD_DIM).unwrap_or_else(|| {
-        if hidden_size % num_heads != 0 {
+        if !hidden_size.is_multiple_of(num_heads) {
             fields.refuse(format!(
                 "hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and head_dim is missing"
             ));
@@ -170,7 +170,7 @@ fn deepseek_v3(fields: &mut Fields<'_>, num_heads: usize, num_layers: usize) -> 
     let n_group = fields.size_or("n_group", 1, 1..=EXPERTS.into_inner().1);
     let topk_group = fields.size_or("topk_group", n_group, 1..=EXPERTS.into_inner().1);
     let top_k = fields.size("num_experts_per_tok", EXPERTS);
-    if experts % n_group != 0 || (n_group > 1 && experts / n_group < 2) {
+    if !experts.is_multiple_of(n_group) || (n_group > 1 && experts / n_group < 2) {
         fields.refuse(format!("{experts} experts cannot be split into {n_group} groups of at least two"));
     } else if topk_group > n_group {
         fields.refuse(format!("topk_group {topk_group} exceeds n_group {n_group}"));

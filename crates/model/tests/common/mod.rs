@@ -1,0 +1,228 @@
+//! What the tests share: the golden checkpoints, and a driver that does an engine's bookkeeping in the
+//! plainest way.
+
+#![allow(dead_code)] // each test file uses its part
+
+pub mod checkpoint;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use baton_device::{Backend, LatentOps, MoeOps};
+use baton_model::{
+    Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams, SequenceStep,
+    StepPlan, load,
+};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+pub const CASES: [&str; 6] = ["llama-rope3", "llama-256", "qwen2-tied", "qwen2-untied", "qwen3", "deepseek-v3"];
+
+pub fn folder(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models/golden").join(case)
+}
+
+pub fn json(path: PathBuf) -> Value {
+    serde_json::from_slice(&std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
+}
+
+pub fn options() -> LoadOptions {
+    LoadOptions {
+        max_model_len: Some(400),
+        max_step_tokens: 400,
+        max_step_sequences: 8,
+        kv_cache: KvCacheSize::AtMost(1 << 30),
+        ..LoadOptions::default()
+    }
+}
+
+pub fn runner<B: Backend + LatentOps + MoeOps>(backend: B, case: &str) -> ModelRunner<B> {
+    let files = Files::folder(folder(case)).unwrap();
+    load(backend, &files, &options()).unwrap_or_else(|e| panic!("{case}: {e}")).0
+}
+
+/// A prompt with what transformers computed from it.
+pub struct Prompt {
+    pub name: String,
+    pub ids: Vec<u32>,
+    pub greedy_ids: Vec<u32>,
+    pub greedy_logprobs: Vec<f64>,
+    /// Logits after the last token.
+    pub last_logits: Vec<f64>,
+    /// Only on `short`.
+    pub short: Option<Short>,
+}
+
+pub struct Short {
+    pub all_logits: Vec<f32>,
+    /// Per position the likeliest 20, best first.
+    pub top20: Vec<Vec<(u32, f64)>>,
+    /// Of each prompt token from the second on.
+    pub prompt_logprobs: Vec<f64>,
+}
+
+pub fn prompts(case: &str) -> Vec<Prompt> {
+    let golden = json(folder(case).join("golden.json"));
+    let bytes = std::fs::read(folder(case).join("golden.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = |v: &Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
+    let floats = |v: &Value| -> Vec<f64> { serde_json::from_value(v.clone()).unwrap() };
+    let read = |prompt: &Value| {
+        let name = prompt["name"].as_str().unwrap().to_owned();
+        let last = tensors.tensor(&format!("{name}.last_logits.f64")).unwrap();
+        let short = prompt.get("top20_logprobs").map(|top| {
+            let all = tensors.tensor("short.all_logits.f32").unwrap();
+            Short {
+                all_logits: all.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+                top20: serde_json::from_value(top.clone()).unwrap(),
+                prompt_logprobs: floats(&prompt["prompt_logprobs"]),
+            }
+        });
+        Prompt {
+            ids: ids(&prompt["ids"]),
+            greedy_ids: ids(&prompt["greedy_ids"]),
+            greedy_logprobs: floats(&prompt["greedy_logprobs"]),
+            last_logits: last.data().chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
+            name,
+            short,
+        }
+    };
+    golden["prompts"].as_array().unwrap().iter().map(read).collect()
+}
+
+/// A sequence as an engine would keep it.
+#[derive(Clone)]
+pub struct Sequence {
+    pub id: u64,
+    pub tokens: Vec<u32>,
+    pub prompt_len: usize,
+    pub num_computed: usize,
+    pub table: Vec<u32>,
+    pub params: Arc<SamplingParams>,
+    pub output: Vec<SampledToken>,
+}
+
+impl Sequence {
+    pub fn new(id: u64, prompt: &[u32], params: SamplingParams) -> Self {
+        Self {
+            id,
+            tokens: prompt.to_vec(),
+            prompt_len: prompt.len(),
+            num_computed: 0,
+            table: Vec::new(),
+            params: Arc::new(params),
+            output: Vec::new(),
+        }
+    }
+
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.num_computed
+    }
+
+    /// The next `count` tokens, sampling if they are the last known ones.
+    pub fn step(&self, count: usize) -> SequenceStep {
+        let end = self.num_computed + count;
+        let sample = (end == self.tokens.len()).then(|| SampleRequest {
+            params: self.params.clone(),
+            position: (self.tokens.len() - self.prompt_len) as u32,
+            history: if self.params.needs_history() { self.tokens.clone() } else { Vec::new() },
+            prompt_len: self.prompt_len,
+        });
+        SequenceStep {
+            id: self.id,
+            num_computed: self.num_computed,
+            tokens: self.tokens[self.num_computed..end].to_vec(),
+            block_table: self.table.clone(),
+            sample,
+        }
+    }
+}
+
+/// Hands out blocks in a scattered order, so that no test passes because blocks happen to be adjacent.
+pub struct Pool {
+    free: Vec<u32>,
+    block_size: usize,
+}
+
+impl Pool {
+    pub fn new(runner: &dyn Runner) -> Self {
+        let spec = runner.spec();
+        let count = spec.num_blocks as u32;
+        let stride = (1..count).rev().find(|s| gcd(*s, count) == 1 && *s < count * 2 / 3).unwrap_or(1);
+        let free = (0..count).map(|i| (u64::from(i) * u64::from(stride) % u64::from(count)) as u32).collect();
+        Self { free, block_size: spec.block_size }
+    }
+
+    pub fn cover(&mut self, table: &mut Vec<u32>, tokens: usize) {
+        while table.len() * self.block_size < tokens {
+            table.push(self.free.pop().expect("the pool is large enough"));
+        }
+    }
+
+    /// Takes a sequence's blocks back; they are handed out again first.
+    pub fn release(&mut self, table: &mut Vec<u32>) {
+        self.free.append(table);
+    }
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// One step: `counts[i]` tokens of sequence i (0 leaves it out).
+pub fn step(runner: &mut dyn Runner, pool: &mut Pool, sequences: &mut [Sequence], counts: &[usize]) {
+    let mut plan = StepPlan::default();
+    for (sequence, &count) in sequences.iter_mut().zip(counts).filter(|(_, count)| **count > 0) {
+        pool.cover(&mut sequence.table, sequence.num_computed + count);
+        plan.sequences.push(sequence.step(count));
+    }
+    let output = runner.step(&plan).unwrap();
+    assert_eq!(output.sequences.len(), plan.sequences.len());
+    let stepped = sequences.iter_mut().zip(counts).filter(|(_, count)| **count > 0);
+    for ((sequence, count), out) in stepped.zip(output.sequences) {
+        assert_eq!(out.id, sequence.id);
+        sequence.num_computed += count;
+        assert_eq!(out.sampled.is_some(), sequence.num_computed == sequence.tokens.len());
+        if let Some(sampled) = out.sampled {
+            let sampled = sampled.unwrap();
+            sequence.tokens.push(sampled.token);
+            sequence.output.push(sampled);
+        }
+    }
+}
+
+/// Runs one sequence alone, its prompt in one step.
+pub fn generate(runner: &mut dyn Runner, prompt: &[u32], params: SamplingParams, count: usize) -> Vec<SampledToken> {
+    let mut pool = Pool::new(runner);
+    let mut sequences = [Sequence::new(1, prompt, params)];
+    while sequences[0].output.len() < count {
+        let remaining = sequences[0].remaining();
+        step(runner, &mut pool, &mut sequences, &[remaining]);
+    }
+    let [sequence] = sequences;
+    sequence.output
+}
+
+/// The logits of all tokens of a prompt, computed in one step.
+pub fn all_logits<B: Backend + LatentOps + MoeOps>(runner: &mut ModelRunner<B>, prompt: &[u32]) -> Vec<f32> {
+    let mut sequence = Sequence::new(1, prompt, SamplingParams::greedy());
+    Pool::new(runner).cover(&mut sequence.table, prompt.len());
+    runner.logits(&StepPlan { sequences: vec![sequence.step(prompt.len())] }).unwrap()
+}
+
+/// A small generator for tests (splitmix64), so that a failing seed can be run again.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// From 0 to `n - 1`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+}

@@ -1,0 +1,249 @@
+//! `config.json` and `generation_config.json`: what is read, and what is refused with every reason.
+
+mod common;
+
+use std::fs;
+
+use baton_device::DType;
+use baton_model::{Architecture, GenerationConfig, ModelConfig, RopeScaling};
+use common::{CASES, Rng, folder};
+use serde_json::{Value, json};
+
+fn config(case: &str) -> Value {
+    common::json(folder(case).join("config.json"))
+}
+
+fn parse(config: &Value) -> Result<ModelConfig, String> {
+    ModelConfig::parse(config.to_string().as_bytes()).map_err(|e| e.to_string())
+}
+
+/// The refusal of a golden config in which these fields are replaced.
+fn refusal(case: &str, fields: Value) -> String {
+    let mut config = config(case);
+    for (name, value) in fields.as_object().unwrap() {
+        config[name] = value.clone();
+    }
+    parse(&config).expect_err(&fields.to_string())
+}
+
+#[test]
+fn published_configs_are_read() {
+    for (case, architecture) in CASES.iter().zip([
+        Architecture::Llama,
+        Architecture::Llama,
+        Architecture::Qwen2,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::DeepseekV3,
+    ]) {
+        let config = parse(&config(case)).unwrap();
+        assert_eq!(config.architecture, architecture, "{case}");
+        assert!(config.dtype.is_some());
+    }
+}
+
+#[test]
+fn the_newer_style_means_the_same() {
+    for case in ["llama-rope3", "deepseek-v3", "qwen3"] {
+        let old = config(case);
+        let mut new = old.clone();
+        let fields = new.as_object_mut().unwrap();
+        let (theta, scaling) = (fields.remove("rope_theta").unwrap(), fields.remove("rope_scaling").unwrap());
+        let mut rope = if scaling.is_null() { json!({"rope_type": "default"}) } else { scaling };
+        if let Some(kind) = rope.as_object_mut().unwrap().remove("type") {
+            rope["rope_type"] = kind;
+        }
+        rope["rope_theta"] = theta;
+        fields.insert("rope_parameters".into(), rope);
+        let dtype = fields.remove("torch_dtype").unwrap();
+        fields.insert("dtype".into(), dtype);
+        assert_eq!(parse(&new).unwrap(), parse(&old).unwrap(), "{case}");
+        assert_eq!(parse(&new).unwrap().dtype, Some(DType::BF16));
+    }
+}
+
+#[test]
+fn unknown_architectures_are_refused_by_name_with_the_supported_ones() {
+    let fields = json!({"architectures": ["MambaForCausalLM"], "model_type": "mamba"});
+    let message = refusal("qwen3", fields);
+    for wanted in ["MambaForCausalLM", "LlamaForCausalLM", "DeepseekV3ForCausalLM"] {
+        assert!(message.contains(wanted), "{message}");
+    }
+    assert!(refusal("qwen3", json!({"model_type": "llama"})).contains("model_type is \"llama\""));
+    assert!(refusal("qwen3", json!({"architectures": null, "model_type": "gpt2"})).contains("gpt2"));
+    assert!(refusal("qwen3", json!({"architectures": null, "model_type": null})).contains("missing"));
+    assert!(refusal("qwen3", json!({"architectures": ["Qwen3ForSequenceClassification"]})).contains("Classification"));
+    let mut only_type = config("qwen3");
+    only_type.as_object_mut().unwrap().remove("architectures");
+    assert_eq!(parse(&only_type).unwrap().architecture, Architecture::Qwen3);
+}
+
+#[test]
+fn what_is_not_built_is_refused_by_name() {
+    for (case, fields, wanted) in [
+        ("llama-256", json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
+        ("llama-256", json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\""),
+        ("llama-256", json!({"attention_bias": true}), "attention_bias"),
+        ("llama-256", json!({"mlp_bias": true}), "mlp_bias"),
+        ("llama-256", json!({"sliding_window": 64}), "sliding_window"),
+        ("qwen2-tied", json!({"use_sliding_window": true}), "sliding_window"),
+        ("qwen3", json!({"layer_types": ["full_attention", "sliding_attention"]}), "layer_types"),
+        ("llama-256", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        ("llama-256", json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), "dynamic"),
+        ("llama-256", json!({"rope_scaling": {"factor": 2.0}}), "rope_type"),
+        ("llama-256", json!({"torch_dtype": "float8_e4m3fn"}), "float8_e4m3fn"),
+        ("deepseek-v3", json!({"scoring_func": "softmax"}), "scoring_func"),
+        ("deepseek-v3", json!({"topk_method": "greedy"}), "topk_method"),
+        ("deepseek-v3", json!({"moe_layer_freq": 2}), "moe_layer_freq"),
+        ("deepseek-v3", json!({"num_key_value_heads": 2}), "num_key_value_heads"),
+    ] {
+        let message = refusal(case, fields);
+        assert!(message.contains(wanted), "{wanted} not in: {message}");
+    }
+    // What changes nothing is ignored.
+    let mut ignored = config("qwen3");
+    ignored["auto_map"] = json!({"AutoModel": "evil.py"});
+    ignored["layer_types"] = json!(["full_attention"]);
+    assert!(parse(&ignored).is_ok());
+}
+
+#[test]
+fn absurd_fields_are_refused_all_at_once() {
+    let message = refusal(
+        "llama-rope3",
+        json!({
+            "hidden_size": 0, "num_hidden_layers": -3, "vocab_size": 1e30, "intermediate_size": "wide",
+            "rms_norm_eps": null, "max_position_embeddings": u64::MAX, "tie_word_embeddings": "yes",
+            "eos_token_id": "end", "rope_theta": -1.0,
+            "rope_scaling": {"rope_type": "llama3", "factor": 0.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+        }),
+    );
+    for wanted in [
+        "hidden_size is 0",
+        "num_hidden_layers is -3",
+        "vocab_size",
+        "intermediate_size is \"wide\"",
+        "rms_norm_eps is missing",
+        "max_position_embeddings",
+        "tie_word_embeddings is \"yes\"",
+        "eos_token_id is \"end\"",
+        "rope_theta is -1",
+        "rope_scaling.factor is 0",
+        "low_freq_factor below high_freq_factor",
+        "rope_scaling.original_max_position_embeddings is missing",
+    ] {
+        assert!(message.contains(wanted), "{wanted} not in: {message}");
+    }
+    for (case, fields, wanted) in [
+        ("llama-256", json!({"num_key_value_heads": 3}), "not a multiple"),
+        ("llama-256", json!({"hidden_size": 255}), "not a multiple"),
+        ("qwen3", json!({"head_dim": 31}), "odd"),
+        ("deepseek-v3", json!({"n_group": 3}), "3 groups"),
+        ("deepseek-v3", json!({"topk_group": 5}), "topk_group 5"),
+        ("deepseek-v3", json!({"num_experts_per_tok": 9}), "num_experts_per_tok 9"),
+        ("deepseek-v3", json!({"first_k_dense_replace": 4}), "first_k_dense_replace"),
+        ("deepseek-v3", json!({"n_routed_experts": 4096, "num_hidden_layers": 1000}), "experts"),
+    ] {
+        let message = refusal(case, fields);
+        assert!(message.contains(wanted), "{wanted} not in: {message}");
+    }
+    let long = refusal("qwen3", json!({"hidden_act": "x".repeat(100_000)}));
+    assert!(long.len() < 500, "a long value is cut");
+}
+
+#[test]
+fn json_that_is_none_is_refused() {
+    let deep = "[".repeat(200_000);
+    for bytes in [&b"{"[..], b"[]", b"\xff\xfe", b"null", deep.as_bytes()] {
+        assert!(ModelConfig::parse(bytes).unwrap_err().to_string().starts_with("config.json"));
+    }
+}
+
+/// Any single field of any config replaced by any odd value: an error or a config, never a panic.
+#[test]
+fn no_field_makes_parsing_panic() {
+    let odd = [
+        json!(null),
+        json!(0),
+        json!(1),
+        json!(-1),
+        json!(3),
+        json!(u64::MAX),
+        json!(1e308),
+        json!(0.5),
+        json!(""),
+        json!([]),
+        json!({}),
+        json!([1, "a"]),
+        json!(true),
+        json!({"rope_type": "yarn", "factor": 1e4, "original_max_position_embeddings": 1}),
+        json!({"rope_type": "llama3", "factor": 1, "low_freq_factor": 1e-5, "high_freq_factor": 1e5}),
+    ];
+    let mut rng = Rng(9);
+    for case in CASES {
+        let config = config(case);
+        let names: Vec<&String> = config.as_object().unwrap().keys().collect();
+        for name in &names {
+            for value in &odd {
+                let mut changed = config.clone();
+                changed[name.as_str()] = value.clone();
+                changed[names[rng.below(names.len())].as_str()] = odd[rng.below(odd.len())].clone();
+                if let Ok(config) = parse(&changed) {
+                    assert!(config.rope.inv_freq().iter().all(|f| f.is_finite()), "{name} {value}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn generation_configs_are_read_and_checked() {
+    let config = parse(&config("qwen3")).unwrap();
+    let file = fs::read(folder("qwen3").join("generation_config.json")).unwrap();
+    assert_eq!(GenerationConfig::parse(Some(&file), &config).unwrap().eos_token_ids, [500, 498]);
+    assert_eq!(GenerationConfig::parse(None, &config).unwrap().eos_token_ids, [500]);
+    let all = br#"{"eos_token_id": 7, "do_sample": true, "temperature": 0.6, "top_k": -1, "top_p": 0.95,
+        "min_p": 0.0, "repetition_penalty": 1.05, "max_new_tokens": 2048, "transformers_version": "4.51.0"}"#;
+    let expected = GenerationConfig {
+        eos_token_ids: vec![7],
+        do_sample: Some(true),
+        temperature: Some(0.6),
+        top_k: Some(0),
+        top_p: Some(0.95),
+        min_p: Some(0.0),
+        repetition_penalty: Some(1.05),
+        max_new_tokens: Some(2048),
+    };
+    assert_eq!(GenerationConfig::parse(Some(all), &config).unwrap(), expected);
+    let bad = br#"{"temperature": -1, "top_p": 1.5, "top_k": -2, "repetition_penalty": 0, "eos_token_id": [1.5]}"#;
+    let message = GenerationConfig::parse(Some(bad), &config).unwrap_err().to_string();
+    for wanted in ["generation_config.json", "temperature", "top_p", "top_k", "repetition_penalty", "eos_token_id"] {
+        assert!(message.contains(wanted), "{wanted} not in: {message}");
+    }
+}
+
+#[test]
+fn rope_scaling_keeps_high_frequencies_and_divides_low_ones() {
+    let plain = parse(&config("llama-256")).unwrap().rope.inv_freq();
+    let with = |scaling: Value| {
+        let mut config = config("llama-256");
+        config["rope_scaling"] = scaling;
+        parse(&config).unwrap().rope
+    };
+    let linear = with(json!({"type": "linear", "factor": 4.0})).inv_freq();
+    assert!(plain.iter().zip(&linear).all(|(p, l)| *l == p / 4.0));
+
+    let yarn = with(json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}));
+    let llama3 = with(json!({"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256}));
+    for scaled in [yarn.inv_freq(), llama3.inv_freq()] {
+        assert_eq!(scaled[0], plain[0]);
+        assert!((scaled[31] / plain[31] - 0.25).abs() < 1e-6);
+        assert!(scaled.windows(2).all(|w| w[0] > w[1]), "{scaled:?}");
+    }
+    // 0.1 ln(4) + 1; outside DeepSeek no factor on the softmax scale is given.
+    assert!((yarn.attention_factor() - 1.138_629_4).abs() < 1e-6);
+    assert_eq!((yarn.softmax_factor(), llama3.attention_factor()), (1.0, 1.0));
+    let RopeScaling::Yarn { beta_fast, beta_slow, .. } = yarn.scaling else { panic!("{yarn:?}") };
+    assert_eq!((beta_fast, beta_slow), (32.0, 1.0));
+}

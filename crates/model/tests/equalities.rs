@@ -1,0 +1,240 @@
+//! A sequence gets bit-identical tokens and logprobs however it is computed: alone or in a batch, in
+//! one step or many, over a cached prefix or from nothing, preempted or not. Through the runner, with
+//! a real paged cache, sampled and greedy.
+
+mod common;
+
+use baton_device::{Backend, LatentOps, MoeOps, Reference};
+use baton_model::{Files, ModelRunner, Runner, SampledToken, SamplingParams, SequenceFailure, StepPlan, load};
+use common::checkpoint::{Copy, Tensor, find};
+use common::{Pool, Rng, Sequence, all_logits, generate, options, prompts, runner, step};
+use half::bf16;
+
+const OUTPUT: usize = 12;
+
+/// Every kind of request: greedy, sampled, cut, penalised, biased.
+fn params(i: usize) -> SamplingParams {
+    let base = SamplingParams { seed: 7 * i as u64, logprobs: Some(3), ..SamplingParams::default() };
+    match i % 6 {
+        0 => SamplingParams { temperature: 0.0, ..base },
+        1 => base,
+        2 => SamplingParams { temperature: 0.8, top_k: 40, top_p: 0.9, ..base },
+        3 => SamplingParams { repetition_penalty: 1.2, frequency_penalty: 0.3, choice: 3, ..base },
+        4 => SamplingParams { logit_bias: vec![(5, 4.0), (9, -9.0)], min_p: 0.05, ..base },
+        _ => SamplingParams { suppressed_until_min: (0..300).collect(), min_tokens: 5, presence_penalty: 0.5, ..base },
+    }
+}
+
+/// The golden prompts as sequences, with what each gives alone.
+fn sequences<B: Backend + LatentOps + MoeOps>(runner: &mut ModelRunner<B>, case: &str) -> Vec<(Sequence, Solo)> {
+    let solo = |(i, prompt): (usize, common::Prompt)| {
+        let output = generate(runner, &prompt.ids, params(i), OUTPUT);
+        (Sequence::new(i as u64, &prompt.ids, params(i)), output)
+    };
+    prompts(case).into_iter().enumerate().map(solo).collect()
+}
+
+type Solo = Vec<SampledToken>;
+
+fn assert_as_alone(sequences: &[Sequence], solo: &[Solo], what: &str) {
+    for (sequence, solo) in sequences.iter().zip(solo) {
+        assert_eq!(&sequence.output[..OUTPUT], solo, "{what}: sequence {}", sequence.id);
+    }
+}
+
+fn chunked_is_whole<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    for (seed, prompt) in prompts(case).iter().enumerate() {
+        let whole = all_logits(&mut runner, &prompt.ids);
+        let mut rng = Rng(seed as u64);
+        for _ in 0..3 {
+            let mut chunked = Vec::new();
+            let mut sequence = Sequence::new(1, &prompt.ids, SamplingParams::greedy());
+            let mut pool = Pool::new(&runner);
+            while sequence.remaining() > 0 {
+                let limit = if rng.below(2) == 0 { 3 } else { 90 };
+                let count = (1 + rng.below(limit)).min(sequence.remaining());
+                pool.cover(&mut sequence.table, sequence.num_computed + count);
+                chunked.extend(runner.logits(&StepPlan { sequences: vec![sequence.step(count)] }).unwrap());
+                sequence.num_computed += count;
+            }
+            assert!(whole == chunked, "{case}, {}: chunks changed the logits", prompt.name);
+        }
+    }
+}
+
+fn batched_is_alone<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    let (all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, case).into_iter().unzip();
+    for seed in 0..3 {
+        let mut rng = Rng(seed);
+        let mut all = all.clone();
+        let mut pool = Pool::new(&runner);
+        while all.iter().any(|s| s.output.len() < OUTPUT) {
+            // Some sequences sit a step out, the others take chunks of any size within the budget.
+            let mut budget = runner.spec().max_step_tokens;
+            let mut counts = vec![0; all.len()];
+            for (count, sequence) in counts.iter_mut().zip(&all) {
+                if sequence.output.len() < OUTPUT && rng.below(4) > 0 && budget > 0 {
+                    *count = sequence.remaining().min(1 + rng.below(150)).min(budget);
+                    budget -= *count;
+                }
+            }
+            if counts.iter().any(|c| *c > 0) {
+                step(&mut runner, &mut pool, &mut all, &counts);
+            }
+        }
+        assert_as_alone(&all, &solo, &format!("{case}, batched with seed {seed}"));
+    }
+}
+
+fn preempted_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    let (mut all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, case).into_iter().unzip();
+    let mut rng = Rng(11);
+    let mut pool = Pool::new(&runner);
+    let mut preemptions = 0;
+    while all.iter().any(|s| s.output.len() < OUTPUT) {
+        let victim = rng.below(all.len());
+        if rng.below(3) > 0 && all[victim].num_computed > 0 && preemptions < 20 {
+            // Its blocks go to others; what it had is computed again, output included.
+            pool.release(&mut all[victim].table);
+            all[victim].num_computed = 0;
+            preemptions += 1;
+        }
+        let mut budget = runner.spec().max_step_tokens;
+        let mut counts = Vec::new();
+        for s in &all {
+            let count = if s.output.len() < OUTPUT { s.remaining().min(budget) } else { 0 };
+            budget -= count;
+            counts.push(count);
+        }
+        step(&mut runner, &mut pool, &mut all, &counts);
+    }
+    assert!(preemptions > 3, "only {preemptions}");
+    assert_as_alone(&all, &solo, &format!("{case}, preempted"));
+}
+
+fn warm_prefix_is_cold<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    let block_size = runner.spec().block_size;
+    let prompt = prompts(case).into_iter().find(|p| p.name == "mid").unwrap();
+    for (i, shared_blocks) in [1, 3, prompt.ids.len() / block_size].into_iter().enumerate() {
+        let shared = shared_blocks * block_size;
+        let mut pool = Pool::new(&runner);
+        let mut owner = [Sequence::new(1, &prompt.ids, SamplingParams::greedy())];
+        step(&mut runner, &mut pool, &mut owner, &[prompt.ids.len()]);
+
+        // Same beginning, another end.
+        let mut ids = prompt.ids[..shared].to_vec();
+        ids.extend([3, 1, 4, 1, 5, 9, 2, 6]);
+        let mut warm = [Sequence::new(2, &ids, params(i))];
+        warm[0].table = owner[0].table[..shared_blocks].to_vec();
+        warm[0].num_computed = shared;
+        while warm[0].output.len() < OUTPUT {
+            let remaining = warm[0].remaining();
+            step(&mut runner, &mut pool, &mut warm, &[remaining]);
+        }
+        let cold = generate(&mut runner, &ids, params(i), OUTPUT);
+        assert_as_alone(&warm, &[cold], &format!("{case}, {shared} tokens warm"));
+    }
+}
+
+fn cleared_blocks_leave_nothing<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    let prompt = prompts(case).into_iter().find(|p| p.name == "short").unwrap();
+    // Attend over the prompt's blocks, then over the same blocks cleared, as if they were a prefix.
+    let mut pool = Pool::new(&runner);
+    let mut owner = [Sequence::new(1, &prompt.ids, SamplingParams::greedy())];
+    step(&mut runner, &mut pool, &mut owner, &[prompt.ids.len()]);
+    let used = owner[0].table.clone();
+    let mut never_used = Vec::new();
+    pool.cover(&mut never_used, prompt.ids.len());
+
+    let (full, empty) =
+        (last_token_over(&mut runner, &prompt.ids, &used), last_token_over(&mut runner, &prompt.ids, &never_used));
+    assert!(full != empty);
+    runner.clear_blocks(&used).unwrap();
+    let cleared = last_token_over(&mut runner, &prompt.ids, &used);
+    assert!(cleared == empty, "{case}: something of the sequence remained");
+}
+
+/// A checkpoint in which token 7, and nothing else, makes the first layer's queries overflow.
+fn poisoned_by_token_7() -> Copy {
+    let copy = Copy::of("llama-rope3");
+    copy.edit_weights(|tensors| {
+        let put = |t: &mut Tensor, row: usize, value: bf16| {
+            t.data[2 * row * t.shape[1]..][..2].copy_from_slice(&value.to_le_bytes());
+        };
+        let embedding = find(tensors, "model.embed_tokens.weight");
+        (0..512).for_each(|row| put(embedding, row, if row == 7 { bf16::ONE } else { bf16::ZERO }));
+        let query = find(tensors, "model.layers.0.self_attn.q_proj.weight");
+        (0..128).for_each(|row| put(query, row, bf16::MAX));
+    });
+    copy
+}
+
+fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: &str) {
+    let copy = poisoned_by_token_7();
+    let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
+    let healthy = [1, 2, 3, 4];
+    let solo = generate(&mut runner, &healthy, params(1), 2);
+    let mut pool = Pool::new(&runner);
+    let mut both = [Sequence::new(1, &[5, 6, 7], params(0)), Sequence::new(2, &healthy, params(1))];
+    both.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len()));
+    let plan = StepPlan { sequences: both.iter().map(|s| s.step(s.tokens.len())).collect() };
+    let output = runner.step(&plan).unwrap().sequences;
+    assert_eq!(output[0].sampled, Some(Err(SequenceFailure::NonFiniteLogits)));
+    assert_eq!(output[1].sampled, Some(Ok(solo[0].clone())));
+
+    // The failed one's blocks, cleared, serve another.
+    runner.clear_blocks(&both[0].table).unwrap();
+    let mut next = Sequence::new(3, &healthy, params(1));
+    next.table = both[0].table.clone();
+    let mut next = [next];
+    step(&mut runner, &mut pool, &mut next, &[healthy.len()]);
+    step(&mut runner, &mut pool, &mut next, &[1]);
+    assert_eq!(next[0].output, solo);
+}
+
+/// Logits of a prompt's last token, if all before it are what `table` happens to hold.
+fn last_token_over<B: Backend + LatentOps + MoeOps>(
+    runner: &mut ModelRunner<B>,
+    prompt: &[u32],
+    table: &[u32],
+) -> Vec<f32> {
+    let mut reader = Sequence::new(2, prompt, SamplingParams::greedy());
+    reader.table = table.to_vec();
+    reader.num_computed = prompt.len() - 1;
+    runner.logits(&StepPlan { sequences: vec![reader.step(1)] }).unwrap()
+}
+
+/// All equalities on one backend, over one checkpoint per kind of attention and feed-forward network.
+macro_rules! equalities {
+    ($backend:ident, $make:expr, $($test:ident),* $(,)?) => {
+        mod $backend {
+            use super::*;
+            $(
+                #[test]
+                fn $test() {
+                    for case in ["llama-rope3", "qwen3", "deepseek-v3"] {
+                        super::$test($make, case);
+                    }
+                }
+            )*
+        }
+    };
+    ($backend:ident, $make:expr) => {
+        equalities!(
+            $backend, $make,
+            chunked_is_whole,
+            batched_is_alone,
+            preempted_is_not,
+            warm_prefix_is_cold,
+            cleared_blocks_leave_nothing,
+            a_failed_sequence_spares_its_batch,
+        );
+    };
+}
+
+equalities!(reference, Reference::new);

@@ -1,0 +1,112 @@
+//! Every architecture against what Hugging Face transformers computes from the same checkpoint, in
+//! float64 (see the goldens in `models/golden`): logits, greedy continuations, logprobs.
+
+mod common;
+
+use baton_device::{Backend, LatentOps, MoeOps, Reference};
+use baton_model::SamplingParams;
+use common::{all_logits, generate, prompts, runner};
+
+/// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
+const TOLERANCE: f64 = 1e-3;
+
+fn last_logits_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    for prompt in prompts(case) {
+        let logits = all_logits(&mut runner, &prompt.ids);
+        let last = &logits[logits.len() - prompt.last_logits.len()..];
+        close(last, &prompt.last_logits, &format!("{case}, {}", prompt.name));
+        if let Some(short) = &prompt.short {
+            let expected: Vec<f64> = short.all_logits.iter().map(|l| f64::from(*l)).collect();
+            close(&logits, &expected, &format!("{case}, all of short"));
+        }
+    }
+}
+
+fn close(actual: &[f32], expected: &[f64], what: &str) {
+    assert_eq!(actual.len(), expected.len());
+    let worst = actual.iter().zip(expected).map(|(a, e)| (f64::from(*a) - e).abs()).fold(0.0, f64::max);
+    assert!(worst <= TOLERANCE, "{what}: off by {worst}");
+}
+
+fn greedy_continuations_are_equal<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    for prompt in prompts(case) {
+        let params = SamplingParams { logprobs: Some(0), ..SamplingParams::greedy() };
+        let output = generate(&mut runner, &prompt.ids, params, prompt.greedy_ids.len());
+        let ids: Vec<u32> = output.iter().map(|t| t.token).collect();
+        assert_eq!(ids, prompt.greedy_ids, "{case}, {}", prompt.name);
+        let logprobs: Vec<f32> = output.iter().map(|t| t.logprob).collect();
+        close(&logprobs, &prompt.greedy_logprobs, &format!("{case}, logprobs of {}", prompt.name));
+    }
+}
+
+/// Samples after every prefix of `short`, with 20 logprobs.
+fn prompt_logprobs_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    let prompt = prompts(case).into_iter().find(|p| p.short.is_some()).unwrap();
+    let short = prompt.short.as_ref().unwrap();
+    let vocab = prompt.last_logits.len() as u32;
+    for (i, expected) in short.top20.iter().enumerate() {
+        let params = SamplingParams { logprobs: Some(vocab), ..SamplingParams::greedy() };
+        let [output] = generate(&mut runner, &prompt.ids[..=i], params, 1).try_into().unwrap();
+        assert_eq!(output.top.len(), vocab as usize);
+        for ((id, logprob), (top_id, top_logprob)) in expected.iter().zip(&output.top) {
+            assert!((logprob - f64::from(*top_logprob)).abs() <= TOLERANCE, "{case}, position {i}: {id}, {top_id}");
+        }
+        assert_eq!(output.top[0], (output.token, output.logprob));
+        if let Some(expected) = short.prompt_logprobs.get(i) {
+            let (_, logprob) = output.top.iter().find(|(id, _)| *id == prompt.ids[i + 1]).unwrap();
+            assert!((expected - f64::from(*logprob)).abs() <= TOLERANCE, "{case}, position {i}");
+        }
+    }
+}
+
+/// The bundled model: trained, so its answers have wide margins.
+fn bundled_model_answers_as_transformers_does<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
+    let mut runner = runner(make(), "../abacus");
+    let golden = common::json(common::folder("../abacus").join("golden.json"));
+    let ids = |v: &serde_json::Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
+    let chats = golden["chats"].as_array().unwrap();
+    for chat in chats {
+        let expected = ids(&chat["output_ids"]);
+        let output = generate(&mut runner, &ids(&chat["prompt_ids"]), SamplingParams::greedy(), expected.len());
+        assert_eq!(output.iter().map(|t| t.token).collect::<Vec<_>>(), expected, "{}", chat["messages"]);
+    }
+    assert!(!chats.is_empty());
+}
+
+/// All goldens on one backend, a test per checkpoint.
+macro_rules! goldens {
+    ($backend:ident, $make:expr, $($test:ident: $case:literal),* $(,)?) => {
+        mod $backend {
+            use super::*;
+            $(
+                #[test]
+                fn $test() {
+                    last_logits_agree($make, $case);
+                    greedy_continuations_are_equal($make, $case);
+                    prompt_logprobs_agree($make, $case);
+                }
+            )*
+
+            #[test]
+            fn bundled_model() {
+                bundled_model_answers_as_transformers_does($make);
+            }
+        }
+    };
+    ($backend:ident, $make:expr) => {
+        goldens!(
+            $backend, $make,
+            llama_with_llama3_rope: "llama-rope3",
+            llama_with_tied_embeddings: "llama-256",
+            qwen2_with_tied_embeddings_and_an_unused_window: "qwen2-tied",
+            qwen2_in_float16: "qwen2-untied",
+            qwen3: "qwen3",
+            deepseek_v3_with_yarn: "deepseek-v3",
+        );
+    };
+}
+
+goldens!(reference, Reference::new);
