@@ -110,6 +110,17 @@ impl Core {
     }
 }
 
+#[cfg(test)]
+impl Core {
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    pub fn scheduler_mut(&mut self) -> &mut Scheduler {
+        &mut self.scheduler
+    }
+}
+
 /// Turns everything that can go wrong in the runner into a failure. After a panic the runner may be asked to
 /// clear blocks and to step again: it keeps no state per sequence but the cache, which is reset.
 fn guard<T>(work: impl FnOnce() -> Result<T, RunError>) -> Result<T, EngineFailure> {

@@ -278,6 +278,40 @@ impl Scheduler {
     }
 }
 
+/// What the simulator looks at, and how it breaks things to see its checks fail.
+#[cfg(test)]
+impl Scheduler {
+    pub fn limits(&self) -> (usize, usize) {
+        (self.max_num_seqs, self.max_num_batched_tokens)
+    }
+
+    pub fn running(&self) -> &BTreeMap<RequestId, Sequence> {
+        &self.running
+    }
+
+    pub fn waiting(&self) -> &BTreeMap<RequestId, Sequence> {
+        &self.waiting
+    }
+
+    pub fn check_blocks(&self) -> Result<(), String> {
+        self.blocks.check(self.running.values().chain(self.waiting.values()))
+    }
+
+    pub fn leak_a_block(&mut self) {
+        self.blocks.leak();
+    }
+
+    pub fn miscount_a_token(&mut self) {
+        self.counters.generated_tokens += 1;
+    }
+
+    /// Forgets the earliest running sequence without an event.
+    pub fn lose_a_sequence(&mut self) {
+        let (_, mut sequence) = self.running.pop_first().expect("something runs");
+        self.blocks.release(&mut sequence);
+    }
+}
+
 /// Whether a running choice of the same request still computes blocks that `sequence` will share.
 fn shares_soon<'a>(
     blocks: &BlockManager,
