@@ -70,21 +70,20 @@ impl Core {
         self.scheduler.stats()
     }
 
-    /// One step, if there is anything to do. `clock` is read before and after the runner's work.
-    pub fn step(&mut self, clock: &dyn Fn() -> Duration) -> Vec<RequestOutput> {
-        let now = clock();
-        let mut outputs = self.scheduler.expire(now);
-        let plan = self.scheduler.schedule(now);
-        if plan.sequences.is_empty() {
-            return outputs;
-        }
+    /// Ends what waited too long and plans the next step. The plan is empty only if nothing is left to do.
+    pub fn plan(&mut self, now: Duration) -> (Vec<RequestOutput>, StepPlan) {
+        let expired = self.scheduler.expire(now);
+        (expired, self.scheduler.schedule(now))
+    }
 
+    /// Takes the planned step. `clock` is read when the runner is done.
+    pub fn execute(&mut self, plan: &StepPlan, clock: &dyn Fn() -> Duration) -> Vec<RequestOutput> {
         let result =
-            guard(|| self.runner.step(&plan)).and_then(|output| check(&plan, output, self.runner.spec().vocab_size));
+            guard(|| self.runner.step(plan)).and_then(|output| check(plan, output, self.runner.spec().vocab_size));
         let commit = match result {
             Ok(output) => {
                 self.failed_in_a_row = 0;
-                self.scheduler.commit(&plan, output, clock())
+                self.scheduler.commit(plan, output, clock())
             }
             Err(failure) => {
                 self.failed_in_a_row += 1;
@@ -95,8 +94,7 @@ impl Core {
                 self.scheduler.fail_running(&failure, clock())
             }
         };
-        outputs.extend(commit.outputs);
-
+        let mut outputs = commit.outputs;
         if !commit.clear.is_empty()
             && let Err(failure) = guard(|| self.runner.clear_blocks(&commit.clear))
         {

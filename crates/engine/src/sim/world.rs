@@ -148,7 +148,10 @@ impl World {
         };
         *self.plans.lock() = None;
         let now = self.now;
-        let outputs = self.core.step(&|| now);
+        let (mut outputs, plan) = self.core.plan(now);
+        if !plan.sequences.is_empty() {
+            outputs.extend(self.core.execute(&plan, &|| now));
+        }
         self.last_step.plan = self.plans.lock().take();
         let failed = self.core.stats().failed_steps > failed_before;
         for id in self.last_step.planned() {
