@@ -125,7 +125,6 @@ impl BlockManager {
         for id in sequence.table.blocks.drain(..).rev() {
             self.allocator.release(id);
         }
-        sequence.table.num_published = 0;
         sequence.num_computed = 0;
     }
 

@@ -98,7 +98,7 @@ impl Scheduler {
         overdue.into_iter().map(|sequence| self.finish(sequence, reason.clone(), now)).collect()
     }
 
-    /// Plans a step. It is empty only if the scheduler is idle.
+    /// Plans a step, after `expire(now)`. It is empty only if the scheduler is idle.
     ///
     /// A step moves `num_computed` of a sequence towards the number of its known tokens; there is no
     /// prefill or decode phase:
@@ -157,7 +157,7 @@ impl Scheduler {
         }
         let mut entry = self.waiting.first_entry()?;
         let sequence = entry.get_mut();
-        if sequence.is_overdue(now) || shares_soon(&self.blocks, self.running.values(), sequence) {
+        if shares_soon(&self.blocks, self.running.values(), sequence) {
             return None;
         }
         // Each running sequence may need one block within the next `block_size` steps. Without them to

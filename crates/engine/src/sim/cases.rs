@@ -139,7 +139,7 @@ fn r13_one_sequence_that_is_not_finite_fails_alone_and_leaves_nothing_in_the_cac
 #[test]
 fn r14_a_failed_step_ends_what_ran_and_the_engine_goes_on_with_a_clean_cache() {
     let mut world = world(50);
-    let warm = submit(&mut world, request(0, 12, 2));
+    let warm = submit(&mut world, request(1, 12, 2));
     world.run();
     let running = submit(&mut world, request(0, 12, 20));
     world.step();
@@ -147,7 +147,7 @@ fn r14_a_failed_step_ends_what_ran_and_the_engine_goes_on_with_a_clean_cache() {
     world.control.fail_steps(1);
     // Planned with the failing step, so it fails too; the next does not.
     world.step();
-    let later = submit(&mut world, request(0, 12, 20));
+    let later = submit(&mut world, request(1, 12, 20));
     world.run();
     assert_eq!(world.end(warm), &FinishReason::Length);
     for id in [running, waiting] {
@@ -288,6 +288,19 @@ fn the_last_token_of_a_prompt_is_always_computed() {
         world.run();
         assert_eq!(world.cached_tokens(id), expected);
     }
+}
+
+#[test]
+fn of_a_cached_prefix_the_end_is_evicted_first() {
+    let mut world = world(12);
+    submit(&mut world, request(0, 32, 1));
+    world.run();
+    submit(&mut world, request(1, 28, 5));
+    world.run();
+    let again = submit(&mut world, request(0, 32, 1));
+    world.run();
+    // The filler took 8 of 12 blocks, 4 of them from the cache.
+    assert_eq!(world.cached_tokens(again), 16);
 }
 
 #[test]

@@ -8,7 +8,6 @@ pub(crate) struct Invariant {
     pub name: &'static str,
     pub check: fn(&World) -> Result<(), String>,
     /// Breaks it in a world in which several requests run and wait.
-    #[cfg_attr(not(test), allow(dead_code))]
     pub sabotage: fn(&mut World),
 }
 

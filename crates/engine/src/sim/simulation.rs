@@ -129,17 +129,16 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
         return;
     }
     // Invariants that nothing ever strains prove nothing.
-    let reached: [(&str, fn(&EngineStats) -> bool); 7] = [
-        ("preemption", |stats| stats.preemptions > 0),
-        ("prefix hit", |stats| stats.prefix_hit_tokens > 0),
-        ("failed step", |stats| stats.failed_steps > 0),
-        ("stop token", |stats| stats.finished.stop > 0),
-        ("length", |stats| stats.finished.length > 0),
-        ("abort", |stats| stats.finished.aborted > 0),
-        ("failure", |stats| stats.finished.error > 0),
-    ];
-    for (what, happened) in reached {
-        let count = runs.iter().filter(|stats| happened(stats)).count();
+    let count = |happened: fn(&EngineStats) -> bool| runs.iter().filter(|stats| happened(stats)).count();
+    for (what, count) in [
+        ("preemption", count(|stats| stats.preemptions > 0)),
+        ("prefix hit", count(|stats| stats.prefix_hit_tokens > 0)),
+        ("failed step", count(|stats| stats.failed_steps > 0)),
+        ("stop token", count(|stats| stats.finished.stop > 0)),
+        ("length", count(|stats| stats.finished.length > 0)),
+        ("abort", count(|stats| stats.finished.aborted > 0)),
+        ("failure", count(|stats| stats.finished.error > 0)),
+    ] {
         assert!(count >= runs.len() / 20, "{what} happens in {count} of {} runs only", runs.len());
     }
 }
