@@ -149,7 +149,7 @@ impl EngineHandle {
         Ok(streams)
     }
 
-    /// A snapshot, as of the end of the last step.
+    /// A snapshot, as of the last time something started, advanced or ended.
     pub fn stats(&self) -> EngineStats {
         let mut stats = self.shared.stats.lock().clone();
         stats.step_under_way = self.shared.step_started.lock().map(|start| start.elapsed());
