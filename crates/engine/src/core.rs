@@ -2,7 +2,8 @@
 //! engine thread drives with real time, the simulator drives with its own.
 //!
 //! Faults of the runner:
-//! - One sequence's logits are not finite: it fails, its blocks are cleared, its batch mates go on.
+//! - One sequence's logits are not finite: it fails, its blocks are cleared before the next step, its
+//!   batch mates go on.
 //! - A step fails, panics, or answers something else than was asked: every running sequence fails, every
 //!   block that holds anything is cleared, and the engine goes on with those that wait.
 //! - Steps fail [`max_failed_steps`](crate::EngineConfig::max_failed_steps) times in a row, or blocks

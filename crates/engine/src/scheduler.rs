@@ -5,9 +5,9 @@
 //! Requests are added and aborted between steps only.
 //!
 //! Invariant: every running sequence has a smaller id than every waiting one. Ids follow the order of
-//! arrival, the first waiting is the next to be admitted, and the last admitted is the first to be preempted. So
-//! nobody is overtaken, and the earliest request always makes progress, alone in the whole cache if
-//! it must.
+//! arrival, the first waiting is the next to be admitted, and the last admitted is the first to be
+//! preempted. So nobody is overtaken, and the earliest request always makes progress, alone in the
+//! whole cache if it must.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
