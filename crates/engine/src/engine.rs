@@ -141,10 +141,14 @@ impl EngineThread {
     }
 
     fn step(&mut self) {
-        let start = Instant::now();
+        let (expired, plan) = self.core.plan(self.now());
+        self.deliver(expired);
+        if plan.sequences.is_empty() {
+            return;
+        }
+        let (epoch, start) = (self.shared.epoch, Instant::now());
         *self.shared.step_started.lock() = Some(start);
-        let epoch = self.shared.epoch;
-        let outputs = self.core.step(&|| epoch.elapsed());
+        let outputs = self.core.execute(&plan, &|| epoch.elapsed());
         *self.shared.step_started.lock() = None;
         self.last_step = start.elapsed();
         self.stop = self.core.down().cloned();
@@ -204,5 +208,48 @@ impl EngineThread {
         }
         *self.shared.step_started.lock() = None;
         self.shared.drained.send_replace(true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_model::{RunSpec, SamplingParams};
+
+    use super::*;
+    use crate::sim::{MockModel, MockRunner};
+    use crate::{Request, SubmitError};
+
+    #[test]
+    fn a_panic_of_the_engine_itself_still_ends_every_request() {
+        let spec = RunSpec {
+            vocab_size: 10,
+            max_model_len: 100,
+            block_size: 4,
+            num_blocks: 100,
+            max_step_tokens: 16,
+            max_step_sequences: 2,
+        };
+        let runner = MockRunner::new(spec, MockModel::Hash { seed: 1, vocab_size: 10, end: None });
+        let control = runner.control();
+        control.hang();
+        let (handle, engine) = spawn(Box::new(runner), EngineConfig::default());
+        let request = || Request::new(vec![1, 2, 3], SamplingParams::default(), 90);
+        let mut streams = vec![handle.submit(request()).unwrap()];
+        while handle.stats().step_under_way.is_none() {
+            std::thread::yield_now();
+        }
+        streams.extend((0..3).map(|_| handle.submit(request()).unwrap()));
+        handle.commands.send(Command::Panic).unwrap();
+        // Behind the panic in the channel, so the thread never gets to read it as usual.
+        streams.push(handle.submit(request()).unwrap());
+        control.release();
+        for mut stream in streams {
+            let last = std::iter::from_fn(|| stream.blocking_next()).last();
+            let panicked = FinishReason::Error(EngineFailure::Panicked);
+            assert!(matches!(last, Some(OutputEvent::Finished { reason, .. }) if reason == panicked));
+        }
+        engine.join();
+        assert!(!handle.stats().alive);
+        assert_eq!(handle.submit(request()).err(), Some(SubmitError::EngineDown));
     }
 }
