@@ -76,7 +76,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         formats: Formats,
         digest: Sha256,
     ) -> Self {
-        let hash_all = checkpoint.bytes() < HASH_ALL_BELOW;
+        let bytes = |s: &TensorSpec| (s.shape.iter().product::<usize>() * checkpoint.dtype(&s.name).size()) as u64;
+        let hash_all = specs.values().map(bytes).sum::<u64>() < HASH_ALL_BELOW;
         Self { backend, checkpoint, specs, formats, hash_all, digest, weight_bytes: 0, conversions: Vec::new() }
     }
 

@@ -87,16 +87,25 @@ impl Sampler {
     }
 }
 
-/// Whether all logits are finite, and the first of the largest: one pass.
+/// Whether all logits are finite, and the first of the largest. Sixteen maxima side by side compile to
+/// vector code, which one maximum that carries its index does not; finding the index is cheap then.
 fn scan(logits: &[f32]) -> (bool, u32) {
-    let (mut finite, mut best, mut max) = (true, 0, f32::NEG_INFINITY);
-    for (id, &l) in (0u32..).zip(logits) {
-        finite &= l.is_finite();
-        if l > max {
-            (best, max) = (id, l);
+    let mut finite = [true; 16];
+    let mut max = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = logits.as_chunks::<16>();
+    for chunk in chunks {
+        for lane in 0..16 {
+            finite[lane] &= chunk[lane].is_finite();
+            max[lane] = if chunk[lane] > max[lane] { chunk[lane] } else { max[lane] };
         }
     }
-    (finite, best)
+    for &l in rest {
+        finite[0] &= l.is_finite();
+        max[0] = if l > max[0] { l } else { max[0] };
+    }
+    let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let best = logits.iter().position(|l| *l == max).unwrap_or(0);
+    (finite.into_iter().all(|f| f), best as u32)
 }
 
 fn first_max(logits: &[f64]) -> (u32, f64) {

@@ -146,6 +146,22 @@ fn greedy_takes_the_first_maximum_of_the_processed_logits() {
 }
 
 #[test]
+fn the_first_maximum_is_found_in_rows_of_any_length() {
+    let mut rng = Rng(2);
+    let mut sampler = Sampler::default();
+    for len in 1..200 {
+        // Few values, so that the maximum occurs often more than once.
+        let logits: Vec<f32> = (0..len).map(|_| rng.below(9) as f32 - 8.0).collect();
+        let first = (0..len).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
+        let sampled = sampler.sample(&logits, &request(SamplingParams::greedy())).unwrap();
+        assert_eq!(sampled.token as usize, first, "{logits:?}");
+        let mut broken = logits;
+        broken[rng.below(len)] = f32::NAN;
+        assert!(sampler.sample(&broken, &request(SamplingParams::greedy())).is_err());
+    }
+}
+
+#[test]
 fn end_tokens_are_suppressed_until_enough_tokens_are_out() {
     let mut sampler = Sampler::default();
     let params = SamplingParams { min_tokens: 2, suppressed_until_min: vec![1, 77], ..SamplingParams::greedy() };

@@ -1,9 +1,13 @@
 //! What all decoders share: embedding, pre-norm residual layers, final norm, head; and the gated
 //! feed-forward network.
 //!
-//!     residual = embed(ids)
-//!     for each layer:  residual += attention(norm(residual));  residual += feed_forward(norm(residual))
-//!     logits = head(norm(residual))
+//! ```text
+//! residual = embed(ids)
+//! for each layer:
+//!     residual += attention(norm(residual))
+//!     residual += feed_forward(norm(residual))
+//! logits = head(norm(residual))
+//! ```
 //!
 //! Additions are fused into the norm that follows them.
 
@@ -17,7 +21,7 @@ use crate::loader::Loader;
 
 const EMBEDDING: &str = "model.embed_tokens";
 const NORM: &str = "model.norm";
-pub(super) const HEAD: &str = "lm_head.weight";
+const HEAD: &str = "lm_head";
 
 /// What attention sees of a step.
 pub(crate) struct Step<'a, B: Backend> {
@@ -83,7 +87,7 @@ pub(super) fn outer_specs(config: &ModelConfig, specs: &mut Specs) {
     specs.matrix(EMBEDDING.into(), config.vocab_size, config.hidden_size, Role::Float);
     specs.norm(NORM.into(), config.hidden_size);
     if !config.tie_word_embeddings {
-        specs.add(HEAD.into(), vec![config.vocab_size, config.hidden_size], Role::Linear);
+        specs.linear(HEAD.into(), config.vocab_size, config.hidden_size);
     }
     for layer in 0..config.num_layers {
         specs.norm(format!("model.layers.{layer}.input_layernorm"), config.hidden_size);
@@ -102,7 +106,7 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
     ) -> Result<Self, LoadError> {
         // The largest tensors first: while one is prepared it takes memory twice.
         let embedding = loader.linear(EMBEDDING)?;
-        let head = if config.tie_word_embeddings { None } else { Some(loader.linear("lm_head")?) };
+        let head = if config.tie_word_embeddings { None } else { Some(loader.linear(HEAD)?) };
         let layers = (0..config.num_layers)
             .map(|i| {
                 Ok(Normed {

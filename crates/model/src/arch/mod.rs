@@ -94,7 +94,7 @@ pub(crate) fn is_ignorable(config: &ModelConfig, name: &str) -> bool {
     };
     // Tables that old files carry; a copy of the embedding; multi-token prediction.
     name.ends_with(".rotary_emb.inv_freq")
-        || (config.tie_word_embeddings && name == decoder::HEAD)
+        || (config.tie_word_embeddings && name == "lm_head.weight")
         || (matches!(config.family, Family::DeepseekV3(_)) && beyond_last_layer() == Some(true))
 }
 

@@ -183,7 +183,7 @@ impl OpenFile {
                 // value of an element is valid and sizes come from a header read once.
                 let map = unsafe { MmapOptions::new().offset(offset).len(len).map(file) }.map_err(io)?;
                 #[cfg(unix)]
-                map.advise(memmap2::Advice::Sequential).map_err(io)?;
+                map.advise(memmap2::Advice::Sequential).ok(); // a hint
                 Ok(Part::Mapped(map))
             }
         }

@@ -159,11 +159,6 @@ impl Checkpoint {
         Err(CheckpointError::Tensors { reasons })
     }
 
-    /// Bytes of all files.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.files.iter().map(OpenFile::len).sum()
-    }
-
     /// The stored type of a verified tensor.
     pub(crate) fn dtype(&self, name: &str) -> DType {
         self.tensors[name].1.dtype().expect("verified")
