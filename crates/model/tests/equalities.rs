@@ -5,6 +5,7 @@
 mod common;
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
+use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, ModelRunner, Runner, SampledToken, SamplingParams, SequenceFailure, StepPlan, load};
 use common::checkpoint::{Copy, Tensor, find};
 use common::{Pool, Rng, Sequence, all_logits, generate, options, prompts, runner, step};
@@ -238,3 +239,8 @@ macro_rules! equalities {
 }
 
 equalities!(reference, Reference::new);
+equalities!(cpu, cpu);
+
+fn cpu() -> CpuBackend {
+    CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap()
+}

@@ -4,6 +4,7 @@
 mod common;
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
+use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::SamplingParams;
 use common::{all_logits, generate, prompts, runner};
 
@@ -110,3 +111,8 @@ macro_rules! goldens {
 }
 
 goldens!(reference, Reference::new);
+goldens!(cpu, cpu);
+
+fn cpu() -> CpuBackend {
+    CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap()
+}

@@ -1,0 +1,147 @@
+//! The bundled model over HTTP, against what transformers answers to the same questions
+//! (`models/abacus/eval_reference.jsonl`: float32, greedy, at most 200 new tokens).
+
+use std::{fs, path::Path, sync::Arc};
+
+use baton_loadgen::{Client, LocalServer};
+use baton_text::{ChatInput, TextFiles, TextModel};
+use serde_json::{Value, json};
+
+/// From a step on at which the reference's two best logits are closer than this, texts may differ.
+const CLEAR_MARGIN: f64 = 0.5;
+const END: &str = "<｜end▁of▁sentence｜>";
+
+fn file(name: &str) -> Vec<u8> {
+    fs::read(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/abacus")).join(name)).expect(name)
+}
+
+fn rows(name: &str) -> Vec<Value> {
+    let text = String::from_utf8(file(name)).expect("UTF-8");
+    text.lines().map(|l| serde_json::from_str(l).expect("one JSON object per line")).collect()
+}
+
+fn text_model() -> TextModel {
+    let (tokenizer, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
+    let files = TextFiles {
+        tokenizer_json: &tokenizer,
+        tokenizer_config: Some(&config),
+        special_tokens_map: None,
+        chat_template_jinja: None,
+    };
+    TextModel::new(&files).expect("the bundled tokenizer loads")
+}
+
+/// One row's answer: its text after thinking, the bytes of its tokens, the prompt's length.
+struct Answer {
+    content: String,
+    bytes: Vec<u8>,
+    prompt_tokens: Value,
+}
+
+/// A plain row goes through chat completions.
+async fn chat(client: &Client, row: &Value) -> Answer {
+    let body = json!({
+        "model": "abacus", "temperature": 0, "max_tokens": 200, "logprobs": true, "messages": row["messages"],
+    });
+    let (status, reply) = client.post("/v1/chat/completions", &body).await.expect("an answer");
+    assert_eq!(status, 200, "{}: {reply}", row["id"]);
+    let choice = &reply["choices"][0];
+    let tokens = choice["logprobs"]["content"].as_array().expect("logprobs of every token");
+    let bytes = tokens.iter().flat_map(|t| t["bytes"].as_array().expect("bytes"));
+    Answer {
+        content: choice["message"]["content"].as_str().unwrap_or("").trim().to_owned(),
+        bytes: bytes.map(|b| b.as_u64().expect("a byte") as u8).collect(),
+        prompt_tokens: reply["usage"]["prompt_tokens"].clone(),
+    }
+}
+
+/// A row with tools is rendered here and goes through completions, as token ids.
+async fn completion(client: &Client, text: &TextModel, row: &Value) -> Answer {
+    let input = ChatInput {
+        messages: row["messages"].clone(),
+        tools: Some(row["tools"].clone()),
+        add_generation_prompt: true,
+        continue_final_message: false,
+        kwargs: serde_json::Map::new(),
+    };
+    let rendered = text.render_chat(&input, chrono::NaiveDateTime::default()).expect("it renders");
+    let ids = text.encode_chat(&rendered).expect("it encodes");
+    let body = json!({"model": "abacus", "temperature": 0, "max_tokens": 200, "prompt": ids});
+    let (status, reply) = client.post("/v1/completions", &body).await.expect("an answer");
+    assert_eq!(status, 200, "{}: {reply}", row["id"]);
+    let whole = reply["choices"][0]["text"].as_str().expect("text");
+    Answer {
+        content: whole.rsplit("</think>").next().expect("a part").trim().to_owned(),
+        bytes: whole.as_bytes().to_vec(),
+        prompt_tokens: reply["usage"]["prompt_tokens"].clone(),
+    }
+}
+
+/// As the evaluation of the model judges it: the whole answer, or the tool called with its arguments.
+fn is_right(row: &Value, content: &str) -> bool {
+    let Some(wanted) = row.get("tool_call") else { return content == row["answer"].as_str().expect("an answer") };
+    let call = content.strip_prefix("<tool_call>").and_then(|c| c.strip_suffix("</tool_call>"));
+    call.and_then(|c| serde_json::from_str::<Value>(c).ok()).is_some_and(|call| call == *wanted)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_are_as_right_as_the_references_and_tokens_equal_up_to_a_near_tie() {
+    let binary = Path::new(env!("CARGO_BIN_EXE_baton"));
+    let server = Arc::new(LocalServer::start(binary, &["--log-level", "warn"]).await.expect("it starts"));
+    let text = Arc::new(text_model());
+    let questions = rows("eval.jsonl");
+    let references = rows("eval_reference.jsonl");
+    assert_eq!(questions.len(), 360);
+
+    let calls: Vec<_> = questions
+        .chunks(questions.len().div_ceil(32))
+        .map(|chunk| {
+            let (chunk, client, text) = (chunk.to_vec(), server.client(), text.clone());
+            tokio::spawn(async move {
+                let mut answers = Vec::new();
+                for row in chunk {
+                    let answer = match row.get("tools") {
+                        None => chat(&client, &row).await,
+                        Some(_) => completion(&client, &text, &row).await,
+                    };
+                    answers.push((row, answer));
+                }
+                answers
+            })
+        })
+        .collect();
+
+    let (mut right, mut right_reference, mut compared) = (0, 0, 0);
+    for call in calls {
+        for (row, answer) in call.await.expect("no panic") {
+            let reference = references.iter().find(|r| r["id"] == row["id"]).expect("a reference for every row");
+            right += u32::from(is_right(&row, &answer.content));
+            right_reference += u32::from(reference["right"] == true);
+            assert_eq!(answer.prompt_tokens, reference["prompt_tokens"], "{}", row["id"]);
+            compared += compare(&text, &row["id"], &answer.bytes, reference);
+        }
+    }
+    assert!(compared > 15_000, "only {compared} tokens were compared");
+    assert!(
+        right.abs_diff(right_reference) * 100 <= 360,
+        "{right} of 360 right, the reference has {right_reference}: more than a point apart"
+    );
+}
+
+/// Compares the bytes of all tokens up to the first that the reference chose by a small margin, and
+/// says how many those are. The end token is not sent.
+fn compare(text: &TextModel, id: &Value, bytes: &[u8], reference: &Value) -> usize {
+    let margins = reference["margins"].as_array().expect("margins").iter().map(|m| m.as_f64().expect("a number"));
+    let clear = margins.take_while(|m| *m >= CLEAR_MARGIN).count();
+    let ids = reference["output_ids"].as_array().expect("ids").iter().map(|i| i.as_u64().expect("an id") as u32);
+    let end = text.token_id(END).expect("an end token");
+    let clear: Vec<u32> = ids.take(clear).filter(|&i| i != end).collect();
+    let wanted: Vec<u8> = clear.iter().flat_map(|&i| text.token_bytes(i)).collect();
+    assert!(
+        bytes.starts_with(&wanted),
+        "{id}: {:?} does not begin with {:?}",
+        String::from_utf8_lossy(bytes),
+        String::from_utf8_lossy(&wanted)
+    );
+    clear.len()
+}

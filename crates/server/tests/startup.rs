@@ -1,0 +1,138 @@
+//! A server that cannot serve says why and ends: exit code not 0, one clear message, never half ready.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+
+const GUARD: Duration = Duration::from_secs(10);
+
+/// Runs `baton serve flags…`, which must fail, and gives its standard error.
+fn refusal(flags: &[&str]) -> String {
+    let dir = TempDir::new().expect("a folder");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_baton"))
+        .arg("serve")
+        .args(flags)
+        .current_dir(dir.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let start = Instant::now();
+    while child.try_wait().expect("a child").is_none() {
+        if start.elapsed() > GUARD {
+            child.kill().expect("it can be killed");
+            panic!("{flags:?}: still running");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let output = child.wait_with_output().expect("its output");
+    assert_eq!(output.status.code(), Some(1), "{flags:?}");
+    let message = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(!message.contains("panicked"), "{flags:?}: {message}");
+    message
+}
+
+fn abacus() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus")
+}
+
+/// A copy of the bundled model to spoil.
+fn copy() -> TempDir {
+    let dir = TempDir::new().expect("a folder");
+    for name in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(abacus().join(name), dir.path().join(name)).expect(name);
+    }
+    dir
+}
+
+/// Spoils one file of a copy and gives the refusal to serve it.
+fn spoiled(name: &str, spoil: impl FnOnce(Vec<u8>) -> Vec<u8>) -> String {
+    let dir = copy();
+    let file = dir.path().join(name);
+    fs::write(&file, spoil(fs::read(&file).expect(name))).expect(name);
+    refusal(&["--port", "0", dir.path().to_str().expect("UTF-8")])
+}
+
+fn replaced(name: &str, from: &str, to: &str) -> String {
+    spoiled(name, |bytes| {
+        let text = String::from_utf8(bytes).expect("UTF-8");
+        assert!(text.contains(from), "{name} has {from}");
+        text.replace(from, to).into_bytes()
+    })
+}
+
+#[track_caller]
+fn assert_names(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "no {part:?} in: {message}");
+    }
+}
+
+#[test]
+fn a_missing_folder_is_named() {
+    assert_names(&refusal(&["/nowhere/at/all"]), &["/nowhere/at/all"]);
+}
+
+#[test]
+fn a_device_that_is_not_there_is_named_with_those_that_are() {
+    assert_names(&refusal(&["--device", "cuda:0"]), &["cuda:0", "cpu"]);
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = taken.local_addr().expect("an address").port().to_string();
+    assert_names(&refusal(&["--port", &port]), &[&port]);
+}
+
+#[test]
+fn a_context_beyond_the_models_is_refused() {
+    assert_names(&refusal(&["--port", "0", "--max-model-len", "4096"]), &["4096", "1024"]);
+}
+
+#[test]
+fn a_cache_too_small_for_one_context_is_refused_with_the_arithmetic() {
+    assert_names(&refusal(&["--port", "0", "--kv-cache-memory-bytes", "1000"]), &["1000", "1024"]);
+}
+
+#[test]
+fn a_truncated_checkpoint_is_refused_by_file() {
+    assert_names(&spoiled("model.safetensors", |b| b[..b.len() / 2].to_vec()), &["model.safetensors"]);
+    assert_names(&spoiled("model.safetensors", |_| Vec::new()), &["model.safetensors", "empty"]);
+}
+
+#[test]
+fn a_wrong_shape_is_refused_by_tensor() {
+    assert_names(&replaced("config.json", "\"intermediate_size\": 384", "\"intermediate_size\": 386"), &["mlp", "386"]);
+}
+
+#[test]
+fn an_unknown_architecture_is_refused_with_the_known_ones() {
+    let message = replaced("config.json", "deepseek_v3", "mamba2").replace("DeepseekV3ForCausalLM", "");
+    assert_names(&message, &["mamba2", "llama"]);
+}
+
+#[test]
+fn a_missing_tokenizer_is_refused_by_file() {
+    let dir = copy();
+    fs::remove_file(dir.path().join("tokenizer.json")).expect("it is there");
+    assert_names(&refusal(&["--port", "0", dir.path().to_str().expect("UTF-8")]), &["tokenizer.json"]);
+}
+
+#[test]
+fn a_template_that_does_not_parse_is_refused() {
+    assert_names(&replaced("tokenizer_config.json", "{%- for m in messages -%}", "{%- for m in -%}"), &["template"]);
+}
+
+#[test]
+fn a_tokenizer_larger_than_the_embedding_is_refused() {
+    let message = replaced("config.json", "\"vocab_size\": 1024", "\"vocab_size\": 1000");
+    assert_names(&message, &["1000"]);
+}
