@@ -187,11 +187,14 @@ impl Shared {
         }
     }
 
+    /// Before work that the caller could do meanwhile.
     fn leave_the_callers_cpu(&self) {
         let Some(allowed) = &self.allowed else { return };
-        let cpu = affinity::current();
-        if cpu == self.caller_cpu.load(SeqCst) && self.tickets.load(SeqCst) as u32 > 0 {
-            allowed.leave(cpu);
+        if self.tickets.load(SeqCst) as u32 > 0 {
+            let cpu = affinity::current();
+            if cpu == self.caller_cpu.load(SeqCst) {
+                allowed.leave(cpu);
+            }
         }
     }
 
