@@ -56,7 +56,7 @@ fn a_large_cache_costs_nothing_until_it_is_used() {
     let spec = KvSpec { layers: vec![LayerKv::Latent { rank: 512, rope: 64 }; 4], block_size: b.caps().kv_block_size };
     let cache = b.kv_cache(&spec, 2000).unwrap();
     let grown = resident().unwrap().saturating_sub(before);
-    assert!(grown < 32 << 10, "{grown} kB of {} taken at once", 2000 * spec.block_bytes() >> 10);
+    assert!(grown < 32 << 10, "{grown} kB of {} taken at once", (2000 * spec.block_bytes()) >> 10);
     drop(cache);
 }
 
