@@ -1,1 +1,26 @@
 //! Text on both sides of a model: tokenizer, chat template, detokenisation, stop strings, reasoning.
+//!
+//! The crate is given bytes and values: it opens no file, asks no clock and knows nothing of the engine or of HTTP.
+//! Before the model, [`TextModel`] renders a chat with the checkpoint's template and encodes it; behind it, each
+//! output runs through a [`Detokenizer`], a [`StopMatcher`] and, for a thinking model, a [`ReasoningSplitter`].
+//! Each of the three takes pieces of any size and yields the same joined text however its input was cut.
+
+mod config;
+mod detokenize;
+mod error;
+mod json;
+mod model;
+mod reasoning;
+mod stop;
+mod template;
+mod vocab;
+
+#[cfg(test)]
+mod testing;
+
+pub use detokenize::Detokenizer;
+pub use error::TextError;
+pub use model::{TextFiles, TextModel};
+pub use reasoning::{ReasoningMarkers, ReasoningSplitter, Segment};
+pub use stop::{StopMatcher, StopOutcome};
+pub use template::{ChatInput, MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES};

@@ -1,0 +1,174 @@
+//! [`TextModel`]: one checkpoint's tokenizer, chat template and reasoning markers.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use chrono::NaiveDateTime;
+use tokenizers::Tokenizer;
+
+use crate::config::TextConfig;
+use crate::template::{ChatInput, ChatTemplate};
+use crate::vocab::{MAX_TOKEN_ID, Vocab};
+use crate::{Detokenizer, ReasoningMarkers, TextError};
+
+/// Raw files of a checkpoint that concern text.
+#[derive(Debug, Clone, Copy)]
+pub struct TextFiles<'a> {
+    /// `tokenizer.json`.
+    pub tokenizer_json: &'a [u8],
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: Option<&'a [u8]>,
+    /// `special_tokens_map.json`: consulted for what tokenizer_config.json does not name.
+    pub special_tokens_map: Option<&'a [u8]>,
+    /// `chat_template.jinja`: wins over the template in tokenizer_config.json.
+    pub chat_template_jinja: Option<&'a [u8]>,
+}
+
+/// Text before and behind one checkpoint. Immutable: share it in an [`Arc`].
+pub struct TextModel {
+    tokenizer: Arc<Tokenizer>,
+    vocab: Arc<Vocab>,
+    /// Ids written before and after a text, where the tokenizer's class does that instead of tokenizer.json.
+    around: Option<(Option<u32>, Option<u32>)>,
+    eos: Option<u32>,
+    template: Option<ChatTemplate>,
+    tool_template: Option<ChatTemplate>,
+    markers: Option<ReasoningMarkers>,
+}
+
+impl TextModel {
+    /// Reads the files and compiles the template.
+    ///
+    /// # Errors
+    /// A [`TextError`] that names the file, or the template's line, that cannot be read.
+    pub fn new(files: &TextFiles) -> Result<Self, TextError> {
+        let config = TextConfig::new(files)?;
+        let mut tokenizer =
+            Tokenizer::from_bytes(files.tokenizer_json).map_err(|e| TextError::Tokenizer(e.to_string()))?;
+        // Lengths are the server's affair; a tokenizer that was saved while training must not cut or fill prompts.
+        tokenizer.with_truncation(None).map_err(|e| TextError::Tokenizer(e.to_string()))?;
+        tokenizer.with_padding(None);
+
+        let named = |name: &str| config.token(name).and_then(|token| tokenizer.token_to_id(token));
+        let eos = named("eos_token");
+        let around =
+            config.add_bos_eos.map(|(bos, eos_too)| (named("bos_token").filter(|_| bos), eos.filter(|_| eos_too)));
+
+        let added = tokenizer.get_added_tokens_decoder();
+        let special: HashSet<u32> = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+        let thinks = config.template.as_deref().is_some_and(|t| t.contains(CLOSE));
+        let markers = reasoning_markers(&tokenizer).filter(|_| thinks);
+        let keep = markers.iter().flat_map(|m| [m.open_id, m.close_id]).collect();
+        let vocab = Vocab::new(&tokenizer, &special, &keep)
+            .map_err(|id| TextError::Tokenizer(format!("token id {id} is above {MAX_TOKEN_ID}")))?;
+
+        let compile =
+            |source: &Option<String>| source.as_ref().map(|s| ChatTemplate::new(s, config.special.clone())).transpose();
+        Ok(Self {
+            vocab: Arc::new(vocab),
+            around,
+            eos,
+            template: compile(&config.template)?,
+            tool_template: compile(&config.tool_template)?,
+            markers,
+            tokenizer: Arc::new(tokenizer),
+        })
+    }
+
+    /// Ids of a text. `add_special_tokens`: with BOS and EOS where transformers' `tokenizer.encode(text)` writes them.
+    /// Text of a special token becomes that token.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`] if the tokenizer cannot represent the text.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
+        let own_rule = add_special_tokens && self.around.is_none();
+        let encoding = self.tokenizer.encode_fast(text, own_rule).map_err(|e| TextError::Encode(e.to_string()))?;
+        let ids = encoding.get_ids();
+        let (bos, eos) = self.around.filter(|_| add_special_tokens).unwrap_or_default();
+        Ok(bos.into_iter().chain(ids.iter().copied()).chain(eos).collect())
+    }
+
+    /// Ids of a rendered chat: the template has written BOS, so none is added.
+    ///
+    /// # Errors
+    /// As [`TextModel::encode`].
+    pub fn encode_chat(&self, rendered: &str) -> Result<Vec<u32>, TextError> {
+        self.encode(rendered, false)
+    }
+
+    /// Text of finished ids. Ids outside the vocabulary have none; reasoning markers are never skipped.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
+        let ids: Vec<u32> = ids.iter().copied().filter(|&id| self.vocab.is_shown(id, skip_special_tokens)).collect();
+        self.tokenizer.decode(&ids, false).unwrap_or_default()
+    }
+
+    /// A detokenizer for one output.
+    pub fn detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
+        Detokenizer::new(self.vocab.clone(), self.tokenizer.clone(), skip_special_tokens)
+    }
+
+    /// Highest id + 1, to be checked against the rows of the embedding.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab.len()
+    }
+
+    /// Id of a token by its text in the vocabulary.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// The exact bytes that a token stands for, perhaps part of a character; empty for an id outside the vocabulary.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.vocab.get(id).map(|token| token.bytes.to_vec()).unwrap_or_default()
+    }
+
+    /// Whether a token is left out when special tokens are skipped.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.vocab.get(id).is_some_and(|token| token.special)
+    }
+
+    /// The token that ends an output, as the tokenizer's files name it.
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Whether chats can be rendered.
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Renders a chat to the prompt's text. `now` is the wall-clock time that a template may write into it.
+    ///
+    /// # Errors
+    /// [`TextError::NoChatTemplate`], or what the template says or fails on; see [`TextError`].
+    pub fn render_chat(&self, chat: &ChatInput, now: NaiveDateTime) -> Result<String, TextError> {
+        let for_tools = self.tool_template.as_ref().filter(|_| chat.has_tools());
+        for_tools.or(self.template.as_ref()).ok_or(TextError::NoChatTemplate)?.render(chat, now)
+    }
+
+    /// The tokens around reasoning: `Some` if the vocabulary has `<think>` and `</think>` and the chat template knows
+    /// of them, which tells thinking models from those that only share a thinking model's vocabulary.
+    pub fn reasoning_markers(&self) -> Option<ReasoningMarkers> {
+        self.markers.clone()
+    }
+
+    /// Whether what follows a rendered prompt begins inside reasoning: the template has opened it, or the message that
+    /// is being continued has. Elsewhere in the prompt markers mean nothing, they may be a user's words.
+    pub fn prompt_opens_reasoning(&self, chat: &ChatInput, rendered: &str) -> bool {
+        let Some(markers) = &self.markers else { return false };
+        let continued = chat.continued_text().filter(|_| chat.continue_final_message).unwrap_or_default();
+        let open_in_message = match (continued.rfind(&markers.open), continued.rfind(&markers.close)) {
+            (Some(open), Some(close)) => open > close,
+            (open, _) => open.is_some(),
+        };
+        open_in_message || rendered.trim_end().ends_with(&markers.open)
+    }
+}
+
+const OPEN: &str = "<think>";
+const CLOSE: &str = "</think>";
+
+fn reasoning_markers(tokenizer: &Tokenizer) -> Option<ReasoningMarkers> {
+    let (open_id, close_id) = (tokenizer.token_to_id(OPEN)?, tokenizer.token_to_id(CLOSE)?);
+    Some(ReasoningMarkers { open: OPEN.into(), close: CLOSE.into(), open_id, close_id })
+}
