@@ -1,1 +1,20 @@
 //! Continuous batching over a paged cache: requests in, token streams out.
+//!
+//! [`spawn`] moves a [`Runner`] onto a thread of its own and returns an [`EngineHandle`]. Clients submit
+//! [`Request`]s there and read [`OutputEvent`]s from an [`OutputStream`]; they never wait for each
+//! other, and the engine never waits for them.
+
+mod engine;
+mod handle;
+mod request;
+mod stats;
+
+pub mod sim;
+
+pub use baton_model::{RunSpec, Runner, SampledToken, SamplingParams};
+pub use engine::{Engine, spawn};
+pub use handle::{EngineConfig, EngineHandle, OutputStream};
+pub use request::{
+    CacheScope, EngineFailure, FinishReason, OutputEvent, Request, RequestId, SubmitError, Timings, Usage,
+};
+pub use stats::{BlockStats, EngineStats, FinishedCounts, StepTokens};

@@ -1,0 +1,186 @@
+//! What goes into the engine and what comes out of it, as plain values.
+//!
+//! Every accepted request yields any number of [`OutputEvent::Token`] and then exactly one
+//! [`OutputEvent::Finished`], nothing after it.
+
+use std::time::Duration;
+
+use baton_model::SamplingParams;
+
+/// The engine's own number for a request. Ids grow in the order of acceptance; strings that clients
+/// send are never keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// Whose cached blocks a request may share: tenant, salt and whatever else separates prefixes, as
+/// bytes that the caller makes unambiguous. They enter the hash of the first block, and through it
+/// every later one. Equal bytes share, others never do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CacheScope(pub Vec<u8>);
+
+/// One sequence to generate. Immutable once submitted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Token ids, at least one, each below [`baton_model::RunSpec::vocab_size`].
+    pub prompt: Vec<u32>,
+    /// How tokens are chosen.
+    pub params: SamplingParams,
+    /// Tokens to generate at most, at least one; the stop token counts.
+    pub max_tokens: u32,
+    /// Tokens that end the generation: the end tokens of the model (left out to ignore them) and the
+    /// client's own.
+    pub stop_token_ids: Vec<u32>,
+    /// How long the request may wait for its first step; past that it ends with
+    /// [`EngineFailure::QueueTimeout`]. Once started it is no longer looked at.
+    pub deadline: Option<Duration>,
+    /// Whose cached blocks the request may share.
+    pub cache_scope: CacheScope,
+}
+
+impl Request {
+    /// A request without stop tokens and deadline, in the common cache scope.
+    pub fn new(prompt: Vec<u32>, params: SamplingParams, max_tokens: u32) -> Self {
+        Self {
+            prompt,
+            params,
+            max_tokens,
+            stop_token_ids: Vec::new(),
+            deadline: None,
+            cache_scope: CacheScope::default(),
+        }
+    }
+}
+
+/// Why a request was refused. Nothing of it stays in the engine.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// Too many accepted requests have not started yet; the choices of a group count each.
+    #[error("the queue is full: {queued} requests wait, at most {max_queued} may")]
+    QueueFull {
+        /// Requests that wait for their first step.
+        queued: usize,
+        /// The limit.
+        max_queued: usize,
+    },
+    /// There is no token to start from.
+    #[error("the prompt is empty; at least one token is needed")]
+    PromptEmpty,
+    /// `max_tokens` is zero.
+    #[error("max_tokens is 0; at least one token must be generated")]
+    MaxTokensZero,
+    /// Prompt and output together exceed the context.
+    #[error(
+        "the prompt of {prompt} tokens and max_tokens of {max_tokens} exceed the context of {max_model_len} tokens"
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// As requested.
+        max_tokens: u32,
+        /// Tokens of prompt and output together, at most.
+        max_model_len: usize,
+    },
+    /// A prompt token is not in the vocabulary.
+    #[error("token id {id} is out of range; ids are below {vocab}")]
+    TokenOutOfRange {
+        /// The first such id.
+        id: u32,
+        /// The size of the vocabulary.
+        vocab: usize,
+    },
+    /// Even alone the request could not finish in the cache.
+    #[error("the request needs {needed_blocks} cache blocks, there are {total_blocks}")]
+    DoesNotFit {
+        /// Blocks for the prompt and all of the output.
+        needed_blocks: usize,
+        /// Blocks of the whole cache.
+        total_blocks: usize,
+    },
+    /// The engine finishes what it has and takes nothing new.
+    #[error("the engine is draining and takes no new requests")]
+    Draining,
+    /// The engine has stopped.
+    #[error("the engine is down")]
+    EngineDown,
+}
+
+/// What a request yields.
+#[derive(Debug, Clone, PartialEq)]
+pub enum OutputEvent {
+    /// The next token of the output. A stop token is not sent.
+    Token {
+        /// Its id.
+        token: u32,
+        /// Its log-probability under the model alone; 0 if not asked for.
+        logprob: f32,
+        /// The most likely ids with their log-probabilities, best first.
+        top: Vec<(u32, f32)>,
+    },
+    /// The last event.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// What it took.
+        usage: Usage,
+        /// How long it took.
+        timings: Timings,
+    },
+}
+
+/// Why a request ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was generated. It is counted in `completion_tokens` but not sent.
+    Stop {
+        /// Which one.
+        token: u32,
+    },
+    /// `max_tokens` tokens are out.
+    Length,
+    /// The client aborted it, or dropped its stream.
+    Aborted,
+    /// It could not go on.
+    Error(EngineFailure),
+}
+
+/// Why an accepted request failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineFailure {
+    /// The model computed NaN or infinity for this request. It would do so again.
+    #[error("the model computed logits that are not finite")]
+    NonFiniteLogits,
+    /// The device failed during a step of this request.
+    #[error("the device failed: {0}")]
+    DeviceFailed(String),
+    /// Our own code panicked during a step of this request.
+    #[error("the engine failed internally")]
+    Panicked,
+    /// The engine was shut down before the request was done.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+    /// The request waited longer than its deadline allows, and never started.
+    #[error("the request waited in the queue past its deadline")]
+    QueueTimeout,
+}
+
+/// Tokens of one request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated, the stop token included.
+    pub completion_tokens: usize,
+    /// Tokens of the prompt found in the prefix cache when the request first started.
+    pub cached_tokens: usize,
+}
+
+/// Where the time of one request went. The three parts add up to the whole.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// From submission to the first step, or to the end of a request that never started.
+    pub queue: Duration,
+    /// From the first step to the first token.
+    pub prefill: Duration,
+    /// From the first token to the end.
+    pub decode: Duration,
+}

@@ -1,0 +1,6 @@
+//! The engine under simulation: a runner without a model, and the seeded simulator that drives the
+//! engine's core with it. The mock is public, since tests of other crates serve it as well.
+
+mod mock;
+
+pub use mock::{MockControl, MockModel, MockRunner};

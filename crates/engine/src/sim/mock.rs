@@ -1,0 +1,341 @@
+//! A runner whose next token is a hash of the whole context *as it reads it back* from its own paged
+//! memory. So a lost, doubled, stale or foreign block shows as a wrong token, not as a subtle change of
+//! probabilities. It checks every plan against its spec, and fails on command.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_model::{
+    RunError, RunSpec, Runner, SampleRequest, SampledToken, SamplingParams, SequenceFailure, SequenceOutput,
+    SequenceStep, StepOutput, StepPlan,
+};
+use parking_lot::{Condvar, Mutex};
+
+/// How long a hanging step waits for its release at most, so that a forgotten one ends a test.
+const MAX_HANG: Duration = Duration::from_secs(60);
+
+/// What stands in for the weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MockModel {
+    /// The next token is a hash of seed, context and sampling parameters.
+    Hash {
+        /// Two seeds are two models.
+        seed: u64,
+        /// Ids are below it.
+        vocab_size: u32,
+        /// This token comes next in about one of so many contexts.
+        end: Option<(u32, u32)>,
+    },
+    /// The output is this text, whatever the prompt; then the end token, for ever.
+    Script {
+        /// Tokens of the output.
+        reply: Vec<u32>,
+        /// What follows them.
+        end: u32,
+    },
+}
+
+impl MockModel {
+    /// What the context hashes to after `token`.
+    fn extend(context: u64, token: u32) -> u64 {
+        mix(context, u64::from(token) + 1)
+    }
+
+    fn empty_context(&self) -> u64 {
+        match self {
+            Self::Hash { seed, .. } => mix(*seed, 0),
+            Self::Script { .. } => 0,
+        }
+    }
+
+    fn next_token(&self, context: u64, request: &SampleRequest) -> u32 {
+        match self {
+            Self::Hash { vocab_size, end, .. } => {
+                let hash = mix(context, digest(request));
+                match end {
+                    Some((token, one_in)) if (hash >> 32).is_multiple_of(u64::from(*one_in)) => *token,
+                    _ => (hash % u64::from(*vocab_size)) as u32,
+                }
+            }
+            Self::Script { reply, end } => reply.get(request.position as usize).copied().unwrap_or(*end),
+        }
+    }
+
+    /// The first `max_tokens` tokens that a request gives when it runs alone, without paging, batching
+    /// or chunks: the judge of everything the engine does.
+    pub fn solo(&self, prompt: &[u32], params: &SamplingParams, max_tokens: u32) -> Vec<u32> {
+        let params = Arc::new(params.clone());
+        let mut tokens = prompt.to_vec();
+        let mut context = tokens.iter().fold(self.empty_context(), |context, &token| Self::extend(context, token));
+        for position in 0..max_tokens {
+            let history = if params.needs_history() { tokens.clone() } else { Vec::new() };
+            let request = SampleRequest { params: params.clone(), position, history, prompt_len: prompt.len() };
+            let token = self.next_token(context, &request);
+            context = Self::extend(context, token);
+            tokens.push(token);
+        }
+        tokens.split_off(prompt.len())
+    }
+}
+
+/// Everything that decides a token besides the context.
+fn digest(request: &SampleRequest) -> u64 {
+    let p = &*request.params;
+    let words = [p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
+        .map(|x| u64::from(x.to_bits()))
+        .into_iter()
+        .chain([u64::from(p.top_k), u64::from(p.min_tokens), p.seed, u64::from(p.choice), u64::from(request.position)])
+        .chain(p.logit_bias.iter().flat_map(|&(id, bias)| [u64::from(id), u64::from(bias.to_bits())]))
+        .chain(p.suppressed_until_min.iter().map(|&id| u64::from(id)))
+        .chain(request.history.iter().map(|&id| u64::from(id)))
+        .chain([request.prompt_len as u64]);
+    words.fold(1, mix)
+}
+
+/// A step of splitmix64.
+fn mix(state: u64, word: u64) -> u64 {
+    let mut z = (state ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// What the mock keeps per position, in place of a key and a value. Like those, it depends on all of
+/// the context up to the token, so a block is of use only behind the very prefix it was computed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    Empty,
+    Written { token: u32, context: u64 },
+    NotFinite,
+}
+
+/// Faults to come and what happened so far. Clones control the same runner.
+#[derive(Clone, Default)]
+pub struct MockControl(Arc<(Mutex<State>, Condvar)>);
+
+#[derive(Default)]
+struct State {
+    delay: Duration,
+    fail_steps: u32,
+    fail_clears: u32,
+    panic_steps: u32,
+    hang: bool,
+    not_finite_from: BTreeMap<u64, usize>,
+    not_finite_tokens: BTreeSet<u32>,
+    steps: u64,
+    computed_tokens: u64,
+    cleared: Vec<u32>,
+}
+
+impl MockControl {
+    /// Every step takes this long from now on.
+    pub fn delay_steps(&self, delay: Duration) {
+        self.0.0.lock().delay = delay;
+    }
+
+    /// The next `n` steps fail as a whole, having written nonsense.
+    pub fn fail_steps(&self, n: u32) {
+        self.0.0.lock().fail_steps = n;
+    }
+
+    /// The next `n` calls to clear blocks fail.
+    pub fn fail_clears(&self, n: u32) {
+        self.0.0.lock().fail_clears = n;
+    }
+
+    /// The next `n` steps panic.
+    pub fn panic_steps(&self, n: u32) {
+        self.0.0.lock().panic_steps = n;
+    }
+
+    /// The next step does not return before [`release`](Self::release), or a minute.
+    pub fn hang(&self) {
+        self.0.0.lock().hang = true;
+    }
+
+    /// Ends the hang.
+    pub fn release(&self) {
+        self.0.0.lock().hang = false;
+        self.0.1.notify_all();
+    }
+
+    /// What the sequence of this id computes from this position on is not finite.
+    pub fn not_finite_from(&self, id: u64, position: usize) {
+        self.0.0.lock().not_finite_from.insert(id, position);
+    }
+
+    /// What is computed for this token is not finite, in any sequence.
+    pub fn not_finite_on_token(&self, token: u32) {
+        self.0.0.lock().not_finite_tokens.insert(token);
+    }
+
+    /// Steps asked for so far, failed ones included.
+    pub fn steps(&self) -> u64 {
+        self.0.0.lock().steps
+    }
+
+    /// Tokens computed so far.
+    pub fn computed_tokens(&self) -> u64 {
+        self.0.0.lock().computed_tokens
+    }
+
+    /// Blocks cleared so far, in order.
+    pub fn cleared_blocks(&self) -> Vec<u32> {
+        self.0.0.lock().cleared.clone()
+    }
+}
+
+/// See the head of the file.
+pub struct MockRunner {
+    spec: RunSpec,
+    model: MockModel,
+    /// `[num_blocks * block_size]`
+    slots: Vec<Slot>,
+    control: MockControl,
+}
+
+impl MockRunner {
+    /// A runner with empty memory.
+    pub fn new(spec: RunSpec, model: MockModel) -> Self {
+        let slots = vec![Slot::Empty; spec.num_blocks * spec.block_size];
+        Self { spec, model, slots, control: MockControl::default() }
+    }
+
+    /// Its remote control.
+    pub fn control(&self) -> MockControl {
+        self.control.clone()
+    }
+
+    fn slot(&self, sequence: &SequenceStep, position: usize) -> usize {
+        sequence.block_table[position / self.spec.block_size] as usize * self.spec.block_size
+            + position % self.spec.block_size
+    }
+
+    /// The promises that the engine makes a runner. A broken one is a bug of the engine.
+    fn check(&self, plan: &StepPlan) {
+        assert!(!plan.sequences.is_empty(), "a step of nothing");
+        assert!(plan.num_tokens() <= self.spec.max_step_tokens, "too many tokens in a step");
+        assert!(plan.sequences.len() <= self.spec.max_step_sequences, "too many sequences in a step");
+        let ids: BTreeSet<u64> = plan.sequences.iter().map(|s| s.id).collect();
+        assert_eq!(ids.len(), plan.sequences.len(), "a sequence twice in a step");
+        let mut written = BTreeSet::new();
+        for s in &plan.sequences {
+            assert!(!s.tokens.is_empty(), "a sequence without tokens in a step");
+            let end = s.num_computed + s.tokens.len();
+            assert!(end <= self.spec.max_model_len, "a sequence beyond the context");
+            assert_eq!(s.block_table.len(), end.div_ceil(self.spec.block_size), "blocks do not match the positions");
+            assert!(s.block_table.iter().all(|&block| (block as usize) < self.spec.num_blocks), "no such block");
+            for position in s.num_computed..end {
+                assert!(written.insert(self.slot(s, position)), "a slot written twice in a step");
+            }
+        }
+    }
+
+    fn write(&mut self, sequence: &SequenceStep, state: &State) {
+        let not_finite_from = state.not_finite_from.get(&sequence.id).copied().unwrap_or(usize::MAX);
+        for (&token, position) in sequence.tokens.iter().zip(sequence.num_computed..) {
+            let previous = match position.checked_sub(1).map(|previous| self.slots[self.slot(sequence, previous)]) {
+                None => Some(self.model.empty_context()),
+                Some(Slot::Written { context, .. }) => Some(context),
+                Some(Slot::Empty) => Some(0),
+                Some(Slot::NotFinite) => None,
+            };
+            let finite = position < not_finite_from && !state.not_finite_tokens.contains(&token);
+            let index = self.slot(sequence, position);
+            self.slots[index] = match previous {
+                Some(previous) if finite => Slot::Written { token, context: MockModel::extend(previous, token) },
+                _ => Slot::NotFinite,
+            };
+        }
+    }
+
+    /// The context as memory holds it; wrong if a slot is not what this very context wrote.
+    fn read(&self, sequence: &SequenceStep) -> Result<u64, SequenceFailure> {
+        // As in a masked product, where 0 × NaN is NaN, what lies behind the last token matters too.
+        for &block in &sequence.block_table {
+            let start = block as usize * self.spec.block_size;
+            if self.slots[start..start + self.spec.block_size].contains(&Slot::NotFinite) {
+                return Err(SequenceFailure::NonFiniteLogits);
+            }
+        }
+        let end = sequence.num_computed + sequence.tokens.len();
+        Ok((0..end).fold(self.model.empty_context(), |expected, position| {
+            match self.slots[self.slot(sequence, position)] {
+                Slot::Written { token, context } if context == MockModel::extend(expected, token) => context,
+                other => mix(expected, u64::MAX - u64::from(other == Slot::Empty)),
+            }
+        }))
+    }
+
+    fn sample(&self, context: u64, request: &SampleRequest) -> SampledToken {
+        let token = self.model.next_token(context, request);
+        let Some(count) = request.params.logprobs else { return SampledToken { token, logprob: 0.0, top: Vec::new() } };
+        let vocab_size = self.spec.vocab_size as u32;
+        let top = (0..count.min(vocab_size)).map(|i| ((token + i) % vocab_size, -0.5 - i as f32)).collect();
+        SampledToken { token, logprob: -0.5, top }
+    }
+}
+
+impl Runner for MockRunner {
+    fn spec(&self) -> &RunSpec {
+        &self.spec
+    }
+
+    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+        self.check(plan);
+        let control = self.control.clone();
+        let mut state = control.0.0.lock();
+        state.steps += 1;
+        if state.hang {
+            control.0.1.wait_while_for(&mut state, |state| state.hang, MAX_HANG);
+        }
+        if !state.delay.is_zero() {
+            let delay = state.delay;
+            parking_lot::MutexGuard::unlocked(&mut state, || std::thread::sleep(delay));
+        }
+        if state.fail_steps > 0 || state.panic_steps > 0 {
+            for sequence in &plan.sequences {
+                for position in sequence.num_computed..sequence.num_computed + sequence.tokens.len() {
+                    let index = self.slot(sequence, position);
+                    self.slots[index] = Slot::NotFinite;
+                }
+            }
+        }
+        if state.fail_steps > 0 {
+            state.fail_steps -= 1;
+            return Err(RunError("mock fault".into()));
+        }
+        if state.panic_steps > 0 {
+            state.panic_steps -= 1;
+            drop(state);
+            panic!("mock panic");
+        }
+
+        let mut output = StepOutput::default();
+        for sequence in &plan.sequences {
+            state.computed_tokens += sequence.tokens.len() as u64;
+            self.write(sequence, &state);
+        }
+        for sequence in &plan.sequences {
+            let context = self.read(sequence);
+            let sampled = sequence.sample.as_ref().map(|request| Ok(self.sample(context?, request)));
+            output.sequences.push(SequenceOutput { id: sequence.id, sampled });
+        }
+        Ok(output)
+    }
+
+    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
+        let mut state = self.control.0.0.lock();
+        if state.fail_clears > 0 {
+            state.fail_clears -= 1;
+            return Err(RunError("mock fault while clearing".into()));
+        }
+        state.cleared.extend(blocks);
+        for &block in blocks {
+            let start = block as usize * self.spec.block_size;
+            self.slots[start..start + self.spec.block_size].fill(Slot::Empty);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,118 @@
+//! What the engine counts. A snapshot is consistent in itself: it is taken between two steps.
+
+use std::time::Duration;
+
+/// A snapshot of the engine. Counters start at zero with the engine and never fall.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct EngineStats {
+    /// Whether the engine takes steps. False once it was shut down or gave up on its device.
+    pub alive: bool,
+    /// Gauge: sequences that hold cache blocks and advance with every step.
+    pub running: usize,
+    /// Gauge: sequences that wait for their first step or, preempted, for their next.
+    pub waiting: usize,
+    /// Gauges of the cache.
+    pub blocks: BlockStats,
+    /// Counter: times a sequence lost its blocks to an earlier one.
+    pub preemptions: u64,
+    /// Counter: prompt tokens computed by steps, recomputation after a preemption included.
+    pub prompt_tokens_computed: u64,
+    /// Counter: prompt tokens looked up in the prefix cache, once per request.
+    pub prefix_query_tokens: u64,
+    /// Counter: prompt tokens found there, once per request.
+    pub prefix_hit_tokens: u64,
+    /// Counter: tokens generated, stop tokens included.
+    pub generated_tokens: u64,
+    /// Counters: requests that ended, by reason.
+    pub finished: FinishedCounts,
+    /// Counter: events that nobody received because the client had left.
+    pub dropped_events: u64,
+    /// Counter: steps that the runner failed as a whole.
+    pub failed_steps: u64,
+    /// Tokens computed per step; its count is the number of steps done.
+    pub step_tokens: StepTokens,
+    /// How long the last step took.
+    pub last_step: Duration,
+    /// How long the step under way has been running; `None` between steps. A hung device shows here.
+    pub step_under_way: Option<Duration>,
+}
+
+/// Where the cache blocks are: `free + cached + used = total`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BlockStats {
+    /// All blocks.
+    pub total: usize,
+    /// Held by running sequences.
+    pub used: usize,
+    /// Held by nobody, kept for a later request with the same prefix, given up when needed.
+    pub cached: usize,
+    /// Empty.
+    pub free: usize,
+}
+
+impl BlockStats {
+    /// The part of the cache that running sequences hold, 0 to 1.
+    pub fn usage(&self) -> f64 {
+        if self.total == 0 { 0.0 } else { self.used as f64 / self.total as f64 }
+    }
+}
+
+/// Requests that ended, by reason.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FinishedCounts {
+    /// With a stop token.
+    pub stop: u64,
+    /// At `max_tokens`.
+    pub length: u64,
+    /// By the client.
+    pub aborted: u64,
+    /// With an [`crate::EngineFailure`].
+    pub error: u64,
+}
+
+impl FinishedCounts {
+    /// All requests that ended.
+    pub fn total(&self) -> u64 {
+        self.stop + self.length + self.aborted + self.error
+    }
+}
+
+/// Histogram of the tokens computed per step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StepTokens {
+    /// `buckets[i]` counts steps of at most `2^i` tokens that no earlier bucket counts; the last
+    /// counts those above [`StepTokens::MAX_BOUND`].
+    pub buckets: [u64; 16],
+    /// Tokens of all steps.
+    pub sum: u64,
+    /// Steps.
+    pub count: u64,
+}
+
+impl StepTokens {
+    /// The largest finite bucket bound.
+    pub const MAX_BOUND: usize = 1 << 14;
+
+    pub(crate) fn observe(&mut self, tokens: usize) {
+        let bucket = tokens.max(1).next_power_of_two().trailing_zeros() as usize;
+        self.buckets[bucket.min(self.buckets.len() - 1)] += 1;
+        self.sum += tokens as u64;
+        self.count += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_falls_into_the_smallest_bucket_that_holds_it() {
+        let mut histogram = StepTokens::default();
+        for tokens in [1, 2, 3, 4, StepTokens::MAX_BOUND, StepTokens::MAX_BOUND + 1, 1 << 20] {
+            histogram.observe(tokens);
+        }
+        assert_eq!(histogram.buckets[..3], [1, 1, 2]);
+        assert_eq!(histogram.buckets[14..], [1, 2]);
+        assert_eq!(histogram.count, 7);
+    }
+}
