@@ -103,6 +103,14 @@ impl ApiError {
         Self::bad_request("context_length_exceeded", param, message)
     }
 
+    /// Prompt and output do not fit into the cache, even alone.
+    pub fn cache_size(param: &str, needed_blocks: usize, total_blocks: usize) -> Self {
+        let message = format!(
+            "prompt and output need {needed_blocks} blocks of cache, the server has {total_blocks}; ask for fewer tokens"
+        );
+        Self::bad_request("context_length_exceeded", param, message)
+    }
+
     /// No or wrong key.
     pub fn invalid_api_key() -> Self {
         let message = "a valid API key is needed, in the header: Authorization: Bearer <key>";
@@ -171,14 +179,14 @@ impl ApiError {
         Self { retry: Retry::Never, ..Self::engine(message) }
     }
 
+    /// The engine takes no steps any more.
+    pub fn engine_down() -> Self {
+        Self::unavailable("engine_down", 5, "the engine has stopped")
+    }
+
     /// Our own fault.
     pub fn internal() -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", "the server failed internally")
-    }
-
-    /// The same error at a place inside `param`, for errors of a part that does not know where it stands.
-    pub fn at(self, param: impl Into<String>) -> Self {
-        Self { param: Some(param.into()), ..self }
     }
 
     /// The error object.

@@ -129,7 +129,7 @@ impl Format for ChatFormat {
     }
 
     fn whole(&self, out: &mut Vec<u8>, outputs: &[Output], usage: &Usage) {
-        let choice = |(index, output)| {
+        let choices = outputs.iter().enumerate().map(|(index, output)| {
             let Output { reasoning, content, scores, reason } = output;
             let reasoning =
                 (!reasoning.is_empty()).then_some(Reasoning { reasoning_content: reasoning, reasoning });
@@ -139,8 +139,8 @@ impl Format for ChatFormat {
                 logprobs: self.logprobs.then(|| self.logprobs(scores)),
                 finish_reason: *reason,
             }
-        };
-        let choices: Vec<_> = outputs.iter().enumerate().map(choice).collect();
+        });
+        let choices: Vec<_> = choices.collect();
         Reply::write(out, &self.envelope, "chat.completion", &choices, Some(Some(usage)));
     }
 }

@@ -16,7 +16,7 @@ use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finit
 pub(crate) const MAX_PROMPTS: usize = 64;
 
 /// Tokens generated if the request does not say.
-const DEFAULT_MAX_TOKENS: u32 = 16;
+pub(crate) const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// A completion request within every range that does not depend on the model.
 #[derive(Debug)]
@@ -46,7 +46,6 @@ impl CompletionRequest {
         let prompts = prompts(fields.required("prompt", prompt)?)?;
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = fields.integer("logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|top| top as u32);
-        params.max_tokens = params.max_tokens.or(Some(DEFAULT_MAX_TOKENS.max(params.min_tokens)));
         let params = params.checked()?;
         let ignored = refuse_rest(fields, lenient)?;
         Ok(Self { model, prompts, params, ignored })
@@ -155,14 +154,14 @@ impl Format for CompletionFormat {
     }
 
     fn whole(&self, out: &mut Vec<u8>, outputs: &[Output], usage: &Usage) {
-        let choice = |(index, output): (usize, &Output)| Choice {
+        let choices = outputs.iter().enumerate().map(|(index, output)| Choice {
             index,
             // A completion is not split: all of it is content.
             text: &output.content,
             logprobs: self.logprobs.then(|| self.logprobs(&output.scores)),
             finish_reason: Some(output.reason),
-        };
-        let choices: Vec<_> = outputs.iter().enumerate().map(choice).collect();
+        });
+        let choices: Vec<_> = choices.collect();
         Reply::write(out, &self.envelope, OBJECT, &choices, Some(Some(usage)));
     }
 }

@@ -1,8 +1,11 @@
 //! What the replies of chat and completions have in common, and the seam between a generation and its wire form.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use serde::{Serialize, Serializer};
 
 use crate::generate::{Output, Score};
+use crate::service::ModelCard;
 
 /// How an endpoint writes a generation. Both forms are made of the same pieces, so that joined chunks equal the whole.
 pub(crate) trait Format: Send + Sync + Unpin + 'static {
@@ -48,6 +51,18 @@ pub(crate) struct Envelope {
 }
 
 impl Envelope {
+    /// A new reply by a model under this name. `kind` begins its id.
+    pub fn new(kind: &str, model: String, card: &ModelCard, include_usage: bool) -> Self {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            id: format!("{kind}-{:032x}", rand::random::<u128>()),
+            created: since_1970.as_secs(),
+            model,
+            system_fingerprint: card.system_fingerprint.clone(),
+            include_usage,
+        }
+    }
+
     /// The `usage` of a chunk: absent, null or there.
     pub fn usage<'a>(&self, usage: Option<&'a Usage>) -> Option<Option<&'a Usage>> {
         self.include_usage.then_some(usage)
