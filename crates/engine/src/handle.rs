@@ -49,6 +49,9 @@ pub(crate) enum Command {
     Abort(RequestId),
     Drain,
     Shutdown,
+    /// A bug of our own.
+    #[cfg(test)]
+    Panic,
 }
 
 /// One accepted request on its way to the engine.
@@ -178,7 +181,7 @@ impl EngineHandle {
 }
 
 /// Whether the engine could ever finish the request.
-fn check(request: &Request, spec: &RunSpec) -> Result<(), SubmitError> {
+pub(crate) fn check(request: &Request, spec: &RunSpec) -> Result<(), SubmitError> {
     let (prompt, max_tokens) = (request.prompt.len(), request.max_tokens);
     if prompt == 0 {
         return Err(SubmitError::PromptEmpty);

@@ -4,9 +4,14 @@
 //! [`Request`]s there and read [`OutputEvent`]s from an [`OutputStream`]; they never wait for each
 //! other, and the engine never waits for them.
 
+mod block;
+mod block_manager;
+mod core;
 mod engine;
 mod handle;
 mod request;
+mod scheduler;
+mod sequence;
 mod stats;
 
 pub mod sim;

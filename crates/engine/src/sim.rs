@@ -1,6 +1,14 @@
 //! The engine under simulation: a runner without a model, and the seeded simulator that drives the
 //! engine's core with it. The mock is public, since tests of other crates serve it as well.
 
+#[cfg(test)]
+mod cases;
+#[cfg(test)]
+mod invariants;
 mod mock;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod world;
 
 pub use mock::{MockControl, MockModel, MockRunner};

@@ -134,7 +134,7 @@ impl MockControl {
         self.0.0.lock().delay = delay;
     }
 
-    /// The next `n` steps fail as a whole, having written nonsense.
+    /// The next `n` steps fail as a whole, having spoilt all of memory.
     pub fn fail_steps(&self, n: u32) {
         self.0.0.lock().fail_steps = n;
     }
@@ -144,12 +144,12 @@ impl MockControl {
         self.0.0.lock().fail_clears = n;
     }
 
-    /// The next `n` steps panic.
+    /// The next `n` steps panic, having spoilt all of memory.
     pub fn panic_steps(&self, n: u32) {
         self.0.0.lock().panic_steps = n;
     }
 
-    /// The next step does not return before [`release`](Self::release), or a minute.
+    /// Steps do not return before [`release`](Self::release), or a minute.
     pub fn hang(&self) {
         self.0.0.lock().hang = true;
     }
@@ -250,6 +250,21 @@ impl MockRunner {
         }
     }
 
+    /// What a step leaves that failed half way: nothing in memory is what it was.
+    fn spoil(&mut self, plan: &StepPlan) {
+        for slot in &mut self.slots {
+            if let Slot::Written { context, .. } = slot {
+                *context = !*context;
+            }
+        }
+        for sequence in &plan.sequences {
+            for position in sequence.num_computed..sequence.num_computed + sequence.tokens.len() {
+                let index = self.slot(sequence, position);
+                self.slots[index] = Slot::NotFinite;
+            }
+        }
+    }
+
     /// The context as memory holds it; wrong if a slot is not what this very context wrote.
     fn read(&self, sequence: &SequenceStep) -> Result<u64, SequenceFailure> {
         // As in a masked product, where 0 × NaN is NaN, what lies behind the last token matters too.
@@ -295,12 +310,7 @@ impl Runner for MockRunner {
             parking_lot::MutexGuard::unlocked(&mut state, || std::thread::sleep(delay));
         }
         if state.fail_steps > 0 || state.panic_steps > 0 {
-            for sequence in &plan.sequences {
-                for position in sequence.num_computed..sequence.num_computed + sequence.tokens.len() {
-                    let index = self.slot(sequence, position);
-                    self.slots[index] = Slot::NotFinite;
-                }
-            }
+            self.spoil(plan);
         }
         if state.fail_steps > 0 {
             state.fail_steps -= 1;

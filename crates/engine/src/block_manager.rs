@@ -1,0 +1,244 @@
+//! Block tables of sequences, and the prefix cache that lets them share.
+//!
+//! A full block is named by a keyed hash of all tokens up to its end and of their scope; a later
+//! sequence that starts with the same tokens in the same scope takes the block instead of computing it.
+//! The key is random per process, so names can be neither predicted nor forced to collide.
+//!
+//! Invariant: a published block was computed and its values are finite. The scheduler publishes a
+//! sequence's blocks only when a token was sampled behind them; attention had read all of them for
+//! it, so a value that is not finite would have shown.
+
+use sha2::{Digest, Sha256};
+
+use crate::BlockStats;
+use crate::block::{BlockAllocator, BlockHash, BlockId};
+use crate::sequence::Sequence;
+
+/// The blocks of one sequence, in the order of its positions.
+#[derive(Default)]
+pub(crate) struct BlockTable {
+    blocks: Vec<BlockId>,
+    /// How many of `blocks` were offered to the cache or came from it.
+    num_published: usize,
+    /// Names of the first full blocks of the tokens. Tokens are only ever appended, so names once
+    /// computed stay, also while the table is empty.
+    hashes: Vec<BlockHash>,
+}
+
+impl BlockTable {
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+}
+
+/// Gives blocks to sequences and takes them back.
+pub(crate) struct BlockManager {
+    allocator: BlockAllocator,
+    block_size: usize,
+    /// `None` if prefixes are not cached.
+    hasher: Option<BlockHasher>,
+}
+
+impl BlockManager {
+    /// `secret`: the key of the prefix cache; `None` for no cache.
+    pub fn new(num_blocks: usize, block_size: usize, secret: Option<[u8; 32]>) -> Self {
+        assert!(block_size > 0, "blocks hold at least one token");
+        Self { allocator: BlockAllocator::new(num_blocks), block_size, hasher: secret.map(BlockHasher::new) }
+    }
+
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    pub fn stats(&self) -> BlockStats {
+        self.allocator.stats()
+    }
+
+    /// Blocks of a prompt that another sequence could share. The last token is always computed, since
+    /// its logits are wanted.
+    pub fn shareable_blocks(&self, num_tokens: usize) -> usize {
+        if self.hasher.is_some() { (num_tokens - 1) / self.block_size } else { 0 }
+    }
+
+    /// Gives a sequence without blocks all that its known tokens need, from the cache as far as that
+    /// reaches, and sets `num_computed`. False, and nothing given, unless `spare` blocks stay available.
+    pub fn admit(&mut self, sequence: &mut Sequence, spare: usize) -> bool {
+        debug_assert!(sequence.table.blocks.is_empty(), "a waiting sequence holds no block");
+        let cached = self.cached_prefix(sequence);
+        let taken_from_cache = cached.iter().filter(|&&id| self.allocator.is_unheld(id)).count();
+        let new = sequence.tokens.len().div_ceil(self.block_size) - cached.len();
+        if self.allocator.available() < taken_from_cache + new + spare {
+            return false;
+        }
+        // Held before anything is allocated, which could evict them.
+        cached.iter().for_each(|&id| self.allocator.acquire(id));
+        sequence.num_computed = cached.len() * self.block_size;
+        sequence.table.num_published = cached.len();
+        sequence.table.blocks = cached;
+        assert!(self.grow(sequence), "available blocks were counted");
+        true
+    }
+
+    /// The published blocks of the longest prefix of the sequence.
+    fn cached_prefix(&self, sequence: &mut Sequence) -> Vec<BlockId> {
+        let mut cached = Vec::new();
+        for index in 0..self.shareable_blocks(sequence.tokens.len()) {
+            self.hash_up_to(sequence, index + 1);
+            let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
+            match self.allocator.lookup(&sequence.table.hashes[index], tokens) {
+                Some(id) => cached.push(id),
+                None => break,
+            }
+        }
+        cached
+    }
+
+    /// Gives the sequence blocks for all its known tokens; false, and nothing given, if there are too few.
+    pub fn grow(&mut self, sequence: &mut Sequence) -> bool {
+        let blocks = &mut sequence.table.blocks;
+        let missing = sequence.tokens.len().div_ceil(self.block_size) - blocks.len();
+        if self.allocator.available() < missing {
+            return false;
+        }
+        blocks.extend((0..missing).map(|_| self.allocator.allocate().expect("available blocks were counted")));
+        true
+    }
+
+    /// Publishes the full computed blocks. Only for values known to be finite.
+    pub fn publish(&mut self, sequence: &mut Sequence) {
+        if self.hasher.is_none() {
+            return;
+        }
+        let full = sequence.num_computed / self.block_size;
+        self.hash_up_to(sequence, full);
+        let table = &mut sequence.table;
+        for index in table.num_published..full {
+            let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
+            self.allocator.publish(table.blocks[index], table.hashes[index], tokens);
+        }
+        table.num_published = full;
+    }
+
+    /// Takes all blocks back. The last is given up first, since a block is of use only behind those
+    /// before it.
+    pub fn release(&mut self, sequence: &mut Sequence) {
+        for id in sequence.table.blocks.drain(..).rev() {
+            self.allocator.release(id);
+        }
+        sequence.num_computed = 0;
+    }
+
+    /// As `release`, for a sequence whose values are not to be trusted: none of its blocks is found
+    /// again. Returns those that nobody holds any more, to be cleared before they are used.
+    pub fn discard(&mut self, sequence: &mut Sequence) -> Vec<BlockId> {
+        let blocks = sequence.table.blocks.clone();
+        blocks.iter().for_each(|&id| self.allocator.unpublish(id));
+        self.release(sequence);
+        blocks.into_iter().filter(|&id| self.allocator.is_unheld(id)).collect()
+    }
+
+    /// Forgets everything cached. Returns the blocks, which are free now.
+    pub fn forget_cached(&mut self) -> Vec<BlockId> {
+        self.allocator.forget_cached()
+    }
+
+    /// Extends the names of the sequence's blocks to the first `num_blocks`.
+    fn hash_up_to(&self, sequence: &mut Sequence, num_blocks: usize) {
+        let hasher = self.hasher.as_ref().expect("only called if prefixes are cached");
+        let hashes = &mut sequence.table.hashes;
+        for index in hashes.len()..num_blocks {
+            let previous = match index.checked_sub(1) {
+                Some(previous) => hashes[previous],
+                None => hasher.root(&sequence.scope.0),
+            };
+            let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
+            hashes.push(hasher.block(&previous, tokens));
+        }
+    }
+}
+
+/// HMAC-SHA256 (RFC 2104) under the process's secret.
+struct BlockHasher {
+    /// SHA-256 after the key block of the inner and of the outer hash.
+    inner: Sha256,
+    outer: Sha256,
+}
+
+impl BlockHasher {
+    fn new(secret: [u8; 32]) -> Self {
+        let keyed = |pad: u8| {
+            let mut block = [pad; 64];
+            block.iter_mut().zip(secret).for_each(|(byte, key)| *byte ^= key);
+            Sha256::new_with_prefix(block)
+        };
+        Self { inner: keyed(0x36), outer: keyed(0x5c) }
+    }
+
+    /// Stands for the block before the first. Scopes and blocks are told apart by the first byte.
+    fn root(&self, scope: &[u8]) -> BlockHash {
+        self.mac(|hash| {
+            hash.update([0]);
+            hash.update(scope);
+        })
+    }
+
+    fn block(&self, previous: &BlockHash, tokens: &[u32]) -> BlockHash {
+        self.mac(|hash| {
+            hash.update([1]);
+            hash.update(previous);
+            tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
+        })
+    }
+
+    fn mac(&self, message: impl FnOnce(&mut Sha256)) -> BlockHash {
+        let mut inner = self.inner.clone();
+        message(&mut inner);
+        self.outer.clone().chain_update(inner.finalize()).finalize().into()
+    }
+}
+
+#[cfg(test)]
+impl BlockManager {
+    /// The allocator's own check, against the tables of all sequences.
+    pub fn check<'a>(&self, sequences: impl Iterator<Item = &'a Sequence>) -> Result<(), String> {
+        let mut held = std::collections::BTreeMap::new();
+        for id in sequences.flat_map(|sequence| sequence.table.blocks()) {
+            *held.entry(*id).or_default() += 1;
+        }
+        self.allocator.check(&held)
+    }
+
+    /// Sabotage: a block that no table holds.
+    pub fn leak(&mut self) {
+        self.allocator.allocate();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mac_is_hmac_sha256() {
+        // Expected: `hmac.new(bytes(range(32)), b"what do ya want", "sha256")` of Python.
+        let key = std::array::from_fn(|i| i as u8);
+        let mac = BlockHasher::new(key).mac(|hash| hash.update(b"what do ya want"));
+        let hex: String = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, "6f21a7e969d25d6c8cec88e50cd5c6cd96e1ec8126ee3f43d6339895f7c25055");
+    }
+
+    #[test]
+    fn names_depend_on_scope_position_and_all_tokens_before() {
+        let hasher = BlockHasher::new([7; 32]);
+        let (a, b) = (hasher.root(b"a"), hasher.root(b"b"));
+        let names = [
+            hasher.block(&a, &[1, 2]),
+            hasher.block(&b, &[1, 2]),
+            hasher.block(&a, &[2, 1]),
+            hasher.block(&hasher.block(&a, &[1, 2]), &[1, 2]),
+            BlockHasher::new([8; 32]).block(&a, &[1, 2]),
+        ];
+        let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len());
+    }
+}

@@ -1,0 +1,141 @@
+//! Scheduler and runner put together: one step at a time, on the caller's thread and clock. What the
+//! engine thread drives with real time, the simulator drives with its own.
+//!
+//! Faults of the runner:
+//! - One sequence's logits are not finite: it fails, its blocks are cleared, its batch mates go on.
+//! - A step fails, panics, or answers something else than was asked: every running sequence fails, every
+//!   block that holds anything is cleared, and the engine goes on with those that wait.
+//! - Steps fail [`max_failed_steps`](crate::EngineConfig::max_failed_steps) times in a row, or blocks
+//!   cannot be cleared: the engine is down for good. Everything fails.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use baton_model::{RunError, Runner, StepOutput, StepPlan};
+
+use crate::handle::EngineConfig;
+use crate::scheduler::{RequestOutput, Scheduler};
+use crate::sequence::Sequence;
+use crate::{EngineFailure, EngineStats, Request, RequestId};
+
+/// See the head of the file.
+pub(crate) struct Core {
+    runner: Box<dyn Runner>,
+    scheduler: Scheduler,
+    max_failed_steps: u32,
+    failed_in_a_row: u32,
+    /// Why there are no more steps.
+    down: Option<EngineFailure>,
+}
+
+impl Core {
+    /// `secret`: the key of the prefix cache.
+    pub fn new(runner: Box<dyn Runner>, config: &EngineConfig, secret: [u8; 32]) -> Self {
+        let scheduler = Scheduler::new(runner.spec(), config, secret);
+        Self { runner, scheduler, max_failed_steps: config.max_failed_steps, failed_in_a_row: 0, down: None }
+    }
+
+    /// Adds an accepted request. `group` is the id of the first choice of its request.
+    pub fn add(&mut self, id: RequestId, group: RequestId, request: Request, arrival: Duration) {
+        self.scheduler.add(Sequence::new(id, group, request, arrival));
+    }
+
+    /// Ends a request at the client's wish; `None` if it has ended already.
+    pub fn abort(&mut self, id: RequestId, now: Duration) -> Option<RequestOutput> {
+        self.scheduler.abort(id, now)
+    }
+
+    /// Ends everything.
+    pub fn fail_all(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        self.scheduler.fail_all(failure, now)
+    }
+
+    /// Whether a step would do nothing.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle()
+    }
+
+    /// Why the engine takes no more steps, if so.
+    pub fn down(&self) -> Option<&EngineFailure> {
+        self.down.as_ref()
+    }
+
+    /// Requests that started, or ended without starting, so far.
+    pub fn left_queue(&self) -> u64 {
+        self.scheduler.left_queue()
+    }
+
+    /// What the scheduler counts.
+    pub fn stats(&self) -> EngineStats {
+        self.scheduler.stats()
+    }
+
+    /// Ends what waited too long and plans the next step. The plan is empty only if nothing is left to do.
+    pub fn plan(&mut self, now: Duration) -> (Vec<RequestOutput>, StepPlan) {
+        let expired = self.scheduler.expire(now);
+        (expired, self.scheduler.schedule(now))
+    }
+
+    /// Takes the planned step. `clock` is read when the runner is done.
+    pub fn execute(&mut self, plan: &StepPlan, clock: &dyn Fn() -> Duration) -> Vec<RequestOutput> {
+        let result =
+            guard(|| self.runner.step(plan)).and_then(|output| check(plan, output, self.runner.spec().vocab_size));
+        let commit = match result {
+            Ok(output) => {
+                self.failed_in_a_row = 0;
+                self.scheduler.commit(plan, output, clock())
+            }
+            Err(failure) => {
+                self.failed_in_a_row += 1;
+                tracing::error!(%failure, in_a_row = self.failed_in_a_row, "step failed");
+                if self.failed_in_a_row >= self.max_failed_steps {
+                    self.down = Some(failure.clone());
+                }
+                self.scheduler.fail_running(&failure, clock())
+            }
+        };
+        let mut outputs = commit.outputs;
+        if !commit.clear.is_empty()
+            && let Err(failure) = guard(|| self.runner.clear_blocks(&commit.clear))
+        {
+            tracing::error!(%failure, "cache blocks cannot be cleared");
+            self.down = Some(failure);
+        }
+        if let Some(failure) = self.down.clone() {
+            outputs.extend(self.scheduler.fail_all(&failure, clock()));
+        }
+        outputs
+    }
+}
+
+#[cfg(test)]
+impl Core {
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    pub fn scheduler_mut(&mut self) -> &mut Scheduler {
+        &mut self.scheduler
+    }
+}
+
+/// Turns everything that can go wrong in the runner into a failure. After a panic the runner may be asked to
+/// clear blocks and to step again: it keeps no state per sequence but the cache, which is reset.
+fn guard<T>(work: impl FnOnce() -> Result<T, RunError>) -> Result<T, EngineFailure> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|RunError(message)| EngineFailure::DeviceFailed(message)),
+        Err(_) => Err(EngineFailure::Panicked),
+    }
+}
+
+/// Whether the output answers the plan.
+fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepOutput, EngineFailure> {
+    let answers = output.sequences.len() == plan.sequences.len()
+        && plan.sequences.iter().zip(&output.sequences).all(|(step, result)| {
+            result.id == step.id
+                && result.sampled.is_some() == step.sample.is_some()
+                && !matches!(&result.sampled, Some(Ok(sampled)) if sampled.token as usize >= vocab_size)
+        });
+    let failure = || EngineFailure::DeviceFailed("the output of the step does not answer its plan".into());
+    answers.then_some(output).ok_or_else(failure)
+}

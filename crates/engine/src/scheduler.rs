@@ -1,0 +1,323 @@
+//! Which sequence computes which tokens in the next step: a state machine over values. Time is an
+//! argument, maps are ordered, and nothing here blocks or fails, so that a seed replays any run.
+//!
+//! A step is [`schedule`](Scheduler::schedule), the runner's work, and [`commit`](Scheduler::commit).
+//! Requests are added and aborted between steps only.
+//!
+//! Invariant: every running sequence has a smaller id than every waiting one. Ids follow the order of
+//! arrival, the first waiting is the next to be admitted, and the last admitted is the first to be preempted. So
+//! nobody is overtaken, and the earliest request always makes progress, alone in the whole cache if
+//! it must.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use baton_model::{RunSpec, SequenceFailure, StepOutput, StepPlan};
+
+use crate::block::BlockId;
+use crate::block_manager::BlockManager;
+use crate::sequence::{Sequence, Start};
+use crate::{EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId};
+
+/// An event for the client of one request.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct RequestOutput {
+    pub id: RequestId,
+    pub event: OutputEvent,
+}
+
+/// What a step led to.
+#[derive(Debug, Default)]
+pub(crate) struct Commit {
+    pub outputs: Vec<RequestOutput>,
+    /// Free blocks whose content must be cleared before the next step.
+    pub clear: Vec<BlockId>,
+}
+
+/// See the head of the file.
+pub(crate) struct Scheduler {
+    max_num_seqs: usize,
+    max_num_batched_tokens: usize,
+    blocks: BlockManager,
+    /// Sequences that hold blocks. Each is part of every step.
+    running: BTreeMap<RequestId, Sequence>,
+    /// Sequences that hold nothing: new and preempted ones.
+    waiting: BTreeMap<RequestId, Sequence>,
+    /// Requests that started, or ended without starting.
+    left_queue: u64,
+    counters: EngineStats,
+}
+
+impl Scheduler {
+    /// `secret`: the key of the prefix cache.
+    pub fn new(spec: &RunSpec, config: &EngineConfig, secret: [u8; 32]) -> Self {
+        let max_num_batched_tokens = config.max_num_batched_tokens.min(spec.max_step_tokens).max(1);
+        Self {
+            // Each running sequence has at least one token of every step.
+            max_num_seqs: config.max_num_seqs.min(spec.max_step_sequences).min(max_num_batched_tokens).max(1),
+            max_num_batched_tokens,
+            blocks: BlockManager::new(spec.num_blocks, spec.block_size, config.enable_prefix_caching.then_some(secret)),
+            running: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            left_queue: 0,
+            counters: EngineStats::default(),
+        }
+    }
+
+    /// Adds a request that the engine can finish. Its id is larger than all before.
+    pub fn add(&mut self, sequence: Sequence) {
+        debug_assert!(self.waiting.last_key_value().is_none_or(|(&last, _)| last < sequence.id));
+        self.waiting.insert(sequence.id, sequence);
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Requests that started, or ended without starting, so far.
+    pub fn left_queue(&self) -> u64 {
+        self.left_queue
+    }
+
+    /// Gauges and counters; what the scheduler does not know is left at zero.
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            blocks: self.blocks.stats(),
+            ..self.counters.clone()
+        }
+    }
+
+    /// Ends the requests that should have started by now and have not.
+    pub fn expire(&mut self, now: Duration) -> Vec<RequestOutput> {
+        let overdue = self.waiting.extract_if(.., |_, sequence| sequence.is_overdue(now)).map(|(_, sequence)| sequence);
+        let overdue: Vec<Sequence> = overdue.collect();
+        let reason = FinishReason::Error(EngineFailure::QueueTimeout);
+        overdue.into_iter().map(|sequence| self.finish(sequence, reason.clone(), now)).collect()
+    }
+
+    /// Plans a step, after `expire(now)`. It is empty only if the scheduler is idle.
+    ///
+    /// A step moves `num_computed` of a sequence towards the number of its known tokens; there is no
+    /// prefill or decode phase:
+    ///
+    /// ```text
+    ///   0            num_computed       num_computed + n          tokens.len()
+    ///   |-- in blocks --|-- this step, n --|-- later steps: chunks --|
+    ///   |------------------- blocks are held for all -------------------|
+    /// ```
+    ///
+    /// A token is sampled if and only if the step reaches `tokens.len()`, and is then known and not
+    /// computed. So a sequence that decodes has n = 1, and one that just started, or was preempted, has
+    /// as many tokens as budget and cache leave.
+    ///
+    /// 1. Running sequences, earliest first, get what they miss of the budget. All but the latest miss
+    ///    one token, since nobody is admitted before the latest has all it misses; so each gets some.
+    ///    One that needs a block when there is none takes it from the latest, which waits again and
+    ///    later computes from its tokens what it lost.
+    /// 2. Waiting sequences, earliest first, are admitted while budget, places and blocks last. The
+    ///    first that cannot be admitted ends the step's plan: nobody passes it.
+    pub fn schedule(&mut self, now: Duration) -> StepPlan {
+        let mut plan = StepPlan::default();
+        let mut budget = self.max_num_batched_tokens;
+        let block_size = self.blocks.block_size();
+        let preemptions = self.counters.preemptions;
+
+        let earliest_first: Vec<RequestId> = self.running.keys().copied().collect();
+        for id in earliest_first {
+            // Gone if it was preempted, and then so were all after it.
+            while let Some(sequence) = self.running.get_mut(&id) {
+                if self.blocks.grow(sequence) {
+                    let n = sequence.num_pending().min(budget);
+                    debug_assert!(n > 0, "every running sequence is part of every step");
+                    plan.sequences.push(sequence.step(n, block_size));
+                    budget -= n;
+                    break;
+                }
+                self.preempt_latest();
+            }
+        }
+
+        // Blocks that a preemption just set free are for those that run.
+        while self.counters.preemptions == preemptions && budget > 0 {
+            let Some(sequence) = self.admit(now) else { break };
+            let n = sequence.num_pending().min(budget);
+            budget -= n;
+            plan.sequences.push(sequence.step(n, block_size));
+        }
+        plan
+    }
+
+    /// Moves the earliest waiting sequence to the running ones, if it may start.
+    fn admit(&mut self, now: Duration) -> Option<&Sequence> {
+        if self.running.len() >= self.max_num_seqs {
+            return None;
+        }
+        let mut entry = self.waiting.first_entry()?;
+        let sequence = entry.get_mut();
+        if shares_soon(&self.blocks, self.running.values(), sequence) {
+            return None;
+        }
+        // Each running sequence may need one block within the next `block_size` steps. Without them to
+        // spare, whoever is admitted now would soon be preempted again.
+        if !self.blocks.admit(sequence, self.running.len()) {
+            return None;
+        }
+        let mut sequence = entry.remove();
+        if sequence.start.is_none() {
+            let cached_tokens = sequence.num_computed;
+            sequence.start = Some(Start { at: now, cached_tokens });
+            self.left_queue += 1;
+            self.counters.prefix_query_tokens += sequence.prompt_len as u64;
+            self.counters.prefix_hit_tokens += cached_tokens as u64;
+        }
+        Some(self.running.entry(sequence.id).or_insert(sequence))
+    }
+
+    /// Takes all blocks from the running sequence that came last. It is the first of the waiting then.
+    fn preempt_latest(&mut self) {
+        let (id, mut sequence) = self.running.pop_last().expect("whoever lacks a block is running");
+        self.blocks.release(&mut sequence);
+        self.waiting.insert(id, sequence);
+        self.counters.preemptions += 1;
+    }
+
+    /// Takes the result of the planned step, entry by entry.
+    pub fn commit(&mut self, plan: &StepPlan, output: StepOutput, now: Duration) -> Commit {
+        let mut commit = Commit::default();
+        self.counters.step_tokens.observe(plan.num_tokens());
+        for (step, result) in plan.sequences.iter().zip(output.sequences) {
+            let id = RequestId(step.id);
+            let sequence = self.running.get_mut(&id).expect("what is planned is running until committed");
+            let end = step.num_computed + step.tokens.len();
+            self.counters.prompt_tokens_computed +=
+                end.min(sequence.prompt_len).saturating_sub(step.num_computed) as u64;
+            sequence.num_computed = end;
+            match result.sampled {
+                None => {}
+                Some(Err(SequenceFailure::NonFiniteLogits)) => {
+                    let mut sequence = self.running.remove(&id).expect("found above");
+                    commit.clear.extend(self.blocks.discard(&mut sequence));
+                    let reason = FinishReason::Error(EngineFailure::NonFiniteLogits);
+                    commit.outputs.push(self.finish(sequence, reason, now));
+                }
+                Some(Ok(sampled)) => {
+                    self.blocks.publish(sequence);
+                    let token = sampled.token;
+                    sequence.tokens.push(token);
+                    sequence.first_token_at.get_or_insert(now);
+                    self.counters.generated_tokens += 1;
+
+                    let stop = sequence.stop_token_ids.contains(&token).then_some(FinishReason::Stop { token });
+                    if stop.is_none() {
+                        let event = OutputEvent::Token { token, logprob: sampled.logprob, top: sampled.top };
+                        commit.outputs.push(RequestOutput { id, event });
+                    }
+                    let length = (sequence.num_output() >= sequence.max_tokens).then_some(FinishReason::Length);
+                    if let Some(reason) = stop.or(length) {
+                        let mut sequence = self.running.remove(&id).expect("found above");
+                        self.blocks.release(&mut sequence);
+                        commit.outputs.push(self.finish(sequence, reason, now));
+                    }
+                }
+            }
+        }
+        commit
+    }
+
+    /// Ends a request at the client's wish. `None` if it has ended already.
+    pub fn abort(&mut self, id: RequestId, now: Duration) -> Option<RequestOutput> {
+        let mut sequence = self.running.remove(&id).or_else(|| self.waiting.remove(&id))?;
+        self.blocks.release(&mut sequence);
+        Some(self.finish(sequence, FinishReason::Aborted, now))
+    }
+
+    /// Ends all running sequences after a step that failed as a whole, and forgets all cached blocks:
+    /// nobody knows what the step left in the cache. The waiting ones have nothing there and go on.
+    pub fn fail_running(&mut self, failure: &EngineFailure, now: Duration) -> Commit {
+        let mut commit = Commit::default();
+        while let Some((_, mut sequence)) = self.running.pop_first() {
+            commit.clear.extend(self.blocks.discard(&mut sequence));
+            commit.outputs.push(self.finish(sequence, FinishReason::Error(failure.clone()), now));
+        }
+        commit.clear.extend(self.blocks.forget_cached());
+        self.counters.failed_steps += 1;
+        commit
+    }
+
+    /// Ends everything.
+    pub fn fail_all(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        let all =
+            std::mem::take(&mut self.running).into_values().chain(std::mem::take(&mut self.waiting).into_values());
+        let all: Vec<Sequence> = all.collect();
+        all.into_iter()
+            .map(|mut sequence| {
+                self.blocks.release(&mut sequence);
+                self.finish(sequence, FinishReason::Error(failure.clone()), now)
+            })
+            .collect()
+    }
+
+    /// The last event of a sequence that is neither running nor waiting any more and holds no block.
+    fn finish(&mut self, sequence: Sequence, reason: FinishReason, now: Duration) -> RequestOutput {
+        debug_assert!(sequence.table.blocks().is_empty(), "an ended sequence holds no block");
+        if sequence.start.is_none() {
+            self.left_queue += 1;
+        }
+        let finished = &mut self.counters.finished;
+        match reason {
+            FinishReason::Stop { .. } => finished.stop += 1,
+            FinishReason::Length => finished.length += 1,
+            FinishReason::Aborted => finished.aborted += 1,
+            FinishReason::Error(_) => finished.error += 1,
+        }
+        let event = OutputEvent::Finished { reason, usage: sequence.usage(), timings: sequence.timings(now) };
+        RequestOutput { id: sequence.id, event }
+    }
+}
+
+/// What the simulator looks at, and how it breaks things to see its checks fail.
+#[cfg(test)]
+impl Scheduler {
+    pub fn limits(&self) -> (usize, usize) {
+        (self.max_num_seqs, self.max_num_batched_tokens)
+    }
+
+    pub fn running(&self) -> &BTreeMap<RequestId, Sequence> {
+        &self.running
+    }
+
+    pub fn waiting(&self) -> &BTreeMap<RequestId, Sequence> {
+        &self.waiting
+    }
+
+    pub fn check_blocks(&self) -> Result<(), String> {
+        self.blocks.check(self.running.values().chain(self.waiting.values()))
+    }
+
+    pub fn leak_a_block(&mut self) {
+        self.blocks.leak();
+    }
+
+    pub fn miscount_a_token(&mut self) {
+        self.counters.generated_tokens += 1;
+    }
+
+    /// Forgets the earliest running sequence without an event.
+    pub fn lose_a_sequence(&mut self) {
+        let (_, mut sequence) = self.running.pop_first().expect("something runs");
+        self.blocks.release(&mut sequence);
+    }
+}
+
+/// Whether a running choice of the same request still computes blocks that `sequence` will share.
+fn shares_soon<'a>(
+    blocks: &BlockManager,
+    mut running: impl Iterator<Item = &'a Sequence>,
+    sequence: &Sequence,
+) -> bool {
+    blocks.shareable_blocks(sequence.prompt_len) > 0
+        && running.any(|other| other.group == sequence.group && other.num_pending() > 1)
+}

@@ -1,0 +1,116 @@
+//! The scheduler's view of one request: what is known, what is computed, where it lies.
+//! No channel, no text, no clock, no cache memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_model::{SampleRequest, SamplingParams, SequenceStep};
+
+use crate::block::BlockId;
+use crate::block_manager::BlockTable;
+use crate::{CacheScope, Request, RequestId, Timings, Usage};
+
+/// A request under way.
+pub(crate) struct Sequence {
+    pub id: RequestId,
+    /// The id of the first choice of its request.
+    pub group: RequestId,
+    /// Prompt, then output.
+    pub tokens: Vec<u32>,
+    pub prompt_len: usize,
+    /// Tokens whose keys and values are in `table`, from the first on.
+    pub num_computed: usize,
+    /// Blocks for all of `tokens` while it runs, empty while it waits.
+    pub table: BlockTable,
+    pub scope: CacheScope,
+    pub params: Arc<SamplingParams>,
+    pub max_tokens: usize,
+    pub stop_token_ids: Vec<u32>,
+    /// A sequence that has not started by then never does.
+    pub start_by: Option<Duration>,
+    pub arrival: Duration,
+    /// Set by the first step.
+    pub start: Option<Start>,
+    pub first_token_at: Option<Duration>,
+}
+
+/// The first time a sequence was given blocks.
+#[derive(Clone, Copy)]
+pub(crate) struct Start {
+    pub at: Duration,
+    /// Prompt tokens found in the cache then.
+    pub cached_tokens: usize,
+}
+
+impl Sequence {
+    pub fn new(id: RequestId, group: RequestId, request: Request, arrival: Duration) -> Self {
+        Self {
+            id,
+            group,
+            prompt_len: request.prompt.len(),
+            tokens: request.prompt,
+            num_computed: 0,
+            table: BlockTable::default(),
+            scope: request.cache_scope,
+            params: Arc::new(request.params),
+            max_tokens: request.max_tokens as usize,
+            stop_token_ids: request.stop_token_ids,
+            start_by: request.deadline.map(|deadline| arrival.saturating_add(deadline)),
+            arrival,
+            start: None,
+            first_token_at: None,
+        }
+    }
+
+    /// Tokens generated so far.
+    pub fn num_output(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Tokens known and not computed: at least one, or there would be nothing to sample from.
+    pub fn num_pending(&self) -> usize {
+        self.tokens.len() - self.num_computed
+    }
+
+    /// Whether it should have started by now and has not.
+    pub fn is_overdue(&self, now: Duration) -> bool {
+        self.start.is_none() && self.start_by.is_some_and(|start_by| start_by <= now)
+    }
+
+    /// The next `n` tokens as work for the runner, in blocks of `block_size`.
+    pub fn step(&self, n: usize, block_size: usize) -> SequenceStep {
+        let end = self.num_computed + n;
+        let blocks: &[BlockId] = self.table.blocks();
+        SequenceStep {
+            id: self.id.0,
+            num_computed: self.num_computed,
+            tokens: self.tokens[self.num_computed..end].to_vec(),
+            block_table: blocks[..end.div_ceil(block_size)].to_vec(),
+            sample: (end == self.tokens.len()).then(|| SampleRequest {
+                params: self.params.clone(),
+                position: self.num_output() as u32,
+                history: if self.params.needs_history() { self.tokens.clone() } else { Vec::new() },
+                prompt_len: self.prompt_len,
+            }),
+        }
+    }
+
+    pub fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_len,
+            completion_tokens: self.num_output(),
+            cached_tokens: self.start.map_or(0, |start| start.cached_tokens),
+        }
+    }
+
+    /// Where the time went, if it ended at `now`.
+    pub fn timings(&self, now: Duration) -> Timings {
+        let start = self.start.map_or(now, |start| start.at);
+        let first_token = self.first_token_at.unwrap_or(now);
+        Timings {
+            queue: start.saturating_sub(self.arrival),
+            prefill: first_token.saturating_sub(start),
+            decode: now.saturating_sub(first_token),
+        }
+    }
+}

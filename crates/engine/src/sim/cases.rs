@@ -1,0 +1,353 @@
+//! The reliability cases that can be told on one thread and a virtual clock. `World` checks all
+//! invariants after each step, among them that every request gets the tokens of its solo run.
+
+use std::time::Duration;
+
+use baton_model::{RunSpec, SamplingParams};
+
+use super::MockModel;
+use super::world::World;
+use crate::{CacheScope, EngineConfig, EngineFailure, FinishReason, Request, RequestId, SubmitError};
+
+const BLOCK_SIZE: usize = 4;
+
+fn spec(num_blocks: usize) -> RunSpec {
+    RunSpec {
+        vocab_size: 100,
+        max_model_len: 200,
+        block_size: BLOCK_SIZE,
+        num_blocks,
+        max_step_tokens: 16,
+        max_step_sequences: 8,
+    }
+}
+
+fn world(num_blocks: usize) -> World {
+    let model = MockModel::Hash { seed: 3, vocab_size: 100, end: None };
+    World::new(spec(num_blocks), &EngineConfig::default(), model)
+}
+
+/// A prompt of its own for each `family`.
+fn request(family: u32, prompt_len: u32, max_tokens: u32) -> Request {
+    let prompt = (0..prompt_len).map(|i| (family * 31 + i * 7) % 100).collect();
+    Request::new(prompt, SamplingParams::greedy(), max_tokens)
+}
+
+fn submit(world: &mut World, request: Request) -> RequestId {
+    world.submit(vec![request]).expect("the request can be finished")[0]
+}
+
+#[test]
+fn r1_a_client_that_leaves_mid_stream_frees_its_blocks_before_the_next_step() {
+    let mut world = world(50);
+    let id = submit(&mut world, request(0, 10, 50));
+    (0..5).for_each(|_| world.step());
+    assert!(world.record(id).tokens.len() > 2);
+    assert!(world.core.stats().blocks.used > 0);
+    world.abort(id);
+    assert_eq!(world.end(id), &FinishReason::Aborted);
+    assert_eq!(world.core.stats().blocks.used, 0);
+}
+
+#[test]
+fn r2_a_client_that_leaves_in_prefill_or_queue_is_gone_before_any_token() {
+    let mut world = world(50);
+    let prefill = submit(&mut world, request(0, 100, 50));
+    let queue = submit(&mut world, request(1, 100, 50));
+    world.step();
+    assert_eq!((world.core.stats().running, world.core.stats().waiting), (1, 1));
+    world.abort(queue);
+    world.abort(prefill);
+    assert!(world.record(prefill).tokens.is_empty() && world.record(queue).tokens.is_empty());
+    assert!(world.core.is_idle());
+    assert_eq!(world.core.stats().blocks.used, 0);
+}
+
+#[test]
+fn r6_when_the_cache_is_exhausted_the_latest_recompute_and_the_largest_request_finishes() {
+    let mut world = world(20);
+    // Together 4 × 15 blocks; the first alone takes the whole cache in the end.
+    let largest = submit(&mut world, request(0, 20, 61));
+    let others: Vec<_> = (1..4).map(|family| submit(&mut world, request(family, 20, 40))).collect();
+    world.run();
+    assert!(world.core.stats().preemptions > 0);
+    for id in others.into_iter().chain([largest]) {
+        assert_eq!(world.end(id), &FinishReason::Length);
+        assert_eq!(world.record(id).tokens, world.record(id).solo);
+    }
+}
+
+#[test]
+fn r7_what_could_never_finish_is_refused_with_the_reason() {
+    let mut world = world(20);
+    let needed = SubmitError::DoesNotFit { needed_blocks: 21, total_blocks: 20 };
+    assert_eq!(world.submit(vec![request(0, 20, 62)]), Err(needed));
+    assert!(world.submit(vec![request(0, 20, 61)]).is_ok(), "the last token needs no place in the cache");
+    let too_long = SubmitError::TooLong { prompt: 150, max_tokens: 51, max_model_len: 200 };
+    assert_eq!(world.submit(vec![request(0, 150, 51)]), Err(too_long));
+    let huge = SubmitError::TooLong { prompt: 1, max_tokens: u32::MAX, max_model_len: 200 };
+    assert_eq!(world.submit(vec![request(0, 1, u32::MAX)]), Err(huge));
+    assert_eq!(world.submit(vec![request(0, 0, 1)]), Err(SubmitError::PromptEmpty));
+    assert_eq!(world.submit(vec![request(0, 1, 0)]), Err(SubmitError::MaxTokensZero));
+    let foreign = Request { prompt: vec![99, 100], ..request(0, 1, 1) };
+    assert_eq!(world.submit(vec![foreign]), Err(SubmitError::TokenOutOfRange { id: 100, vocab: 100 }));
+}
+
+#[test]
+fn r10_nothing_starts_after_its_deadline_and_nothing_started_is_stopped_by_it() {
+    let mut world = world(10);
+    let deadline = Some(Duration::from_millis(100));
+    let running = submit(&mut world, Request { deadline, ..request(0, 8, 32) });
+    let waiting = submit(&mut world, Request { deadline, ..request(1, 30, 5) });
+    world.step();
+    world.now = Duration::from_millis(99);
+    world.step();
+    assert!(world.record(waiting).end.is_none());
+    world.now = Duration::from_millis(100);
+    world.step();
+    assert_eq!(world.end(waiting), &FinishReason::Error(EngineFailure::QueueTimeout));
+    world.run();
+    assert_eq!(world.end(running), &FinishReason::Length);
+}
+
+#[test]
+fn r13_one_sequence_that_is_not_finite_fails_alone_and_leaves_nothing_in_the_cache() {
+    for position in [0, 9, 14] {
+        let mut world = world(50);
+        let faulty = submit(&mut world, request(0, 12, 20));
+        let mates: Vec<_> = (1..4).map(|family| submit(&mut world, request(family, 12, 20))).collect();
+        world.poison(faulty, position);
+        let mut held = Vec::new();
+        while world.record(faulty).end.is_none() {
+            let running = world.core.scheduler().running();
+            held = running.get(&faulty).map_or(held, |sequence| sequence.table.blocks().to_vec());
+            world.step();
+        }
+        assert_eq!(world.end(faulty), &FinishReason::Error(EngineFailure::NonFiniteLogits));
+        held.iter().for_each(|block| assert!(world.control.cleared_blocks().contains(block)));
+        assert!(world.control.cleared_blocks().len() >= 3);
+        world.run();
+        mates.iter().for_each(|&id| assert_eq!(world.end(id), &FinishReason::Length));
+        // The very same prompt again: all of it is computed.
+        let again = submit(&mut world, request(0, 12, 20));
+        world.run();
+        assert_eq!(world.end(again), &FinishReason::Length);
+        assert_eq!(world.cached_tokens(again), 0);
+    }
+}
+
+#[test]
+fn r14_a_failed_step_ends_what_ran_and_the_engine_goes_on_with_a_clean_cache() {
+    let mut world = world(50);
+    let warm = submit(&mut world, request(1, 12, 2));
+    world.run();
+    let running = submit(&mut world, request(0, 12, 20));
+    world.step();
+    let waiting = submit(&mut world, request(0, 12, 20));
+    world.control.fail_steps(1);
+    // Planned with the failing step, so it fails too; the next does not.
+    world.step();
+    let later = submit(&mut world, request(1, 12, 20));
+    world.run();
+    assert_eq!(world.end(warm), &FinishReason::Length);
+    for id in [running, waiting] {
+        let failure = EngineFailure::DeviceFailed("mock fault".into());
+        assert_eq!(world.end(id), &FinishReason::Error(failure));
+    }
+    assert_eq!(world.end(later), &FinishReason::Length);
+    assert_eq!(world.cached_tokens(later), 0, "the cache is not trusted after a fault");
+    assert_eq!(world.core.down(), None);
+}
+
+#[test]
+fn r14_what_waits_outlives_a_failed_step() {
+    let mut world = world(50);
+    let running = submit(&mut world, request(0, 60, 20));
+    let waiting = submit(&mut world, request(1, 12, 20));
+    world.control.fail_steps(1);
+    world.run();
+    assert!(matches!(world.end(running), FinishReason::Error(EngineFailure::DeviceFailed(_))));
+    assert_eq!(world.end(waiting), &FinishReason::Length);
+}
+
+#[test]
+fn r14_failures_in_a_row_or_an_unclean_cache_end_the_engine_and_everything_in_it() {
+    for (fail_steps, fail_clears) in [(3, 0), (1, 1)] {
+        let mut world = world(50);
+        let ids: Vec<_> = (0..5).map(|family| submit(&mut world, request(family, 60, 20))).collect();
+        world.control.fail_steps(fail_steps);
+        world.control.fail_clears(fail_clears);
+        world.run();
+        assert!(world.core.down().is_some());
+        ids.iter().for_each(|&id| assert!(matches!(world.end(id), FinishReason::Error(_))));
+        assert_eq!(world.control.steps(), u64::from(fail_steps));
+    }
+}
+
+#[test]
+fn r14_failures_that_are_not_in_a_row_do_not_end_the_engine() {
+    let mut world = world(50);
+    for family in 0..6 {
+        world.control.fail_steps(1);
+        let failing = submit(&mut world, request(family, 12, 2));
+        world.run();
+        let fine = submit(&mut world, request(family, 12, 2));
+        world.run();
+        assert!(matches!(world.end(failing), FinishReason::Error(_)));
+        assert_eq!(world.end(fine), &FinishReason::Length);
+    }
+}
+
+#[test]
+fn r16_a_panic_of_the_runner_is_a_failed_step() {
+    let mut world = world(50);
+    let running = submit(&mut world, request(0, 12, 20));
+    world.step();
+    world.control.panic_steps(1);
+    world.step();
+    assert_eq!(world.end(running), &FinishReason::Error(EngineFailure::Panicked));
+    let later = submit(&mut world, request(0, 12, 20));
+    world.run();
+    assert_eq!(world.end(later), &FinishReason::Length);
+}
+
+#[test]
+fn r38_an_abort_touches_no_request_but_its_own() {
+    let mut world = world(100);
+    let ids: Vec<_> = (0..12).map(|_| submit(&mut world, request(0, 9, 12))).collect();
+    world.step();
+    // The digits of the others' ids start with, or contain, those of this one.
+    world.abort(ids[1]);
+    world.run();
+    for &id in &ids {
+        let expected = if id == ids[1] { FinishReason::Aborted } else { FinishReason::Length };
+        assert_eq!(world.end(id), &expected);
+    }
+}
+
+#[test]
+fn r39_aborts_that_come_twice_or_late_change_nothing() {
+    let mut world = world(50);
+    let (twice, late) = (submit(&mut world, request(0, 9, 12)), submit(&mut world, request(1, 9, 12)));
+    world.step();
+    world.abort(twice);
+    world.abort(twice);
+    world.run();
+    world.abort(late);
+    assert_eq!(world.end(twice), &FinishReason::Aborted);
+    assert_eq!(world.end(late), &FinishReason::Length);
+    assert_eq!(world.core.stats().finished.total(), 2);
+}
+
+#[test]
+fn r40_mixed_sampling_parameters_stay_with_their_sequence_as_the_batch_changes() {
+    let mut world = world(40);
+    for choice in 0..8 {
+        let params = SamplingParams {
+            temperature: choice as f32 * 0.3,
+            top_k: choice,
+            repetition_penalty: 1.0 + (choice % 2) as f32,
+            frequency_penalty: (choice % 3) as f32,
+            logit_bias: vec![(choice, 1.0)],
+            seed: u64::from(choice / 2),
+            choice,
+            logprobs: (choice == 5).then_some(2),
+            ..SamplingParams::default()
+        };
+        // Different lengths, so that places in the batch change hands; the same prompt.
+        submit(&mut world, Request { params, ..request(0, 10, 5 + 7 * (choice % 4)) });
+        world.step();
+    }
+    world.run();
+    assert!(world.journal.values().all(|record| record.tokens == record.solo));
+    let distinct: std::collections::BTreeSet<_> = world.journal.values().map(|record| &record.tokens[..5]).collect();
+    assert_eq!(distinct.len(), 8, "the parameters tell the requests apart");
+}
+
+#[test]
+fn r41_another_scope_finds_nothing_and_computes_everything() {
+    let mut world = world(50);
+    let scoped = |scope: &str| Request { cache_scope: CacheScope(scope.into()), ..request(0, 14, 1) };
+    let mut computed = |scope| {
+        let before = world.control.computed_tokens();
+        let id = submit(&mut world, scoped(scope));
+        world.run();
+        (world.cached_tokens(id), world.control.computed_tokens() - before)
+    };
+    assert_eq!(computed("a"), (0, 14));
+    assert_eq!(computed("b"), (0, 14));
+    assert_eq!(computed(""), (0, 14));
+    assert_eq!(computed("a"), (12, 2));
+}
+
+#[test]
+fn the_last_token_of_a_prompt_is_always_computed() {
+    let mut world = world(50);
+    for expected in [0, 8] {
+        let id = submit(&mut world, request(0, 12, 1));
+        world.run();
+        assert_eq!(world.cached_tokens(id), expected);
+    }
+}
+
+#[test]
+fn of_a_cached_prefix_the_end_is_evicted_first() {
+    let mut world = world(12);
+    submit(&mut world, request(0, 32, 1));
+    world.run();
+    submit(&mut world, request(1, 28, 5));
+    world.run();
+    let again = submit(&mut world, request(0, 32, 1));
+    world.run();
+    // The filler took 8 of 12 blocks, 4 of them from the cache.
+    assert_eq!(world.cached_tokens(again), 16);
+}
+
+#[test]
+fn choices_of_one_request_share_its_prompt() {
+    for (prompt_len, shared) in [(14, 12), (60, 56), (3, 0)] {
+        let mut world = world(100);
+        let choice = |choice| {
+            let params = SamplingParams { choice, ..SamplingParams::default() };
+            Request { params, ..request(0, prompt_len, 1) }
+        };
+        world.submit((0..4).map(choice).collect()).unwrap();
+        world.run();
+        let computed = u64::from(prompt_len) + 3 * u64::from(prompt_len - shared);
+        assert_eq!(world.control.computed_tokens(), computed);
+    }
+}
+
+#[test]
+fn choices_go_on_when_the_first_is_gone() {
+    let mut world = world(100);
+    let ids = world.submit(vec![request(0, 60, 5); 3]).unwrap();
+    world.step();
+    assert_eq!(world.core.stats().waiting, 2);
+    world.abort(ids[0]);
+    world.run();
+    assert_eq!([world.cached_tokens(ids[1]), world.cached_tokens(ids[2])], [0, 56]);
+}
+
+#[test]
+fn a_short_request_does_not_wait_for_a_long_one() {
+    let mut world = world(50);
+    let long = submit(&mut world, request(0, 30, 100));
+    (0..5).for_each(|_| world.step());
+    let short = submit(&mut world, request(1, 5, 3));
+    (0..3).for_each(|_| world.step());
+    assert_eq!(world.end(short), &FinishReason::Length);
+    assert!(world.record(long).end.is_none());
+}
+
+#[test]
+fn a_preempted_request_reports_what_was_cached_when_it_started() {
+    let mut world = world(12);
+    let first = submit(&mut world, request(0, 9, 36));
+    world.step();
+    let second = submit(&mut world, Request { prompt: vec![1; 12], ..request(0, 1, 20) });
+    world.run();
+    assert!(world.core.stats().preemptions > 0);
+    assert_eq!(world.cached_tokens(first), 0);
+    assert_eq!(world.cached_tokens(second), 0);
+}

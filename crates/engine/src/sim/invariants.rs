@@ -1,0 +1,266 @@
+//! What holds after every step, each under its name, and for each a sabotage that it notices.
+
+use super::world::{Record, World};
+use crate::{EngineFailure, FinishReason, RequestId};
+
+/// A named property of a [`World`].
+pub(crate) struct Invariant {
+    pub name: &'static str,
+    pub check: fn(&World) -> Result<(), String>,
+    /// Breaks it in a world in which several requests run and wait.
+    pub sabotage: fn(&mut World),
+}
+
+/// All of them.
+pub(crate) const ALL: &[Invariant] = &[
+    Invariant {
+        name: "one terminal event",
+        check: one_terminal_event,
+        sabotage: |world| {
+            let (id, _) = live(world).next().expect("something lives");
+            world.core.abort(id, world.now).into_iter().for_each(|output| world.note(vec![output.clone(), output]));
+        },
+    },
+    Invariant {
+        name: "blocks are conserved",
+        check: blocks_are_conserved,
+        sabotage: |world| {
+            world.core.scheduler_mut().leak_a_block();
+        },
+    },
+    Invariant {
+        name: "the ended hold nothing, the others are kept",
+        check: the_ended_hold_nothing,
+        sabotage: |world| {
+            world.core.scheduler_mut().lose_a_sequence();
+        },
+    },
+    Invariant {
+        name: "what waits and fits is scheduled",
+        check: what_fits_is_scheduled,
+        sabotage: |world| {
+            world.last_step.plan = None;
+        },
+    },
+    Invariant {
+        name: "who runs advances",
+        check: who_runs_advances,
+        sabotage: |world| {
+            world.last_step.plan.as_mut().expect("it stepped").sequences.remove(0);
+        },
+    },
+    Invariant {
+        name: "nobody is overtaken",
+        check: nobody_is_overtaken,
+        sabotage: |world| {
+            let (id, _) = live(world).next().expect("something lives");
+            world.record_mut(id).started = None;
+        },
+    },
+    Invariant {
+        name: "nothing starts past its deadline",
+        check: nothing_starts_past_its_deadline,
+        sabotage: |world| {
+            let now = world.now;
+            let record = world.journal.values_mut().next().expect("something lives");
+            record.request.deadline = Some(now);
+            record.started = Some(record.arrival + now);
+        },
+    },
+    Invariant {
+        name: "tokens are those of the solo run",
+        check: tokens_are_those_of_the_solo_run,
+        sabotage: |world| {
+            let record = world.journal.values_mut().find(|record| !record.tokens.is_empty()).expect("tokens are out");
+            record.tokens[0] ^= 1;
+        },
+    },
+    Invariant {
+        name: "only the faulty fail",
+        check: only_the_faulty_fail,
+        sabotage: |world| {
+            let (id, _) = live(world).next().expect("something lives");
+            let reason = FinishReason::Error(EngineFailure::NonFiniteLogits);
+            world.record_mut(id).end = Some((reason, Default::default()));
+        },
+    },
+    Invariant {
+        name: "cached tokens are of the same scope",
+        check: cached_tokens_are_of_the_same_scope,
+        sabotage: |world| {
+            let record = world
+                .journal
+                .values_mut()
+                .find(|record| record.end.as_ref().is_some_and(|(_, usage)| usage.cached_tokens > 0));
+            record.expect("a hit").request.cache_scope.0.push(b'!');
+        },
+    },
+    Invariant {
+        name: "gauges are true",
+        check: gauges_are_true,
+        sabotage: |world| {
+            world.core.scheduler_mut().miscount_a_token();
+        },
+    },
+];
+
+fn live(world: &World) -> impl Iterator<Item = (RequestId, &Record)> {
+    world.journal.iter().filter(|(_, record)| record.end.is_none()).map(|(&id, record)| (id, record))
+}
+
+/// `Err` with the text unless the condition holds.
+fn ensure(holds: bool, why: impl FnOnce() -> String) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(why()) }
+}
+
+fn one_terminal_event(world: &World) -> Result<(), String> {
+    world.journal.iter().try_for_each(|(id, record)| {
+        ensure(record.events_after_end == 0, || format!("{id:?} got {} events after its end", record.events_after_end))
+    })
+}
+
+fn blocks_are_conserved(world: &World) -> Result<(), String> {
+    let blocks = world.core.stats().blocks;
+    ensure(blocks.free + blocks.cached + blocks.used == blocks.total, || format!("{blocks:?}"))?;
+    world.core.scheduler().check_blocks()
+}
+
+fn the_ended_hold_nothing(world: &World) -> Result<(), String> {
+    let scheduler = world.core.scheduler();
+    let kept = |id: &RequestId| {
+        usize::from(scheduler.running().contains_key(id)) + usize::from(scheduler.waiting().contains_key(id))
+    };
+    world.journal.iter().try_for_each(|(id, record)| {
+        let expected = usize::from(record.end.is_none());
+        ensure(kept(id) == expected, || format!("{id:?} is kept {} times, expected {expected}", kept(id)))
+    })?;
+    scheduler.waiting().values().try_for_each(|sequence| {
+        ensure(sequence.table.blocks().is_empty(), || format!("{:?} waits and holds blocks", sequence.id))
+    })
+}
+
+fn what_fits_is_scheduled(world: &World) -> Result<(), String> {
+    let step = &world.last_step;
+    let Some(plan) = &step.plan else {
+        let stepped = !step.running_before.is_empty() || step.head_before.is_some();
+        return ensure(!stepped || world.core.is_idle(), || "an empty step, and there was work".into());
+    };
+    let Some(head) = step.head_before else { return Ok(()) };
+    let (record, running) = (world.record(head), step.running_before.len());
+    let (max_num_seqs, max_num_batched_tokens) = world.core.scheduler().limits();
+    let needed = (record.request.prompt.len() + record.tokens.len()).div_ceil(world.spec.block_size);
+    // A block for each running sequence now, and one to spare for later.
+    let fits = running < max_num_seqs
+        && plan.num_tokens() < max_num_batched_tokens
+        && step.available_before >= needed + 2 * running
+        && world.core.stats().preemptions == step.preemptions_before;
+    let awaits_a_choice = step.running_before.iter().any(|&id| world.record(id).group == record.group);
+    let passed = fits && !awaits_a_choice && record.end.is_none() && !step.planned().contains(&head);
+    ensure(!passed, || format!("{head:?} fits and is not part of the step"))
+}
+
+fn who_runs_advances(world: &World) -> Result<(), String> {
+    if world.last_step.plan.is_none() {
+        return Ok(());
+    }
+    let (planned, scheduler) = (world.last_step.planned(), world.core.scheduler());
+    world.last_step.running_before.iter().try_for_each(|id| {
+        let preempted = scheduler.waiting().contains_key(id);
+        // After a step that failed, even the preempted may have been ended.
+        let excused = preempted || world.core.down().is_some();
+        ensure(planned.contains(id) || excused, || format!("{id:?} ran and is not part of the step"))
+    })
+}
+
+fn nobody_is_overtaken(world: &World) -> Result<(), String> {
+    let last_started = world.journal.iter().rev().find(|(_, record)| record.started.is_some()).map(|(&id, _)| id);
+    live(world).try_for_each(|(id, record)| {
+        ensure(record.started.is_some() || Some(id) > last_started, || format!("{id:?} was passed by {last_started:?}"))
+    })?;
+    let scheduler = world.core.scheduler();
+    match (scheduler.running().last_key_value(), scheduler.waiting().first_key_value()) {
+        (Some((last, _)), Some((first, _))) => ensure(last < first, || format!("{last:?} runs, {first:?} waits")),
+        _ => Ok(()),
+    }
+}
+
+fn nothing_starts_past_its_deadline(world: &World) -> Result<(), String> {
+    world.journal.iter().try_for_each(|(id, record)| {
+        let (Some(started), Some(deadline)) = (record.started, record.request.deadline) else { return Ok(()) };
+        ensure(started < record.arrival + deadline, || format!("{id:?} started at {started:?}"))
+    })
+}
+
+fn tokens_are_those_of_the_solo_run(world: &World) -> Result<(), String> {
+    world.journal.iter().try_for_each(|(id, record)| {
+        let (tokens, solo) = (&record.tokens, &record.solo);
+        ensure(solo.starts_with(tokens), || format!("{id:?} got {tokens:?}, alone it gives {solo:?}"))?;
+        let stop = tokens.iter().find(|token| record.request.stop_token_ids.contains(token));
+        ensure(stop.is_none(), || format!("{id:?} got the stop token {stop:?}"))?;
+        match &record.end {
+            Some((FinishReason::Stop { token }, usage)) => {
+                let stopped = solo.get(tokens.len()) == Some(token) && record.request.stop_token_ids.contains(token);
+                ensure(stopped, || format!("{id:?} stopped with {token} after {tokens:?}, alone it gives {solo:?}"))?;
+                ensure(usage.completion_tokens == tokens.len() + 1, || format!("{id:?} counts {usage:?}"))
+            }
+            Some((reason, usage)) => {
+                ensure(usage.completion_tokens == tokens.len(), || format!("{id:?} counts {usage:?}"))?;
+                let complete = *reason != FinishReason::Length || tokens.len() == solo.len();
+                ensure(complete, || format!("{id:?} ended after {} of {} tokens", tokens.len(), solo.len()))
+            }
+            None => Ok(()),
+        }
+    })
+}
+
+fn only_the_faulty_fail(world: &World) -> Result<(), String> {
+    world.journal.iter().try_for_each(|(id, record)| match &record.end {
+        Some((FinishReason::Error(EngineFailure::QueueTimeout), _)) => {
+            let overdue = record.request.deadline.is_some_and(|deadline| record.arrival + deadline <= world.now);
+            ensure(overdue && record.started.is_none(), || format!("{id:?} timed out"))
+        }
+        Some((FinishReason::Error(failure), _)) => {
+            ensure(record.faulty, || format!("{id:?} failed without a fault: {failure}"))
+        }
+        Some((FinishReason::Aborted, _)) => ensure(record.aborted, || format!("{id:?} was not aborted")),
+        _ => Ok(()),
+    })
+}
+
+/// A hit has a source: a request of the same scope that started before, with the same first tokens.
+fn cached_tokens_are_of_the_same_scope(world: &World) -> Result<(), String> {
+    world.journal.iter().try_for_each(|(id, record)| {
+        let Some((_, usage)) = &record.end else { return Ok(()) };
+        let prompt = &record.request.prompt;
+        let cached = usage.cached_tokens;
+        ensure(cached < prompt.len() && cached % world.spec.block_size == 0, || format!("{id:?} counts {usage:?}"))?;
+        let source = world.journal.range(..id).any(|(_, other)| {
+            let same_scope = other.request.cache_scope == record.request.cache_scope;
+            let known = other.request.prompt.iter().chain(&other.tokens).take(cached);
+            same_scope && other.started.is_some() && known.eq(&prompt[..cached])
+        });
+        ensure(cached == 0 || source, || format!("{id:?} found {cached} tokens that nobody computed for it"))
+    })
+}
+
+fn gauges_are_true(world: &World) -> Result<(), String> {
+    let (stats, scheduler, records) = (world.core.stats(), world.core.scheduler(), world.journal.values());
+    let ended = records.clone().filter(|record| record.end.is_some()).count() as u64;
+    let left_queue = records.clone().filter(|r| r.started.is_some() || r.end.is_some()).count() as u64;
+    let generated: usize = records
+        .map(|record| record.end.as_ref().map_or(record.tokens.len(), |(_, usage)| usage.completion_tokens))
+        .sum();
+    let held: std::collections::BTreeSet<_> =
+        scheduler.running().values().flat_map(|sequence| sequence.table.blocks()).collect();
+    for (name, told, counted) in [
+        ("running", stats.running as u64, scheduler.running().len() as u64),
+        ("waiting", stats.waiting as u64, scheduler.waiting().len() as u64),
+        ("used blocks", stats.blocks.used as u64, held.len() as u64),
+        ("finished", stats.finished.total(), ended),
+        ("generated tokens", stats.generated_tokens, generated as u64),
+        ("left the queue", world.core.left_queue(), left_queue),
+    ] {
+        ensure(told == counted, || format!("{name}: told {told}, counted {counted}"))?;
+    }
+    Ok(())
+}

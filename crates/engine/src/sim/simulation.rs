@@ -1,0 +1,193 @@
+//! Seeded runs: everything that can happen to an engine, in an order that the seed decides.
+
+use std::time::Duration;
+
+use baton_model::{RunSpec, SamplingParams};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::MockModel;
+use super::invariants;
+use super::world::World;
+use crate::{CacheScope, EngineConfig, EngineStats, FinishReason, Request, RequestId};
+
+const VOCAB_SIZE: u32 = 50;
+const END: u32 = 0;
+
+/// A world of random limits, tiny ones included.
+fn random_world(rng: &mut StdRng) -> World {
+    let block_size = [1, 2, 4, 8][rng.random_range(0..4)];
+    let num_blocks = rng.random_range(2..40);
+    let spec = RunSpec {
+        vocab_size: VOCAB_SIZE as usize,
+        max_model_len: rng.random_range(2..=(num_blocks * block_size + 1).min(120)),
+        block_size,
+        num_blocks,
+        max_step_tokens: rng.random_range(1..48),
+        max_step_sequences: rng.random_range(1..9),
+    };
+    let config = EngineConfig {
+        max_num_seqs: rng.random_range(1..9),
+        max_num_batched_tokens: rng.random_range(1..64),
+        enable_prefix_caching: rng.random_bool(0.8),
+        ..EngineConfig::default()
+    };
+    World::new(spec, &config, MockModel::Hash { seed: rng.random(), vocab_size: VOCAB_SIZE, end: Some((END, 12)) })
+}
+
+fn random_params(rng: &mut StdRng) -> SamplingParams {
+    SamplingParams {
+        temperature: [0.0, 0.7][rng.random_range(0..2)],
+        repetition_penalty: [1.0, 1.1][rng.random_range(0..2)],
+        logit_bias: (0..rng.random_range(0..3)).map(|_| (rng.random_range(0..VOCAB_SIZE), 1.5)).collect(),
+        seed: rng.random(),
+        logprobs: rng.random_bool(0.2).then_some(3),
+        ..SamplingParams::default()
+    }
+}
+
+/// A prompt that starts like others, and its choices.
+fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<Request> {
+    let longest = spec.max_model_len - 1;
+    let prefix = &prefixes[rng.random_range(0..prefixes.len())];
+    let mut prompt = prefix[..rng.random_range(0..=prefix.len().min(longest))].to_vec();
+    let rest = rng.random_range(0..=(longest - prompt.len()).min(12));
+    prompt.extend((0..rest).map(|_| rng.random_range(0..VOCAB_SIZE)));
+    let max_tokens = rng.random_range(1..=(spec.max_model_len - prompt.len()).min(30)) as u32;
+    let request = Request {
+        stop_token_ids: if rng.random_bool(0.7) { vec![END] } else { vec![] },
+        deadline: rng.random_bool(0.3).then(|| Duration::from_millis(rng.random_range(0..200))),
+        cache_scope: CacheScope(vec![rng.random_range(0..2)]),
+        ..Request::new(prompt, random_params(rng), max_tokens)
+    };
+    let choices = if rng.random_bool(0.3) { rng.random_range(2..5) } else { 1 };
+    (0..choices)
+        .map(|choice| Request { params: SamplingParams { choice, ..request.params.clone() }, ..request.clone() })
+        .collect()
+}
+
+/// One whole run.
+fn simulate(seed: u64) -> EngineStats {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let rng = &mut rng;
+    let mut world = random_world(rng);
+    let prefixes: Vec<Vec<u32>> =
+        (0..3).map(|_| (0..rng.random_range(1..60)).map(|_| rng.random_range(0..VOCAB_SIZE)).collect()).collect();
+    let with_faults = rng.random_bool(0.5);
+    let arrivals = rng.random_range(1..25);
+    let mut arrived = 0;
+    while (arrived < arrivals || !world.core.is_idle()) && world.core.down().is_none() {
+        world.now += Duration::from_millis(rng.random_range(0..20));
+        if arrived < arrivals && rng.random_bool(0.5) {
+            arrived += 1;
+            let group = random_group(rng, &world.spec, &prefixes);
+            for id in world.submit(group).into_iter().flatten() {
+                if with_faults && rng.random_bool(0.1) {
+                    world.poison(id, rng.random_range(0..40));
+                }
+            }
+        }
+        if rng.random_bool(0.05) && !world.journal.is_empty() {
+            world.abort(RequestId(rng.random_range(0..world.journal.len() as u64)));
+        }
+        if with_faults && rng.random_bool(0.02) {
+            world.control.fail_steps(1);
+        }
+        if with_faults && rng.random_bool(0.002) {
+            world.control.panic_steps(1);
+        }
+        if with_faults && rng.random_bool(0.01) {
+            world.control.fail_clears(1);
+        }
+        world.step();
+    }
+    assert!(world.journal.values().all(|record| record.end.is_some()), "a request never ended");
+    assert_eq!(world.core.stats().blocks.used, 0, "blocks are used and nothing runs");
+    world.core.stats()
+}
+
+/// More or other seeds: `BATON_SIM_SEEDS=first..end`.
+fn seeds() -> std::ops::Range<u64> {
+    let Ok(range) = std::env::var("BATON_SIM_SEEDS") else { return 0..1000 };
+    let (first, end) = range.split_once("..").expect("BATON_SIM_SEEDS is first..end");
+    first.parse().expect("a number")..end.parse().expect("a number")
+}
+
+#[test]
+fn all_invariants_hold_after_every_step_of_every_seed() {
+    let mut runs = Vec::new();
+    for seed in seeds() {
+        match std::panic::catch_unwind(|| simulate(seed)) {
+            Ok(stats) => runs.push(stats),
+            Err(panic) => {
+                eprintln!("seed {seed} fails; replay it with BATON_SIM_SEEDS={seed}..{}", seed + 1);
+                std::panic::resume_unwind(panic);
+            }
+        }
+    }
+    if runs.len() < 1000 {
+        return;
+    }
+    // Invariants that nothing ever strains prove nothing.
+    let count = |happened: fn(&EngineStats) -> bool| runs.iter().filter(|stats| happened(stats)).count();
+    for (what, count) in [
+        ("preemption", count(|stats| stats.preemptions > 0)),
+        ("prefix hit", count(|stats| stats.prefix_hit_tokens > 0)),
+        ("failed step", count(|stats| stats.failed_steps > 0)),
+        ("stop token", count(|stats| stats.finished.stop > 0)),
+        ("length", count(|stats| stats.finished.length > 0)),
+        ("abort", count(|stats| stats.finished.aborted > 0)),
+        ("failure", count(|stats| stats.finished.error > 0)),
+    ] {
+        assert!(count >= runs.len() / 20, "{what} happens in {count} of {} runs only", runs.len());
+    }
+}
+
+/// A world in the middle of things: one request ended, another got a hit, some run, some wait.
+fn busy_world() -> World {
+    let spec = RunSpec {
+        vocab_size: VOCAB_SIZE as usize,
+        max_model_len: 64,
+        block_size: 4,
+        num_blocks: 16,
+        max_step_tokens: 32,
+        max_step_sequences: 3,
+    };
+    let model = MockModel::Hash { seed: 7, vocab_size: VOCAB_SIZE, end: None };
+    let mut world = World::new(spec, &EngineConfig::default(), model);
+    let request = |max_tokens| Request::new((1..10).collect(), SamplingParams::default(), max_tokens);
+    for max_tokens in [2, 2] {
+        world.submit(vec![request(max_tokens)]).unwrap();
+        world.run();
+    }
+    for _ in 0..5 {
+        world.submit(vec![request(20)]).unwrap();
+    }
+    world.now += Duration::from_millis(5);
+    world.step();
+    world.step();
+    world
+}
+
+#[test]
+fn every_invariant_notices_its_sabotage() {
+    for invariant in invariants::ALL {
+        let mut world = busy_world();
+        assert!(world.core.stats().running >= 2 && world.core.stats().waiting >= 2);
+        assert_eq!((invariant.check)(&world), Ok(()), "{}", invariant.name);
+        (invariant.sabotage)(&mut world);
+        assert!((invariant.check)(&world).is_err(), "`{}` did not notice", invariant.name);
+    }
+}
+
+#[test]
+fn a_run_is_decided_by_its_seed_alone() {
+    let outcome = || {
+        let mut world = busy_world();
+        world.run();
+        let ends: Vec<_> = world.journal.values().map(|record| (record.tokens.clone(), record.end.clone())).collect();
+        (ends, world.core.stats())
+    };
+    assert_eq!(outcome(), outcome());
+    assert!(outcome().0.iter().all(|(_, end)| matches!(end, Some((FinishReason::Length, _)))));
+}

@@ -1,0 +1,244 @@
+//! The engine on its own thread, through its public API: what clients, drains and faults do to it.
+//! Loops that wait for the thread end by themselves; a guard fails them long after they should have.
+
+use std::time::{Duration, Instant};
+
+use baton_engine::sim::{MockControl, MockModel, MockRunner};
+use baton_engine::{
+    Engine, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, Request, RunSpec,
+    SamplingParams, SubmitError, Usage, spawn,
+};
+
+const MODEL: MockModel = MockModel::Hash { seed: 11, vocab_size: 500, end: Some((0, 20)) };
+
+fn start(config: EngineConfig) -> (EngineHandle, Engine, MockControl) {
+    let spec = RunSpec {
+        vocab_size: 500,
+        max_model_len: 4000,
+        block_size: 8,
+        num_blocks: 600,
+        max_step_tokens: 64,
+        max_step_sequences: 16,
+    };
+    let runner = MockRunner::new(spec, MODEL);
+    let control = runner.control();
+    let (handle, engine) = spawn(Box::new(runner), config);
+    (handle, engine, control)
+}
+
+fn request(family: u32, max_tokens: u32) -> Request {
+    let prompt = (1..40).map(|i| (family * 13 + i) % 500).collect();
+    Request::new(prompt, SamplingParams { seed: family.into(), ..SamplingParams::default() }, max_tokens)
+}
+
+/// A step that others can be measured against: it has begun and does not end before its release.
+fn hang(handle: &EngineHandle, control: &MockControl) -> OutputStream {
+    control.hang();
+    let stream = handle.submit(request(0, 3)).unwrap();
+    eventually(|| handle.stats().step_under_way.is_some());
+    stream
+}
+
+fn eventually(condition: impl Fn() -> bool) {
+    let guard = Instant::now();
+    while !condition() {
+        assert!(guard.elapsed() < Duration::from_secs(60), "it does not come about");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// All tokens, and how it ended.
+fn collect(mut stream: OutputStream) -> (Vec<u32>, FinishReason, Usage) {
+    let mut tokens = Vec::new();
+    loop {
+        match stream.blocking_next().expect("a stream ends with `Finished`") {
+            OutputEvent::Token { token, .. } => tokens.push(token),
+            OutputEvent::Finished { reason, usage, .. } => {
+                assert_eq!(stream.blocking_next(), None, "nothing follows `Finished`");
+                return (tokens, reason, usage);
+            }
+        }
+    }
+}
+
+fn reason(stream: OutputStream) -> FinishReason {
+    collect(stream).1
+}
+
+#[test]
+fn many_clients_at_once_get_what_each_would_get_alone() {
+    let (handle, _engine, _) = start(EngineConfig::default());
+    std::thread::scope(|scope| {
+        for client in 0..8 {
+            let handle = handle.clone();
+            scope.spawn(move || {
+                for i in 0..10 {
+                    let request = Request { stop_token_ids: vec![0], ..request(client * 3 + i % 4, 30) };
+                    let solo = MODEL.solo(&request.prompt, &request.params, 30);
+                    let (tokens, reason, usage) = collect(handle.submit(request).unwrap());
+                    let expected: Vec<u32> = solo.into_iter().take_while(|&token| token != 0).collect();
+                    assert_eq!(tokens, expected);
+                    let stopped = usize::from(tokens.len() < 30);
+                    assert_eq!(reason == FinishReason::Stop { token: 0 }, stopped == 1);
+                    assert_eq!(usage.completion_tokens, tokens.len() + stopped);
+                    assert_eq!(usage.prompt_tokens, 39);
+                }
+            });
+        }
+    });
+    let stats = handle.stats();
+    assert_eq!((stats.finished.total(), stats.running, stats.waiting, stats.blocks.used), (80, 0, 0, 0));
+    assert!(stats.prefix_hit_tokens > 0);
+    assert_eq!(stats.prompt_tokens_computed + stats.prefix_hit_tokens, 80 * 39);
+    assert_eq!(stats.step_tokens.buckets.iter().sum::<u64>(), stats.step_tokens.count);
+}
+
+#[test]
+fn r1_the_blocks_of_dropped_streams_are_free_and_their_events_counted() {
+    let (handle, _engine, control) = start(EngineConfig::default());
+    control.delay_steps(Duration::from_millis(1));
+    let mut streams: Vec<_> = (0..50).map(|family| handle.submit(request(family, 2000)).unwrap()).collect();
+    streams.iter_mut().take(10).for_each(|stream| drop(stream.blocking_next()));
+    drop(streams);
+    eventually(|| handle.stats().finished.aborted == 50);
+    let stats = handle.stats();
+    assert_eq!((stats.running, stats.waiting, stats.blocks.used), (0, 0, 0));
+    eventually(|| handle.stats().dropped_events >= 50);
+}
+
+#[test]
+fn r8_a_full_queue_refuses_at_once_counts_each_choice_and_an_abort_frees_the_place() {
+    let (handle, _engine, control) = start(EngineConfig { max_queued: 3, ..EngineConfig::default() });
+    let running = hang(&handle, &control);
+    let group = handle.submit_group(vec![request(1, 3); 2]).unwrap();
+    let full = SubmitError::QueueFull { queued: 2, max_queued: 3 };
+    assert_eq!(handle.submit_group(vec![request(2, 3); 2]).err(), Some(full));
+    let last = handle.submit(request(2, 3)).unwrap();
+    let full = SubmitError::QueueFull { queued: 3, max_queued: 3 };
+    assert_eq!(handle.submit(request(3, 3)).err(), Some(full));
+
+    last.abort();
+    control.release();
+    assert_eq!(reason(last), FinishReason::Aborted);
+    let next = handle.submit(request(3, 3)).expect("a place is free");
+    for stream in group.into_iter().chain([running, next]) {
+        assert_eq!(reason(stream), FinishReason::Length);
+    }
+}
+
+#[test]
+fn r10_the_deadline_counts_from_submission() {
+    let (handle, _engine, control) = start(EngineConfig::default());
+    let running = hang(&handle, &control);
+    let late = handle.submit(Request { deadline: Some(Duration::ZERO), ..request(1, 3) }).unwrap();
+    let patient = handle.submit(Request { deadline: Some(Duration::from_secs(3600)), ..request(2, 3) }).unwrap();
+    control.release();
+    assert_eq!(reason(late), FinishReason::Error(EngineFailure::QueueTimeout));
+    assert_eq!(reason(patient), FinishReason::Length);
+    assert_eq!(reason(running), FinishReason::Length);
+}
+
+#[test]
+fn r14_a_device_that_keeps_failing_takes_the_engine_down_and_nobody_hangs() {
+    let (handle, engine, control) = start(EngineConfig::default());
+    let failing = hang(&handle, &control);
+    control.fail_steps(u32::MAX);
+    let waiting: Vec<_> = (0..40).map(|family| handle.submit(request(family, 30)).unwrap()).collect();
+    control.release();
+    for stream in waiting.into_iter().chain([failing]) {
+        assert_eq!(reason(stream), FinishReason::Error(EngineFailure::DeviceFailed("mock fault".into())));
+    }
+    engine.join();
+    assert!(!handle.stats().alive);
+    assert_eq!(handle.submit(request(0, 3)).err(), Some(SubmitError::EngineDown));
+    handle.drain();
+    handle.shutdown();
+}
+
+#[test]
+fn r15_a_step_that_hangs_is_visible_while_submitting_and_aborting_do_not_wait_for_it() {
+    let (handle, _engine, control) = start(EngineConfig::default());
+    let hanging = hang(&handle, &control);
+    let aborted = handle.submit(request(1, 3)).unwrap();
+    aborted.abort();
+    let stats = handle.stats();
+    assert_eq!((stats.running, stats.alive), (1, true), "what runs is counted from the start of its step");
+    eventually(|| handle.stats().step_under_way > Some(Duration::from_millis(5)));
+    control.release();
+    assert_eq!(reason(hanging), FinishReason::Length);
+    assert_eq!(reason(aborted), FinishReason::Aborted);
+    eventually(|| handle.stats().step_under_way.is_none());
+}
+
+#[tokio::test]
+async fn a_drain_finishes_what_was_accepted_and_refuses_the_rest() {
+    let (handle, engine, control) = start(EngineConfig::default());
+    let running = hang(&handle, &control);
+    let waiting = handle.submit(request(1, 20)).unwrap();
+    handle.drain();
+    assert_eq!(handle.submit(request(2, 20)).err(), Some(SubmitError::Draining));
+    control.release();
+    handle.drained().await;
+    let stats = handle.stats();
+    assert_eq!((stats.finished.length, stats.running, stats.alive), (2, 0, true));
+    let ends = std::thread::spawn(move || [reason(running), reason(waiting)]).join().unwrap();
+    assert_eq!(ends, [FinishReason::Length, FinishReason::Length]);
+    handle.shutdown();
+    engine.join();
+    assert!(!handle.stats().alive);
+    handle.drained().await;
+}
+
+#[tokio::test]
+async fn a_shutdown_ends_the_rest_with_an_error_event() {
+    let (handle, engine, control) = start(EngineConfig::default());
+    let mut running = hang(&handle, &control);
+    let mut waiting = handle.submit(request(1, 2000)).unwrap();
+    handle.shutdown();
+    assert_eq!(handle.submit(request(2, 20)).err(), Some(SubmitError::Draining));
+    control.release();
+    handle.drained().await;
+    for stream in [&mut running, &mut waiting] {
+        let mut last = None;
+        while let Some(event) = stream.next().await {
+            last = Some(event);
+        }
+        let expected = FinishReason::Error(EngineFailure::ShuttingDown);
+        assert!(matches!(last, Some(OutputEvent::Finished { reason, .. }) if reason == expected));
+    }
+    engine.join();
+}
+
+#[test]
+fn the_engine_stops_when_nobody_can_reach_it_any_more() {
+    let (handle, engine, _) = start(EngineConfig::default());
+    let stream = handle.submit(request(0, 5)).unwrap();
+    drop(handle);
+    assert_eq!(reason(stream), FinishReason::Length);
+    engine.join();
+}
+
+#[test]
+fn timings_cover_the_time_from_submission_to_the_end() {
+    let (handle, _engine, control) = start(EngineConfig::default());
+    control.delay_steps(Duration::from_millis(2));
+    let before = Instant::now();
+    let mut stream = handle.submit(request(0, 5)).unwrap();
+    let timings = loop {
+        if let OutputEvent::Finished { timings, .. } = stream.blocking_next().unwrap() {
+            break timings;
+        }
+    };
+    assert!(timings.queue + timings.prefill + timings.decode <= before.elapsed());
+    // Sleeps do not end early: one step of prefill, four of decode.
+    assert!(timings.prefill >= Duration::from_millis(2) && timings.decode >= Duration::from_millis(8));
+}
+
+#[test]
+fn logprobs_come_with_the_tokens_that_asked_for_them() {
+    let (handle, _engine, _) = start(EngineConfig::default());
+    let params = SamplingParams { logprobs: Some(3), ..SamplingParams::default() };
+    let mut stream = handle.submit(Request { params, ..request(0, 1) }).unwrap();
+    let Some(OutputEvent::Token { token, logprob, top }) = stream.blocking_next() else { panic!("a token first") };
+    assert_eq!((top.len(), top[0]), (3, (token, logprob)));
+}
