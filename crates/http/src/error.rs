@@ -21,7 +21,7 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 pub(crate) struct ApiError {
     status: StatusCode,
     kind: &'static str,
-    code: Option<&'static str>,
+    code: &'static str,
     param: Option<String>,
     message: String,
     retry: Retry,
@@ -50,7 +50,7 @@ const SERVER: &str = "server_error";
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
         let (param, retry) = (None, Retry::Unsaid);
-        Self { status, kind, code: Some(code), param, message: message.into(), retry, close: false }
+        Self { status, kind, code, param, message: message.into(), retry, close: false }
     }
 
     fn bad_request(code: &'static str, param: &str, message: impl Into<String>) -> Self {
@@ -200,7 +200,7 @@ impl ApiError {
             message: &'a str,
             r#type: &'static str,
             param: Option<&'a str>,
-            code: Option<&'static str>,
+            code: &'static str,
         }
         let message = match self.message.char_indices().nth(MAX_MESSAGE_CHARS) {
             Some((end, _)) => &self.message[..end],
@@ -212,7 +212,7 @@ impl ApiError {
 
     /// The error's `code`.
     pub fn code(&self) -> &'static str {
-        self.code.unwrap_or(self.kind)
+        self.code
     }
 }
 

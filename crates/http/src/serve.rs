@@ -34,7 +34,7 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// At the end of a drain: how long error frames may take to be sent, and how long connections may take to close.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Serves until `shutdown`, then drains: not ready and refusing at once, it lets replies under way finish for at most
 /// `drain_timeout`, ends the rest with an error, and returns.

@@ -172,8 +172,7 @@ impl ChoiceText {
 
     /// The scores go with the last segment.
     fn deltas(&mut self, segments: Vec<Segment>) -> Vec<Delta> {
-        let mut deltas: Vec<_> =
-            segments.into_iter().map(|segment| Delta { segment, scores: Vec::new() }).collect();
+        let mut deltas: Vec<_> = segments.into_iter().map(|segment| Delta { segment, scores: Vec::new() }).collect();
         if let (Some(last), Some(held)) = (deltas.last_mut(), &mut self.held) {
             while let Some(shown) = held.pop_front_if(|held| held.end <= self.released) {
                 last.scores.push(shown.score);

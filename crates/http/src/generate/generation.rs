@@ -143,7 +143,9 @@ impl Generation {
             Some(OutputEvent::Finished { reason, usage, timings }) => {
                 let (reason, completion_tokens) = match (choice.state, reason) {
                     (State::Stopped, _) => (Finish::Stop, choice.text.tokens().0),
-                    (_, FinishReason::Stop { token }) => (self.finish(index, Some(token), Finish::Stop), usage.completion_tokens),
+                    (_, FinishReason::Stop { token }) => {
+                        (self.finish(index, Some(token), Finish::Stop), usage.completion_tokens)
+                    }
                     (_, FinishReason::Length) => (self.finish(index, None, Finish::Length), usage.completion_tokens),
                     (_, FinishReason::Error(failure)) => return Err(self.failed(index, failure)),
                     (_, FinishReason::Aborted) => return Err(self.failed(index, EngineFailure::ShuttingDown)),
@@ -153,7 +155,7 @@ impl Generation {
                 self.unfinished -= 1;
                 self.usage.completion_tokens += completion_tokens;
                 self.usage.reasoning_tokens += choice.text.tokens().1;
-                if index % self.n == 0 {
+                if index.is_multiple_of(self.n) {
                     self.usage.cached_tokens += usage.cached_tokens;
                 }
                 self.meter.finished(index, reason.into(), completion_tokens, &timings);

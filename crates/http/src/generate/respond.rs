@@ -48,12 +48,8 @@ pub(crate) async fn respond<F: Format>(
 }
 
 async fn collect(generation: &mut Generation) -> Result<Vec<Output>, ApiError> {
-    let empty = || Output {
-        reasoning: String::new(),
-        content: String::new(),
-        scores: Vec::new(),
-        reason: Finish::Length,
-    };
+    let empty =
+        || Output { reasoning: String::new(), content: String::new(), scores: Vec::new(), reason: Finish::Length };
     let mut outputs: Vec<_> = (0..generation.len()).map(|_| empty()).collect();
     while let Some(event) = generation.next().await {
         match event? {

@@ -101,8 +101,7 @@ fn resolve(params: &Params, served: &Served) -> Result<(SamplingParams, Vec<u32>
     ends.sort_unstable();
     ends.dedup();
 
-    let default_temperature =
-        if defaults.do_sample == Some(false) { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
+    let default_temperature = if defaults.do_sample == Some(false) { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
     let sampling = SamplingParams {
         temperature: params.temperature.unwrap_or(default_temperature),
         top_k: params.top_k.or(defaults.top_k).unwrap_or(0),
@@ -148,7 +147,9 @@ fn refusal(error: &SubmitError, field: &str) -> ApiError {
         SubmitError::TooLong { prompt, max_tokens, max_model_len } => {
             ApiError::context_length(field, prompt, Some(max_tokens), max_model_len)
         }
-        SubmitError::DoesNotFit { needed_blocks, total_blocks } => ApiError::cache_size(field, needed_blocks, total_blocks),
+        SubmitError::DoesNotFit { needed_blocks, total_blocks } => {
+            ApiError::cache_size(field, needed_blocks, total_blocks)
+        }
         SubmitError::TokenOutOfRange { vocab, .. } => ApiError::out_of_range(field, format!("token ids below {vocab}")),
         SubmitError::Draining => ApiError::draining(),
         SubmitError::EngineDown => ApiError::engine_down(),

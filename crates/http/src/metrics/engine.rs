@@ -4,11 +4,7 @@ use baton_engine::{EngineStats, RunSpec, StepTokens};
 use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
 /// The engine's metrics under these labels.
-pub(super) fn families(
-    labels: &[(&'static str, String)],
-    stats: &EngineStats,
-    spec: &RunSpec,
-) -> Vec<MetricFamily> {
+pub(super) fn families(labels: &[(&'static str, String)], stats: &EngineStats, spec: &RunSpec) -> Vec<MetricFamily> {
     let labels = |more: &[(&str, &str)]| -> Vec<LabelPair> {
         let given = labels.iter().map(|(name, value)| (*name, value.as_str()));
         given.chain(more.iter().copied()).map(|(name, value)| label(name, value)).collect()

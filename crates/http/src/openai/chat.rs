@@ -131,8 +131,7 @@ impl Format for ChatFormat {
     fn whole(&self, out: &mut Vec<u8>, outputs: &[Output], usage: &Usage) {
         let choices = outputs.iter().enumerate().map(|(index, output)| {
             let Output { reasoning, content, scores, reason } = output;
-            let reasoning =
-                (!reasoning.is_empty()).then_some(Reasoning { reasoning_content: reasoning, reasoning });
+            let reasoning = (!reasoning.is_empty()).then_some(Reasoning { reasoning_content: reasoning, reasoning });
             Choice {
                 index,
                 message: Message { role: "assistant", content, refusal: None, reasoning },

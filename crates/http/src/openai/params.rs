@@ -105,7 +105,8 @@ fn logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, ApiError> {
         return Err(ApiError::out_of_range("logit_bias", format!("an object of at most {MAX_BIASES} entries")));
     }
     let entry = |(id, bias): (String, Value)| {
-        let id = id.parse().map_err(|_| ApiError::invalid("logit_bias", "the names in logit_bias must be token ids"))?;
+        let id =
+            id.parse().map_err(|_| ApiError::invalid("logit_bias", "the names in logit_bias must be token ids"))?;
         Ok((id, number("logit_bias", &bias, -100.0..=100.0)?))
     };
     biases.into_iter().map(entry).collect()
