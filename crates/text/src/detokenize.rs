@@ -4,6 +4,7 @@
 //! outside the two families of `vocab::Decoding`, as long as a token's text depends on its near neighbours only);
 //! no half character is ever sent; a token costs its own length, not the output's.
 
+use std::fmt;
 use std::sync::Arc;
 
 use tokenizers::Tokenizer;
@@ -75,6 +76,13 @@ impl Detokenizer {
             State::ByteFallback { run, strip } => strip_spaces(take_run(run), strip),
             State::Other(window) => window.flush(),
         }
+    }
+}
+
+impl fmt::Debug for Detokenizer {
+    // Without the text it holds.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Detokenizer").field("decoding", &self.vocab.decoding).finish_non_exhaustive()
     }
 }
 

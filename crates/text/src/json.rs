@@ -6,6 +6,7 @@ use minijinja::{Error, ErrorKind, State, Value};
 
 /// Nesting that is written; Python gives up near 1000.
 const MAX_DEPTH: usize = 200;
+/// Longest indentation and separator: they are repeated, so a long one could be made to fill the memory.
 const MAX_INDENT: usize = 16;
 
 /// The filter: `tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
@@ -33,6 +34,9 @@ pub(crate) fn tojson(state: &State, value: Value, args: Rest<Value>, kwargs: Kwa
         Some([item, key]) => (item.as_str(), key.as_str()),
         Some(_) => return Err(invalid("tojson: separators is not a pair")),
     };
+    if [item, key, indent.as_deref().unwrap_or_default()].iter().any(|text| text.len() > MAX_INDENT) {
+        return Err(invalid("tojson: indent or separator too long"));
+    }
     let mut writer = Writer {
         state,
         out: String::new(),

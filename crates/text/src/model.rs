@@ -1,6 +1,7 @@
 //! [`TextModel`]: one checkpoint's tokenizer, chat template and reasoning markers.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::sync::Arc;
 
 use chrono::NaiveDateTime;
@@ -55,7 +56,10 @@ impl TextModel {
             config.add_bos_eos.map(|(bos, eos_too)| (named("bos_token").filter(|_| bos), eos.filter(|_| eos_too)));
 
         let added = tokenizer.get_added_tokens_decoder();
-        let special: HashSet<u32> = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+        // A token that has a name such as eos_token is special even where tokenizer.json does not say so.
+        let named_ids = config.special.iter().filter_map(|(_, token)| tokenizer.token_to_id(token));
+        let flagged = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id);
+        let special: HashSet<u32> = flagged.chain(named_ids).collect();
         let thinks = config.template.as_deref().is_some_and(|t| t.contains(CLOSE));
         let markers = reasoning_markers(&tokenizer).filter(|_| thinks);
         let keep = markers.iter().flat_map(|m| [m.open_id, m.close_id]).collect();
@@ -162,6 +166,13 @@ impl TextModel {
             (open, _) => open.is_some(),
         };
         open_in_message || rendered.trim_end().ends_with(&markers.open)
+    }
+}
+
+impl fmt::Debug for TextModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let template = self.template.is_some();
+        f.debug_struct("TextModel").field("vocab_size", &self.vocab.len()).field("chat_template", &template).finish()
     }
 }
 

@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::NaiveDateTime;
 use chrono::format::{Item, StrftimeItems};
@@ -14,8 +16,9 @@ use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 use serde_json::Map;
 
-use crate::TextError;
 use crate::json::tojson;
+use crate::sandbox::{Overrun, Sandbox};
+use crate::{TextError, pycompat};
 
 /// Longest template source accepted. The longest in use have about 32 KiB.
 pub const MAX_TEMPLATE_BYTES: usize = 128 << 10;
@@ -24,8 +27,11 @@ pub const MAX_TEMPLATE_BYTES: usize = 128 << 10;
 pub const MAX_RENDERED_BYTES: usize = 16 << 20;
 
 /// Work and memory of one rendering: an instruction costs one, 64 bytes of data cost one. So strings and lists made
-/// by a template stay below 128 MiB altogether.
-const FUEL: u64 = 2 << 20;
+/// by a template stay below 64 MiB altogether.
+const FUEL: u64 = 1 << 20;
+
+/// Time of one rendering or compilation. Honest ones take milliseconds; this is for what fuel does not count.
+const TIME: Duration = Duration::from_secs(10);
 
 /// Nested calls and loops.
 const MAX_RECURSION: usize = 100;
@@ -83,7 +89,8 @@ impl ChatInput {
 
 /// A compiled chat template.
 pub(crate) struct ChatTemplate {
-    env: Environment<'static>,
+    env: Arc<Environment<'static>>,
+    sandbox: Sandbox,
     special: Vec<(String, String)>,
 }
 
@@ -94,21 +101,17 @@ impl ChatTemplate {
             return Err(TextError::TemplateTooLarge { bytes: source.len(), max: MAX_TEMPLATE_BYTES });
         }
         let source = without_generation_blocks(source);
-        let mut env = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        env.set_syntax(syntax.expect("the standard delimiters are valid"));
-        env.set_auto_escape_callback(|_| AutoEscape::None);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.set_fuel(Some(FUEL));
-        env.set_recursion_limit(MAX_RECURSION);
-        env.set_debug(false);
-        env.add_filter("tojson", tojson);
-        env.add_function("raise_exception", raise_exception);
-        env.add_template_owned(NAME, source).map_err(|e| TextError::TemplateSyntax {
+        let sandbox = Sandbox::default();
+        let syntax = |e: &Error| TextError::TemplateSyntax {
             line: e.line().unwrap_or(0),
             reason: e.detail().unwrap_or("syntax error").to_owned(),
-        })?;
-        Ok(Self { env, special })
+        };
+        let compiled = sandbox.run(TIME, move || environment(source).map_err(|e| syntax(&e)));
+        let env = Arc::new(compiled.map_err(|e| match e {
+            Overrun::Panic => TextError::TemplateSyntax { line: 0, reason: "the parser failed".into() },
+            other => overrun(other),
+        })??);
+        Ok(Self { env, sandbox, special })
     }
 
     /// Renders a chat.
@@ -141,7 +144,6 @@ impl ChatTemplate {
         messages: serde_json::Value,
         now: NaiveDateTime,
     ) -> Result<String, TextError> {
-        let template = self.env.get_template(NAME).map_err(|e| render_error(&e))?;
         let tools = chat.tools.clone().filter(|_| chat.has_tools());
         let kwargs = chat.kwargs.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value))));
         let special = self.special.iter().map(|(name, token)| (name.clone(), Value::from(token.as_str())));
@@ -155,9 +157,36 @@ impl ChatTemplate {
         // Of two entries with one name the later counts.
         let own = own.into_iter().map(|(name, value)| (name.to_owned(), value));
         let context: BTreeMap<String, Value> = kwargs.chain(special).chain(own).collect();
-        let mut out = Capped(Vec::new());
-        template.render_captured_to(context, &mut out).map_err(|e| render_error(&e))?;
-        String::from_utf8(out.0).map_err(|_| TextError::TemplateLimit("UTF-8 output"))
+        let env = self.env.clone();
+        // All values made by the template are dropped before the job ends: dropping recurses too.
+        let render = move || {
+            let mut out = Capped(Vec::new());
+            env.get_template(NAME)?.render_captured_to(context, &mut out)?;
+            Ok(String::from_utf8_lossy(&out.0).into_owned())
+        };
+        self.sandbox.run(TIME, move || render().map_err(|e| render_error(&e))).map_err(overrun)?
+    }
+}
+
+/// An environment in which a template sees only what is listed here, with the template compiled.
+fn environment(source: String) -> Result<Environment<'static>, Error> {
+    let mut env = Environment::new();
+    env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    env.set_auto_escape_callback(|_| AutoEscape::None);
+    env.set_unknown_method_callback(pycompat::method);
+    env.set_fuel(Some(FUEL));
+    env.set_recursion_limit(MAX_RECURSION);
+    env.set_debug(false);
+    env.add_filter("tojson", tojson);
+    env.add_template_owned(NAME, source)?;
+    Ok(env)
+}
+
+fn overrun(overrun: Overrun) -> TextError {
+    match overrun {
+        Overrun::Time => TextError::TemplateLimit("time"),
+        Overrun::Thread => TextError::TemplateLimit("threads"),
+        Overrun::Panic => TextError::TemplateFailed { line: 0, reason: "the template engine failed".into() },
     }
 }
 

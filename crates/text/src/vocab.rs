@@ -39,8 +39,9 @@ pub(crate) struct Vocab {
     tokens: Vec<Token>,
 }
 
-/// Ids reach no further than this: a larger one is a broken file, and would make a table of that size.
-pub(crate) const MAX_TOKEN_ID: u32 = 1 << 24;
+/// Ids reach no further than this, four times the largest vocabularies in use: a larger one is a broken file, and would
+/// make a table of that size.
+pub(crate) const MAX_TOKEN_ID: u32 = 1 << 20;
 
 impl Vocab {
     /// Reads the vocabulary; the error is the id that is out of range.
