@@ -128,6 +128,17 @@ impl BlockManager {
         sequence.num_computed = 0;
     }
 
+    /// As `release`, for a sequence that ends or waits before its time. In the midst of a prompt nothing was
+    /// sampled yet that would vouch for its values: returns the blocks that hold such, to be cleared
+    /// before they are used.
+    pub fn release_unfinished(&mut self, sequence: &mut Sequence) -> Vec<BlockId> {
+        let computed = sequence.num_computed.div_ceil(self.block_size);
+        let unproven = if sequence.num_pending() > 1 { sequence.table.num_published..computed } else { 0..0 };
+        let unproven = sequence.table.blocks.get(unproven).unwrap_or_default().to_vec();
+        self.release(sequence);
+        unproven
+    }
+
     /// As `release`, for a sequence whose values are not to be trusted: none of its blocks is found
     /// again. Returns those that nobody holds any more, to be cleared before they are used.
     pub fn discard(&mut self, sequence: &mut Sequence) -> Vec<BlockId> {

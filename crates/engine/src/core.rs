@@ -2,7 +2,8 @@
 //! engine thread drives with real time, the simulator drives with its own.
 //!
 //! Faults of the runner:
-//! - One sequence's logits are not finite: it fails, its blocks are cleared, its batch mates go on.
+//! - One sequence's logits are not finite: it fails, its blocks are cleared before the next step, its
+//!   batch mates go on.
 //! - A step fails, panics, or answers something else than was asked: every running sequence fails, every
 //!   block that holds anything is cleared, and the engine goes on with those that wait.
 //! - Steps fail [`max_failed_steps`](crate::EngineConfig::max_failed_steps) times in a row, or blocks
@@ -78,9 +79,15 @@ impl Core {
 
     /// Takes the planned step. `clock` is read when the runner is done.
     pub fn execute(&mut self, plan: &StepPlan, clock: &dyn Fn() -> Duration) -> Vec<RequestOutput> {
-        let result =
-            guard(|| self.runner.step(plan)).and_then(|output| check(plan, output, self.runner.spec().vocab_size));
-        let commit = match result {
+        let unclean = self.scheduler.take_unclean();
+        if !unclean.is_empty()
+            && let Err(failure) = guard(|| self.runner.clear_blocks(&unclean))
+        {
+            tracing::error!(%failure, "cache blocks cannot be cleared");
+            return self.give_up(failure, clock());
+        }
+        let result = guard(|| self.runner.step(plan));
+        match result.and_then(|output| check(plan, output, self.runner.spec().vocab_size)) {
             Ok(output) => {
                 self.failed_in_a_row = 0;
                 self.scheduler.commit(plan, output, clock())
@@ -88,22 +95,19 @@ impl Core {
             Err(failure) => {
                 self.failed_in_a_row += 1;
                 tracing::error!(%failure, in_a_row = self.failed_in_a_row, "step failed");
+                let now = clock();
+                let mut outputs = self.scheduler.fail_running(&failure, now);
                 if self.failed_in_a_row >= self.max_failed_steps {
-                    self.down = Some(failure.clone());
+                    outputs.extend(self.give_up(failure, now));
                 }
-                self.scheduler.fail_running(&failure, clock())
+                outputs
             }
-        };
-        let mut outputs = commit.outputs;
-        if !commit.clear.is_empty()
-            && let Err(failure) = guard(|| self.runner.clear_blocks(&commit.clear))
-        {
-            tracing::error!(%failure, "cache blocks cannot be cleared");
-            self.down = Some(failure);
         }
-        if let Some(failure) = self.down.clone() {
-            outputs.extend(self.scheduler.fail_all(&failure, clock()));
-        }
+    }
+
+    fn give_up(&mut self, failure: EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        let outputs = self.scheduler.fail_all(&failure, now);
+        self.down = Some(failure);
         outputs
     }
 }

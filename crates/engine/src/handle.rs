@@ -22,7 +22,7 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Tokens of one step, at most. Never fewer sequences run than can each have a token of it.
     pub max_num_batched_tokens: usize,
-    /// Accepted requests that have not started, at most.
+    /// Accepted requests that have not started, at most. A group with more choices is never accepted.
     pub max_queued: usize,
     /// Keep computed blocks for later requests with the same prefix.
     pub enable_prefix_caching: bool,
@@ -90,8 +90,8 @@ pub(crate) struct Gate {
     pub down: bool,
 }
 
-/// A handle on a running engine; clones are the same engine. When the last handle and stream are gone, the engine
-/// stops.
+/// A handle on a running engine; clones are the same engine. When the last handle and stream are gone,
+/// the engine stops.
 #[derive(Clone)]
 pub struct EngineHandle {
     pub(crate) shared: Arc<Shared>,
@@ -149,7 +149,7 @@ impl EngineHandle {
         Ok(streams)
     }
 
-    /// A snapshot, as of the end of the last step.
+    /// A snapshot, as of the last time something started, advanced or ended.
     pub fn stats(&self) -> EngineStats {
         let mut stats = self.shared.stats.lock().clone();
         stats.step_under_way = self.shared.step_started.lock().map(|start| start.elapsed());

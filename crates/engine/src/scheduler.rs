@@ -5,9 +5,9 @@
 //! Requests are added and aborted between steps only.
 //!
 //! Invariant: every running sequence has a smaller id than every waiting one. Ids follow the order of
-//! arrival, the first waiting is the next to be admitted, and the last admitted is the first to be preempted. So
-//! nobody is overtaken, and the earliest request always makes progress, alone in the whole cache if
-//! it must.
+//! arrival, the first waiting is the next to be admitted, and the last admitted is the first to be
+//! preempted. So nobody is overtaken, and the earliest request always makes progress, alone in the
+//! whole cache if it must.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -26,19 +26,13 @@ pub(crate) struct RequestOutput {
     pub event: OutputEvent,
 }
 
-/// What a step led to.
-#[derive(Debug, Default)]
-pub(crate) struct Commit {
-    pub outputs: Vec<RequestOutput>,
-    /// Free blocks whose content must be cleared before the next step.
-    pub clear: Vec<BlockId>,
-}
-
 /// See the head of the file.
 pub(crate) struct Scheduler {
     max_num_seqs: usize,
     max_num_batched_tokens: usize,
     blocks: BlockManager,
+    /// Blocks that were taken back and may hold values that are not finite.
+    unclean: Vec<BlockId>,
     /// Sequences that hold blocks. Each is part of every step.
     running: BTreeMap<RequestId, Sequence>,
     /// Sequences that hold nothing: new and preempted ones.
@@ -57,6 +51,7 @@ impl Scheduler {
             max_num_seqs: config.max_num_seqs.min(spec.max_step_sequences).min(max_num_batched_tokens).max(1),
             max_num_batched_tokens,
             blocks: BlockManager::new(spec.num_blocks, spec.block_size, config.enable_prefix_caching.then_some(secret)),
+            unclean: Vec::new(),
             running: BTreeMap::new(),
             waiting: BTreeMap::new(),
             left_queue: 0,
@@ -176,17 +171,23 @@ impl Scheduler {
         Some(self.running.entry(sequence.id).or_insert(sequence))
     }
 
+    /// Blocks that must be cleared before the step just planned, whoever holds them by now: nothing was
+    /// computed in them since they were taken back.
+    pub fn take_unclean(&mut self) -> Vec<BlockId> {
+        std::mem::take(&mut self.unclean)
+    }
+
     /// Takes all blocks from the running sequence that came last. It is the first of the waiting then.
     fn preempt_latest(&mut self) {
         let (id, mut sequence) = self.running.pop_last().expect("whoever lacks a block is running");
-        self.blocks.release(&mut sequence);
+        self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
         self.waiting.insert(id, sequence);
         self.counters.preemptions += 1;
     }
 
     /// Takes the result of the planned step, entry by entry.
-    pub fn commit(&mut self, plan: &StepPlan, output: StepOutput, now: Duration) -> Commit {
-        let mut commit = Commit::default();
+    pub fn commit(&mut self, plan: &StepPlan, output: StepOutput, now: Duration) -> Vec<RequestOutput> {
+        let mut outputs = Vec::new();
         self.counters.step_tokens.observe(plan.num_tokens());
         for (step, result) in plan.sequences.iter().zip(output.sequences) {
             let id = RequestId(step.id);
@@ -199,9 +200,9 @@ impl Scheduler {
                 None => {}
                 Some(Err(SequenceFailure::NonFiniteLogits)) => {
                     let mut sequence = self.running.remove(&id).expect("found above");
-                    commit.clear.extend(self.blocks.discard(&mut sequence));
+                    self.unclean.extend(self.blocks.discard(&mut sequence));
                     let reason = FinishReason::Error(EngineFailure::NonFiniteLogits);
-                    commit.outputs.push(self.finish(sequence, reason, now));
+                    outputs.push(self.finish(sequence, reason, now));
                 }
                 Some(Ok(sampled)) => {
                     self.blocks.publish(sequence);
@@ -213,38 +214,38 @@ impl Scheduler {
                     let stop = sequence.stop_token_ids.contains(&token).then_some(FinishReason::Stop { token });
                     if stop.is_none() {
                         let event = OutputEvent::Token { token, logprob: sampled.logprob, top: sampled.top };
-                        commit.outputs.push(RequestOutput { id, event });
+                        outputs.push(RequestOutput { id, event });
                     }
                     let length = (sequence.num_output() >= sequence.max_tokens).then_some(FinishReason::Length);
                     if let Some(reason) = stop.or(length) {
                         let mut sequence = self.running.remove(&id).expect("found above");
                         self.blocks.release(&mut sequence);
-                        commit.outputs.push(self.finish(sequence, reason, now));
+                        outputs.push(self.finish(sequence, reason, now));
                     }
                 }
             }
         }
-        commit
+        outputs
     }
 
     /// Ends a request at the client's wish. `None` if it has ended already.
     pub fn abort(&mut self, id: RequestId, now: Duration) -> Option<RequestOutput> {
         let mut sequence = self.running.remove(&id).or_else(|| self.waiting.remove(&id))?;
-        self.blocks.release(&mut sequence);
+        self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
         Some(self.finish(sequence, FinishReason::Aborted, now))
     }
 
     /// Ends all running sequences after a step that failed as a whole, and forgets all cached blocks:
     /// nobody knows what the step left in the cache. The waiting ones have nothing there and go on.
-    pub fn fail_running(&mut self, failure: &EngineFailure, now: Duration) -> Commit {
-        let mut commit = Commit::default();
+    pub fn fail_running(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        let mut outputs = Vec::new();
         while let Some((_, mut sequence)) = self.running.pop_first() {
-            commit.clear.extend(self.blocks.discard(&mut sequence));
-            commit.outputs.push(self.finish(sequence, FinishReason::Error(failure.clone()), now));
+            self.unclean.extend(self.blocks.discard(&mut sequence));
+            outputs.push(self.finish(sequence, FinishReason::Error(failure.clone()), now));
         }
-        commit.clear.extend(self.blocks.forget_cached());
+        self.unclean.extend(self.blocks.forget_cached());
         self.counters.failed_steps += 1;
-        commit
+        outputs
     }
 
     /// Ends everything.

@@ -124,9 +124,9 @@ fn r13_one_sequence_that_is_not_finite_fails_alone_and_leaves_nothing_in_the_cac
             world.step();
         }
         assert_eq!(world.end(faulty), &FinishReason::Error(EngineFailure::NonFiniteLogits));
+        world.run();
         held.iter().for_each(|block| assert!(world.control.cleared_blocks().contains(block)));
         assert!(world.control.cleared_blocks().len() >= 3);
-        world.run();
         mates.iter().for_each(|&id| assert_eq!(world.end(id), &FinishReason::Length));
         // The very same prompt again: all of it is computed.
         let again = submit(&mut world, request(0, 12, 20));
@@ -134,6 +134,19 @@ fn r13_one_sequence_that_is_not_finite_fails_alone_and_leaves_nothing_in_the_cac
         assert_eq!(world.end(again), &FinishReason::Length);
         assert_eq!(world.cached_tokens(again), 0);
     }
+}
+
+#[test]
+fn r13_blocks_that_no_sample_vouched_for_are_cleared_as_well() {
+    let mut world = world(50);
+    let faulty = submit(&mut world, request(0, 40, 20));
+    world.poison(faulty, 3);
+    world.step();
+    world.abort(faulty);
+    let heir = submit(&mut world, request(1, 6, 20));
+    world.run();
+    assert_eq!(world.end(heir), &FinishReason::Length);
+    assert_eq!(world.control.cleared_blocks().len(), 16 / BLOCK_SIZE);
 }
 
 #[test]

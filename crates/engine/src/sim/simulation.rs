@@ -106,6 +106,9 @@ fn simulate(seed: u64) -> EngineStats {
     world.core.stats()
 }
 
+/// Seeds that failed once.
+const REGRESSIONS: [u64; 1] = [1820];
+
 /// More or other seeds: `BATON_SIM_SEEDS=first..end`.
 fn seeds() -> std::ops::Range<u64> {
     let Ok(range) = std::env::var("BATON_SIM_SEEDS") else { return 0..1000 };
@@ -116,7 +119,7 @@ fn seeds() -> std::ops::Range<u64> {
 #[test]
 fn all_invariants_hold_after_every_step_of_every_seed() {
     let mut runs = Vec::new();
-    for seed in seeds() {
+    for seed in seeds().chain(REGRESSIONS) {
         match std::panic::catch_unwind(|| simulate(seed)) {
             Ok(stats) => runs.push(stats),
             Err(panic) => {
