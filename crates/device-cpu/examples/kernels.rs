@@ -27,10 +27,13 @@ fn main() -> Result<()> {
 
 fn linears() -> Result<()> {
     for isa in Isa::available().into_iter().rev() {
-        println!("{isa}, 1 thread: linear 1536 -> 8960");
+        println!("{isa}, 1 thread: linear 1536 -> 8960, and 1536 -> 16, where little but quantising is left");
         let b = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) })?;
         for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16, WeightFormat::Q8_0] {
             linear(&b, 1536, 8960, format)?;
+        }
+        for format in [WeightFormat::BF16, WeightFormat::Q8_0] {
+            linear(&b, 1536, 16, format)?;
         }
     }
     Ok(())

@@ -329,6 +329,7 @@ impl MoeOps for CpuBackend {
 
     fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {
         columns(out, x.cols());
+        columns(logits, experts.count());
         out.set_rows(x.rows());
         assert_eq!(logits.rows(), x.rows(), "rows of the step");
         let mut scratch = self.scratch();

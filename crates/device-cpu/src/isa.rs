@@ -83,7 +83,7 @@ impl Dispatch {
             #[cfg(target_arch = "x86_64")]
             Dispatch::Avx512(s) => s.run(kernel),
             #[cfg(target_arch = "aarch64")]
-            Dispatch::Neon(s) => s.run(kernel),
+            Dispatch::Neon(s) => kernel.run(s),
         }
     }
 }

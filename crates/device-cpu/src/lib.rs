@@ -2,7 +2,7 @@
 //!
 //! Weights are packed at load into panels of 16 output rows, one lane each, so that an output is the
 //! sum over K in the order of K, in one accumulator: the same operations whether its row is computed
-//! alone or in a batch ([`kernels`]). Attention walks its context block by block from position 0.
+//! alone or in a batch. Attention walks its context in pieces of one length from position 0 on.
 //! Hence no bit of a row depends on the other rows, on how a sequence is cut into steps, or on the
 //! number of threads; only the instruction set ([`Isa`]) may change bits.
 

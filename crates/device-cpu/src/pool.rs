@@ -36,9 +36,9 @@ pub(crate) struct Pool {
 
 struct Shared {
     /// Number of the region in the upper half, tasks not yet claimed in the lower.
-    tickets: AtomicU64,
+    tickets: OwnLine<AtomicU64>,
     /// Tasks not yet ended.
-    pending: AtomicUsize,
+    pending: OwnLine<AtomicUsize>,
     job: UnsafeCell<Job>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     sleepers: AtomicUsize,
@@ -49,6 +49,10 @@ struct Shared {
     allowed: Option<Allowed>,
     caller_cpu: AtomicUsize,
 }
+
+/// Kept from sharing a cache line with what other threads write.
+#[repr(align(128))]
+struct OwnLine<T>(T);
 
 #[derive(Clone, Copy)]
 struct Job(*const (dyn Fn(usize) + Sync));
@@ -63,8 +67,8 @@ impl Pool {
     /// A pool of `threads`, the caller included.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            tickets: AtomicU64::new(0),
-            pending: AtomicUsize::new(0),
+            tickets: OwnLine(AtomicU64::new(0)),
+            pending: OwnLine(AtomicUsize::new(0)),
             job: UnsafeCell::new(Job(&|_| {})),
             panic: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
@@ -130,18 +134,18 @@ impl Shared {
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
         // SAFETY: the last region has ended and this one is not yet open, so nobody reads.
         unsafe { *self.job.get() = Job(task) };
-        self.pending.store(tasks as usize, SeqCst);
+        self.pending.0.store(tasks as usize, SeqCst);
         if self.allowed.is_some() {
             self.caller_cpu.store(affinity::current(), SeqCst);
         }
-        let number = (self.tickets.load(SeqCst) >> 32) as u32;
-        self.tickets.store(u64::from(number.wrapping_add(1)) << 32 | u64::from(tasks), SeqCst);
+        let number = (self.tickets.0.load(SeqCst) >> 32) as u32;
+        self.tickets.0.store(u64::from(number.wrapping_add(1)) << 32 | u64::from(tasks), SeqCst);
         if self.sleepers.load(SeqCst) > 0 {
             self.ring();
         }
         while self.claim_and_run() {}
         let start = Instant::now();
-        while self.pending.load(SeqCst) > 0 {
+        while self.pending.0.load(SeqCst) > 0 {
             if start.elapsed() < SPIN { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
         if let Some(panic) = lock(&self.panic).take() {
@@ -151,13 +155,13 @@ impl Shared {
 
     /// Runs one task if one is left.
     fn claim_and_run(&self) -> bool {
-        let mut tickets = self.tickets.load(SeqCst);
+        let mut tickets = self.tickets.0.load(SeqCst);
         let task = loop {
             let unclaimed = tickets as u32;
             if unclaimed == 0 {
                 return false;
             }
-            match self.tickets.compare_exchange_weak(tickets, tickets - 1, SeqCst, SeqCst) {
+            match self.tickets.0.compare_exchange_weak(tickets, tickets - 1, SeqCst, SeqCst) {
                 Ok(_) => break unclaimed as usize - 1,
                 Err(now) => tickets = now,
             }
@@ -167,7 +171,7 @@ impl Shared {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(task))) {
             lock(&self.panic).get_or_insert(panic);
         }
-        self.pending.fetch_sub(1, SeqCst);
+        self.pending.0.fetch_sub(1, SeqCst);
         true
     }
 
@@ -187,11 +191,14 @@ impl Shared {
         }
     }
 
+    /// Before work that the caller could do meanwhile.
     fn leave_the_callers_cpu(&self) {
         let Some(allowed) = &self.allowed else { return };
-        let cpu = affinity::current();
-        if cpu == self.caller_cpu.load(SeqCst) && self.tickets.load(SeqCst) as u32 > 0 {
-            allowed.leave(cpu);
+        if self.tickets.0.load(SeqCst) as u32 > 0 {
+            let cpu = affinity::current();
+            if cpu == self.caller_cpu.load(SeqCst) {
+                allowed.leave(cpu);
+            }
         }
     }
 
@@ -200,7 +207,7 @@ impl Shared {
     fn sleep(&self) {
         let mut bed = lock(&self.bed);
         self.sleepers.fetch_add(1, SeqCst);
-        while self.tickets.load(SeqCst) as u32 == 0 && !self.closing.load(SeqCst) {
+        while self.tickets.0.load(SeqCst) as u32 == 0 && !self.closing.load(SeqCst) {
             bed = self.bell.wait(bed).unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, SeqCst);

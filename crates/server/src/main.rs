@@ -1,2 +1,29 @@
-//! The baton binary.
-fn main() {}
+//! The `baton` binary: commands and their settings. `serve.rs` reads as the boot order.
+
+mod backend;
+mod bundled;
+mod cli;
+mod load;
+mod memory;
+mod serve;
+mod settings;
+
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+
+fn main() -> ExitCode {
+    let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));
+    let result = match matches.subcommand() {
+        Some(("serve", matches)) => serve::main(matches),
+        _ => unreachable!("clap refuses a missing or unknown command"),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The log may not be up yet, or filtered: a failed start always says why.
+            eprintln!("baton: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

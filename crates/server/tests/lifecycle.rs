@@ -12,7 +12,8 @@ async fn start() -> LocalServer {
 }
 
 fn question(extra: Value) -> Value {
-    let mut body = json!({"model": "abacus", "temperature": 0, "messages": [{"role": "user", "content": "What is 347 + 286?"}]});
+    let mut body =
+        json!({"model": "abacus", "temperature": 0, "messages": [{"role": "user", "content": "What is 347 + 286?"}]});
     body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
     body
 }

@@ -15,7 +15,9 @@ use crate::weight::{Element, Matrix, Packed, Panels, Quants};
 
 /// Panels whose weights stay in cache while all rows of a task pass over them.
 const GROUP: usize = 4;
-/// Rows of one task: their activations stay in cache while the panels pass.
+/// Rows of a tile at most.
+const TILE_ROWS: usize = 8;
+/// Rows of one task at most: their activations stay in cache while the panels pass.
 const TASK_ROWS: usize = 64;
 /// Rows ready to be multiplied, in the form that the weight's format wants.
 #[derive(Clone, Copy)]
@@ -84,11 +86,13 @@ pub(crate) fn multiply(
     out: &Target<'_>,
 ) {
     let work = rows * weight.out_features * weight.in_features;
+    // Shared by panels; by rows too where panels are few.
     let chunk = pool.share(weight.panels(), work).next_multiple_of(2);
     let chunks = weight.panels().div_ceil(chunk);
-    pool.run(chunks * rows.div_ceil(TASK_ROWS), work, |task| {
-        let (row, panel) = (task / chunks * TASK_ROWS, task % chunks * chunk);
-        let rows = row..rows.min(row + TASK_ROWS);
+    let task_rows = (pool.share(rows, work) * chunks).next_multiple_of(TILE_ROWS).min(TASK_ROWS);
+    pool.run(chunks * rows.div_ceil(task_rows), work, |task| {
+        let (row, panel) = (task / chunks * task_rows, task % chunks * chunk);
+        let rows = row..rows.min(row + task_rows);
         let part = Part { input, weight, bias, rows, panels: panel..weight.panels().min(panel + chunk) };
         // SAFETY: tasks differ in rows or in panels, so their parts do not overlap.
         unsafe { part.run(isa, out) }
@@ -133,7 +137,7 @@ fn walk<S: Simd, T: Tiles>(s: S, tiles: &T, rows: Range<usize>, panels: Range<us
         let group = first..panels.end.min(first + GROUP);
         let mut row = rows.start;
         while row < rows.end {
-            let count = (rows.end - row).min(S::ACCUMULATORS / T::COST).clamp(1, 8);
+            let count = (rows.end - row).min(S::ACCUMULATORS / T::COST).clamp(1, TILE_ROWS);
             match count {
                 1 => strip::<S, T, 1>(s, tiles, row, group.clone()),
                 2 => strip::<S, T, 2>(s, tiles, row, group.clone()),

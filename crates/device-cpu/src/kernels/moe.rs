@@ -2,7 +2,7 @@
 //!
 //! Order: a row's experts are added by ascending number; within an expert, that of the linear kernel.
 
-use baton_device::{DeviceError, HostExperts, HostTensor, Result, Routing, select_experts};
+use baton_device::{DeviceError, HostExperts, HostTensor, Result, Routing, Rows, select_experts};
 
 use crate::isa::Dispatch;
 use crate::kernels::linear::{Input, Part};
@@ -37,6 +37,10 @@ impl Experts {
         };
         let experts = (0..src.gate.len()).map(expert).collect::<Result<_>>()?;
         Ok(Self { experts, routing: src.routing.clone() })
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.experts.len()
     }
 }
 
@@ -136,7 +140,7 @@ pub(crate) fn fused(
 /// Chooses the experts of every row.
 fn route(logits: &Tensor, routing: &Routing, pairs: &mut Vec<(usize, u32, f32)>) {
     pairs.clear();
-    for (row, logits) in logits.data().chunks_exact(routing.correction_bias.len()).enumerate() {
+    for (row, logits) in logits.data().chunks_exact(logits.cols()).enumerate() {
         pairs.extend(select_experts(logits, routing).into_iter().map(|(e, weight)| (e, row as u32, weight)));
     }
     pairs.sort_unstable_by_key(|&(expert, row, _)| (expert, row));

@@ -1,5 +1,7 @@
 //! NEON: four registers per vector.
 
+#![allow(unused_unsafe)] // many intrinsics are safe where NEON is part of the base, as it is here
+
 use std::arch::aarch64::*;
 use std::array::from_fn;
 
@@ -16,10 +18,7 @@ macro_rules! intrinsic {
     ($e:expr) => {
         // SAFETY: NEON is part of the architecture's base; addresses stay within the four quarters
         // of an array of 16.
-        #[allow(unused_unsafe)] // some intrinsics are safe where their feature is in the base
-        unsafe {
-            $e
-        }
+        unsafe { $e }
     };
 }
 
@@ -61,7 +60,10 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn load_bf16(self, x: &[bf16; LANES]) -> Self::F32 {
-        from_fn(|i| intrinsic!(vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(x.as_ptr().cast::<u16>().add(4 * i))))))
+        from_fn(|i| {
+            let bits = intrinsic!(vmovl_u16(vld1_u16(x.as_ptr().cast::<u16>().add(4 * i))));
+            intrinsic!(vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits)))
+        })
     }
 
     #[inline(always)]

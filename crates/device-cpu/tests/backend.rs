@@ -1,0 +1,127 @@
+//! What the backend promises beside numbers: refusals, capabilities, and that nothing stale is read.
+
+use baton_device::{
+    AttentionBatch, AttentionParams, Backend, DType, DeviceError, HostLinear, HostTensor, KvSpec, LayerKv,
+    SequenceSpan, WeightFormat,
+};
+use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
+
+fn backend(threads: usize) -> CpuBackend {
+    CpuBackend::new(&CpuOptions { threads, isa: None }).unwrap()
+}
+
+#[test]
+fn an_instruction_set_that_the_machine_lacks_is_refused_by_name() {
+    let available = Isa::available();
+    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon] {
+        match CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) }) {
+            Ok(backend) => {
+                assert!(available.contains(&isa));
+                assert_eq!(backend.caps().isa, isa.to_string());
+            }
+            Err(DeviceError::Unavailable { reason, .. }) => {
+                assert!(!available.contains(&isa));
+                assert!(reason.contains(&isa.to_string()) && reason.contains("portable"), "{reason}");
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn caps_say_what_was_chosen() {
+    let caps = backend(3).caps().clone();
+    assert_eq!((caps.device.as_str(), caps.threads, caps.row_invariant), ("cpu", 3, true));
+    assert_eq!(caps.isa, Isa::detect().to_string());
+    assert!(backend(0).caps().threads >= 1);
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused() {
+    let b = backend(1);
+    let spec =
+        KvSpec { layers: vec![LayerKv::Full { kv_heads: 8, head_dim: 128 }; 32], block_size: b.caps().kv_block_size };
+    assert!(matches!(b.kv_cache(&spec, 1 << 44), Err(DeviceError::OutOfMemory { .. })));
+    assert!(matches!(b.tensor(1 << 50, 4096), Err(DeviceError::OutOfMemory { .. })));
+}
+
+#[test]
+fn a_large_cache_costs_nothing_until_it_is_used() {
+    let resident = || {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok())
+    };
+    let Some(before) = resident() else { return };
+    let b = backend(1);
+    let spec = KvSpec { layers: vec![LayerKv::Latent { rank: 512, rope: 64 }; 4], block_size: b.caps().kv_block_size };
+    let cache = b.kv_cache(&spec, 2000).unwrap();
+    let grown = resident().unwrap().saturating_sub(before);
+    assert!(grown < 32 << 10, "{grown} kB of {} taken at once", (2000 * spec.block_bytes()) >> 10);
+    drop(cache);
+}
+
+#[test]
+fn q8_0_wants_whole_blocks_and_says_so() {
+    let data = vec![0; 4 * 33 * 4];
+    let weight = HostTensor::new("odd", DType::F32, vec![4, 33], &data);
+    let src = HostLinear { weight, bias: None, format: WeightFormat::Q8_0 };
+    let Err(error) = backend(1).linear_weight(&src) else { panic!("accepted") };
+    assert!(error.to_string().contains("odd") && error.to_string().contains("multiple of 32"), "{error}");
+}
+
+/// Positions that a sequence has not reached may hold what another one left, even infinities.
+#[test]
+fn what_lies_beyond_a_sequence_is_never_read() {
+    for isa in Isa::available() {
+        let b = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) }).unwrap();
+        let params = AttentionParams { heads: 2, kv_heads: 1, head_dim: 20, scale: 1.0 };
+        let layer = LayerKv::Full { kv_heads: 1, head_dim: 20 };
+        let spec = KvSpec { layers: vec![layer], block_size: b.caps().kv_block_size };
+        let mut cache = b.kv_cache(&spec, 2).unwrap();
+        let mut attend = |len: usize, value: f32| {
+            let mut out = b.tensor(len, 40).unwrap();
+            let [mut q, mut k, mut v] = [40, 20, 20].map(|cols| b.tensor(len, cols).unwrap());
+            b.write(&vec![1.0; len * 40], &mut q).unwrap();
+            b.write(&vec![value; len * 20], &mut k).unwrap();
+            b.write(&vec![value; len * 20], &mut v).unwrap();
+            let sequences = [SequenceSpan { start: 0, len, block_table: &[1, 0] }];
+            let plan = b.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();
+            b.paged_attention(&q, &k, &v, &mut cache, 0, &plan, &params, &mut out).unwrap();
+            let mut result = Vec::new();
+            b.read(&out, &mut result).unwrap();
+            result
+        };
+        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            attend(30, poison);
+            for len in [1, 5, 16, 18] {
+                let clean = attend(len, 0.5);
+                assert!(clean.iter().all(|v| (v - 0.5).abs() < 1e-6), "{isa}, {len} positions: {clean:?}");
+                attend(30, poison);
+            }
+        }
+    }
+}
+
+#[test]
+fn cleared_blocks_hold_zeros() {
+    let b = backend(1);
+    let layer = LayerKv::Full { kv_heads: 1, head_dim: 16 };
+    let spec = KvSpec { layers: vec![layer], block_size: b.caps().kv_block_size };
+    let params = AttentionParams { heads: 1, kv_heads: 1, head_dim: 16, scale: 1.0 };
+    let mut cache = b.kv_cache(&spec, 1).unwrap();
+    let one = |start: usize, value: f32, cache: &mut _| {
+        let mut x = b.tensor(1, 16).unwrap();
+        b.write(&[value; 16], &mut x).unwrap();
+        let sequences = [SequenceSpan { start, len: 1, block_table: &[0] }];
+        let plan = b.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();
+        let mut out = b.tensor(1, 16).unwrap();
+        b.paged_attention(&x, &x, &x, cache, 0, &plan, &params, &mut out).unwrap();
+        let mut result = Vec::new();
+        b.read(&out, &mut result).unwrap();
+        result[0]
+    };
+    assert_eq!(one(0, 8.0, &mut cache), 8.0);
+    b.clear_blocks(&mut cache, &[0]).unwrap();
+    // Position 0 is zero now: equal scores of zero for it and for a query of zero.
+    assert_eq!(one(1, 0.0, &mut cache), 0.0);
+}

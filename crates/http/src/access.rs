@@ -1,0 +1,157 @@
+//! Request ids, and one log line per request.
+//!
+//! The outermost layer: whatever is inside it answers, the reply carries an `x-request-id`, and when its last byte is
+//! handed over, or the client has left, one line says what happened. The line holds no text of prompt or output, no
+//! header but the id, and the route as it is matched, not as it was sent.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use parking_lot::Mutex;
+
+use crate::admission::GuardedBody;
+use crate::error::ErrorCode;
+use crate::service::Service;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const MAX_REQUEST_ID_CHARS: usize = 128;
+
+/// Status in the log for a client that left before the reply began, as nginx writes it.
+const CLIENT_LEFT: u16 = 499;
+
+/// What the parts of the service add to a request's log line.
+#[derive(Default)]
+pub(crate) struct AccessRecord {
+    prompt_tokens: AtomicU64,
+    completion_tokens: AtomicU64,
+    late: Mutex<Late>,
+}
+
+/// Times of the slowest choice, and how it failed after the head was sent.
+#[derive(Default, Clone, Copy)]
+struct Late {
+    first_token: Duration,
+    queue: Duration,
+    prefill: Duration,
+    decode: Duration,
+    error: Option<&'static str>,
+}
+
+impl AccessRecord {
+    /// Tokens of all prompts.
+    pub fn prompt_tokens(&self, tokens: usize) {
+        self.prompt_tokens.store(tokens as u64, Ordering::Relaxed);
+    }
+
+    /// Adds the tokens of a choice.
+    pub fn completion_tokens(&self, tokens: usize) {
+        self.completion_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
+    }
+
+    /// A choice has its first token.
+    pub fn first_token(&self, after: Duration) {
+        let mut late = self.late.lock();
+        late.first_token = late.first_token.max(after);
+    }
+
+    /// Where the time of a choice went.
+    pub fn timings(&self, queue: Duration, prefill: Duration, decode: Duration) {
+        let mut late = self.late.lock();
+        late.queue = late.queue.max(queue);
+        late.prefill = late.prefill.max(prefill);
+        late.decode = late.decode.max(decode);
+    }
+
+    /// The request has failed, perhaps behind a head that says 200.
+    pub fn error(&self, code: &'static str) {
+        self.late.lock().error = Some(code);
+    }
+}
+
+/// Writes the line when it is dropped.
+struct AccessLog {
+    service: Service,
+    record: Arc<AccessRecord>,
+    request_id: HeaderValue,
+    method: Method,
+    route: String,
+    arrival: Instant,
+    status: u16,
+}
+
+impl Drop for AccessLog {
+    fn drop(&mut self) {
+        let late = *self.record.late.lock();
+        self.service.metrics().requests.with_label_values(&[&self.route, &self.status.to_string()]).inc();
+        tracing::info!(
+            target: "baton_http::access",
+            request_id = self.request_id.to_str().unwrap_or_default(),
+            method = method_name(&self.method),
+            route = %self.route,
+            status = self.status,
+            error = late.error,
+            prompt_tokens = self.record.prompt_tokens.load(Ordering::Relaxed),
+            completion_tokens = self.record.completion_tokens.load(Ordering::Relaxed),
+            first_token_ms = millis(late.first_token),
+            queue_ms = millis(late.queue),
+            prefill_ms = millis(late.prefill),
+            decode_ms = millis(late.decode),
+            total_ms = millis(self.arrival.elapsed()),
+            "request"
+        );
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A method may be any word; only the usual ones are logged.
+fn method_name(method: &Method) -> &str {
+    match *method {
+        Method::GET | Method::HEAD | Method::POST | Method::OPTIONS | Method::PUT | Method::DELETE | Method::PATCH => {
+            method.as_str()
+        }
+        _ => "other",
+    }
+}
+
+/// The layer.
+pub(crate) async fn layer(State(service): State<Service>, mut request: Request, next: Next) -> Response {
+    let record = Arc::new(AccessRecord::default());
+    request.extensions_mut().insert(record.clone());
+    let mut log = AccessLog {
+        service,
+        record,
+        request_id: request_id(request.headers()),
+        method: request.method().clone(),
+        route: request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned(),
+        arrival: Instant::now(),
+        status: CLIENT_LEFT,
+    };
+    let mut response = next.run(request).await;
+    log.status = response.status().as_u16();
+    if let Some(&ErrorCode(code)) = response.extensions().get() {
+        log.record.error(code);
+    }
+    response.headers_mut().insert(REQUEST_ID, log.request_id.clone());
+    response.map(|body| Body::new(GuardedBody::new(body, log)))
+}
+
+/// The client's id if it is one, else one of our own. It is a label for people, never a key.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let mut given = headers.get_all(REQUEST_ID).iter();
+    let fits = |id: &&HeaderValue| {
+        (1..=MAX_REQUEST_ID_CHARS).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
+    };
+    match (given.next().filter(fits), given.next()) {
+        (Some(id), None) => id.clone(),
+        _ => HeaderValue::try_from(format!("req_{:032x}", rand::random::<u128>())).expect("hex is visible ASCII"),
+    }
+}

@@ -1,0 +1,268 @@
+//! The one error type of the service and its form on the wire.
+//!
+//! Every refusal is an [`ApiError`], made by the constructor of its kind: status, `type` and `code` are decided here
+//! and nowhere else. A message says what would have been accepted and never repeats what the client sent, except the
+//! name of a field.
+
+use std::fmt::Write;
+
+use axum::response::{IntoResponse, Response};
+use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderName, HeaderValue, StatusCode};
+use serde::Serialize;
+
+/// Longest message on the wire, in characters.
+const MAX_MESSAGE_CHARS: usize = 300;
+
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// A refusal or failure, ready to be sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    code: &'static str,
+    param: Option<String>,
+    message: String,
+    retry: Retry,
+    /// The rest of the request is not worth reading: close the connection.
+    close: bool,
+}
+
+/// What the client is told about trying again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Retry {
+    /// As its library does for the status.
+    Unsaid,
+    /// Not before this many seconds.
+    After(u32),
+    /// It will fail again.
+    Never,
+}
+
+/// The `code` of an error response, for the access log.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ErrorCode(pub &'static str);
+
+const INVALID: &str = "invalid_request_error";
+const SERVER: &str = "server_error";
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
+        let (param, retry) = (None, Retry::Unsaid);
+        Self { status, kind, code, param, message: message.into(), retry, close: false }
+    }
+
+    fn bad_request(code: &'static str, param: &str, message: impl Into<String>) -> Self {
+        Self { param: Some(printable(param)), ..Self::new(StatusCode::BAD_REQUEST, INVALID, code, message) }
+    }
+
+    /// The body is not JSON of the kind that is read here. `reason` completes "the request body …".
+    pub fn body(reason: impl AsRef<str>) -> Self {
+        let message = format!("the request body {}", reason.as_ref());
+        Self::new(StatusCode::BAD_REQUEST, INVALID, "invalid_json", message)
+    }
+
+    /// A field has the wrong JSON type.
+    pub fn wrong_type(param: &str, expected: &str) -> Self {
+        Self::bad_request("invalid_type", param, format!("{} must be {expected}", printable(param)))
+    }
+
+    /// A required field is absent or null.
+    pub fn missing(param: &str) -> Self {
+        Self::bad_request("missing_required_parameter", param, format!("{} is required", printable(param)))
+    }
+
+    /// A value of the right type that is outside its range. `accepted` completes "… must be".
+    pub fn out_of_range(param: &str, accepted: impl AsRef<str>) -> Self {
+        Self::bad_request("out_of_range", param, format!("{} must be {}", printable(param), accepted.as_ref()))
+    }
+
+    /// A value that cannot be used, alone or with the others; `message` stands alone.
+    pub fn invalid(param: &str, message: impl Into<String>) -> Self {
+        Self::bad_request("invalid_value", param, message)
+    }
+
+    /// A field that nobody knows.
+    pub fn unknown_parameter(param: &str) -> Self {
+        Self::bad_request("unknown_parameter", param, format!("{} is not a known parameter", printable(param)))
+    }
+
+    /// A field that is known and would change the output, but is not supported.
+    pub fn unsupported(param: &str) -> Self {
+        Self::bad_request("unsupported_parameter", param, format!("{} is not supported", printable(param)))
+    }
+
+    /// Prompt and output do not fit into the context.
+    pub fn context_length(param: &str, prompt: usize, requested: Option<u32>, context: usize) -> Self {
+        let mut message = format!("the context holds {context} tokens; the prompt has {prompt}");
+        match requested {
+            Some(tokens) => write!(message, " and {tokens} more were requested").expect("a String takes all"),
+            None => message.push_str(", which leaves no room for an answer"),
+        }
+        Self::bad_request("context_length_exceeded", param, message)
+    }
+
+    /// Prompt and output do not fit into the cache, even alone.
+    pub fn cache_size(param: &str, needed_blocks: usize, total_blocks: usize) -> Self {
+        let message = format!(
+            "prompt and output need {needed_blocks} blocks of cache, the server has {total_blocks}; ask for fewer tokens"
+        );
+        Self::bad_request("context_length_exceeded", param, message)
+    }
+
+    /// No or wrong key.
+    pub fn invalid_api_key() -> Self {
+        let message = "a valid API key is needed, in the header: Authorization: Bearer <key>";
+        Self::new(StatusCode::UNAUTHORIZED, INVALID, "invalid_api_key", message)
+    }
+
+    /// `model` names none that is served.
+    pub fn model_not_found() -> Self {
+        let message = "no such model is served here; GET /v1/models lists those that are";
+        let error = Self::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", message);
+        Self { param: Some("model".into()), ..error }
+    }
+
+    /// No such route.
+    pub fn route_not_found() -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", "there is no such route")
+    }
+
+    /// The route has other methods.
+    pub fn method_not_allowed() -> Self {
+        let message = "the route does not take this method; the header Allow lists those it takes";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message)
+    }
+
+    /// The body exceeds the limit.
+    pub fn request_too_large(limit: usize) -> Self {
+        let message = format!("the request body may have at most {limit} bytes");
+        let error = Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, "request_too_large", message);
+        Self { close: true, ..error }
+    }
+
+    /// The body did not arrive in time.
+    pub fn request_timeout() -> Self {
+        let message = "the request body did not arrive in time";
+        let error = Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, "request_timeout", message);
+        Self { close: true, ..error }
+    }
+
+    fn unavailable(code: &'static str, after: u32, message: &str) -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, code, message);
+        Self { retry: Retry::After(after), ..error }
+    }
+
+    /// The queue is full, or the request waited in it too long.
+    pub fn overloaded() -> Self {
+        Self::unavailable("overloaded", 1, "the server is at its limit; try again later")
+    }
+
+    /// No model is loaded yet.
+    pub fn model_loading() -> Self {
+        Self::unavailable("model_loading", 2, "the model is still being loaded")
+    }
+
+    /// The server is going down.
+    pub fn draining() -> Self {
+        Self { close: true, ..Self::unavailable("draining", 5, "the server is shutting down") }
+    }
+
+    /// The engine failed this request.
+    pub fn engine(message: &str) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "engine_error", message)
+    }
+
+    /// The engine failed this request and would do so each time.
+    pub fn engine_always(message: &str) -> Self {
+        Self { retry: Retry::Never, ..Self::engine(message) }
+    }
+
+    /// The engine takes no steps any more.
+    pub fn engine_down() -> Self {
+        Self::unavailable("engine_down", 5, "the engine has stopped")
+    }
+
+    /// Our own fault.
+    pub fn internal() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", "the server failed internally")
+    }
+
+    /// The error object.
+    pub fn to_json(&self) -> Vec<u8> {
+        #[derive(Serialize)]
+        struct Body<'a> {
+            error: Object<'a>,
+        }
+        #[derive(Serialize)]
+        struct Object<'a> {
+            message: &'a str,
+            r#type: &'static str,
+            param: Option<&'a str>,
+            code: &'static str,
+        }
+        let message = match self.message.char_indices().nth(MAX_MESSAGE_CHARS) {
+            Some((end, _)) => &self.message[..end],
+            None => &self.message,
+        };
+        let error = Object { message, r#type: self.kind, param: self.param.as_deref(), code: self.code };
+        serde_json::to_vec(&Body { error }).expect("strings serialize")
+    }
+
+    /// The error's `code`.
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, self.to_json()).into_response();
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        match self.retry {
+            Retry::Unsaid => {}
+            Retry::After(seconds) => {
+                headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+            }
+            Retry::Never => {
+                headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+            }
+        }
+        if self.close {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response.extensions_mut().insert(ErrorCode(self.code()));
+        response
+    }
+}
+
+/// A field's path if it looks like one, so that an error can name it; else a stand-in, since a client may write
+/// anything into a name.
+fn printable(param: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '[' | ']');
+    if param.len() <= 120 && param.chars().all(plain) { param.to_owned() } else { "(unprintable name)".to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_four_keys_are_present_and_the_message_is_bounded() {
+        let json: serde_json::Value =
+            serde_json::from_slice(&ApiError::invalid("stop", "x".repeat(1000)).to_json()).unwrap();
+        let error = json["error"].as_object().unwrap();
+        assert_eq!(error.keys().collect::<Vec<_>>(), ["message", "type", "param", "code"]);
+        assert_eq!(error["message"].as_str().unwrap().len(), MAX_MESSAGE_CHARS);
+    }
+
+    #[test]
+    fn a_name_that_is_no_name_is_not_repeated() {
+        for name in ["a b", "<script>", "é", &"x".repeat(121)] {
+            let text = String::from_utf8(ApiError::unknown_parameter(name).to_json()).unwrap();
+            assert!(text.contains("(unprintable name)") && !text.contains(name), "{text}");
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Reading the fields of a JSON object, with errors that name the field.
+//!
+//! A field is taken out when it is read; what is left at the end nobody knows. `null` equals absent everywhere.
+
+use std::ops::RangeInclusive;
+
+use serde_json::{Map, Value};
+
+use crate::error::ApiError;
+
+/// The fields of one object that have not been read yet.
+pub(crate) struct Fields {
+    /// Where the object stands: empty for the body.
+    path: String,
+    map: Map<String, Value>,
+}
+
+impl Fields {
+    /// The fields of the body.
+    pub fn new(map: Map<String, Value>) -> Self {
+        Self { path: String::new(), map }
+    }
+
+    /// The fields of an object that stands at `path`.
+    pub fn of(path: String, value: Value) -> Result<Self, ApiError> {
+        match value {
+            Value::Object(map) => Ok(Self { path, map }),
+            _ => Err(ApiError::wrong_type(&path, "an object")),
+        }
+    }
+
+    /// The full path of a field.
+    pub fn path(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    /// A field's value as it is.
+    pub fn take(&mut self, name: &str) -> Option<Value> {
+        self.map.shift_remove(name).filter(|value| !value.is_null())
+    }
+
+    /// A field that must be there.
+    pub fn required<T>(&self, name: &str, value: Option<T>) -> Result<T, ApiError> {
+        value.ok_or_else(|| ApiError::missing(&self.path(name)))
+    }
+
+    /// A boolean.
+    pub fn bool(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
+        let value = self.take(name);
+        value.map(|v| v.as_bool().ok_or_else(|| ApiError::wrong_type(&self.path(name), "true or false"))).transpose()
+    }
+
+    /// A string.
+    pub fn string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(ApiError::wrong_type(&self.path(name), "a string")),
+        }
+    }
+
+    /// An array.
+    pub fn array(&mut self, name: &str) -> Result<Option<Vec<Value>>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Array(items)) => Ok(Some(items)),
+            Some(_) => Err(ApiError::wrong_type(&self.path(name), "an array")),
+        }
+    }
+
+    /// An object.
+    pub fn object(&mut self, name: &str) -> Result<Option<Self>, ApiError> {
+        let value = self.take(name);
+        value.map(|value| Self::of(self.path(name), value)).transpose()
+    }
+
+    /// A number in a range.
+    pub fn number(&mut self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f32>, ApiError> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        number(&self.path(name), &value, range).map(Some)
+    }
+
+    /// A whole number in a range.
+    pub fn integer(&mut self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        integer(&self.path(name), &value, range).map(Some)
+    }
+
+    /// A whole number from `low` to the largest `u32`.
+    pub fn count(&mut self, name: &str, low: u32) -> Result<Option<u32>, ApiError> {
+        let value = self.integer(name, i64::from(low)..=i64::from(u32::MAX))?;
+        Ok(value.map(|v| v as u32))
+    }
+
+    /// The names of fields that were not read and are not null.
+    pub fn rest(&self) -> impl Iterator<Item = &str> {
+        self.map.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name.as_str())
+    }
+
+    /// All remaining fields.
+    pub fn into_rest(self) -> Map<String, Value> {
+        self.map
+    }
+
+    /// Refuses what was not read.
+    pub fn finish(self) -> Result<(), ApiError> {
+        match self.rest().next() {
+            Some(name) => Err(ApiError::unknown_parameter(&self.path(name))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A number in a range.
+pub(crate) fn number(path: &str, value: &Value, range: RangeInclusive<f64>) -> Result<f32, ApiError> {
+    let number = value.as_f64().ok_or_else(|| ApiError::wrong_type(path, "a number"))?;
+    if !range.contains(&number) {
+        return Err(ApiError::out_of_range(path, format!("between {} and {}", range.start(), range.end())));
+    }
+    Ok(number as f32)
+}
+
+/// A whole number in a range; `3.0` is one.
+pub(crate) fn integer(path: &str, value: &Value, range: RangeInclusive<i64>) -> Result<i64, ApiError> {
+    let out_of_range = || match *range.end() {
+        i64::MAX => ApiError::out_of_range(path, format!("at least {}", range.start())),
+        end => ApiError::out_of_range(path, format!("between {} and {end}", range.start())),
+    };
+    let whole = match value.as_i64() {
+        Some(whole) => whole,
+        None => {
+            let number = value.as_f64().filter(|n| n.fract() == 0.0);
+            let number = number.ok_or_else(|| ApiError::wrong_type(path, "an integer"))?;
+            // 2^53: up to there a float names one integer.
+            if number.abs() > 9_007_199_254_740_992.0 {
+                return Err(out_of_range());
+            }
+            number as i64
+        }
+    };
+    if range.contains(&whole) { Ok(whole) } else { Err(out_of_range()) }
+}

@@ -1,0 +1,206 @@
+//! The outputs of all choices of one request, merged in the order in which they come.
+
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
+
+use baton_engine::{EngineFailure, FinishReason, OutputEvent, OutputStream};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use crate::error::ApiError;
+use crate::generate::choice::{ChoiceText, Delta, Score};
+use crate::metrics::{Ending, Meter};
+use crate::openai::shared::{Finish, Usage};
+
+/// What happens to a generation. Each choice yields any number of `Text` and then one `Finish`.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Event {
+    /// A choice has more text.
+    Text { index: usize, delta: Delta },
+    /// A choice is complete.
+    Finish { index: usize, reason: Finish, scores: Vec<Score> },
+}
+
+/// All choices of one request. Ends after every choice has finished, or with the first error, which ends all.
+pub(crate) struct Generation {
+    choices: Vec<Choice>,
+    unfinished: usize,
+    /// The choice that is asked first, so that a fast one cannot starve the others.
+    turn: usize,
+    events: VecDeque<Event>,
+    usage: Usage,
+    /// Choices per prompt: those of one prompt stand together.
+    n: usize,
+    /// The drain is over.
+    killed: Pin<Box<WaitForCancellationFutureOwned>>,
+    meter: Meter,
+}
+
+struct Choice {
+    stream: OutputStream,
+    text: ChoiceText,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    /// A stop string was found: the engine has been told, its last event is awaited.
+    Stopped,
+    Finished,
+}
+
+impl Generation {
+    /// `prompt_tokens`: of each prompt. The choices are `n` per prompt, in order.
+    pub fn new(
+        choices: Vec<(OutputStream, ChoiceText)>,
+        prompt_tokens: Vec<usize>,
+        n: usize,
+        kill_switch: CancellationToken,
+        mut meter: Meter,
+    ) -> Self {
+        let choices: Vec<_> =
+            choices.into_iter().map(|(stream, text)| Choice { stream, text, state: State::Running }).collect();
+        let usage = Usage { prompt_tokens: prompt_tokens.iter().sum(), ..Usage::default() };
+        meter.begin(&prompt_tokens, n);
+        Self {
+            unfinished: choices.len(),
+            choices,
+            turn: 0,
+            events: VecDeque::new(),
+            usage,
+            n,
+            killed: Box::pin(kill_switch.cancelled_owned()),
+            meter,
+        }
+    }
+
+    /// Number of choices.
+    pub fn len(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// Tokens of the choices that have finished.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// The next event; `None` once all choices have finished.
+    pub async fn next(&mut self) -> Option<Result<Event, ApiError>> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// As [`next`](Self::next).
+    pub fn poll_next(&mut self, cx: &mut Context) -> Poll<Option<Result<Event, ApiError>>> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Poll::Ready(Some(Ok(event)));
+            }
+            if self.unfinished == 0 {
+                return Poll::Ready(None);
+            }
+            if self.killed.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Some(Err(self.fail(ApiError::draining()))));
+            }
+            let (index, event) = ready!(self.poll_choices(cx));
+            if let Err(error) = self.take(index, event) {
+                return Poll::Ready(Some(Err(self.fail(error))));
+            }
+        }
+    }
+
+    fn poll_choices(&mut self, cx: &mut Context) -> Poll<(usize, Option<OutputEvent>)> {
+        let count = self.choices.len();
+        for index in (self.turn..count).chain(0..self.turn) {
+            let choice = &mut self.choices[index];
+            if choice.state == State::Finished {
+                continue;
+            }
+            // `next` is cancel-safe, so it can be begun anew at every poll.
+            if let Poll::Ready(event) = pin!(choice.stream.next()).poll(cx) {
+                self.turn = (index + 1) % count;
+                return Poll::Ready((index, event));
+            }
+        }
+        Poll::Pending
+    }
+
+    fn take(&mut self, index: usize, event: Option<OutputEvent>) -> Result<(), ApiError> {
+        let choice = &mut self.choices[index];
+        match event {
+            Some(OutputEvent::Token { token, logprob, top }) if choice.state == State::Running => {
+                self.meter.token(index);
+                let (deltas, stopped) = choice.text.push(token, logprob, top);
+                self.events.extend(deltas.into_iter().map(|delta| Event::Text { index, delta }));
+                if stopped {
+                    choice.state = State::Stopped;
+                    choice.stream.abort();
+                }
+            }
+            // What the engine generated before it heard of the stop.
+            Some(OutputEvent::Token { .. }) => {}
+            Some(OutputEvent::Finished { reason, usage, timings }) => {
+                let (reason, completion_tokens) = match (choice.state, reason) {
+                    (State::Stopped, _) => (Finish::Stop, choice.text.tokens().0),
+                    (_, FinishReason::Stop { token }) => {
+                        (self.finish(index, Some(token), Finish::Stop), usage.completion_tokens)
+                    }
+                    (_, FinishReason::Length) => (self.finish(index, None, Finish::Length), usage.completion_tokens),
+                    (_, FinishReason::Error(failure)) => return Err(self.failed(index, failure)),
+                    (_, FinishReason::Aborted) => return Err(self.failed(index, EngineFailure::ShuttingDown)),
+                };
+                let choice = &mut self.choices[index];
+                choice.state = State::Finished;
+                self.unfinished -= 1;
+                self.usage.completion_tokens += completion_tokens;
+                self.usage.reasoning_tokens += choice.text.tokens().1;
+                if index.is_multiple_of(self.n) {
+                    self.usage.cached_tokens += usage.cached_tokens;
+                }
+                self.meter.finished(index, reason.into(), completion_tokens, &timings);
+                let scores = choice.text.remaining_scores();
+                self.events.push_back(Event::Finish { index, reason, scores });
+            }
+            None => return Err(ApiError::engine_down()),
+        }
+        Ok(())
+    }
+
+    /// The engine has ended a choice: what its text still holds.
+    fn finish(&mut self, index: usize, stop_token: Option<u32>, reason: Finish) -> Finish {
+        let (deltas, stopped) = self.choices[index].text.finish(stop_token);
+        self.events.extend(deltas.into_iter().map(|delta| Event::Text { index, delta }));
+        if stopped { Finish::Stop } else { reason }
+    }
+
+    fn failed(&mut self, index: usize, failure: EngineFailure) -> ApiError {
+        self.choices[index].state = State::Finished;
+        self.meter.failed(index, &failure);
+        match failure {
+            EngineFailure::NonFiniteLogits => ApiError::engine_always("the model computed values that are not finite"),
+            EngineFailure::DeviceFailed(_) => ApiError::engine("the device failed"),
+            EngineFailure::Panicked => ApiError::internal(),
+            EngineFailure::ShuttingDown => ApiError::draining(),
+            EngineFailure::QueueTimeout => ApiError::overloaded(),
+        }
+    }
+
+    /// Ends all choices; the streams, dropped, abort what still runs.
+    fn fail(&mut self, error: ApiError) -> ApiError {
+        self.meter.error(error.code());
+        self.choices.clear();
+        self.events.clear();
+        self.unfinished = 0;
+        error
+    }
+}
+
+impl From<Finish> for Ending {
+    fn from(reason: Finish) -> Self {
+        match reason {
+            Finish::Stop => Self::Stop,
+            Finish::Length => Self::Length,
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Prompts and parameters to engine requests: defaults, and all limits that depend on the model.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use baton_engine::{CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
+use baton_text::{ReasoningMarkers, ReasoningSplitter};
+
+use crate::access::AccessRecord;
+use crate::error::ApiError;
+use crate::generate::Generation;
+use crate::generate::choice::ChoiceText;
+use crate::openai::params::Params;
+use crate::service::{Served, Service};
+
+/// A request whose prompts are encoded.
+pub(crate) struct Job {
+    /// At least one; each has `params.n` choices.
+    pub prompts: Vec<Vec<u32>>,
+    pub params: Params,
+    /// Tokens to generate if the request does not say, as far as there is room; `None` for all of the room.
+    pub default_max_tokens: Option<u32>,
+    /// The field that holds the prompts.
+    pub field: &'static str,
+    /// How to split the outputs.
+    pub reasoning: Option<Reasoning>,
+    /// When the request arrived.
+    pub arrival: Instant,
+    pub record: Arc<AccessRecord>,
+}
+
+/// How to split an output into reasoning and content.
+#[derive(Clone)]
+pub(crate) struct Reasoning {
+    pub markers: ReasoningMarkers,
+    /// The prompt ends inside reasoning.
+    pub starts_inside: bool,
+}
+
+/// Starts a generation: all choices of all prompts, or none.
+pub(crate) fn submit(service: &Service, served: &Arc<Served>, job: Job) -> Result<Generation, ApiError> {
+    let spec = served.engine.spec();
+    let (mut sampling, stop_token_ids) = resolve(&job.params, served)?;
+    let cache_scope = CacheScope(job.params.cache_salt.clone().unwrap_or_default().into_bytes());
+    let rooms = job.prompts.iter().map(|prompt| max_tokens(&job, prompt.len(), spec));
+    let rooms = rooms.collect::<Result<Vec<_>, _>>()?;
+    if let Some(&id) = job.prompts.iter().flatten().find(|&&id| id as usize >= spec.vocab_size) {
+        return Err(refusal(&SubmitError::TokenOutOfRange { id, vocab: spec.vocab_size }, job.field));
+    }
+
+    let mut streams: Vec<OutputStream> = Vec::new();
+    let prompt_tokens = job.prompts.iter().map(Vec::len).collect();
+    for (prompt, max_tokens) in job.prompts.into_iter().zip(rooms) {
+        let choices = (0..job.params.n).map(|choice| {
+            sampling.choice = choice;
+            Request {
+                prompt: prompt.clone(),
+                params: sampling.clone(),
+                max_tokens,
+                stop_token_ids: stop_token_ids.clone(),
+                deadline: service.config().queue_timeout,
+                cache_scope: cache_scope.clone(),
+            }
+        });
+        // If a later prompt is refused, the streams of the earlier ones are dropped, which aborts them.
+        let group = served.engine.submit_group(choices.collect()).map_err(|error| {
+            served.metrics.rejected(&error);
+            refusal(&error, job.field)
+        })?;
+        streams.extend(group);
+    }
+
+    let text = || {
+        let splitter = job.reasoning.clone().map(|r| ReasoningSplitter::new(r.markers, r.starts_inside));
+        let detokenizer = served.text.detokenizer(job.params.skip_special_tokens);
+        ChoiceText::new(detokenizer, job.params.stop.clone(), splitter)
+            .min_tokens(job.params.min_tokens)
+            .include_stop(job.params.include_stop_str_in_output)
+            .scored(job.params.logprobs.is_some())
+    };
+    let choices = streams.into_iter().map(|stream| (stream, text())).collect();
+    let meter = served.metrics.meter(job.arrival, job.record);
+    Ok(Generation::new(choices, prompt_tokens, job.params.n as usize, service.kill_switch(), meter))
+}
+
+/// The request's values, else the checkpoint's, else OpenAI's; and the tokens that end an output.
+fn resolve(params: &Params, served: &Served) -> Result<(SamplingParams, Vec<u32>), ApiError> {
+    let defaults = &served.card.defaults;
+    let vocab = served.engine.spec().vocab_size;
+    let in_vocab = |name: &str, id: u32| match (id as usize) < vocab {
+        true => Ok(()),
+        false => Err(ApiError::out_of_range(name, format!("token ids below {vocab}"))),
+    };
+    params.logit_bias.iter().try_for_each(|&(id, _)| in_vocab("logit_bias", id))?;
+    params.stop_token_ids.iter().try_for_each(|&id| in_vocab("stop_token_ids", id))?;
+
+    let mut ends = params.stop_token_ids.clone();
+    if !params.ignore_eos {
+        ends.extend(defaults.eos_token_ids.iter().copied().chain(served.text.eos_token_id()));
+    }
+    ends.sort_unstable();
+    ends.dedup();
+
+    let default_temperature = if defaults.do_sample == Some(false) { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
+    let sampling = SamplingParams {
+        temperature: params.temperature.unwrap_or(default_temperature),
+        top_k: params.top_k.or(defaults.top_k).unwrap_or(0),
+        top_p: params.top_p.or(defaults.top_p).unwrap_or(1.0),
+        min_p: params.min_p.or(defaults.min_p).unwrap_or(0.0),
+        repetition_penalty: params.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
+        presence_penalty: params.presence_penalty,
+        frequency_penalty: params.frequency_penalty,
+        logit_bias: params.logit_bias.clone(),
+        suppressed_until_min: if params.min_tokens > 0 { ends.clone() } else { Vec::new() },
+        min_tokens: params.min_tokens,
+        seed: params.seed.unwrap_or_else(rand::random),
+        choice: 0,
+        logprobs: params.logprobs,
+    };
+    Ok((sampling, ends))
+}
+
+/// How many tokens a prompt of this length may get.
+fn max_tokens(job: &Job, prompt: usize, spec: &RunSpec) -> Result<u32, ApiError> {
+    let context = spec.max_model_len;
+    let room = context.saturating_sub(prompt);
+    if room == 0 {
+        return Err(ApiError::context_length(job.field, prompt, None, context));
+    }
+    if let Some(requested) = job.params.max_tokens {
+        return match requested as usize <= room {
+            true => Ok(requested),
+            false => Err(ApiError::context_length(job.field, prompt, Some(requested), context)),
+        };
+    }
+    // The last token is never stored, so one more than the cache holds fits.
+    let stored = (spec.num_blocks * spec.block_size + 1).saturating_sub(prompt).max(1);
+    let wanted = job.default_max_tokens.map_or(usize::MAX, |tokens| tokens.max(job.params.min_tokens) as usize);
+    Ok(wanted.min(room).min(stored) as u32)
+}
+
+/// The engine's refusal on the wire.
+fn refusal(error: &SubmitError, field: &str) -> ApiError {
+    match *error {
+        SubmitError::QueueFull { .. } => ApiError::overloaded(),
+        SubmitError::PromptEmpty => ApiError::out_of_range(field, "at least one token long"),
+        SubmitError::TooLong { prompt, max_tokens, max_model_len } => {
+            ApiError::context_length(field, prompt, Some(max_tokens), max_model_len)
+        }
+        SubmitError::DoesNotFit { needed_blocks, total_blocks } => {
+            ApiError::cache_size(field, needed_blocks, total_blocks)
+        }
+        SubmitError::TokenOutOfRange { vocab, .. } => ApiError::out_of_range(field, format!("token ids below {vocab}")),
+        SubmitError::Draining => ApiError::draining(),
+        SubmitError::EngineDown => ApiError::engine_down(),
+        SubmitError::MaxTokensZero => ApiError::out_of_range("max_tokens", "at least 1"),
+    }
+}

@@ -1,0 +1,107 @@
+//! Metrics that the engine counts, as of its last step.
+
+use baton_engine::{EngineStats, RunSpec, StepTokens};
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+
+/// The engine's metrics under these labels.
+pub(super) fn families(labels: &[(&'static str, String)], stats: &EngineStats, spec: &RunSpec) -> Vec<MetricFamily> {
+    let labels = |more: &[(&str, &str)]| -> Vec<LabelPair> {
+        let given = labels.iter().map(|(name, value)| (*name, value.as_str()));
+        given.chain(more.iter().copied()).map(|(name, value)| label(name, value)).collect()
+    };
+    let gauges = |name: &str, help: &str, values: &[(&[(&str, &str)], f64)]| {
+        family(name, help, MetricType::GAUGE, values.iter().map(|(more, value)| gauge(labels(more), *value)).collect())
+    };
+    let gauge = |name: &str, help: &str, value: f64| gauges(name, help, &[(&[], value)]);
+    let counter = |name: &str, help: &str, value: u64| {
+        let mut counter = Counter::default();
+        counter.set_value(value as f64);
+        let mut metric = Metric::from_label(labels(&[]));
+        metric.set_counter(counter);
+        family(name, help, MetricType::COUNTER, vec![metric])
+    };
+    let (waiting, blocks) = (stats.waiting as f64, &stats.blocks);
+    let (block_size, num_blocks) = (spec.block_size.to_string(), spec.num_blocks.to_string());
+    let cache = [("block_size", block_size.as_str()), ("num_gpu_blocks", num_blocks.as_str())];
+    let step_seconds = stats.step_under_way.unwrap_or_default().as_secs_f64();
+    vec![
+        gauge("vllm:num_requests_running", "Sequences in the batch.", stats.running as f64),
+        gauge("vllm:num_requests_waiting", "Sequences that wait.", waiting),
+        gauges(
+            "vllm:num_requests_waiting_by_reason",
+            "Sequences that wait, by reason.",
+            &[(&[("reason", "capacity")], waiting), (&[("reason", "deferred")], 0.0)],
+        ),
+        gauge("vllm:kv_cache_usage_perc", "Part of the cache held by running sequences, 1 is all.", blocks.usage()),
+        counter("vllm:num_preemptions_total", "Sequences that lost their cache blocks.", stats.preemptions),
+        counter("vllm:prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens_computed),
+        counter("vllm:generation_tokens_total", "Tokens generated.", stats.generated_tokens),
+        counter("vllm:prompt_tokens_cached_total", "Prompt tokens served from the cache.", stats.prefix_hit_tokens),
+        counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up.", stats.prefix_query_tokens),
+        counter("vllm:prefix_cache_hits_total", "Prompt tokens found.", stats.prefix_hit_tokens),
+        family(
+            "vllm:iteration_tokens_total",
+            "Tokens computed per step.",
+            MetricType::HISTOGRAM,
+            vec![step_tokens(labels(&[]), &stats.step_tokens)],
+        ),
+        gauges("vllm:cache_config_info", "Settings of the cache, as labels.", &[(&cache, 1.0)]),
+        gauge("baton_engine_alive", "1 while the engine takes steps.", f64::from(u8::from(stats.alive))),
+        gauge("baton_step_under_way_seconds", "How long the step under way has been running.", step_seconds),
+        gauges(
+            "baton_kv_blocks",
+            "Cache blocks, by state.",
+            &[
+                (&[("state", "used")], blocks.used as f64),
+                (&[("state", "cached")], blocks.cached as f64),
+                (&[("state", "free")], blocks.free as f64),
+            ],
+        ),
+        counter("baton_dropped_events_total", "Events whose client had left.", stats.dropped_events),
+        counter("baton_failed_steps_total", "Steps that failed as a whole.", stats.failed_steps),
+    ]
+}
+
+fn label(name: &str, value: &str) -> LabelPair {
+    let mut pair = LabelPair::default();
+    pair.set_name(name.to_owned());
+    pair.set_value(value.to_owned());
+    pair
+}
+
+fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) -> MetricFamily {
+    let mut family = MetricFamily::default();
+    family.set_name(name.to_owned());
+    family.set_help(help.to_owned());
+    family.set_field_type(kind);
+    family.set_metric(metrics);
+    family
+}
+
+fn gauge(labels: Vec<LabelPair>, value: f64) -> Metric {
+    let mut gauge = Gauge::default();
+    gauge.set_value(value);
+    let mut metric = Metric::from_label(labels);
+    metric.set_gauge(gauge);
+    metric
+}
+
+fn step_tokens(labels: Vec<LabelPair>, steps: &StepTokens) -> Metric {
+    let mut cumulative = 0;
+    // The last bucket is the one without bound, which the exposition adds itself.
+    let finite = steps.buckets.iter().take(steps.buckets.len() - 1).enumerate();
+    let buckets = finite.map(|(exponent, count)| {
+        cumulative += count;
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound(f64::from(1_u32 << exponent));
+        bucket.set_cumulative_count(cumulative);
+        bucket
+    });
+    let mut histogram = Histogram::default();
+    histogram.set_bucket(buckets.collect());
+    histogram.set_sample_sum(steps.sum as f64);
+    histogram.set_sample_count(steps.count);
+    let mut metric = Metric::from_label(labels);
+    metric.set_histogram(histogram);
+    metric
+}

@@ -1,0 +1,113 @@
+//! The request of `/v1/chat/completions`.
+
+use serde_json::{Map, Value};
+
+use crate::error::ApiError;
+use crate::fields::Fields;
+use crate::openai::messages;
+use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
+
+/// A chat request within every range that does not depend on the model.
+#[derive(Debug)]
+pub(crate) struct ChatRequest {
+    pub model: Option<String>,
+    /// As the template takes them.
+    pub messages: Vec<Value>,
+    pub add_generation_prompt: bool,
+    pub continue_final_message: bool,
+    pub template_kwargs: Map<String, Value>,
+    pub params: Params,
+    /// Fields that are without effect only because the server is lenient.
+    pub ignored: Vec<String>,
+}
+
+impl ChatRequest {
+    /// Reads the body. `budget`: JSON values that may still be read, for documents inside strings.
+    pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool, budget: &mut usize) -> Result<Self, ApiError> {
+        let mut fields = Fields::new(body);
+        let model = fields.string("model")?;
+        let messages = messages::read(&mut fields, budget)?;
+        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
+        let add_generation_prompt = fields.bool("add_generation_prompt")?.unwrap_or(!continue_final_message);
+        if continue_final_message && add_generation_prompt {
+            let message = "continue_final_message cannot be combined with add_generation_prompt";
+            return Err(ApiError::invalid("continue_final_message", message));
+        }
+        let template_kwargs = template_kwargs(&mut fields)?;
+
+        let mut params = Params::read(&mut fields, max_n)?;
+        params.logprobs = logprobs(&mut fields)?;
+        match (params.max_tokens, fields.count("max_completion_tokens", 1)?) {
+            (Some(old), Some(new)) if old != new => {
+                let message = "max_tokens and max_completion_tokens are synonyms and must not differ";
+                return Err(ApiError::invalid("max_completion_tokens", message));
+            }
+            (old, new) => params.max_tokens = new.or(old),
+        }
+        let params = params.checked()?;
+        let ignored = refuse_rest(fields, lenient)?;
+        Ok(Self { model, messages, add_generation_prompt, continue_final_message, template_kwargs, params, ignored })
+    }
+}
+
+fn logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let wanted = fields.bool("logprobs")?.unwrap_or(false);
+    match fields.integer("top_logprobs", 0..=MAX_TOP_LOGPROBS)? {
+        Some(_) if !wanted => Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs: true")),
+        top => Ok(wanted.then_some(top.unwrap_or(0) as u32)),
+    }
+}
+
+/// Most entries of `chat_template_kwargs`.
+const MAX_KWARGS: usize = 32;
+/// Longest name or string there, in bytes.
+const MAX_KWARG_BYTES: usize = 256;
+
+/// `chat_template_kwargs`, with what the request says about thinking in other words. The former win.
+fn template_kwargs(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
+    let mut kwargs = Map::new();
+    let mut think = |on: bool| {
+        // Qwen's and DeepSeek's names for the same switch.
+        kwargs.insert("enable_thinking".into(), on.into());
+        kwargs.insert("thinking".into(), on.into());
+    };
+    if let Some(mut thinking) = fields.object("thinking")? {
+        let kind = thinking.string("type")?;
+        match thinking.required("type", kind)?.as_str() {
+            "enabled" => think(true),
+            "disabled" => think(false),
+            _ => return Err(ApiError::out_of_range("thinking.type", "enabled or disabled")),
+        }
+        thinking.finish()?;
+    }
+    match fields.string("reasoning_effort")?.as_deref() {
+        None => {}
+        Some("none") => think(false),
+        Some(effort @ ("minimal" | "low" | "medium" | "high" | "xhigh" | "max")) => {
+            kwargs.insert("reasoning_effort".into(), effort.into());
+        }
+        Some(_) => {
+            return Err(ApiError::out_of_range("reasoning_effort", "none, minimal, low, medium, high, xhigh or max"));
+        }
+    }
+    let given = fields.object("chat_template_kwargs")?.map(Fields::into_rest).unwrap_or_default();
+    if given.len() > MAX_KWARGS {
+        let accepted = format!("an object of at most {MAX_KWARGS} entries");
+        return Err(ApiError::out_of_range("chat_template_kwargs", accepted));
+    }
+    for (name, value) in given {
+        let is_name = name.len() <= MAX_KWARG_BYTES && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        let is_plain = match &value {
+            Value::Null => continue,
+            Value::Bool(_) | Value::Number(_) => true,
+            Value::String(text) => text.len() <= MAX_KWARG_BYTES,
+            _ => false,
+        };
+        if !is_name || !is_plain {
+            let accepted = format!("booleans, numbers and strings of at most {MAX_KWARG_BYTES} bytes, by plain names");
+            return Err(ApiError::out_of_range("chat_template_kwargs", accepted));
+        }
+        kwargs.insert(name, value);
+    }
+    Ok(kwargs)
+}

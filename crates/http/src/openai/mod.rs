@@ -1,0 +1,12 @@
+//! The wire types of the OpenAI-compatible endpoints: requests as they are read, replies as they are written.
+//!
+//! Nothing here knows of axum, the engine or the tokenizer's work; a request that leaves this module is within every
+//! range that does not depend on the model.
+
+pub(crate) mod chat;
+pub(crate) mod chat_request;
+pub(crate) mod completion;
+pub(crate) mod messages;
+pub(crate) mod models;
+pub(crate) mod params;
+pub(crate) mod shared;

@@ -1,0 +1,144 @@
+//! What the replies of chat and completions have in common, and the seam between a generation and its wire form.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Serialize, Serializer};
+
+use crate::generate::{Output, Score};
+use crate::service::ModelCard;
+
+/// How an endpoint writes a generation. Both forms are made of the same pieces, so that joined chunks equal the whole.
+pub(crate) trait Format: Send + Sync + Unpin + 'static {
+    /// Writes one chunk of a stream, or nothing if the format has none for this piece.
+    fn chunk(&self, out: &mut Vec<u8>, piece: &Piece);
+    /// Writes the whole reply.
+    fn whole(&self, out: &mut Vec<u8>, outputs: &[Output], usage: &Usage);
+}
+
+/// A piece of a streamed reply, in the order in which they come: all `Open`, then `Text` and one `Finish` per choice,
+/// then `Usage` if asked for.
+pub(crate) enum Piece<'a> {
+    /// A choice exists.
+    Open { index: usize },
+    /// Text of a choice, and the scores that belong to it.
+    Text { index: usize, segment: &'a baton_text::Segment, scores: &'a [Score] },
+    /// A choice is complete; scores of tokens that showed no text.
+    Finish { index: usize, reason: Finish, scores: &'a [Score] },
+    /// All choices are complete.
+    Usage(&'a Usage),
+}
+
+/// Why a choice is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Finish {
+    /// The model ended it, or a stop string or token did.
+    Stop,
+    /// It has as many tokens as it may.
+    Length,
+}
+
+/// What all chunks of a reply repeat.
+#[derive(Debug, Clone)]
+pub(crate) struct Envelope {
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    pub model: String,
+    pub system_fingerprint: String,
+    /// Streams: end with usage, and say `usage: null` until then.
+    pub include_usage: bool,
+}
+
+impl Envelope {
+    /// A new reply by a model under this name. `kind` begins its id.
+    pub fn new(kind: &str, model: String, card: &ModelCard, include_usage: bool) -> Self {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            id: format!("{kind}-{:032x}", rand::random::<u128>()),
+            created: since_1970.as_secs(),
+            model,
+            system_fingerprint: card.system_fingerprint.clone(),
+            include_usage,
+        }
+    }
+
+    /// The `usage` of a chunk: absent, null or there.
+    pub fn usage<'a>(&self, usage: Option<&'a Usage>) -> Option<Option<&'a Usage>> {
+        self.include_usage.then_some(usage)
+    }
+}
+
+/// The outer object of every reply and chunk.
+#[derive(Serialize)]
+pub(crate) struct Reply<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: &'a [C],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<&'a Usage>>,
+}
+
+impl<'a, C: Serialize> Reply<'a, C> {
+    /// Writes a reply or chunk.
+    pub fn write(
+        out: &mut Vec<u8>,
+        envelope: &'a Envelope,
+        object: &'static str,
+        choices: &'a [C],
+        usage: Option<Option<&'a Usage>>,
+    ) {
+        let Envelope { id, created, model, system_fingerprint, .. } = envelope;
+        let reply = Self { id, object, created: *created, model, system_fingerprint, choices, usage };
+        serde_json::to_writer(out, &reply).expect("writing plain data into memory cannot fail");
+    }
+}
+
+/// Tokens of a reply, all choices together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    /// Each prompt once, however many choices it has.
+    pub prompt_tokens: usize,
+    /// Those that were found in the prefix cache.
+    pub cached_tokens: usize,
+    pub completion_tokens: usize,
+    /// Those spent on reasoning.
+    pub reasoning_tokens: usize,
+}
+
+impl Serialize for Usage {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Prompt {
+            cached_tokens: usize,
+        }
+        #[derive(Serialize)]
+        struct Completion {
+            reasoning_tokens: usize,
+        }
+        #[derive(Serialize)]
+        struct Wire {
+            prompt_tokens: usize,
+            completion_tokens: usize,
+            total_tokens: usize,
+            prompt_tokens_details: Prompt,
+            completion_tokens_details: Completion,
+        }
+        let wire = Wire {
+            prompt_tokens: self.prompt_tokens,
+            completion_tokens: self.completion_tokens,
+            total_tokens: self.prompt_tokens + self.completion_tokens,
+            prompt_tokens_details: Prompt { cached_tokens: self.cached_tokens },
+            completion_tokens_details: Completion { reasoning_tokens: self.reasoning_tokens },
+        };
+        wire.serialize(serializer)
+    }
+}
+
+/// A log-probability as it is sent: JSON has no infinity.
+pub(crate) fn finite(logprob: f32) -> f32 {
+    logprob.max(-9999.0)
+}

@@ -1,0 +1,69 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::{Extension, Request, State};
+use axum::response::Response;
+use baton_text::{ChatInput, TextError, TextModel};
+
+use crate::access::AccessRecord;
+use crate::error::ApiError;
+use crate::extract;
+use crate::generate::{Job, Reasoning, respond, submit};
+use crate::openai::chat::ChatFormat;
+use crate::openai::chat_request::ChatRequest;
+use crate::openai::shared::Envelope;
+use crate::routes::warn;
+use crate::service::Service;
+
+pub(super) async fn create(
+    State(service): State<Service>,
+    Extension(record): Extension<Arc<AccessRecord>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let arrival = Instant::now();
+    let (config, served) = (service.config(), service.served()?);
+    let mut body = extract::json(request, config).await?;
+    let request = ChatRequest::read(body.object, config.max_n, config.lenient, &mut body.values_left)?;
+    let model = served.name(request.model.as_deref())?;
+
+    let chat = ChatInput {
+        messages: request.messages.into(),
+        tools: None,
+        add_generation_prompt: request.add_generation_prompt,
+        continue_final_message: request.continue_final_message,
+        kwargs: request.template_kwargs,
+    };
+    let text = served.text.clone();
+    let (prompt, starts_inside) = service.text_work(move || encode(&text, &chat)).await?;
+
+    let (params, defaults) = (request.params, &served.card.defaults);
+    let (stream, include_usage) = (params.stream, params.include_usage);
+    let format = ChatFormat {
+        envelope: Envelope::new("chatcmpl", model, &served.card, stream && include_usage),
+        text: served.text.clone(),
+        logprobs: params.logprobs.is_some(),
+    };
+    let job = Job {
+        prompts: vec![prompt],
+        params,
+        default_max_tokens: defaults.max_new_tokens,
+        field: "messages",
+        reasoning: served.text.reasoning_markers().map(|markers| Reasoning { markers, starts_inside }),
+        arrival,
+        record,
+    };
+    let generation = submit(&service, &served, job)?;
+    let mut response = respond(generation, format, stream, include_usage, config.keep_alive).await?;
+    warn(&mut response, &request.ignored);
+    Ok(response)
+}
+
+/// The prompt's ids, and whether it ends inside reasoning.
+fn encode(text: &TextModel, chat: &ChatInput) -> Result<(Vec<u32>, bool), ApiError> {
+    let refuse = |error: TextError| ApiError::invalid("messages", error.to_string());
+    let rendered = text.render_chat(chat, chrono::Local::now().naive_local()).map_err(refuse)?;
+    let prompt = text.encode_chat(&rendered).map_err(refuse)?;
+    Ok((prompt, text.prompt_opens_reasoning(chat, &rendered)))
+}

@@ -1,0 +1,125 @@
+//! The routes, and the layers around them.
+
+mod chat;
+mod completions;
+mod health;
+mod models;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::State;
+use axum::middleware::{from_fn_with_state, map_response};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
+use http::header::{CONTENT_TYPE, WARNING};
+use http::{HeaderValue, Method, StatusCode};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::error::ApiError;
+use crate::service::Service;
+use crate::{access, admission, auth};
+
+/// All routes of a service. Every reply that is not 2xx is an error object.
+pub fn router(service: Service) -> Router {
+    let inference = |route: MethodRouter<Service>| {
+        // Only on the methods of the route: another one is refused as such, not as overload.
+        route.route_layer(from_fn_with_state(service.clone(), admission::layer))
+    };
+    let routes = Router::new()
+        .route("/v1/chat/completions", inference(post(chat::create)))
+        .route("/v1/completions", inference(post(completions::create)))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::one))
+        .route("/live", get(health::live))
+        .route("/health/live", get(health::live))
+        .route("/v2/health/live", get(health::live))
+        .route("/ready", get(health::ready))
+        .route("/health", get(health::ready))
+        .route("/health/ready", get(health::ready))
+        .route("/v2/health/ready", get(health::ready))
+        .route("/startup", get(health::startup))
+        .route("/health/startup", get(health::startup))
+        .route("/version", get(health::version))
+        .route("/metrics", get(metrics));
+    wrap(routes, service)
+}
+
+/// Adds what every route has: from the outside in, request id and log, panics caught, keys.
+fn wrap(routes: Router<Service>, service: Service) -> Router {
+    routes
+        .fallback(async || ApiError::route_not_found())
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(service.clone(), auth::layer))
+        .layer(CatchPanicLayer::custom(|_| ApiError::internal().into_response()))
+        .layer(map_response(no_plain_refusals))
+        .layer(from_fn_with_state(service.clone(), access::layer))
+        .with_state(service)
+}
+
+/// The header `allow` is added by the router.
+async fn method_not_allowed(method: Method) -> Response {
+    match method {
+        Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
+        _ => ApiError::method_not_allowed().into_response(),
+    }
+}
+
+/// Whatever refusal is not ours, for example the framework's of a path that does not decode, becomes one of ours.
+async fn no_plain_refusals(response: Response<Body>) -> Response {
+    let json = response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == "application/json");
+    match response.status() {
+        status if json || !(status.is_client_error() || status.is_server_error()) => response,
+        status if status.is_client_error() => ApiError::route_not_found().into_response(),
+        _ => ApiError::internal().into_response(),
+    }
+}
+
+async fn metrics(State(service): State<Service>) -> Response {
+    let served = service.loaded();
+    let metrics = service.metrics();
+    metrics.ready.set(i64::from(service.ready().is_ok()));
+    let text = metrics.expose(served.as_ref().map(|served| (&*served.metrics, &served.engine)));
+    ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
+}
+
+/// Names the parameters that were ignored because the server is lenient.
+fn warn(response: &mut Response, ignored: &[String]) {
+    if ignored.is_empty() {
+        return;
+    }
+    let printable = |name: &&String| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && name.len() <= 64;
+    let names: Vec<_> = ignored.iter().filter(printable).take(32).map(String::as_str).collect();
+    let text = format!("299 baton \"ignored parameters: {}\"", names.join(", "));
+    if let Ok(value) = HeaderValue::try_from(text) {
+        response.headers_mut().insert(WARNING, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::service::ServiceConfig;
+
+    #[tokio::test]
+    async fn a_panic_in_a_handler_is_a_500_object_and_the_next_request_is_served() {
+        let service = Service::new(ServiceConfig::default());
+        let routes = Router::new()
+            .route("/panic", get(async || -> Response { panic!("canary") }))
+            .route("/fine", get(async || "fine"));
+        let router = wrap(routes, service);
+        let call = |path: &str| router.clone().oneshot(Request::get(path).body(Body::empty()).unwrap());
+
+        let response = call("/panic").await.unwrap();
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(response.headers().contains_key("x-request-id"));
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let error: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(error["error"]["type"], "server_error");
+        assert!(!error.to_string().contains("canary"));
+        assert_eq!(call("/fine").await.unwrap().status(), StatusCode::OK);
+    }
+}

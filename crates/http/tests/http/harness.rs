@@ -1,0 +1,311 @@
+//! A real server on a real socket, over the engine on a mock runner, and a client that sends exactly what it is told.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_engine::sim::{MockControl, MockModel, MockRunner};
+use baton_engine::{EngineConfig, EngineHandle, RunSpec};
+use baton_http::{Defaults, ModelCard, Service, ServiceConfig};
+use baton_text::{TextFiles, TextModel};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+/// No test waits longer for anything.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the mock model answers unless told otherwise.
+pub const REPLY: &str = "<think>\nadd them\n</think>\n\nHello, wörld 你好! 12 STOP 34";
+
+/// The parts of `REPLY`.
+pub const REASONING: &str = "add them";
+pub const CONTENT: &str = "Hello, wörld 你好! 12 STOP 34";
+
+pub struct Setup {
+    pub reply: String,
+    pub config: ServiceConfig,
+    pub engine: EngineConfig,
+    pub spec: RunSpec,
+    pub defaults: Defaults,
+    pub drain_timeout: Duration,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            reply: REPLY.into(),
+            config: ServiceConfig::default(),
+            engine: EngineConfig::default(),
+            spec: RunSpec {
+                vocab_size: 1024,
+                max_model_len: 512,
+                block_size: 4,
+                num_blocks: 512,
+                max_step_tokens: 256,
+                max_step_sequences: 32,
+            },
+            defaults: Defaults::default(),
+            drain_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+pub struct Server {
+    pub addr: SocketAddr,
+    pub service: Service,
+    pub engine: EngineHandle,
+    pub text: Arc<TextModel>,
+    pub control: MockControl,
+    pub shutdown: CancellationToken,
+    pub served: JoinHandle<std::io::Result<()>>,
+}
+
+const TEXT_FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+
+fn read(name: &str) -> Vec<u8> {
+    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus").join(name)).unwrap()
+}
+
+/// The bundled model's tokenizer and template.
+pub fn abacus() -> TextModel {
+    let files = TEXT_FILES.map(read);
+    TextModel::new(&TextFiles {
+        tokenizer_json: &files[0],
+        tokenizer_config: Some(&files[1]),
+        special_tokens_map: Some(&files[2]),
+        chat_template_jinja: None,
+    })
+    .unwrap()
+}
+
+/// The bundled model's tokenizer, and another template or none.
+pub fn abacus_with(template: Option<&str>) -> TextModel {
+    TextModel::new(&TextFiles {
+        tokenizer_json: &read(TEXT_FILES[0]),
+        tokenizer_config: None,
+        special_tokens_map: Some(&read(TEXT_FILES[2])),
+        chat_template_jinja: template.map(str::as_bytes),
+    })
+    .unwrap()
+}
+
+impl Setup {
+    pub async fn start(self) -> Server {
+        let server = self.start_loading().await;
+        server.0.install(server.1);
+        server.0
+    }
+
+    /// A server whose model is still to be installed.
+    pub async fn start_loading(self) -> (Server, ModelCard) {
+        let text = Arc::new(abacus());
+        let model =
+            MockModel::Script { reply: text.encode(&self.reply, false).unwrap(), end: text.eos_token_id().unwrap() };
+        let runner = MockRunner::new(self.spec, model);
+        let control = runner.control();
+        let (engine, _) = baton_engine::spawn(Box::new(runner), self.engine);
+        let service = Service::new(self.config);
+        let card = ModelCard {
+            names: vec!["tiny".into(), "org/tiny".into()],
+            created: 1_790_000_000,
+            owned_by: "local".into(),
+            system_fingerprint: "fp_test".into(),
+            defaults: self.defaults,
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let serve = baton_http::serve(listener, service.clone(), shutdown.clone(), self.drain_timeout);
+        let served = tokio::spawn(serve);
+        (Server { addr, service, engine, text, control, shutdown, served }, card)
+    }
+}
+
+/// An HTTP reply.
+#[derive(Debug)]
+pub struct Reply {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: String,
+}
+
+impl Reply {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("no JSON: {self:?}"))
+    }
+
+    /// Checks the form of the error object and returns its code.
+    #[track_caller]
+    pub fn error_code(&self) -> String {
+        assert_eq!(self.header("content-type"), Some("application/json"), "{self:?}");
+        let json = self.json();
+        let error = json["error"].as_object().unwrap_or_else(|| panic!("no error object: {self:?}"));
+        assert_eq!(error.keys().collect::<Vec<_>>(), ["message", "type", "param", "code"]);
+        assert!(error["message"].as_str().unwrap().chars().count() <= 300);
+        assert!(error["param"].is_null() || error["param"].is_string());
+        error["code"].as_str().unwrap().to_owned()
+    }
+
+    /// The events of a stream, comments and `[DONE]` included.
+    pub fn events(&self) -> Vec<&str> {
+        assert_eq!(self.header("content-type"), Some("text/event-stream"), "{self:?}");
+        assert!(self.body.ends_with("\n\n"));
+        let data = |event: &'_ str| -> usize { event.find("data: ").map_or(0, |start| start + 6) };
+        self.body.split_terminator("\n\n").map(|event| &event[data(event)..]).collect()
+    }
+
+    /// The chunks of a stream that ended well.
+    #[track_caller]
+    pub fn chunks(&self) -> Vec<Value> {
+        let events = self.events();
+        let (done, chunks) = events.split_last().unwrap();
+        assert_eq!(*done, "[DONE]");
+        chunks.iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect()
+    }
+
+    fn parse(bytes: &[u8]) -> Self {
+        let end = bytes.windows(4).position(|w| w == b"\r\n\r\n").expect("a complete head");
+        let head = std::str::from_utf8(&bytes[..end]).unwrap();
+        let mut lines = head.lines();
+        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+        let header = |line: &str| {
+            let (name, value) = line.split_once(':').unwrap();
+            (name.to_ascii_lowercase(), value.trim().to_owned())
+        };
+        let headers: Vec<_> = lines.map(header).collect();
+        let chunked = headers.iter().any(|(name, value)| name == "transfer-encoding" && value == "chunked");
+        let body = &bytes[end + 4..];
+        let body = if chunked { unchunked(body) } else { body.to_vec() };
+        Self { status, headers, body: String::from_utf8(body).unwrap() }
+    }
+}
+
+fn unchunked(mut bytes: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    loop {
+        let line = bytes.windows(2).position(|w| w == b"\r\n").expect("a chunk size");
+        let size = usize::from_str_radix(std::str::from_utf8(&bytes[..line]).unwrap(), 16).unwrap();
+        if size == 0 {
+            return body;
+        }
+        body.extend_from_slice(&bytes[line + 2..line + 2 + size]);
+        bytes = &bytes[line + 2 + size + 2..];
+    }
+}
+
+/// The bytes of a request.
+pub fn request(method: &str, path: &str, headers: &str, body: &[u8]) -> Vec<u8> {
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+    );
+    [head.as_bytes(), body].concat()
+}
+
+impl Server {
+    pub fn install(&self, card: ModelCard) {
+        self.service.install(self.engine.clone(), self.text.clone(), card);
+    }
+
+    pub async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.addr).await.unwrap()
+    }
+
+    /// Sends bytes and reads until the server closes.
+    pub async fn raw(&self, bytes: &[u8]) -> Reply {
+        let mut stream = self.connect().await;
+        // The server may answer and close before it has read everything.
+        let _ = stream.write_all(bytes).await;
+        read_all(stream).await
+    }
+
+    pub async fn get(&self, path: &str) -> Reply {
+        self.raw(&request("GET", path, "", b"")).await
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Reply {
+        self.raw(&request("POST", path, "content-type: application/json\r\n", body.to_string().as_bytes())).await
+    }
+
+    /// A chat of one user message, with further fields.
+    pub async fn chat(&self, fields: Value) -> Reply {
+        self.post(CHAT, &with(chat_body(), fields)).await
+    }
+
+    pub async fn completion(&self, fields: Value) -> Reply {
+        self.post(COMPLETIONS, &with(json!({"prompt": "What is 1 + 1?", "max_tokens": 100}), fields)).await
+    }
+
+    /// Sends a chat and leaves the connection open.
+    pub async fn open_chat(&self, fields: Value) -> TcpStream {
+        let mut stream = self.connect().await;
+        let body = with(chat_body(), fields).to_string();
+        stream.write_all(&request("POST", CHAT, "", body.as_bytes())).await.unwrap();
+        stream
+    }
+
+    /// Waits until a condition on the engine holds.
+    #[track_caller]
+    pub fn until<'a>(
+        &'a self,
+        what: &'a str,
+        condition: impl Fn(&baton_engine::EngineStats) -> bool + 'a,
+    ) -> impl Future<Output = ()> + 'a {
+        eventually(what, move || condition(&self.engine.stats()))
+    }
+
+    pub async fn blocks_are_free(&self) {
+        self.until("all blocks free", |s| s.running == 0 && s.waiting == 0 && s.blocks.used == 0).await;
+    }
+}
+
+pub const CHAT: &str = "/v1/chat/completions";
+pub const COMPLETIONS: &str = "/v1/completions";
+
+pub fn chat_body() -> Value {
+    json!({"messages": [{"role": "user", "content": "What is 1 + 1?"}]})
+}
+
+/// `body` with these fields set.
+pub fn with(mut body: Value, fields: Value) -> Value {
+    for (name, value) in fields.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    body
+}
+
+pub async fn read_all(mut stream: TcpStream) -> Reply {
+    let mut bytes = Vec::new();
+    let _ = timeout(PATIENCE, stream.read_to_end(&mut bytes)).await.expect("the server answers and closes");
+    Reply::parse(&bytes)
+}
+
+/// Reads until the text so far contains `marker`.
+pub async fn read_until(stream: &mut TcpStream, marker: &str) -> String {
+    let mut bytes = Vec::new();
+    while !String::from_utf8_lossy(&bytes).contains(marker) {
+        let read = timeout(PATIENCE, stream.read_buf(&mut bytes)).await.expect("more to read").unwrap();
+        assert!(read > 0, "closed before {marker}: {}", String::from_utf8_lossy(&bytes));
+    }
+    String::from_utf8(bytes).unwrap()
+}
+
+/// Waits until a condition holds.
+pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("never: {what}"));
+}

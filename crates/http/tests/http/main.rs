@@ -1,0 +1,7 @@
+//! The service through real sockets: engine on the mock runner, tokenizer and template of the bundled model.
+
+mod generation;
+mod harness;
+mod lifecycle;
+mod operations;
+mod refusals;

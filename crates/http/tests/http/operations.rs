@@ -1,0 +1,263 @@
+//! Keys, ids, probes, models, metrics and logs.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use baton_http::ApiKey;
+use serde_json::json;
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::harness::{CHAT, COMPLETIONS, Server, Setup, chat_body, request, with};
+
+const PUBLIC: [&str; 10] = [
+    "/live",
+    "/ready",
+    "/startup",
+    "/health",
+    "/health/live",
+    "/health/ready",
+    "/health/startup",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/version",
+];
+
+async fn guarded() -> Server {
+    let mut setup = Setup::default();
+    setup.config.api_keys = ["first-key", "second-key"].map(|key| ApiKey::new(key.into()).unwrap()).to_vec();
+    setup.start().await
+}
+
+#[tokio::test]
+async fn every_route_but_the_public_ones_needs_a_key() {
+    let server = guarded().await;
+    let closed = [
+        ("POST", CHAT),
+        ("GET", CHAT),
+        ("POST", COMPLETIONS),
+        ("GET", "/v1/models"),
+        ("HEAD", "/v1/models"),
+        ("GET", "/v1/models/tiny"),
+        ("OPTIONS", CHAT),
+        ("GET", "//v1/models"),
+        ("GET", "/v1/../live"),
+        ("GET", "/v1%2fmodels"),
+        ("GET", "/live/"),
+        ("GET", "/LIVE"),
+        ("GET", "/nope"),
+        ("GET", "http://elsewhere/v1/models"),
+    ];
+    for (method, path) in closed {
+        let wrong =
+            ["", "authorization: first-key\r\n", "authorization: Bearer first-ke\r\n", "authorization: Bearer\r\n"];
+        for headers in wrong {
+            let reply = server.raw(&request(method, path, headers, b"{}")).await;
+            assert_eq!(reply.status, 401, "{method} {path} {headers}");
+            if method != "HEAD" {
+                assert_eq!(reply.error_code(), "invalid_api_key");
+                assert!(!reply.body.contains("first-ke"));
+            }
+        }
+    }
+    for path in PUBLIC {
+        assert_eq!(server.get(path).await.status, 200, "{path}");
+    }
+    assert_eq!(server.get("/metrics").await.status, 200, "open on loopback");
+    for key in ["Bearer first-key", "bearer second-key"] {
+        let reply = server.raw(&request("GET", "/v1/models", &format!("authorization: {key}\r\n"), b"")).await;
+        assert_eq!(reply.status, 200);
+    }
+    let absolute = request("GET", "http://elsewhere/v1/models", "authorization: Bearer first-key\r\n", b"");
+    assert_eq!(server.raw(&absolute).await.status, 200);
+}
+
+#[test]
+fn keys_are_not_shown() {
+    assert_eq!(format!("{:?}", ApiKey::new("secret".into()).unwrap()), "ApiKey(…)");
+    assert!(ApiKey::new(String::new()).is_none() && ApiKey::new("a b".into()).is_none());
+}
+
+#[tokio::test]
+async fn request_ids_are_echoed_if_they_are_ids_and_made_otherwise() {
+    let server = Setup::default().start().await;
+    let longest = "x".repeat(128);
+    for id in ["abc-1", "{!}", &longest] {
+        let reply = server.raw(&request("GET", "/live", &format!("x-request-id: {id}\r\n"), b"")).await;
+        assert_eq!(reply.header("x-request-id"), Some(id));
+    }
+    let too_long = format!("x-request-id: {}\r\n", "x".repeat(129));
+    for headers in
+        ["", "x-request-id: a b\r\n", "x-request-id: \u{e9}\r\n", "x-request-id: a\r\nx-request-id: b\r\n", &too_long]
+    {
+        let reply = server.raw(&request("GET", "/nope", headers, b"")).await;
+        assert_eq!(reply.status, 404);
+        assert!(reply.header("x-request-id").unwrap().starts_with("req_"), "{headers}");
+    }
+    let reply = server.raw(&request("POST", CHAT, "x-request-id: mine\r\n", b"nonsense")).await;
+    assert_eq!((reply.status, reply.header("x-request-id")), (400, Some("mine")));
+}
+
+#[tokio::test]
+async fn models_are_listed_and_found_by_any_of_their_names() {
+    let server = Setup::default().start().await;
+    let object = |id: &str| json!({"id": id, "object": "model", "created": 1_790_000_000, "owned_by": "local", "max_model_len": 512});
+    let list = server.get("/v1/models").await.json();
+    assert_eq!(list, json!({"object": "list", "data": [object("tiny"), object("org/tiny")]}));
+    assert_eq!(server.get("/v1/models/tiny").await.json(), object("tiny"));
+    assert_eq!(server.get("/v1/models/org/tiny").await.json(), object("org/tiny"));
+    assert_eq!(server.get("/v1/models/org%2Ftiny").await.json(), object("org/tiny"));
+    for other in ["/v1/models/org", "/v1/models/%ff", "/v1/models/tiny/x"] {
+        assert_eq!(server.get(other).await.error_code(), "model_not_found", "{other}");
+    }
+}
+
+const NAMES: [&str; 25] = [
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:num_requests_waiting_by_reason",
+    "vllm:kv_cache_usage_perc",
+    "vllm:num_preemptions_total",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:prompt_tokens_cached_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:request_success_total",
+    "vllm:admission_rejections_total",
+    "vllm:corrupted_requests_total",
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:request_time_per_output_token_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds",
+    "vllm:request_inference_time_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "vllm:iteration_tokens_total",
+    "vllm:cache_config_info",
+];
+
+#[tokio::test]
+async fn metrics_have_every_name_with_both_labels_and_count_what_happened() {
+    let server = Setup::default().start().await;
+    assert_eq!(server.chat(json!({"n": 2, "max_tokens": 10})).await.status, 200);
+    let reply = server.get("/metrics").await;
+    assert!(reply.header("content-type").unwrap().starts_with("text/plain"));
+    for name in NAMES {
+        assert!(reply.body.contains(&format!("# TYPE {name} ")), "{name}");
+        let is_of =
+            |line: &&str| line.starts_with(&format!("{name}{{")) || line.starts_with(&format!("{name}_count{{"));
+        let sample = reply.body.lines().find(is_of).unwrap_or_else(|| panic!("no sample of {name}"));
+        assert!(sample.contains("model_name=\"tiny\"") && sample.contains("engine=\"0\""), "{sample}");
+    }
+    let labels = "{engine=\"0\",model_name=\"tiny\"}";
+    let value = |name: &str| {
+        let start = format!("{name} ");
+        let line = reply.body.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("{name}"));
+        line[start.len()..].parse::<f64>().unwrap()
+    };
+    let length = "vllm:request_success_total{engine=\"0\",finished_reason=\"length\",model_name=\"tiny\"}";
+    assert_eq!(value(length), 2.0);
+    for counted_once_per_choice in
+        ["time_to_first_token_seconds", "e2e_request_latency_seconds", "request_prompt_tokens"]
+    {
+        assert_eq!(value(&format!("vllm:{counted_once_per_choice}_count{labels}")), 2.0);
+    }
+    assert_eq!(value(&format!("vllm:inter_token_latency_seconds_count{labels}")), 18.0);
+    assert_eq!(value(&format!("vllm:request_generation_tokens_sum{labels}")), 20.0);
+    assert_eq!(value("baton_http_requests_in_flight"), 0.0);
+    assert_eq!(value("baton_http_requests_total{route=\"/v1/chat/completions\",status=\"200\"}"), 1.0);
+}
+
+#[tokio::test]
+async fn r44_odd_models_paths_and_headers_add_no_series() {
+    let server = Setup::default().start().await;
+    let series = async || {
+        let text = server.get("/metrics").await.body;
+        text.lines().filter(|line| !line.starts_with('#')).count()
+    };
+    let odd = async |i: u32| {
+        server.chat(json!({"model": format!("odd-{i}")})).await;
+        server.raw(&request(&format!("M{i}"), &format!("/odd/{i}"), &format!("x-odd-{i}: {i}\r\n"), b"")).await;
+        server.raw(&request("GET", &format!("/v1/models/odd-{i}"), "", b"")).await;
+    };
+    odd(0).await;
+    series().await;
+    let before = series().await;
+    for i in 1..100 {
+        odd(i).await;
+    }
+    assert_eq!(series().await, before);
+}
+
+/// Everything that is logged in this process.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+#[tokio::test]
+async fn r46_nothing_of_a_request_but_its_id_is_logged() {
+    const CANARY: &str = "canary-9d2e";
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(log.clone())
+        .finish();
+    tracing::subscriber::set_global_default(subscriber).unwrap();
+
+    let server = Setup { reply: format!("Sure: {CANARY}"), ..Setup::default() }.start().await;
+    let fields = ["model", "stop", "user", "cache_salt", "temperature", "reasoning_effort", CANARY];
+    for field in fields {
+        server.chat(json!({field: CANARY})).await;
+        server.completion(json!({field: CANARY})).await;
+    }
+    let message = json!({"messages": [{"role": "user", "content": CANARY, "name": CANARY}]});
+    assert!(server.chat(message.clone()).await.body.contains(CANARY), "the reply itself says it");
+    assert_eq!(server.chat(with(message, json!({"stream": true, "logprobs": true}))).await.status, 200);
+    assert_eq!(server.completion(json!({"prompt": CANARY})).await.status, 200);
+    server.chat(json!({"messages": [{"role": CANARY, "content": CANARY}]})).await;
+    server.chat(json!({"chat_template_kwargs": {"a": CANARY}})).await;
+    server.raw(&request("POST", CHAT, "", CANARY.as_bytes())).await;
+    let headers = format!("authorization: Bearer {CANARY}\r\ncookie: {CANARY}\r\nuser-agent: {CANARY}\r\n");
+    let body = with(chat_body(), json!({"max_tokens": 5})).to_string();
+    server.raw(&request("POST", &format!("{CHAT}?q={CANARY}"), &headers, body.as_bytes())).await;
+    server.get(&format!("/{CANARY}")).await;
+    server.get(&format!("/v1/models/{CANARY}")).await;
+    server.raw(&request(CANARY, "/live", "", b"")).await;
+    let metrics = server.get("/metrics").await.body;
+    assert!(!metrics.contains(CANARY));
+    let id = "x-request-id: the-id-of-this\r\n";
+    server.raw(&request("POST", CHAT, id, body.as_bytes())).await;
+
+    let logged = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    let lines = logged.lines().filter(|line| line.contains("baton_http::access")).count();
+    assert!(lines > 20, "{lines}");
+    let line = logged.lines().find(|line| line.contains("the-id-of-this")).expect("the line of a request");
+    for part in ["route=/v1/chat/completions", "status=200", "completion_tokens=5", "total_ms="] {
+        assert!(line.contains(part), "{line}");
+    }
+    if let Some(leak) = logged.lines().find(|line| line.contains("canary")) {
+        panic!("leaked: {leak}");
+    }
+}

@@ -1,0 +1,48 @@
+//! Commands. `baton` alone is `baton serve`.
+
+use std::ffi::OsString;
+
+use clap::{Parser, Subcommand};
+
+use crate::settings::ServeArgs;
+
+/// Serves language models that were trained somewhere else.
+#[derive(Debug, Parser)]
+#[command(name = "baton", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a checkpoint over OpenAI-compatible HTTP
+    Serve(Box<ServeArgs>),
+}
+
+/// Puts `serve` in front when nothing is said.
+pub fn with_default_command(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    if args.len() <= 1 {
+        args.push("serve".into());
+    }
+    args
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_flag_has_help_and_the_command_is_consistent() {
+        let mut command = super::Cli::command();
+        command.build();
+        for sub in command.get_subcommands() {
+            for arg in sub.get_arguments().filter(|a| a.get_id() != "help" && a.get_id() != "version") {
+                assert!(arg.get_help().is_some(), "{} {} has no help", sub.get_name(), arg.get_id());
+            }
+        }
+        command.debug_assert();
+    }
+}

@@ -1,0 +1,163 @@
+//! From settings to a model in service: files, device, weights, tokenizer, fingerprint.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use baton_device::DType;
+use baton_model::{Files, KvCacheSize, LoadOptions, Quantization};
+use baton_text::{TextFiles, TextModel};
+use sha2::{Digest, Sha256};
+use tracing::info;
+
+use crate::{
+    backend::{Device, Loaded},
+    bundled, memory,
+    settings::{Dtype, Quantize, Settings},
+};
+
+/// Bytes of a tokenizer file or template that are read.
+const MAX_TEXT_FILE: u64 = 64 << 20;
+
+/// All of a model.
+pub struct Model {
+    pub name: String,
+    pub text: TextModel,
+    pub loaded: Loaded,
+    pub fingerprint: String,
+}
+
+/// Loads what the settings name.
+pub fn load(settings: &Settings) -> Result<Model> {
+    let (name, files) = files(settings)?;
+    let context = || format!("model {name}");
+    let text_files = OwnedTextFiles::read(&files, settings).with_context(context)?;
+    let text = text_files.parse().with_context(context)?;
+    let device = Device::parse(&settings.device)?;
+    let loaded = device.load(settings.threads, &files, &options(settings)).with_context(context)?;
+    let vocab = loaded.runner.spec().vocab_size;
+    ensure!(
+        text.vocab_size() <= vocab,
+        "model {name}: the tokenizer has ids up to {}, the model's vocabulary ends at {vocab}",
+        text.vocab_size() - 1
+    );
+    let fingerprint = fingerprint(&loaded, &text_files);
+    announce(&name, settings, &loaded);
+    Ok(Model { name, text, loaded, fingerprint })
+}
+
+fn files(settings: &Settings) -> Result<(String, Files)> {
+    let folder = settings.model.clone().or_else(bundled::folder);
+    let Some(folder) = folder else { return Ok((bundled::NAME.to_owned(), Files::Embedded(bundled::FILES))) };
+    let full = fs::canonicalize(&folder).with_context(|| format!("model folder {}", folder.display()))?;
+    let name = full.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+    Ok((name, Files::folder(folder)?))
+}
+
+fn options(settings: &Settings) -> LoadOptions {
+    // What cannot be known is not limited: the allocation itself then decides.
+    let quarter = memory::available_bytes().map_or(u64::MAX, |free| free / 4);
+    LoadOptions {
+        dtype: match settings.dtype {
+            Dtype::Auto => None,
+            Dtype::Float32 => Some(DType::F32),
+            Dtype::Bfloat16 => Some(DType::BF16),
+            Dtype::Float16 => Some(DType::F16),
+        },
+        quantization: settings.quantize.map(|Quantize::Q8_0| Quantization::Q8_0),
+        max_model_len: settings.max_model_len,
+        max_step_tokens: settings.max_num_batched_tokens,
+        max_step_sequences: settings.max_num_seqs,
+        kv_cache: settings.kv_cache_memory_bytes.map_or(KvCacheSize::AtMost(quarter), KvCacheSize::Bytes),
+    }
+}
+
+/// The files that concern text, in memory.
+struct OwnedTextFiles {
+    tokenizer: Vec<u8>,
+    tokenizer_config: Option<Vec<u8>>,
+    special_tokens_map: Option<Vec<u8>>,
+    chat_template: Option<Vec<u8>>,
+}
+
+impl OwnedTextFiles {
+    fn read(files: &Files, settings: &Settings) -> Result<Self> {
+        let read = |name: &str| anyhow::Ok(files.read(name, MAX_TEXT_FILE)?.map(|bytes| bytes.into_owned()));
+        let chat_template = match &settings.chat_template {
+            Some(file) => Some(fs::read(file).with_context(|| format!("--chat-template {}", file.display()))?),
+            None => read("chat_template.jinja")?,
+        };
+        Ok(Self {
+            tokenizer: read("tokenizer.json")?.context("tokenizer.json is missing")?,
+            tokenizer_config: read("tokenizer_config.json")?,
+            special_tokens_map: read("special_tokens_map.json")?,
+            chat_template,
+        })
+    }
+
+    fn parse(&self) -> Result<TextModel> {
+        Ok(TextModel::new(&TextFiles {
+            tokenizer_json: &self.tokenizer,
+            tokenizer_config: self.tokenizer_config.as_deref(),
+            special_tokens_map: self.special_tokens_map.as_deref(),
+            chat_template_jinja: self.chat_template.as_deref(),
+        })?)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &[u8]> {
+        let optional = [&self.tokenizer_config, &self.special_tokens_map, &self.chat_template];
+        std::iter::once(self.tokenizer.as_slice()).chain(optional.map(|f| f.as_deref().unwrap_or_default()))
+    }
+}
+
+/// Changes if and only if something does that can change a token: weights and config, tokenizer and
+/// template, device and instruction set, formats, the build.
+fn fingerprint(loaded: &Loaded, text: &OwnedTextFiles) -> String {
+    let mut hash = Sha256::new();
+    let mut part = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    part(loaded.report.digest.as_bytes());
+    text.all().for_each(&mut part);
+    part(loaded.caps.device.as_bytes());
+    part(loaded.caps.isa.as_bytes());
+    loaded.report.weight_formats.iter().for_each(|f| part(f.to_string().as_bytes()));
+    part(env!("CARGO_PKG_VERSION").as_bytes());
+    let digest = hash.finalize();
+    digest[..6].iter().fold("fp_".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+}
+
+fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
+    let (caps, report, spec) = (&loaded.caps, &loaded.report, loaded.runner.spec());
+    let device = match settings.device.as_str() {
+        "auto" => format!("{} (auto)", caps.device),
+        _ => caps.device.clone(),
+    };
+    let formats: Vec<String> = report.weight_formats.iter().map(ToString::to_string).collect();
+    info!(
+        model = name,
+        architecture = ?report.architecture,
+        device,
+        isa = caps.isa,
+        threads = caps.threads,
+        stored = %report.stored_dtype,
+        weights = formats.join("+"),
+        activations = "f32",
+        kv = "f32",
+        weight_mib = report.weight_bytes >> 20,
+        kv_mib = report.kv_bytes >> 20,
+        kv_blocks = spec.num_blocks,
+        block_tokens = spec.block_size,
+        context = spec.max_model_len,
+        seconds = format!("{:.2}", report.seconds),
+        "model loaded"
+    );
+    if let Some(worst) = report.conversions.iter().max_by(|a, b| a.max_abs_error.total_cmp(&b.max_abs_error)) {
+        info!(
+            tensors = report.conversions.len(),
+            largest_error = worst.max_abs_error,
+            tensor = worst.tensor,
+            "weights converted at load"
+        );
+    }
+}

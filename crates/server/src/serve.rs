@@ -1,0 +1,149 @@
+//! `baton serve`, in boot order: settings, logs, address, service, model, engine; then SIGTERM, drain.
+
+use std::{io::IsTerminal, sync::Arc, time::SystemTime};
+
+use anyhow::{Context, Result};
+use baton_engine::{Engine, EngineConfig, EngineHandle};
+use baton_http::{ApiKey, Defaults, ModelCard, Service, ServiceConfig};
+use clap::ArgMatches;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    load::{self, Model},
+    memory,
+    settings::{GenerationConfigUse, LogFormat, Secret, ServeArgs, Settings},
+};
+
+/// Runs the command.
+pub fn main(matches: &ArgMatches) -> Result<()> {
+    let (args, mut origins) = ServeArgs::from_matches(matches)?;
+    let print_config = args.print_config;
+    let settings = args.with_file(&mut origins)?.resolve()?;
+    if print_config {
+        #[allow(clippy::print_stdout)] // what was asked for
+        {
+            print!("{}", settings.table(&origins)?);
+        }
+        return Ok(());
+    }
+    init_log(&settings)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let result = runtime.block_on(serve(settings));
+    // A model that still loads is not waited for.
+    runtime.shutdown_background();
+    result
+}
+
+fn init_log(settings: &Settings) -> Result<()> {
+    let filter =
+        EnvFilter::try_new(&settings.log_level).with_context(|| format!("--log-level {}", settings.log_level))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    match settings.log_format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}
+
+async fn serve(settings: Settings) -> Result<()> {
+    // Signals first: one that comes while the model loads must find us listening.
+    let stop = stop_on_signal()?;
+    let address = format!("{}:{}", settings.host, settings.port);
+    let listener = TcpListener::bind((settings.host.as_str(), settings.port))
+        .await
+        .with_context(|| format!("cannot listen on {address}"))?;
+    let address = listener.local_addr()?;
+    let key = |k: &Secret| ApiKey::new(k.0.clone()).context("--api-key must be visible ASCII characters");
+    let api_keys = settings.api_key.iter().map(key).collect::<Result<_>>()?;
+    let service = Service::new(ServiceConfig {
+        api_keys,
+        body_limit_bytes: settings.body_limit_bytes,
+        lenient: settings.lenient,
+        max_n: settings.max_n,
+        queue_timeout: Some(settings.queue_timeout),
+        ..ServiceConfig::default()
+    });
+    let running = tokio::spawn(baton_http::serve(listener, service.clone(), stop.clone(), settings.drain_timeout));
+
+    let settings = Arc::new(settings);
+    let loading = tokio::task::spawn_blocking({
+        let settings = settings.clone();
+        move || load::load(&settings)
+    });
+    let model = tokio::select! {
+        model = loading => model??,
+        // Nothing runs yet that could be waited for.
+        () = stop.cancelled() => return Ok(()),
+    };
+    let (handle, engine) = install(&service, model, &settings);
+    info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
+    running.await??;
+    handle.shutdown();
+    engine.join();
+    info!("stopped");
+    Ok(())
+}
+
+fn install(service: &Service, model: Model, settings: &Settings) -> (EngineHandle, Engine) {
+    let generation = &model.loaded.report.generation_config;
+    let eos_token_ids = generation.eos_token_ids.clone();
+    let defaults = match settings.generation_config {
+        GenerationConfigUse::None => Defaults { eos_token_ids, ..Defaults::default() },
+        GenerationConfigUse::Auto => Defaults {
+            do_sample: generation.do_sample,
+            temperature: generation.temperature,
+            top_p: generation.top_p,
+            top_k: generation.top_k,
+            min_p: generation.min_p,
+            repetition_penalty: generation.repetition_penalty,
+            max_new_tokens: generation.max_new_tokens.map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
+            eos_token_ids,
+        },
+    };
+    let names = match settings.served_model_name.as_slice() {
+        [] => vec![model.name],
+        names => names.to_vec(),
+    };
+    let card = ModelCard {
+        names,
+        created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        owned_by: "baton".into(),
+        system_fingerprint: model.fingerprint,
+        defaults,
+    };
+    let config = EngineConfig {
+        max_num_seqs: settings.max_num_seqs,
+        max_num_batched_tokens: settings.max_num_batched_tokens,
+        max_queued: settings.max_queued_requests,
+        enable_prefix_caching: settings.enable_prefix_caching,
+        ..EngineConfig::default()
+    };
+    let (handle, engine) = baton_engine::spawn(model.loaded.runner, config);
+    service.install(handle.clone(), Arc::new(model.text), card);
+    (handle, engine)
+}
+
+/// Cancelled by SIGTERM or SIGINT; a second signal ends the process at once.
+fn stop_on_signal() -> Result<CancellationToken> {
+    let stop = CancellationToken::new();
+    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let token = stop.clone();
+    tokio::spawn(async move {
+        let mut next = async || tokio::select! { _ = term.recv() => "SIGTERM", _ = interrupt.recv() => "SIGINT" };
+        let name = next().await;
+        info!(signal = name, "draining");
+        token.cancel();
+        next().await;
+        std::process::exit(1);
+    });
+    Ok(stop)
+}

@@ -1,0 +1,389 @@
+//! Settings of `baton serve`: one entry each, with name, help and default together.
+//!
+//! One precedence: default < config file < environment < flag. The file is TOML with the flags' long
+//! names as keys; an unknown key is an error. `--print-config` shows each value and where it is from.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
+use serde::{Deserialize, Serialize};
+
+/// A secret: shown nowhere.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(#[serde(serialize_with = "redact")] pub String);
+
+fn redact<S: serde::Serializer>(_: &str, s: S) -> std::result::Result<S::Ok, S::Error> {
+    s.serialize_str("[redacted]")
+}
+
+fn seconds<S: serde::Serializer>(value: &Duration, s: S) -> std::result::Result<S::Ok, S::Error> {
+    s.serialize_u64(value.as_secs())
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
+
+impl std::str::FromStr for Secret {
+    type Err = std::convert::Infallible;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Ok(Secret(s.to_owned()))
+    }
+}
+
+/// Precision in which weights are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// As the checkpoint stores them.
+    Auto,
+    Float32,
+    Bfloat16,
+    Float16,
+}
+
+/// Weight formats made at load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantize {
+    /// 8-bit integers in blocks of 32 with an f16 scale; activations too.
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
+}
+
+/// Whether the checkpoint's generation_config.json supplies defaults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GenerationConfigUse {
+    Auto,
+    None,
+}
+
+/// Form of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// What the command line, the environment and the file can say; `None` where they say nothing.
+#[derive(Debug, Default, Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct ServeArgs {
+    /// Checkpoint folder in Hugging Face layout [default: the bundled model]
+    #[arg(value_name = "MODEL", env = "BATON_MODEL")]
+    pub model: Option<PathBuf>,
+
+    /// Read settings from this TOML file; its keys are the long names of these flags
+    #[arg(long, value_name = "FILE", env = "BATON_CONFIG")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+
+    /// Print the resulting settings and where each is from, and exit
+    #[arg(long)]
+    #[serde(skip)]
+    pub print_config: bool,
+
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long, env = "BATON_HOST", help_heading = "Service")]
+    pub host: Option<String>,
+
+    /// Port to listen on; 0 takes a free one [default: 8000]
+    #[arg(long, env = "BATON_PORT", help_heading = "Service")]
+    pub port: Option<u16>,
+
+    /// Name(s) under which the model is served; replies carry the first [default: the folder's name]
+    #[arg(long, value_name = "NAME", num_args = 1.., env = "BATON_SERVED_MODEL_NAME", value_delimiter = ',', help_heading = "Service")]
+    pub served_model_name: Option<Vec<String>>,
+
+    /// Key(s) that clients must send as bearer token; without any, every client is served
+    #[arg(long, value_name = "KEY", num_args = 1.., env = "BATON_API_KEY", hide_env_values = true, value_delimiter = ',', help_heading = "Service")]
+    pub api_key: Option<Vec<Secret>>,
+
+    /// Answer unknown request fields with a warning header instead of 400
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_LENIENT", help_heading = "Service")]
+    pub lenient: Option<bool>,
+
+    /// Largest request body in bytes [default: 8388608]
+    #[arg(long, value_name = "BYTES", env = "BATON_BODY_LIMIT_BYTES", help_heading = "Service")]
+    pub body_limit_bytes: Option<usize>,
+
+    /// Largest `n` of one request [default: 8]
+    #[arg(long, value_name = "N", env = "BATON_MAX_N", help_heading = "Service")]
+    pub max_n: Option<u32>,
+
+    /// Seconds that running requests have to finish after SIGTERM [default: 30]
+    #[arg(long, value_name = "SECONDS", env = "BATON_DRAIN_TIMEOUT", help_heading = "Service")]
+    pub drain_timeout: Option<u64>,
+
+    /// Device: auto (the CPU, today), cpu, or reference (naive and slow, the judge of the others) [default: auto]
+    #[arg(long, env = "BATON_DEVICE", help_heading = "Model")]
+    pub device: Option<String>,
+
+    /// Precision in which weights are kept [default: auto]
+    #[arg(long, value_enum, env = "BATON_DTYPE", help_heading = "Model")]
+    pub dtype: Option<Dtype>,
+
+    /// Quantise linear weights at load
+    #[arg(long, value_enum, value_name = "FORMAT", env = "BATON_QUANTIZE", help_heading = "Model")]
+    pub quantize: Option<Quantize>,
+
+    /// Tokens of prompt and output together [default: the checkpoint's max_position_embeddings]
+    #[arg(long, value_name = "TOKENS", env = "BATON_MAX_MODEL_LEN", help_heading = "Model")]
+    pub max_model_len: Option<usize>,
+
+    /// Where sampling defaults come from: auto reads the checkpoint's generation_config.json [default: auto]
+    #[arg(long, value_enum, env = "BATON_GENERATION_CONFIG", help_heading = "Model")]
+    pub generation_config: Option<GenerationConfigUse>,
+
+    /// Chat template file (Jinja) instead of the checkpoint's
+    #[arg(long, value_name = "FILE", env = "BATON_CHAT_TEMPLATE", help_heading = "Model")]
+    pub chat_template: Option<PathBuf>,
+
+    /// Sequences computed together [default: 64]
+    #[arg(long, value_name = "N", env = "BATON_MAX_NUM_SEQS", help_heading = "Engine")]
+    pub max_num_seqs: Option<usize>,
+
+    /// Tokens computed in one step, prompts and outputs together [default: 512]
+    #[arg(long, value_name = "TOKENS", env = "BATON_MAX_NUM_BATCHED_TOKENS", help_heading = "Engine")]
+    pub max_num_batched_tokens: Option<usize>,
+
+    /// Requests that may wait; more are refused with 503 [default: 1024]
+    #[arg(long, value_name = "N", env = "BATON_MAX_QUEUED_REQUESTS", help_heading = "Engine")]
+    pub max_queued_requests: Option<usize>,
+
+    /// Seconds a request may wait for its first step; then 503 [default: 600]
+    #[arg(long, value_name = "SECONDS", env = "BATON_QUEUE_TIMEOUT", help_heading = "Engine")]
+    pub queue_timeout: Option<u64>,
+
+    /// Memory for the KV cache [default: enough for max-num-seqs contexts, at most a quarter of free memory]
+    #[arg(long, value_name = "BYTES", env = "BATON_KV_CACHE_MEMORY_BYTES", help_heading = "Engine")]
+    pub kv_cache_memory_bytes: Option<u64>,
+
+    /// Reuse the cache of equal prompt beginnings [default: true]
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ENABLE_PREFIX_CACHING", help_heading = "Engine")]
+    pub enable_prefix_caching: Option<bool>,
+
+    /// Compute threads; changes no result [default: all cores]
+    #[arg(long, value_name = "N", env = "BATON_THREADS", help_heading = "Engine")]
+    pub threads: Option<usize>,
+
+    /// Log filter: error, warn, info, debug, trace, or per module [default: info]
+    #[arg(long, value_name = "FILTER", env = "BATON_LOG_LEVEL", help_heading = "Log")]
+    pub log_level: Option<String>,
+
+    /// Form of log lines [default: text]
+    #[arg(long, value_enum, env = "BATON_LOG_FORMAT", help_heading = "Log")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// Settings after precedence, defaults and checks.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Settings {
+    pub model: Option<PathBuf>,
+    pub host: String,
+    pub port: u16,
+    pub served_model_name: Vec<String>,
+    pub api_key: Vec<Secret>,
+    pub lenient: bool,
+    pub body_limit_bytes: usize,
+    pub max_n: u32,
+    #[serde(serialize_with = "seconds")]
+    pub drain_timeout: Duration,
+    pub device: String,
+    pub dtype: Dtype,
+    pub quantize: Option<Quantize>,
+    pub max_model_len: Option<usize>,
+    pub generation_config: GenerationConfigUse,
+    pub chat_template: Option<PathBuf>,
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
+    pub max_queued_requests: usize,
+    #[serde(serialize_with = "seconds")]
+    pub queue_timeout: Duration,
+    pub kv_cache_memory_bytes: Option<u64>,
+    pub enable_prefix_caching: bool,
+    /// 0: all cores.
+    pub threads: usize,
+    pub log_level: String,
+    pub log_format: LogFormat,
+}
+
+type Map = serde_json::Map<String, serde_json::Value>;
+
+/// Where a value is from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    Default,
+    File,
+    Environment,
+    Flag,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Origin::Default => "default",
+            Origin::File => "file",
+            Origin::Environment => "environment",
+            Origin::Flag => "flag",
+        })
+    }
+}
+
+/// Origin of every setting that is not a default, by its long name.
+pub type Origins = BTreeMap<String, Origin>;
+
+impl ServeArgs {
+    /// Flags and environment as parsed, with their origins.
+    pub fn from_matches(matches: &ArgMatches) -> Result<(Self, Origins)> {
+        let args = Self::from_arg_matches(matches)?;
+        let origin = |id: &str| match matches.value_source(id)? {
+            ValueSource::CommandLine => Some(Origin::Flag),
+            ValueSource::EnvVariable => Some(Origin::Environment),
+            _ => None,
+        };
+        let origins =
+            matches.ids().filter_map(|id| Some((id.as_str().replace('_', "-"), origin(id.as_str())?))).collect();
+        Ok((args, origins))
+    }
+
+    /// Puts flags and environment (already in `self`) over the config file, if one is named.
+    pub fn with_file(self, origins: &mut Origins) -> Result<Self> {
+        let Some(path) = self.config.clone() else { return Ok(self) };
+        let read = || self.over(&std::fs::read_to_string(&path)?, origins);
+        read().with_context(|| format!("config file {}", path.display()))
+    }
+
+    fn over(self, file: &str, origins: &mut Origins) -> Result<Self> {
+        let file: ServeArgs = toml::from_str(file)?;
+        let mut merged = file.to_map()?;
+        for key in merged.keys() {
+            origins.entry(key.clone()).or_insert(Origin::File);
+        }
+        merged.extend(self.to_map()?);
+        let merged: ServeArgs = serde_json::from_value(merged.into())?;
+        // Secrets do not survive a map, on purpose; the rest is not for files.
+        Ok(Self {
+            api_key: self.api_key.or(file.api_key),
+            config: self.config,
+            print_config: self.print_config,
+            ..merged
+        })
+    }
+
+    /// The settings that are given.
+    fn to_map(&self) -> Result<Map> {
+        let serde_json::Value::Object(map) = serde_json::to_value(self)? else { unreachable!("a struct is an object") };
+        Ok(map.into_iter().filter(|(_, v)| !v.is_null()).collect())
+    }
+
+    /// Fills in defaults and checks ranges.
+    pub fn resolve(self) -> Result<Settings> {
+        let positive = |name: &str, value: usize| {
+            ensure!(value > 0, "--{name} must be at least 1");
+            Ok(value)
+        };
+        let max_num_seqs = positive("max-num-seqs", self.max_num_seqs.unwrap_or(64))?;
+        let max_num_batched_tokens = positive("max-num-batched-tokens", self.max_num_batched_tokens.unwrap_or(512))?;
+        ensure!(
+            max_num_batched_tokens >= max_num_seqs,
+            "--max-num-batched-tokens ({max_num_batched_tokens}) must be at least --max-num-seqs ({max_num_seqs}): \
+             a step computes a token of every running sequence"
+        );
+        if let Some(0) = self.max_model_len {
+            bail!("--max-model-len must be at least 1");
+        }
+        let api_key = self.api_key.unwrap_or_default();
+        ensure!(api_key.iter().all(|k| !k.0.is_empty()), "--api-key must not be empty");
+        let max_n = self.max_n.unwrap_or(8);
+        ensure!((1..=128).contains(&max_n), "--max-n must be from 1 to 128");
+        Ok(Settings {
+            model: self.model,
+            host: self.host.unwrap_or_else(|| "127.0.0.1".into()),
+            port: self.port.unwrap_or(8000),
+            served_model_name: self.served_model_name.unwrap_or_default(),
+            api_key,
+            lenient: self.lenient.unwrap_or(false),
+            body_limit_bytes: positive("body-limit-bytes", self.body_limit_bytes.unwrap_or(8 << 20))?,
+            max_n,
+            drain_timeout: Duration::from_secs(self.drain_timeout.unwrap_or(30)),
+            device: self.device.unwrap_or_else(|| "auto".into()),
+            dtype: self.dtype.unwrap_or(Dtype::Auto),
+            quantize: self.quantize,
+            max_model_len: self.max_model_len,
+            generation_config: self.generation_config.unwrap_or(GenerationConfigUse::Auto),
+            chat_template: self.chat_template,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_queued_requests: positive("max-queued-requests", self.max_queued_requests.unwrap_or(1024))?,
+            queue_timeout: Duration::from_secs(self.queue_timeout.unwrap_or(600)),
+            kv_cache_memory_bytes: self.kv_cache_memory_bytes,
+            enable_prefix_caching: self.enable_prefix_caching.unwrap_or(true),
+            threads: self.threads.unwrap_or(0),
+            log_level: self.log_level.unwrap_or_else(|| "info".into()),
+            log_format: self.log_format.unwrap_or(LogFormat::Text),
+        })
+    }
+}
+
+impl Settings {
+    /// One line per setting: name, value, origin.
+    pub fn table(&self, origins: &Origins) -> Result<String> {
+        let serde_json::Value::Object(map) = serde_json::to_value(self)? else { unreachable!("a struct is an object") };
+        let line = |(key, value): (&String, &serde_json::Value)| {
+            let value = if value.is_null() { "-".to_owned() } else { value.to_string() };
+            let origin = origins.get(key).copied().unwrap_or(Origin::Default);
+            format!("{key:24} {value:32} {origin}\n")
+        };
+        Ok(map.iter().map(line).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(flags: &[&str], file: &str) -> Result<(Settings, Origins)> {
+        let command = ServeArgs::augment_args(clap::Command::new("serve"));
+        let matches = command.try_get_matches_from(std::iter::once(&"serve").chain(flags))?;
+        let (args, mut origins) = ServeArgs::from_matches(&matches)?;
+        Ok((args.over(file, &mut origins)?.resolve()?, origins))
+    }
+
+    #[test]
+    fn a_flag_beats_the_file_and_the_file_beats_the_default() {
+        let file = "port = 9000\nmax-num-seqs = 7\napi-key = [\"s3cret\"]";
+        let (settings, origins) = parse(&["--port", "9001"], file).unwrap();
+        assert_eq!((settings.port, settings.max_num_seqs, settings.max_n), (9001, 7, 8));
+        assert_eq!(settings.api_key[0].0, "s3cret");
+        let table = settings.table(&origins).unwrap();
+        let origin = |key: &str| table.lines().find(|l| l.starts_with(key)).unwrap().split_whitespace().last().unwrap();
+        assert_eq!((origin("port"), origin("max-num-seqs"), origin("host")), ("flag", "file", "default"));
+    }
+
+    #[test]
+    fn secrets_are_shown_nowhere() {
+        let (settings, origins) = parse(&["--api-key", "s3cret"], "").unwrap();
+        let shown = format!("{settings:?}{}", settings.table(&origins).unwrap());
+        assert!(shown.contains("[redacted]") && !shown.contains("s3cret"), "{shown}");
+    }
+
+    #[test]
+    fn unknown_keys_and_absurd_values_are_refused_by_name() {
+        let refusal = |flags: &[&str], file: &str| format!("{:#}", parse(flags, file).unwrap_err());
+        assert!(refusal(&[], "prot = 1").contains("prot"));
+        assert!(refusal(&[], "port = 70000").contains("port"));
+        assert!(refusal(&["--max-num-seqs", "0"], "").contains("--max-num-seqs"));
+        assert!(refusal(&["--max-num-batched-tokens", "8"], "").contains("--max-num-batched-tokens (8)"));
+        assert!(refusal(&["--dtype", "fp4"], "").contains("float32"));
+    }
+}
