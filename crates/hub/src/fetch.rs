@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
 };
@@ -48,11 +48,13 @@ impl Fetch<'_> {
             return Err(HubError::Space { needed, free, path: blobs });
         }
         let size = files.iter().map(|f| f.size).fold(0, u64::saturating_add);
-        (self.progress)(Event::Listed { commit, files: files.len(), size, present: size.saturating_sub(needed) });
+        let present_bytes = size.saturating_sub(needed);
+        (self.progress)(Event::Listed { commit, files: files.len(), size, present: present_bytes });
 
         let mut queue: Vec<&RemoteFile> = absent().collect();
         queue.sort_by_key(|f| std::cmp::Reverse(f.size));
-        let mut digests = self.parallel(&queue)?;
+        let run = Run { stop: AtomicBool::new(false), here: AtomicU64::new(present_bytes) };
+        let mut digests = self.parallel(&queue, &run)?;
         at(&blobs, sync_folder(&blobs))?;
         let fetched = files.iter().zip(present).map(|(file, present)| {
             let mut take = || digests.iter().position(|d| d.0 == file.name).map(|i| digests.swap_remove(i).1);
@@ -87,17 +89,17 @@ impl Fetch<'_> {
     }
 
     /// Names and digests, in any order. The first failure stops the others.
-    fn parallel(&self, queue: &[&RemoteFile]) -> Result<Vec<(String, String)>, HubError> {
-        let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+    fn parallel(&self, queue: &[&RemoteFile], run: &Run) -> Result<Vec<(String, String)>, HubError> {
+        let next = AtomicUsize::new(0);
         let results = Mutex::new(Ok(Vec::new()));
         let work = || {
             while let Some(file) = queue.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let result = self.one(file, &stop);
+                let result = self.one(file, run);
                 let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
                 match (result, &mut *results) {
                     (Ok(digest), Ok(done)) => done.push((file.name.clone(), digest)),
                     (Err(error), Ok(_)) => {
-                        stop.store(true, Ordering::Relaxed);
+                        run.stop.store(true, Ordering::Relaxed);
                         *results = Err(error);
                         return;
                     }
@@ -114,18 +116,18 @@ impl Fetch<'_> {
     }
 
     /// One file, until it is a blob; its digest.
-    fn one(&self, file: &RemoteFile, stop: &AtomicBool) -> Result<String, HubError> {
+    fn one(&self, file: &RemoteFile, run: &Run) -> Result<String, HubError> {
         // Held against other tools, which use the same name for the same bytes.
         let _lock = self.folder.lock(&file.blob, self.progress)?;
         if let Some(digest) = self.present(file)? {
             return Ok(digest); // one of them, or an equal file of this checkpoint, was here first
         }
         let path = self.incomplete(file);
-        let mut partial = Partial::open(&path, if file.can_resume() { file.size } else { 0 })?;
+        let mut partial = Partial::open(&path, if file.can_resume() { file.size } else { 0 }, &run.here)?;
         let mut retry = self.client.retry();
         while partial.len < file.size {
             let before = partial.len;
-            match self.stream(file, &mut partial, stop) {
+            match self.stream(file, &mut partial, run) {
                 Ok(()) => {}
                 Err(error) => {
                     if partial.len.saturating_sub(before) >= PROGRESS_BYTES {
@@ -146,7 +148,7 @@ impl Fetch<'_> {
     }
 
     /// One request: appends what comes, up to the file's end.
-    fn stream(&self, file: &RemoteFile, partial: &mut Partial, stop: &AtomicBool) -> Result<(), HubError> {
+    fn stream(&self, file: &RemoteFile, partial: &mut Partial<'_>, run: &Run) -> Result<(), HubError> {
         let response = self.client.get(&file.url, partial.len)?;
         let wrong_size = |actual| match actual {
             Some(0) => HubError::Empty { file: file.name.clone() },
@@ -182,7 +184,7 @@ impl Fetch<'_> {
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; BUFFER_BYTES];
         loop {
-            if stop.load(Ordering::Relaxed) {
+            if run.stop.load(Ordering::Relaxed) {
                 return Err(HubError::Stopped);
             }
             let n = match body.read(&mut buffer) {
@@ -201,12 +203,17 @@ impl Fetch<'_> {
                 return Err(wrong_size(None));
             }
             partial.append(&buffer[..n])?;
-            (self.progress)(Event::Bytes { file: &file.name, done: partial.len, size: file.size });
+            (self.progress)(Event::Bytes {
+                file: &file.name,
+                done: partial.len,
+                size: file.size,
+                all_done: run.here.load(Ordering::Relaxed),
+            });
         }
     }
 
     /// After an answer that does not fit what is here: the next request asks for everything.
-    fn start_over(&self, file: &RemoteFile, partial: &mut Partial) -> HubError {
+    fn start_over(&self, file: &RemoteFile, partial: &mut Partial<'_>) -> HubError {
         let got = partial.len;
         match partial.restart() {
             Ok(()) => HubError::CutOff { file: file.name.clone(), got, size: file.size },
@@ -215,19 +222,29 @@ impl Fetch<'_> {
     }
 }
 
+/// What the threads of a pull share.
+struct Run {
+    /// A file failed: the others end too.
+    stop: AtomicBool,
+    /// Bytes of all files that are here.
+    here: AtomicU64,
+}
+
 /// A file that grows, and the digest of what it holds.
-struct Partial {
+struct Partial<'a> {
     path: PathBuf,
     file: File,
     hasher: Sha256,
     len: u64,
+    /// Follows the length of this file and others.
+    here: &'a AtomicU64,
 }
 
-impl Partial {
-    /// Opens what an earlier run left, unless that is longer than `keep` bytes.
-    fn open(path: &Path, keep: u64) -> Result<Self, HubError> {
+impl<'a> Partial<'a> {
+    /// Opens what an earlier run left, unless that is longer than `keep` bytes. What it keeps is in `here` already.
+    fn open(path: &Path, keep: u64, here: &'a AtomicU64) -> Result<Self, HubError> {
         let file = at(path, File::options().create(true).truncate(false).read(true).write(true).open(path))?;
-        let mut partial = Partial { path: path.into(), file, hasher: Sha256::new(), len: 0 };
+        let mut partial = Partial { path: path.into(), file, hasher: Sha256::new(), len: 0, here };
         let len = at(path, partial.file.metadata())?.len();
         if len > keep {
             partial.restart()?;
@@ -241,6 +258,7 @@ impl Partial {
         at(&self.path, self.file.write_all(bytes))?;
         self.hasher.update(bytes);
         self.len += bytes.len() as u64;
+        self.here.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
@@ -248,6 +266,7 @@ impl Partial {
         at(&self.path, self.file.set_len(0))?;
         at(&self.path, self.file.seek(SeekFrom::Start(0)))?;
         self.hasher = Sha256::new();
+        self.here.fetch_sub(self.len, Ordering::Relaxed);
         self.len = 0;
         Ok(())
     }
@@ -309,11 +328,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
         fs::write(&path, b"abc").unwrap();
-        let mut kept = Partial::open(&path, 6).unwrap();
+        let here = AtomicU64::new(3);
+        let mut kept = Partial::open(&path, 6, &here).unwrap();
         kept.append(b"def").unwrap();
+        assert_eq!(here.load(Ordering::Relaxed), 6);
         assert_eq!((kept.len, hex(kept.hasher)), (6, hex(Sha256::new_with_prefix("abcdef"))));
         assert_eq!(fs::read(&path).unwrap(), b"abcdef");
-        let dropped = Partial::open(&path, 5).unwrap();
+        let dropped = Partial::open(&path, 5, &here).unwrap();
         assert_eq!((dropped.len, fs::read(&path).unwrap().len()), (0, 0));
     }
 }

@@ -54,6 +54,8 @@ pub enum Event<'a> {
         done: u64,
         /// Bytes it will have.
         size: u64,
+        /// Bytes here of all files, of [`Event::Listed`]'s `size`.
+        all_done: u64,
     },
     /// A request failed and will be made again.
     Retry {
