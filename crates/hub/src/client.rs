@@ -1,10 +1,14 @@
 //! HTTP as a pull needs it: redirects that keep the token at home, typed failures, retries with back-off.
 
-use std::{fs, io::Read, time::Duration};
+use std::{
+    fs,
+    io::{self, Read},
+    time::Duration,
+};
 
 use ureq::{
     Agent, Body,
-    http::{Response, Uri, header},
+    http::{HeaderName, Response, Uri, header},
     tls::{PemItem, RootCerts, TlsConfig},
 };
 
@@ -14,6 +18,10 @@ use crate::{
 };
 
 const MAX_REDIRECTS: usize = 10;
+
+/// A hub's header for the digest of a file that is kept elsewhere, and that for its size.
+pub(crate) const LINKED_ETAG: HeaderName = HeaderName::from_static("x-linked-etag");
+pub(crate) const LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 
 /// Scheme, host and port.
 type Origin = (String, String, u16);
@@ -69,7 +77,8 @@ impl<'a> Client<'a> {
         self.request("GET", url, from)
     }
 
-    /// Asks for a file's size and validator, with retries.
+    /// Asks for a file's size and validator, with retries. A hub gives them beside its redirect to where the file is,
+    /// which is then not followed.
     pub(crate) fn head(&self, url: &str) -> Result<Response<Body>, HubError> {
         self.retrying(url, || self.request("HEAD", url, 0))
     }
@@ -120,6 +129,7 @@ impl<'a> Client<'a> {
             let status = response.status().as_u16();
             match status {
                 200 | 206 | 416 => return Ok(response),
+                _ if method == "HEAD" && response.headers().contains_key(LINKED_ETAG) => return Ok(response),
                 301 | 302 | 303 | 307 | 308 => {
                     let location =
                         text(&response, header::LOCATION).ok_or_else(|| bad(&url, "a redirect to nowhere"))?;
@@ -145,6 +155,10 @@ impl<'a> Client<'a> {
     pub(crate) fn failure(&self, url: &str, error: ureq::Error) -> HubError {
         match error {
             ureq::Error::Timeout(_) => HubError::Stalled { url: shown(url), after: self.options.stall },
+            // So rustls says that it refuses a certificate, or was refused.
+            ureq::Error::Io(cause) if cause.kind() == io::ErrorKind::InvalidData => {
+                HubError::Tls { url: shown(url), cause: cause.into() }
+            }
             error => HubError::Connection { url: shown(url), cause: error.into() },
         }
     }
@@ -181,7 +195,7 @@ impl Retry<'_> {
 }
 
 /// A header's value as text.
-pub(crate) fn text(response: &Response<Body>, name: header::HeaderName) -> Option<&str> {
+pub(crate) fn text(response: &Response<Body>, name: HeaderName) -> Option<&str> {
     response.headers().get(name)?.to_str().ok()
 }
 

@@ -36,7 +36,7 @@ pub enum HubError {
         missing: String,
     },
     /// 404: no such model, revision or file.
-    #[error("{url} does not exist; check the id and the revision")]
+    #[error("{url} does not exist; check the id, the revision or the address")]
     NotFound {
         /// What was asked for.
         url: String,
@@ -69,6 +69,14 @@ pub enum HubError {
         /// From the HTTP library.
         cause: BoxError,
     },
+    /// No trust in the server, or no common TLS.
+    #[error("{url}: {cause}; SSL_CERT_FILE names a PEM file of the certificates to trust")]
+    Tls {
+        /// What was asked for.
+        url: String,
+        /// From the TLS library.
+        cause: BoxError,
+    },
     /// The server went silent.
     #[error("{url}: nothing came for {} s", after.as_secs_f32())]
     Stalled {
@@ -93,7 +101,6 @@ pub enum HubError {
         /// How many requests failed in a row.
         tries: u32,
         /// The last failure.
-        #[source]
         last: Box<HubError>,
     },
     /// A redirect that leads nowhere, in circles, or from https to http.
@@ -186,7 +193,6 @@ pub enum HubError {
         /// Where.
         path: PathBuf,
         /// From the operating system.
-        #[source]
         cause: io::Error,
     },
     /// Another file's failure ended this pull first.

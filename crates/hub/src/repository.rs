@@ -1,12 +1,15 @@
 //! A model of a hub: `/api/models/ID/revision/REVISION` pins the commit, `/ID/resolve/COMMIT/FILE` has the files.
+//!
+//! Mirrors may list names alone; sizes and digests then come from the headers of each file.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use ureq::http::header;
 
 use crate::{
     HubError,
-    client::Client,
+    client::{self, Client, LINKED_ETAG, LINKED_SIZE},
     error::shown,
     listing::{self, Listing, RemoteFile},
     names,
@@ -78,19 +81,37 @@ pub(crate) fn list(client: &Client<'_>, endpoint: &str, id: &str, revision: &str
     if !missing.is_empty() {
         return Err(HubError::Missing { target: target(), files: missing });
     }
-    let files = wanted.iter().map(|name| remote(&files[name], file_url(name)).map_err(wrong));
+    let files = wanted.iter().map(|name| remote(client, &files[name], file_url(name)));
     Listing::new(commit.clone(), files.collect::<Result<_, _>>()?)
 }
 
-fn remote(sibling: &Sibling, url: String) -> Result<RemoteFile, String> {
+fn remote(client: &Client<'_>, sibling: &Sibling, url: String) -> Result<RemoteFile, HubError> {
     let name = sibling.rfilename.clone();
-    let (blob, size, sha256) = match &sibling.lfs {
-        Some(lfs) if names::is_sha256(&lfs.sha256) => (Some(&lfs.sha256), Some(lfs.size), Some(lfs.sha256.clone())),
-        Some(_) => return Err(format!("the SHA-256 of {name} is not 64 hexadecimal digits")),
-        None => (sibling.blob_id.as_ref().filter(|id| names::is_commit(id)), sibling.size, None),
+    let (blob, size) = match sibling {
+        Sibling { lfs: Some(lfs), .. } => (lfs.sha256.clone(), lfs.size),
+        Sibling { blob_id: Some(id), size: Some(size), .. } => (id.clone(), *size),
+        _ => described(client, &url)?,
     };
-    let (Some(blob), Some(size)) = (blob, size) else {
-        return Err(format!("the size or the blob of {name} is missing"));
-    };
-    Ok(RemoteFile { name, size, blob: blob.clone(), sha256, validator: None, url })
+    // The digest of an LFS file is its SHA-256; any other's is git's SHA-1, which is taken as a name only.
+    let well_formed = if sibling.lfs.is_some() { names::is_sha256(&blob) } else { names::is_commit(&blob) };
+    if !well_formed {
+        return Err(HubError::Answer {
+            url,
+            reason: format!("the digest of {name} is not 40 or 64 hexadecimal digits"),
+        });
+    }
+    let sha256 = names::is_sha256(&blob).then(|| blob.clone());
+    Ok(RemoteFile { name, size, blob, sha256, validator: None, url })
+}
+
+/// Digest and size of a file from its headers.
+fn described(client: &Client<'_>, url: &str) -> Result<(String, u64), HubError> {
+    let response = client.head(url)?;
+    let etag = client::text(&response, LINKED_ETAG).or_else(|| client::text(&response, header::ETAG));
+    let size =
+        client::text(&response, LINKED_SIZE).map_or_else(|| client::content_length(&response), |s| s.parse().ok());
+    match (etag, size) {
+        (Some(etag), Some(size)) => Ok((etag.trim_start_matches("W/").trim_matches('"').to_owned(), size)),
+        _ => Err(HubError::Answer { url: url.into(), reason: "the server does not say its digest and size".into() }),
+    }
 }

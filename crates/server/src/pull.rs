@@ -76,8 +76,8 @@ impl Display {
                 self.bar.reset_eta();
             }
             Event::Bytes { all_done, .. } => self.bar.set_position(*all_done),
-            Event::Retry { what, error, delay } => {
-                self.line(&format!("{what}: {error}; again in {} s", delay.as_secs_f32()));
+            Event::Retry { error, delay, .. } => {
+                self.line(&format!("{error}; again in {} s", delay.as_secs_f32()));
             }
             // Events of a later version are not for this display.
             _ => {}

@@ -5,8 +5,8 @@ use std::{fs, path::Path, thread};
 use baton_hub::HubError;
 
 use crate::{
-    model::{COMMIT, Cache, ID, SHARD, assert_holds, hub, wanted},
-    server::Reply,
+    model::{COMMIT, Cache, ID, SHARD, assert_holds, honest, hub, unwanted, wanted},
+    server::{Reply, Server},
 };
 
 #[test]
@@ -153,10 +153,10 @@ fn a_commit_that_the_hub_answers_with_another_is_refused() {
 
 #[test]
 fn a_model_without_safetensors_is_refused_by_the_name_of_what_it_has() {
-    let files = crate::model::unwanted();
+    let files = unwanted();
     let config = wanted().swap_remove(0);
     let files = [files, vec![config]].concat();
-    let server = crate::server::Server::start(move |request| crate::model::honest(&files, request));
+    let server = Server::start(move |request| honest(&files, request));
     let error = Cache::new(&server).pull().unwrap_err();
     assert!(matches!(&error, HubError::NoWeights { found, .. } if found.contains("pytorch_model.bin")), "{error}");
     assert!(server.asked("pytorch_model.bin").is_empty());
@@ -170,4 +170,31 @@ fn an_unknown_model_and_a_private_one_are_told_apart() {
         assert!(error.to_string().contains(expected), "{error}");
         assert_eq!(server.requests().len(), 1, "not retried");
     }
+}
+
+#[test]
+fn a_mirror_that_lists_names_alone_is_asked_for_each_files_digest_and_size() {
+    let server = Server::start(|request| {
+        let files = wanted();
+        if request.path.starts_with("/api/") {
+            let names: Vec<_> = files.iter().map(|f| serde_json::json!({ "rfilename": f.name })).collect();
+            return Reply::new(200, serde_json::json!({ "sha": COMMIT, "siblings": names }).to_string());
+        }
+        let reply = honest(&files, request);
+        match files.iter().find(|f| request.method == "HEAD" && request.path.ends_with(f.name)) {
+            Some(file) if file.lfs => reply
+                .with("X-Linked-Etag", format!("\"{}\"", file.sha256()))
+                .with("X-Linked-Size", file.bytes.len().to_string()),
+            Some(file) => reply.with("ETag", format!("W/\"{}\"", file.blob_id())),
+            None => reply,
+        }
+    });
+    let cache = Cache::new(&server);
+    assert_holds(&cache.pull().unwrap(), &wanted());
+    let mut blobs = cache.blobs();
+    let mut names: Vec<_> = wanted().iter().map(|f| if f.lfs { f.sha256() } else { f.blob_id() }).collect();
+    blobs.sort();
+    names.sort();
+    assert_eq!(blobs, names, "under the names that a hub's own listing gives them");
+    assert!(server.requests().iter().all(|r| r.method != "HEAD" || !r.path.starts_with("/cdn/")));
 }

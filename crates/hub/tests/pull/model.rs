@@ -31,7 +31,7 @@ impl File {
     }
 
     /// Stands for git's object id, which is not checked.
-    fn blob_id(&self) -> String {
+    pub fn blob_id(&self) -> String {
         self.sha256()[..40].to_owned()
     }
 
