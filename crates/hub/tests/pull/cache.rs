@@ -1,6 +1,11 @@
 //! What a pull leaves in the cache, and when the network is used at all.
 
-use std::{fs, path::Path, thread};
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
 
 use baton_hub::HubError;
 
@@ -106,6 +111,27 @@ fn a_snapshot_of_another_tool_is_used_if_complete_and_completed_if_not() {
     fs::remove_file(folder.join(SHARD)).unwrap();
     cache.options.offline = false;
     assert_holds(&cache.pull().unwrap(), &wanted());
+}
+
+#[test]
+fn who_watches_sees_all_files_of_a_snapshot_or_none() {
+    let server = hub(|_| None);
+    for _ in 0..20 {
+        let cache = Cache::new(&server);
+        let (folder, done) = (cache.model().join("snapshots").join(COMMIT), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    if let Ok(entries) = fs::read_dir(&folder) {
+                        assert_eq!(entries.count(), wanted().len());
+                    }
+                }
+            });
+            let result = cache.pull();
+            done.store(true, Ordering::SeqCst);
+            result.unwrap();
+        });
+    }
 }
 
 #[test]

@@ -110,7 +110,7 @@ fn a_refresh_sees_a_changed_directory_and_the_old_snapshot_stays() {
     let server = serve(wanted(), {
         let changed = changed.clone();
         move |request, reply| match changed.load(Ordering::SeqCst) && request.path.ends_with("/config.json") {
-            true => Reply::file(request, b"{}").with("ETag", "\"new\""),
+            true => Reply::file(request, b"{\"model_type\":\"qwen2\"}").with("ETag", "\"new\""),
             false => reply,
         }
     });
@@ -122,6 +122,8 @@ fn a_refresh_sees_a_changed_directory_and_the_old_snapshot_stays() {
     let new = cache.pull_target(&url(&server), &|_| {}).unwrap();
     assert_holds(&old, &wanted());
     let mut files = wanted();
-    files[0].bytes = b"{}".into();
+    let len = files[0].bytes.len();
+    files[0].bytes = b"{\"model_type\":\"qwen2\"}".into();
+    assert_eq!(files[0].bytes.len(), len, "only the validator tells them apart");
     assert_holds(&new, &files);
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -114,22 +114,24 @@ pub fn first(
 /// A cache of its own, and options that do not wait.
 pub struct Cache {
     pub options: Options,
-    home: tempfile::TempDir,
+    /// Holds nothing but `home`, unless something escapes from there.
+    pub around: tempfile::TempDir,
 }
 
 impl Cache {
     pub fn new(server: &Server) -> Self {
-        let home = tempfile::tempdir().unwrap();
-        let mut options = Options::new(home.path());
+        let around = tempfile::tempdir().unwrap();
+        fs::create_dir(around.path().join("home")).unwrap();
+        let mut options = Options::new(&around.path().join("home"));
         options.endpoint = server.url();
         options.tries = 3;
         options.stall = Duration::from_secs(20);
         options.sleep = |_| {};
-        Cache { options, home }
+        Cache { options, around }
     }
 
-    pub fn home(&self) -> &Path {
-        self.home.path()
+    pub fn home(&self) -> PathBuf {
+        self.around.path().join("home")
     }
 
     pub fn model(&self) -> PathBuf {
