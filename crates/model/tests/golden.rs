@@ -105,6 +105,13 @@ macro_rules! goldens {
             qwen2_with_tied_embeddings_and_an_unused_window: "qwen2-tied",
             qwen2_in_float16: "qwen2-untied",
             qwen3: "qwen3",
+            qwen3_moe: "qwen3-moe",
+            mistral_with_a_window_in_three_shards: "mistral-window",
+            phi3_with_a_window: "phi3",
+            gemma2: "gemma2",
+            gemma3_with_scaled_rope: "gemma3",
+            deepseek_v2_with_groups: "deepseek-v2",
+            deepseek_v2_lite_with_yarn: "deepseek-v2-lite",
             deepseek_v3_with_yarn: "deepseek-v3",
         );
     };
