@@ -16,14 +16,17 @@ use baton_model::{
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-pub const CASES: [&str; 13] = [
+pub const CASES: [&str; 16] = [
     "llama-rope3",
     "llama-256",
     "mistral-window",
+    "mixtral",
     "qwen2-tied",
     "qwen2-untied",
+    "qwen2-window",
     "qwen3",
     "qwen3-moe",
+    "qwen3-moe-sparse",
     "phi3",
     "gemma2",
     "gemma3",
