@@ -189,8 +189,8 @@ impl Mix<'_> {
         for (b, (weights, &block)) in self.weights.iter().zip(self.blocks).enumerate() {
             let values = self.values.block(block, self.head).as_chunks().0;
             let positions = within_block(self.positions, b);
-            let rows = values.chunks_exact(stride).zip(weights);
-            for (row, &weight) in rows.take(positions.end).skip(positions.start) {
+            let rows = values[positions.start * stride..].chunks_exact(stride);
+            for (row, &weight) in rows.zip(&weights[positions]) {
                 let (row, weight) = (&row[first..][..N], s.splat(weight));
                 for n in 0..N {
                     acc[n] = s.mul_add(weight, s.load(&row[n]), acc[n]);
