@@ -24,8 +24,8 @@ pub struct Target {
     pub api_key: Option<String>,
 }
 
-/// What one streamed call gave.
-#[derive(Debug, Clone)]
+/// What one call gave.
+#[derive(Debug, Clone, Default)]
 pub struct Reply {
     /// Joined content, or text of a completion.
     pub content: String,
@@ -81,16 +81,7 @@ impl Client {
         let start = Instant::now();
         let mut incoming = self.open_stream(path, body).await?;
         let mut parser = EventParser::default();
-        let mut reply = Reply {
-            content: String::new(),
-            reasoning: String::new(),
-            finish_reason: String::new(),
-            prompt_tokens: 0,
-            output_tokens: 0,
-            first_token: Duration::ZERO,
-            gaps: Vec::new(),
-            total: Duration::ZERO,
-        };
+        let mut reply = Reply::default();
         let mut last: Option<Instant> = None;
         while let Some(frame) = incoming.frame().await {
             let Ok(data) = frame?.into_data() else { continue };
@@ -114,6 +105,19 @@ impl Client {
             }
         }
         bail!("the stream closed without [DONE]")
+    }
+
+    /// `POST path`, answered in one piece, which must be a 200.
+    pub async fn whole(&self, path: &str, body: &Value) -> Result<Reply> {
+        let start = Instant::now();
+        let (status, answer) = self.post(path, body).await?;
+        ensure!(status == StatusCode::OK, "{status}: {answer}");
+        let mut reply = Reply::default();
+        reply.absorb(&answer);
+        ensure!(!reply.finish_reason.is_empty(), "an answer without a finish reason");
+        reply.total = start.elapsed();
+        reply.first_token = reply.total;
+        Ok(reply)
     }
 
     /// As [`Self::stream`], but leaves the body to the caller, who may drop it half way.
@@ -140,7 +144,7 @@ impl Client {
 }
 
 impl Reply {
-    /// Takes over what a chunk says; whether it carried text.
+    /// Takes over what a chunk, or a whole answer, says; whether it carried text.
     fn absorb(&mut self, chunk: &Value) -> bool {
         if let Some(usage) = chunk.get("usage").filter(|u| !u.is_null()) {
             self.prompt_tokens = usage["prompt_tokens"].as_u64().unwrap_or(0);
@@ -150,8 +154,9 @@ impl Reply {
         if let Some(reason) = choice["finish_reason"].as_str() {
             self.finish_reason = reason.to_owned();
         }
-        let content = choice["delta"]["content"].as_str().or(choice["text"].as_str()).unwrap_or("");
-        let reasoning = choice["delta"]["reasoning_content"].as_str().unwrap_or("");
+        let message = choice.get("delta").unwrap_or(&choice["message"]);
+        let content = message["content"].as_str().or(choice["text"].as_str()).unwrap_or("");
+        let reasoning = message["reasoning_content"].as_str().unwrap_or("");
         self.content.push_str(content);
         self.reasoning.push_str(reasoning);
         !content.is_empty() || !reasoning.is_empty()

@@ -21,9 +21,18 @@ use std::{
 
 use serde_json::Value;
 
+/// How a reply comes back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// As server-sent events, each token timed.
+    Streamed,
+    /// In one piece; its first token is its last.
+    Whole,
+}
+
 /// Sends `bodies` to `path`, `concurrency` at a time, each worker taking the next when its last one
 /// ended. Replies come in the order of `bodies`.
-pub async fn closed_loop(target: &Target, path: &str, bodies: Vec<Value>, concurrency: usize) -> Report {
+pub async fn closed_loop(target: &Target, path: &str, bodies: Vec<Value>, concurrency: usize, mode: Mode) -> Report {
     let total = bodies.len();
     let queue: Arc<Mutex<VecDeque<(usize, Value)>>> = Arc::new(Mutex::new(bodies.into_iter().enumerate().collect()));
     let start = Instant::now();
@@ -34,7 +43,11 @@ pub async fn closed_loop(target: &Target, path: &str, bodies: Vec<Value>, concur
                 let mut replies = Vec::new();
                 loop {
                     let Some((i, body)) = queue.lock().expect("no holder panics").pop_front() else { break };
-                    replies.push((i, client.stream(&path, body).await));
+                    let reply = match mode {
+                        Mode::Streamed => client.stream(&path, body).await,
+                        Mode::Whole => client.whole(&path, &body).await,
+                    };
+                    replies.push((i, reply));
                 }
                 replies
             })

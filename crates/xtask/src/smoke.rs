@@ -1,5 +1,5 @@
 //! The smoke load test: starts the server with the bundled model, then measures how soon it is ready
-//! and how large, what 1 and 32 streams get, and that killed clients leave no block behind.
+//! and how large, what 1 and 32 clients get (streamed and in one piece), and that killed clients leave no block behind.
 //!
 //! It fails on errors, on lost or differing replies and on leaked blocks. Timings are printed and
 //! recorded, and decide nothing.
@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use baton_loadgen::{LocalServer, Report, closed_loop};
+use baton_loadgen::{LocalServer, Mode, Report, closed_loop};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -54,12 +54,21 @@ async fn run(args: &Args) -> Result<()> {
 
 async fn measure(server: &LocalServer) -> Result<Value> {
     let resident = server.resident_mib()?;
-    closed_loop(server.target(), CHAT, chats(900..902), 1).await; // page in
-    let one = checked(closed_loop(server.target(), CHAT, chats(100..112), 1).await)?;
-    let many = checked(closed_loop(server.target(), CHAT, chats(200..328), 32).await)?;
+    let target = server.target();
+    closed_loop(target, CHAT, chats(900..902), 1, Mode::Streamed).await; // page in
+    let mut figures = serde_json::Map::new();
+    let mut alone = None;
+    for (mode, name) in [(Mode::Streamed, "streamed"), (Mode::Whole, "whole")] {
+        let one = checked(closed_loop(target, CHAT, chats(100..140), 1, mode).await)?;
+        let many = checked(closed_loop(target, CHAT, chats(200..520), 32, mode).await)?;
+        let ratio = many.output_throughput / one.output_throughput;
+        figures.insert(name.into(), json!({"one_client": one, "clients_32": many, "throughput_ratio": ratio}));
+        alone.get_or_insert(one);
+    }
     // The same questions again, all at once: a reply must not depend on its company.
-    let again = checked(closed_loop(server.target(), CHAT, chats(100..112), 12).await)?;
-    for (alone, together) in one.replies.iter().zip(&again.replies) {
+    let together = checked(closed_loop(target, CHAT, chats(100..140), 32, Mode::Streamed).await)?;
+    let alone = alone.context("two modes were measured")?;
+    for (alone, together) in alone.replies.iter().zip(&together.replies) {
         ensure!(
             (&alone.reasoning, &alone.content) == (&together.reasoning, &together.content),
             "a reply differs in company: {:?} and {:?}",
@@ -68,15 +77,11 @@ async fn measure(server: &LocalServer) -> Result<Value> {
         );
     }
     let freed = kill_clients(server, 50).await?;
-    Ok(json!({
-        "ready_ms": server.ready().as_secs_f64() * 1e3,
-        "resident_mib_when_ready": resident,
-        "one_stream": one,
-        "streams_32": many,
-        "throughput_ratio_32_to_1": many.output_throughput / one.output_throughput,
-        "killed_clients": 50,
-        "blocks_free_after_ms": freed.as_secs_f64() * 1e3,
-    }))
+    figures.insert("ready_ms".into(), json!(server.ready().as_secs_f64() * 1e3));
+    figures.insert("resident_mib_when_ready".into(), json!(resident));
+    figures.insert("killed_clients".into(), json!(50));
+    figures.insert("blocks_free_after_ms".into(), json!(freed.as_secs_f64() * 1e3));
+    Ok(figures.into())
 }
 
 fn checked(report: Report) -> Result<Report> {
@@ -84,7 +89,7 @@ fn checked(report: Report) -> Result<Report> {
     Ok(report)
 }
 
-/// One greedy sum per number, all different, so that no reply comes from the prefix cache.
+/// One greedy sum per number, all different.
 fn chats(numbers: std::ops::Range<u32>) -> Vec<Value> {
     let chat = |n: u32| {
         let question = format!("What is {n} + {}?", n * 7 % 900 + 13);

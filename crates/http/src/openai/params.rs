@@ -168,11 +168,11 @@ fn stream_options(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
 }
 
 /// Fields without effect on the output, accepted with any value.
-const NO_EFFECT: [&str; 6] =
-    ["metadata", "user", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"];
+const NO_EFFECT: &[&str] =
+    &["metadata", "user", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"];
 
 /// Fields that are known here or elsewhere and would change the output.
-const UNSUPPORTED: [&str; 41] = [
+const UNSUPPORTED: &[&str] = &[
     "add_special_tokens",
     "allowed_token_ids",
     "audio",
@@ -184,12 +184,14 @@ const UNSUPPORTED: [&str; 41] = [
     "echo",
     "function_call",
     "functions",
+    "grammar",
     "guided_choice",
     "guided_grammar",
     "guided_json",
     "guided_regex",
     "length_penalty",
     "logits_processors",
+    "mirostat",
     "mm_processor_kwargs",
     "modalities",
     "moderation",
@@ -212,8 +214,6 @@ const UNSUPPORTED: [&str; 41] = [
     "use_beam_search",
     "verbosity",
     "web_search_options",
-    "mirostat",
-    "grammar",
 ];
 
 /// Whether a value of an unsupported field asks for nothing beyond what is done anyway.

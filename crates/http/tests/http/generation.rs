@@ -145,6 +145,17 @@ async fn a_stop_string_ends_the_work_and_counts_its_tokens() {
 }
 
 #[tokio::test]
+async fn what_was_held_back_is_sent_at_the_end() {
+    for (reply, stop) in [("<thi", "never"), ("Hi. STO", "STOP"), ("Hi \n", "\n\n")] {
+        let server = Setup { reply: reply.into(), ..Setup::default() }.start().await;
+        let whole = server.chat(json!({"stop": stop})).await.json();
+        assert_eq!(whole["choices"][0]["message"]["content"], reply);
+        let chunks = server.chat(json!({"stop": stop, "stream": true})).await.chunks();
+        assert_eq!(joined(&chunks, 0, "content"), reply);
+    }
+}
+
+#[tokio::test]
 async fn a_length_cut_says_so_and_closes_half_a_character() {
     let server = Setup { reply: "你好".into(), ..Setup::default() }.start().await;
     assert!(server.text.encode("你", false).unwrap().len() > 1, "a character of several tokens");
@@ -232,6 +243,11 @@ async fn completion_choices_are_numbered_by_prompt_and_sample() {
     assert_eq!(indices, [0, 1, 2, 3]);
     assert_eq!(whole["usage"]["prompt_tokens"], 3, "each prompt once");
     assert_eq!(whole["usage"]["completion_tokens"], 16);
+    // The first choice of a prompt computes it, the second finds it in the cache: that is not the client's saving.
+    let body = json!({"prompt": vec![9; 40], "n": 2, "max_tokens": 4});
+    let usage = server.post(COMPLETIONS, &body).await.json()["usage"].clone();
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 0);
+    let body = json!({"prompt": [[5, 6], [7]], "n": 2, "max_tokens": 4});
     let chunks = server.post(COMPLETIONS, &with(body, json!({"stream": true}))).await.chunks();
     let first: Vec<_> = chunks[..4].iter().map(|chunk| chunk["choices"][0]["index"].as_u64().unwrap()).collect();
     assert_eq!(first, [0, 1, 2, 3]);
