@@ -18,8 +18,8 @@ mod step;
 
 pub use checkpoint::{CheckpointError, FileError, Files};
 pub use config::{
-    Architecture, ConfigError, DeepseekV3Config, Family, GenerationConfig, LlamaConfig, ModelConfig, RopeConfig,
-    RopeScaling,
+    Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,
+    RopeConfig, RopeScaling,
 };
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, Quantization, load};
 pub use params::SamplingParams;

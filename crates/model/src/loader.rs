@@ -110,11 +110,16 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(parts.try_into().unwrap_or_else(|_| unreachable!("one part per height")))
     }
 
-    /// `{prefix}.weight` of a norm.
-    pub(crate) fn norm(&mut self, prefix: &str) -> Result<B::Vector, LoadError> {
+    /// `{prefix}.weight` of a norm, with `offset` added to each element.
+    pub(crate) fn norm(&mut self, prefix: &str, offset: f32) -> Result<B::Vector, LoadError> {
         let weight = self.map(&format!("{prefix}.weight"))?;
-        self.weight_bytes += weight.host().len() as u64 * 4;
-        Ok(self.backend.vector(&weight.host())?)
+        let host = weight.host();
+        self.weight_bytes += host.len() as u64 * 4;
+        if offset == 0.0 {
+            return Ok(self.backend.vector(&host)?);
+        }
+        let bytes: Vec<u8> = host.to_f32().iter().flat_map(|w| (w + offset).to_le_bytes()).collect();
+        Ok(self.backend.vector(&HostTensor::new(host.name(), DType::F32, host.shape().to_vec(), &bytes))?)
     }
 
     /// A vector that stays on the host, by its full name.
@@ -136,15 +141,21 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(self.backend.latent_weight(&shape(weight.host(), format))?)
     }
 
-    /// `{prefix}.{expert}.{gate,up,down}_proj.weight` of all experts of a layer.
-    pub(crate) fn experts(&mut self, prefix: &str, count: usize, routing: Routing) -> Result<B::Experts, LoadError>
+    /// `{prefix}.{expert}.{name}.weight` of all experts of a layer, for the names of gate, up and down.
+    pub(crate) fn experts(
+        &mut self,
+        prefix: &str,
+        [gate, up, down]: [&str; 3],
+        count: usize,
+        routing: Routing,
+    ) -> Result<B::Experts, LoadError>
     where
         B: MoeOps,
     {
         let mut map_all = |name: &str| -> Result<Vec<Mapped<'a>>, LoadError> {
             (0..count).map(|expert| self.map(&format!("{prefix}.{expert}.{name}.weight"))).collect()
         };
-        let [gate, up, down] = [map_all("gate_proj")?, map_all("up_proj")?, map_all("down_proj")?];
+        let [gate, up, down] = [map_all(gate)?, map_all(up)?, map_all(down)?];
         let all: Vec<&Mapped<'_>> = gate.iter().chain(&up).chain(&down).collect();
         let format = self.account(&all)?;
         let src = HostExperts {

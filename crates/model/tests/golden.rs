@@ -104,7 +104,17 @@ macro_rules! goldens {
             llama_with_tied_embeddings: "llama-256",
             qwen2_with_tied_embeddings_and_an_unused_window: "qwen2-tied",
             qwen2_in_float16: "qwen2-untied",
+            qwen2_with_a_window_in_its_upper_layers: "qwen2-window",
             qwen3: "qwen3",
+            qwen3_moe: "qwen3-moe",
+            qwen3_moe_with_dense_layers_and_plain_weights: "qwen3-moe-sparse",
+            mistral_with_a_window_in_three_shards: "mistral-window",
+            mixtral_with_a_window: "mixtral",
+            phi3_with_a_window: "phi3",
+            gemma2: "gemma2",
+            gemma3_with_scaled_rope: "gemma3",
+            deepseek_v2_with_groups: "deepseek-v2",
+            deepseek_v2_lite_with_yarn: "deepseek-v2-lite",
             deepseek_v3_with_yarn: "deepseek-v3",
         );
     };
