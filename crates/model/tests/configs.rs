@@ -31,6 +31,7 @@ fn published_configs_are_read() {
     for (case, architecture) in CASES.iter().zip([
         Architecture::Llama,
         Architecture::Llama,
+        Architecture::Llama,
         Architecture::Mistral,
         Architecture::Mixtral,
         Architecture::Qwen2,
@@ -42,6 +43,7 @@ fn published_configs_are_read() {
         Architecture::Phi3,
         Architecture::Gemma2,
         Architecture::Gemma3,
+        Architecture::DeepseekV2,
         Architecture::DeepseekV2,
         Architecture::DeepseekV2,
         Architecture::DeepseekV3,
@@ -93,8 +95,8 @@ fn what_is_not_built_is_refused_by_name() {
     for (case, fields, wanted) in [
         ("llama-256", json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
         ("llama-256", json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\""),
-        ("llama-256", json!({"attention_bias": true}), "attention_bias"),
-        ("llama-256", json!({"mlp_bias": true}), "mlp_bias"),
+        ("mistral-window", json!({"attention_bias": true}), "attention_bias"),
+        ("qwen3", json!({"mlp_bias": true}), "mlp_bias"),
         ("llama-256", json!({"sliding_window": 64}), "sliding_window"),
         ("deepseek-v2", json!({"sliding_window": 64}), "DeepseekV2ForCausalLM has full attention only"),
         ("qwen3-moe", json!({"sliding_window": 64, "use_sliding_window": true}), "sliding_window"),
