@@ -75,6 +75,14 @@ fn the_newer_style_means_the_same() {
 }
 
 #[test]
+fn configs_as_transformers_rewrites_them_mean_the_same() {
+    let rewritten = common::json(folder("configs.json"));
+    for case in CASES {
+        assert_eq!(parse(&rewritten[case]).unwrap(), parse(&config(case)).unwrap(), "{case}");
+    }
+}
+
+#[test]
 fn unknown_architectures_are_refused_by_name_with_the_supported_ones() {
     let fields = json!({"architectures": ["MambaForCausalLM"], "model_type": "mamba"});
     let message = refusal("qwen3", fields);
@@ -113,7 +121,8 @@ fn what_is_not_built_is_refused_by_name() {
         ("gemma2", json!({"hidden_activation": "gelu"}), "hidden_activation is \"gelu\""),
         ("gemma3", json!({"use_bidirectional_attention": true}), "use_bidirectional_attention"),
         ("phi3", json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}), "\"longrope\"; supported"),
-        ("llama-256", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        ("llama-256", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
+        ("phi3", json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}), "factor is 0.75"),
         ("llama-256", json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), "dynamic"),
         ("llama-256", json!({"rope_scaling": {"factor": 2.0}}), "rope_type"),
         ("llama-256", json!({"torch_dtype": "float8_e4m3fn"}), "float8_e4m3fn"),

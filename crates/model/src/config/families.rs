@@ -165,7 +165,9 @@ pub(super) fn deepseek(fields: &mut Fields<'_>, architecture: Architecture, num_
 pub(super) fn moe(fields: &mut Fields<'_>, architecture: Architecture, num_layers: usize) -> Option<MoeConfig> {
     let experts_field = match architecture {
         Architecture::Mixtral => "num_local_experts",
-        Architecture::Qwen3Moe => "num_experts",
+        // The second as transformers 5 writes it.
+        Architecture::Qwen3Moe if fields.get("num_experts").is_some() => "num_experts",
+        Architecture::Qwen3Moe => "num_local_experts",
         Architecture::DeepseekV2 | Architecture::DeepseekV3 => "n_routed_experts",
         _ => return None,
     };

@@ -141,11 +141,7 @@ fn refuse_unsupported(fields: &mut Fields<'_>, architecture: Architecture) {
     } else {
         fields.only("hidden_act", &[json!("silu")]);
     }
-    if let Some(factor) = fields.get("partial_rotary_factor")
-        && factor.as_f64() != Some(1.0)
-    {
-        fields.refuse("partial_rotary_factor other than 1 is not supported");
-    }
+    fields.only("partial_rotary_factor", &[json!(1), json!(1.0)]);
 }
 
 fn dtype(fields: &mut Fields<'_>) -> Option<DType> {
