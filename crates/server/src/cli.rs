@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::settings::ServeArgs;
+use crate::{pull::PullArgs, settings::ServeArgs};
 
 /// Serves language models that were trained somewhere else.
 #[derive(Debug, Parser)]
@@ -19,6 +19,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve a checkpoint over OpenAI-compatible HTTP
     Serve(Box<ServeArgs>),
+    /// Fetch a checkpoint into the cache that Hugging Face tools share, and print its folder
+    Pull(PullArgs),
 }
 
 /// Puts `serve` in front when nothing is said.

@@ -5,17 +5,23 @@ mod bundled;
 mod cli;
 mod load;
 mod memory;
+mod pull;
 mod serve;
 mod settings;
 
 use std::process::ExitCode;
 
-use clap::CommandFactory;
+use clap::{CommandFactory, FromArgMatches};
+
+use crate::pull::PullArgs;
 
 fn main() -> ExitCode {
     let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));
     let result = match matches.subcommand() {
         Some(("serve", matches)) => serve::main(matches),
+        Some(("pull", matches)) => {
+            PullArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| pull::main(&args))
+        }
         _ => unreachable!("clap refuses a missing or unknown command"),
     };
     match result {
