@@ -84,26 +84,26 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// `{prefix}.weight`, with `{prefix}.bias` if the model has one.
     pub(crate) fn linear(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
         let weight = self.map(&format!("{prefix}.weight"))?;
-        let bias_name = format!("{prefix}.bias");
-        let bias = if self.specs.contains_key(&bias_name) { Some(self.map(&bias_name)?) } else { None };
+        let bias = self.bias(prefix)?;
         let format = self.account(&[&weight])?;
-        self.weight_bytes += bias.as_ref().map_or(0, |b| b.host().len() as u64 * 4);
         let src = HostLinear { weight: weight.host(), bias: bias.as_ref().map(Mapped::host), format };
         Ok(self.backend.linear_weight(&src)?)
     }
 
-    /// `{prefix}.weight`, cut along its rows into weights of the given heights.
+    /// `{prefix}.weight` and bias, cut along the rows into weights of the given heights.
     pub(crate) fn split_linear<const N: usize>(
         &mut self,
         prefix: &str,
         heights: [usize; N],
     ) -> Result<[B::Linear; N], LoadError> {
         let weight = self.map(&format!("{prefix}.weight"))?;
+        let bias = self.bias(prefix)?;
         let format = self.account(&[&weight])?;
         let mut start = 0;
         let mut parts = Vec::with_capacity(N);
         for height in heights {
-            let src = HostLinear { weight: weight.host().rows(start, height), bias: None, format };
+            let bias = bias.as_ref().map(|bias| bias.host().rows(start, height));
+            let src = HostLinear { weight: weight.host().rows(start, height), bias, format };
             parts.push(self.backend.linear_weight(&src)?);
             start += height;
         }
@@ -171,6 +171,14 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// The digest of all that was loaded, as lower-case hex.
     pub(crate) fn digest(self) -> String {
         self.digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// `{prefix}.bias`, if the model has one.
+    fn bias(&mut self, prefix: &str) -> Result<Option<Mapped<'a>>, LoadError> {
+        let name = format!("{prefix}.bias");
+        let bias = if self.specs.contains_key(&name) { Some(self.map(&name)?) } else { None };
+        self.weight_bytes += bias.as_ref().map_or(0, |b| b.host().len() as u64 * 4);
+        Ok(bias)
     }
 
     /// Maps a tensor, hashes it and checks that it is finite.

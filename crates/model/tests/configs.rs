@@ -31,6 +31,7 @@ fn published_configs_are_read() {
     for (case, architecture) in CASES.iter().zip([
         Architecture::Llama,
         Architecture::Llama,
+        Architecture::Llama,
         Architecture::Mistral,
         Architecture::Mixtral,
         Architecture::Qwen2,
@@ -42,6 +43,7 @@ fn published_configs_are_read() {
         Architecture::Phi3,
         Architecture::Gemma2,
         Architecture::Gemma3,
+        Architecture::DeepseekV2,
         Architecture::DeepseekV2,
         Architecture::DeepseekV2,
         Architecture::DeepseekV3,
@@ -73,6 +75,14 @@ fn the_newer_style_means_the_same() {
 }
 
 #[test]
+fn configs_as_transformers_rewrites_them_mean_the_same() {
+    let rewritten = common::json(folder("configs.json"));
+    for case in CASES {
+        assert_eq!(parse(&rewritten[case]).unwrap(), parse(&config(case)).unwrap(), "{case}");
+    }
+}
+
+#[test]
 fn unknown_architectures_are_refused_by_name_with_the_supported_ones() {
     let fields = json!({"architectures": ["MambaForCausalLM"], "model_type": "mamba"});
     let message = refusal("qwen3", fields);
@@ -93,8 +103,8 @@ fn what_is_not_built_is_refused_by_name() {
     for (case, fields, wanted) in [
         ("llama-256", json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
         ("llama-256", json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\""),
-        ("llama-256", json!({"attention_bias": true}), "attention_bias"),
-        ("llama-256", json!({"mlp_bias": true}), "mlp_bias"),
+        ("mistral-window", json!({"attention_bias": true}), "attention_bias"),
+        ("qwen3", json!({"mlp_bias": true}), "mlp_bias"),
         ("llama-256", json!({"sliding_window": 64}), "sliding_window"),
         ("deepseek-v2", json!({"sliding_window": 64}), "DeepseekV2ForCausalLM has full attention only"),
         ("qwen3-moe", json!({"sliding_window": 64, "use_sliding_window": true}), "sliding_window"),
@@ -111,7 +121,8 @@ fn what_is_not_built_is_refused_by_name() {
         ("gemma2", json!({"hidden_activation": "gelu"}), "hidden_activation is \"gelu\""),
         ("gemma3", json!({"use_bidirectional_attention": true}), "use_bidirectional_attention"),
         ("phi3", json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}), "\"longrope\"; supported"),
-        ("llama-256", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        ("llama-256", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
+        ("phi3", json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}), "factor is 0.75"),
         ("llama-256", json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), "dynamic"),
         ("llama-256", json!({"rope_scaling": {"factor": 2.0}}), "rope_type"),
         ("llama-256", json!({"torch_dtype": "float8_e4m3fn"}), "float8_e4m3fn"),

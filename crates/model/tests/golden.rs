@@ -102,6 +102,7 @@ macro_rules! goldens {
             $backend, $make,
             llama_with_llama3_rope: "llama-rope3",
             llama_with_tied_embeddings: "llama-256",
+            llama_with_biases: "llama-bias",
             qwen2_with_tied_embeddings_and_an_unused_window: "qwen2-tied",
             qwen2_in_float16: "qwen2-untied",
             qwen2_with_a_window_in_its_upper_layers: "qwen2-window",
@@ -114,6 +115,7 @@ macro_rules! goldens {
             gemma2: "gemma2",
             gemma3_with_scaled_rope: "gemma3",
             deepseek_v2_with_groups: "deepseek-v2",
+            deepseek_v2_with_biases: "deepseek-v2-bias",
             deepseek_v2_lite_with_yarn: "deepseek-v2-lite",
             deepseek_v3_with_yarn: "deepseek-v3",
         );

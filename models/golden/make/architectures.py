@@ -36,6 +36,18 @@ CASES = {
         **COMMON, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "intermediate_size": 48,
         "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 40, "rope_theta": 1000000.0,
     }),
+    "llama-bias": (4, {
+        **COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2,
+        "intermediate_size": 96, "attention_bias": True, "mlp_bias": True,
+    }),
+    "deepseek-v2-bias": (5, {
+        **COMMON, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 2,
+        "num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+        "kv_lora_rank": 24, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20,
+        "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "topk_method": "greedy",
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.5, "moe_layer_freq": 1,
+        "attention_bias": True,
+    }),
     # Full attention below max_window_layers, a window above.
     "qwen2-window": (2, {
         **COMMON, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "intermediate_size": 96,
@@ -61,11 +73,10 @@ class Weights:
     def add(self, name, values):
         self.tensors[name] = torch.tensor(values, dtype=torch.float32).to(torch.bfloat16)
 
-    def linear(self, name, rows, cols, gain=1.0):
+    def linear(self, name, rows, cols, gain=1.0, bias=False):
         self.add(f"{name}.weight", self.rng.standard_normal((rows, cols)) * gain / math.sqrt(cols))
-
-    def bias(self, name, rows):
-        self.add(f"{name}.bias", self.rng.standard_normal(rows) * 0.5)
+        if bias:
+            self.add(f"{name}.bias", self.rng.standard_normal(rows) * 0.5)
 
     def norm(self, name, cols, mean=1.0):
         self.add(f"{name}.weight", mean + self.rng.standard_normal(cols) * 0.25)
@@ -79,25 +90,39 @@ def weights(seed, config):
     w.linear("lm_head", config["vocab_size"], hidden, 3.0)
     w.norm("model.norm", hidden)
 
-    def mlp(prefix, names, width):
+    bias = config.get("attention_bias", False)
+
+    def mlp(prefix, names, width, bias=False):
         gate, up, down = names
-        w.linear(f"{prefix}.{gate}", width, hidden)
-        w.linear(f"{prefix}.{up}", width, hidden)
-        w.linear(f"{prefix}.{down}", hidden, width, 1.8)
+        w.linear(f"{prefix}.{gate}", width, hidden, bias=bias)
+        w.linear(f"{prefix}.{up}", width, hidden, bias=bias)
+        w.linear(f"{prefix}.{down}", hidden, width, 1.8, bias)
+
+    def grouped_query_attention(prefix):
+        for name, rows, gain in (("q_proj", heads, 1.5), ("k_proj", kv_heads, 1.5), ("v_proj", kv_heads, 1.0)):
+            w.linear(f"{prefix}.{name}", rows * head_dim, hidden, gain, bias or kind == "qwen2")
+        w.linear(f"{prefix}.o_proj", hidden, heads * head_dim, bias=bias)
+        if kind == "qwen3_moe":
+            w.norm(f"{prefix}.q_norm", head_dim, 1.4)
+            w.norm(f"{prefix}.k_norm", head_dim, 1.4)
+
+    def latent_attention(prefix):
+        q_rank, rank = config["q_lora_rank"], config["kv_lora_rank"]
+        nope, rope, v = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+        w.linear(f"{prefix}.q_a_proj", q_rank, hidden, bias=bias)
+        w.norm(f"{prefix}.q_a_layernorm", q_rank)
+        w.linear(f"{prefix}.q_b_proj", heads * (nope + rope), q_rank, 1.5)
+        w.linear(f"{prefix}.kv_a_proj_with_mqa", rank + rope, hidden, 1.5, bias)
+        w.norm(f"{prefix}.kv_a_layernorm", rank)
+        w.linear(f"{prefix}.kv_b_proj", heads * (nope + v), rank, 1.2)
+        w.linear(f"{prefix}.o_proj", hidden, heads * v, bias=bias)
 
     named = ("gate_proj", "up_proj", "down_proj")
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         w.norm(f"{prefix}.input_layernorm", hidden)
         w.norm(f"{prefix}.post_attention_layernorm", hidden)
-        for name, rows, gain in (("q_proj", heads, 1.5), ("k_proj", kv_heads, 1.5), ("v_proj", kv_heads, 1.0)):
-            w.linear(f"{prefix}.self_attn.{name}", rows * head_dim, hidden, gain)
-            if kind == "qwen2":
-                w.bias(f"{prefix}.self_attn.{name}", rows * head_dim)
-        w.linear(f"{prefix}.self_attn.o_proj", hidden, heads * head_dim)
-        if kind == "qwen3_moe":
-            w.norm(f"{prefix}.self_attn.q_norm", head_dim, 1.4)
-            w.norm(f"{prefix}.self_attn.k_norm", head_dim, 1.4)
+        (latent_attention if kind == "deepseek_v2" else grouped_query_attention)(f"{prefix}.self_attn")
         if kind == "mixtral":
             w.linear(f"{prefix}.block_sparse_moe.gate", config["num_local_experts"], hidden, 2.0)
             for e in range(config["num_local_experts"]):
@@ -107,8 +132,14 @@ def weights(seed, config):
             w.linear(f"{prefix}.mlp.gate", config["num_experts"], hidden, 2.0)
             for e in range(config["num_experts"]):
                 mlp(f"{prefix}.mlp.experts.{e}", named, config["moe_intermediate_size"])
+        elif kind == "deepseek_v2" and layer >= config["first_k_dense_replace"]:
+            w.linear(f"{prefix}.mlp.gate", config["n_routed_experts"], hidden, 2.0)
+            for e in range(config["n_routed_experts"]):
+                mlp(f"{prefix}.mlp.experts.{e}", named, config["moe_intermediate_size"])
+            shared = config["n_shared_experts"] * config["moe_intermediate_size"]
+            mlp(f"{prefix}.mlp.shared_experts", named, shared)
         else:
-            mlp(f"{prefix}.mlp", named, config["intermediate_size"])
+            mlp(f"{prefix}.mlp", named, config["intermediate_size"], config.get("mlp_bias", False))
     return w.tensors
 
 
@@ -132,14 +163,15 @@ def logits(model, ids):
     return model(torch.tensor([ids]), use_cache=False).logits[0]
 
 
-def greedy(model, prompt):
-    """The continuation by argmax, and the smallest distance of the best logit from the second."""
-    ids, margin = list(prompt), math.inf
+def greedy(model, prompts):
+    """For prompts of one length: the continuation of each by argmax, and the smallest distance of its best logit
+    from the second."""
+    ids, margins = torch.tensor(prompts), torch.full([len(prompts)], math.inf)
     for _ in range(GREEDY):
-        best = logits(model, ids)[-1].topk(2)
-        ids.append(int(best.indices[0]))
-        margin = min(margin, float(best.values[0] - best.values[1]))
-    return ids[len(prompt):], margin
+        best = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].topk(2)
+        ids = torch.cat([ids, best.indices[:, :1]], 1)
+        margins = torch.minimum(margins, best.values[:, 0] - best.values[:, 1])
+    return list(zip(prompts, ids[:, len(prompts[0]):].tolist(), margins.tolist()))
 
 
 def rounded(values):
@@ -159,9 +191,8 @@ def make(name, seed, config):
     prompts, tensors, smallest = [], {}, math.inf
     for prompt_name, length in PROMPTS.items():
         candidates = [rng.integers(3, config["vocab_size"], length).tolist() for _ in range(CANDIDATES)]
-        runs = [(ids, *greedy(narrow, ids)) for ids in candidates]
         # A varied text whose choices are the clearest.
-        ids, output, margin = max(runs, key=lambda run: run[2] * min(1.0, len(set(run[1])) / 16))
+        ids, output, margin = max(greedy(narrow, candidates), key=lambda run: run[2] * min(1.0, len(set(run[1])) / 16))
         assert margin > MARGIN, (name, prompt_name, margin)
         smallest = min(smallest, margin)
         whole = ids + output[:-1]

@@ -77,6 +77,13 @@ pub(super) fn layer_specs(config: &ModelConfig, own: &DeepseekConfig, layer: usi
     let kv_b = heads * (own.qk_nope_head_dim + own.v_head_dim);
     specs.matrix(part("kv_b_proj"), kv_b, own.kv_lora_rank, Role::Float);
     specs.linear(part("o_proj"), hidden, heads * own.v_head_dim);
+    if own.bias {
+        if let Some(rank) = own.q_lora_rank {
+            specs.vector(part("q_a_proj.bias"), rank);
+        }
+        specs.vector(part("kv_a_proj_with_mqa.bias"), own.kv_lora_rank + own.qk_rope_head_dim);
+        specs.vector(part("o_proj.bias"), hidden);
+    }
     feed_forward_specs(config, layer, specs);
 }
 

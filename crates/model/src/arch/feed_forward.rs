@@ -67,6 +67,10 @@ pub(super) fn feed_forward_specs(config: &ModelConfig, layer: usize, specs: &mut
             specs.linear(format!("{mlp}.down_proj"), hidden, width);
         } else {
             mlp_specs(&mlp, PROJECTIONS, hidden, width, specs);
+            if config.mlp_bias {
+                let rows = [width, width, hidden];
+                PROJECTIONS.iter().zip(rows).for_each(|(name, rows)| specs.vector(format!("{mlp}.{name}.bias"), rows));
+            }
         }
         return;
     };

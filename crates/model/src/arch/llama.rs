@@ -1,6 +1,6 @@
 //! Llama and its near copies up to Gemma: grouped-query attention, over all positions or a window.
 //!
-//! What tells them apart is in the config: biases on q, k and v (Qwen2), a norm on each query and key
+//! What tells them apart is in the config: biases (on q, k and v in Qwen2), a norm on each query and key
 //! head (Qwen3, Gemma 3), q, k and v in one tensor (Phi-3), windows (Mistral, Phi-3, Gemma), soft-capped
 //! scores (Gemma 2), a second rotary base for layers with a window (Gemma 3), experts (Mixtral,
 //! Qwen3-MoE).
@@ -64,6 +64,9 @@ pub(super) fn layer_specs(config: &ModelConfig, own: &LlamaConfig, layer: usize,
         }
     }
     specs.linear(format!("{attention}.o_proj"), hidden, config.num_heads * head_dim);
+    if own.o_bias {
+        specs.vector(format!("{attention}.o_proj.bias"), hidden);
+    }
     if own.qk_norm {
         specs.norm(format!("{attention}.q_norm"), head_dim);
         specs.norm(format!("{attention}.k_norm"), head_dim);

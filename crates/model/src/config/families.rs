@@ -44,16 +44,30 @@ pub(super) fn llama(
     } else {
         head_dim as f32
     };
+    let fixed = matches!(
+        architecture,
+        Architecture::Mistral | Architecture::Mixtral | Architecture::Qwen2 | Architecture::Phi3
+    );
+    let attention_bias = bias(fields, "attention_bias", !fixed);
     LlamaConfig {
         num_kv_heads,
         head_dim,
-        qkv_bias: architecture == Architecture::Qwen2,
+        qkv_bias: attention_bias || architecture == Architecture::Qwen2,
+        o_bias: attention_bias,
         qk_norm: matches!(architecture, Architecture::Qwen3 | Architecture::Qwen3Moe | Architecture::Gemma3),
         scale: scaled_by.sqrt().recip(),
         softcap: softcap(fields, architecture, "attn_logit_softcapping", 50.0),
         windows,
         window_rope: None,
     }
+}
+
+/// A switch for biases, refused where transformers has none to switch.
+pub(super) fn bias(fields: &mut Fields<'_>, name: &str, exists: bool) -> bool {
+    if !exists {
+        fields.only(name, &[json!(false)]);
+    }
+    fields.flag(name, false)
 }
 
 /// A soft cap of Gemma 2, by default that of its release; null is none. Gemma 3 has none but by name.
@@ -143,6 +157,7 @@ pub(super) fn deepseek(fields: &mut Fields<'_>, architecture: Architecture, num_
         qk_rope_head_dim: fields.size("qk_rope_head_dim", HEAD_DIM),
         v_head_dim: fields.size("v_head_dim", HEAD_DIM),
         rope_interleaved: architecture == Architecture::DeepseekV2 || fields.flag("rope_interleave", true),
+        bias: fields.flag("attention_bias", false),
     }
 }
 
@@ -150,7 +165,9 @@ pub(super) fn deepseek(fields: &mut Fields<'_>, architecture: Architecture, num_
 pub(super) fn moe(fields: &mut Fields<'_>, architecture: Architecture, num_layers: usize) -> Option<MoeConfig> {
     let experts_field = match architecture {
         Architecture::Mixtral => "num_local_experts",
-        Architecture::Qwen3Moe => "num_experts",
+        // The second as transformers 5 writes it.
+        Architecture::Qwen3Moe if fields.get("num_experts").is_some() => "num_experts",
+        Architecture::Qwen3Moe => "num_local_experts",
         Architecture::DeepseekV2 | Architecture::DeepseekV3 => "n_routed_experts",
         _ => return None,
     };

@@ -133,6 +133,8 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// Function of the gated feed-forward networks.
     pub hidden_act: Activation,
+    /// Biases on the dense feed-forward networks.
+    pub mlp_bias: bool,
     /// Experts in some or all layers.
     pub moe: Option<MoeConfig>,
     /// q, k and v are stored as one tensor, and so are gate and up.
@@ -173,6 +175,8 @@ pub struct LlamaConfig {
     pub head_dim: usize,
     /// Biases on the q, k and v projections.
     pub qkv_bias: bool,
+    /// A bias on the output projection.
+    pub o_bias: bool,
     /// A norm on each query and key head, before rotation.
     pub qk_norm: bool,
     /// Factor on the attention scores.
@@ -200,6 +204,8 @@ pub struct DeepseekConfig {
     pub v_head_dim: usize,
     /// Rotary pairs are neighbouring columns.
     pub rope_interleaved: bool,
+    /// Biases on the projections down to the latents and on the output projection.
+    pub bias: bool,
 }
 
 /// Mixture of experts.

@@ -82,6 +82,7 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         max_position_embeddings,
         tie_word_embeddings: fields.flag("tie_word_embeddings", gemma),
         hidden_act: if gemma { Activation::GeluTanh } else { Activation::Silu },
+        mlp_bias: families::bias(&mut fields, "mlp_bias", architecture == Architecture::Llama),
         moe: families::moe(&mut fields, architecture, num_layers),
         fused_projections: architecture == Architecture::Phi3,
         post_norms: gemma,
@@ -140,13 +141,7 @@ fn refuse_unsupported(fields: &mut Fields<'_>, architecture: Architecture) {
     } else {
         fields.only("hidden_act", &[json!("silu")]);
     }
-    fields.only("attention_bias", &[json!(false)]);
-    fields.only("mlp_bias", &[json!(false)]);
-    if let Some(factor) = fields.get("partial_rotary_factor")
-        && factor.as_f64() != Some(1.0)
-    {
-        fields.refuse("partial_rotary_factor other than 1 is not supported");
-    }
+    fields.only("partial_rotary_factor", &[json!(1), json!(1.0)]);
 }
 
 fn dtype(fields: &mut Fields<'_>) -> Option<DType> {

@@ -171,6 +171,7 @@ fn parse_object(
     };
     let mut inner = Fields::new(map, path);
     let theta = theta(&mut inner, "rope_theta").unwrap_or(default_theta);
+    inner.only("partial_rotary_factor", &[json!(1), json!(1.0)]);
     let scaling = scaling(&mut inner, value.is_some(), max_positions);
     fields.reasons.append(&mut inner.reasons);
     RopeConfig { dim, theta, scaling }

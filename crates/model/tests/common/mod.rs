@@ -16,9 +16,10 @@ use baton_model::{
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-pub const CASES: [&str; 16] = [
+pub const CASES: [&str; 18] = [
     "llama-rope3",
     "llama-256",
+    "llama-bias",
     "mistral-window",
     "mixtral",
     "qwen2-tied",
@@ -31,6 +32,7 @@ pub const CASES: [&str; 16] = [
     "gemma2",
     "gemma3",
     "deepseek-v2",
+    "deepseek-v2-bias",
     "deepseek-v2-lite",
     "deepseek-v3",
 ];
