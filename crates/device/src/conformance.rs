@@ -383,8 +383,8 @@ impl Source {
     }
 }
 
-/// Random bytes with scales that keep the values of order `scale`.
-fn random_blocks(block: BlockFormat, seed: u64, elements: usize, scale: f32) -> Vec<u8> {
+/// Whole blocks of random bytes with scales that keep the values of order `scale`.
+pub fn random_blocks(block: BlockFormat, seed: u64, elements: usize, scale: f32) -> Vec<u8> {
     let count = elements / block.elements();
     let random = uniform(seed, count * block.bytes(), 128.0);
     let mut bytes: Vec<u8> = random.iter().map(|v| v.floor() as i8 as u8).collect();
