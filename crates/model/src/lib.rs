@@ -7,6 +7,7 @@
 mod arch;
 mod checkpoint;
 mod config;
+mod gguf;
 mod load;
 mod loader;
 mod params;
