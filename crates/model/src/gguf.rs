@@ -63,6 +63,106 @@ const LAYER_TENSORS: [(&str, &str); 11] = [
     ("ffn_up", "mlp.up_proj"),
 ];
 
+/// What a GGUF file says of its tokenizer, as plain values; `None` or empty where it says nothing. Nothing but
+/// the types is checked.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GgufTokenizer {
+    /// `tokenizer.ggml.model`: `gpt2`, `llama`, ….
+    pub model: String,
+    /// `tokenizer.ggml.pre`.
+    pub pre: Option<String>,
+    /// `tokenizer.ggml.tokens`, by id.
+    pub tokens: Vec<String>,
+    /// `tokenizer.ggml.scores`.
+    pub scores: Vec<f32>,
+    /// `tokenizer.ggml.token_type`.
+    pub token_types: Vec<i32>,
+    /// `tokenizer.ggml.merges`.
+    pub merges: Vec<String>,
+    /// `tokenizer.ggml.bos_token_id`.
+    pub bos: Option<u32>,
+    /// `tokenizer.ggml.eos_token_id`.
+    pub eos: Option<u32>,
+    /// `tokenizer.ggml.add_bos_token`.
+    pub add_bos: Option<bool>,
+    /// `tokenizer.ggml.add_space_prefix`.
+    pub add_space_prefix: Option<bool>,
+    /// `tokenizer.chat_template`.
+    pub chat_template: Option<String>,
+}
+
+impl GgufTokenizer {
+    /// Reads a file's metadata; `None` if `files` are not GGUF.
+    ///
+    /// # Errors
+    /// As for loading, and if a key has a value of another type than these.
+    pub fn read(files: &Files) -> Result<Option<Self>, LoadError> {
+        let Files::Gguf(path) = files else { return Ok(None) };
+        let name = path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
+        let (_, bytes) = open_whole(files, &name)?;
+        let metadata = parse(&name, &bytes)?.metadata;
+        let get = |key: &'static str| Key { key, value: metadata.get(key) };
+        Ok(Some(Self {
+            model: get("tokenizer.ggml.model").text()?.unwrap_or_default(),
+            pre: get("tokenizer.ggml.pre").text()?,
+            tokens: get("tokenizer.ggml.tokens").list(text)?,
+            scores: get("tokenizer.ggml.scores").list(|v| match v {
+                Value::Float(v) => Some(v as f32),
+                _ => None,
+            })?,
+            token_types: get("tokenizer.ggml.token_type").list(|v| i32::try_from(unsigned(&v)?).ok())?,
+            merges: get("tokenizer.ggml.merges").list(text)?,
+            bos: get("tokenizer.ggml.bos_token_id").id()?,
+            eos: get("tokenizer.ggml.eos_token_id").id()?,
+            add_bos: get("tokenizer.ggml.add_bos_token").flag()?,
+            add_space_prefix: get("tokenizer.ggml.add_space_prefix").flag()?,
+            chat_template: get("tokenizer.chat_template").text()?,
+        }))
+    }
+}
+
+/// A key of the metadata on its way to a plain value.
+struct Key<'a> {
+    key: &'static str,
+    value: Option<&'a Value<'a>>,
+}
+
+impl<'a> Key<'a> {
+    fn read<T>(self, what: &str, get: impl FnOnce(&Value<'a>) -> Option<T>) -> Result<Option<T>, ConfigError> {
+        self.value.map(|v| get(v).ok_or_else(|| refuse(format!("{} is not {what}", self.key)))).transpose()
+    }
+
+    fn text(self) -> Result<Option<String>, ConfigError> {
+        self.read("a string", |v| text(*v))
+    }
+
+    fn id(self) -> Result<Option<u32>, ConfigError> {
+        self.read("a token id", |v| u32::try_from(unsigned(v)?).ok())
+    }
+
+    fn flag(self) -> Result<Option<bool>, ConfigError> {
+        self.read("a flag", |v| match v {
+            Value::Bool(v) => Some(*v),
+            _ => None,
+        })
+    }
+
+    fn list<T>(self, item: impl Fn(Value<'a>) -> Option<T>) -> Result<Vec<T>, ConfigError> {
+        let list = self.read("a list of the right type", |v| match v {
+            Value::Array(array) => array.iter().map(item).collect(),
+            _ => None,
+        })?;
+        Ok(list.unwrap_or_default())
+    }
+}
+
+fn text(value: Value<'_>) -> Option<String> {
+    match value {
+        Value::Text(text) => Some(text.to_owned()),
+        _ => None,
+    }
+}
+
 /// All of a model but the device.
 pub(crate) struct Opened {
     pub(crate) config: ModelConfig,
@@ -205,7 +305,8 @@ fn config_json(
         config.insert("rope_scaling".into(), rope.into());
     }
     let ends = ["eos_token_id", "eot_token_id", "eom_token_id"];
-    let mut ends: Vec<_> = ends.iter().filter_map(|id| number(metadata, &format!("tokenizer.ggml.{id}"))).collect();
+    let mut ends: Vec<u64> =
+        ends.iter().filter_map(|id| unsigned(metadata.get(format!("tokenizer.ggml.{id}").as_str())?)).collect();
     ends.dedup();
     config.insert("eos_token_id".into(), json!(ends));
 
@@ -246,8 +347,8 @@ fn scalar(value: &Value<'_>) -> Json {
     }
 }
 
-fn number(metadata: &BTreeMap<&str, Value<'_>>, key: &str) -> Option<u64> {
-    match *metadata.get(key)? {
+fn unsigned(value: &Value<'_>) -> Option<u64> {
+    match *value {
         Value::Unsigned(v) => Some(v),
         Value::Signed(v) => u64::try_from(v).ok(),
         _ => None,

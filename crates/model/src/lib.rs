@@ -22,6 +22,7 @@ pub use config::{
     Architecture, ConfigError, DeepseekV3Config, Family, GenerationConfig, LlamaConfig, ModelConfig, RopeConfig,
     RopeScaling,
 };
+pub use gguf::GgufTokenizer;
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, Quantization, load};
 pub use params::SamplingParams;
 pub use precision::Conversion;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, LoadReport, ModelRunner, SamplingParams, load};
+use baton_model::{Files, GgufTokenizer, LoadReport, ModelRunner, SamplingParams, load};
 use common::{all_logits, generate, options};
 use serde_json::Value;
 
@@ -74,6 +74,37 @@ fn all_files_of_a_folder_agree() {
         agrees(Reference::new(), &folder, &case);
         agrees(cpu(), &folder, &case);
     }
+}
+
+#[test]
+fn the_vocabulary_is_that_of_the_tokenizer_json_it_was_made_from() {
+    for (case, original) in [("llama-rope3-Q4_0", "llama3"), ("qwen2-tied-Q8_0", "chatml")] {
+        let files = Files::at(folder().join(format!("{case}.gguf"))).unwrap();
+        let read = GgufTokenizer::read(&files).unwrap().unwrap();
+        let path = folder().join("../tokenizers").join(original).join("tokenizer.json");
+        let json: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        let added = json["added_tokens"].as_array().unwrap();
+        let of_model = json["model"]["vocab"].as_object().unwrap().iter().map(|(t, id)| (t.as_str(), id));
+        let all = of_model.chain(added.iter().map(|a| (a["content"].as_str().unwrap(), &a["id"])));
+        let mut tokens = 0;
+        for (token, id) in all {
+            assert_eq!(read.tokens[id.as_u64().unwrap() as usize], token, "{case}");
+            tokens += 1;
+        }
+        // Rows of the embedding beyond the tokenizer are listed as unused.
+        assert!(tokens > 500 && read.token_types.len() == read.tokens.len());
+        assert!(read.token_types[tokens..].iter().all(|t| *t == 5), "{case}");
+        for token in added {
+            let kind = if token["special"] == true { 3 } else { 4 };
+            assert_eq!(read.token_types[token["id"].as_u64().unwrap() as usize], kind, "{case}: {token}");
+        }
+        let merges = json["model"]["merges"].as_array().unwrap().iter();
+        let merges = merges.map(|m| format!("{} {}", m[0].as_str().unwrap(), m[1].as_str().unwrap()));
+        assert!(merges.eq(read.merges.iter().cloned()), "{case}");
+        assert!(read.chat_template.is_some() && read.eos.is_some() && read.pre.is_some(), "{case}");
+        assert_eq!(read.add_bos, Some(original == "llama3"));
+    }
+    assert_eq!(GgufTokenizer::read(&Files::folder(common::folder("llama-256")).unwrap()).unwrap(), None);
 }
 
 #[test]

@@ -41,6 +41,7 @@ const NORMAL: i32 = 1;
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
+const UNUSED: i32 = 5;
 
 /// Longest piece that SentencePiece merges are looked for in, in bytes: its own trainer's limit is 16 characters.
 const MAX_MERGED: usize = 256;
@@ -149,7 +150,9 @@ impl GgufVocab {
                 return Err(format!("tokenizer.ggml.{key} has {len} entries for {count} tokens"));
             }
         }
-        let ids: HashMap<&str, u32> = self.tokens.iter().map(String::as_str).zip(0..).collect();
+        // Fillers, for rows of the embedding that no text leads to, are not part of the vocabulary.
+        let used = self.tokens.iter().map(String::as_str).zip(0..).filter(|(_, id)| self.kind(*id as usize) != UNUSED);
+        let ids: HashMap<&str, u32> = used.collect();
         let (mut tokenizer, add_bos) = match self.model.as_str() {
             "gpt2" => self.byte_level(&ids)?,
             "llama" => self.sentencepiece(&ids)?,

@@ -90,6 +90,16 @@ fn texts_encode_and_decode_as_with_the_tokenizer_json() {
 }
 
 #[test]
+fn fillers_are_no_part_of_the_vocabulary() {
+    let mut vocab = vocab("chatml", "gpt2", Some("qwen2"));
+    let before = vocab.tokens.len();
+    vocab.tokens.push("[PAD505]".into());
+    vocab.token_types.push(5);
+    let model = TextModel::from_gguf(&vocab).unwrap();
+    assert_eq!((model.vocab_size(), model.token_id("[PAD505]")), (before, None));
+}
+
+#[test]
 fn every_named_way_to_split_compiles_and_loses_no_text() {
     let base = vocab("llama3", "gpt2", None);
     let text = "Hello, world's 12345 years\r\n\n  of 漢字かな と ελληνικά — “quoted”!  ";
