@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear,
-    HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DeviceError, HostExperts, HostLatent,
+    HostLinear, HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, WeightFormat,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -52,7 +52,7 @@ impl CpuBackend {
     /// # Errors
     /// [`DeviceError::Unavailable`] if the machine lacks the instruction set or refuses a thread.
     pub fn new(options: &CpuOptions) -> Result<Self> {
-        use WeightFormat::{BF16, F16, F32, Q8_0};
+        use WeightFormat::{BF16, F16, F32, Ggml, Q8_0};
         let unavailable = |reason| DeviceError::Unavailable { device: DEVICE.to_owned(), reason };
         let wanted = options.isa.unwrap_or_else(Isa::detect);
         let isa = wanted.dispatch().ok_or_else(|| {
@@ -70,7 +70,7 @@ impl CpuBackend {
             isa: wanted.to_string(),
             threads,
             kv_block_size: BLOCK,
-            weight_formats: BTreeSet::from([F32, F16, BF16, Q8_0]),
+            weight_formats: [F32, F16, BF16, Q8_0].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             row_invariant: true,
         };

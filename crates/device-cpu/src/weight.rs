@@ -2,7 +2,8 @@
 //!
 //! Panel p holds output rows `16p..16p + 16`, rows beyond the last being zero. Floats: for each k the
 //! 16 weights of that column. Q8_0: for each block of 32 columns eight lines, each of 16 rows × 4
-//! columns, and apart from them the 16 scales of the block.
+//! columns, and apart from them the 16 scales of the block. A GGUF file's blocks stay as they are, row by
+//! row: the kernel widens a block of each of 16 rows at a time.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -10,7 +11,7 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use baton_device::{DeviceError, HostLinear, HostTensor, Result, WeightFormat, q8_0};
+use baton_device::{BlockFormat, HostLinear, HostTensor, Result, WeightFormat, q8_0};
 
 use crate::memory::{Line, lines};
 use crate::simd::{LANES, Simd};
@@ -48,6 +49,7 @@ pub(crate) enum Packed {
     F16(Panels<f16>),
     BF16(Panels<bf16>),
     Q8_0(Quants),
+    Ggml(Blocks),
 }
 
 impl Matrix {
@@ -59,13 +61,10 @@ impl Matrix {
         let &[out_features, in_features] = src.shape() else {
             panic!("{}: a linear weight has two dimensions, not {:?}", src.name(), src.shape())
         };
-        if format == WeightFormat::Q8_0 && in_features % q8_0::BLOCK != 0 {
-            return Err(DeviceError::Format {
-                tensor: src.name().to_owned(),
-                dtype: src.dtype(),
-                format,
-                reason: format!("its {in_features} columns are not a multiple of {}", q8_0::BLOCK),
-            });
+        src.expect_keepable(format)?;
+        if let WeightFormat::Ggml(format) = format {
+            let data = Packed::Ggml(Blocks::copy(src.data(), format, out_features, in_features)?);
+            return Ok(Self { out_features, in_features, data });
         }
         Self::pack(out_features, in_features, format, |rows| src.rows(rows.start, rows.len()).to_f32())
     }
@@ -84,16 +83,18 @@ impl Matrix {
             WeightFormat::F16 => Packed::F16(Panels::pack(panels, in_features, panel)?),
             WeightFormat::BF16 => Packed::BF16(Panels::pack(panels, in_features, panel)?),
             WeightFormat::Q8_0 => Packed::Q8_0(Quants::pack(panels, in_features, panel)?),
+            WeightFormat::Ggml(_) => unreachable!("blocks are copied from a file, never made"),
         };
         Ok(Self { out_features, in_features, data })
     }
 
     pub(crate) fn format(&self) -> WeightFormat {
-        match self.data {
+        match &self.data {
             Packed::F32(_) => WeightFormat::F32,
             Packed::F16(_) => WeightFormat::F16,
             Packed::BF16(_) => WeightFormat::BF16,
             Packed::Q8_0(_) => WeightFormat::Q8_0,
+            Packed::Ggml(blocks) => WeightFormat::Ggml(blocks.format),
         }
     }
 
@@ -110,6 +111,7 @@ impl Matrix {
             Packed::F16(panels) => panels.read_row(panel, lane, out),
             Packed::BF16(panels) => panels.read_row(panel, lane, out),
             Packed::Q8_0(quants) => quants.read_row(panel, lane, out),
+            Packed::Ggml(blocks) => blocks.format.dequantize(blocks.row(n), out),
         }
     }
 }
@@ -248,5 +250,46 @@ impl Quants {
             let quant = blocks[block][column / 4][4 * lane + column % 4];
             *out = f32::from(quant) * scales[block][lane].to_f32();
         }
+    }
+}
+
+/// Rows of a GGUF file's blocks.
+pub(crate) struct Blocks {
+    lines: Vec<Line>,
+    pub(crate) format: BlockFormat,
+    row_bytes: usize,
+    rows: usize,
+}
+
+/// One block of each row of a panel, widened: for each k the 16 weights of that column.
+pub(crate) type Widened = [[f32; LANES]; BlockFormat::MAX_ELEMENTS];
+
+impl Blocks {
+    fn copy(data: &[u8], format: BlockFormat, rows: usize, in_features: usize) -> Result<Self> {
+        let mut lines = lines(data.len(), "weights")?;
+        bytemuck::cast_slice_mut(&mut lines)[..data.len()].copy_from_slice(data);
+        Ok(Self { lines, format, row_bytes: in_features / format.elements() * format.bytes(), rows })
+    }
+
+    fn row(&self, n: usize) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[n * self.row_bytes..][..self.row_bytes]
+    }
+
+    /// Widens block `b` of the rows of panel `p` and gives its columns; rows beyond the last are zero.
+    pub(crate) fn widen<'a>(&self, p: usize, b: usize, out: &'a mut Widened) -> &'a [[f32; LANES]] {
+        let (bytes, columns) = (self.format.bytes(), &mut out[..self.format.elements()]);
+        let mut values = [0.0; BlockFormat::MAX_ELEMENTS];
+        let values = &mut values[..columns.len()];
+        for lane in 0..LANES {
+            if p * LANES + lane < self.rows {
+                self.format.dequantize(&self.row(p * LANES + lane)[b * bytes..][..bytes], values);
+            } else {
+                values.fill(0.0);
+            }
+            for (column, value) in columns.iter_mut().zip(&*values) {
+                column[lane] = *value;
+            }
+        }
+        columns
     }
 }

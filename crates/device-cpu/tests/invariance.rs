@@ -2,11 +2,11 @@
 //! sequence is cut into steps, not on the number of threads. For every instruction set of this
 //! machine and every weight format.
 
-use baton_device::conformance::uniform;
+use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostLatent,
-    HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, RopeLayout, Routing, Scoring, SequenceSpan,
-    WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
+    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, RopeLayout, Routing, Scoring,
+    SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
 use proptest::prelude::*;
@@ -91,6 +91,25 @@ proptest! {
                     out
                 })?;
             }
+        }
+    }
+
+    #[test]
+    fn a_row_times_a_file_s_blocks_does_not_depend_on_its_batch(
+        rows in 1..40usize, blocks in 1..4usize, out_features in 1..70usize, seed in 0..1000u64,
+        format in prop::sample::select(BlockFormat::ALL.to_vec()),
+    ) {
+        let in_features = blocks * format.elements();
+        let data = random_blocks(format, seed, out_features * in_features, 0.3);
+        let weight = HostTensor::new("test", DType::Ggml(format), vec![out_features, in_features], &data);
+        let src = HostLinear { weight, bias: None, format: WeightFormat::Ggml(format) };
+        let inputs = [(in_features, uniform(seed + 2, rows * in_features, 1.0))];
+        for same_isa in backends() {
+            rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
+                let mut out = b.tensor(rows, out_features).unwrap();
+                b.linear(&x[0], &b.linear_weight(&src).unwrap(), &mut out).unwrap();
+                out
+            })?;
         }
     }
 

@@ -5,9 +5,9 @@
 //! hash, so a case means the same numbers on every machine.
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostLatent,
-    HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Reference, Result, RopeLayout, Routing, Rows,
-    Scoring, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
+    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Reference, Result, RopeLayout,
+    Routing, Rows, Scoring, SequenceSpan, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -97,6 +97,21 @@ pub fn cases() -> Vec<Case> {
     for (rows, in_features, out_features) in [(1, 32, 1), (3, 64, 17), (5, 96, 31), (17, 192, 65), (1, 320, 129)] {
         cases.push(Case::Linear { rows, in_features, out_features, format: Q8_0, bias: rows % 2 == 1 });
     }
+    for block in BlockFormat::ALL {
+        let (format, k) = (WeightFormat::Ggml(block), block.elements());
+        for (rows, blocks, out_features) in [(1, 1, 1), (3, 3, 17), (17, 2, 65)] {
+            cases.push(Case::Linear { rows, in_features: k * blocks, out_features, format, bias: rows % 2 == 1 });
+        }
+        cases.push(Case::Moe { rows: 5, hidden: k, intermediate: k, experts: 4, format, groups: None });
+    }
+    cases.push(Case::Latent {
+        heads: 2,
+        nope: 7,
+        rope: 6,
+        v: 5,
+        rank: 64,
+        format: WeightFormat::Ggml(BlockFormat::Q4_0),
+    });
     for (rows, cols, run) in [(1, 1, 1), (3, 37, 37), (5, 96, 32), (2, 128, 16), (17, 192, 192)] {
         cases.push(Case::Norm { rows, cols, run });
     }
@@ -369,6 +384,7 @@ impl Source {
             WeightFormat::F16 => {
                 (DType::F16, values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect())
             }
+            WeightFormat::Ggml(block) => (DType::Ggml(block), random_blocks(block, seed, values.len(), scale)),
             WeightFormat::BF16 | WeightFormat::Q8_0 => {
                 (DType::BF16, values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect())
             }
@@ -379,6 +395,34 @@ impl Source {
     fn tensor(&self) -> HostTensor<'_> {
         HostTensor::new("case", self.dtype, self.shape.clone(), &self.data)
     }
+}
+
+/// Whole blocks of random bytes with scales that keep the values of order `scale`.
+pub fn random_blocks(block: BlockFormat, seed: u64, elements: usize, scale: f32) -> Vec<u8> {
+    let count = elements / block.elements();
+    let random = uniform(seed, count * block.bytes(), 128.0);
+    let mut bytes: Vec<u8> = random.iter().map(|v| v.floor() as i8 as u8).collect();
+    // The largest value of a block of scale 1.
+    let range = match block {
+        BlockFormat::Q4_0 | BlockFormat::Q4_1 => 16.0,
+        BlockFormat::Q5_0 | BlockFormat::Q5_1 => 32.0,
+        BlockFormat::Q8_0 | BlockFormat::IQ4_NL => 128.0,
+        BlockFormat::Q2_K => 16.0 * 4.0,
+        BlockFormat::Q3_K => 32.0 * 4.0,
+        BlockFormat::Q4_K => 64.0 * 16.0,
+        BlockFormat::Q5_K => 64.0 * 32.0,
+        BlockFormat::Q6_K => 128.0 * 32.0,
+        BlockFormat::IQ4_XS => 32.0 * 128.0,
+    };
+    for (i, bytes) in bytes.chunks_exact_mut(block.bytes()).enumerate() {
+        for (j, &offset) in block.scale_offsets().iter().enumerate() {
+            // Not all equal, so that a scale taken from another block shows.
+            let factor = 1.0 - (i % 7 + j) as f32 / 16.0;
+            let value = half::f16::from_f32(scale * factor / range);
+            bytes[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    bytes
 }
 
 fn activation<B: Backend>(b: &B, rows: usize, cols: usize, seed: u64) -> Result<B::Tensor> {

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::BlockFormat;
+
 /// Element type of a tensor in a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -11,14 +13,25 @@ pub enum DType {
     F16,
     /// bfloat16: the upper half of an f32.
     BF16,
+    /// Blocks along the last dimension, as GGUF files have them.
+    Ggml(BlockFormat),
 }
 
 impl DType {
-    /// Bytes of one element.
-    pub const fn size(self) -> usize {
+    /// Elements that are stored together; a row is a whole number of such blocks.
+    pub const fn block(self) -> usize {
         match self {
-            DType::F32 => 4,
-            DType::F16 | DType::BF16 => 2,
+            DType::F32 | DType::F16 | DType::BF16 => 1,
+            DType::Ggml(format) => format.elements(),
+        }
+    }
+
+    /// Bytes of `elements` elements, which are whole blocks.
+    pub const fn bytes(self, elements: usize) -> usize {
+        match self {
+            DType::F32 => elements * 4,
+            DType::F16 | DType::BF16 => elements * 2,
+            DType::Ggml(format) => elements / format.elements() * format.bytes(),
         }
     }
 }
@@ -29,6 +42,7 @@ impl fmt::Display for DType {
             DType::F32 => "f32",
             DType::F16 => "f16",
             DType::BF16 => "bf16",
+            DType::Ggml(format) => format.name(),
         })
     }
 }
@@ -45,6 +59,8 @@ pub enum WeightFormat {
     /// Signed bytes in blocks of 32 along K with one f16 scale each; activations are quantised the
     /// same way per row, products are exact integers (see [`crate::q8_0`]).
     Q8_0,
+    /// Blocks as a GGUF file has them, widened on use, f32 activations.
+    Ggml(BlockFormat),
 }
 
 impl WeightFormat {
@@ -54,6 +70,7 @@ impl WeightFormat {
             WeightFormat::F32 => elements * 4,
             WeightFormat::F16 | WeightFormat::BF16 => elements * 2,
             WeightFormat::Q8_0 => elements / crate::q8_0::BLOCK * crate::q8_0::BLOCK_BYTES,
+            WeightFormat::Ggml(format) => elements / format.elements() * format.bytes(),
         }
     }
 }
@@ -64,6 +81,7 @@ impl From<DType> for WeightFormat {
             DType::F32 => WeightFormat::F32,
             DType::F16 => WeightFormat::F16,
             DType::BF16 => WeightFormat::BF16,
+            DType::Ggml(format) => WeightFormat::Ggml(format),
         }
     }
 }
@@ -75,6 +93,7 @@ impl fmt::Display for WeightFormat {
             WeightFormat::F16 => "f16",
             WeightFormat::BF16 => "bf16",
             WeightFormat::Q8_0 => "q8_0",
+            WeightFormat::Ggml(format) => return write!(f, "ggml {format}"),
         })
     }
 }

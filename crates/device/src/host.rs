@@ -1,10 +1,11 @@
 //! Tensors on the host on their way to a device: borrowed from a mapped checkpoint, never owned.
 //!
-//! Invariant: `data.len() == shape.product() * dtype.size()`, checked by [`HostTensor::new`].
+//! Invariant: `data.len() == dtype.bytes(shape.product())` and rows are whole blocks, checked by
+//! [`HostTensor::new`].
 
 use half::{bf16, f16};
 
-use crate::{DType, DeviceError, Result, Routing, WeightFormat};
+use crate::{DType, DeviceError, Result, Routing, WeightFormat, q8_0};
 
 /// A tensor as it lies in a checkpoint: row-major, little-endian.
 #[derive(Debug, Clone)]
@@ -19,9 +20,12 @@ impl<'a> HostTensor<'a> {
     /// Wraps `data`.
     ///
     /// # Panics
-    /// If the byte length is not what shape and dtype imply; readers of files check that first.
+    /// If the byte length is not what shape and dtype imply, or rows are not whole blocks; readers of
+    /// files check that first.
     pub fn new(name: &'a str, dtype: DType, shape: Vec<usize>, data: &'a [u8]) -> Self {
-        let want = shape.iter().product::<usize>() * dtype.size();
+        let want = dtype.bytes(shape.iter().product());
+        let cols = shape.last().copied().unwrap_or(1);
+        assert!(cols.is_multiple_of(dtype.block()), "{name}: rows of {cols} are not whole blocks of {dtype}");
         assert_eq!(data.len(), want, "{name}: {shape:?} of {dtype} takes {want} bytes");
         Self { name, dtype, shape, data }
     }
@@ -64,7 +68,7 @@ impl<'a> HostTensor<'a> {
     pub fn rows(&self, start: usize, count: usize) -> HostTensor<'a> {
         let [rows, inner @ ..] = self.shape.as_slice() else { panic!("{}: rows of a scalar", self.name) };
         assert!(start + count <= *rows, "{}: rows {start}+{count} of {rows}", self.name);
-        let stride = inner.iter().product::<usize>() * self.dtype.size();
+        let stride = self.dtype.bytes(inner.iter().product());
         HostTensor {
             name: self.name,
             dtype: self.dtype,
@@ -73,13 +77,34 @@ impl<'a> HostTensor<'a> {
         }
     }
 
-    /// All elements widened to f32 (exact for every [`DType`]).
+    /// All elements widened to f32 (exact for every float, ggml's own values for blocks).
     pub fn to_f32(&self) -> Vec<f32> {
         match self.dtype {
             DType::F32 => self.data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             DType::F16 => self.data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             DType::BF16 => self.data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            DType::Ggml(format) => {
+                let mut values = vec![0.0; self.len()];
+                format.dequantize(self.data, &mut values);
+                values
+            }
         }
+    }
+
+    /// `Ok` if the tensor can be kept in `format`: blocks of 32 need whole ones, a file's blocks are kept only as
+    /// they are.
+    pub fn expect_keepable(&self, format: WeightFormat) -> Result<()> {
+        let cols = self.shape.last().copied().unwrap_or(1);
+        let reason = match format {
+            WeightFormat::Q8_0 if !cols.is_multiple_of(q8_0::BLOCK) => {
+                format!("its {cols} columns are not a multiple of {}", q8_0::BLOCK)
+            }
+            WeightFormat::Ggml(blocks) if self.dtype != DType::Ggml(blocks) => {
+                "blocks are kept as a file has them, never made".into()
+            }
+            _ => return Ok(()),
+        };
+        Err(DeviceError::Format { tensor: self.name.to_owned(), dtype: self.dtype, format, reason })
     }
 
     /// `Ok` if the shape is `expected`.

@@ -7,7 +7,7 @@ use std::f32::consts::FRAC_2_PI;
 use half::{bf16, f16};
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, HostExperts, HostLatent, HostLinear,
     HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing, Rows, WeightFormat,
     q8_0, select_experts,
 };
@@ -20,14 +20,14 @@ pub struct Reference {
 impl Reference {
     /// A reference device. Its blocks are small, so that tests cross many block borders.
     pub fn new() -> Self {
-        use WeightFormat::{BF16, F16, F32, Q8_0};
+        use WeightFormat::{BF16, F16, F32, Ggml, Q8_0};
         Self {
             caps: Caps {
                 device: "reference".into(),
                 isa: "scalar".into(),
                 threads: 1,
                 kv_block_size: 8,
-                weight_formats: BTreeSet::from([F32, F16, BF16, Q8_0]),
+                weight_formats: [F32, F16, BF16, Q8_0].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
                 row_invariant: true,
             },
@@ -87,20 +87,13 @@ impl Linear {
         let &[out_features, in_features] = src.shape() else {
             panic!("{}: a linear weight has two dimensions, not {:?}", src.name(), src.shape())
         };
-        if format == WeightFormat::Q8_0 && in_features % q8_0::BLOCK != 0 {
-            return Err(DeviceError::Format {
-                tensor: src.name().to_owned(),
-                dtype: src.dtype(),
-                format,
-                reason: format!("its {in_features} columns are not a multiple of {}", q8_0::BLOCK),
-            });
-        }
+        src.expect_keepable(format)?;
         if let Some(bias) = bias {
             bias.expect_shape(&[out_features])?;
         }
         let exact = src.to_f32();
         let weight = match format {
-            WeightFormat::F32 => exact,
+            WeightFormat::F32 | WeightFormat::Ggml(_) => exact,
             WeightFormat::F16 => exact.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
             WeightFormat::BF16 => exact.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
             WeightFormat::Q8_0 => blocks(&exact)

@@ -7,6 +7,7 @@
 mod arch;
 mod checkpoint;
 mod config;
+mod gguf;
 mod load;
 mod loader;
 mod params;
@@ -21,6 +22,7 @@ pub use config::{
     Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,
     RopeConfig, RopeScaling,
 };
+pub use gguf::GgufTokenizer;
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, Quantization, load};
 pub use params::SamplingParams;
 pub use precision::Conversion;

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::arch::{self, Sizes};
 use crate::checkpoint::{Checkpoint, CheckpointError, FileError, Files, Role, TensorSpec};
 use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig};
+use crate::gguf::{self, Opened};
 use crate::loader::{Formats, Loader};
 use crate::precision::Conversion;
 use crate::runner::ModelRunner;
@@ -150,9 +151,11 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     options: &LoadOptions,
 ) -> Result<(ModelRunner<B>, LoadReport), LoadError> {
     let start = Instant::now();
-    let (config, generation_config, digest) = read_configs(files)?;
+    let Opened { config, generation_config, digest, checkpoint } = match files {
+        Files::Gguf(path) => gguf::open(files, path)?,
+        _ => open(files)?,
+    };
     let spec = run_spec(&config, options)?;
-    let checkpoint = Checkpoint::open(files)?;
     let specs = arch::specs(&config).0;
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
     let formats = Formats { dtype: options.dtype, quantized: options.quantization.map(Into::into) };
@@ -185,14 +188,16 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     Ok((ModelRunner::new(backend, model, cache, spec), report))
 }
 
-fn read_configs(files: &Files) -> Result<(ModelConfig, GenerationConfig, Sha256), LoadError> {
+/// Opens a checkpoint of safetensors.
+fn open(files: &Files) -> Result<Opened, LoadError> {
     let json = files
         .read("config.json", MAX_CONFIG_BYTES)?
         .ok_or_else(|| FileError::Missing { name: "config.json".into() })?;
     let config = ModelConfig::parse(&json)?;
     let generation = files.read("generation_config.json", MAX_CONFIG_BYTES)?;
-    let generation = GenerationConfig::parse(generation.as_deref(), &config)?;
-    Ok((config, generation, Sha256::new_with_prefix(&json)))
+    let generation_config = GenerationConfig::parse(generation.as_deref(), &config)?;
+    let checkpoint = Checkpoint::open(files)?;
+    Ok(Opened { config, generation_config, digest: Sha256::new_with_prefix(&json), checkpoint })
 }
 
 /// The limits of the runner, without the cache's.

@@ -76,7 +76,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         formats: Formats,
         digest: Sha256,
     ) -> Self {
-        let bytes = |s: &TensorSpec| (s.shape.iter().product::<usize>() * checkpoint.dtype(&s.name).size()) as u64;
+        let bytes = |s: &TensorSpec| checkpoint.dtype(&s.name).bytes(s.shape.iter().product()) as u64;
         let hash_all = specs.values().map(bytes).sum::<u64>() < HASH_ALL_BELOW;
         Self { backend, checkpoint, specs, formats, hash_all, digest, weight_bytes: 0, conversions: Vec::new() }
     }

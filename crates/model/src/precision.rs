@@ -30,9 +30,14 @@ pub(crate) fn first_non_finite(tensor: &HostTensor<'_>) -> Option<(usize, f32)> 
         DType::F32 => first_where(data, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
         DType::F16 => first_where(data, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
         DType::BF16 => first_where(data, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        DType::Ggml(format) => data.chunks_exact(format.bytes()).position(|block| {
+            let scale = |&at: &usize| u16::from_le_bytes([block[at], block[at + 1]]);
+            format.scale_offsets().iter().map(scale).any(|s| s & 0x7c00 == 0x7c00)
+        }),
     }?;
-    let size = tensor.dtype().size();
-    let found = HostTensor::new(tensor.name(), tensor.dtype(), vec![1], &data[element * size..][..size]);
+    let (elements, size) = (tensor.dtype().block(), tensor.dtype().bytes(tensor.dtype().block()));
+    let found = HostTensor::new(tensor.name(), tensor.dtype(), vec![elements], &data[element * size..][..size]);
+    let element = element * elements;
     Some((element, found.to_f32()[0]))
 }
 
@@ -78,7 +83,7 @@ fn keep(block: &[f32], format: WeightFormat) -> [f32; q8_0::BLOCK] {
     let mut kept = [0.0; q8_0::BLOCK];
     kept[..block.len()].copy_from_slice(block);
     match format {
-        WeightFormat::F32 => kept,
+        WeightFormat::F32 | WeightFormat::Ggml(_) => kept,
         WeightFormat::F16 => kept.map(|v| f16::from_f32(v).to_f32()),
         WeightFormat::BF16 => kept.map(|v| bf16::from_f32(v).to_f32()),
         WeightFormat::Q8_0 => {
@@ -91,8 +96,10 @@ fn keep(block: &[f32], format: WeightFormat) -> [f32; q8_0::BLOCK] {
 /// A tensor's elements in chunks of [`CHUNK`].
 fn chunks<'a>(tensor: &HostTensor<'a>) -> impl Iterator<Item = Vec<f32>> + use<'a> {
     let (name, dtype) = (tensor.name(), tensor.dtype());
-    let parts = tensor.data().chunks(CHUNK * dtype.size());
-    parts.map(move |part| HostTensor::new(name, dtype, vec![part.len() / dtype.size()], part).to_f32())
+    let parts = tensor.data().chunks(dtype.bytes(CHUNK));
+    parts.map(move |part| {
+        HostTensor::new(name, dtype, vec![part.len() / dtype.bytes(dtype.block()) * dtype.block()], part).to_f32()
+    })
 }
 
 #[cfg(test)]

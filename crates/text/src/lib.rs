@@ -8,6 +8,7 @@
 mod config;
 mod detokenize;
 mod error;
+mod gguf;
 mod json;
 mod model;
 mod pycompat;
@@ -22,6 +23,7 @@ mod testing;
 
 pub use detokenize::Detokenizer;
 pub use error::TextError;
+pub use gguf::GgufVocab;
 pub use model::{TextFiles, TextModel};
 pub use reasoning::{ReasoningMarkers, ReasoningSplitter, Segment};
 pub use stop::{StopMatcher, StopOutcome};

@@ -58,7 +58,7 @@ impl Latent {
     }
 }
 
-/// The transpose of a matrix, same values. Blocks of Q8_0 lie along the other side then, so it is
+/// The transpose of a matrix, same values. Blocks lie along the other side then, so it is
 /// kept as the f32 that its quants stand for.
 fn pack_transposed(matrix: Matrix) -> Result<Matrix> {
     let (rows, cols) = (matrix.out_features, matrix.in_features);
@@ -67,7 +67,7 @@ fn pack_transposed(matrix: Matrix) -> Result<Matrix> {
         matrix.read_row(n, row);
     }
     let format = match matrix.format() {
-        WeightFormat::Q8_0 => WeightFormat::F32,
+        WeightFormat::Q8_0 | WeightFormat::Ggml(_) => WeightFormat::F32,
         other => other,
     };
     Matrix::pack(cols, rows, format, |columns| {

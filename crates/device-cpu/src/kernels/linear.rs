@@ -1,7 +1,8 @@
 //! `y = x·Wᵀ + b` on packed weights.
 //!
 //! Order: an output is one lane of one accumulator that starts at 0, takes its products by ascending
-//! k (Q8_0: the exact sum of each block times both scales, by ascending block), then the bias. Tiles
+//! k (Q8_0: the exact sum of each block times both scales, by ascending block), then the bias. A GGUF
+//! file's blocks are widened once per tile and then multiplied as floats. Tiles
 //! of `R` rows × `P` panels share loads; they change what is computed together, never the order.
 
 use std::ops::Range;
@@ -11,7 +12,7 @@ use crate::kernels::quantize::Quantized;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::{Target, View};
-use crate::weight::{Element, Matrix, Packed, Panels, Quants};
+use crate::weight::{Blocks, Element, Matrix, Packed, Panels, Quants, Widened};
 
 /// Panels whose weights stay in cache while all rows of a task pass over them.
 const GROUP: usize = 4;
@@ -71,6 +72,7 @@ impl Part<'_> {
             (Input::Floats(x), Packed::F32(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
             (Input::Floats(x), Packed::F16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
             (Input::Floats(x), Packed::BF16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
+            (Input::Floats(x), Packed::Ggml(w)) => isa.run(BlockPart { x, w, rows, panels, out }),
             (Input::Quants(x, index), Packed::Q8_0(w)) => isa.run(QuantPart { x, index, w, rows, panels, out }),
             _ => unreachable!("the input was prepared for this weight"),
         }
@@ -213,6 +215,46 @@ impl<T: Element> Tiles for FloatPart<'_, T> {
                 let x = s.splat(unsafe { *x[r].get_unchecked(k) });
                 for p in 0..P {
                     acc[r][p] = s.mul_add(x, column[p], acc[r][p]);
+                }
+            }
+        }
+        self.out.put(s, row, panel, acc);
+    }
+}
+
+struct BlockPart<'a> {
+    x: View<'a>,
+    w: &'a Blocks,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    out: PartOut<'a>,
+}
+
+impl Kernel for BlockPart<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        walk(s, &self, self.rows.clone(), self.panels.clone());
+    }
+}
+
+impl Tiles for BlockPart<'_> {
+    const COST: usize = 1;
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize) {
+        let mut widened: Widened = [[0.0; LANES]; _];
+        let size = self.w.format.elements();
+        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x.row(row + r)[..self.x.width]);
+        let mut acc = [[s.splat(0.0); P]; R];
+        for b in 0..self.x.width / size {
+            let x: [&[f32]; R] = std::array::from_fn(|r| &x[r][b * size..][..size]);
+            for p in 0..P {
+                let columns = self.w.widen(panel + p, b, &mut widened);
+                for (k, column) in columns.iter().enumerate() {
+                    let column = s.load(column);
+                    for r in 0..R {
+                        acc[r][p] = s.mul_add(s.splat(x[r][k]), column, acc[r][p]);
+                    }
                 }
             }
         }

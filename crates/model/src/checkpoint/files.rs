@@ -16,6 +16,8 @@ use memmap2::{Mmap, MmapOptions};
 pub enum Files {
     /// A folder on disk.
     Folder(PathBuf),
+    /// A GGUF file on disk; of a split one the first.
+    Gguf(PathBuf),
     /// Names and contents, embedded in the binary.
     Embedded(&'static [(&'static str, &'static [u8])]),
 }
@@ -80,10 +82,18 @@ impl Files {
         }
     }
 
+    /// A `.gguf` file, or else a folder.
+    pub fn at(path: impl Into<PathBuf>) -> Result<Self, FileError> {
+        let path = path.into();
+        let named = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        if named && path.is_file() { Ok(Files::Gguf(path)) } else { Self::folder(path) }
+    }
+
     /// The names of all files.
     pub fn names(&self) -> Result<Vec<String>, FileError> {
         match self {
             Files::Embedded(files) => Ok(files.iter().map(|(name, _)| (*name).to_owned()).collect()),
+            Files::Gguf(path) => Ok(path.file_name().into_iter().map(|n| n.to_string_lossy().into_owned()).collect()),
             Files::Folder(path) => {
                 let entries = fs::read_dir(path).and_then(Iterator::collect::<io::Result<Vec<_>>>);
                 let entries =
@@ -120,11 +130,16 @@ impl Files {
         if !plain || name.contains(['/', '\\', '\0']) {
             return Err(FileError::NotPlain { name: name.chars().take(200).collect() });
         }
+        let on_disk = |path: PathBuf| {
+            let found = disk_file(&path).map_err(|source| FileError::Io { name: name.into(), source })?;
+            Ok::<_, FileError>(found.map(|(file, len)| Source::Disk(file, len)))
+        };
         let source = match self {
             Files::Embedded(files) => files.iter().find(|f| f.0 == name).map(|f| Source::Embedded(f.1)),
-            Files::Folder(folder) => disk_file(&folder.join(name))
-                .map_err(|source| FileError::Io { name: name.into(), source })?
-                .map(|(file, len)| Source::Disk(file, len)),
+            // What lies beside a GGUF file is another model's, unless it is another part of a split one.
+            Files::Gguf(_) if !name.ends_with(".gguf") => None,
+            Files::Folder(folder) => on_disk(folder.join(name))?,
+            Files::Gguf(path) => on_disk(path.with_file_name(name))?,
         };
         Ok(source.map(|source| OpenFile { name: name.into(), source }))
     }
@@ -195,6 +210,8 @@ impl OpenFile {
 pub(crate) enum Part {
     Mapped(Mmap),
     Embedded(&'static [u8]),
+    /// Rearranged.
+    Owned(Vec<u8>),
 }
 
 impl Deref for Part {
@@ -204,6 +221,7 @@ impl Deref for Part {
         match self {
             Part::Mapped(map) => map,
             Part::Embedded(content) => content,
+            Part::Owned(content) => content,
         }
     }
 }

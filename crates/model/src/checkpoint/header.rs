@@ -8,15 +8,15 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use baton_device::DType;
+use baton_device::{BlockFormat, DType};
 use serde::Deserialize;
 use serde::de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// Largest header read; the largest published ones are below 16 MiB.
 const MAX_HEADER: u64 = 32 << 20;
-const MAX_TENSORS: usize = 1 << 18;
+pub(super) const MAX_TENSORS: usize = 1 << 18;
 const MAX_RANK: usize = 8;
-const MAX_NAME: usize = 512;
+pub(super) const MAX_NAME: usize = 512;
 
 /// Element types that the format has; those that [`DType`] lacks cannot be weights.
 const STORED_TYPES: [(&str, u64); 16] = [
@@ -53,11 +53,16 @@ pub(crate) struct Entry {
 impl Entry {
     /// Its element type, if that can be a weight's.
     pub(crate) fn dtype(&self) -> Option<DType> {
-        match self.stored_type {
+        Self::dtype_of(self.stored_type)
+    }
+
+    /// The element type of that name, if it can be a weight's.
+    pub(super) fn dtype_of(stored_type: &str) -> Option<DType> {
+        match stored_type {
             "F32" => Some(DType::F32),
             "F16" => Some(DType::F16),
             "BF16" => Some(DType::BF16),
-            _ => None,
+            _ => BlockFormat::ALL.into_iter().find(|f| f.name() == stored_type).map(DType::Ggml),
         }
     }
 }

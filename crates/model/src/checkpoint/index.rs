@@ -57,7 +57,7 @@ pub(super) fn open_shards(files: &Files, json: &[u8]) -> Result<Checkpoint, Chec
     let disagree = |reason| CheckpointError::Index { reason };
     let open = |shard: &String| files.open(shard)?.ok_or_else(|| FileError::Missing { name: shard.clone() });
     let opened = shards.iter().map(|shard| open(shard)).collect::<Result<_, _>>()?;
-    let mut checkpoint = Checkpoint { files: opened, tensors: BTreeMap::new() };
+    let mut checkpoint = Checkpoint::new(opened, BTreeMap::new());
     for (number, shard) in shards.into_iter().enumerate() {
         for entry in read_header(&checkpoint.files[number])? {
             match shard_of.get(&entry.name) {

@@ -6,6 +6,7 @@
 //! resident than the tensors in hand.
 
 mod files;
+pub(crate) mod gguf;
 mod header;
 mod index;
 
@@ -14,7 +15,7 @@ use std::collections::BTreeMap;
 use baton_device::{DType, WeightFormat};
 pub use files::{FileError, Files};
 pub(crate) use files::{OpenFile, Part};
-use header::Entry;
+pub(crate) use header::Entry;
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -103,9 +104,21 @@ pub(crate) struct Checkpoint {
     files: Vec<OpenFile>,
     /// Which file, and where in it.
     tensors: BTreeMap<String, (usize, Entry)>,
+    /// Matrices whose rows alternate between the halves of each head, with the number of heads; see
+    /// [`Checkpoint::tensor`].
+    interleaved: BTreeMap<String, usize>,
 }
 
 impl Checkpoint {
+    pub(crate) fn new(files: Vec<OpenFile>, tensors: BTreeMap<String, (usize, Entry)>) -> Self {
+        Self { files, tensors, interleaved: BTreeMap::new() }
+    }
+
+    /// States that the rows of a matrix alternate between the halves of each of `heads` heads.
+    pub(crate) fn interleave(&mut self, name: String, heads: usize) {
+        self.interleaved.insert(name, heads);
+    }
+
     /// Opens the files and reads their headers.
     pub(crate) fn open(files: &Files) -> Result<Self, CheckpointError> {
         let single = files.open(SINGLE)?;
@@ -116,7 +129,7 @@ impl Checkpoint {
             }),
             (Some(single), None) => {
                 let tensors = read_header(&single)?.into_iter().map(|e| (e.name.clone(), (0, e))).collect();
-                Ok(Self { files: vec![single], tensors })
+                Ok(Self::new(vec![single], tensors))
             }
             (None, Some(index)) => index::open_shards(files, &index),
             (None, None) => Err(no_weights(&files.names()?)),
@@ -140,10 +153,12 @@ impl Checkpoint {
                     spec.name, entry.shape, spec.shape
                 ));
             }
-            entry
-                .dtype()
-                .is_none()
-                .then(|| format!("tensor {} has dtype {}; weights are F32, F16 or BF16", spec.name, entry.stored_type))
+            entry.dtype().is_none().then(|| {
+                format!(
+                    "tensor {} has dtype {}; weights are F32, F16, BF16 or blocks of GGUF",
+                    spec.name, entry.stored_type
+                )
+            })
         });
         let unexpected = self.tensors.keys().filter(|name| !specs.contains_key(*name) && !ignored(name));
         let mut reasons: Vec<String> =
@@ -164,14 +179,25 @@ impl Checkpoint {
         self.tensors[name].1.dtype().expect("verified")
     }
 
-    /// A tensor's entry and bytes.
+    /// A tensor's entry and bytes; where rows are interleaved, the halves of each head one after the other.
     ///
     /// # Panics
     /// If there is no tensor of that name: [`Checkpoint::verify`] comes first.
     pub(crate) fn tensor(&self, name: &str) -> Result<(&Entry, Part), CheckpointError> {
         let (file, entry) = self.tensors.get(name).unwrap_or_else(|| panic!("{name} was verified"));
-        Ok((entry, self.files[*file].part(entry.offset, entry.bytes)?))
+        let part = self.files[*file].part(entry.offset, entry.bytes)?;
+        Ok(match self.interleaved.get(name) {
+            Some(&heads) => (entry, Part::Owned(halves(&part, entry.shape[0], heads))),
+            None => (entry, part),
+        })
     }
+}
+
+/// Rows `2i` of each head, then its rows `2i + 1`.
+fn halves(data: &[u8], rows: usize, heads: usize) -> Vec<u8> {
+    let (head, row) = (data.len() / heads, data.len() / rows);
+    let half = |head, first| <[u8]>::chunks_exact(head, row).skip(first).step_by(2).flatten().copied();
+    data.chunks_exact(head).flat_map(|head| half(head, 0).chain(half(head, 1))).collect()
 }
 
 fn read_header(file: &OpenFile) -> Result<Vec<Entry>, CheckpointError> {
@@ -196,7 +222,7 @@ fn no_weights(names: &[String]) -> CheckpointError {
     let reason = if let Some(name) = with(&[".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"]) {
         format!("{name} is a pickle, which runs code when read; convert it to safetensors")
     } else if let Some(name) = with(&[".gguf"]) {
-        format!("{name} is GGUF, which is not supported")
+        format!("{name} is GGUF; name the file itself instead of its folder")
     } else if let Some(name) = with(&[".safetensors"]) {
         format!("{name} is there without {INDEX}")
     } else {

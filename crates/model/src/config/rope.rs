@@ -30,6 +30,11 @@ pub enum RopeScaling {
         /// The divisor.
         factor: f64,
     },
+    /// Each divided by its own (GGUF's `rope_freqs.weight`).
+    Divided {
+        /// The divisors, one per pair.
+        factors: Vec<f32>,
+    },
     /// Low frequencies divided by `factor`, high ones kept, those between blended.
     Llama3 {
         /// The divisor.
@@ -65,6 +70,7 @@ impl RopeConfig {
         // transformers takes the power in f32; so do we, to agree to the last bits that matter far out.
         let plain = |i: usize| 1.0 / (self.theta as f32).powf((2 * i) as f32 / self.dim as f32);
         let stretch: Box<dyn Fn(usize) -> f32> = match self.scaling {
+            RopeScaling::Divided { ref factors } => Box::new(move |i| plain(i) / factors[i]),
             RopeScaling::None => Box::new(plain),
             RopeScaling::Linear { factor } => Box::new(move |i| plain(i) / factor as f32),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {

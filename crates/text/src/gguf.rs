@@ -1,0 +1,293 @@
+//! The tokenizer of a GGUF file, written as the `tokenizer.json` that it was made from.
+//!
+//! A file has the tokens with their types, and merges (byte-level BPE) or scores (SentencePiece BPE); what
+//! splits text before that it only names (`tokenizer.ggml.pre`, llama.cpp's `llama-vocab.cpp`). The one reader
+//! of tokenizers does the rest.
+
+use std::collections::HashMap;
+
+use serde_json::{Value, json};
+
+use crate::{TextError, TextFiles, TextModel};
+
+/// What a GGUF file says of its vocabulary, by the keys `tokenizer.ggml.*`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GgufVocab {
+    /// `model`: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
+    pub model: String,
+    /// `pre`: how text is split before BPE.
+    pub pre: Option<String>,
+    /// `tokens`, by id.
+    pub tokens: Vec<String>,
+    /// `scores`: what SentencePiece merges first, highest first; empty where there are merges.
+    pub scores: Vec<f32>,
+    /// `token_type` of each token: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. May be empty.
+    pub token_types: Vec<i32>,
+    /// `merges`, each two tokens with a space between.
+    pub merges: Vec<String>,
+    /// `bos_token_id`.
+    pub bos: Option<u32>,
+    /// `eos_token_id`.
+    pub eos: Option<u32>,
+    /// `add_bos_token`; what is usual for the kind of vocabulary if `None`.
+    pub add_bos: Option<bool>,
+    /// `add_space_prefix` (SentencePiece); true if `None`.
+    pub add_space_prefix: Option<bool>,
+    /// `tokenizer.chat_template`.
+    pub chat_template: Option<String>,
+}
+
+const NORMAL: i32 = 1;
+const UNKNOWN: i32 = 2;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+const UNUSED: i32 = 5;
+
+/// Longest piece that SentencePiece merges are looked for in, in bytes: its own trainer's limit is 16 characters.
+const MAX_MERGED: usize = 256;
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const CJK: &str = "[一-龥ࠀ-一가-\u{d7ff}]+";
+
+/// How byte-level vocabularies split text: each pattern cuts what the one before left whole.
+struct Split {
+    /// `tokenizer.ggml.pre`.
+    names: &'static [&'static str],
+    patterns: &'static [&'static str],
+    /// Unicode is normalised to NFC first.
+    nfc: bool,
+    /// A piece that is a token is never built from merges.
+    ignore_merges: bool,
+    /// Whether BOS is written if the file does not say.
+    add_bos: bool,
+}
+
+const SPLITS: [Split; 7] = [
+    Split {
+        names: &["llama-bpe", "llama3", "llama-v3"],
+        patterns: &[LLAMA3],
+        nfc: false,
+        ignore_merges: true,
+        add_bos: true,
+    },
+    Split {
+        names: &["qwen2", "deepseek-r1-qwen"],
+        patterns: &[QWEN2],
+        nfc: true,
+        ignore_merges: false,
+        add_bos: false,
+    },
+    Split {
+        names: &["deepseek-v3"],
+        patterns: &[
+            r"\p{N}{1,3}",
+            "[一-龥぀-ゟ゠-ヿ]+",
+            r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+        ],
+        nfc: false,
+        ignore_merges: false,
+        add_bos: false,
+    },
+    Split {
+        names: &["deepseek-llm"],
+        patterns: &[
+            r"[\r\n]",
+            r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\x{1F7D}ᾀ-ᾴᾶ-ᾼ\x{1FBE}ῂ-ῄῆ-ῌῐ-\x{1FD3}ῖ-\x{1FDB}ῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\x{2126}ℨ\x{212A}-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+            "\\s?[!-/:-~！-／：-～‘-‟\u{3000}-。]+",
+            r"\s+$",
+            CJK,
+            r"\p{N}+",
+        ],
+        nfc: false,
+        ignore_merges: false,
+        add_bos: false,
+    },
+    Split {
+        names: &["deepseek-coder"],
+        patterns: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"],
+        nfc: false,
+        ignore_merges: false,
+        add_bos: false,
+    },
+    Split { names: &["gpt-2"], patterns: &[GPT2], nfc: false, ignore_merges: false, add_bos: false },
+    Split {
+        names: &["default"],
+        patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+        nfc: false,
+        ignore_merges: false,
+        add_bos: false,
+    },
+];
+
+impl TextModel {
+    /// The text model of a GGUF file.
+    ///
+    /// # Errors
+    /// [`TextError::Tokenizer`] if the vocabulary is of a kind that is not read, or does not hold together.
+    pub fn from_gguf(vocab: &GgufVocab) -> Result<Self, TextError> {
+        let (tokenizer, config) = vocab.as_files().map_err(TextError::Tokenizer)?;
+        TextModel::new(&TextFiles {
+            tokenizer_json: tokenizer.to_string().as_bytes(),
+            tokenizer_config: Some(config.to_string().as_bytes()),
+            special_tokens_map: None,
+            chat_template_jinja: None,
+        })
+    }
+}
+
+impl GgufVocab {
+    /// `tokenizer.json` and `tokenizer_config.json`.
+    fn as_files(&self) -> Result<(Value, Value), String> {
+        let count = self.tokens.len();
+        if count == 0 {
+            return Err("tokenizer.ggml.tokens is missing or empty".into());
+        }
+        for (key, len) in [("scores", self.scores.len()), ("token_type", self.token_types.len())] {
+            if len != 0 && len != count {
+                return Err(format!("tokenizer.ggml.{key} has {len} entries for {count} tokens"));
+            }
+        }
+        // Fillers, for rows of the embedding that no text leads to, are not part of the vocabulary.
+        let used = self.tokens.iter().map(String::as_str).zip(0..).filter(|(_, id)| self.kind(*id as usize) != UNUSED);
+        let ids: HashMap<&str, u32> = used.collect();
+        let (mut tokenizer, add_bos) = match self.model.as_str() {
+            "gpt2" => self.byte_level(&ids)?,
+            "llama" => self.sentencepiece(&ids)?,
+            other => {
+                let other: String = other.chars().take(60).collect();
+                return Err(format!("tokenizer.ggml.model is {other:?}; supported: gpt2, llama"));
+            }
+        };
+        let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
+            let kind = self.kind(id);
+            let special = kind == CONTROL || kind == UNKNOWN;
+            (special || kind == USER_DEFINED).then(|| {
+                json!({
+                    "id": id, "content": token, "special": special,
+                    "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                })
+            })
+        });
+        tokenizer["added_tokens"] = added.filter(|token| token["content"] != "").collect();
+        let named = |key: &str, id: Option<u32>| match id {
+            None => Ok(None),
+            Some(id) => match self.tokens.get(id as usize) {
+                Some(token) => Ok(Some(token.as_str())),
+                None => Err(format!("tokenizer.ggml.{key} is {id}; there are {count} tokens")),
+            },
+        };
+        let (bos, eos) = (named("bos_token_id", self.bos)?, named("eos_token_id", self.eos)?);
+        if let Some(bos) = bos.filter(|_| self.add_bos.unwrap_or(add_bos)) {
+            let steps = tokenizer["post_processor"].take();
+            let template = template(bos, self.bos);
+            tokenizer["post_processor"] = match steps {
+                Value::Null => template,
+                first => json!({"type": "Sequence", "processors": [first, template]}),
+            };
+        }
+        tokenizer["version"] = json!("1.0");
+        let config = json!({"bos_token": bos, "eos_token": eos, "chat_template": self.chat_template});
+        Ok((tokenizer, config))
+    }
+
+    fn kind(&self, id: usize) -> i32 {
+        self.token_types.get(id).copied().unwrap_or(NORMAL)
+    }
+
+    /// GPT-2's kind, and whether BOS is usually written.
+    fn byte_level(&self, ids: &HashMap<&str, u32>) -> Result<(Value, bool), String> {
+        let pre = self.pre.as_deref().unwrap_or("default");
+        let split = SPLITS.iter().find(|s| s.names.contains(&pre)).ok_or_else(|| {
+            let known: Vec<&str> = SPLITS.iter().flat_map(|s| s.names).copied().collect();
+            let pre: String = pre.chars().take(60).collect();
+            format!("tokenizer.ggml.pre is {pre:?}; supported: {}", known.join(", "))
+        })?;
+        let merges = self.merges.iter().map(|merge| {
+            // A token may itself begin with a space in no byte-level alphabet, so the first one separates.
+            let pair = merge.split_once(' ').filter(|(a, b)| ids.contains_key(a) && ids.contains_key(b));
+            let pair = pair.filter(|(a, b)| ids.contains_key(format!("{a}{b}").as_str()));
+            pair.map(|(a, b)| json!([a, b])).ok_or("tokenizer.ggml.merges names tokens that are not there")
+        });
+        let merges: Vec<Value> = merges.collect::<Result<_, _>>()?;
+        let mut steps: Vec<Value> = split
+            .patterns
+            .iter()
+            .map(|p| json!({"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": false}))
+            .collect();
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+        steps.push(bytes.clone());
+        let tokenizer = json!({
+            "normalizer": if split.nfc { json!({"type": "NFC"}) } else { Value::Null },
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "post_processor": bytes,
+            "decoder": bytes,
+            "model": {
+                "type": "BPE", "vocab": ids, "merges": merges, "unk_token": null, "fuse_unk": false,
+                "byte_fallback": false, "ignore_merges": split.ignore_merges,
+            },
+        });
+        Ok((tokenizer, split.add_bos))
+    }
+
+    /// SentencePiece's BPE: merges are the ways to build a piece from two others, by the piece's score.
+    fn sentencepiece(&self, ids: &HashMap<&str, u32>) -> Result<(Value, bool), String> {
+        if self.scores.iter().any(|s| s.is_nan()) || self.scores.is_empty() {
+            return Err("tokenizer.ggml.scores is missing or not all numbers".into());
+        }
+        let normal = |piece: &str| ids.get(piece).copied().filter(|id| self.kind(*id as usize) == NORMAL);
+        let mut merges = Vec::new();
+        for (id, piece) in self.tokens.iter().enumerate() {
+            if self.kind(id) != NORMAL || piece.len() > MAX_MERGED {
+                continue;
+            }
+            for (cut, _) in piece.char_indices().skip(1) {
+                if let (Some(left), Some(right)) = (normal(&piece[..cut]), normal(&piece[cut..])) {
+                    merges.push((self.scores[id], id, left, right));
+                }
+            }
+        }
+        // Best score first; of one piece's ways that of the latest parts first, as transformers converts.
+        merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then((b.2, b.3).cmp(&(a.2, a.3))));
+        let token = |id: u32| self.tokens[id as usize].as_str();
+        let merges: Vec<Value> = merges.into_iter().map(|(_, _, a, b)| json!([token(a), token(b)])).collect();
+        let unknown = (0..self.tokens.len()).find(|id| self.kind(*id) == UNKNOWN).map(|id| token(id as u32));
+        let prefix = self.add_space_prefix.unwrap_or(true);
+        let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+        let spaces = replace(" ", "▁");
+        let normalizer = if prefix {
+            json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]})
+        } else {
+            spaces
+        };
+        let mut decoders = vec![replace("▁", " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+        if prefix {
+            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        }
+        let tokenizer = json!({
+            "normalizer": normalizer,
+            "pre_tokenizer": null,
+            "post_processor": null,
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {
+                "type": "BPE", "vocab": ids, "merges": merges, "unk_token": unknown, "fuse_unk": true,
+                "byte_fallback": true, "ignore_merges": false,
+            },
+        });
+        Ok((tokenizer, true))
+    }
+}
+
+/// A post-processor that writes BOS before the text.
+fn template(bos: &str, id: Option<u32>) -> Value {
+    let token = |kind: u32| json!({"SpecialToken": {"id": bos, "type_id": kind}});
+    let text = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
+    json!({
+        "type": "TemplateProcessing",
+        "single": [token(0), text("A", 0)],
+        "pair": [token(0), text("A", 0), token(1), text("B", 1)],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    })
+}
