@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use baton_device::DType;
 use baton_hub::Target;
-use baton_model::{Files, KvCacheSize, LoadOptions, Quantization};
-use baton_text::{TextFiles, TextModel};
+use baton_model::{Files, GgufTokenizer, KvCacheSize, LoadOptions, Quantization};
+use baton_text::{GgufVocab, TextFiles, TextModel};
 use sha2::{Digest, Sha256};
 use tracing::info;
 
@@ -34,8 +34,7 @@ pub struct Model {
 pub fn load(settings: &Settings) -> Result<Model> {
     let (name, files) = files(settings)?;
     let context = || format!("model {name}");
-    let text_files = OwnedTextFiles::read(&files, settings).with_context(context)?;
-    let text = text_files.parse().with_context(context)?;
+    let (text, text_files) = text(&files, settings).with_context(context)?;
     let device = Device::parse(&settings.device)?;
     let loaded = device.load(settings.threads, &files, &options(settings)).with_context(context)?;
     let vocab = loaded.runner.spec().vocab_size;
@@ -49,9 +48,9 @@ pub fn load(settings: &Settings) -> Result<Model> {
     Ok(Model { name, text, loaded, fingerprint })
 }
 
-/// The checkpoint's files, and the name it goes by: a folder that exists, else a hub's id or a URL.
+/// The checkpoint's files, and the name it goes by: a folder or GGUF file that exists, else a hub's id or a URL.
 fn files(settings: &Settings) -> Result<(String, Files)> {
-    let folder = match &settings.model {
+    let path = match &settings.model {
         None => match bundled::folder() {
             None => return Ok((bundled::NAME.to_owned(), Files::Embedded(bundled::FILES))),
             Some(folder) => folder,
@@ -59,9 +58,46 @@ fn files(settings: &Settings) -> Result<(String, Files)> {
         Some(model) if Path::new(model).exists() => PathBuf::from(model),
         Some(model) => return fetched(model),
     };
-    let full = fs::canonicalize(&folder).with_context(|| format!("model folder {}", folder.display()))?;
-    let name = full.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
-    Ok((name, Files::folder(folder)?))
+    let full = fs::canonicalize(&path).with_context(|| format!("model {}", path.display()))?;
+    let files = Files::at(path)?;
+    let name = match &files {
+        Files::Gguf(file) => file.file_stem(), // not that of a blob in a cache that the path links to
+        _ => full.file_name(),
+    };
+    let name = name.map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+    Ok((name, files))
+}
+
+/// The text model, and the bytes that it depends on, for the fingerprint.
+fn text(files: &Files, settings: &Settings) -> Result<(TextModel, Vec<Vec<u8>>)> {
+    let Some(facts) = GgufTokenizer::read(files)? else {
+        let files = OwnedTextFiles::read(files, settings)?;
+        return Ok((files.parse()?, files.all().map(<[u8]>::to_vec).collect()));
+    };
+    let mut vocab = GgufVocab {
+        model: facts.model,
+        pre: facts.pre,
+        tokens: facts.tokens,
+        scores: facts.scores,
+        token_types: facts.token_types,
+        merges: facts.merges,
+        bos: facts.bos,
+        eos: facts.eos,
+        add_bos: facts.add_bos,
+        add_space_prefix: facts.add_space_prefix,
+        chat_template: facts.chat_template,
+    };
+    if let Some(template) = chat_template_file(settings)? {
+        vocab.chat_template = Some(String::from_utf8(template).context("--chat-template is not UTF-8")?);
+    }
+    let bytes = format!("{vocab:?}").into_bytes();
+    Ok((TextModel::from_gguf(&vocab)?, vec![bytes]))
+}
+
+/// The template that the operator gives.
+fn chat_template_file(settings: &Settings) -> Result<Option<Vec<u8>>> {
+    let read = |file: &PathBuf| fs::read(file).with_context(|| format!("--chat-template {}", file.display()));
+    settings.chat_template.as_ref().map(read).transpose()
 }
 
 fn fetched(model: &str) -> Result<(String, Files)> {
@@ -104,8 +140,8 @@ struct OwnedTextFiles {
 impl OwnedTextFiles {
     fn read(files: &Files, settings: &Settings) -> Result<Self> {
         let read = |name: &str| anyhow::Ok(files.read(name, MAX_TEXT_FILE)?.map(|bytes| bytes.into_owned()));
-        let chat_template = match &settings.chat_template {
-            Some(file) => Some(fs::read(file).with_context(|| format!("--chat-template {}", file.display()))?),
+        let chat_template = match chat_template_file(settings)? {
+            Some(template) => Some(template),
             None => read("chat_template.jinja")?,
         };
         Ok(Self {
@@ -133,14 +169,14 @@ impl OwnedTextFiles {
 
 /// Changes if and only if something does that can change a token: weights and config, tokenizer and
 /// template, device and instruction set, formats, the build.
-fn fingerprint(loaded: &Loaded, text: &OwnedTextFiles) -> String {
+fn fingerprint(loaded: &Loaded, text: &[Vec<u8>]) -> String {
     let mut hash = Sha256::new();
     let mut part = |bytes: &[u8]| {
         hash.update((bytes.len() as u64).to_le_bytes());
         hash.update(bytes);
     };
     part(loaded.report.digest.as_bytes());
-    text.all().for_each(&mut part);
+    text.iter().for_each(|bytes| part(bytes));
     part(loaded.caps.device.as_bytes());
     part(loaded.caps.isa.as_bytes());
     loaded.report.weight_formats.iter().for_each(|f| part(f.to_string().as_bytes()));

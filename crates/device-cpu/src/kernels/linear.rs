@@ -248,6 +248,7 @@ impl Tiles for BlockPart<'_> {
         let mut acc = [[s.splat(0.0); P]; R];
         for b in 0..self.x.width / size {
             let x: [&[f32]; R] = std::array::from_fn(|r| &x[r][b * size..][..size]);
+            #[allow(clippy::needless_range_loop)] // p is a panel too
             for p in 0..P {
                 let columns = self.w.widen(panel + p, b, &mut widened);
                 for (k, column) in columns.iter().enumerate() {
