@@ -25,6 +25,6 @@ pub use backend::{Backend, LatentOps, MoeOps, Rows};
 pub use caps::{Caps, Op, Requirements};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
-pub use host::{HostExperts, HostLatent, HostLinear, HostRope, HostTensor};
+pub use host::{HostExperts, HostLatent, HostLinear, HostRope, HostTensor, RowSource};
 pub use reference::Reference;
 pub use routing::{Routing, select_experts};

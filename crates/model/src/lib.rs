@@ -12,14 +12,15 @@ mod loader;
 mod params;
 mod philox;
 mod precision;
+mod quant;
 mod runner;
 mod sampler;
 mod step;
 
 pub use checkpoint::{CheckpointError, FileError, Files};
 pub use config::{
-    Architecture, ConfigError, DeepseekV3Config, Family, GenerationConfig, LlamaConfig, ModelConfig, RopeConfig,
-    RopeScaling,
+    Architecture, ConfigError, DeepseekV3Config, Family, GenerationConfig, LlamaConfig, ModelConfig,
+    QuantizationConfig, RopeConfig, RopeScaling,
 };
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, Quantization, load};
 pub use params::SamplingParams;

@@ -106,6 +106,7 @@ macro_rules! goldens {
             qwen2_in_float16: "qwen2-untied",
             qwen3: "qwen3",
             deepseek_v3_with_yarn: "deepseek-v3",
+            deepseek_v3_in_blocks_of_fp8: "deepseek-v3-fp8",
         );
     };
 }

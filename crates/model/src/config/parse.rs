@@ -10,7 +10,7 @@ use baton_device::{DType, Routing};
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
-use super::{Architecture, ConfigError, DeepseekV3Config, Family, LlamaConfig, ModelConfig, rope};
+use super::{Architecture, ConfigError, DeepseekV3Config, Family, LlamaConfig, ModelConfig, quantization, rope};
 
 const FILE: &str = "config.json";
 
@@ -71,6 +71,7 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         tie_word_embeddings: fields.flag("tie_word_embeddings", false),
         rope: rope::parse(&mut fields, rope_dim, max_position_embeddings),
         dtype: dtype(&mut fields),
+        quantization: quantization::parse(&mut fields),
         eos_token_ids: fields.token_ids("eos_token_id").unwrap_or_default(),
         family,
     };
@@ -108,12 +109,6 @@ fn architecture(fields: &mut Fields<'_>) -> Option<Architecture> {
 
 /// What changes a model's results and is not built.
 fn refuse_unsupported(fields: &mut Fields<'_>, architecture: Architecture) {
-    if let Some(quantization) = fields.get("quantization_config") {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-        let method: String = method.chars().take(40).collect();
-        fields
-            .refuse(format!("quantization_config (method {method:?}) is not supported; hand over unquantised weights"));
-    }
     fields.only("hidden_act", &[json!("silu")]);
     fields.only("attention_bias", &[json!(false)]);
     fields.only("mlp_bias", &[json!(false)]);
