@@ -15,7 +15,7 @@ const BLOCK: usize = 32;
 const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 /// The exponents' NaN.
 const NAN: u8 = 255;
-/// 448 · 2^120 and the like do not fit: 6 · 2^126 is beyond f32.
+/// The largest exponent with which six, the largest code, is below 2^128.
 const LARGEST: u8 = 127 + 125;
 
 /// Microscaling floats of four bits.
