@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use baton_device::conformance::uniform;
 use baton_device::{
-    AttentionBatch, Backend, DType, HostExperts, HostLatent, HostLinear, HostTensor, KvSpec, LatentOps, LayerKv,
-    MoeOps, Result, Routing, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, Backend, DType, GroupScore, Groups, HostExperts, HostLatent, HostLinear, HostTensor,
+    KvSpec, LatentOps, LayerKv, MoeOps, Result, Routing, Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
 
@@ -169,7 +169,7 @@ impl SmallModel {
                 b.add(&mut x, &y)?;
                 b.linear(&normed, &layer.shared[0], &mut gate)?;
                 b.linear(&normed, &layer.shared[1], &mut up)?;
-                b.silu_mul(&gate, &up, &mut gated)?;
+                b.gated_activation(Activation::Silu, &gate, &up, &mut gated)?;
                 b.linear(&gated, &layer.shared[2], &mut y)?;
                 b.add_rms_norm(&y, &mut x, &norm, 1e-6, &mut normed)?;
             }
@@ -209,9 +209,8 @@ impl SmallLayer {
                 format,
                 routing: Routing {
                     top_k: 2,
-                    n_group: 4,
-                    topk_group: 2,
-                    correction_bias: vec![0.0; EXPERTS],
+                    scoring: Scoring::Sigmoid { correction_bias: vec![0.0; EXPERTS] },
+                    groups: Some(Groups { count: 4, kept: 2, score: GroupScore::TwoBest }),
                     norm_topk_prob: true,
                     scaling_factor: 1.5,
                 },

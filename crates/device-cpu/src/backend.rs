@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear, HostRope,
-    HostTensor, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear,
+    HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, WeightFormat,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -17,7 +17,7 @@ use crate::kernels::linear::{Input, multiply};
 use crate::kernels::moe::{self, Experts};
 use crate::kernels::quantize::Quantized;
 use crate::kernels::rope::{Rope, Rotate};
-use crate::kernels::rows::{Add, RmsNorm, SiluMul};
+use crate::kernels::rows::{Add, Gated, RmsNorm, Scale, Softcap};
 use crate::memory::DEVICE;
 use crate::pool::Pool;
 use crate::tensor::{Target, Tensor};
@@ -108,7 +108,8 @@ mod work {
     pub(super) const ADD: usize = 1;
     pub(super) const NORM: usize = 4;
     pub(super) const ROPE: usize = 8;
-    pub(super) const SILU: usize = 16;
+    /// Of a function with an exponential in it.
+    pub(super) const EXP: usize = 16;
 }
 
 fn same_shape(a: &Tensor, b: &Tensor) {
@@ -191,6 +192,16 @@ impl Backend for CpuBackend {
         self.rms_norm(residual, weight, eps, out)
     }
 
+    fn scale(&self, x: &mut Tensor, factor: f32) -> Result<()> {
+        self.each_row(x, work::ADD, |_, x| self.isa.run(Scale { x, factor }));
+        Ok(())
+    }
+
+    fn softcap(&self, x: &mut Tensor, cap: f32) -> Result<()> {
+        self.each_row(x, work::EXP, |_, x| self.isa.run(Softcap { x, cap }));
+        Ok(())
+    }
+
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
         same_shape(x, y);
         self.each_row(x, work::ADD, |row, x| self.isa.run(Add { x, y: y.row(row) }));
@@ -216,13 +227,13 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn silu_mul(&self, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn gated_activation(&self, activation: Activation, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
         same_shape(gate, up);
         columns(out, gate.cols());
         out.set_rows(gate.rows());
-        self.each_row(out, work::SILU, |row, out| {
+        self.each_row(out, work::EXP, |row, out| {
             out.copy_from_slice(gate.row(row));
-            self.isa.run(SiluMul { gate: out, up: up.row(row) });
+            self.isa.run(Gated { activation, gate: out, up: up.row(row) });
         });
         Ok(())
     }

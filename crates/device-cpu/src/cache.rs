@@ -144,8 +144,8 @@ impl AttentionPlan {
         (self.blocks(row)[position / BLOCK], position % BLOCK)
     }
 
-    /// Positions that all rows attend to, together.
-    pub(crate) fn context(&self) -> usize {
-        self.rows.iter().map(|r| r.position + 1).sum()
+    /// Positions that all rows attend to, together, where each sees at most `window`.
+    pub(crate) fn context(&self, window: Option<usize>) -> usize {
+        self.rows.iter().map(|r| (r.position + 1).min(window.unwrap_or(usize::MAX))).sum()
     }
 }

@@ -74,7 +74,7 @@ fn q8_0_wants_whole_blocks_and_says_so() {
 fn what_lies_beyond_a_sequence_is_never_read() {
     for isa in Isa::available() {
         let b = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) }).unwrap();
-        let params = AttentionParams { heads: 2, kv_heads: 1, head_dim: 20, scale: 1.0 };
+        let params = AttentionParams { heads: 2, kv_heads: 1, head_dim: 20, scale: 1.0, window: None, softcap: None };
         let layer = LayerKv::Full { kv_heads: 1, head_dim: 20 };
         let spec = KvSpec { layers: vec![layer], block_size: b.caps().kv_block_size };
         let mut cache = b.kv_cache(&spec, 2).unwrap();
@@ -107,7 +107,7 @@ fn cleared_blocks_hold_zeros() {
     let b = backend(1);
     let layer = LayerKv::Full { kv_heads: 1, head_dim: 16 };
     let spec = KvSpec { layers: vec![layer], block_size: b.caps().kv_block_size };
-    let params = AttentionParams { heads: 1, kv_heads: 1, head_dim: 16, scale: 1.0 };
+    let params = AttentionParams { heads: 1, kv_heads: 1, head_dim: 16, scale: 1.0, window: None, softcap: None };
     let mut cache = b.kv_cache(&spec, 1).unwrap();
     let one = |start: usize, value: f32, cache: &mut _| {
         let mut x = b.tensor(1, 16).unwrap();

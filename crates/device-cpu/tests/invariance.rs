@@ -4,8 +4,9 @@
 
 use baton_device::conformance::uniform;
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, DType, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec,
-    LatentOps, LayerKv, MoeOps, RopeLayout, Routing, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostLatent,
+    HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, RopeLayout, Routing, Scoring, SequenceSpan,
+    WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
 use proptest::prelude::*;
@@ -104,11 +105,11 @@ proptest! {
         };
         let (gate, up) = (stored(0, [inner, hidden]), stored(10, [inner, hidden]));
         let down = stored(20, [hidden, inner]);
+        let sigmoid = Scoring::Sigmoid { correction_bias: uniform(seed, EXPERTS, 0.1) };
         let routing = Routing {
             top_k,
-            n_group: 4,
-            topk_group: 2,
-            correction_bias: uniform(seed, EXPERTS, 0.1),
+            scoring: if seed % 2 == 0 { sigmoid } else { Scoring::Softmax },
+            groups: Some(Groups { count: 4, kept: 2, score: GroupScore::TwoBest }),
             norm_topk_prob: true,
             scaling_factor: 1.5,
         };
@@ -142,26 +143,32 @@ proptest! {
         let weight = Stored::new(seed, &[run]);
         let inputs = [0, 1].map(|i| (cols, uniform(seed + i, rows * cols, 4.0)));
         for same_isa in backends() {
-            rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
-                let mut gated = b.tensor(rows, cols).unwrap();
-                let mut out = b.tensor(rows, cols).unwrap();
-                b.silu_mul(&x[0], &x[1], &mut gated).unwrap();
-                b.add_rms_norm(&x[1], &mut gated, &b.vector(&weight.tensor()).unwrap(), 1e-5, &mut out).unwrap();
-                b.add(&mut out, &gated).unwrap();
-                out
-            })?;
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
+                    let mut gated = b.tensor(rows, cols).unwrap();
+                    let mut out = b.tensor(rows, cols).unwrap();
+                    b.gated_activation(activation, &x[0], &x[1], &mut gated).unwrap();
+                    b.scale(&mut gated, 1.3).unwrap();
+                    b.softcap(&mut gated, 5.0).unwrap();
+                    b.add_rms_norm(&x[1], &mut gated, &b.vector(&weight.tensor()).unwrap(), 1e-5, &mut out).unwrap();
+                    b.add(&mut out, &gated).unwrap();
+                    out
+                })?;
+            }
         }
     }
 
     #[test]
     fn attention_does_not_depend_on_batch_chunks_or_threads(
-        lens in prop::collection::vec(1..70usize, 1..4),
+        lens in prop::collection::vec(1..120usize, 1..4),
         cuts in prop::collection::vec(1..20usize, 1..8),
         (kv_heads, group, head_dim) in (1..3usize, 1..4usize, 1..40usize),
+        window in prop::option::of(1..90usize),
+        softcap in prop::option::of(0.2..50.0f32),
         seed in 0..1000u64,
     ) {
         let heads = kv_heads * group;
-        let params = AttentionParams { heads, kv_heads, head_dim, scale: 0.4 };
+        let params = AttentionParams { heads, kv_heads, head_dim, scale: 0.4, window, softcap };
         let widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
         let steps = Steps { lens, cuts, seed, layer: LayerKv::Full { kv_heads, head_dim } };
         for same_isa in backends() {

@@ -85,6 +85,18 @@ pub struct AttentionParams {
     pub head_dim: usize,
     /// Factor on the scores before softmax.
     pub scale: f32,
+    /// Positions that a token sees: its own and the `window - 1` before it; `None` for all. At least 1.
+    pub window: Option<usize>,
+    /// Bounds the scores smoothly: `score = cap * tanh(score / cap)`, after scaling (Gemma 2, arXiv
+    /// 2408.00118, section 2).
+    pub softcap: Option<f32>,
+}
+
+impl AttentionParams {
+    /// The first position that a token at `position` sees.
+    pub fn first_visible(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
 }
 
 /// Which columns of a `[tokens, heads * head_dim]` activation are rotated, and how they pair.

@@ -22,6 +22,15 @@ pub trait Rows {
     fn cols(&self) -> usize;
 }
 
+/// The function of a gated feed-forward network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))` (arXiv 1606.08415).
+    GeluTanh,
+}
+
 /// A device: memory for weights, activations and cache, and the operations every decoder needs.
 pub trait Backend: Send + Sync + 'static {
     /// Activation `[rows, cols]`.
@@ -74,6 +83,10 @@ pub trait Backend: Send + Sync + 'static {
         eps: f32,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// `x *= factor`.
+    fn scale(&self, x: &mut Self::Tensor, factor: f32) -> Result<()>;
+    /// `x = cap * tanh(x / cap)`, elementwise.
+    fn softcap(&self, x: &mut Self::Tensor, cap: f32) -> Result<()>;
     /// `x += y`.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
     /// `out = x·Wᵀ + b`: x `[rows, in]`, out `[rows, out]`.
@@ -86,11 +99,17 @@ pub trait Backend: Send + Sync + 'static {
         table: &Self::Rope,
         plan: &Self::AttentionPlan,
     ) -> Result<()>;
-    /// `out = silu(gate) ⊙ up`, all of equal shape.
-    fn silu_mul(&self, gate: &Self::Tensor, up: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// `out = activation(gate) ⊙ up`, all of equal shape.
+    fn gated_activation(
+        &self,
+        activation: Activation,
+        gate: &Self::Tensor,
+        up: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
     /// Writes this step's keys and values into the cache of `layer`, then for every row attends
-    /// causally over all positions of its sequence up to its own:
-    /// `out = softmax(scale * q·Kᵀ)·V` per head.
+    /// causally over the positions of its sequence up to its own, or over the last `window` of them:
+    /// `out = softmax(softcap(scale * q·Kᵀ))·V` per head.
     ///
     /// q `[rows, heads * head_dim]`, k and v `[rows, kv_heads * head_dim]`, out as q.
     #[allow(clippy::too_many_arguments)] // three inputs, one output, and where the rest lies

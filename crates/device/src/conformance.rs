@@ -5,8 +5,9 @@
 //! hash, so a case means the same numbers on every machine.
 
 use crate::{
-    AttentionBatch, AttentionParams, Backend, DType, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec,
-    LatentOps, LayerKv, MoeOps, Reference, Result, RopeLayout, Routing, Rows, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostLatent,
+    HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Reference, Result, RopeLayout, Routing, Rows,
+    Scoring, SequenceSpan, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -38,7 +39,8 @@ pub enum Case {
         /// Columns per norm; divides `cols`.
         run: usize,
     },
-    /// [`Backend::silu_mul`], [`Backend::add`] and [`Backend::gather_rows`].
+    /// [`Backend::gated_activation`], [`Backend::add`], [`Backend::scale`], [`Backend::softcap`] and
+    /// [`Backend::gather_rows`].
     Elementwise {
         /// Rows.
         rows: usize,
@@ -48,14 +50,7 @@ pub enum Case {
     /// [`Backend::rope`].
     Rope(RopeLayout),
     /// [`Backend::paged_attention`] over several steps of a ragged batch.
-    Attention {
-        /// Query heads.
-        heads: usize,
-        /// Key/value heads.
-        kv_heads: usize,
-        /// Width of a head.
-        head_dim: usize,
-    },
+    Attention(AttentionParams),
     /// [`LatentOps::latent_attention`] over several steps of a ragged batch.
     Latent {
         /// Heads.
@@ -83,6 +78,8 @@ pub enum Case {
         experts: usize,
         /// Kept as.
         format: WeightFormat,
+        /// Scores of its four groups; `None` for softmax routing without groups.
+        groups: Option<GroupScore>,
     },
 }
 
@@ -112,17 +109,27 @@ pub fn cases() -> Vec<Case> {
         cases.push(Case::Rope(RopeLayout { heads: 1, head_dim: 64, offset: 0, dim: 64, interleaved }));
     }
     for (heads, kv_heads, head_dim) in [(1, 1, 5), (4, 2, 32), (6, 2, 33), (7, 1, 64), (8, 8, 16)] {
-        cases.push(Case::Attention { heads, kv_heads, head_dim });
+        let scale = (head_dim as f32).sqrt().recip();
+        let full = AttentionParams { heads, kv_heads, head_dim, scale, window: None, softcap: None };
+        cases.push(Case::Attention(full));
+        // Windows of one token, within a block, across blocks, and longer than any context.
+        for (window, softcap) in [(1, None), (7, Some(0.3)), (31, None), (65, Some(2.0)), (1000, Some(50.0))] {
+            cases.push(Case::Attention(AttentionParams { window: Some(window), softcap, ..full }));
+        }
     }
     for format in [F32, BF16, F16] {
         cases.push(Case::Latent { heads: 3, nope: 7, rope: 6, v: 5, rank: 19, format });
         cases.push(Case::Latent { heads: 6, nope: 32, rope: 16, v: 32, rank: 64, format });
     }
     for format in [F32, BF16, F16, Q8_0] {
-        cases.push(Case::Moe { rows: 1, hidden: 64, intermediate: 32, experts: 8, format });
-        cases.push(Case::Moe { rows: 19, hidden: 96, intermediate: 64, experts: 16, format });
+        let groups = Some(GroupScore::TwoBest);
+        cases.push(Case::Moe { rows: 1, hidden: 64, intermediate: 32, experts: 8, format, groups });
+        cases.push(Case::Moe { rows: 19, hidden: 96, intermediate: 64, experts: 16, format, groups });
     }
-    cases.push(Case::Moe { rows: 5, hidden: 37, intermediate: 23, experts: 8, format: BF16 });
+    for groups in [None, Some(GroupScore::Best), Some(GroupScore::TwoBest)] {
+        cases.push(Case::Moe { rows: 5, hidden: 37, intermediate: 23, experts: 8, format: BF16, groups });
+    }
+    cases.push(Case::Moe { rows: 6, hidden: 33, intermediate: 17, experts: 9, format: F32, groups: None });
     cases
 }
 
@@ -191,11 +198,17 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
         Case::Elementwise { rows, cols } => {
             let mut gate = activation(b, rows, cols, 1)?;
             let up = activation(b, rows, cols, 2)?;
-            let (mut y, mut picked) = (b.tensor(rows, cols)?, b.tensor(2, cols)?);
-            b.silu_mul(&gate, &up, &mut y)?;
+            let (mut silu, mut gelu, mut picked) = (b.tensor(rows, cols)?, b.tensor(rows, cols)?, b.tensor(2, cols)?);
+            b.gated_activation(Activation::Silu, &gate, &up, &mut silu)?;
+            b.gated_activation(Activation::GeluTanh, &gate, &up, &mut gelu)?;
+            b.gather_rows(&silu, &[rows as u32 - 1, 0], &mut picked)?;
             b.add(&mut gate, &up)?;
-            b.gather_rows(&y, &[rows as u32 - 1, 0], &mut picked)?;
-            outputs(b, &[&y, &gate, &picked])
+            let mut capped = activation(b, rows, cols, 3)?;
+            b.scale(&mut capped, 1.7)?;
+            let mut scaled = b.tensor(rows, cols)?;
+            b.gather_rows(&capped, &(0..rows as u32).collect::<Vec<_>>(), &mut scaled)?;
+            b.softcap(&mut capped, 0.9)?;
+            outputs(b, &[&silu, &gelu, &gate, &picked, &scaled, &capped])
         }
         Case::Rope(layout) => {
             let inv_freq = (0..layout.dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
@@ -208,8 +221,8 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
             }
             Ok(result)
         }
-        Case::Attention { heads, kv_heads, head_dim } => {
-            let params = AttentionParams { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip() };
+        Case::Attention(params) => {
+            let AttentionParams { heads, kv_heads, head_dim, .. } = params;
             over_steps(b, LayerKv::Full { kv_heads, head_dim }, |cache, plan, rows, seed| {
                 let q = activation(b, rows, heads * head_dim, seed)?;
                 let k = activation(b, rows, kv_heads * head_dim, seed + 1)?;
@@ -232,7 +245,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
                 outputs(b, &[&out])
             })
         }
-        Case::Moe { rows, hidden, intermediate, experts, format } => {
+        Case::Moe { rows, hidden, intermediate, experts, format, groups } => {
             let sources = |seed: u64, shape: [usize; 2]| -> Vec<Source> {
                 let scale = (shape[1] as f32).sqrt().recip();
                 (0..experts).map(|e| Source::new(format, shape.to_vec(), seed + e as u64, scale)).collect()
@@ -246,10 +259,12 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
                 format,
                 routing: Routing {
                     top_k: 3,
-                    n_group: 4,
-                    topk_group: 2,
-                    correction_bias: uniform(4, experts, 0.1),
-                    norm_topk_prob: true,
+                    scoring: match groups {
+                        Some(GroupScore::TwoBest) => Scoring::Sigmoid { correction_bias: uniform(4, experts, 0.1) },
+                        Some(GroupScore::Best) | None => Scoring::Softmax,
+                    },
+                    groups: groups.map(|score| Groups { count: 4, kept: 2, score }),
+                    norm_topk_prob: groups != Some(GroupScore::Best),
                     scaling_factor: 1.5,
                 },
             })?;

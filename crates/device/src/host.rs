@@ -85,19 +85,20 @@ impl<'a> HostTensor<'a> {
         self.len() == 0
     }
 
-    /// Rows `start..start + count` of a 2-D tensor, without copying.
+    /// Rows `start..start + count` along the outermost dimension, without copying: rows of a matrix,
+    /// elements of a vector.
     ///
     /// # Panics
-    /// If the tensor is not 2-D or the range leaves it.
+    /// If the tensor has no dimension or the range leaves it.
     pub fn rows(&self, start: usize, count: usize) -> HostTensor<'a> {
-        let &[rows, cols] = self.shape.as_slice() else { panic!("{}: rows of {:?}", self.name, self.shape) };
-        assert!(start + count <= rows, "{}: rows {start}+{count} of {rows}", self.name);
-        let stride = cols * self.dtype.size();
+        let [rows, inner @ ..] = self.shape.as_slice() else { panic!("{}: rows of a scalar", self.name) };
+        assert!(start + count <= *rows, "{}: rows {start}+{count} of {rows}", self.name);
+        let stride = inner.iter().product::<usize>() * self.dtype.size();
         let data = match self.data {
             Data::Stored(data) => Data::Stored(&data[start * stride..(start + count) * stride]),
             Data::Computed { source, start: first } => Data::Computed { source, start: first + start },
         };
-        HostTensor { name: self.name, dtype: self.dtype, shape: vec![count, cols], data }
+        HostTensor { name: self.name, dtype: self.dtype, shape: [&[count], inner].concat(), data }
     }
 
     /// All elements widened to f32 (exact for every [`DType`]).

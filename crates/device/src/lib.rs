@@ -21,10 +21,10 @@ mod reference;
 mod routing;
 
 pub use attention::{AttentionBatch, AttentionParams, KvSpec, LayerKv, RopeLayout, SequenceSpan};
-pub use backend::{Backend, LatentOps, MoeOps, Rows};
+pub use backend::{Activation, Backend, LatentOps, MoeOps, Rows};
 pub use caps::{Caps, Op, Requirements};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
 pub use host::{HostExperts, HostLatent, HostLinear, HostRope, HostTensor, RowSource};
 pub use reference::Reference;
-pub use routing::{Routing, select_experts};
+pub use routing::{GroupScore, Groups, Routing, Scoring, select_experts};

@@ -2,13 +2,14 @@
 //! other backend, so it must stay obvious; it is never made faster.
 
 use std::collections::BTreeSet;
+use std::f32::consts::FRAC_2_PI;
 
 use half::{bf16, f16};
 
 use crate::{
-    AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear, HostRope,
-    HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing, Rows, WeightFormat, q8_0,
-    select_experts,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear,
+    HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing, Rows, WeightFormat,
+    q8_0, select_experts,
 };
 
 /// The judge.
@@ -144,8 +145,13 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
+impl Activation {
+    fn apply(self, x: f32) -> f32 {
+        match self {
+            Activation::Silu => x / (1.0 + (-x).exp()),
+            Activation::GeluTanh => 0.5 * x * (1.0 + (FRAC_2_PI.sqrt() * (x + 0.044715 * x.powi(3))).tanh()),
+        }
+    }
 }
 
 /// Cosines and sines, `[positions, pairs]`.
@@ -312,6 +318,16 @@ impl Backend for Reference {
         self.rms_norm(residual, weight, eps, out)
     }
 
+    fn scale(&self, x: &mut Tensor, factor: f32) -> Result<()> {
+        x.data.iter_mut().for_each(|x| *x *= factor);
+        Ok(())
+    }
+
+    fn softcap(&self, x: &mut Tensor, cap: f32) -> Result<()> {
+        x.data.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        Ok(())
+    }
+
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
         assert_eq!(x.data.len(), y.data.len());
         for (x, y) in x.data.iter_mut().zip(&y.data) {
@@ -345,11 +361,11 @@ impl Backend for Reference {
         Ok(())
     }
 
-    fn silu_mul(&self, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn gated_activation(&self, activation: Activation, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
         assert_eq!(gate.data.len(), up.data.len());
         out.set_rows(gate.rows());
         for ((out, g), u) in out.data.iter_mut().zip(&gate.data).zip(&up.data) {
-            *out = silu(*g) * u;
+            *out = activation.apply(*g) * u;
         }
         Ok(())
     }
@@ -365,18 +381,19 @@ impl Backend for Reference {
         params: &AttentionParams,
         out: &mut Tensor,
     ) -> Result<()> {
-        let AttentionParams { heads, kv_heads, head_dim, scale } = *params;
+        let AttentionParams { heads, kv_heads, head_dim, scale, softcap, .. } = *params;
         let [keys, values] = &mut cache.layers[layer];
         write_slots(keys, k, plan);
         write_slots(values, v, plan);
         out.set_rows(q.rows());
         for row in 0..q.rows() {
+            let context = &plan.rows[row][params.first_visible(plan.position(row))..];
             for head in 0..heads {
                 let query = &q.row(row)[head * head_dim..][..head_dim];
                 let kv = head / (heads / kv_heads) * head_dim;
-                let context = &plan.rows[row];
-                let mut scores: Vec<f32> =
-                    context.iter().map(|&s| scale * dot(query, &keys.slot(s)[kv..][..head_dim])).collect();
+                let score = |s: usize| scale * dot(query, &keys.slot(s)[kv..][..head_dim]);
+                let capped = |score: f32| softcap.map_or(score, |cap| cap * (score / cap).tanh());
+                let mut scores: Vec<f32> = context.iter().map(|&s| capped(score(s))).collect();
                 softmax(&mut scores);
                 let out = &mut out.row_mut(row)[head * head_dim..][..head_dim];
                 weighted_sum(&scores, context.iter().map(|&s| &values.slot(s)[kv..][..head_dim]), out);
@@ -497,7 +514,7 @@ impl MoeOps for Reference {
                 gate.apply(x.row(row), &mut g);
                 up.apply(x.row(row), &mut u);
                 for (g, u) in g.iter_mut().zip(&u) {
-                    *g = silu(*g) * u;
+                    *g = Activation::Silu.apply(*g) * u;
                 }
                 down.apply(&g, &mut y);
                 for (out, y) in out.row_mut(row).iter_mut().zip(&y) {

@@ -1,4 +1,5 @@
-//! Choosing experts from router logits: the rule of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+//! Choosing experts from router logits: softmax scores as in Mixtral (arXiv 2401.04088), Qwen3 and
+//! DeepSeek-V2 (arXiv 2405.04434), sigmoid scores as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 //!
 //! A pure function on one row, so that every host-side backend chooses the same experts.
 
@@ -7,35 +8,63 @@
 pub struct Routing {
     /// Experts per token.
     pub top_k: usize,
-    /// Groups the experts are split into, in order; 1 for none.
-    pub n_group: usize,
-    /// Groups that stay eligible, by the sum of their two best biased scores.
-    pub topk_group: usize,
-    /// Added to the sigmoid scores for choosing, not for weighing; one per expert.
-    pub correction_bias: Vec<f32>,
+    /// What a logit is worth.
+    pub scoring: Scoring,
+    /// Restricts the choice to the best groups of experts; `None` for no groups.
+    pub groups: Option<Groups>,
     /// Divide the chosen weights by their sum.
     pub norm_topk_prob: bool,
     /// Factor on the weights, after normalising.
     pub scaling_factor: f32,
 }
 
+/// From router logits to scores, which weigh the experts and, unless biased, choose them.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scoring {
+    /// The softmax over all experts.
+    Softmax,
+    /// The sigmoid of each logit.
+    Sigmoid {
+        /// Added to the scores for choosing, not for weighing; one per expert.
+        correction_bias: Vec<f32>,
+    },
+}
+
+/// Groups of equally many experts, in order; only experts of the best groups can be chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Groups {
+    /// How many there are; divides the experts.
+    pub count: usize,
+    /// How many stay eligible.
+    pub kept: usize,
+    /// What makes a group good.
+    pub score: GroupScore,
+}
+
+/// What makes a group of experts good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Its best expert (DeepSeek-V2).
+    Best,
+    /// The sum of its two best experts (DeepSeek-V3).
+    TwoBest,
+}
+
 /// The experts of one token with their weights, by ascending expert; ties go to the lower expert.
 pub fn select_experts(logits: &[f32], routing: &Routing) -> Vec<(usize, f32)> {
-    let experts = logits.len();
-    let scores: Vec<f32> = logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect();
-    let mut choice: Vec<f32> = scores.iter().zip(&routing.correction_bias).map(|(s, b)| s + b).collect();
-
-    if routing.n_group > 1 {
-        let size = experts / routing.n_group;
-        let group_score = |g: usize| {
-            let mut best = choice[g * size..(g + 1) * size].to_vec();
-            best.sort_by(|a, b| b.total_cmp(a));
-            best.iter().take(2).sum::<f32>()
-        };
-        let kept = top(&(0..routing.n_group).map(group_score).collect::<Vec<_>>(), routing.topk_group);
-        for g in (0..routing.n_group).filter(|g| !kept.contains(g)) {
-            choice[g * size..(g + 1) * size].fill(f32::NEG_INFINITY);
+    let (scores, mut choice) = match &routing.scoring {
+        Scoring::Softmax => {
+            let scores = softmax(logits);
+            (scores.clone(), scores)
         }
+        Scoring::Sigmoid { correction_bias } => {
+            let scores: Vec<f32> = logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect();
+            let choice = scores.iter().zip(correction_bias).map(|(s, b)| s + b).collect();
+            (scores, choice)
+        }
+    };
+    if let Some(groups) = &routing.groups {
+        leave_best_groups(&mut choice, groups);
     }
 
     let mut chosen = top(&choice, routing.top_k);
@@ -43,6 +72,26 @@ pub fn select_experts(logits: &[f32], routing: &Routing) -> Vec<(usize, f32)> {
     let sum: f32 = chosen.iter().map(|&e| scores[e]).sum();
     let norm = if routing.norm_topk_prob { 1.0 / (sum + 1e-20) } else { 1.0 };
     chosen.into_iter().map(|e| (e, scores[e] * norm * routing.scaling_factor)).collect()
+}
+
+fn softmax(logits: &[f32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exp: Vec<f32> = logits.iter().map(|l| (l - max).exp()).collect();
+    let sum: f32 = exp.iter().sum();
+    exp.iter().map(|e| e / sum).collect()
+}
+
+/// Makes the experts outside the best groups ineligible.
+fn leave_best_groups(choice: &mut [f32], groups: &Groups) {
+    let size = choice.len() / groups.count;
+    let score = |group: &[f32]| match groups.score {
+        GroupScore::Best => group.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+        GroupScore::TwoBest => top(group, 2).into_iter().map(|e| group[e]).sum(),
+    };
+    let kept = top(&choice.chunks_exact(size).map(score).collect::<Vec<_>>(), groups.kept);
+    for (_, group) in choice.chunks_exact_mut(size).enumerate().filter(|(g, _)| !kept.contains(g)) {
+        group.fill(f32::NEG_INFINITY);
+    }
 }
 
 /// Indices of the `k` largest, best first, ties to the lower index.
@@ -57,30 +106,47 @@ fn top(values: &[f32], k: usize) -> Vec<usize> {
 mod tests {
     use super::*;
 
-    fn routing() -> Routing {
-        Routing {
-            top_k: 2,
-            n_group: 2,
-            topk_group: 1,
-            correction_bias: vec![0.0; 4],
-            norm_topk_prob: true,
-            scaling_factor: 2.0,
+    fn routing(scoring: Scoring, score: GroupScore) -> Routing {
+        let groups = Some(Groups { count: 2, kept: 1, score });
+        Routing { top_k: 2, scoring, groups, norm_topk_prob: true, scaling_factor: 2.0 }
+    }
+
+    fn sigmoid(correction_bias: [f32; 4]) -> Scoring {
+        Scoring::Sigmoid { correction_bias: correction_bias.into() }
+    }
+
+    fn experts(chosen: &[(usize, f32)]) -> Vec<usize> {
+        chosen.iter().map(|c| c.0).collect()
+    }
+
+    #[test]
+    fn a_group_wins_by_its_two_best_or_by_its_best() {
+        // Group 0 has the single best expert, group 1 the better pair.
+        let logits = [0.3, -3.0, 0.2, 0.2];
+        for scoring in [Scoring::Softmax, sigmoid([0.0; 4])] {
+            let chosen = select_experts(&logits, &routing(scoring.clone(), GroupScore::TwoBest));
+            assert_eq!(experts(&chosen), [2, 3], "{scoring:?}");
+            assert!((chosen[0].1 - 1.0).abs() < 1e-6, "two equal experts share the scaling factor: {chosen:?}");
+            assert_eq!(experts(&select_experts(&logits, &routing(scoring, GroupScore::Best))), [0, 1]);
         }
     }
 
     #[test]
-    fn a_group_wins_by_its_two_best_not_by_its_best() {
-        // Group 0 has the single best expert, group 1 the better pair.
-        let chosen = select_experts(&[3.0, -3.0, 2.0, 2.0], &routing());
-        assert_eq!(chosen.iter().map(|c| c.0).collect::<Vec<_>>(), [2, 3]);
-        assert!((chosen[0].1 - 1.0).abs() < 1e-6, "two equal experts share the scaling factor: {chosen:?}");
+    fn the_bias_chooses_but_does_not_weigh() {
+        let biased = Routing { groups: None, ..routing(sigmoid([0.0, 0.0, 0.0, 9.0]), GroupScore::Best) };
+        let chosen = select_experts(&[1.0, 0.0, -1.0, -2.0], &biased);
+        assert_eq!(experts(&chosen), [0, 3]);
+        assert!(chosen[0].1 > chosen[1].1, "{chosen:?}");
     }
 
     #[test]
-    fn the_bias_chooses_but_does_not_weigh() {
-        let biased = Routing { n_group: 1, correction_bias: vec![0.0, 0.0, 0.0, 9.0], ..routing() };
-        let chosen = select_experts(&[1.0, 0.0, -1.0, -2.0], &biased);
-        assert_eq!(chosen.iter().map(|c| c.0).collect::<Vec<_>>(), [0, 3]);
-        assert!(chosen[0].1 > chosen[1].1, "{chosen:?}");
+    fn softmax_weights_are_shares_of_all_experts_unless_normalised() {
+        let logits = [1.0_f32, 2.0, 3.0, 4.0].map(f32::ln);
+        let rule = Routing { groups: None, scaling_factor: 1.0, ..routing(Scoring::Softmax, GroupScore::Best) };
+        for (norm_topk_prob, expected) in [(false, [0.3, 0.4]), (true, [3.0 / 7.0, 4.0 / 7.0])] {
+            let chosen = select_experts(&logits, &Routing { norm_topk_prob, ..rule.clone() });
+            assert_eq!(experts(&chosen), [2, 3]);
+            assert!(chosen.iter().zip(expected).all(|(c, e)| (c.1 - e).abs() < 1e-6), "{chosen:?}");
+        }
     }
 }

@@ -134,18 +134,9 @@ impl Options {
     }
 }
 
-/// What statvfs(3) says an unprivileged user may still write.
+/// What an unprivileged user may still write.
 fn free_space(path: &Path) -> io::Result<u64> {
-    use std::{ffi::CString, mem::MaybeUninit, os::unix::ffi::OsStrExt};
-
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let mut stat = MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the path ends in NUL and outlives the call; `stat` is memory for one statvfs, which the call may write.
-    if unsafe { libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call succeeded, so it filled the structure.
-    let stat = unsafe { stat.assume_init() };
+    let stat = rustix::fs::statvfs(path)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 

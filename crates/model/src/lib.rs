@@ -19,7 +19,7 @@ mod step;
 
 pub use checkpoint::{CheckpointError, FileError, Files};
 pub use config::{
-    Architecture, ConfigError, DeepseekV3Config, Family, GenerationConfig, LlamaConfig, ModelConfig,
+    Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,
     QuantizationConfig, RopeConfig, RopeScaling,
 };
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, Quantization, load};

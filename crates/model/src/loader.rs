@@ -100,37 +100,42 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// `{prefix}.weight`, with `{prefix}.bias` if the model has one.
     pub(crate) fn linear(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
         let weight = self.map(&format!("{prefix}.weight"))?;
-        let bias_name = format!("{prefix}.bias");
-        let bias = if self.specs.contains_key(&bias_name) { Some(self.map(&bias_name)?) } else { None };
+        let bias = self.bias(prefix)?;
         let format = self.account(&[&weight])?;
-        self.weight_bytes += bias.as_ref().map_or(0, |b| b.host().len() as u64 * 4);
         let src = HostLinear { weight: weight.host(), bias: bias.as_ref().map(Mapped::host), format };
         Ok(self.backend.linear_weight(&src)?)
     }
 
-    /// `{prefix}.weight`, cut along its rows into weights of the given heights.
+    /// `{prefix}.weight` and bias, cut along the rows into weights of the given heights.
     pub(crate) fn split_linear<const N: usize>(
         &mut self,
         prefix: &str,
         heights: [usize; N],
     ) -> Result<[B::Linear; N], LoadError> {
         let weight = self.map(&format!("{prefix}.weight"))?;
+        let bias = self.bias(prefix)?;
         let format = self.account(&[&weight])?;
         let mut start = 0;
         let mut parts = Vec::with_capacity(N);
         for height in heights {
-            let src = HostLinear { weight: weight.host().rows(start, height), bias: None, format };
+            let bias = bias.as_ref().map(|bias| bias.host().rows(start, height));
+            let src = HostLinear { weight: weight.host().rows(start, height), bias, format };
             parts.push(self.backend.linear_weight(&src)?);
             start += height;
         }
         Ok(parts.try_into().unwrap_or_else(|_| unreachable!("one part per height")))
     }
 
-    /// `{prefix}.weight` of a norm.
-    pub(crate) fn norm(&mut self, prefix: &str) -> Result<B::Vector, LoadError> {
+    /// `{prefix}.weight` of a norm, with `offset` added to each element.
+    pub(crate) fn norm(&mut self, prefix: &str, offset: f32) -> Result<B::Vector, LoadError> {
         let weight = self.map(&format!("{prefix}.weight"))?;
-        self.weight_bytes += weight.host().len() as u64 * 4;
-        Ok(self.backend.vector(&weight.host())?)
+        let host = weight.host();
+        self.weight_bytes += host.len() as u64 * 4;
+        if offset == 0.0 {
+            return Ok(self.backend.vector(&host)?);
+        }
+        let bytes: Vec<u8> = host.to_f32().iter().flat_map(|w| (w + offset).to_le_bytes()).collect();
+        Ok(self.backend.vector(&HostTensor::new(host.name(), DType::F32, host.shape().to_vec(), &bytes))?)
     }
 
     /// A vector that stays on the host, by its full name.
@@ -152,15 +157,21 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(self.backend.latent_weight(&shape(weight.host(), format))?)
     }
 
-    /// `{prefix}.{expert}.{gate,up,down}_proj.weight` of all experts of a layer.
-    pub(crate) fn experts(&mut self, prefix: &str, count: usize, routing: Routing) -> Result<B::Experts, LoadError>
+    /// `{prefix}.{expert}.{name}.weight` of all experts of a layer, for the names of gate, up and down.
+    pub(crate) fn experts(
+        &mut self,
+        prefix: &str,
+        [gate, up, down]: [&str; 3],
+        count: usize,
+        routing: Routing,
+    ) -> Result<B::Experts, LoadError>
     where
         B: MoeOps,
     {
         let mut map_all = |name: &str| -> Result<Vec<Mapped<'a>>, LoadError> {
             (0..count).map(|expert| self.map(&format!("{prefix}.{expert}.{name}.weight"))).collect()
         };
-        let [gate, up, down] = [map_all("gate_proj")?, map_all("up_proj")?, map_all("down_proj")?];
+        let [gate, up, down] = [map_all(gate)?, map_all(up)?, map_all(down)?];
         let all: Vec<&Mapped<'_>> = gate.iter().chain(&up).chain(&down).collect();
         let format = self.account(&all)?;
         let src = HostExperts {
@@ -176,6 +187,14 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// The digest of all that was loaded, as lower-case hex.
     pub(crate) fn digest(self) -> String {
         self.digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// `{prefix}.bias`, if the model has one.
+    fn bias(&mut self, prefix: &str) -> Result<Option<Mapped<'a>>, LoadError> {
+        let name = format!("{prefix}.bias");
+        let bias = if self.specs.contains_key(&name) { Some(self.map(&name)?) } else { None };
+        self.weight_bytes += bias.as_ref().map_or(0, |b| b.host().len() as u64 * 4);
+        Ok(bias)
     }
 
     /// Maps a tensor, hashes it and checks that it is finite.

@@ -4,8 +4,8 @@ mod common;
 
 use std::fs;
 
-use baton_device::DType;
-use baton_model::{Architecture, GenerationConfig, ModelConfig, RopeScaling};
+use baton_device::{DType, GroupScore, Groups, Scoring};
+use baton_model::{Architecture, Family, GenerationConfig, LlamaConfig, ModelConfig, RopeScaling};
 use common::{CASES, Rng, folder};
 use serde_json::{Value, json};
 
@@ -31,9 +31,21 @@ fn published_configs_are_read() {
     for (case, architecture) in CASES.iter().zip([
         Architecture::Llama,
         Architecture::Llama,
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Mixtral,
+        Architecture::Qwen2,
         Architecture::Qwen2,
         Architecture::Qwen2,
         Architecture::Qwen3,
+        Architecture::Qwen3Moe,
+        Architecture::Qwen3Moe,
+        Architecture::Phi3,
+        Architecture::Gemma2,
+        Architecture::Gemma3,
+        Architecture::DeepseekV2,
+        Architecture::DeepseekV2,
+        Architecture::DeepseekV2,
         Architecture::DeepseekV3,
     ]) {
         let config = parse(&config(case)).unwrap();
@@ -63,6 +75,14 @@ fn the_newer_style_means_the_same() {
 }
 
 #[test]
+fn configs_as_transformers_rewrites_them_mean_the_same() {
+    let rewritten = common::json(folder("configs.json"));
+    for case in CASES {
+        assert_eq!(parse(&rewritten[case]).unwrap(), parse(&config(case)).unwrap(), "{case}");
+    }
+}
+
+#[test]
 fn unknown_architectures_are_refused_by_name_with_the_supported_ones() {
     let fields = json!({"architectures": ["MambaForCausalLM"], "model_type": "mamba"});
     let message = refusal("qwen3", fields);
@@ -87,18 +107,34 @@ fn what_is_not_built_is_refused_by_name() {
             "supported: fp8, compressed-tensors, gptq, awq",
         ),
         ("llama-256", json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\""),
-        ("llama-256", json!({"attention_bias": true}), "attention_bias"),
-        ("llama-256", json!({"mlp_bias": true}), "mlp_bias"),
+        ("mistral-window", json!({"attention_bias": true}), "attention_bias"),
+        ("qwen3", json!({"mlp_bias": true}), "mlp_bias"),
         ("llama-256", json!({"sliding_window": 64}), "sliding_window"),
-        ("qwen2-tied", json!({"use_sliding_window": true}), "sliding_window"),
-        ("qwen3", json!({"layer_types": ["full_attention", "sliding_attention"]}), "layer_types"),
-        ("llama-256", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        ("deepseek-v2", json!({"sliding_window": 64}), "DeepseekV2ForCausalLM has full attention only"),
+        ("qwen3-moe", json!({"sliding_window": 64, "use_sliding_window": true}), "sliding_window"),
+        (
+            "qwen3",
+            json!({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+            "no sliding_window is in use",
+        ),
+        ("qwen3", json!({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}), "layer_types"),
+        ("qwen3", json!({"layer_types": ["full_attention"]}), "layer_types"),
+        ("mistral-window", json!({"layer_types": vec!["full_attention"; 3]}), "layer_types"),
+        ("mistral-window", json!({"sliding_window": 0}), "sliding_window is 0"),
+        ("gemma2", json!({"sliding_window": null}), "no sliding_window is in use"),
+        ("gemma2", json!({"hidden_activation": "gelu"}), "hidden_activation is \"gelu\""),
+        ("gemma3", json!({"use_bidirectional_attention": true}), "use_bidirectional_attention"),
+        ("phi3", json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}), "\"longrope\"; supported"),
+        ("llama-256", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
+        ("phi3", json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}), "factor is 0.75"),
         ("llama-256", json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), "dynamic"),
         ("llama-256", json!({"rope_scaling": {"factor": 2.0}}), "rope_type"),
         ("llama-256", json!({"torch_dtype": "float8_e4m3fn"}), "float8_e4m3fn"),
         ("deepseek-v3", json!({"scoring_func": "softmax"}), "scoring_func"),
         ("deepseek-v3", json!({"topk_method": "greedy"}), "topk_method"),
         ("deepseek-v3", json!({"moe_layer_freq": 2}), "moe_layer_freq"),
+        ("deepseek-v2", json!({"scoring_func": "sigmoid"}), "scoring_func"),
+        ("deepseek-v2", json!({"topk_method": "noaux_tc"}), "topk_method"),
         ("deepseek-v3", json!({"num_key_value_heads": 2}), "num_key_value_heads"),
     ] {
         let message = refusal(case, fields);
@@ -107,8 +143,108 @@ fn what_is_not_built_is_refused_by_name() {
     // What changes nothing is ignored.
     let mut ignored = config("qwen3");
     ignored["auto_map"] = json!({"AutoModel": "evil.py"});
-    ignored["layer_types"] = json!(["full_attention"]);
+    ignored["layer_types"] = json!(vec!["full_attention"; 3]);
     assert!(parse(&ignored).is_ok());
+}
+
+/// The family's part of a golden config in which some fields are replaced and some left out.
+fn changed(case: &str, fields: Value, left_out: &[&str]) -> ModelConfig {
+    let mut config = config(case);
+    for (name, value) in fields.as_object().unwrap() {
+        config[name] = value.clone();
+    }
+    left_out.iter().for_each(|name| drop(config.as_object_mut().unwrap().remove(*name)));
+    parse(&config).unwrap_or_else(|e| panic!("{case}, {fields}: {e}"))
+}
+
+fn llama(config: &ModelConfig) -> &LlamaConfig {
+    let Family::Llama(own) = &config.family else { panic!("{config:?}") };
+    own
+}
+
+#[test]
+fn windows_are_of_the_layers_that_transformers_gives_them_to() {
+    let sliding = |n: usize, window: usize| vec![Some(window); n];
+    let name = |s: &bool| if *s { "sliding_attention" } else { "full_attention" };
+    let types = |sliding: &[bool]| sliding.iter().map(name).collect::<Vec<_>>();
+    for (case, fields, left_out, expected) in [
+        ("mistral-window", json!({}), &[][..], sliding(3, 48)),
+        ("mistral-window", json!({"layer_types": vec!["sliding_attention"; 3]}), &[], sliding(3, 48)),
+        ("mistral-window", json!({"sliding_window": null}), &[], vec![None; 3]),
+        ("mistral-window", json!({}), &["sliding_window"], sliding(3, 4096)),
+        ("phi3", json!({}), &[], sliding(2, 100)),
+        ("phi3", json!({}), &["sliding_window"], vec![None; 2]),
+        ("qwen2-tied", json!({}), &[], vec![None; 2]),
+        ("qwen2-tied", json!({"use_sliding_window": true, "max_window_layers": 1}), &[], vec![None, Some(64)]),
+        ("qwen2-tied", json!({"use_sliding_window": true}), &["max_window_layers"], vec![None; 2]),
+        ("qwen3", json!({"layer_types": vec!["full_attention"; 3]}), &[], vec![None; 3]),
+        (
+            "qwen3",
+            json!({"use_sliding_window": true, "sliding_window": 9, "layer_types": types(&[true, false, true])}),
+            &[],
+            vec![Some(9), None, Some(9)],
+        ),
+        ("gemma2", json!({}), &[], vec![Some(40), None]),
+        ("gemma2", json!({"layer_types": types(&[false, true])}), &[], vec![None, Some(40)]),
+        ("gemma3", json!({}), &[], vec![Some(32), None, Some(32), None]),
+        ("gemma3", json!({"num_hidden_layers": 7}), &["sliding_window_pattern"], {
+            let mut windows = sliding(7, 32);
+            windows[5] = None;
+            windows
+        }),
+    ] {
+        assert_eq!(llama(&changed(case, fields.clone(), left_out)).windows, expected, "{case}, {fields}");
+    }
+}
+
+#[test]
+fn soft_caps_are_gemma_2s_unless_stated() {
+    let caps = |config: &ModelConfig| (llama(config).softcap, config.logit_softcap);
+    let names = ["attn_logit_softcapping", "final_logit_softcapping"];
+    assert_eq!(caps(&changed("gemma2", json!({}), &[])), (Some(5.0), Some(8.0)));
+    assert_eq!(caps(&changed("gemma2", json!({}), &names)), (Some(50.0), Some(30.0)));
+    assert_eq!(caps(&changed("gemma2", json!({names[0]: null, names[1]: null}), &[])), (None, None));
+    assert_eq!(caps(&changed("gemma3", json!({}), &names)), (None, None));
+    assert_eq!(caps(&changed("qwen3", json!({names[0]: 3.0}), &[])), (None, None));
+}
+
+#[test]
+fn gemma_3_has_two_rotary_bases_in_either_style() {
+    let old = changed("gemma3", json!({}), &[]);
+    let windowed = llama(&old).window_rope.clone().unwrap();
+    assert_eq!((old.rope.theta, &old.rope.scaling), (1e6, &RopeScaling::Linear { factor: 8.0 }));
+    assert_eq!((windowed.theta, &windowed.scaling), (1e4, &RopeScaling::None));
+    let parameters = json!({
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    });
+    let old_names = ["rope_theta", "rope_local_base_freq", "rope_scaling"];
+    assert_eq!(changed("gemma3", json!({"rope_parameters": parameters}), &old_names), old);
+    let message =
+        refusal("gemma3", json!({"rope_parameters": {"full_attention": {"rope_type": "odd"}, "sliding_attention": 3}}));
+    for wanted in ["rope_parameters.full_attention.rope_type", "rope_parameters.sliding_attention is not an object"] {
+        assert!(message.contains(wanted), "{message}");
+    }
+}
+
+#[test]
+fn experts_are_in_the_layers_that_the_config_names() {
+    let layers = |case, fields| changed(case, fields, &[]).moe.unwrap().layers;
+    assert_eq!(layers("qwen3-moe", json!({})), [true; 3]);
+    assert_eq!(layers("qwen3-moe", json!({"decoder_sparse_step": 2})), [false, true, false]);
+    assert_eq!(layers("qwen3-moe", json!({"mlp_only_layers": [0, 2]})), [false, true, false]);
+    assert_eq!(layers("deepseek-v2", json!({})), [false, true, true]);
+    assert_eq!(changed("qwen3", json!({}), &[]).moe, None);
+}
+
+#[test]
+fn v2_weighs_experts_by_plain_shares_and_groups_by_their_best() {
+    let routing = |case, fields| changed(case, fields, &[]).moe.unwrap().routing;
+    let grouped = routing("deepseek-v2", json!({"norm_topk_prob": true}));
+    assert_eq!(grouped.groups, Some(Groups { count: 4, kept: 2, score: GroupScore::Best }));
+    assert_eq!((grouped.norm_topk_prob, grouped.scaling_factor, &grouped.scoring), (false, 4.0, &Scoring::Softmax));
+    assert_eq!(routing("deepseek-v2", json!({"topk_method": "greedy"})).groups, None);
+    assert_eq!(routing("deepseek-v2-lite", json!({})).groups, None);
 }
 
 #[test]
@@ -147,6 +283,10 @@ fn absurd_fields_are_refused_all_at_once() {
         ("deepseek-v3", json!({"num_experts_per_tok": 9}), "num_experts_per_tok 9"),
         ("deepseek-v3", json!({"first_k_dense_replace": 4}), "first_k_dense_replace"),
         ("deepseek-v3", json!({"n_routed_experts": 4096, "num_hidden_layers": 1000}), "experts"),
+        ("qwen3-moe", json!({"num_experts_per_tok": 13}), "num_experts_per_tok 13 exceeds the 12"),
+        ("qwen3-moe", json!({"mlp_only_layers": [-1]}), "mlp_only_layers"),
+        ("deepseek-v2", json!({"num_experts_per_tok": 9}), "exceeds the 8 experts"),
+        ("gemma2", json!({"attn_logit_softcapping": 0.0}), "attn_logit_softcapping is 0"),
     ] {
         let message = refusal(case, fields);
         assert!(message.contains(wanted), "{wanted} not in: {message}");

@@ -210,7 +210,8 @@ fn last_token_over<B: Backend + LatentOps + MoeOps>(
     runner.logits(&StepPlan { sequences: vec![reader.step(1)] }).unwrap()
 }
 
-/// All equalities on one backend, over one checkpoint per kind of attention and feed-forward network.
+/// All equalities on one backend, over one checkpoint per kind of attention and feed-forward network:
+/// full, in windows (with head norms and two rotary bases; with soft caps), latent; dense, with experts.
 macro_rules! equalities {
     ($backend:ident, $make:expr, $($test:ident),* $(,)?) => {
         mod $backend {
@@ -218,7 +219,7 @@ macro_rules! equalities {
             $(
                 #[test]
                 fn $test() {
-                    for case in ["llama-rope3", "qwen3", "deepseek-v3"] {
+                    for case in ["llama-rope3", "qwen3-moe", "gemma2", "gemma3", "deepseek-v3"] {
                         super::$test($make, case);
                     }
                 }

@@ -102,11 +102,11 @@ fn every_quantised_matrix_is_in_the_report() {
         assert_eq!(kept.conversions.len(), in_f32.conversions.len());
         for c in &kept.conversions {
             assert_eq!(c.to, WeightFormat::BF16, "{case}");
-            // Two bits of mantissa and a power of two fit bf16; the others' scales do not.
-            assert_eq!(c.max_abs_error > 0.0, case != "mxfp4", "{case}: {c:?}");
             assert!(c.mean_abs_error <= c.max_abs_error, "{case}: {c:?}");
             assert!(c.bytes_before < c.bytes_after, "{case}: {c:?}");
         }
+        // MXFP4 fits bf16. So do FP8 codes times a short scale, of which deepseek-v3-fp8 has some, not all.
+        assert_eq!(kept.conversions.iter().any(|c| c.max_abs_error > 0.0), case != "mxfp4", "{case}");
         assert!(case.starts_with("deepseek") || kept.conversions.len() == 7, "{case}");
     }
     let eight = report(

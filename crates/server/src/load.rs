@@ -1,9 +1,13 @@
 //! From settings to a model in service: files, device, weights, tokenizer, fingerprint.
 
-use std::fs;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, ensure};
 use baton_device::DType;
+use baton_hub::Target;
 use baton_model::{Files, KvCacheSize, LoadOptions, Quantization};
 use baton_text::{TextFiles, TextModel};
 use sha2::{Digest, Sha256};
@@ -11,7 +15,7 @@ use tracing::info;
 
 use crate::{
     backend::{Device, Loaded},
-    bundled, memory,
+    bundled, memory, pull,
     settings::{Dtype, Quantize, Settings},
 };
 
@@ -45,11 +49,29 @@ pub fn load(settings: &Settings) -> Result<Model> {
     Ok(Model { name, text, loaded, fingerprint })
 }
 
+/// The checkpoint's files, and the name it goes by: a folder that exists, else a hub's id or a URL.
 fn files(settings: &Settings) -> Result<(String, Files)> {
-    let folder = settings.model.clone().or_else(bundled::folder);
-    let Some(folder) = folder else { return Ok((bundled::NAME.to_owned(), Files::Embedded(bundled::FILES))) };
+    let folder = match &settings.model {
+        None => match bundled::folder() {
+            None => return Ok((bundled::NAME.to_owned(), Files::Embedded(bundled::FILES))),
+            Some(folder) => folder,
+        },
+        Some(model) if Path::new(model).exists() => PathBuf::from(model),
+        Some(model) => return fetched(model),
+    };
     let full = fs::canonicalize(&folder).with_context(|| format!("model folder {}", folder.display()))?;
     let name = full.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+    Ok((name, Files::folder(folder)?))
+}
+
+fn fetched(model: &str) -> Result<(String, Files)> {
+    let context = || format!("model {model}: there is no such folder; taken as an id or URL");
+    let target: Target = model.parse().with_context(context)?;
+    let folder = pull::options().and_then(|options| pull::fetch(&target, &options)).with_context(context)?.folder;
+    let name = match target {
+        Target::Model { id, .. } => id,
+        Target::Directory { url } => url.trim_end_matches('/').rsplit('/').next().unwrap_or("model").to_owned(),
+    };
     Ok((name, Files::folder(folder)?))
 }
 

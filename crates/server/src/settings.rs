@@ -77,9 +77,9 @@ pub enum LogFormat {
 #[derive(Debug, Default, Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ServeArgs {
-    /// Checkpoint folder in Hugging Face layout [default: the bundled model]
+    /// Checkpoint folder in Hugging Face layout, else an id as for `baton pull` [default: the bundled model]
     #[arg(value_name = "MODEL", env = "BATON_MODEL")]
-    pub model: Option<PathBuf>,
+    pub model: Option<String>,
 
     /// Read settings from this TOML file; its keys are the long names of these flags
     #[arg(long, value_name = "FILE", env = "BATON_CONFIG")]
@@ -188,7 +188,7 @@ pub struct ServeArgs {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Settings {
-    pub model: Option<PathBuf>,
+    pub model: Option<String>,
     pub host: String,
     pub port: u16,
     pub served_model_name: Vec<String>,

@@ -1,5 +1,6 @@
 //! Chores of the workspace, one file each: `cargo xtask CHORE`.
 
+mod readme;
 mod smoke;
 
 use clap::{Parser, Subcommand};
@@ -13,12 +14,15 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Chore {
+    /// Write the README's tables of what is served
+    Readme,
     /// Start a release binary with the bundled model and load it: readiness, throughput, disconnects
     Smoke(smoke::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
+        Chore::Readme => readme::main(),
         Chore::Smoke(args) => smoke::main(&args),
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! Order: pieces of 64 positions from position 0 on. The scores of a piece give their maximum, then
 //! their weights, which rescale what was summed before; values are added position by position.
-//! Nothing depends on which step wrote a position.
+//! A window leaves pieces and positions out but moves no border. Nothing depends on which step wrote
+//! a position.
+
+use std::ops::Range;
 
 use baton_device::AttentionParams;
 
@@ -29,9 +32,9 @@ pub(crate) fn attend(
     params: &AttentionParams,
     out: &Target<'_>,
 ) {
-    let AttentionParams { heads, kv_heads, head_dim, scale } = *params;
+    let AttentionParams { heads, kv_heads, head_dim, scale, window, softcap } = *params;
     let group = heads / kv_heads;
-    let work = 2 * plan.context() * heads * head_dim;
+    let work = 2 * plan.context(window) * heads * head_dim;
     pool.run(plan.rows() * kv_heads, work, |task| {
         let (row, kv_head) = (task / kv_heads, task % kv_heads);
         with_scratch(2 * keys.width, |scratch, _| {
@@ -42,8 +45,9 @@ pub(crate) fn attend(
                     *scaled = q * scale;
                 }
                 let blocks = plan.blocks(row);
-                let len = plan.position(row) + 1;
-                isa.run(Attend { query, keys, values, head: kv_head, blocks, len, out: mixed });
+                let position = plan.position(row);
+                let visible = params.first_visible(position)..position + 1;
+                isa.run(Attend { query, keys, values, head: kv_head, blocks, visible, softcap, out: mixed });
                 // SAFETY: each task has its own row and heads.
                 unsafe { out.part(row, cols) }.copy_from_slice(&mixed[..head_dim]);
             }
@@ -51,7 +55,7 @@ pub(crate) fn attend(
     });
 }
 
-/// `out = softmax(query·Kᵀ)·V` for one query over positions `0..len`, all widths padded.
+/// `out = softmax(query·Kᵀ)·V` for one query over the visible positions, all widths padded.
 pub(crate) struct Attend<'a> {
     /// As wide as the rows of `keys`, already scaled.
     pub(crate) query: &'a [f32],
@@ -60,8 +64,12 @@ pub(crate) struct Attend<'a> {
     pub(crate) values: &'a Plane,
     /// Head within the planes.
     pub(crate) head: usize,
+    /// Those of positions `0..visible.end`.
     pub(crate) blocks: &'a [u32],
-    pub(crate) len: usize,
+    /// Not empty.
+    pub(crate) visible: Range<usize>,
+    /// Bounds the scores.
+    pub(crate) softcap: Option<f32>,
     pub(crate) out: &'a mut [f32],
 }
 
@@ -72,15 +80,21 @@ impl Kernel for Attend<'_> {
         let out = self.out.as_chunks_mut::<LANES>().0;
         out.fill([0.0; LANES]);
         let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-        for (piece, blocks) in self.blocks.chunks(PIECE).enumerate() {
-            let positions = (self.len - piece * PIECE * BLOCK).min(PIECE * BLOCK);
+        let first_piece = self.visible.start / (PIECE * BLOCK);
+        for (piece, blocks) in self.blocks.chunks(PIECE).enumerate().skip(first_piece) {
+            let start = piece * PIECE * BLOCK;
+            // Of this piece, those that are visible.
+            let positions = self.visible.start.saturating_sub(start)..(self.visible.end - start).min(PIECE * BLOCK);
             let mut weights = [[0.0; BLOCK]; PIECE];
             let weights = &mut weights[..blocks.len()];
             for (b, (scores, &block)) in weights.iter_mut().zip(blocks).enumerate() {
                 let keys = self.keys.block(block, self.head).as_chunks().0;
-                products(s, query, keys, positions - b * BLOCK, scores);
+                products(s, query, keys, within_block(&positions, b), scores);
+                if let Some(cap) = self.softcap {
+                    s.store(s.softcap(s.load(scores), cap), scores);
+                }
             }
-            weights.as_flattened_mut()[positions..].fill(f32::NEG_INFINITY);
+            fill_outside(weights, &positions, f32::NEG_INFINITY);
 
             let piece_max = weights.iter().fold(s.splat(max), |max, scores| s.at_least(s.load(scores), max));
             let piece_max = s.max(piece_max);
@@ -89,11 +103,11 @@ impl Kernel for Attend<'_> {
             for scores in weights.iter_mut() {
                 s.store(s.exp(s.sub(s.load(scores), s.splat(max))), scores);
             }
-            weights.as_flattened_mut()[positions..].fill(0.0);
+            fill_outside(weights, &positions, 0.0);
             let total = weights.iter().fold(s.splat(0.0), |total, weights| s.add(total, s.load(weights)));
             sum = sum * decay + s.sum(total);
 
-            let mix = Mix { values: self.values, head: self.head, blocks, weights, positions, decay };
+            let mix = Mix { values: self.values, head: self.head, blocks, weights, positions: &positions, decay };
             let mut first = 0;
             while first < out.len() {
                 if out.len() - first >= STRIPE {
@@ -112,19 +126,33 @@ impl Kernel for Attend<'_> {
     }
 }
 
-/// Products of the query with a block's keys, by fours: those from `positions` on are unspecified.
+/// Of a piece's `positions`, those in its block `b`, counted from the block's start; perhaps none.
+#[inline(always)]
+fn within_block(positions: &Range<usize>, b: usize) -> Range<usize> {
+    let local = |position: usize| position.saturating_sub(b * BLOCK).min(BLOCK);
+    local(positions.start)..local(positions.end)
+}
+
+#[inline(always)]
+fn fill_outside(weights: &mut [[f32; BLOCK]], positions: &Range<usize>, value: f32) {
+    let weights = weights.as_flattened_mut();
+    weights[..positions.start].fill(value);
+    weights[positions.end..].fill(value);
+}
+
+/// Products of the query with a block's keys, by fours: those outside `positions` are unspecified.
 #[inline(always)]
 fn products<S: Simd>(
     s: S,
     query: &[[f32; LANES]],
     keys: &[[f32; LANES]],
-    positions: usize,
+    positions: Range<usize>,
     products: &mut [f32; BLOCK],
 ) {
     let width = query.len();
     for (i, four) in products.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        if 4 * i >= positions {
-            break;
+        if 4 * i >= positions.end || 4 * i + 4 <= positions.start {
+            continue;
         }
         let rows: [_; 4] = std::array::from_fn(|j| &keys[(4 * i + j) * width..][..width]);
         let mut acc = [s.splat(0.0); 4];
@@ -144,7 +172,7 @@ struct Mix<'a> {
     head: usize,
     blocks: &'a [u32],
     weights: &'a [[f32; BLOCK]],
-    positions: usize,
+    positions: &'a Range<usize>,
     decay: f32,
 }
 
@@ -160,8 +188,9 @@ impl Mix<'_> {
         }
         for (b, (weights, &block)) in self.weights.iter().zip(self.blocks).enumerate() {
             let values = self.values.block(block, self.head).as_chunks().0;
-            let positions = (self.positions - b * BLOCK).min(BLOCK);
-            for (row, &weight) in values.chunks_exact(stride).zip(&weights[..positions]) {
+            let positions = within_block(self.positions, b);
+            let rows = values[positions.start * stride..].chunks_exact(stride);
+            for (row, &weight) in rows.zip(&weights[positions]) {
                 let (row, weight) = (&row[first..][..N], s.splat(weight));
                 for n in 0..N {
                     acc[n] = s.mul_add(weight, s.load(&row[n]), acc[n]);

@@ -89,7 +89,7 @@ pub(crate) fn attend(
 ) {
     let (rows, heads) = (plan.rows(), weight.heads.len());
     let width = latent_width(weight.rank, weight.rope);
-    let work = heads * (rows * weight.rank * (weight.nope + weight.v) + 2 * plan.context() * width);
+    let work = heads * (rows * weight.rank * (weight.nope + weight.v) + 2 * plan.context(None) * width);
     let row_chunk = pool.share(rows, work).min(TASK_ROWS);
     let head_chunks = heads.div_ceil(TASK_HEADS);
     pool.run(rows.div_ceil(row_chunk) * head_chunks, work, |task| {
@@ -147,8 +147,8 @@ impl Task<'_> {
             for head in 0..self.heads.len() {
                 let query = &queries[(head * rows + i) * plane.width..][..plane.width];
                 let out = &mut mixed[(head * rows + i) * rank_width..][..rank_width];
-                let (blocks, len) = (plan.blocks(row), plan.position(row) + 1);
-                isa.run(Attend { query, keys: plane, values: plane, head: 0, blocks, len, out });
+                let (blocks, visible) = (plan.blocks(row), 0..plan.position(row) + 1);
+                isa.run(Attend { query, keys: plane, values: plane, head: 0, blocks, visible, softcap: None, out });
             }
         }
 

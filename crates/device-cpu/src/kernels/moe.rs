@@ -2,12 +2,12 @@
 //!
 //! Order: a row's experts are added by ascending number; within an expert, that of the linear kernel.
 
-use baton_device::{DeviceError, HostExperts, HostTensor, Result, Routing, Rows, select_experts};
+use baton_device::{Activation, DeviceError, HostExperts, HostTensor, Result, Routing, Rows, select_experts};
 
 use crate::isa::Dispatch;
 use crate::kernels::linear::{Input, Part};
 use crate::kernels::quantize::Quantized;
-use crate::kernels::rows::{AddScaled, SiluMul};
+use crate::kernels::rows::{AddScaled, Gated};
 use crate::pool::Pool;
 use crate::simd::LANES;
 use crate::tensor::{Target, Tensor, View};
@@ -110,7 +110,7 @@ pub(crate) fn fused(
         for pair in first..first + count {
             // SAFETY: as above; both were computed by this task.
             let (gate, up) = unsafe { (gates.part(pair, cols.clone()), ups.part(pair, cols.clone())) };
-            isa.run(SiluMul { gate, up });
+            isa.run(Gated { activation: Activation::Silu, gate, up });
         }
     });
 

@@ -1,6 +1,8 @@
-//! Operations on single rows: norms, additions, gated activation.
+//! Operations on single rows: norms, additions, gated activation, soft-capping.
 //!
 //! Order: the squares of a norm are added lane by lane over vectors of 16, then the lanes.
+
+use baton_device::Activation;
 
 use crate::simd::{Kernel, LANES, Simd};
 
@@ -45,18 +47,53 @@ impl Kernel for Add<'_> {
     }
 }
 
-/// `gate = silu(gate) ⊙ up`.
-pub(crate) struct SiluMul<'a> {
+/// `x *= factor`.
+pub(crate) struct Scale<'a> {
+    pub(crate) x: &'a mut [f32],
+    pub(crate) factor: f32,
+}
+
+impl Kernel for Scale<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for x in self.x {
+            *x *= self.factor;
+        }
+    }
+}
+
+/// `x = cap * tanh(x / cap)`.
+pub(crate) struct Softcap<'a> {
+    pub(crate) x: &'a mut [f32],
+    pub(crate) cap: f32,
+}
+
+impl Kernel for Softcap<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for x in self.x.chunks_mut(LANES) {
+            s.store_first(s.softcap(s.load_first(x), self.cap), x);
+        }
+    }
+}
+
+/// `gate = activation(gate) ⊙ up`.
+pub(crate) struct Gated<'a> {
+    pub(crate) activation: Activation,
     pub(crate) gate: &'a mut [f32],
     pub(crate) up: &'a [f32],
 }
 
-impl Kernel for SiluMul<'_> {
+impl Kernel for Gated<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for (gate, up) in self.gate.chunks_mut(LANES).zip(self.up.chunks(LANES)) {
-            let v = s.mul(s.silu(s.load_first(gate)), s.load_first(up));
-            s.store_first(v, gate);
+            let x = s.load_first(gate);
+            let v = match self.activation {
+                Activation::Silu => s.silu(x),
+                Activation::GeluTanh => s.gelu_tanh(x),
+            };
+            s.store_first(s.mul(v, s.load_first(up)), gate);
         }
     }
 }

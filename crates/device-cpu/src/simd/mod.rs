@@ -135,6 +135,27 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let e = self.exp(self.sub(self.splat(0.0), x));
         self.div(x, self.add(self.splat(1.0), e))
     }
+
+    /// `1 - 2 / (1 + e^2x)`: tanh to about 1e-7 absolute.
+    #[inline(always)]
+    fn tanh(self, x: Self::F32) -> Self::F32 {
+        let e = self.exp(self.add(x, x));
+        self.sub(self.splat(1.0), self.div(self.splat(2.0), self.add(self.splat(1.0), e)))
+    }
+
+    /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`, as `x / (1 + e^-2(…))`, which is the same.
+    #[inline(always)]
+    fn gelu_tanh(self, x: Self::F32) -> Self::F32 {
+        let cubic = self.mul_add(self.mul(x, x), self.splat(0.044715), self.splat(1.0));
+        let e = self.exp(self.mul(self.mul(x, cubic), self.splat(-2.0 * (2.0 / std::f32::consts::PI).sqrt())));
+        self.div(x, self.add(self.splat(1.0), e))
+    }
+
+    /// `cap · tanh(x / cap)`.
+    #[inline(always)]
+    fn softcap(self, x: Self::F32, cap: f32) -> Self::F32 {
+        self.mul(self.tanh(self.div(x, self.splat(cap))), self.splat(cap))
+    }
 }
 
 #[cfg(test)]
@@ -167,6 +188,31 @@ mod tests {
         #[inline(always)]
         fn apply<S: Simd>(&self, s: S, v: S::F32) -> S::F32 {
             s.exp(v)
+        }
+    }
+
+    struct Tanh;
+
+    impl VectorFn for Tanh {
+        #[inline(always)]
+        fn apply<S: Simd>(&self, s: S, v: S::F32) -> S::F32 {
+            s.tanh(v)
+        }
+    }
+
+    #[test]
+    fn tanh_is_right_to_2e_7_keeps_its_limits_and_nan() {
+        for isa in Isa::available() {
+            let exact: Vec<f32> = (0..16 * 4096).map(|i| -20.0 + 40.0 * i as f32 / 65_536.0).collect();
+            let mut ours = exact.clone();
+            isa.dispatch().unwrap().run(Map { x: &mut ours, f: Tanh });
+            for (x, y) in exact.iter().zip(&ours) {
+                let error = (f64::from(*y) - f64::from(*x).tanh()).abs();
+                assert!(error < 2e-7, "{isa}: tanh({x}) = {y}, off by {error:e}");
+            }
+            let mut odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0].repeat(4);
+            isa.dispatch().unwrap().run(Map { x: &mut odd, f: Tanh });
+            assert!(odd[0].is_nan() && odd[1..4] == [1.0, -1.0, 0.0], "{isa}: {odd:?}");
         }
     }
 

@@ -1,5 +1,4 @@
-//! What all decoders share: embedding, pre-norm residual layers, final norm, head; and the gated
-//! feed-forward network.
+//! What all decoders share: embedding, pre-norm residual layers, final norm, head.
 //!
 //! ```text
 //! residual = embed(ids)
@@ -9,14 +8,15 @@
 //! logits = head(norm(residual))
 //! ```
 //!
-//! Additions are fused into the norm that follows them.
+//! Additions are fused into the norm that follows them. Gemma also scales the embeddings, norms what
+//! each half adds, and caps the logits.
 
 use baton_device::{Backend, HostRope, Result as DeviceResult};
 
 use super::{Model, Sizes, Specs};
 use crate::LoadError;
 use crate::checkpoint::Role;
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, RopeConfig};
 use crate::loader::Loader;
 
 const EMBEDDING: &str = "model.embed_tokens";
@@ -58,6 +58,8 @@ pub(crate) trait Layer<B: Backend>: Send {
 /// A decoder made of layers of one kind.
 pub(crate) struct Decoder<B: Backend, L: Layer<B>> {
     eps: f32,
+    embedding_scale: Option<f32>,
+    logit_softcap: Option<f32>,
     /// `[vocab, hidden]`; also the head if `head` is `None`.
     embedding: B::Linear,
     layers: Vec<Normed<B, L>>,
@@ -78,9 +80,21 @@ pub(crate) struct Decoder<B: Backend, L: Layer<B>> {
 }
 
 struct Normed<B: Backend, L> {
-    input_norm: B::Vector,
-    post_attention_norm: B::Vector,
+    attention_norm: B::Vector,
+    feed_forward_norm: B::Vector,
+    /// Behind attention and behind the feed-forward network (Gemma).
+    post_norms: Option<[B::Vector; 2]>,
     layer: L,
+}
+
+/// Norms before attention, before the feed-forward network, and, where there are such, behind each.
+fn norm_names(config: &ModelConfig, layer: usize) -> ([String; 2], Option<[String; 2]>) {
+    let name = |name: &str| format!("model.layers.{layer}.{name}_layernorm");
+    if config.post_norms {
+        ([name("input"), name("pre_feedforward")], Some([name("post_attention"), name("post_feedforward")]))
+    } else {
+        ([name("input"), name("post_attention")], None)
+    }
 }
 
 /// The tensors outside the layers, and the layers' norms.
@@ -91,8 +105,8 @@ pub(super) fn outer_specs(config: &ModelConfig, specs: &mut Specs) {
         specs.linear(HEAD.into(), config.vocab_size, config.hidden_size);
     }
     for layer in 0..config.num_layers {
-        specs.norm(format!("model.layers.{layer}.input_layernorm"), config.hidden_size);
-        specs.norm(format!("model.layers.{layer}.post_attention_layernorm"), config.hidden_size);
+        let (norms, post_norms) = norm_names(config, layer);
+        norms.into_iter().chain(post_norms.into_iter().flatten()).for_each(|name| specs.norm(name, config.hidden_size));
     }
 }
 
@@ -110,17 +124,25 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
         let head = if config.tie_word_embeddings { None } else { Some(loader.linear(HEAD)?) };
         let layers = (0..config.num_layers)
             .map(|i| {
+                let ([attention, feed_forward], post_norms) = norm_names(config, i);
+                let mut norm = |name: &String| loader.norm(name, config.norm_offset);
                 Ok(Normed {
-                    input_norm: loader.norm(&format!("model.layers.{i}.input_layernorm"))?,
-                    post_attention_norm: loader.norm(&format!("model.layers.{i}.post_attention_layernorm"))?,
+                    attention_norm: norm(&attention)?,
+                    feed_forward_norm: norm(&feed_forward)?,
+                    post_norms: match post_norms {
+                        None => None,
+                        Some([attention, feed_forward]) => Some([norm(&attention)?, norm(&feed_forward)?]),
+                    },
                     layer: layer(loader, i)?,
                 })
             })
             .collect::<Result<_, LoadError>>()?;
-        let norm = loader.norm(NORM)?;
+        let norm = loader.norm(NORM, config.norm_offset)?;
         let backend = loader.backend;
         Ok(Self {
             eps: config.rms_norm_eps,
+            embedding_scale: config.embedding_scale,
+            logit_softcap: config.logit_softcap,
             embedding,
             layers,
             norm,
@@ -145,16 +167,25 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
     ) -> DeviceResult<()> {
         let Self { eps, embedding, layers, norm, shared, residual, h, delta, .. } = self;
         backend.embed(ids, embedding, residual)?;
-        for (i, Normed { input_norm, post_attention_norm, layer }) in layers.iter().enumerate() {
+        if let Some(factor) = self.embedding_scale {
+            backend.scale(residual, factor)?;
+        }
+        for (i, Normed { attention_norm, feed_forward_norm, post_norms, layer }) in layers.iter().enumerate() {
             if i == 0 {
-                backend.rms_norm(residual, input_norm, *eps, h)?;
+                backend.rms_norm(residual, attention_norm, *eps, h)?;
             } else {
-                backend.add_rms_norm(delta, residual, input_norm, *eps, h)?;
+                backend.add_rms_norm(delta, residual, attention_norm, *eps, h)?;
             }
             let mut step = Step { layer: i, plan, cache: &mut *cache };
             layer.attention(backend, h, &mut step, shared, delta)?;
-            backend.add_rms_norm(delta, residual, post_attention_norm, *eps, h)?;
+            if let Some([post_attention, _]) = post_norms {
+                backend.rms_norm_in_place(delta, post_attention, *eps)?;
+            }
+            backend.add_rms_norm(delta, residual, feed_forward_norm, *eps, h)?;
             layer.feed_forward(backend, h, shared, delta)?;
+            if let Some([_, post_feed_forward]) = post_norms {
+                backend.rms_norm_in_place(delta, post_feed_forward, *eps)?;
+            }
         }
         backend.add_rms_norm(delta, residual, norm, *eps, h)
     }
@@ -162,66 +193,18 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
     fn logits(&mut self, backend: &B, rows: &[u32]) -> DeviceResult<&B::Tensor> {
         backend.gather_rows(&self.h, rows, &mut self.gathered)?;
         backend.linear(&self.gathered, self.head.as_ref().unwrap_or(&self.embedding), &mut self.logits)?;
+        if let Some(cap) = self.logit_softcap {
+            backend.softcap(&mut self.logits, cap)?;
+        }
         Ok(&self.logits)
     }
 }
 
-/// The rotary table of a model.
-pub(super) fn rope<B: Backend>(backend: &B, config: &ModelConfig, sizes: Sizes) -> DeviceResult<B::Rope> {
+/// A rotary table for all positions of a sequence.
+pub(super) fn rope<B: Backend>(backend: &B, config: &RopeConfig, sizes: Sizes) -> DeviceResult<B::Rope> {
     backend.rope_table(&HostRope {
-        inv_freq: config.rope.inv_freq(),
-        scale: config.rope.attention_factor(),
+        inv_freq: config.inv_freq(),
+        scale: config.attention_factor(),
         max_positions: sizes.positions,
     })
-}
-
-/// `down(silu(gate(x)) ⊙ up(x))`.
-pub(super) struct Mlp<B: Backend> {
-    gate: B::Linear,
-    up: B::Linear,
-    down: B::Linear,
-}
-
-/// Activations of [`Mlp`], `[rows, width]` each.
-pub(super) struct MlpScratch<B: Backend> {
-    gate: B::Tensor,
-    up: B::Tensor,
-    product: B::Tensor,
-}
-
-/// The tensors of [`Mlp`].
-pub(super) fn mlp_specs(prefix: &str, hidden: usize, width: usize, specs: &mut Specs) {
-    specs.linear(format!("{prefix}.gate_proj"), width, hidden);
-    specs.linear(format!("{prefix}.up_proj"), width, hidden);
-    specs.linear(format!("{prefix}.down_proj"), hidden, width);
-}
-
-impl<B: Backend> Mlp<B> {
-    pub(super) fn load(loader: &mut Loader<'_, B>, prefix: &str) -> Result<Self, LoadError> {
-        Ok(Self {
-            gate: loader.linear(&format!("{prefix}.gate_proj"))?,
-            up: loader.linear(&format!("{prefix}.up_proj"))?,
-            down: loader.linear(&format!("{prefix}.down_proj"))?,
-        })
-    }
-
-    pub(super) fn forward(
-        &self,
-        backend: &B,
-        x: &B::Tensor,
-        scratch: &mut MlpScratch<B>,
-        out: &mut B::Tensor,
-    ) -> DeviceResult<()> {
-        backend.linear(x, &self.gate, &mut scratch.gate)?;
-        backend.linear(x, &self.up, &mut scratch.up)?;
-        backend.silu_mul(&scratch.gate, &scratch.up, &mut scratch.product)?;
-        backend.linear(&scratch.product, &self.down, out)
-    }
-}
-
-impl<B: Backend> MlpScratch<B> {
-    pub(super) fn new(backend: &B, rows: usize, width: usize) -> DeviceResult<Self> {
-        let tensor = || backend.tensor(rows, width);
-        Ok(Self { gate: tensor()?, up: tensor()?, product: tensor()? })
-    }
 }

@@ -1,15 +1,23 @@
-//! Llama, and its near copies Qwen2 (biases on q, k, v) and Qwen3 (a norm on each query and key head):
-//! grouped-query attention and a dense feed-forward network.
+//! Llama and its near copies up to Gemma: grouped-query attention, over all positions or a window.
+//!
+//! What tells them apart is in the config: biases (on q, k and v in Qwen2), a norm on each query and key
+//! head (Qwen3, Gemma 3), q, k and v in one tensor (Phi-3), windows (Mistral, Phi-3, Gemma), soft-capped
+//! scores (Gemma 2), a second rotary base for layers with a window (Gemma 3), experts (Mixtral,
+//! Qwen3-MoE).
 
-use baton_device::{AttentionParams, Backend, Result as DeviceResult, RopeLayout};
+use baton_device::{AttentionParams, Backend, MoeOps, Result as DeviceResult, RopeLayout};
 
-use super::decoder::{Decoder, Layer, Mlp, MlpScratch, Step, mlp_specs, rope};
+use super::decoder::{Decoder, Layer, Step, rope};
+use super::feed_forward::{FeedForward, FeedForwardScratch, feed_forward_specs};
 use super::{Sizes, Specs};
 use crate::LoadError;
 use crate::config::{LlamaConfig, ModelConfig};
 use crate::loader::Loader;
 
-pub(super) struct LlamaLayer<B: Backend> {
+const FUSED_QKV: &str = "qkv_proj";
+
+pub(super) struct LlamaLayer<B: MoeOps> {
+    params: AttentionParams,
     /// `[heads * head_dim, hidden]`.
     q: B::Linear,
     /// `[kv_heads * head_dim, hidden]`.
@@ -18,15 +26,16 @@ pub(super) struct LlamaLayer<B: Backend> {
     v: B::Linear,
     /// `[hidden, heads * head_dim]`.
     o: B::Linear,
-    /// `[head_dim]` each, of queries and keys (Qwen3).
+    /// `[head_dim]` each, of queries and keys.
     qk_norm: Option<[B::Vector; 2]>,
-    mlp: Mlp<B>,
+    feed_forward: FeedForward<B>,
 }
 
 pub(super) struct Shared<B: Backend> {
-    params: AttentionParams,
     eps: f32,
     rope: B::Rope,
+    /// For layers with a window, where it is another.
+    window_rope: Option<B::Rope>,
     /// `[rows, heads * head_dim]`.
     q: B::Tensor,
     /// `[rows, kv_heads * head_dim]`.
@@ -35,71 +44,79 @@ pub(super) struct Shared<B: Backend> {
     v: B::Tensor,
     /// `[rows, heads * head_dim]`.
     context: B::Tensor,
-    mlp: MlpScratch<B>,
+    feed_forward: FeedForwardScratch<B>,
 }
 
+/// Names and shapes of a layer's tensors.
 pub(super) fn layer_specs(config: &ModelConfig, own: &LlamaConfig, layer: usize, specs: &mut Specs) {
     let (hidden, head_dim) = (config.hidden_size, own.head_dim);
     let attention = format!("model.layers.{layer}.self_attn");
-    for (name, heads) in [("q_proj", config.num_heads), ("k_proj", own.num_kv_heads), ("v_proj", own.num_kv_heads)] {
-        specs.linear(format!("{attention}.{name}"), heads * head_dim, hidden);
-        if own.qkv_bias {
-            specs.vector(format!("{attention}.{name}.bias"), heads * head_dim);
+    if config.fused_projections {
+        let heads = config.num_heads + 2 * own.num_kv_heads;
+        specs.linear(format!("{attention}.{FUSED_QKV}"), heads * head_dim, hidden);
+    } else {
+        for (name, heads) in [("q_proj", config.num_heads), ("k_proj", own.num_kv_heads), ("v_proj", own.num_kv_heads)]
+        {
+            specs.linear(format!("{attention}.{name}"), heads * head_dim, hidden);
+            if own.qkv_bias {
+                specs.vector(format!("{attention}.{name}.bias"), heads * head_dim);
+            }
         }
     }
     specs.linear(format!("{attention}.o_proj"), hidden, config.num_heads * head_dim);
+    if own.o_bias {
+        specs.vector(format!("{attention}.o_proj.bias"), hidden);
+    }
     if own.qk_norm {
         specs.norm(format!("{attention}.q_norm"), head_dim);
         specs.norm(format!("{attention}.k_norm"), head_dim);
     }
-    mlp_specs(&mlp(layer), hidden, config.intermediate_size, specs);
+    feed_forward_specs(config, layer, specs);
 }
 
-fn mlp(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp")
-}
-
-pub(super) fn build<B: Backend>(
+pub(super) fn build<B: MoeOps>(
     config: &ModelConfig,
     own: &LlamaConfig,
     sizes: Sizes,
     loader: &mut Loader<'_, B>,
 ) -> Result<Decoder<B, LlamaLayer<B>>, LoadError> {
     let backend = loader.backend;
-    let LlamaConfig { num_kv_heads, head_dim, .. } = *own;
+    let (heads, kv_heads, head_dim) = (config.num_heads, own.num_kv_heads, own.head_dim);
     let activation = |heads: usize| backend.tensor(sizes.rows, heads * head_dim);
     let shared = Shared {
-        params: AttentionParams {
-            heads: config.num_heads,
-            kv_heads: num_kv_heads,
-            head_dim,
-            scale: (head_dim as f32).sqrt().recip(),
-        },
         eps: config.rms_norm_eps,
-        rope: rope(backend, config, sizes)?,
-        q: activation(config.num_heads)?,
-        k: activation(num_kv_heads)?,
-        v: activation(num_kv_heads)?,
-        context: activation(config.num_heads)?,
-        mlp: MlpScratch::new(backend, sizes.rows, config.intermediate_size)?,
+        rope: rope(backend, &config.rope, sizes)?,
+        window_rope: own.window_rope.as_ref().map(|config| rope(backend, config, sizes)).transpose()?,
+        q: activation(heads)?,
+        k: activation(kv_heads)?,
+        v: activation(kv_heads)?,
+        context: activation(heads)?,
+        feed_forward: FeedForwardScratch::new(backend, config, sizes)?,
     };
     Decoder::build(config, sizes, loader, shared, |loader, layer| {
         let attention = format!("model.layers.{layer}.self_attn");
         let part = |name: &str| format!("{attention}.{name}");
-        let qk_norm =
-            if own.qk_norm { Some([loader.norm(&part("q_norm"))?, loader.norm(&part("k_norm"))?]) } else { None };
+        let [q, k, v] = if config.fused_projections {
+            loader.split_linear(&part(FUSED_QKV), [heads, kv_heads, kv_heads].map(|heads| heads * head_dim))?
+        } else {
+            [loader.linear(&part("q_proj"))?, loader.linear(&part("k_proj"))?, loader.linear(&part("v_proj"))?]
+        };
+        let mut norm = |name: &str| loader.norm(&part(name), config.norm_offset);
+        let qk_norm = if own.qk_norm { Some([norm("q_norm")?, norm("k_norm")?]) } else { None };
+        let (scale, window, softcap) = (own.scale, own.windows[layer], own.softcap);
         Ok(LlamaLayer {
-            q: loader.linear(&part("q_proj"))?,
-            k: loader.linear(&part("k_proj"))?,
-            v: loader.linear(&part("v_proj"))?,
+            params: AttentionParams { heads, kv_heads, head_dim, scale, window, softcap },
+            q,
+            k,
+            v,
             o: loader.linear(&part("o_proj"))?,
             qk_norm,
-            mlp: Mlp::load(loader, &mlp(layer))?,
+            feed_forward: FeedForward::load(loader, config, layer)?,
         })
     })
 }
 
-impl<B: Backend> Layer<B> for LlamaLayer<B> {
+impl<B: MoeOps> Layer<B> for LlamaLayer<B> {
     type Shared = Shared<B>;
 
     fn attention(
@@ -110,7 +127,8 @@ impl<B: Backend> Layer<B> for LlamaLayer<B> {
         shared: &mut Shared<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
-        let Shared { params, eps, rope, q, k, v, context, .. } = shared;
+        let Shared { eps, rope, window_rope, q, k, v, context, .. } = shared;
+        let AttentionParams { heads, kv_heads, head_dim, window, .. } = self.params;
         backend.linear(h, &self.q, q)?;
         backend.linear(h, &self.k, k)?;
         backend.linear(h, &self.v, v)?;
@@ -118,11 +136,11 @@ impl<B: Backend> Layer<B> for LlamaLayer<B> {
             backend.rms_norm_in_place(q, q_norm, *eps)?;
             backend.rms_norm_in_place(k, k_norm, *eps)?;
         }
-        let head_dim = params.head_dim;
+        let rope = window_rope.as_ref().filter(|_| window.is_some()).unwrap_or(rope);
         let layout = |heads| RopeLayout { heads, head_dim, offset: 0, dim: head_dim, interleaved: false };
-        backend.rope(q, layout(params.heads), rope, step.plan)?;
-        backend.rope(k, layout(params.kv_heads), rope, step.plan)?;
-        backend.paged_attention(q, k, v, step.cache, step.layer, step.plan, params, context)?;
+        backend.rope(q, layout(heads), rope, step.plan)?;
+        backend.rope(k, layout(kv_heads), rope, step.plan)?;
+        backend.paged_attention(q, k, v, step.cache, step.layer, step.plan, &self.params, context)?;
         backend.linear(context, &self.o, out)
     }
 
@@ -133,6 +151,6 @@ impl<B: Backend> Layer<B> for LlamaLayer<B> {
         shared: &mut Shared<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
-        self.mlp.forward(backend, h, &mut shared.mlp, out)
+        self.feed_forward.forward(backend, h, &mut shared.feed_forward, out)
     }
 }

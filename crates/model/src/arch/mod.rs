@@ -4,7 +4,8 @@
 //! below, a parser in `config`.
 
 mod decoder;
-mod deepseek_v3;
+mod deepseek;
+mod feed_forward;
 mod llama;
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use baton_device::{Backend, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as De
 
 use crate::LoadError;
 use crate::checkpoint::{Role, TensorSpec};
-use crate::config::{Family, ModelConfig};
+use crate::config::{Architecture, Family, ModelConfig};
 use crate::loader::Loader;
 
 /// A loaded model: weights, and activations sized once.
@@ -80,7 +81,7 @@ pub(crate) fn specs(config: &ModelConfig) -> Specs {
     for layer in 0..config.num_layers {
         match &config.family {
             Family::Llama(own) => llama::layer_specs(config, own, layer, &mut specs),
-            Family::DeepseekV3(own) => deepseek_v3::layer_specs(config, own, layer, &mut specs),
+            Family::Deepseek(own) => deepseek::layer_specs(config, own, layer, &mut specs),
         }
     }
     if let Some(quantization) = &config.quantization {
@@ -105,23 +106,24 @@ pub(crate) fn is_ignorable(config: &ModelConfig, name: &str) -> bool {
     // Tables that old files carry; a copy of the embedding; multi-token prediction.
     name.ends_with(".rotary_emb.inv_freq")
         || (config.tie_word_embeddings && name == "lm_head.weight")
-        || (matches!(config.family, Family::DeepseekV3(_)) && beyond_last_layer() == Some(true))
+        || (config.architecture == Architecture::DeepseekV3 && beyond_last_layer() == Some(true))
 }
 
 /// Operations that a model of this config calls, beyond those that every device has.
 pub(crate) fn ops(config: &ModelConfig) -> Vec<Op> {
-    match &config.family {
-        Family::Llama(_) => vec![Op::PagedAttention],
-        Family::DeepseekV3(own) if own.first_k_dense_replace == config.num_layers => vec![Op::LatentAttention],
-        Family::DeepseekV3(_) => vec![Op::LatentAttention, Op::FusedMoe],
-    }
+    let attention = match &config.family {
+        Family::Llama(_) => Op::PagedAttention,
+        Family::Deepseek(_) => Op::LatentAttention,
+    };
+    let has_experts = config.moe.as_ref().is_some_and(|moe| moe.layers.contains(&true));
+    [Some(attention), has_experts.then_some(Op::FusedMoe)].into_iter().flatten().collect()
 }
 
 /// The cache that a model of this config keeps.
 pub(crate) fn kv_spec(config: &ModelConfig, block_size: usize) -> KvSpec {
     let layer = match &config.family {
         Family::Llama(own) => LayerKv::Full { kv_heads: own.num_kv_heads, head_dim: own.head_dim },
-        Family::DeepseekV3(own) => LayerKv::Latent { rank: own.kv_lora_rank, rope: own.qk_rope_head_dim },
+        Family::Deepseek(own) => LayerKv::Latent { rank: own.kv_lora_rank, rope: own.qk_rope_head_dim },
     };
     KvSpec { layers: vec![layer; config.num_layers], block_size }
 }
@@ -134,6 +136,6 @@ pub(crate) fn build<B: Backend + LatentOps + MoeOps>(
 ) -> Result<Box<dyn Model<B>>, LoadError> {
     Ok(match &config.family {
         Family::Llama(own) => Box::new(llama::build(config, own, sizes, loader)?),
-        Family::DeepseekV3(own) => Box::new(deepseek_v3::build(config, own, sizes, loader)?),
+        Family::Deepseek(own) => Box::new(deepseek::build(config, own, sizes, loader)?),
     })
 }

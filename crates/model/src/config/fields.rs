@@ -21,6 +21,11 @@ impl<'a> Fields<'a> {
         self.map.get(name).filter(|v| !v.is_null())
     }
 
+    /// Whether the field is there, be it null.
+    pub(super) fn is_stated(&self, name: &str) -> bool {
+        self.map.contains_key(name)
+    }
+
     pub(super) fn refuse(&mut self, reason: impl Into<String>) {
         self.reasons.push(reason.into());
     }

@@ -3,6 +3,7 @@
 //! Invariant: a config that exists can be run. Everything this crate cannot run is refused here and
 //! nowhere else, with every reason at once; sizes are capped so that products of them cannot overflow.
 
+mod families;
 mod fields;
 mod generation;
 mod parse;
@@ -15,7 +16,7 @@ pub(crate) use parse::json_object;
 pub use quantization::QuantizationConfig;
 pub use rope::{RopeConfig, RopeScaling};
 
-use baton_device::{DType, Routing};
+use baton_device::{Activation, DType, Routing};
 
 /// Why a config file is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -27,31 +28,64 @@ pub struct ConfigError {
     pub reasons: Vec<String>,
 }
 
-/// The architectures that can be served. To add one: a variant here, a parser in `parse.rs`, a module
-/// in `arch`.
+/// The architectures that can be served. To add one: a variant here, its fields in `parse.rs` and
+/// `families.rs`, its tensors and forward in `arch`, its entry in `models/supported.toml`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
     /// Llama 2 and 3 (arXiv 2302.13971, 2407.21783).
     Llama,
+    /// Mistral (arXiv 2310.06825): Llama with a sliding window.
+    Mistral,
+    /// Mixtral (arXiv 2401.04088): Mistral with experts.
+    Mixtral,
     /// Qwen2 and Qwen2.5 (arXiv 2407.10671): Llama with biases on q, k and v.
     Qwen2,
     /// Qwen3 (arXiv 2505.09388): Llama with a norm on each query and key head.
     Qwen3,
+    /// Qwen3-MoE: Qwen3 with experts.
+    Qwen3Moe,
+    /// Phi-3 (arXiv 2404.14219): Llama with q, k, v and gate, up stored as one tensor each.
+    Phi3,
+    /// Gemma 2 (arXiv 2408.00118): alternating windows, soft-capping, norms around each half layer.
+    Gemma2,
+    /// Gemma 3, text only (arXiv 2503.19786): Gemma 2 with head norms for the soft-capping, and two
+    /// rotary bases.
+    Gemma3,
+    /// DeepSeek-V2 and V2-Lite (arXiv 2405.04434).
+    DeepseekV2,
     /// DeepSeek-V3 and R1 (arXiv 2412.19437).
     DeepseekV3,
 }
 
 impl Architecture {
     /// All of them.
-    pub const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3, Architecture::DeepseekV3];
+    pub const ALL: [Architecture; 11] = [
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Mixtral,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::Qwen3Moe,
+        Architecture::Phi3,
+        Architecture::Gemma2,
+        Architecture::Gemma3,
+        Architecture::DeepseekV2,
+        Architecture::DeepseekV3,
+    ];
 
     /// As in the config's `architectures`.
     pub const fn name(self) -> &'static str {
         match self {
             Architecture::Llama => "LlamaForCausalLM",
+            Architecture::Mistral => "MistralForCausalLM",
+            Architecture::Mixtral => "MixtralForCausalLM",
             Architecture::Qwen2 => "Qwen2ForCausalLM",
             Architecture::Qwen3 => "Qwen3ForCausalLM",
+            Architecture::Qwen3Moe => "Qwen3MoeForCausalLM",
+            Architecture::Phi3 => "Phi3ForCausalLM",
+            Architecture::Gemma2 => "Gemma2ForCausalLM",
+            Architecture::Gemma3 => "Gemma3ForCausalLM",
+            Architecture::DeepseekV2 => "DeepseekV2ForCausalLM",
             Architecture::DeepseekV3 => "DeepseekV3ForCausalLM",
         }
     }
@@ -60,10 +94,22 @@ impl Architecture {
     pub const fn model_type(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
+            Architecture::Mistral => "mistral",
+            Architecture::Mixtral => "mixtral",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::Qwen3Moe => "qwen3_moe",
+            Architecture::Phi3 => "phi3",
+            Architecture::Gemma2 => "gemma2",
+            Architecture::Gemma3 => "gemma3_text",
+            Architecture::DeepseekV2 => "deepseek_v2",
             Architecture::DeepseekV3 => "deepseek_v3",
         }
+    }
+
+    /// Whether it is one of the Gemma models, which have several habits in common.
+    const fn is_gemma(self) -> bool {
+        matches!(self, Architecture::Gemma2 | Architecture::Gemma3)
     }
 }
 
@@ -88,6 +134,22 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
+    /// Function of the gated feed-forward networks.
+    pub hidden_act: Activation,
+    /// Biases on the dense feed-forward networks.
+    pub mlp_bias: bool,
+    /// Experts in some or all layers.
+    pub moe: Option<MoeConfig>,
+    /// q, k and v are stored as one tensor, and so are gate and up.
+    pub fused_projections: bool,
+    /// Norms also behind each half of a layer, before the residual stream.
+    pub post_norms: bool,
+    /// Added to the weights of all norms: 1 where they are stored as the difference from one.
+    pub norm_offset: f32,
+    /// Factor on the embeddings.
+    pub embedding_scale: Option<f32>,
+    /// Bounds the logits smoothly: `cap * tanh(logit / cap)`.
+    pub logit_softcap: Option<f32>,
     /// Rotary embedding.
     pub rope: RopeConfig,
     /// Element type that the config states for the weights; the tensors' own decides.
@@ -103,13 +165,13 @@ pub struct ModelConfig {
 /// What is a family's own.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Family {
-    /// Llama and its near copies.
+    /// Llama and its near copies, up to Gemma.
     Llama(LlamaConfig),
-    /// DeepSeek-V3.
-    DeepseekV3(DeepseekV3Config),
+    /// DeepSeek-V2 and V3.
+    Deepseek(DeepseekConfig),
 }
 
-/// Grouped-query attention and a dense feed-forward network.
+/// Grouped-query attention.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlamaConfig {
     /// Key/value heads; divides the query heads.
@@ -118,13 +180,23 @@ pub struct LlamaConfig {
     pub head_dim: usize,
     /// Biases on the q, k and v projections.
     pub qkv_bias: bool,
+    /// A bias on the output projection.
+    pub o_bias: bool,
     /// A norm on each query and key head, before rotation.
     pub qk_norm: bool,
+    /// Factor on the attention scores.
+    pub scale: f32,
+    /// Bounds the attention scores smoothly.
+    pub softcap: Option<f32>,
+    /// Per layer, how many positions a token sees, its own included; `None` for all.
+    pub windows: Vec<Option<usize>>,
+    /// Rotary embedding of the layers with a window, where it is not the model's.
+    pub window_rope: Option<RopeConfig>,
 }
 
-/// Latent attention and mixture of experts.
+/// Latent attention.
 #[derive(Debug, Clone, PartialEq)]
-pub struct DeepseekV3Config {
+pub struct DeepseekConfig {
     /// Width of the query's latent; `None` projects the query directly.
     pub q_lora_rank: Option<usize>,
     /// Width of the latent that keys and values share.
@@ -137,15 +209,22 @@ pub struct DeepseekV3Config {
     pub v_head_dim: usize,
     /// Rotary pairs are neighbouring columns.
     pub rope_interleaved: bool,
-    /// Layers before the first with experts.
-    pub first_k_dense_replace: usize,
+    /// Biases on the projections down to the latents and on the output projection.
+    pub bias: bool,
+}
+
+/// Mixture of experts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MoeConfig {
+    /// Per layer, whether it has experts; the others are dense.
+    pub layers: Vec<bool>,
     /// Width of an expert.
-    pub moe_intermediate_size: usize,
+    pub intermediate_size: usize,
     /// Routed experts of a layer.
-    pub n_routed_experts: usize,
+    pub num_experts: usize,
     /// Shared experts, kept as one network of that many times the width; 0 for none.
-    pub n_shared_experts: usize,
-    /// How a token's experts are chosen; the correction bias is a tensor and left empty here.
+    pub num_shared_experts: usize,
+    /// How a token's experts are chosen; a correction bias is a tensor and left empty here.
     pub routing: Routing,
 }
 

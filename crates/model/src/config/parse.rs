@@ -6,25 +6,22 @@
 
 use std::ops::RangeInclusive;
 
-use baton_device::{DType, Routing};
+use baton_device::{Activation, DType};
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
-use super::{Architecture, ConfigError, DeepseekV3Config, Family, LlamaConfig, ModelConfig, quantization, rope};
+use super::{Architecture, ConfigError, Family, ModelConfig, families, quantization, rope};
 
 const FILE: &str = "config.json";
 
 // Far above any published model; their products stay far below 2^63.
-const WIDTH: RangeInclusive<usize> = 1..=1 << 20;
+pub(super) const WIDTH: RangeInclusive<usize> = 1..=1 << 20;
 const LAYERS: RangeInclusive<usize> = 1..=1024;
-const HEADS: RangeInclusive<usize> = 1..=1024;
-const HEAD_DIM: RangeInclusive<usize> = 1..=4096;
+pub(super) const HEADS: RangeInclusive<usize> = 1..=1024;
+pub(super) const HEAD_DIM: RangeInclusive<usize> = 1..=4096;
 const VOCAB: RangeInclusive<usize> = 1..=1 << 22;
 /// Positions below 2^24 are exact in f32.
-const POSITIONS: RangeInclusive<usize> = 1..=1 << 24;
-const EXPERTS: RangeInclusive<usize> = 1..=4096;
-/// Experts of all layers: bounds the list of tensors that a config can ask for.
-const TOTAL_EXPERTS: usize = 1 << 16;
+pub(super) const POSITIONS: RangeInclusive<usize> = 1..=1 << 24;
 
 /// A JSON object, or why it is none.
 pub(crate) fn json_object(file: &'static str, json: &[u8]) -> Result<Map<String, Value>, ConfigError> {
@@ -48,17 +45,32 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
     let hidden_size = fields.size("hidden_size", WIDTH);
     let num_layers = fields.size("num_hidden_layers", LAYERS);
     let max_position_embeddings = fields.size("max_position_embeddings", POSITIONS);
-    let family = match architecture {
-        Architecture::DeepseekV3 => Family::DeepseekV3(deepseek_v3(&mut fields, num_heads, num_layers)),
-        _ => Family::Llama(llama(&mut fields, architecture, num_heads, hidden_size)),
+    let windows = families::windows(&mut fields, architecture, num_layers);
+    let mut family = match architecture {
+        Architecture::DeepseekV2 | Architecture::DeepseekV3 => {
+            Family::Deepseek(families::deepseek(&mut fields, architecture, num_heads))
+        }
+        _ => Family::Llama(families::llama(&mut fields, architecture, (num_heads, hidden_size), windows)),
     };
     let rope_dim = match &family {
         Family::Llama(c) => c.head_dim,
-        Family::DeepseekV3(c) => c.qk_rope_head_dim,
+        Family::Deepseek(c) => c.qk_rope_head_dim,
     };
     if rope_dim % 2 != 0 {
         fields.refuse(format!("the rotary width {rope_dim} is odd; pairs of columns are rotated"));
     }
+    let rope = match &mut family {
+        Family::Llama(own) if architecture == Architecture::Gemma3 => {
+            let [full, windowed] = rope::parse_two(&mut fields, rope_dim, max_position_embeddings);
+            own.window_rope = Some(windowed);
+            full
+        }
+        _ => {
+            let theta = if architecture == Architecture::Mixtral { 1e6 } else { 1e4 };
+            rope::parse(&mut fields, rope_dim, max_position_embeddings, theta)
+        }
+    };
+    let gemma = architecture.is_gemma();
     let config = ModelConfig {
         architecture,
         vocab_size: fields.size("vocab_size", VOCAB),
@@ -68,8 +80,16 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         num_heads,
         rms_norm_eps: fields.number("rms_norm_eps", "a number from 0 to 1", |v| (0.0..=1.0).contains(&v)) as f32,
         max_position_embeddings,
-        tie_word_embeddings: fields.flag("tie_word_embeddings", false),
-        rope: rope::parse(&mut fields, rope_dim, max_position_embeddings),
+        tie_word_embeddings: fields.flag("tie_word_embeddings", gemma),
+        hidden_act: if gemma { Activation::GeluTanh } else { Activation::Silu },
+        mlp_bias: families::bias(&mut fields, "mlp_bias", architecture == Architecture::Llama),
+        moe: families::moe(&mut fields, architecture, num_layers),
+        fused_projections: architecture == Architecture::Phi3,
+        post_norms: gemma,
+        norm_offset: if gemma { 1.0 } else { 0.0 },
+        embedding_scale: gemma.then(|| (hidden_size as f32).sqrt()),
+        logit_softcap: families::softcap(&mut fields, architecture, "final_logit_softcapping", 30.0),
+        rope,
         dtype: dtype(&mut fields),
         quantization: quantization::parse(&mut fields),
         eos_token_ids: fields.token_ids("eos_token_id").unwrap_or_default(),
@@ -109,90 +129,14 @@ fn architecture(fields: &mut Fields<'_>) -> Option<Architecture> {
 
 /// What changes a model's results and is not built.
 fn refuse_unsupported(fields: &mut Fields<'_>, architecture: Architecture) {
-    fields.only("hidden_act", &[json!("silu")]);
-    fields.only("attention_bias", &[json!(false)]);
-    fields.only("mlp_bias", &[json!(false)]);
-    if let Some(factor) = fields.get("partial_rotary_factor")
-        && factor.as_f64() != Some(1.0)
-    {
-        fields.refuse("partial_rotary_factor other than 1 is not supported");
+    if architecture.is_gemma() {
+        // hidden_act of its configs is a leftover that transformers does not read.
+        fields.only("hidden_activation", &[json!("gelu_pytorch_tanh")]);
+        fields.only("use_bidirectional_attention", &[json!(false)]);
+    } else {
+        fields.only("hidden_act", &[json!("silu")]);
     }
-    // Qwen's configs state a window and then whether it is used: by default it is not.
-    let default = !matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3);
-    let window = fields.get("sliding_window").is_some();
-    if fields.flag("use_sliding_window", default) && window {
-        fields.refuse("sliding_window is in use; only full attention is supported");
-    }
-    if let Some(types) = fields.get("layer_types") {
-        let full = |t: &Value| t == "full_attention";
-        if !types.as_array().is_some_and(|types| types.iter().all(full)) {
-            fields.refuse("layer_types names other layers than full_attention; only full attention is supported");
-        }
-    }
-}
-
-fn llama(fields: &mut Fields<'_>, architecture: Architecture, num_heads: usize, hidden_size: usize) -> LlamaConfig {
-    let num_kv_heads = fields.size_or("num_key_value_heads", num_heads, HEADS);
-    if !num_heads.is_multiple_of(num_kv_heads) {
-        fields
-            .refuse(format!("num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"));
-    }
-    let head_dim = fields.optional_size("head_dim", HEAD_DIM).unwrap_or_else(|| {
-        if !hidden_size.is_multiple_of(num_heads) {
-            fields.refuse(format!(
-                "hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and head_dim is missing"
-            ));
-        }
-        hidden_size / num_heads
-    });
-    LlamaConfig {
-        num_kv_heads,
-        head_dim,
-        qkv_bias: architecture == Architecture::Qwen2,
-        qk_norm: architecture == Architecture::Qwen3,
-    }
-}
-
-fn deepseek_v3(fields: &mut Fields<'_>, num_heads: usize, num_layers: usize) -> DeepseekV3Config {
-    fields.only("scoring_func", &[json!("sigmoid")]);
-    fields.only("topk_method", &[json!("noaux_tc")]);
-    fields.only("moe_layer_freq", &[json!(1)]);
-    fields.only("num_key_value_heads", &[json!(num_heads)]);
-    let experts = fields.size("n_routed_experts", EXPERTS);
-    if experts * num_layers > TOTAL_EXPERTS {
-        fields.refuse(format!("{num_layers} layers of {experts} experts are more than {TOTAL_EXPERTS} experts"));
-    }
-    let n_group = fields.size_or("n_group", 1, 1..=EXPERTS.into_inner().1);
-    let topk_group = fields.size_or("topk_group", n_group, 1..=EXPERTS.into_inner().1);
-    let top_k = fields.size("num_experts_per_tok", EXPERTS);
-    if !experts.is_multiple_of(n_group) || (n_group > 1 && experts / n_group < 2) {
-        fields.refuse(format!("{experts} experts cannot be split into {n_group} groups of at least two"));
-    } else if topk_group > n_group {
-        fields.refuse(format!("topk_group {topk_group} exceeds n_group {n_group}"));
-    } else if top_k > topk_group * (experts / n_group) {
-        fields.refuse(format!("num_experts_per_tok {top_k} exceeds the experts of {topk_group} of {n_group} groups"));
-    }
-    let scaling = fields.optional_number("routed_scaling_factor", "a positive number", |v| v > 0.0 && v < 1e6);
-    DeepseekV3Config {
-        q_lora_rank: fields.optional_size("q_lora_rank", WIDTH),
-        kv_lora_rank: fields.size("kv_lora_rank", WIDTH),
-        qk_nope_head_dim: fields.size("qk_nope_head_dim", HEAD_DIM),
-        qk_rope_head_dim: fields.size("qk_rope_head_dim", HEAD_DIM),
-        v_head_dim: fields.size("v_head_dim", HEAD_DIM),
-        rope_interleaved: fields.flag("rope_interleave", true),
-        first_k_dense_replace: fields.size("first_k_dense_replace", 0..=num_layers),
-        moe_intermediate_size: fields.size("moe_intermediate_size", WIDTH),
-        n_routed_experts: experts,
-        n_shared_experts: fields.size_or("n_shared_experts", 0, 0..=256),
-        routing: Routing {
-            top_k,
-            n_group,
-            topk_group,
-            correction_bias: Vec::new(),
-            norm_topk_prob: fields.flag("norm_topk_prob", true),
-            scaling_factor: scaling.unwrap_or(1.0) as f32,
-        },
-    }
+    fields.only("partial_rotary_factor", &[json!(1), json!(1.0)]);
 }
 
 fn dtype(fields: &mut Fields<'_>) -> Option<DType> {

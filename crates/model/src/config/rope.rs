@@ -116,25 +116,62 @@ fn mscale(scale: f64, m: f64) -> f64 {
     if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 }
 }
 
+const THETA: &str = "a number above 1";
+const OLD: &str = "rope_scaling";
+const NEW: &str = "rope_parameters";
+
+fn theta(fields: &mut Fields<'_>, name: &str) -> Option<f64> {
+    fields.optional_number(name, THETA, |v| v > 1.0 && v < 1e12)
+}
+
 /// Reads `rope_theta` and `rope_scaling`, or the newer `rope_parameters` that holds both.
-pub(super) fn parse(fields: &mut Fields<'_>, dim: usize, max_positions: usize) -> RopeConfig {
-    const THETA: &str = "a number above 1";
-    let theta = fields.optional_number("rope_theta", THETA, |v| v > 1.0 && v < 1e12);
-    let (path, value) = match fields.get("rope_parameters") {
-        Some(value) => ("rope_parameters.", Some(value)),
-        None => ("rope_scaling.", fields.get("rope_scaling")),
+pub(super) fn parse(fields: &mut Fields<'_>, dim: usize, max_positions: usize, default_theta: f64) -> RopeConfig {
+    let theta = theta(fields, "rope_theta").unwrap_or(default_theta);
+    let name = if fields.get(NEW).is_some() { NEW } else { OLD };
+    let path = if name == NEW { "rope_parameters." } else { "rope_scaling." };
+    parse_object(fields, (name, path), fields.get(name), dim, max_positions, theta)
+}
+
+/// Gemma 3: the rotary embeddings of layers with full attention and of those with a window. Older
+/// configs have a base for each and scale only the first; newer ones have an object for each.
+pub(super) fn parse_two(fields: &mut Fields<'_>, dim: usize, max_positions: usize) -> [RopeConfig; 2] {
+    let theta_of_windows = theta(fields, "rope_local_base_freq").unwrap_or(1e4);
+    let parts = fields.get(NEW).map(|both| [both.get("full_attention"), both.get("sliding_attention")]);
+    let Some([Some(full), Some(windowed)]) = parts else {
+        let full = parse(fields, dim, max_positions, 1e6);
+        return [full, RopeConfig { dim, theta: theta_of_windows, scaling: RopeScaling::None }];
     };
+    let names = [
+        ("rope_parameters.full_attention", "rope_parameters.full_attention."),
+        ("rope_parameters.sliding_attention", "rope_parameters.sliding_attention."),
+    ];
+    [
+        parse_object(fields, names[0], Some(full), dim, max_positions, 1e6),
+        parse_object(fields, names[1], Some(windowed), dim, max_positions, theta_of_windows),
+    ]
+}
+
+/// One object of either style, if there is one.
+fn parse_object(
+    fields: &mut Fields<'_>,
+    (name, path): (&str, &'static str),
+    value: Option<&Value>,
+    dim: usize,
+    max_positions: usize,
+    default_theta: f64,
+) -> RopeConfig {
     let empty = Map::new();
     let map = match value {
         None => &empty,
         Some(Value::Object(map)) => map,
         Some(_) => {
-            fields.refuse(format!("{} is not an object", path.trim_end_matches('.')));
+            fields.refuse(format!("{name} is not an object"));
             &empty
         }
     };
     let mut inner = Fields::new(map, path);
-    let theta = inner.optional_number("rope_theta", THETA, |v| v > 1.0 && v < 1e12).or(theta).unwrap_or(10_000.0);
+    let theta = theta(&mut inner, "rope_theta").unwrap_or(default_theta);
+    inner.only("partial_rotary_factor", &[json!(1), json!(1.0)]);
     let scaling = scaling(&mut inner, value.is_some(), max_positions);
     fields.reasons.append(&mut inner.reasons);
     RopeConfig { dim, theta, scaling }

@@ -16,7 +16,26 @@ use baton_model::{
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-pub const CASES: [&str; 6] = ["llama-rope3", "llama-256", "qwen2-tied", "qwen2-untied", "qwen3", "deepseek-v3"];
+pub const CASES: [&str; 18] = [
+    "llama-rope3",
+    "llama-256",
+    "llama-bias",
+    "mistral-window",
+    "mixtral",
+    "qwen2-tied",
+    "qwen2-untied",
+    "qwen2-window",
+    "qwen3",
+    "qwen3-moe",
+    "qwen3-moe-sparse",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "deepseek-v2",
+    "deepseek-v2-bias",
+    "deepseek-v2-lite",
+    "deepseek-v3",
+];
 
 pub fn folder(case: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models/golden").join(case)

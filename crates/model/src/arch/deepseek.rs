@@ -1,16 +1,18 @@
-//! DeepSeek-V3 (arXiv 2412.19437): multi-head latent attention and mixture of experts.
+//! DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437): multi-head latent attention, and experts behind
+//! the first layers. The two differ in how experts are chosen, which is in the config.
 //!
 //! The cache keeps the latent and one rotated key per token; attention absorbs `kv_b_proj`
 //! (see [`LatentOps`]), so keys and values are never expanded. `kv_a_proj_with_mqa` yields both the
 //! latent and the shared key; its rows are split at load.
 
-use baton_device::{Backend, HostLatent, LatentOps, MoeOps, Result as DeviceResult, RopeLayout, Routing};
+use baton_device::{Backend, HostLatent, LatentOps, MoeOps, Result as DeviceResult, RopeLayout};
 
-use super::decoder::{Decoder, Layer, Mlp, MlpScratch, Step, mlp_specs, rope};
+use super::decoder::{Decoder, Layer, Step, rope};
+use super::feed_forward::{FeedForward, FeedForwardScratch, feed_forward_specs};
 use super::{Sizes, Specs};
 use crate::LoadError;
 use crate::checkpoint::Role;
-use crate::config::{DeepseekV3Config, ModelConfig};
+use crate::config::{DeepseekConfig, ModelConfig};
 use crate::loader::Loader;
 
 /// Epsilon of the norms on the latents: the released code leaves them at their class's default,
@@ -38,17 +40,6 @@ enum Query<B: Backend> {
     Latent { a: B::Linear, norm: B::Vector, b: B::Linear },
 }
 
-enum FeedForward<B: MoeOps> {
-    Dense(Mlp<B>),
-    Experts {
-        /// `[experts, hidden]`.
-        router: B::Linear,
-        routed: B::Experts,
-        /// All shared experts as one network, if there are any.
-        shared: Option<Mlp<B>>,
-    },
-}
-
 pub(super) struct Shared<B: Backend> {
     scale: f32,
     rope: B::Rope,
@@ -64,20 +55,11 @@ pub(super) struct Shared<B: Backend> {
     rope_key: B::Tensor,
     /// `[rows, heads * v]`.
     context: B::Tensor,
-    dense: MlpScratch<B>,
-    /// `[rows, experts]`.
-    router_logits: B::Tensor,
-    shared_experts: Option<SharedExperts<B>>,
-}
-
-struct SharedExperts<B: Backend> {
-    scratch: MlpScratch<B>,
-    /// `[rows, hidden]`.
-    out: B::Tensor,
+    feed_forward: FeedForwardScratch<B>,
 }
 
 /// Names and shapes of a layer's tensors.
-pub(super) fn layer_specs(config: &ModelConfig, own: &DeepseekV3Config, layer: usize, specs: &mut Specs) {
+pub(super) fn layer_specs(config: &ModelConfig, own: &DeepseekConfig, layer: usize, specs: &mut Specs) {
     let (hidden, heads) = (config.hidden_size, config.num_heads);
     let attention = format!("model.layers.{layer}.self_attn");
     let part = |name: &str| format!("{attention}.{name}");
@@ -95,24 +77,19 @@ pub(super) fn layer_specs(config: &ModelConfig, own: &DeepseekV3Config, layer: u
     let kv_b = heads * (own.qk_nope_head_dim + own.v_head_dim);
     specs.matrix(part("kv_b_proj"), kv_b, own.kv_lora_rank, Role::Float);
     specs.linear(part("o_proj"), hidden, heads * own.v_head_dim);
-
-    let mlp = format!("model.layers.{layer}.mlp");
-    if layer < own.first_k_dense_replace {
-        return mlp_specs(&mlp, hidden, config.intermediate_size, specs);
+    if own.bias {
+        if let Some(rank) = own.q_lora_rank {
+            specs.vector(part("q_a_proj.bias"), rank);
+        }
+        specs.vector(part("kv_a_proj_with_mqa.bias"), own.kv_lora_rank + own.qk_rope_head_dim);
+        specs.vector(part("o_proj.bias"), hidden);
     }
-    specs.matrix(format!("{mlp}.gate"), own.n_routed_experts, hidden, Role::Router);
-    specs.vector(format!("{mlp}.gate.e_score_correction_bias"), own.n_routed_experts);
-    for expert in 0..own.n_routed_experts {
-        mlp_specs(&format!("{mlp}.experts.{expert}"), hidden, own.moe_intermediate_size, specs);
-    }
-    if own.n_shared_experts > 0 {
-        mlp_specs(&format!("{mlp}.shared_experts"), hidden, own.n_shared_experts * own.moe_intermediate_size, specs);
-    }
+    feed_forward_specs(config, layer, specs);
 }
 
 pub(super) fn build<B: LatentOps + MoeOps>(
     config: &ModelConfig,
-    own: &DeepseekV3Config,
+    own: &DeepseekConfig,
     sizes: Sizes,
     loader: &mut Loader<'_, B>,
 ) -> Result<Decoder<B, DeepseekLayer<B>>, LoadError> {
@@ -124,7 +101,7 @@ pub(super) fn build<B: LatentOps + MoeOps>(
             None => Query::Direct(loader.linear(&part("q_proj"))?),
             Some(_) => Query::Latent {
                 a: loader.linear(&part("q_a_proj"))?,
-                norm: loader.norm(&part("q_a_layernorm"))?,
+                norm: loader.norm(&part("q_a_layernorm"), config.norm_offset)?,
                 b: loader.linear(&part("q_b_proj"))?,
             },
         };
@@ -133,7 +110,7 @@ pub(super) fn build<B: LatentOps + MoeOps>(
         Ok(DeepseekLayer {
             query,
             latent,
-            latent_norm: loader.norm(&part("kv_a_layernorm"))?,
+            latent_norm: loader.norm(&part("kv_a_layernorm"), config.norm_offset)?,
             rope_key,
             kv_b: loader.latent(&part("kv_b_proj"), |kv_b, format| HostLatent {
                 kv_b,
@@ -145,32 +122,13 @@ pub(super) fn build<B: LatentOps + MoeOps>(
                 format,
             })?,
             o: loader.linear(&part("o_proj"))?,
-            feed_forward: FeedForward::load(own, layer, loader)?,
+            feed_forward: FeedForward::load(loader, config, layer)?,
         })
     })
 }
 
-impl<B: LatentOps + MoeOps> FeedForward<B> {
-    fn load(own: &DeepseekV3Config, layer: usize, loader: &mut Loader<'_, B>) -> Result<Self, LoadError> {
-        let mlp = format!("model.layers.{layer}.mlp");
-        if layer < own.first_k_dense_replace {
-            return Ok(FeedForward::Dense(Mlp::load(loader, &mlp)?));
-        }
-        let correction_bias = loader.host_vector(&format!("{mlp}.gate.e_score_correction_bias"))?;
-        let routing = Routing { correction_bias, ..own.routing.clone() };
-        Ok(FeedForward::Experts {
-            router: loader.linear(&format!("{mlp}.gate"))?,
-            routed: loader.experts(&format!("{mlp}.experts"), own.n_routed_experts, routing)?,
-            shared: match own.n_shared_experts {
-                0 => None,
-                _ => Some(Mlp::load(loader, &format!("{mlp}.shared_experts"))?),
-            },
-        })
-    }
-}
-
 impl<B: Backend> Shared<B> {
-    fn new(config: &ModelConfig, own: &DeepseekV3Config, sizes: Sizes, backend: &B) -> DeviceResult<Self> {
+    fn new(config: &ModelConfig, own: &DeepseekConfig, sizes: Sizes, backend: &B) -> DeviceResult<Self> {
         let (nope, rope_dim) = (own.qk_nope_head_dim, own.qk_rope_head_dim);
         let head_dim = nope + rope_dim;
         let layout = RopeLayout {
@@ -181,17 +139,10 @@ impl<B: Backend> Shared<B> {
             interleaved: own.rope_interleaved,
         };
         let activation = |cols: usize| backend.tensor(sizes.rows, cols);
-        let shared_experts = match own.n_shared_experts {
-            0 => None,
-            n => Some(SharedExperts {
-                scratch: MlpScratch::new(backend, sizes.rows, n * own.moe_intermediate_size)?,
-                out: activation(config.hidden_size)?,
-            }),
-        };
         Ok(Self {
             // yarn stretches the softmax as well (the factor is 1 without it).
             scale: (head_dim as f32).sqrt().recip() * config.rope.softmax_factor(),
-            rope: rope(backend, config, sizes)?,
+            rope: rope(backend, &config.rope, sizes)?,
             q_rope: layout,
             k_rope: RopeLayout { heads: 1, head_dim: rope_dim, offset: 0, ..layout },
             q_latent: own.q_lora_rank.map(activation).transpose()?,
@@ -199,9 +150,7 @@ impl<B: Backend> Shared<B> {
             latent: activation(own.kv_lora_rank)?,
             rope_key: activation(rope_dim)?,
             context: activation(config.num_heads * own.v_head_dim)?,
-            dense: MlpScratch::new(backend, sizes.rows, config.intermediate_size)?,
-            router_logits: activation(own.n_routed_experts)?,
-            shared_experts,
+            feed_forward: FeedForwardScratch::new(backend, config, sizes)?,
         })
     }
 }
@@ -244,19 +193,6 @@ impl<B: LatentOps + MoeOps> Layer<B> for DeepseekLayer<B> {
         shared: &mut Shared<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
-        match &self.feed_forward {
-            FeedForward::Dense(mlp) => mlp.forward(backend, h, &mut shared.dense, out),
-            FeedForward::Experts { router, routed, shared: shared_mlp } => {
-                backend.linear(h, router, &mut shared.router_logits)?;
-                backend.fused_moe(h, &shared.router_logits, routed, out)?;
-                if let (Some(mlp), Some(SharedExperts { scratch, out: shared_out })) =
-                    (shared_mlp, &mut shared.shared_experts)
-                {
-                    mlp.forward(backend, h, scratch, shared_out)?;
-                    backend.add(out, shared_out)?;
-                }
-                Ok(())
-            }
-        }
+        self.feed_forward.forward(backend, h, &mut shared.feed_forward, out)
     }
 }

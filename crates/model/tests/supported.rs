@@ -1,0 +1,117 @@
+//! `models/supported.toml` says what the code does, and what it calls judged by goldens has goldens.
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use baton_device::{Backend, Reference};
+use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
+use baton_model::Architecture;
+use common::{CASES, folder, json};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Supported {
+    architecture: Vec<ArchitectureEntry>,
+    format: Vec<FormatEntry>,
+    device: Vec<DeviceEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ArchitectureEntry {
+    name: String,
+    models: String,
+    judged: Judged,
+    #[serde(default)]
+    cases: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FormatEntry {
+    name: String,
+    judged: Judged,
+    #[serde(default)]
+    cases: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeviceEntry {
+    name: String,
+    isa: String,
+    judged: Judged,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+enum Judged {
+    #[serde(rename = "golden")]
+    Golden,
+    #[serde(rename = "conformance")]
+    Conformance,
+    #[serde(rename = "judge")]
+    Judge,
+    #[serde(rename = "not run")]
+    NotRun,
+}
+
+fn supported() -> Supported {
+    let path = folder("../supported.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    toml::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+fn architecture_of(case: &str) -> String {
+    json(folder(case).join("config.json"))["architectures"][0].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn every_architecture_is_listed_in_the_order_of_the_code() {
+    let listed: Vec<String> = supported().architecture.into_iter().map(|a| a.name).collect();
+    assert_eq!(listed, Architecture::ALL.map(Architecture::name));
+}
+
+#[test]
+fn goldens_are_of_the_architecture_that_names_them_and_every_golden_is_named() {
+    let mut named = BTreeSet::new();
+    for entry in supported().architecture {
+        assert!(!entry.models.is_empty());
+        assert_eq!(entry.judged == Judged::Golden, !entry.cases.is_empty(), "{}", entry.name);
+        for case in entry.cases {
+            assert_eq!(architecture_of(&case), entry.name, "{case}");
+            named.insert(case);
+        }
+    }
+    assert_eq!(named, CASES.map(str::to_owned).into());
+}
+
+#[test]
+fn every_format_is_listed_and_its_goldens_are_stored_in_it() {
+    let formats = supported().format;
+    let listed: BTreeSet<&str> = formats.iter().map(|f| f.name.as_str()).collect();
+    for format in &Reference::new().caps().weight_formats {
+        assert!(listed.contains(format.to_string().as_str()), "{format} is not listed");
+    }
+    for format in &formats {
+        assert_eq!(format.judged == Judged::Golden, !format.cases.is_empty(), "{}", format.name);
+        for case in &format.cases {
+            let stored = json(folder(case).join("config.json"))["torch_dtype"].as_str().unwrap().to_owned();
+            assert_eq!(stored.replace("bfloat", "bf").replace("float", "f"), format.name, "{case}");
+        }
+    }
+}
+
+/// Those of this machine; others are listed too.
+#[test]
+fn every_device_and_instruction_set_is_listed() {
+    let devices = supported().device;
+    let judged = |name: &str, isa: &str| devices.iter().find(|d| d.name == name && d.isa == isa).map(|d| &d.judged);
+    let reference = Reference::new();
+    assert_eq!(judged(&reference.caps().device, &reference.caps().isa), Some(&Judged::Judge));
+    for isa in Isa::available() {
+        let backend = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) }).unwrap();
+        assert!(judged(&backend.caps().device, &backend.caps().isa).is_some(), "{isa} is not listed");
+    }
+}

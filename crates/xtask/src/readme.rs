@@ -1,0 +1,85 @@
+//! The README's tables of what is served, written from `models/supported.toml`.
+
+use std::{fmt::Write, fs, path::Path};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+const BEGIN: &str = "<!-- from models/supported.toml by `cargo xtask readme`: -->\n";
+const END: &str = "<!-- end -->\n";
+
+#[derive(Deserialize)]
+struct Supported {
+    architecture: Vec<Architecture>,
+    format: Vec<Entry>,
+    device: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+struct Architecture {
+    name: String,
+    models: String,
+    judged: String,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    name: String,
+    isa: Option<String>,
+    judged: String,
+}
+
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+/// Writes the tables into the README.
+pub fn main() -> Result<()> {
+    let readme = root().join("README.md");
+    Ok(fs::write(&readme, updated(&fs::read_to_string(&readme)?)?)?)
+}
+
+/// The README with its tables as they should be.
+fn updated(readme: &str) -> Result<String> {
+    let supported = fs::read_to_string(root().join("models/supported.toml"))?;
+    let (before, rest) = readme.split_once(BEGIN).context("README.md has no place for the tables")?;
+    let (_, after) = rest.split_once(END).context("README.md does not say where the tables end")?;
+    Ok(format!("{before}{BEGIN}{}{END}{after}", tables(&toml::from_str(&supported)?)?))
+}
+
+fn tables(supported: &Supported) -> Result<String> {
+    let mut text = String::from("\n| Architecture | Models | Judged by |\n|---|---|---|\n");
+    for a in &supported.architecture {
+        writeln!(text, "| `{}` | {} | {} |", a.name, a.models, judged(&a.judged))?;
+    }
+    text.push_str("\n| Weights | Judged by |\n|---|---|\n");
+    for f in &supported.format {
+        writeln!(text, "| {} | {} |", f.name, judged(&f.judged))?;
+    }
+    text.push_str("\n| Device | Instructions | Judged by |\n|---|---|---|\n");
+    for d in &supported.device {
+        writeln!(text, "| `--device {}` | {} | {} |", d.name, d.isa.as_deref().unwrap_or("-"), judged(&d.judged))?;
+    }
+    text.push('\n');
+    Ok(text)
+}
+
+fn judged(word: &str) -> &str {
+    match word {
+        "golden" => "golden outputs of Hugging Face transformers",
+        "conformance" => "the reference device, case by case",
+        "judge" => "it is the judge",
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_says_what_supported_toml_says() {
+        let readme = fs::read_to_string(root().join("README.md")).unwrap();
+        assert!(updated(&readme).unwrap() == readme, "run `cargo xtask readme`");
+    }
+}
