@@ -63,7 +63,12 @@ impl Matrix {
         };
         src.expect_keepable(format)?;
         if let WeightFormat::Ggml(format) = format {
-            let data = Packed::Ggml(Blocks::copy(src.data(), format, out_features, in_features)?);
+            let data = Packed::Ggml(Blocks::copy(
+                src.stored().expect("blocks are never computed"),
+                format,
+                out_features,
+                in_features,
+            )?);
             return Ok(Self { out_features, in_features, data });
         }
         Self::pack(out_features, in_features, format, |rows| src.rows(rows.start, rows.len()).to_f32())

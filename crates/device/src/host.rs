@@ -1,19 +1,40 @@
-//! Tensors on the host on their way to a device: borrowed from a mapped checkpoint, never owned.
+//! Tensors on the host on their way to a device: borrowed from a mapped checkpoint, never owned. What is
+//! stored in a form that no device keeps is a [`RowSource`], computed while it is read, so that a whole
+//! widened tensor never exists.
 //!
-//! Invariant: `data.len() == dtype.bytes(shape.product())` and rows are whole blocks, checked by
+//! Invariant: stored bytes are `dtype.bytes(shape.product())` and rows are whole blocks, checked by
 //! [`HostTensor::new`].
+
+use std::fmt;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
 use crate::{DType, DeviceError, Result, Routing, WeightFormat, q8_0};
 
-/// A tensor as it lies in a checkpoint: row-major, little-endian.
+/// A matrix whose rows are computed when asked for: weights of a quantised checkpoint.
+pub trait RowSource: fmt::Debug + Send + Sync {
+    /// The elements of some rows, row-major.
+    fn rows(&self, rows: Range<usize>) -> Vec<f32>;
+}
+
+/// A tensor as it lies in a checkpoint: row-major, little-endian; or the f32 matrix that it stands for.
 #[derive(Debug, Clone)]
 pub struct HostTensor<'a> {
     name: &'a str,
     dtype: DType,
     shape: Vec<usize>,
-    data: &'a [u8],
+    data: Data<'a>,
+}
+
+#[derive(Debug, Clone)]
+enum Data<'a> {
+    Stored(&'a [u8]),
+    /// The rows from `start` on.
+    Computed {
+        source: &'a dyn RowSource,
+        start: usize,
+    },
 }
 
 impl<'a> HostTensor<'a> {
@@ -27,7 +48,12 @@ impl<'a> HostTensor<'a> {
         let cols = shape.last().copied().unwrap_or(1);
         assert!(cols.is_multiple_of(dtype.block()), "{name}: rows of {cols} are not whole blocks of {dtype}");
         assert_eq!(data.len(), want, "{name}: {shape:?} of {dtype} takes {want} bytes");
-        Self { name, dtype, shape, data }
+        Self { name, dtype, shape, data: Data::Stored(data) }
+    }
+
+    /// The matrix `[rows, cols]` that `source` computes, of dtype f32.
+    pub fn computed(name: &'a str, shape: [usize; 2], source: &'a dyn RowSource) -> Self {
+        Self { name, dtype: DType::F32, shape: shape.to_vec(), data: Data::Computed { source, start: 0 } }
     }
 
     /// Name in the checkpoint, for messages.
@@ -45,9 +71,12 @@ impl<'a> HostTensor<'a> {
         &self.shape
     }
 
-    /// The bytes, little-endian, possibly unaligned.
-    pub fn data(&self) -> &'a [u8] {
-        self.data
+    /// The bytes, little-endian, possibly unaligned; `None` of a computed matrix.
+    pub fn stored(&self) -> Option<&'a [u8]> {
+        match self.data {
+            Data::Stored(data) => Some(data),
+            Data::Computed { .. } => None,
+        }
     }
 
     /// Number of elements.
@@ -69,23 +98,26 @@ impl<'a> HostTensor<'a> {
         let [rows, inner @ ..] = self.shape.as_slice() else { panic!("{}: rows of a scalar", self.name) };
         assert!(start + count <= *rows, "{}: rows {start}+{count} of {rows}", self.name);
         let stride = self.dtype.bytes(inner.iter().product());
-        HostTensor {
-            name: self.name,
-            dtype: self.dtype,
-            shape: [&[count], inner].concat(),
-            data: &self.data[start * stride..(start + count) * stride],
-        }
+        let data = match self.data {
+            Data::Stored(data) => Data::Stored(&data[start * stride..(start + count) * stride]),
+            Data::Computed { source, start: first } => Data::Computed { source, start: first + start },
+        };
+        HostTensor { name: self.name, dtype: self.dtype, shape: [&[count], inner].concat(), data }
     }
 
     /// All elements widened to f32 (exact for every float, ggml's own values for blocks).
     pub fn to_f32(&self) -> Vec<f32> {
+        let data = match self.data {
+            Data::Stored(data) => data,
+            Data::Computed { source, start } => return source.rows(start..start + self.shape[0]),
+        };
         match self.dtype {
-            DType::F32 => self.data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-            DType::F16 => self.data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            DType::BF16 => self.data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            DType::F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            DType::F16 => data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            DType::BF16 => data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             DType::Ggml(format) => {
                 let mut values = vec![0.0; self.len()];
-                format.dequantize(self.data, &mut values);
+                format.dequantize(data, &mut values);
                 values
             }
         }

@@ -13,6 +13,7 @@ mod loader;
 mod params;
 mod philox;
 mod precision;
+mod quant;
 mod runner;
 mod sampler;
 mod step;
@@ -20,7 +21,7 @@ mod step;
 pub use checkpoint::{CheckpointError, FileError, Files};
 pub use config::{
     Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,
-    RopeConfig, RopeScaling,
+    QuantizationConfig, RopeConfig, RopeScaling,
 };
 pub use gguf::GgufTokenizer;
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, Quantization, load};

@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use baton_device::{Backend, Caps, DType, DeviceError, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat, q8_0};
+use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
 use crate::arch::{self, Sizes};
 use crate::checkpoint::{Checkpoint, CheckpointError, FileError, Files, Role, TensorSpec};
-use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig};
+use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig, QuantizationConfig};
 use crate::gguf::{self, Opened};
 use crate::loader::{Formats, Loader};
-use crate::precision::Conversion;
+use crate::precision::{Conversion, as_text};
 use crate::runner::ModelRunner;
 use crate::step::RunSpec;
 
@@ -74,13 +75,18 @@ pub enum KvCacheSize {
 }
 
 /// What was loaded, and how.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LoadReport {
     /// Which model.
+    #[serde(serialize_with = "architecture_name")]
     pub architecture: Architecture,
     /// Stored element type of the embedding, which stands for the checkpoint's.
+    #[serde(serialize_with = "as_text")]
     pub stored_dtype: DType,
+    /// How the checkpoint is quantised, if it is.
+    pub quantization: Option<QuantizationConfig>,
     /// Formats in which matrices are kept.
+    #[serde(serialize_with = "as_texts")]
     pub weight_formats: BTreeSet<WeightFormat>,
     /// The checkpoint's defaults for sampling.
     pub generation_config: GenerationConfig,
@@ -88,7 +94,8 @@ pub struct LoadReport {
     /// of the model, however they are split into files. Of checkpoints of 256 MiB and more only the
     /// first 4 KiB of each tensor are covered: it tells models apart, it does not prove integrity.
     pub digest: String,
-    /// Every tensor that is kept in a format other than the stored one, unless that is f32.
+    /// Every tensor that was stored quantised, and every other that is kept in another format than the stored
+    /// one, unless that is f32.
     pub conversions: Vec<Conversion>,
     /// Bytes of weights as kept.
     pub weight_bytes: u64,
@@ -96,6 +103,14 @@ pub struct LoadReport {
     pub kv_bytes: u64,
     /// Time that loading took.
     pub seconds: f64,
+}
+
+fn architecture_name<S: Serializer>(architecture: &Architecture, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(architecture.name())
+}
+
+fn as_texts<S: Serializer>(formats: &BTreeSet<WeightFormat>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(formats.iter().map(ToString::to_string))
 }
 
 /// Why a model was not loaded.
@@ -177,6 +192,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     let report = LoadReport {
         architecture: config.architecture,
         stored_dtype,
+        quantization: config.quantization.clone(),
         weight_formats,
         generation_config,
         conversions: std::mem::take(&mut loader.conversions),
@@ -241,7 +257,7 @@ fn check_device<'a>(
     let mut weight_formats = BTreeSet::new();
     let mut odd = Vec::new();
     for spec in specs.filter(|s| s.role != Role::Vector) {
-        let format = formats.of(spec.role, checkpoint.dtype(&spec.name));
+        let format = formats.of(spec, checkpoint, caps);
         if format == WeightFormat::Q8_0 && spec.shape[1] % q8_0::BLOCK != 0 {
             odd.push(spec);
         }

@@ -4,9 +4,11 @@
 //! the device is finite; every change of precision is recorded.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 
 use baton_device::{
-    Backend, DType, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps, MoeOps, Routing, WeightFormat,
+    Backend, Caps, DType, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps, MoeOps, Routing, RowSource,
+    WeightFormat,
 };
 use sha2::{Digest, Sha256};
 
@@ -29,13 +31,19 @@ pub(crate) struct Formats {
 }
 
 impl Formats {
-    /// The format of a matrix of this role and stored type.
-    pub(crate) fn of(self, role: Role, stored: DType) -> WeightFormat {
-        let float = || self.dtype.unwrap_or(stored).into();
-        match role {
+    /// The format of a matrix. What is stored quantised is kept as bf16 unless something else is asked
+    /// for, or as f32 where a device has no bf16.
+    pub(crate) fn of(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
+        let stored = || match &spec.encoding {
+            None => checkpoint.dtype(&spec.name),
+            Some(_) if caps.weight_formats.contains(&WeightFormat::BF16) => DType::BF16,
+            Some(_) => DType::F32,
+        };
+        let float = || self.dtype.unwrap_or_else(stored).into();
+        match spec.role {
             Role::Linear => self.quantized.unwrap_or_else(float),
             Role::Float => float(),
-            Role::Router => stored.into(),
+            Role::Router => stored().into(),
             Role::Vector => WeightFormat::F32,
         }
     }
@@ -57,13 +65,22 @@ pub(crate) struct Loader<'a, B: Backend> {
 /// A mapped tensor.
 struct Mapped<'a> {
     spec: &'a TensorSpec,
-    dtype: DType,
-    part: Part,
+    data: Data,
+    /// Bytes in the files.
+    bytes: u64,
+}
+
+enum Data {
+    Floats(DType, Part),
+    Quantized(Box<dyn RowSource>),
 }
 
 impl Mapped<'_> {
     fn host(&self) -> HostTensor<'_> {
-        HostTensor::new(&self.spec.name, self.dtype, self.spec.shape.clone(), &self.part)
+        match &self.data {
+            Data::Floats(dtype, part) => HostTensor::new(&self.spec.name, *dtype, self.spec.shape.clone(), part),
+            Data::Quantized(rows) => HostTensor::computed(&self.spec.name, self.spec.matrix(), rows.as_ref()),
+        }
     }
 }
 
@@ -76,8 +93,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         formats: Formats,
         digest: Sha256,
     ) -> Self {
-        let bytes = |s: &TensorSpec| checkpoint.dtype(&s.name).bytes(s.shape.iter().product()) as u64;
-        let hash_all = specs.values().map(bytes).sum::<u64>() < HASH_ALL_BELOW;
+        let hash_all = specs.values().map(|spec| checkpoint.bytes(spec)).sum::<u64>() < HASH_ALL_BELOW;
         Self { backend, checkpoint, specs, formats, hash_all, digest, weight_bytes: 0, conversions: Vec::new() }
     }
 
@@ -184,14 +200,18 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// Maps a tensor, hashes it and checks that it is finite.
     fn map(&mut self, name: &str) -> Result<Mapped<'a>, LoadError> {
         let spec = &self.specs[name];
+        if let Some(encoding) = &spec.encoding {
+            let parts = self.checkpoint.parts(spec, |entry, bytes| {
+                hash(&mut self.digest, self.hash_all, &entry.name, entry.stored_type, &entry.shape, bytes);
+            })?;
+            let bytes = parts.bytes();
+            return Ok(Mapped { spec, data: Data::Quantized(encoding.open(spec.matrix(), parts)?), bytes });
+        }
         let (entry, part) = self.checkpoint.tensor(name)?;
         let dtype = entry.dtype().expect("verified");
-        let mapped = Mapped { spec, dtype, part };
-
-        self.digest.update(format!("{name}\n{dtype} {:?}\n", spec.shape));
-        let hashed = if self.hash_all { mapped.part.len() } else { mapped.part.len().min(HASH_PREFIX) };
-        self.digest.update(&mapped.part[..hashed]);
-
+        hash(&mut self.digest, self.hash_all, name, dtype, &spec.shape, &part);
+        let bytes = part.len() as u64;
+        let mapped = Mapped { spec, data: Data::Floats(dtype, part), bytes };
         match precision::first_non_finite(&mapped.host()) {
             None => Ok(mapped),
             Some((element, value)) => {
@@ -202,14 +222,37 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// The one format for matrices that are kept together, with their memory and loss recorded.
     fn account(&mut self, tensors: &[&Mapped<'_>]) -> Result<WeightFormat, LoadError> {
-        let formats: Vec<_> = tensors.iter().map(|t| self.formats.of(t.spec.role, t.dtype)).collect();
+        let of = |t: &&Mapped<'_>| self.formats.of(t.spec, self.checkpoint, self.backend.caps());
+        let formats: Vec<_> = tensors.iter().map(of).collect();
         // Where stored types are mixed, f32 holds them all.
         let format = if formats.iter().all(|f| *f == formats[0]) { formats[0] } else { WeightFormat::F32 };
         for tensor in tensors {
             let host = tensor.host();
-            self.weight_bytes += format.bytes(host.len()) as u64;
-            self.conversions.extend(precision::convert(&host, format)?);
+            let bytes_after = format.bytes(host.len()) as u64;
+            self.weight_bytes += bytes_after;
+            // f32 holds every stored float, and a format itself.
+            let from = match &tensor.spec.encoding {
+                Some(encoding) => encoding.to_string(),
+                None if format == WeightFormat::F32 || format == host.dtype().into() => continue,
+                None => host.dtype().to_string(),
+            };
+            let (max_abs_error, mean_abs_error) = precision::loss(&host, format)?;
+            self.conversions.push(Conversion {
+                tensor: tensor.spec.name.clone(),
+                from,
+                to: format,
+                max_abs_error,
+                mean_abs_error,
+                bytes_before: tensor.bytes,
+                bytes_after,
+            });
         }
         Ok(format)
     }
+}
+
+/// Adds a tensor to the digest.
+fn hash(digest: &mut Sha256, all: bool, name: &str, dtype: impl Display, shape: &[usize], bytes: &[u8]) {
+    digest.update(format!("{name}\n{dtype} {shape:?}\n"));
+    digest.update(if all { bytes } else { &bytes[..bytes.len().min(HASH_PREFIX)] });
 }

@@ -1,31 +1,44 @@
 //! What a change of precision costs a tensor, and whether a tensor is finite to begin with.
 
+use std::fmt::Display;
+
 use baton_device::{DType, HostTensor, WeightFormat, q8_0};
 use half::{bf16, f16};
+use serde::{Serialize, Serializer};
 
 use crate::checkpoint::CheckpointError;
 
 /// A change of precision at load.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Conversion {
-    /// Name in the checkpoint.
+    /// Name of the weight: that of its tensor, or of the one it would have without quantisation.
     pub tensor: String,
-    /// Element type stored.
-    pub from: DType,
+    /// Form stored: an element type, or a quantisation as its parts and sizes (`fp8 e4m3, block 128x128`).
+    pub from: String,
     /// Format kept.
+    #[serde(serialize_with = "as_text")]
     pub to: WeightFormat,
-    /// Largest absolute change of an element.
+    /// Largest absolute difference between an element kept and the f32 value of the stored one.
     pub max_abs_error: f32,
-    /// Mean absolute change.
+    /// Mean absolute difference.
     pub mean_abs_error: f32,
+    /// Bytes in the checkpoint, scales and the like included.
+    pub bytes_before: u64,
+    /// Bytes as kept.
+    pub bytes_after: u64,
+}
+
+/// Serialises what the logs show.
+pub(crate) fn as_text<T: Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
 /// Elements looked at together: a multiple of every block size, small enough for the first-level cache.
 const CHUNK: usize = 64 * q8_0::BLOCK;
 
-/// Index and value of the first NaN or infinity: an element whose exponent bits are all set.
+/// Index and value of the first stored NaN or infinity: an element whose exponent bits are all set.
 pub(crate) fn first_non_finite(tensor: &HostTensor<'_>) -> Option<(usize, f32)> {
-    let data = tensor.data();
+    let data = tensor.stored()?;
     let element = match tensor.dtype() {
         DType::F32 => first_where(data, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
         DType::F16 => first_where(data, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
@@ -51,11 +64,8 @@ fn first_where<const N: usize>(data: &[u8], hit: impl Fn([u8; N]) -> bool) -> Op
     })
 }
 
-/// What keeping `tensor` in `format` loses; `None` where every element is kept exactly by design.
-pub(crate) fn convert(tensor: &HostTensor<'_>, format: WeightFormat) -> Result<Option<Conversion>, CheckpointError> {
-    if format == WeightFormat::F32 || format == tensor.dtype().into() {
-        return Ok(None);
-    }
+/// Largest and mean absolute difference between `tensor`'s elements and what `format` keeps of them.
+pub(crate) fn loss(tensor: &HostTensor<'_>, format: WeightFormat) -> Result<(f32, f32), CheckpointError> {
     let (mut max, mut sum) = (0.0f32, 0.0f64);
     for chunk in chunks(tensor) {
         for block in chunk.chunks(q8_0::BLOCK) {
@@ -69,13 +79,7 @@ pub(crate) fn convert(tensor: &HostTensor<'_>, format: WeightFormat) -> Result<O
             }
         }
     }
-    Ok(Some(Conversion {
-        tensor: tensor.name().into(),
-        from: tensor.dtype(),
-        to: format,
-        max_abs_error: max,
-        mean_abs_error: (sum / tensor.len() as f64) as f32,
-    }))
+    Ok((max, (sum / tensor.len() as f64) as f32))
 }
 
 /// A block as `format` gives it back.
@@ -93,13 +97,12 @@ fn keep(block: &[f32], format: WeightFormat) -> [f32; q8_0::BLOCK] {
     }
 }
 
-/// A tensor's elements in chunks of [`CHUNK`].
+/// A matrix's elements, some rows at a time.
 fn chunks<'a>(tensor: &HostTensor<'a>) -> impl Iterator<Item = Vec<f32>> + use<'a> {
-    let (name, dtype) = (tensor.name(), tensor.dtype());
-    let parts = tensor.data().chunks(dtype.bytes(CHUNK));
-    parts.map(move |part| {
-        HostTensor::new(name, dtype, vec![part.len() / dtype.bytes(dtype.block()) * dtype.block()], part).to_f32()
-    })
+    let tensor = tensor.clone();
+    let (rows, cols) = (tensor.shape()[0], tensor.len() / tensor.shape()[0]);
+    let step = (CHUNK / cols).max(1);
+    (0..rows).step_by(step).map(move |start| tensor.rows(start, step.min(rows - start)).to_f32())
 }
 
 #[cfg(test)]
@@ -130,13 +133,12 @@ mod tests {
     }
 
     #[test]
-    fn conversions_record_their_loss_and_refuse_overflow() {
+    fn a_loss_is_measured_and_overflow_refused() {
         let data = tensor(&[1.0 + 1.0 / 512.0, 1.0]);
         let host = |data| HostTensor::new("t", DType::F32, vec![1, 2], data);
-        let lost = convert(&host(&data), WeightFormat::BF16).unwrap().unwrap();
-        assert_eq!((lost.max_abs_error, lost.mean_abs_error), (1.0 / 512.0, 0.5 / 512.0));
-        assert_eq!(convert(&host(&data), WeightFormat::F32).unwrap(), None);
+        assert_eq!(loss(&host(&data), WeightFormat::BF16).unwrap(), (1.0 / 512.0, 0.5 / 512.0));
+        assert_eq!(loss(&host(&data), WeightFormat::F32).unwrap(), (0.0, 0.0));
         let large = tensor(&[1e6, 0.0]);
-        assert!(matches!(convert(&host(&large), WeightFormat::F16), Err(CheckpointError::OutOfRange { .. })));
+        assert!(matches!(loss(&host(&large), WeightFormat::F16), Err(CheckpointError::OutOfRange { .. })));
     }
 }

@@ -295,7 +295,8 @@ fn changes_of_precision_are_recorded_and_small() {
     assert_eq!(quantized.1.conversions.len(), 3 * 7);
     assert!(quantized.1.weight_bytes < exact.1.weight_bytes);
     for conversion in &quantized.1.conversions {
-        assert_eq!((conversion.from, conversion.to), (DType::BF16, WeightFormat::Q8_0));
+        assert_eq!((conversion.from.as_str(), conversion.to), ("bf16", WeightFormat::Q8_0));
+        assert!(conversion.bytes_after < conversion.bytes_before);
         assert!(0.0 < conversion.mean_abs_error && conversion.mean_abs_error < conversion.max_abs_error);
     }
     let expected = probe(exact);

@@ -101,7 +101,11 @@ fn unknown_architectures_are_refused_by_name_with_the_supported_ones() {
 #[test]
 fn what_is_not_built_is_refused_by_name() {
     for (case, fields, wanted) in [
-        ("llama-256", json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
+        (
+            "llama-256",
+            json!({"quantization_config": {"quant_method": "bitsandbytes"}}),
+            "supported: fp8, compressed-tensors, gptq, awq",
+        ),
         ("llama-256", json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\""),
         ("mistral-window", json!({"attention_bias": true}), "attention_bias"),
         ("qwen3", json!({"mlp_bias": true}), "mlp_bias"),

@@ -118,6 +118,7 @@ macro_rules! goldens {
             deepseek_v2_with_biases: "deepseek-v2-bias",
             deepseek_v2_lite_with_yarn: "deepseek-v2-lite",
             deepseek_v3_with_yarn: "deepseek-v3",
+            deepseek_v3_in_blocks_of_fp8: "deepseek-v3-fp8",
         );
     };
 }

@@ -20,6 +20,7 @@ use crate::config::{ModelConfig, RopeConfig};
 use crate::loader::Loader;
 
 const EMBEDDING: &str = "model.embed_tokens";
+pub(super) const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
 const NORM: &str = "model.norm";
 const HEAD: &str = "lm_head";
 

@@ -50,7 +50,7 @@ pub(crate) struct Specs(pub(crate) BTreeMap<String, TensorSpec>);
 
 impl Specs {
     fn add(&mut self, name: String, shape: Vec<usize>, role: Role) {
-        self.0.insert(name.clone(), TensorSpec { name, shape, role });
+        self.0.insert(name.clone(), TensorSpec { name, shape, role, encoding: None });
     }
 
     /// `{prefix}.weight`, a matrix `[out, in]`.
@@ -74,7 +74,7 @@ impl Specs {
     }
 }
 
-/// Every tensor that a model of this config has.
+/// Every tensor that a model of this config has. Routers and embeddings are never quantised.
 pub(crate) fn specs(config: &ModelConfig) -> Specs {
     let mut specs = Specs::default();
     decoder::outer_specs(config, &mut specs);
@@ -82,6 +82,16 @@ pub(crate) fn specs(config: &ModelConfig) -> Specs {
         match &config.family {
             Family::Llama(own) => llama::layer_specs(config, own, layer, &mut specs),
             Family::Deepseek(own) => deepseek::layer_specs(config, own, layer, &mut specs),
+        }
+    }
+    if let Some(quantization) = &config.quantization {
+        let quantizable = |spec: &&mut TensorSpec| match spec.role {
+            Role::Linear => true,
+            Role::Float => spec.name != decoder::EMBEDDING_WEIGHT,
+            Role::Router | Role::Vector => false,
+        };
+        for spec in specs.0.values_mut().filter(quantizable) {
+            spec.encoding = quantization.encoding(spec.module()).cloned();
         }
     }
     specs

@@ -50,6 +50,12 @@ pub(crate) struct Entry {
     pub(crate) bytes: usize,
 }
 
+/// Stored types that a weight may have as it is: floats, and the blocks of a GGUF file.
+pub(crate) const WEIGHTS: &[&str] = &[
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+    "IQ4_XS",
+];
+
 impl Entry {
     /// Its element type, if that can be a weight's.
     pub(crate) fn dtype(&self) -> Option<DType> {
@@ -207,4 +213,15 @@ pub(super) fn distinct_keys<'de, A: MapAccess<'de>>(
         visit(map, name)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_type_of_a_weight_has_an_element_type_and_every_block_format_is_one() {
+        assert!(WEIGHTS.iter().all(|name| Entry::dtype_of(name).is_some()));
+        assert!(BlockFormat::ALL.iter().all(|format| WEIGHTS.contains(&format.name())));
+    }
 }

@@ -10,12 +10,15 @@ pub(crate) mod gguf;
 mod header;
 mod index;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use baton_device::{DType, WeightFormat};
 pub use files::{FileError, Files};
 pub(crate) use files::{OpenFile, Part};
 pub(crate) use header::Entry;
+use header::WEIGHTS;
+
+use crate::quant::{Encoding, Parts, StoredTensor};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -65,6 +68,14 @@ pub enum CheckpointError {
         /// What is there.
         value: f32,
     },
+    /// A quantised weight means nothing.
+    #[error("tensor {tensor} cannot be read: {reason}")]
+    Quantized {
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A weight is too large for the format asked for.
     #[error("tensor {tensor} holds {value}, which {format} cannot hold; load it as stored, or as bf16")]
     OutOfRange {
@@ -83,6 +94,33 @@ pub(crate) struct TensorSpec {
     pub(crate) name: String,
     pub(crate) shape: Vec<usize>,
     pub(crate) role: Role,
+    /// How it is stored, if not as floats of that shape.
+    pub(crate) encoding: Option<Encoding>,
+}
+
+impl TensorSpec {
+    /// Name of the module that has it.
+    pub(crate) fn module(&self) -> &str {
+        self.name.strip_suffix(".weight").unwrap_or(&self.name)
+    }
+
+    /// The tensors in the file that stand for it.
+    fn stored(&self) -> Result<Vec<(String, StoredTensor)>, String> {
+        let Some(encoding) = &self.encoding else {
+            let shapes = vec![self.shape.clone()];
+            return Ok(vec![(self.name.clone(), StoredTensor { suffix: "", shapes, types: WEIGHTS, optional: false })]);
+        };
+        let tensors = encoding.tensors(self.matrix()).map_err(|e| format!("{} ({encoding}): {e}", self.name))?;
+        Ok(tensors.into_iter().map(|t| (format!("{}.{}", self.module(), t.suffix), t)).collect())
+    }
+
+    /// Its shape `[out, in]`.
+    ///
+    /// # Panics
+    /// If it is no matrix.
+    pub(crate) fn matrix(&self) -> [usize; 2] {
+        self.shape.as_slice().try_into().unwrap_or_else(|_| panic!("{} is no matrix", self.name))
+    }
 }
 
 /// What a tensor is for, which decides how it may be kept.
@@ -143,26 +181,19 @@ impl Checkpoint {
         specs: &BTreeMap<String, TensorSpec>,
         ignored: impl Fn(&str) -> bool,
     ) -> Result<(), CheckpointError> {
-        let asked = specs.values().filter_map(|spec| {
-            let Some((_, entry)) = self.tensors.get(&spec.name) else {
-                return Some(format!("tensor {} is missing", spec.name));
-            };
-            if entry.shape != spec.shape {
-                return Some(format!(
-                    "tensor {} has shape {:?}, the config asks for {:?}",
-                    spec.name, entry.shape, spec.shape
-                ));
+        let mut reasons = Vec::new();
+        let mut known = BTreeSet::new();
+        for spec in specs.values() {
+            match spec.stored() {
+                Ok(tensors) => {
+                    reasons.extend(tensors.iter().filter_map(|(name, stored)| self.mismatch(name, stored)));
+                    known.extend(tensors.into_iter().map(|(name, _)| name));
+                }
+                Err(reason) => reasons.push(reason),
             }
-            entry.dtype().is_none().then(|| {
-                format!(
-                    "tensor {} has dtype {}; weights are F32, F16, BF16 or blocks of GGUF",
-                    spec.name, entry.stored_type
-                )
-            })
-        });
-        let unexpected = self.tensors.keys().filter(|name| !specs.contains_key(*name) && !ignored(name));
-        let mut reasons: Vec<String> =
-            asked.chain(unexpected.map(|name| format!("tensor {name} is not part of this model"))).collect();
+        }
+        let unexpected = self.tensors.keys().filter(|name| !known.contains(*name) && !ignored(name));
+        reasons.extend(unexpected.map(|name| format!("tensor {name} is not part of this model")));
         if reasons.is_empty() {
             return Ok(());
         }
@@ -174,9 +205,52 @@ impl Checkpoint {
         Err(CheckpointError::Tensors { reasons })
     }
 
-    /// The stored type of a verified tensor.
+    /// Why a tensor is not the one asked for.
+    fn mismatch(&self, name: &str, asked: &StoredTensor) -> Option<String> {
+        let Some((_, entry)) = self.tensors.get(name) else {
+            return (!asked.optional).then(|| format!("tensor {name} is missing"));
+        };
+        if !asked.shapes.contains(&entry.shape) {
+            let shapes: Vec<_> = asked.shapes.iter().map(|s| format!("{s:?}")).collect();
+            let shapes = shapes.join(" or ");
+            return Some(format!("tensor {name} has shape {:?}, the config asks for {shapes}", entry.shape));
+        }
+        if !asked.types.contains(&entry.stored_type) {
+            let wanted = match asked.types {
+                WEIGHTS => "weights are F32, F16, BF16 or blocks of GGUF".into(),
+                types => types.join(" or "),
+            };
+            return Some(format!("tensor {name} has dtype {}; {wanted}", entry.stored_type));
+        }
+        None
+    }
+
+    /// The stored type of a verified tensor of floats.
     pub(crate) fn dtype(&self, name: &str) -> DType {
         self.tensors[name].1.dtype().expect("verified")
+    }
+
+    /// Bytes that verified tensors take in the files.
+    pub(crate) fn bytes(&self, spec: &TensorSpec) -> u64 {
+        let stored = spec.stored().expect("verified");
+        stored.iter().filter_map(|(name, _)| self.tensors.get(name)).map(|(_, entry)| entry.bytes as u64).sum()
+    }
+
+    /// The tensors that stand for a verified quantised one; `visit` sees the header and bytes of each.
+    pub(crate) fn parts(
+        &self,
+        spec: &TensorSpec,
+        mut visit: impl FnMut(&Entry, &[u8]),
+    ) -> Result<Parts, CheckpointError> {
+        let mut parts = BTreeMap::new();
+        for (name, stored) in spec.stored().expect("verified") {
+            if self.tensors.contains_key(&name) {
+                let (entry, part) = self.tensor(&name)?;
+                visit(entry, &part);
+                parts.insert(stored.suffix, (entry.stored_type, part));
+            }
+        }
+        Ok(Parts { module: spec.module().to_owned(), parts })
     }
 
     /// A tensor's entry and bytes; where rows are interleaved, the halves of each head one after the other.

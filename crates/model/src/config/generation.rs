@@ -1,12 +1,14 @@
 //! `generation_config.json`: a checkpoint's own defaults for sampling.
 
+use serde::Serialize;
+
 use super::fields::Fields;
 use super::{ConfigError, ModelConfig, json_object};
 
 const FILE: &str = "generation_config.json";
 
 /// Defaults that a checkpoint brings; `None` where it says nothing.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct GenerationConfig {
     /// Tokens that end a text.
     pub eos_token_ids: Vec<u32>,

@@ -7,10 +7,13 @@ mod families;
 mod fields;
 mod generation;
 mod parse;
+mod pattern;
+mod quantization;
 mod rope;
 
 pub use generation::GenerationConfig;
 pub(crate) use parse::json_object;
+pub use quantization::QuantizationConfig;
 pub use rope::{RopeConfig, RopeScaling};
 
 use baton_device::{Activation, DType, Routing};
@@ -151,6 +154,8 @@ pub struct ModelConfig {
     pub rope: RopeConfig,
     /// Element type that the config states for the weights; the tensors' own decides.
     pub dtype: Option<DType>,
+    /// How the weights are quantised, if they are.
+    pub quantization: Option<QuantizationConfig>,
     /// Tokens that end a text, where no generation config says otherwise.
     pub eos_token_ids: Vec<u32>,
     /// The rest.

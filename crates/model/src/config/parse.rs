@@ -10,7 +10,7 @@ use baton_device::{Activation, DType};
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
-use super::{Architecture, ConfigError, Family, ModelConfig, families, rope};
+use super::{Architecture, ConfigError, Family, ModelConfig, families, quantization, rope};
 
 const FILE: &str = "config.json";
 
@@ -91,6 +91,7 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         logit_softcap: families::softcap(&mut fields, architecture, "final_logit_softcapping", 30.0),
         rope,
         dtype: dtype(&mut fields),
+        quantization: quantization::parse(&mut fields),
         eos_token_ids: fields.token_ids("eos_token_id").unwrap_or_default(),
         family,
     };
@@ -128,12 +129,6 @@ fn architecture(fields: &mut Fields<'_>) -> Option<Architecture> {
 
 /// What changes a model's results and is not built.
 fn refuse_unsupported(fields: &mut Fields<'_>, architecture: Architecture) {
-    if let Some(quantization) = fields.get("quantization_config") {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-        let method: String = method.chars().take(40).collect();
-        fields
-            .refuse(format!("quantization_config (method {method:?}) is not supported; hand over unquantised weights"));
-    }
     if architecture.is_gemma() {
         // hidden_act of its configs is a leftover that transformers does not read.
         fields.only("hidden_activation", &[json!("gelu_pytorch_tanh")]);

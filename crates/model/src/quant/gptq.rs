@@ -1,0 +1,108 @@
+//! GPTQ (arXiv 2210.17323) as AutoGPTQ and GPTQModel write it: `qweight [in / n, out]` packs n = 32 / bits
+//! rows of the transposed matrix per word, the first lowest; `qzeros [groups, out / n]` packs along the
+//! outputs; `scales [groups, out]`; `g_idx [in]` gives the group of each input, in any order with
+//! `desc_act`.
+//!
+//! `value = (q - zero) * scale`. The first version of the format stores zero - 1, wrapped to the bits;
+//! `gptq_v2` stores zero.
+
+use std::fmt;
+use std::ops::Range;
+
+use baton_device::RowSource;
+
+use super::parts::{FLOATS, Parts, StoredTensor, unpack, word};
+use crate::checkpoint::{CheckpointError, Part};
+
+/// GPTQ's layout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Gptq {
+    /// 4 or 8.
+    pub(crate) bits: usize,
+    /// Inputs of a group; 0 for all.
+    pub(crate) group: usize,
+    /// Groups follow the activations' order: `g_idx` must be there.
+    pub(crate) desc_act: bool,
+    /// Stored zero points are one less than meant.
+    pub(crate) zeros_less_one: bool,
+}
+
+impl Gptq {
+    pub(super) fn tensors(&self, [outputs, inputs]: [usize; 2]) -> Result<Vec<StoredTensor>, String> {
+        let per_word = 32 / self.bits;
+        let groups = super::groups(inputs, self.group)?;
+        let g_idx = StoredTensor::new("g_idx", vec![inputs], &["I32"]);
+        Ok(vec![
+            StoredTensor::new("qweight", vec![super::whole_words(inputs, per_word, "columns")?, outputs], &["I32"]),
+            StoredTensor::new("qzeros", vec![groups, super::whole_words(outputs, per_word, "rows")?], &["I32"]),
+            StoredTensor::new("scales", vec![groups, outputs], FLOATS),
+            if self.desc_act { g_idx } else { g_idx.optional() },
+        ])
+    }
+
+    pub(super) fn open(
+        &self,
+        [outputs, inputs]: [usize; 2],
+        mut parts: Parts,
+    ) -> Result<Box<dyn RowSource>, CheckpointError> {
+        let groups = super::groups(inputs, self.group).expect("verified");
+        Ok(Box::new(Rows {
+            scales: parts.floats("scales")?,
+            zeros: parts.words("qzeros"),
+            group_of: if parts.has("g_idx") {
+                parts.group_indices("g_idx", groups)?
+            } else {
+                (0..inputs).map(|i| (i * groups / inputs) as u32).collect()
+            },
+            words: parts.take("qweight"),
+            bits: self.bits,
+            outputs,
+            zeros_less_one: self.zeros_less_one,
+        }))
+    }
+}
+
+impl fmt::Display for Gptq {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "gptq int{}, {}", self.bits, super::group_text(self.group))?;
+        f.write_str(if self.desc_act { ", in order of activations" } else { "" })
+    }
+}
+
+struct Rows {
+    /// `[in / per word, out]`.
+    words: Part,
+    /// `[groups, out]`.
+    scales: Vec<f32>,
+    /// `[groups, out / per word]`.
+    zeros: Vec<u32>,
+    /// `[in]`.
+    group_of: Vec<u32>,
+    bits: usize,
+    outputs: usize,
+    zeros_less_one: bool,
+}
+
+impl fmt::Debug for Rows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "gptq, {} columns", self.group_of.len())
+    }
+}
+
+impl RowSource for Rows {
+    fn rows(&self, rows: Range<usize>) -> Vec<f32> {
+        let per_word = 32 / self.bits;
+        let mut out = Vec::with_capacity(rows.len() * self.group_of.len());
+        for row in rows {
+            out.extend(self.group_of.iter().enumerate().map(|(col, &group)| {
+                let group = group as usize;
+                let q = unpack(word(&self.words, col / per_word * self.outputs + row), col % per_word, self.bits);
+                let stored =
+                    unpack(self.zeros[group * (self.outputs / per_word) + row / per_word], row % per_word, self.bits);
+                let zero = if self.zeros_less_one { (stored + 1) & ((1 << self.bits) - 1) } else { stored };
+                (q as f32 - zero as f32) * self.scales[group * self.outputs + row]
+            }));
+        }
+        out
+    }
+}

@@ -1,0 +1,103 @@
+//! Weights that a checkpoint stores quantised: which tensors stand for one matrix, and the f32 values
+//! that they mean.
+//!
+//! A matrix keeps its logical shape `[out, in]` everywhere; its [`Encoding`] says which tensors lie in
+//! the file instead of it. It is widened a few rows at a time while the device packs it, so that
+//! loading never holds a whole widened matrix.
+//!
+//! Invariant: what can be wrong with stored values (scales that are not finite, indices out of range,
+//! NaN codes) is refused by [`Encoding::open`]; reading rows afterwards cannot fail. To add a format:
+//! a file here, a variant of [`Encoding`], a parser in `config/quantization.rs`.
+
+mod awq;
+mod gptq;
+mod mxfp4;
+mod packed;
+mod parts;
+mod scaled;
+
+use std::fmt;
+
+use baton_device::RowSource;
+
+pub(crate) use awq::Awq;
+pub(crate) use gptq::Gptq;
+pub(crate) use mxfp4::Mxfp4;
+pub(crate) use packed::Packed;
+pub(crate) use parts::{Parts, StoredTensor};
+pub(crate) use scaled::{Codes, Scaled};
+
+use crate::checkpoint::CheckpointError;
+
+/// How a quantised matrix is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Encoding {
+    /// One byte per element, scales over blocks.
+    Scaled(Scaled),
+    /// compressed-tensors integers, packed along the rows.
+    Packed(Packed),
+    /// GPTQ.
+    Gptq(Gptq),
+    /// AWQ.
+    Awq(Awq),
+    /// Microscaling floats of four bits.
+    Mxfp4(Mxfp4),
+}
+
+impl Encoding {
+    /// The tensors that stand for a matrix `[out, in]`, or why its sizes do not fit.
+    pub(crate) fn tensors(&self, shape: [usize; 2]) -> Result<Vec<StoredTensor>, String> {
+        match self {
+            Encoding::Scaled(format) => format.tensors(shape),
+            Encoding::Packed(format) => format.tensors(shape),
+            Encoding::Gptq(format) => format.tensors(shape),
+            Encoding::Awq(format) => format.tensors(shape),
+            Encoding::Mxfp4(format) => format.tensors(shape),
+        }
+    }
+
+    /// The matrix that tensors of those shapes and types mean.
+    pub(crate) fn open(&self, shape: [usize; 2], parts: Parts) -> Result<Box<dyn RowSource>, CheckpointError> {
+        match self {
+            Encoding::Scaled(format) => format.open(shape, parts),
+            Encoding::Packed(format) => format.open(shape, parts),
+            Encoding::Gptq(format) => format.open(shape, parts),
+            Encoding::Awq(format) => format.open(shape, parts),
+            Encoding::Mxfp4(format) => format.open(shape, parts),
+        }
+    }
+}
+
+impl fmt::Display for Encoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Encoding::Scaled(format) => format.fmt(f),
+            Encoding::Packed(format) => format.fmt(f),
+            Encoding::Gptq(format) => format.fmt(f),
+            Encoding::Awq(format) => format.fmt(f),
+            Encoding::Mxfp4(format) => format.fmt(f),
+        }
+    }
+}
+
+/// Groups of `size` columns (0 for one group of all), or why there are none.
+fn groups(cols: usize, size: usize) -> Result<usize, String> {
+    match size {
+        0 => Ok(1),
+        size if cols.is_multiple_of(size) => Ok(cols / size),
+        size => Err(format!("its {cols} columns are not whole groups of {size}")),
+    }
+}
+
+/// `Ok` if `len` is whole words of `per_word` elements.
+fn whole_words(len: usize, per_word: usize, what: &str) -> Result<usize, String> {
+    if len.is_multiple_of(per_word) {
+        return Ok(len / per_word);
+    }
+    Err(format!("its {len} {what} do not fill words of {per_word} elements"))
+}
+
+/// How a group size is shown.
+fn group_text(size: usize) -> String {
+    if size == 0 { "per channel".into() } else { format!("groups of {size}") }
+}

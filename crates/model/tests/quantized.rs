@@ -1,0 +1,236 @@
+//! Quantised checkpoints mean exactly the values that a plain second implementation computed (see
+//! `models/golden/make/quantized.py`), their conversions are recorded, and what is wrong with them is
+//! refused by name.
+
+mod common;
+
+use std::fs;
+
+use baton_device::{DType, Reference, WeightFormat};
+use baton_device_cpu::{CpuBackend, CpuOptions};
+use baton_model::{Files, LoadOptions, LoadReport, Quantization, load};
+use common::checkpoint::{Copy, find, probe, read_tensors};
+use common::{all_logits, folder, options};
+use serde_json::{Value, json};
+
+const CASES: [&str; 22] = [
+    "packed-int4-groups",
+    "packed-int4-shuffled",
+    "packed-int4-channel",
+    "packed-int8-groups",
+    "packed-int8-channel",
+    "packed-int8-channel-zeros",
+    "gptq-int4-groups",
+    "gptq-int4-shuffled",
+    "gptq-int4-channel",
+    "gptq-int8-groups",
+    "gptq-int8-channel",
+    "gptq-int8-channel-zeros",
+    "gptq-v2-int4-groups",
+    "awq-int4-groups",
+    "int-int8-channel",
+    "int-int8-channel-zeros",
+    "fp8-tensor",
+    "fp8-e5m2",
+    "float-fp8-tensor",
+    "float-fp8-channel",
+    "mxfp4",
+    "deepseek-v3-fp8",
+];
+const LLAMAS: usize = 21;
+
+fn quantized(case: &str) -> Copy {
+    Copy::of(&if case.starts_with("deepseek") { case.to_owned() } else { format!("quantized/{case}") })
+}
+
+fn exact() -> LoadOptions {
+    LoadOptions { dtype: Some(DType::F32), ..options() }
+}
+
+fn report(copy: &Copy, options: &LoadOptions) -> LoadReport {
+    load(Reference::new(), &Files::folder(copy.path()).unwrap(), options).unwrap().1
+}
+
+/// The same model with its matrices as floats.
+fn widened(case: &str) -> Copy {
+    let copy = quantized(case);
+    copy.edit_config(|config| assert!(config.remove("quantization_config").is_some()));
+    let name = fs::read_to_string(folder("quantized").join(case).join("values")).unwrap();
+    let values = folder("quantized/values").join(format!("{}.safetensors", name.trim()));
+    let values = read_tensors(&fs::read(values).unwrap());
+    copy.edit_weights(|tensors| {
+        tensors.retain(|t| !t.name.contains("_proj."));
+        tensors.extend(values);
+    });
+    copy
+}
+
+#[test]
+fn every_layout_means_exactly_the_expected_values() {
+    let cpu = || CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap();
+    for case in &CASES[..LLAMAS] {
+        let (copy, twin) = (quantized(case), widened(case));
+        let both = [&copy, &twin].map(|c| Files::folder(c.path()).unwrap());
+        let [actual, expected] = both.each_ref().map(|f| probe(load(Reference::new(), f, &exact()).unwrap()));
+        assert!(expected.iter().any(|l| l.abs() > 0.1) && actual == expected, "{case}");
+        let [actual, expected] =
+            both.each_ref().map(|f| all_logits(&mut load(cpu(), f, &exact()).unwrap().0, &[1, 2, 3, 4, 5]));
+        assert!(actual == expected, "{case} on the cpu");
+    }
+}
+
+#[test]
+fn every_folder_of_the_goldens_is_read() {
+    let entries = fs::read_dir(folder("quantized")).unwrap().map(|e| e.unwrap());
+    let mut found: Vec<String> = entries
+        .filter(|e| e.path().join("config.json").exists())
+        .map(|e| e.file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    let mut cases = CASES[..LLAMAS].to_vec();
+    cases.sort();
+    assert_eq!(found, cases);
+}
+
+#[test]
+fn every_quantised_matrix_is_in_the_report() {
+    for case in CASES {
+        let copy = quantized(case);
+        let in_f32 = report(&copy, &exact());
+        assert!(in_f32.conversions.iter().all(|c| c.max_abs_error == 0.0 && c.mean_abs_error == 0.0), "{case}");
+        let kept = report(&copy, &LoadOptions { dtype: None, ..exact() });
+        assert_eq!(kept.conversions.len(), in_f32.conversions.len());
+        for c in &kept.conversions {
+            assert_eq!(c.to, WeightFormat::BF16, "{case}");
+            assert!(c.mean_abs_error <= c.max_abs_error, "{case}: {c:?}");
+            assert!(c.bytes_before < c.bytes_after, "{case}: {c:?}");
+        }
+        // MXFP4 fits bf16. So do FP8 codes times a short scale, of which deepseek-v3-fp8 has some, not all.
+        assert_eq!(kept.conversions.iter().any(|c| c.max_abs_error > 0.0), case != "mxfp4", "{case}");
+        assert!(case.starts_with("deepseek") || kept.conversions.len() == 7, "{case}");
+    }
+    let eight = report(
+        &quantized("gptq-int4-shuffled"),
+        &LoadOptions { dtype: None, quantization: Some(Quantization::Q8_0), ..exact() },
+    );
+    assert_eq!(eight.conversions.iter().filter(|c| c.from.starts_with("gptq int4")).count(), 7);
+    assert!(eight.conversions.iter().all(|c| c.to == WeightFormat::Q8_0 && c.max_abs_error > 0.0));
+}
+
+#[test]
+fn the_report_is_json() {
+    let json = serde_json::to_value(report(&quantized("int-int8-channel"), &exact())).unwrap();
+    assert_eq!(json["quantization"], json!({"method": "compressed-tensors", "activations": "int8"}));
+    assert_eq!(json["architecture"], "LlamaForCausalLM");
+    let q = json["conversions"].as_array().unwrap().iter().find(|c| c["tensor"].as_str().unwrap().contains("q_proj"));
+    let q = q.unwrap();
+    assert_eq!((&q["from"], &q["to"]), (&json!("int8, per channel"), &json!("f32")));
+    assert_eq!((&q["bytes_before"], &q["bytes_after"]), (&json!(64 * 64 + 64 * 2), &json!(64 * 64 * 4)));
+}
+
+/// The first layer's query projection.
+const Q: &str = "model.layers.0.self_attn.q_proj";
+
+#[test]
+fn a_missing_part_is_named() {
+    for (case, part) in [
+        ("packed-int4-groups", "weight_zero_point"),
+        ("packed-int4-groups", "weight_shape"),
+        ("packed-int4-shuffled", "weight_g_idx"),
+        ("gptq-int4-groups", "qzeros"),
+        ("gptq-int4-shuffled", "g_idx"),
+        ("awq-int4-groups", "scales"),
+        ("fp8-tensor", "weight_scale"),
+        ("deepseek-v3-fp8", "weight_scale_inv"),
+        ("mxfp4", "weight_packed"),
+    ] {
+        let copy = quantized(case);
+        let name = match case {
+            "deepseek-v3-fp8" => format!("model.layers.1.self_attn.q_a_proj.{part}"),
+            _ => format!("{Q}.{part}"),
+        };
+        copy.edit_weights(|tensors| tensors.retain(|t| t.name != name));
+        copy.assert_refused(&[&format!("tensor {name} is missing")]);
+    }
+}
+
+#[test]
+fn a_part_of_another_shape_or_type_is_named() {
+    for (case, part, shape) in [
+        ("packed-int4-groups", "weight_packed", vec![8, 64]),
+        ("gptq-int4-groups", "qweight", vec![64, 8]),
+        ("awq-int4-groups", "qweight", vec![8, 64]),
+        ("gptq-int4-groups", "scales", vec![64, 2]),
+        ("int-int8-channel", "weight_scale", vec![1, 64]),
+        ("mxfp4", "weight_scale", vec![128]),
+    ] {
+        let copy = quantized(case);
+        let name = format!("{Q}.{part}");
+        copy.edit_weights(|tensors| find(tensors, &name).shape = shape.clone());
+        copy.assert_refused(&[&name, &format!("has shape {shape:?}, the config asks for")]);
+    }
+    let copy = quantized("fp8-tensor");
+    copy.edit_weights(|tensors| find(tensors, &format!("{Q}.weight")).dtype = "F8_E5M2".into());
+    copy.assert_refused(&["has dtype F8_E5M2", "F8_E4M3"]);
+}
+
+#[test]
+fn values_that_mean_nothing_are_refused() {
+    let nan16 = 0x7e00u16.to_le_bytes().to_vec();
+    let minus_one = (-1i32).to_le_bytes().to_vec();
+    for (case, part, bytes, wanted) in [
+        ("packed-int4-groups", "weight_scale", nan16.clone(), "NaN"),
+        ("gptq-int4-groups", "scales", nan16.clone(), "NaN"),
+        ("awq-int4-groups", "scales", nan16, "NaN"),
+        ("fp8-tensor", "weight_scale", f32::INFINITY.to_le_bytes().to_vec(), "inf"),
+        ("fp8-tensor", "weight", vec![0, 0x7f], "NaN at element 1"),
+        ("fp8-e5m2", "weight", vec![0xfc], "-inf at element 0"),
+        ("mxfp4", "weight_scale", vec![255], "NaN"),
+        ("mxfp4", "weight_scale", vec![254], "beyond f32"),
+        ("gptq-int4-shuffled", "g_idx", 2i32.to_le_bytes().to_vec(), "column 0 belongs to group 2, there are 2"),
+        ("packed-int4-shuffled", "weight_g_idx", minus_one, "column 0 belongs to group -1, there are 2"),
+        ("packed-int4-groups", "weight_shape", vec![63], "states [63, 64], the config asks for [64, 64]"),
+    ] {
+        let copy = quantized(case);
+        let name = format!("{Q}.{part}");
+        copy.edit_weights(|tensors| find(tensors, &name).data[..bytes.len()].copy_from_slice(&bytes));
+        copy.assert_refused(&[&name, wanted]);
+    }
+}
+
+#[test]
+fn configs_that_cannot_be_read_are_refused() {
+    let set = |pointer: &'static str, value: Value| (pointer, value);
+    let group = "/config_groups/group_0/weights";
+    for (case, (pointer, value), wanted) in [
+        ("gptq-int4-groups", set("/bits", json!(3)), "bits is 3; supported: 4 or 8"),
+        ("awq-int4-groups", set("/bits", json!(8)), "bits is 8; supported: 4"),
+        (
+            "packed-int4-groups",
+            (group, json!({"num_bits": 5, "strategy": "channel"})),
+            "num_bits is 5; supported: 4 or 8",
+        ),
+        ("gptq-int4-groups", set("/group_size", json!(48)), "64 columns are not whole groups of 48"),
+        ("awq-int4-groups", set("/group_size", json!(48)), "64 columns are not whole groups of 48"),
+        ("gptq-int4-groups", set("/group_size", json!(0)), "group_size is 0"),
+        ("gptq-int4-groups", set("/quant_method", json!("hqq")), "\"hqq\" is not supported; supported: fp8"),
+        ("awq-int4-groups", set("/version", json!("gemv")), "version is \"gemv\""),
+        ("fp8-tensor", set("/fmt", json!("e3m4")), "fmt is \"e3m4\""),
+        ("packed-int4-groups", set("/format", json!("marlin-24")), "\"marlin-24\" is not supported"),
+        ("packed-int4-groups", set("/ignore", json!(["re:(a|b)"])), "not supported"),
+        ("deepseek-v3-fp8", set("/weight_block_size", json!([128])), "not a pair"),
+        // A head that is not ignored must be there quantised, and a projection that is must not.
+        ("packed-int4-groups", set("/ignore", json!([])), "tensor lm_head.weight_packed is missing"),
+        ("packed-int4-groups", set("/ignore", json!(["lm_head", "re:.*q_proj$"])), "q_proj.weight is missing"),
+    ] {
+        let copy = quantized(case);
+        copy.edit_config(|config| {
+            let own = &mut config["quantization_config"];
+            match own.pointer_mut(pointer) {
+                Some(old) => *old = value,
+                None => own[&pointer[1..]] = value,
+            }
+        });
+        copy.assert_refused(&[wanted]);
+    }
+}
