@@ -172,7 +172,7 @@ fn entry(name: &str, info: &Info, start: u64, alignment: u64, file_len: u64) -> 
     }
     let bytes = dtype.bytes(elements);
     let end = start.checked_add(*offset).and_then(|at| at.checked_add(bytes as u64));
-    if !end.is_some_and(|end| end <= file_len) {
+    if end.is_none_or(|end| end > file_len) {
         return Err(format!("its {bytes} bytes at {offset} reach beyond the file: it is truncated"));
     }
     Ok(Entry { name: name.to_owned(), stored_type, shape: shape.clone(), offset: start + offset, bytes })
@@ -224,7 +224,7 @@ impl<'a> Cursor<'a> {
         let before = self.rest;
         match width(kind) {
             Some(width) => {
-                self.take(len.checked_mul(width).unwrap_or(usize::MAX))?;
+                self.take(len.saturating_mul(width))?;
             }
             None if kind == 8 => {
                 for _ in 0..len {
