@@ -15,6 +15,7 @@ use serde::Deserialize;
 struct Supported {
     architecture: Vec<ArchitectureEntry>,
     format: Vec<FormatEntry>,
+    stored: Vec<FormatEntry>,
     device: Vec<DeviceEntry>,
 }
 
@@ -51,6 +52,8 @@ enum Judged {
     Golden,
     #[serde(rename = "conformance")]
     Conformance,
+    #[serde(rename = "twin")]
+    Twin,
     #[serde(rename = "judge")]
     Judge,
     #[serde(rename = "not run")]
@@ -99,6 +102,18 @@ fn every_format_is_listed_and_its_goldens_are_stored_in_it() {
         for case in &format.cases {
             let stored = json(folder(case).join("config.json"))["torch_dtype"].as_str().unwrap().to_owned();
             assert_eq!(stored.replace("bfloat", "bf").replace("float", "f"), format.name, "{case}");
+        }
+    }
+}
+
+#[test]
+fn quantised_checkpoints_that_are_called_judged_are_there() {
+    for entry in supported().stored {
+        assert!(matches!(entry.judged, Judged::Golden | Judged::Twin), "{}", entry.name);
+        assert!(!entry.cases.is_empty(), "{}", entry.name);
+        for case in entry.cases {
+            let config = json(folder(&case).join("config.json"));
+            assert!(config["quantization_config"].is_object(), "{case}");
         }
     }
 }

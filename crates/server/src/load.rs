@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use baton_device::DType;
 use baton_hub::Target;
-use baton_model::{Files, GgufTokenizer, KvCacheSize, LoadOptions, Quantization};
+use baton_model::{Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions, Quantization};
 use baton_text::{GgufVocab, TextFiles, TextModel};
 use sha2::{Digest, Sha256};
 use tracing::info;
@@ -45,6 +45,10 @@ pub fn load(settings: &Settings) -> Result<Model> {
     );
     let fingerprint = fingerprint(&loaded, &text_files);
     announce(&name, settings, &loaded);
+    if let Some(file) = &settings.load_report {
+        let json = serde_json::to_vec_pretty(&loaded.report)?;
+        fs::write(file, json).with_context(|| format!("--load-report {}", file.display()))?;
+    }
     Ok(Model { name, text, loaded, fingerprint })
 }
 
@@ -211,10 +215,15 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         "model loaded"
     );
     if let Some(worst) = report.conversions.iter().max_by(|a, b| a.max_abs_error.total_cmp(&b.max_abs_error)) {
+        let bytes = |of: fn(&Conversion) -> u64| report.conversions.iter().map(of).sum::<u64>() >> 20;
         info!(
             tensors = report.conversions.len(),
+            mib_before = bytes(|c| c.bytes_before),
+            mib_after = bytes(|c| c.bytes_after),
             largest_error = worst.max_abs_error,
             tensor = worst.tensor,
+            from = worst.from,
+            to = %worst.to,
             "weights converted at load"
         );
     }

@@ -77,7 +77,7 @@ pub enum LogFormat {
 #[derive(Debug, Default, Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ServeArgs {
-    /// Checkpoint folder in Hugging Face layout, else an id as for `baton pull` [default: the bundled model]
+    /// Checkpoint folder in Hugging Face layout or .gguf file, else an id as for `baton pull` [default: the bundled model]
     #[arg(value_name = "MODEL", env = "BATON_MODEL")]
     pub model: Option<String>,
 
@@ -147,6 +147,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", env = "BATON_CHAT_TEMPLATE", help_heading = "Model")]
     pub chat_template: Option<PathBuf>,
 
+    /// Write what was loaded, and what each conversion of precision cost, to this file as JSON
+    #[arg(long, value_name = "FILE", env = "BATON_LOAD_REPORT", help_heading = "Model")]
+    pub load_report: Option<PathBuf>,
+
     /// Sequences computed together [default: 64]
     #[arg(long, value_name = "N", env = "BATON_MAX_NUM_SEQS", help_heading = "Engine")]
     pub max_num_seqs: Option<usize>,
@@ -204,6 +208,7 @@ pub struct Settings {
     pub max_model_len: Option<usize>,
     pub generation_config: GenerationConfigUse,
     pub chat_template: Option<PathBuf>,
+    pub load_report: Option<PathBuf>,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
     pub max_queued_requests: usize,
@@ -322,6 +327,7 @@ impl ServeArgs {
             max_model_len: self.max_model_len,
             generation_config: self.generation_config.unwrap_or(GenerationConfigUse::Auto),
             chat_template: self.chat_template,
+            load_report: self.load_report,
             max_num_seqs,
             max_num_batched_tokens,
             max_queued_requests: positive("max-queued-requests", self.max_queued_requests.unwrap_or(1024))?,

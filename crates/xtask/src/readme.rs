@@ -12,6 +12,7 @@ const END: &str = "<!-- end -->\n";
 struct Supported {
     architecture: Vec<Architecture>,
     format: Vec<Entry>,
+    stored: Vec<Entry>,
     device: Vec<Entry>,
 }
 
@@ -52,9 +53,13 @@ fn tables(supported: &Supported) -> Result<String> {
     for a in &supported.architecture {
         writeln!(text, "| `{}` | {} | {} |", a.name, a.models, judged(&a.judged))?;
     }
-    text.push_str("\n| Weights | Judged by |\n|---|---|\n");
+    text.push_str("\n| Weights kept as | Judged by |\n|---|---|\n");
     for f in &supported.format {
         writeln!(text, "| {} | {} |", f.name, judged(&f.judged))?;
+    }
+    text.push_str("\n| Quantised checkpoint | Judged by |\n|---|---|\n");
+    for s in &supported.stored {
+        writeln!(text, "| {} | {} |", s.name, judged(&s.judged))?;
     }
     text.push_str("\n| Device | Instructions | Judged by |\n|---|---|---|\n");
     for d in &supported.device {
@@ -68,6 +73,7 @@ fn judged(word: &str) -> &str {
     match word {
         "golden" => "golden outputs of Hugging Face transformers",
         "conformance" => "the reference device, case by case",
+        "twin" => "a float checkpoint of separately computed values",
         "judge" => "it is the judge",
         other => other,
     }

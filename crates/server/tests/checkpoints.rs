@@ -1,0 +1,82 @@
+//! Checkpoints other than the bundled one, through the real binary.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use baton_loadgen::LocalServer;
+use baton_text::{TextFiles, TextModel};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/golden").join(name)
+}
+
+fn read(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).expect("a file")).expect("JSON")
+}
+
+async fn start(flags: &[&str]) -> LocalServer {
+    let flags = [&["--log-level", "warn"], flags].concat();
+    LocalServer::start(Path::new(env!("CARGO_BIN_EXE_baton")), &flags).await.expect("it starts")
+}
+
+fn text_model(tokenizer: &str) -> TextModel {
+    let file = |name: &str| fs::read(golden("tokenizers").join(tokenizer).join(name)).expect(name);
+    let (tokenizer, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
+    let files = TextFiles {
+        tokenizer_json: &tokenizer,
+        tokenizer_config: Some(&config),
+        special_tokens_map: None,
+        chat_template_jinja: None,
+    };
+    TextModel::new(&files).expect("a golden tokenizer")
+}
+
+/// Asks for the greedy continuation of every golden prompt and compares it with the golden ids' text.
+async fn assert_golden_text(server: &LocalServer, golden: &Value, text: &TextModel) {
+    for prompt in golden["prompts"].as_array().expect("prompts") {
+        let ids = prompt["greedy_ids"].as_array().expect("ids").iter();
+        let ids: Vec<u32> = ids.map(|id| id.as_u64().expect("an id") as u32).collect();
+        let body = json!({"prompt": prompt["ids"], "max_tokens": ids.len(), "temperature": 0, "ignore_eos": true});
+        let (status, reply) = server.client().post("/v1/completions", &body).await.expect("an answer");
+        assert_eq!(status, 200, "{reply}");
+        assert_eq!(reply["choices"][0]["text"], text.decode(&ids, true), "{}", prompt["name"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gguf_file_gives_its_golden_text() {
+    let file = golden("gguf/llama-rope3-Q4_0.gguf");
+    let server = start(&[file.to_str().expect("UTF-8")]).await;
+    let (_, models) = server.client().get("/v1/models").await.expect("an answer");
+    assert!(models.contains("\"llama-rope3-Q4_0\""), "{models}");
+    let golden = read(&golden("gguf/llama-rope3-Q4_0.golden.json"));
+    assert_golden_text(&server, &golden, &text_model("llama3")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_fp8_checkpoint_gives_its_golden_text_and_a_report_of_its_conversions() {
+    let folder = TempDir::new().expect("a folder");
+    for name in ["config.json", "generation_config.json", "model.safetensors"] {
+        fs::copy(golden("deepseek-v3-fp8").join(name), folder.path().join(name)).expect(name);
+    }
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(golden("tokenizers/deepseek").join(name), folder.path().join(name)).expect(name);
+    }
+    let report = folder.path().join("report.json");
+    let [model, file] = [folder.path(), &report].map(|p| p.to_str().expect("UTF-8"));
+    let server = start(&[model, "--dtype", "float32", "--load-report", file]).await;
+    assert_golden_text(&server, &read(&golden("deepseek-v3-fp8/golden.json")), &text_model("deepseek")).await;
+
+    let report = read(&report);
+    let conversions = report["conversions"].as_array().expect("a list");
+    assert!(!conversions.is_empty());
+    for conversion in conversions {
+        assert!(conversion["tensor"].is_string() && conversion["to"] == "f32", "{conversion}");
+        assert_eq!(conversion["max_abs_error"], 0.0, "{conversion}");
+        assert!(conversion["bytes_before"].as_u64() < conversion["bytes_after"].as_u64(), "{conversion}");
+    }
+}
