@@ -171,8 +171,8 @@ impl OwnedTextFiles {
     }
 }
 
-/// Changes if and only if something does that can change a token: weights and config, tokenizer and
-/// template, device and instruction set, formats, the build.
+/// Changes when something does that can change a token: weights and config (as far as the load report's
+/// digest covers them), tokenizer and template, device and instruction set, formats, the build.
 fn fingerprint(loaded: &Loaded, text: &[Vec<u8>]) -> String {
     let mut hash = Sha256::new();
     let mut part = |bytes: &[u8]| {
