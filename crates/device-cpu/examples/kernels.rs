@@ -7,10 +7,11 @@
 
 use std::time::{Duration, Instant};
 
-use baton_device::conformance::uniform;
+use baton_device::WeightFormat::Ggml;
+use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
-    Activation, AttentionBatch, Backend, DType, GroupScore, Groups, HostExperts, HostLatent, HostLinear, HostTensor,
-    KvSpec, LatentOps, LayerKv, MoeOps, Result, Routing, Scoring, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts, HostLatent, HostLinear,
+    HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Result, Routing, Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
 
@@ -29,10 +30,12 @@ fn linears() -> Result<()> {
     for isa in Isa::available().into_iter().rev() {
         println!("{isa}, 1 thread: linear 1536 -> 8960, and 1536 -> 16, where little but quantising is left");
         let b = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) })?;
-        for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16, WeightFormat::Q8_0] {
+        for format in
+            [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16].into_iter().chain(BlockFormat::ALL.map(Ggml))
+        {
             linear(&b, 1536, 8960, format)?;
         }
-        for format in [WeightFormat::BF16, WeightFormat::Q8_0] {
+        for format in [WeightFormat::BF16, Ggml(BlockFormat::Q8_0)] {
             linear(&b, 1536, 16, format)?;
         }
     }
@@ -68,7 +71,7 @@ fn shortest(mut f: impl FnMut() -> Result<()>) -> Result<Duration> {
 fn linear(b: &CpuBackend, in_features: usize, out_features: usize, format: WeightFormat) -> Result<()> {
     let weight = linear_weight(b, in_features, out_features, format)?;
     let bytes = format.bytes(in_features * out_features) as f64;
-    for rows in [1, 4, 8, 32, 128] {
+    for rows in [1, 2, 4, 8, 16, 64, 512] {
         let x = activation(b, rows, in_features)?;
         let mut y = b.tensor(rows, out_features)?;
         let seconds = shortest(|| b.linear(&x, &weight, &mut y))?.as_secs_f64();
@@ -89,8 +92,11 @@ fn stored(shape: &[usize]) -> Vec<u8> {
 }
 
 fn linear_weight(b: &CpuBackend, in_features: usize, out_features: usize, format: WeightFormat) -> Result<Linear> {
-    let data = stored(&[out_features, in_features]);
-    let weight = HostTensor::new("bench", DType::F32, vec![out_features, in_features], &data);
+    let (dtype, data) = match format {
+        Ggml(block) => (DType::Ggml(block), random_blocks(block, 1, in_features * out_features, 0.03)),
+        _ => (DType::F32, stored(&[out_features, in_features])),
+    };
+    let weight = HostTensor::new("bench", dtype, vec![out_features, in_features], &data);
     b.linear_weight(&HostLinear { weight, bias: None, format })
 }
 

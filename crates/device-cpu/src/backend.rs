@@ -52,7 +52,7 @@ impl CpuBackend {
     /// # Errors
     /// [`DeviceError::Unavailable`] if the machine lacks the instruction set or refuses a thread.
     pub fn new(options: &CpuOptions) -> Result<Self> {
-        use WeightFormat::{BF16, F16, F32, Ggml, Q8_0};
+        use WeightFormat::{BF16, F16, F32, Ggml};
         let unavailable = |reason| DeviceError::Unavailable { device: DEVICE.to_owned(), reason };
         let wanted = options.isa.unwrap_or_else(Isa::detect);
         let isa = wanted.dispatch().ok_or_else(|| {
@@ -70,7 +70,7 @@ impl CpuBackend {
             isa: wanted.to_string(),
             threads,
             kv_block_size: BLOCK,
-            weight_formats: [F32, F16, BF16, Q8_0].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
+            weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             row_invariant: true,
         };
@@ -141,7 +141,7 @@ impl Backend for CpuBackend {
     }
 
     fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
-        Linear::new(src)
+        Linear::new(&self.pool, src)
     }
 
     fn rope_table(&self, src: &HostRope) -> Result<Rope> {
@@ -212,7 +212,7 @@ impl Backend for CpuBackend {
         columns(out, weight.weight.out_features);
         out.set_rows(x.rows());
         let mut scratch = self.scratch();
-        let input = Input::prepare(self.isa, x.view(), &weight.weight, &mut scratch.quantized);
+        let input = Input::prepare(&self.pool, self.isa, x.view(), &weight.weight, &mut scratch.quantized);
         let target = Target::new(out.data_mut(), weight.weight.out_features);
         multiply(&self.pool, self.isa, (input, x.rows()), (&weight.weight, weight.bias.as_deref()), &target);
         Ok(())
@@ -297,7 +297,7 @@ impl LatentOps for CpuBackend {
     type Latent = Latent;
 
     fn latent_weight(&self, src: &HostLatent<'_>) -> Result<Latent> {
-        Latent::new(src)
+        Latent::new(&self.pool, src)
     }
 
     fn latent_attention(
@@ -335,7 +335,7 @@ impl MoeOps for CpuBackend {
     type Experts = Experts;
 
     fn expert_weights(&self, src: &HostExperts<'_>) -> Result<Experts> {
-        Experts::new(src)
+        Experts::new(&self.pool, src)
     }
 
     fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {

@@ -8,6 +8,7 @@
 
 mod affinity;
 mod backend;
+mod blocks;
 mod cache;
 mod isa;
 mod kernels;

@@ -117,6 +117,14 @@ impl Pool {
     }
 }
 
+impl Pool {
+    /// Calls `f` with every item and its number, as tasks of one region; `work` is that of all of them.
+    pub(crate) fn each<T: Send>(&self, items: impl Iterator<Item = T>, work: usize, f: impl Fn(usize, T) + Sync) {
+        let items: Vec<_> = items.map(|item| Mutex::new(Some(item))).collect();
+        self.run(items.len(), work, |i| f(i, lock(&items[i]).take().expect("a task runs once")));
+    }
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.closing.store(true, SeqCst);

@@ -68,6 +68,15 @@ pub(crate) struct View<'a> {
 }
 
 impl<'a> View<'a> {
+    /// The rows from `first` on.
+    pub(crate) fn from(self, first: usize) -> Self {
+        let rows = self.rows - first;
+        match self.index {
+            Some(index) => Self { rows, index: Some(&index[first..]), ..self },
+            None => Self { rows, start: self.start + first * self.stride, ..self },
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn row(&self, r: usize) -> &'a [f32] {
         let r = self.index.map_or(r, |index| index[r] as usize);

@@ -1,9 +1,7 @@
 //! Linear weights, packed at load for the kernels of [`crate::kernels::linear`].
 //!
 //! Panel p holds output rows `16p..16p + 16`, rows beyond the last being zero. Floats: for each k the
-//! 16 weights of that column. Q8_0: for each block of 32 columns eight lines, each of 16 rows × 4
-//! columns, and apart from them the 16 scales of the block. A GGUF file's blocks stay as they are, row by
-//! row: the kernel widens a block of each of 16 rows at a time.
+//! 16 weights of that column. Blocks of small integers: see [`crate::blocks`].
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -11,9 +9,11 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use baton_device::{BlockFormat, HostLinear, HostTensor, Result, WeightFormat, q8_0};
+use baton_device::{DType, HostLinear, HostTensor, Result, WeightFormat};
 
+use crate::blocks::Blocks;
 use crate::memory::{Line, lines};
+use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 
 /// A linear layer `y = x·Wᵀ + b`.
@@ -24,8 +24,8 @@ pub struct Linear {
 }
 
 impl Linear {
-    pub(crate) fn new(src: &HostLinear<'_>) -> Result<Self> {
-        let weight = Matrix::from_host(&src.weight, src.format)?;
+    pub(crate) fn new(pool: &Pool, src: &HostLinear<'_>) -> Result<Self> {
+        let weight = Matrix::from_host(pool, &src.weight, src.format)?;
         let bias = src.bias.as_ref().map(|bias| {
             bias.expect_shape(&[weight.out_features])?;
             let mut values = bias.to_f32();
@@ -48,8 +48,7 @@ pub(crate) enum Packed {
     F32(Panels<f32>),
     F16(Panels<f16>),
     BF16(Panels<bf16>),
-    Q8_0(Quants),
-    Ggml(Blocks),
+    Blocks(Blocks),
 }
 
 impl Matrix {
@@ -57,38 +56,38 @@ impl Matrix {
     ///
     /// # Panics
     /// If it has not two dimensions.
-    pub(crate) fn from_host(src: &HostTensor<'_>, format: WeightFormat) -> Result<Self> {
+    pub(crate) fn from_host(pool: &Pool, src: &HostTensor<'_>, format: WeightFormat) -> Result<Self> {
         let &[out_features, in_features] = src.shape() else {
             panic!("{}: a linear weight has two dimensions, not {:?}", src.name(), src.shape())
         };
         src.expect_keepable(format)?;
-        if let WeightFormat::Ggml(format) = format {
-            let data = Packed::Ggml(Blocks::copy(
-                src.stored().expect("blocks are never computed"),
-                format,
-                out_features,
-                in_features,
-            )?);
-            return Ok(Self { out_features, in_features, data });
+        if let (WeightFormat::Ggml(format), Some(stored)) = (format, src.stored())
+            && src.dtype() == DType::Ggml(format)
+        {
+            let row_bytes = in_features / format.elements() * format.bytes();
+            let blocks = Blocks::pack(pool, format, (out_features, in_features), |rows| {
+                stored[rows.start * row_bytes..rows.end * row_bytes].into()
+            })?;
+            return Ok(Self { out_features, in_features, data: Packed::Blocks(blocks) });
         }
-        Self::pack(out_features, in_features, format, |rows| src.rows(rows.start, rows.len()).to_f32())
+        Self::pack(pool, (out_features, in_features), format, |rows| src.rows(rows.start, rows.len()).to_f32())
     }
 
     /// Packs the matrix whose rows `rows` gives, row-major, at most 16 at a time.
     pub(crate) fn pack(
-        out_features: usize,
-        in_features: usize,
+        pool: &Pool,
+        (out_features, in_features): (usize, usize),
         format: WeightFormat,
-        rows: impl Fn(Range<usize>) -> Vec<f32>,
+        rows: impl Fn(Range<usize>) -> Vec<f32> + Sync,
     ) -> Result<Self> {
-        let panels = out_features.div_ceil(LANES);
-        let panel = |p: usize| rows(p * LANES..out_features.min((p + 1) * LANES));
+        let shape = (out_features, in_features);
         let data = match format {
-            WeightFormat::F32 => Packed::F32(Panels::pack(panels, in_features, panel)?),
-            WeightFormat::F16 => Packed::F16(Panels::pack(panels, in_features, panel)?),
-            WeightFormat::BF16 => Packed::BF16(Panels::pack(panels, in_features, panel)?),
-            WeightFormat::Q8_0 => Packed::Q8_0(Quants::pack(panels, in_features, panel)?),
-            WeightFormat::Ggml(_) => unreachable!("blocks are copied from a file, never made"),
+            WeightFormat::F32 => Packed::F32(Panels::pack(pool, shape, rows)?),
+            WeightFormat::F16 => Packed::F16(Panels::pack(pool, shape, rows)?),
+            WeightFormat::BF16 => Packed::BF16(Panels::pack(pool, shape, rows)?),
+            WeightFormat::Ggml(format) => {
+                Packed::Blocks(Blocks::pack(pool, format, shape, |range| format.quantize(&rows(range)).into())?)
+            }
         };
         Ok(Self { out_features, in_features, data })
     }
@@ -98,8 +97,7 @@ impl Matrix {
             Packed::F32(_) => WeightFormat::F32,
             Packed::F16(_) => WeightFormat::F16,
             Packed::BF16(_) => WeightFormat::BF16,
-            Packed::Q8_0(_) => WeightFormat::Q8_0,
-            Packed::Ggml(blocks) => WeightFormat::Ggml(blocks.format),
+            Packed::Blocks(blocks) => WeightFormat::Ggml(blocks.format),
         }
     }
 
@@ -115,8 +113,7 @@ impl Matrix {
             Packed::F32(panels) => panels.read_row(panel, lane, out),
             Packed::F16(panels) => panels.read_row(panel, lane, out),
             Packed::BF16(panels) => panels.read_row(panel, lane, out),
-            Packed::Q8_0(quants) => quants.read_row(panel, lane, out),
-            Packed::Ggml(blocks) => blocks.format.dequantize(blocks.row(n), out),
+            Packed::Blocks(blocks) => blocks.read_row(panel, lane, out),
         }
     }
 }
@@ -181,18 +178,22 @@ pub(crate) struct Panels<T> {
 }
 
 impl<T: Element> Panels<T> {
-    fn pack(panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32>) -> Result<Self> {
+    fn pack(
+        pool: &Pool,
+        (rows, in_features): (usize, usize),
+        values: impl Fn(Range<usize>) -> Vec<f32> + Sync,
+    ) -> Result<Self> {
+        let panels = rows.div_ceil(LANES);
         let bytes = panels.saturating_mul(in_features).saturating_mul(LANES * size_of::<T>());
         let mut lines = lines(bytes, "weights")?;
-        let columns: &mut [[T; LANES]] = bytemuck::cast_slice_mut(&mut lines);
-        for p in 0..panels {
-            let columns = &mut columns[p * in_features..][..in_features];
-            for (lane, row) in panel(p).chunks_exact(in_features).enumerate() {
+        let columns: &mut [[T; LANES]] = &mut bytemuck::cast_slice_mut(&mut lines)[..panels * in_features];
+        pool.each(columns.chunks_exact_mut(in_features), rows * in_features, |p, columns| {
+            for (lane, row) in values(p * LANES..rows.min((p + 1) * LANES)).chunks_exact(in_features).enumerate() {
                 for (column, &x) in columns.iter_mut().zip(row) {
                     column[lane] = T::narrow(x);
                 }
             }
-        }
+        });
         Ok(Self { lines, in_features, element: PhantomData })
     }
 
@@ -206,95 +207,5 @@ impl<T: Element> Panels<T> {
         for (out, column) in out.iter_mut().zip(self.panel(panel)) {
             *out = column[lane].widen();
         }
-    }
-}
-
-/// One block of a panel: line j holds columns `4j..4j + 4` of each row.
-pub(crate) type QuantBlock = [[i8; 4 * LANES]; q8_0::BLOCK / 4];
-
-/// Panels of Q8_0.
-pub(crate) struct Quants {
-    lines: Vec<Line>,
-    scales: Vec<Line>,
-    blocks: usize,
-}
-
-impl Quants {
-    fn pack(panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32>) -> Result<Self> {
-        let blocks = in_features / q8_0::BLOCK;
-        let total = panels.saturating_mul(blocks);
-        let mut quants = lines(total.saturating_mul(size_of::<QuantBlock>()), "weights")?;
-        let mut scales = lines(total.saturating_mul(size_of::<[f16; LANES]>()), "weights")?;
-        let quant_blocks: &mut [QuantBlock] = bytemuck::cast_slice_mut(&mut quants);
-        let scale_blocks: &mut [[f16; LANES]] = bytemuck::cast_slice_mut(&mut scales);
-        for p in 0..panels {
-            for (lane, row) in panel(p).chunks_exact(in_features).enumerate() {
-                for (b, block) in row.as_chunks().0.iter().enumerate() {
-                    let (scale, quants) = q8_0::quantize_weight_block(block);
-                    scale_blocks[p * blocks + b][lane] = scale;
-                    for (line, quad) in quant_blocks[p * blocks + b].iter_mut().zip(quants.as_chunks::<4>().0) {
-                        line[4 * lane..][..4].copy_from_slice(quad);
-                    }
-                }
-            }
-        }
-        Ok(Self { lines: quants, scales, blocks })
-    }
-
-    /// The blocks of one panel and their scales.
-    #[inline(always)]
-    pub(crate) fn panel(&self, p: usize) -> (&[QuantBlock], &[[f16; LANES]]) {
-        let range = p * self.blocks..(p + 1) * self.blocks;
-        (&bytemuck::cast_slice(&self.lines)[range.clone()], &bytemuck::cast_slice(&self.scales)[range])
-    }
-
-    fn read_row(&self, panel: usize, lane: usize, out: &mut [f32]) {
-        let (blocks, scales) = self.panel(panel);
-        for (k, out) in out.iter_mut().enumerate() {
-            let (block, column) = (k / q8_0::BLOCK, k % q8_0::BLOCK);
-            let quant = blocks[block][column / 4][4 * lane + column % 4];
-            *out = f32::from(quant) * scales[block][lane].to_f32();
-        }
-    }
-}
-
-/// Rows of a GGUF file's blocks.
-pub(crate) struct Blocks {
-    lines: Vec<Line>,
-    pub(crate) format: BlockFormat,
-    row_bytes: usize,
-    rows: usize,
-}
-
-/// One block of each row of a panel, widened: for each k the 16 weights of that column.
-pub(crate) type Widened = [[f32; LANES]; BlockFormat::MAX_ELEMENTS];
-
-impl Blocks {
-    fn copy(data: &[u8], format: BlockFormat, rows: usize, in_features: usize) -> Result<Self> {
-        let mut lines = lines(data.len(), "weights")?;
-        bytemuck::cast_slice_mut(&mut lines)[..data.len()].copy_from_slice(data);
-        Ok(Self { lines, format, row_bytes: in_features / format.elements() * format.bytes(), rows })
-    }
-
-    fn row(&self, n: usize) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[n * self.row_bytes..][..self.row_bytes]
-    }
-
-    /// Widens block `b` of the rows of panel `p` and gives its columns; rows beyond the last are zero.
-    pub(crate) fn widen<'a>(&self, p: usize, b: usize, out: &'a mut Widened) -> &'a [[f32; LANES]] {
-        let (bytes, columns) = (self.format.bytes(), &mut out[..self.format.elements()]);
-        let mut values = [0.0; BlockFormat::MAX_ELEMENTS];
-        let values = &mut values[..columns.len()];
-        for lane in 0..LANES {
-            if p * LANES + lane < self.rows {
-                self.format.dequantize(&self.row(p * LANES + lane)[b * bytes..][..bytes], values);
-            } else {
-                values.fill(0.0);
-            }
-            for (column, value) in columns.iter_mut().zip(&*values) {
-                column[lane] = *value;
-            }
-        }
-        columns
     }
 }

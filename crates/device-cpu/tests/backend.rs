@@ -1,7 +1,7 @@
 //! What the backend promises beside numbers: refusals, capabilities, and that nothing stale is read.
 
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, DType, DeviceError, HostLinear, HostTensor, KvSpec, LayerKv,
+    AttentionBatch, AttentionParams, Backend, BlockFormat, DType, DeviceError, HostLinear, HostTensor, KvSpec, LayerKv,
     SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
@@ -61,10 +61,10 @@ fn a_large_cache_costs_nothing_until_it_is_used() {
 }
 
 #[test]
-fn q8_0_wants_whole_blocks_and_says_so() {
+fn blocks_are_made_of_whole_ones_or_refused() {
     let data = vec![0; 4 * 33 * 4];
     let weight = HostTensor::new("odd", DType::F32, vec![4, 33], &data);
-    let src = HostLinear { weight, bias: None, format: WeightFormat::Q8_0 };
+    let src = HostLinear { weight, bias: None, format: WeightFormat::Ggml(BlockFormat::Q8_0) };
     let Err(error) = backend(1).linear_weight(&src) else { panic!("accepted") };
     assert!(error.to_string().contains("odd") && error.to_string().contains("multiple of 32"), "{error}");
 }

@@ -11,7 +11,8 @@ use baton_device::{
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
 use proptest::prelude::*;
 
-const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16, WeightFormat::Q8_0];
+const BLOCKS: WeightFormat = WeightFormat::Ggml(BlockFormat::Q8_0);
+const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16, BLOCKS];
 
 /// One backend for each instruction set and each of 1, 2 and 3 threads.
 fn backends() -> Vec<Vec<CpuBackend>> {
@@ -78,8 +79,7 @@ proptest! {
     ) {
         for same_isa in backends() {
             for format in FORMATS {
-                // Q8_0 wants whole blocks along K.
-                let in_features = if format == WeightFormat::Q8_0 { 32 * blocks } else { 32 * blocks - cut };
+                let in_features = if format == BLOCKS { 32 * blocks } else { 32 * blocks - cut };
                 let weight = Stored::new(seed, &[out_features, in_features]);
                 let bias_values = Stored::new(seed + 1, &[out_features]);
                 let src =

@@ -56,10 +56,8 @@ pub enum WeightFormat {
     F16,
     /// bf16 weights widened on use, f32 activations.
     BF16,
-    /// Signed bytes in blocks of 32 along K with one f16 scale each; activations are quantised the
-    /// same way per row, products are exact integers (see [`crate::q8_0`]).
-    Q8_0,
-    /// Blocks as a GGUF file has them, widened on use, f32 activations.
+    /// Blocks as a GGUF file has them. A device may quantise the activations that meet them, as
+    /// [`crate::int8`] says.
     Ggml(BlockFormat),
 }
 
@@ -69,7 +67,6 @@ impl WeightFormat {
         match self {
             WeightFormat::F32 => elements * 4,
             WeightFormat::F16 | WeightFormat::BF16 => elements * 2,
-            WeightFormat::Q8_0 => elements / crate::q8_0::BLOCK * crate::q8_0::BLOCK_BYTES,
             WeightFormat::Ggml(format) => elements / format.elements() * format.bytes(),
         }
     }
@@ -92,7 +89,6 @@ impl fmt::Display for WeightFormat {
             WeightFormat::F32 => "f32",
             WeightFormat::F16 => "f16",
             WeightFormat::BF16 => "bf16",
-            WeightFormat::Q8_0 => "q8_0",
             WeightFormat::Ggml(format) => return write!(f, "ggml {format}"),
         })
     }

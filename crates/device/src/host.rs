@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use crate::{DType, DeviceError, Result, Routing, WeightFormat, q8_0};
+use crate::{DType, DeviceError, Result, Routing, WeightFormat};
 
 /// A matrix whose rows are computed when asked for: weights of a quantised checkpoint.
 pub trait RowSource: fmt::Debug + Send + Sync {
@@ -123,16 +123,16 @@ impl<'a> HostTensor<'a> {
         }
     }
 
-    /// `Ok` if the tensor can be kept in `format`: blocks of 32 need whole ones, a file's blocks are kept only as
-    /// they are.
+    /// `Ok` if the tensor can be kept in `format`: as a file's blocks, or in rows of whole blocks that can be made.
     pub fn expect_keepable(&self, format: WeightFormat) -> Result<()> {
         let cols = self.shape.last().copied().unwrap_or(1);
         let reason = match format {
-            WeightFormat::Q8_0 if !cols.is_multiple_of(q8_0::BLOCK) => {
-                format!("its {cols} columns are not a multiple of {}", q8_0::BLOCK)
+            WeightFormat::Ggml(blocks) if self.dtype == DType::Ggml(blocks) => return Ok(()),
+            WeightFormat::Ggml(blocks) if !blocks.can_be_made() => {
+                format!("{blocks} is kept as a file has it, never made")
             }
-            WeightFormat::Ggml(blocks) if self.dtype != DType::Ggml(blocks) => {
-                "blocks are kept as a file has them, never made".into()
+            WeightFormat::Ggml(blocks) if !cols.is_multiple_of(blocks.elements()) => {
+                format!("its {cols} columns are not a multiple of {}", blocks.elements())
             }
             _ => return Ok(()),
         };

@@ -17,7 +17,7 @@ mod dtype;
 mod error;
 mod ggml;
 mod host;
-pub mod q8_0;
+pub mod int8;
 mod reference;
 mod routing;
 
@@ -26,7 +26,7 @@ pub use backend::{Activation, Backend, LatentOps, MoeOps, Rows};
 pub use caps::{Caps, Op, Requirements};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
-pub use ggml::BlockFormat;
+pub use ggml::{BlockFormat, Unpacked};
 pub use host::{HostExperts, HostLatent, HostLinear, HostRope, HostTensor, RowSource};
 pub use reference::Reference;
 pub use routing::{GroupScore, Groups, Routing, Scoring, select_experts};

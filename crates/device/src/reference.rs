@@ -7,9 +7,9 @@ use std::f32::consts::FRAC_2_PI;
 use half::{bf16, f16};
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, HostExperts, HostLatent, HostLinear,
-    HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing, Rows, WeightFormat,
-    q8_0, select_experts,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DType, HostExperts, HostLatent,
+    HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing, Rows,
+    WeightFormat, select_experts,
 };
 
 /// The judge.
@@ -20,14 +20,14 @@ pub struct Reference {
 impl Reference {
     /// A reference device. Its blocks are small, so that tests cross many block borders.
     pub fn new() -> Self {
-        use WeightFormat::{BF16, F16, F32, Ggml, Q8_0};
+        use WeightFormat::{BF16, F16, F32, Ggml};
         Self {
             caps: Caps {
                 device: "reference".into(),
                 isa: "scalar".into(),
                 threads: 1,
                 kv_block_size: 8,
-                weight_formats: [F32, F16, BF16, Q8_0].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
+                weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
                 row_invariant: true,
             },
@@ -73,13 +73,12 @@ impl Rows for Tensor {
     }
 }
 
-/// Weight values after rounding to their format; Q8_0 also quantises the activations it meets.
+/// Weight values after rounding to their format.
 pub struct Linear {
     out_features: usize,
     in_features: usize,
     weight: Vec<f32>,
     bias: Option<Vec<f32>>,
-    format: WeightFormat,
 }
 
 impl Linear {
@@ -93,17 +92,17 @@ impl Linear {
         }
         let exact = src.to_f32();
         let weight = match format {
-            WeightFormat::F32 | WeightFormat::Ggml(_) => exact,
+            WeightFormat::F32 => exact,
             WeightFormat::F16 => exact.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
             WeightFormat::BF16 => exact.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
-            WeightFormat::Q8_0 => blocks(&exact)
-                .flat_map(|b| {
-                    let (scale, q) = q8_0::quantize_weight_block(b);
-                    q.map(|q| f32::from(q) * scale.to_f32())
-                })
-                .collect(),
+            WeightFormat::Ggml(blocks) if src.dtype() == DType::Ggml(blocks) => exact,
+            WeightFormat::Ggml(blocks) => {
+                let mut values = vec![0.0; exact.len()];
+                blocks.dequantize(&blocks.quantize(&exact), &mut values);
+                values
+            }
         };
-        Ok(Self { out_features, in_features, weight, bias: bias.map(HostTensor::to_f32), format })
+        Ok(Self { out_features, in_features, weight, bias: bias.map(HostTensor::to_f32) })
     }
 
     fn row(&self, r: usize) -> &[f32] {
@@ -112,26 +111,10 @@ impl Linear {
 
     fn apply(&self, x: &[f32], out: &mut [f32]) {
         assert_eq!((x.len(), out.len()), (self.in_features, self.out_features));
-        let quantized: Vec<f32>;
-        let x = if self.format == WeightFormat::Q8_0 {
-            quantized = blocks(x)
-                .flat_map(|b| {
-                    let (scale, q) = q8_0::quantize_activation_block(b);
-                    q.map(|q| f32::from(q) * scale)
-                })
-                .collect();
-            &quantized
-        } else {
-            x
-        };
         for (n, out) in out.iter_mut().enumerate() {
             *out = dot(x, self.row(n)) + self.bias.as_ref().map_or(0.0, |b| b[n]);
         }
     }
-}
-
-fn blocks(x: &[f32]) -> impl Iterator<Item = &[f32; q8_0::BLOCK]> {
-    x.chunks_exact(q8_0::BLOCK).map(|b| b.try_into().expect("chunks of BLOCK"))
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {

@@ -40,14 +40,14 @@ struct Head {
 }
 
 impl Latent {
-    pub(crate) fn new(src: &HostLatent<'_>) -> Result<Self> {
+    pub(crate) fn new(pool: &Pool, src: &HostLatent<'_>) -> Result<Self> {
         let &HostLatent { ref kv_b, heads, nope, rope, v, rank, format } = src;
         kv_b.expect_shape(&[heads * (nope + v), rank])?;
         let head = |h: usize| {
             let start = h * (nope + v);
             Ok(Head {
-                absorb: pack_transposed(Matrix::from_host(&kv_b.rows(start, nope), format)?)?,
-                project: Matrix::from_host(&kv_b.rows(start + nope, v), format)?,
+                absorb: pack_transposed(pool, Matrix::from_host(pool, &kv_b.rows(start, nope), format)?)?,
+                project: Matrix::from_host(pool, &kv_b.rows(start + nope, v), format)?,
             })
         };
         Ok(Self { nope, rope, v, rank, heads: (0..heads).map(head).collect::<Result<_>>()? })
@@ -60,17 +60,17 @@ impl Latent {
 
 /// The transpose of a matrix, same values. Blocks lie along the other side then, so it is
 /// kept as the f32 that its quants stand for.
-fn pack_transposed(matrix: Matrix) -> Result<Matrix> {
+fn pack_transposed(pool: &Pool, matrix: Matrix) -> Result<Matrix> {
     let (rows, cols) = (matrix.out_features, matrix.in_features);
     let mut values = vec![0.0; rows * cols];
     for (n, row) in values.chunks_exact_mut(cols).enumerate() {
         matrix.read_row(n, row);
     }
     let format = match matrix.format() {
-        WeightFormat::Q8_0 | WeightFormat::Ggml(_) => WeightFormat::F32,
+        WeightFormat::Ggml(_) => WeightFormat::F32,
         other => other,
     };
-    Matrix::pack(cols, rows, format, |columns| {
+    Matrix::pack(pool, (cols, rows), format, |columns| {
         columns.flat_map(|c| values.iter().skip(c).step_by(cols).copied()).collect()
     })
 }
@@ -96,7 +96,7 @@ pub(crate) fn attend(
         let (row, head) = (task / head_chunks * row_chunk, task % head_chunks * TASK_HEADS);
         let rows = row..rows.min(row + row_chunk);
         let heads = head..heads.min(head + TASK_HEADS);
-        let task = Task { isa, q, weight, plane, plan, scale, rows, heads };
+        let task = Task { pool, isa, q, weight, plane, plan, scale, rows, heads };
         with_scratch(task.rows.len() * task.heads.len() * (width + rope_start(weight.rank)), |scratch, quantized| {
             // SAFETY: tasks differ in rows or in heads.
             unsafe { task.run(scratch, quantized, out) };
@@ -106,6 +106,7 @@ pub(crate) fn attend(
 
 /// Some rows of some heads.
 struct Task<'a> {
+    pool: &'a Pool,
     isa: Dispatch,
     q: &'a Tensor,
     weight: &'a Latent,
@@ -120,7 +121,7 @@ impl Task<'_> {
     /// # Safety
     /// Nobody else reads or writes these rows and heads of `out` meanwhile.
     unsafe fn run(self, scratch: &mut [f32], quantized: &mut Quantized, out: &Target<'_>) {
-        let Task { isa, q, weight, plane, plan, scale, .. } = self;
+        let Task { pool, isa, q, weight, plane, plan, scale, .. } = self;
         let &Latent { nope, rope, v, rank, .. } = weight;
         let (rank_width, rows) = (rope_start(rank), self.rows.len());
         // Queries in the space of the cached rows, and mixed latents: both [heads, rows, width].
@@ -134,7 +135,13 @@ impl Task<'_> {
             let nopes = View { data: &q.data()[first * stride..], rows, stride, start, width: nope, index: None };
             // SAFETY: this task alone has its scratch.
             unsafe {
-                multiply_here(isa, nopes, &weight.heads[head].absorb, quantized, &Target::new(queries, plane.width))
+                multiply_here(
+                    (pool, isa),
+                    nopes,
+                    &weight.heads[head].absorb,
+                    quantized,
+                    &Target::new(queries, plane.width),
+                )
             };
             for (row, query) in self.rows.clone().zip(queries.chunks_exact_mut(plane.width)) {
                 query[rank_width..][..rope].copy_from_slice(&q.row(row)[start + nope..][..rope]);
@@ -156,7 +163,7 @@ impl Task<'_> {
             let mixed = View { data: mixed, rows, stride: rank_width, start: 0, width: rank, index: None };
             let out = out.shifted(first, head * v);
             // SAFETY: the caller's obligation.
-            unsafe { multiply_here(isa, mixed, &weight.heads[head].project, quantized, &out) };
+            unsafe { multiply_here((pool, isa), mixed, &weight.heads[head].project, quantized, &out) };
         }
     }
 }
@@ -165,8 +172,14 @@ impl Task<'_> {
 ///
 /// # Safety
 /// As for [`Part::run`].
-unsafe fn multiply_here(isa: Dispatch, x: View<'_>, weight: &Matrix, quantized: &mut Quantized, out: &Target<'_>) {
-    let input = Input::prepare(isa, x, weight, quantized);
+unsafe fn multiply_here(
+    (pool, isa): (&Pool, Dispatch),
+    x: View<'_>,
+    weight: &Matrix,
+    quantized: &mut Quantized,
+    out: &Target<'_>,
+) {
+    let input = Input::prepare(pool, isa, x, weight, quantized);
     let part = Part { input, weight, bias: None, rows: 0..x.rows, panels: 0..weight.panels() };
     // SAFETY: the caller's obligation.
     unsafe { part.run(isa, out) }

@@ -1,18 +1,18 @@
 //! `y = x·Wᵀ + b` on packed weights.
 //!
 //! Order: an output is one lane of one accumulator that starts at 0, takes its products by ascending
-//! k (Q8_0: the exact sum of each block times both scales, by ascending block), then the bias. A GGUF
-//! file's blocks are widened once per tile and then multiplied as floats. Tiles
+//! k (block formats: see [`super::blocks`]), then the bias. Tiles
 //! of `R` rows × `P` panels share loads; they change what is computed together, never the order.
 
 use std::ops::Range;
 
 use crate::isa::Dispatch;
+use crate::kernels::blocks::BlockPart;
 use crate::kernels::quantize::Quantized;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::{Target, View};
-use crate::weight::{Blocks, Element, Matrix, Packed, Panels, Quants, Widened};
+use crate::weight::{Element, Matrix, Packed, Panels};
 
 /// Panels whose weights stay in cache while all rows of a task pass over them.
 const GROUP: usize = 4;
@@ -24,28 +24,28 @@ const TASK_ROWS: usize = 64;
 #[derive(Clone, Copy)]
 pub(crate) enum Input<'a> {
     Floats(View<'a>),
-    /// Rows, by `index` where there is one.
-    Quants(&'a Quantized, Option<&'a [u32]>),
+    /// Rows from a certain one on.
+    Bytes(&'a Quantized, usize),
 }
 
 impl<'a> Input<'a> {
     /// `x` for `weight`, quantised into `buffer` if need be.
-    pub(crate) fn prepare(isa: Dispatch, x: View<'a>, weight: &Matrix, buffer: &'a mut Quantized) -> Self {
+    pub(crate) fn prepare(pool: &Pool, isa: Dispatch, x: View<'a>, weight: &Matrix, buffer: &'a mut Quantized) -> Self {
         assert_eq!(x.width, weight.in_features, "columns of the activation");
         match weight.data {
-            Packed::Q8_0(_) => {
-                buffer.fill(isa, x);
-                Input::Quants(buffer, None)
+            Packed::Blocks(_) => {
+                buffer.fill(pool, isa, x);
+                Input::Bytes(buffer, 0)
             }
             _ => Input::Floats(x),
         }
     }
 
-    /// Rows `index[0]`, `index[1]`, … of this one.
-    pub(crate) fn indexed(self, index: &'a [u32]) -> Self {
+    /// The rows from `first` on.
+    pub(crate) fn from(self, first: usize) -> Self {
         match self {
-            Input::Floats(view) => Input::Floats(View { index: Some(index), ..view }),
-            Input::Quants(quants, _) => Input::Quants(quants, Some(index)),
+            Input::Floats(view) => Input::Floats(view.from(first)),
+            Input::Bytes(quantized, start) => Input::Bytes(quantized, start + first),
         }
     }
 }
@@ -72,8 +72,7 @@ impl Part<'_> {
             (Input::Floats(x), Packed::F32(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
             (Input::Floats(x), Packed::F16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
             (Input::Floats(x), Packed::BF16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
-            (Input::Floats(x), Packed::Ggml(w)) => isa.run(BlockPart { x, w, rows, panels, out }),
-            (Input::Quants(x, index), Packed::Q8_0(w)) => isa.run(QuantPart { x, index, w, rows, panels, out }),
+            (Input::Bytes(x, first), Packed::Blocks(w)) => BlockPart { x, first, w, rows, panels, out }.run(isa),
             _ => unreachable!("the input was prepared for this weight"),
         }
     }
@@ -102,7 +101,7 @@ pub(crate) fn multiply(
 }
 
 /// Where a part puts its results.
-struct PartOut<'a> {
+pub(crate) struct PartOut<'a> {
     out: &'a Target<'a>,
     bias: Option<&'a [f32]>,
     out_features: usize,
@@ -110,7 +109,13 @@ struct PartOut<'a> {
 
 impl PartOut<'_> {
     #[inline(always)]
-    fn put<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize, acc: [[S::F32; P]; R]) {
+    pub(crate) fn put<S: Simd, const R: usize, const P: usize>(
+        &self,
+        s: S,
+        row: usize,
+        panel: usize,
+        acc: [[S::F32; P]; R],
+    ) {
         for (r, acc) in acc.into_iter().enumerate() {
             for (p, mut v) in acc.into_iter().enumerate() {
                 let col = (panel + p) * LANES;
@@ -215,97 +220,6 @@ impl<T: Element> Tiles for FloatPart<'_, T> {
                 let x = s.splat(unsafe { *x[r].get_unchecked(k) });
                 for p in 0..P {
                     acc[r][p] = s.mul_add(x, column[p], acc[r][p]);
-                }
-            }
-        }
-        self.out.put(s, row, panel, acc);
-    }
-}
-
-struct BlockPart<'a> {
-    x: View<'a>,
-    w: &'a Blocks,
-    rows: Range<usize>,
-    panels: Range<usize>,
-    out: PartOut<'a>,
-}
-
-impl Kernel for BlockPart<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        walk(s, &self, self.rows.clone(), self.panels.clone());
-    }
-}
-
-impl Tiles for BlockPart<'_> {
-    const COST: usize = 1;
-
-    #[inline(always)]
-    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize) {
-        let mut widened: Widened = [[0.0; LANES]; _];
-        let size = self.w.format.elements();
-        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x.row(row + r)[..self.x.width]);
-        let mut acc = [[s.splat(0.0); P]; R];
-        for b in 0..self.x.width / size {
-            let x: [&[f32]; R] = std::array::from_fn(|r| &x[r][b * size..][..size]);
-            #[allow(clippy::needless_range_loop)] // p is a panel too
-            for p in 0..P {
-                let columns = self.w.widen(panel + p, b, &mut widened);
-                for (k, column) in columns.iter().enumerate() {
-                    let column = s.load(column);
-                    for r in 0..R {
-                        acc[r][p] = s.mul_add(s.splat(x[r][k]), column, acc[r][p]);
-                    }
-                }
-            }
-        }
-        self.out.put(s, row, panel, acc);
-    }
-}
-
-struct QuantPart<'a> {
-    x: &'a Quantized,
-    index: Option<&'a [u32]>,
-    w: &'a Quants,
-    rows: Range<usize>,
-    panels: Range<usize>,
-    out: PartOut<'a>,
-}
-
-impl Kernel for QuantPart<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        walk(s, &self, self.rows.clone(), self.panels.clone());
-    }
-}
-
-impl Tiles for QuantPart<'_> {
-    const COST: usize = 2;
-
-    #[inline(always)]
-    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize) {
-        let w: [_; P] = std::array::from_fn(|p| self.w.panel(panel + p));
-        let x: [_; R] = std::array::from_fn(|r| self.x.row(self.index.map_or(row + r, |i| i[row + r] as usize)));
-        let mut acc = [[s.splat(0.0); P]; R];
-        for b in 0..w[0].0.len() {
-            let mut dots = [[s.dot_start(0); P]; R];
-            for r in 0..R {
-                dots[r] = [s.dot_start(x[r].2[b]); P];
-            }
-            for j in 0..w[0].0[b].len() {
-                for p in 0..P {
-                    let w = s.load_i8(&w[p].0[b][j]);
-                    for r in 0..R {
-                        let quad = x[r].0[b].as_chunks().0[j];
-                        dots[r][p] = s.dot4(dots[r][p], w, quad);
-                    }
-                }
-            }
-            for p in 0..P {
-                let scale = s.load_f16(&w[p].1[b]);
-                for r in 0..R {
-                    let scale = s.mul(scale, s.splat(x[r].1[b]));
-                    acc[r][p] = s.mul_add(s.to_f32(dots[r][p]), scale, acc[r][p]);
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! The kernels. Each file states the order in which it adds, which is the same for every batch.
 
 pub(crate) mod attention;
+pub(crate) mod blocks;
 pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod moe;

@@ -26,8 +26,8 @@ struct Expert {
 }
 
 impl Experts {
-    pub(crate) fn new(src: &HostExperts<'_>) -> Result<Self> {
-        let matrix = |tensors: &[HostTensor<'_>], e: usize| Matrix::from_host(&tensors[e], src.format);
+    pub(crate) fn new(pool: &Pool, src: &HostExperts<'_>) -> Result<Self> {
+        let matrix = |tensors: &[HostTensor<'_>], e: usize| Matrix::from_host(pool, &tensors[e], src.format);
         let expert = |e: usize| {
             let expert = Expert { gate: matrix(&src.gate, e)?, up: matrix(&src.up, e)?, down: matrix(&src.down, e)? };
             src.up[e].expect_shape(src.gate[0].shape())?;
@@ -52,8 +52,6 @@ pub(crate) struct Scratch {
     pairs: Vec<(usize, u32, f32)>,
     /// Row of each pair.
     rows: Vec<u32>,
-    /// Own number of each pair.
-    own: Vec<u32>,
     /// Expert with pairs, first pair, pairs.
     runs: Vec<(usize, usize, usize)>,
     gate: Vec<f32>,
@@ -72,12 +70,10 @@ pub(crate) fn fused(
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
-    let Scratch { pairs, rows, own, runs, gate, up, down, quantized, quantized_inner } = scratch;
+    let Scratch { pairs, rows, runs, gate, up, down, quantized, quantized_inner } = scratch;
     route(logits, &layer.routing, pairs);
     rows.clear();
     rows.extend(pairs.iter().map(|p| p.1));
-    own.clear();
-    own.extend(0..pairs.len() as u32);
     runs.clear();
     for run in pairs.chunk_by(|a, b| a.0 == b.0) {
         let first = runs.last().map_or(0, |&(_, first, count)| first + count);
@@ -91,7 +87,8 @@ pub(crate) fn fused(
     }
     let work = pairs.len() * hidden * inner;
 
-    let input = Input::prepare(isa, x.view(), &shape.gate, quantized);
+    let input =
+        Input::prepare(pool, isa, View { rows: rows.len(), index: Some(rows), ..x.view() }, &shape.gate, quantized);
     let (gates, ups) = (Target::new(gate, inner), Target::new(up, inner));
     let chunk = pool.share(shape.gate.panels() * runs.len(), 2 * work).clamp(1, shape.gate.panels());
     let chunks = shape.gate.panels().div_ceil(chunk);
@@ -101,7 +98,7 @@ pub(crate) fn fused(
         let panel = task % chunks * chunk;
         let panels = panel..gate.panels().min(panel + chunk);
         let cols = panel * LANES..inner.min(panels.end * LANES);
-        let input = input.indexed(&rows[first..first + count]);
+        let input = input.from(first);
         let part = Part { input, weight: gate, bias: None, rows: 0..count, panels };
         // SAFETY: tasks differ in pairs or in columns, here and below; only one part is alive at a time.
         unsafe { part.clone().run(isa, &gates.shifted(first, 0)) };
@@ -115,7 +112,7 @@ pub(crate) fn fused(
     });
 
     let view = View { data: &gate[..], rows: pairs.len(), stride: inner, start: 0, width: inner, index: None };
-    let input = Input::prepare(isa, view, &shape.down, quantized_inner);
+    let input = Input::prepare(pool, isa, view, &shape.down, quantized_inner);
     let downs = Target::new(down, hidden);
     let chunk = pool.share(shape.down.panels() * runs.len(), work).clamp(1, shape.down.panels());
     let chunks = shape.down.panels().div_ceil(chunk);
@@ -124,8 +121,7 @@ pub(crate) fn fused(
         let weight = &layer.experts[expert].down;
         let panel = task % chunks * chunk;
         let panels = panel..weight.panels().min(panel + chunk);
-        let input = input.indexed(&own[first..first + count]);
-        let part = Part { input, weight, bias: None, rows: 0..count, panels };
+        let part = Part { input: input.from(first), weight, bias: None, rows: 0..count, panels };
         // SAFETY: tasks differ in pairs or in columns.
         unsafe { part.run(isa, &downs.shifted(first, 0)) };
     });

@@ -1,77 +1,108 @@
-//! Activations for Q8_0 weights: each row in blocks of 32 signed bytes, as [`baton_device::q8_0`] says.
+//! Activations for weights of block formats: each row in blocks of 32 signed bytes, as [`baton_device::int8`] says.
+//!
+//! Blocks lie by column first, then by row, so that a kernel finds the block of the next row at a fixed distance.
 
-use baton_device::q8_0;
+use baton_device::int8;
 
 use crate::isa::Dispatch;
+use crate::pool::Pool;
 use crate::simd::{Kernel, Simd};
 use crate::tensor::View;
+
+/// Of a value, in multiply-adds.
+const WORK: usize = 2;
 
 /// Quantised rows. Grows to the largest step and is then reused.
 #[derive(Default)]
 pub(crate) struct Quantized {
-    /// Blocks per row.
-    blocks: usize,
-    quants: Vec<[i8; q8_0::BLOCK]>,
-    scales: Vec<f32>,
-    /// Sum of the quants of each block.
-    sums: Vec<i32>,
+    rows: usize,
+    bytes: Vec<[i8; int8::BLOCK]>,
+    factors: Vec<Factors>,
+}
+
+/// What a block's bytes are to be multiplied by and corrected with. Sums are of the first half, of the
+/// second, and of all its bytes.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(32))]
+pub(crate) struct Factors {
+    pub(crate) scale: f32,
+    pub(crate) negated_sums: [i32; 3],
+    pub(crate) scaled_sums: [f32; 3],
 }
 
 impl Quantized {
     /// Replaces the contents by all rows of `x`.
-    pub(crate) fn fill(&mut self, isa: Dispatch, x: View<'_>) {
-        self.blocks = x.width / q8_0::BLOCK;
-        let total = x.rows * self.blocks;
-        self.quants.resize(total, [0; q8_0::BLOCK]);
-        self.scales.resize(total, 0.0);
-        self.sums.resize(total, 0);
-        isa.run(Quantize { x, into: self });
+    pub(crate) fn fill(&mut self, pool: &Pool, isa: Dispatch, x: View<'_>) {
+        let (rows, blocks) = (x.rows, x.width / int8::BLOCK);
+        self.rows = rows;
+        self.bytes.resize(rows * blocks, [0; _]);
+        self.factors.resize(rows * blocks, Factors::default());
+        if rows == 0 {
+            return;
+        }
+        let work = WORK * rows * x.width;
+        let share = pool.share(blocks, work);
+        let parts = self.bytes.chunks_mut(share * rows).zip(self.factors.chunks_mut(share * rows));
+        pool.each(parts, work, |part, (bytes, factors)| {
+            isa.run(Quantize { x, first: part * share, bytes, factors });
+        });
     }
 
-    /// Quants, scales and sums of row `r`.
+    /// Block `block` of rows `first..first + R`.
     #[inline(always)]
-    pub(crate) fn row(&self, r: usize) -> (&[[i8; q8_0::BLOCK]], &[f32], &[i32]) {
-        let range = r * self.blocks..(r + 1) * self.blocks;
-        (&self.quants[range.clone()], &self.scales[range.clone()], &self.sums[range])
+    pub(crate) fn block<const R: usize>(&self, block: usize, first: usize) -> (&[[i8; int8::BLOCK]; R], &[Factors; R]) {
+        let start = block * self.rows + first;
+        let bytes = self.bytes[start..].first_chunk().expect("R rows");
+        (bytes, self.factors[start..].first_chunk().expect("R rows"))
     }
 }
 
 struct Quantize<'a> {
     x: View<'a>,
-    into: &'a mut Quantized,
+    /// Block of the first column that is filled.
+    first: usize,
+    bytes: &'a mut [[i8; int8::BLOCK]],
+    factors: &'a mut [Factors],
 }
 
 impl Kernel for Quantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Quantized { blocks, quants, scales, sums } = self.into;
-        for r in 0..self.x.rows {
-            for (b, block) in self.x.row(r).as_chunks().0.iter().enumerate() {
-                let i = r * *blocks + b;
-                (scales[i], quants[i]) = quantize_block(s, block);
-                sums[i] = quants[i].iter().map(|&q| i32::from(q)).sum();
+        let columns = self.bytes.chunks_exact_mut(self.x.rows).zip(self.factors.chunks_exact_mut(self.x.rows));
+        for (i, (bytes, factors)) in columns.enumerate() {
+            for (r, (bytes, factors)) in bytes.iter_mut().zip(factors).enumerate() {
+                let block = self.x.row(r).as_chunks().0;
+                (factors.scale, *bytes) = quantize_block(s, &block[self.first + i]);
+                let halves = bytes.as_chunks::<{ int8::BLOCK / 2 }>().0;
+                let [low, high] = [0, 1].map(|half| halves[half].iter().map(|&q| i32::from(q)).sum::<i32>());
+                let sums = [low, high, low + high];
+                factors.negated_sums = sums.map(|sum| -sum);
+                factors.scaled_sums = sums.map(|sum| factors.scale * sum as f32);
             }
         }
     }
 }
 
-/// What [`q8_0::quantize_activation_block`] computes, for finite numbers.
+/// What [`int8::quantize`] computes.
 #[inline(always)]
-fn quantize_block<S: Simd>(s: S, x: &[f32; q8_0::BLOCK]) -> (f32, [i8; q8_0::BLOCK]) {
+fn quantize_block<S: Simd>(s: S, x: &[f32; int8::BLOCK]) -> (f32, [i8; int8::BLOCK]) {
     let zero = s.splat(0.0);
-    let magnitude = x.as_chunks().0.iter().fold(zero, |max, x| {
+    let (mut magnitude, mut nothing) = (zero, zero);
+    for x in x.as_chunks().0 {
         let v = s.load(x);
-        s.at_least(s.at_least(s.sub(zero, v), v), max)
-    });
-    let scale = s.max(magnitude) / 127.0;
+        magnitude = s.at_least(s.at_least(s.sub(zero, v), v), magnitude);
+        // Not a number as soon as a value is not finite.
+        nothing = s.mul_add(v, zero, nothing);
+    }
+    let scale = s.max(magnitude) / 127.0 + s.sum(nothing);
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     // Half away from zero is towards zero after adding the largest number below a half.
     let round = |v: f32| (v * inverse + 0.499_999_97_f32.copysign(v)) as i32;
-    let mut quants = [0; q8_0::BLOCK];
-    for (quant, &x) in quants.iter_mut().zip(x) {
-        *quant = round(x).clamp(-127, 127) as i8;
+    let mut bytes = [0; int8::BLOCK];
+    for (byte, &x) in bytes.iter_mut().zip(x) {
+        *byte = round(x).clamp(-127, 127) as i8;
     }
-    (scale, quants)
+    (scale, bytes)
 }
 
 #[cfg(test)]
@@ -80,40 +111,50 @@ mod tests {
     use crate::isa::Isa;
     use proptest::prelude::*;
 
-    fn ours(isa: Isa, row: &[f32]) -> Quantized {
+    fn ours(isa: Isa, rows: &[f32], width: usize) -> Quantized {
         let mut quantized = Quantized::default();
-        let x = View { data: row, rows: 1, stride: row.len(), start: 0, width: row.len(), index: None };
-        quantized.fill(isa.dispatch().unwrap(), x);
+        let x = View { data: rows, rows: rows.len() / width, stride: width, start: 0, width, index: None };
+        quantized.fill(&Pool::new(2).unwrap(), isa.dispatch().unwrap(), x);
         quantized
     }
 
     proptest! {
         #[test]
-        fn blocks_are_quantised_as_the_format_says(
-            row in prop::collection::vec(-3.0f32..3.0, 64), halves in prop::collection::vec(-254i32..=254, 32),
+        fn blocks_are_quantised_as_the_contract_says(
+            values in prop::collection::vec(-3.0f32..3.0, 96), halves in prop::collection::vec(-254i32..=254, 32),
             power in -60..60i32,
         ) {
             // Multiples of half a step: where rounding has to choose.
-            let mut row = row;
-            row.extend(halves.iter().map(|&h| h as f32 * 0.5));
-            row[64] = 127.0;
-            row.iter_mut().for_each(|x| *x *= 2.0f32.powi(power));
+            let mut values = values;
+            values.extend(halves.iter().map(|&h| h as f32 * 0.5));
+            values[96] = 127.0;
+            values.iter_mut().for_each(|x| *x *= 2.0f32.powi(power));
             for isa in Isa::available() {
-                let quantized = ours(isa, &row);
-                let (quants, scales, sums) = quantized.row(0);
-                for (b, block) in row.as_chunks().0.iter().enumerate() {
-                    let (scale, expected) = q8_0::quantize_activation_block(block);
-                    prop_assert_eq!((scales[b], quants[b]), (scale, expected), "{}", isa);
-                    prop_assert_eq!(sums[b], expected.iter().map(|&q| i32::from(q)).sum::<i32>());
+                let quantized = ours(isa, &values, 64);
+                for (i, block) in values.as_chunks().0.iter().enumerate() {
+                    let ([bytes], [factors]) = quantized.block::<1>(i % 2, i / 2);
+                    let (scale, expected) = int8::quantize(block);
+                    prop_assert_eq!((factors.scale, bytes), (scale, &expected), "{}", isa);
+                    let sum = |bytes: &[i8]| bytes.iter().map(|&q| i32::from(q)).sum::<i32>();
+                    let sums = [sum(&expected[..16]), sum(&expected[16..]), sum(&expected)];
+                    prop_assert_eq!(factors.negated_sums, sums.map(|sum| -sum));
+                    prop_assert_eq!(factors.scaled_sums, sums.map(|sum| scale * sum as f32));
                 }
             }
         }
     }
 
     #[test]
-    fn zeros_stay_zeros() {
+    fn zeros_stay_zeros_and_what_is_not_finite_shows() {
         for isa in Isa::available() {
-            assert_eq!(ours(isa, &[0.0; 32]).row(0), (&[[0; 32]][..], &[0.0][..], &[0][..]));
+            let zeros = ours(isa, &[0.0; 32], 32);
+            let ([bytes], [factors]) = zeros.block::<1>(0, 0);
+            assert_eq!((bytes, factors.scale), (&[0; 32], 0.0));
+            for (at, bad) in [(0, f32::NAN), (31, f32::INFINITY), (16, f32::NEG_INFINITY), (5, f32::NAN)] {
+                let mut row = [1.0; 32];
+                row[at] = bad;
+                assert!(ours(isa, &row, 32).block::<1>(0, 0).1[0].scale.is_nan(), "{isa}: {bad} at {at}");
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C: two registers per vector.
 
 use std::arch::x86_64::*;
+use std::array::from_fn;
 
 use half::{bf16, f16};
 
@@ -40,10 +41,10 @@ macro_rules! intrinsic {
 impl Simd for Avx2 {
     type F32 = [__m256; 2];
     type I32 = [__m256i; 2];
-    /// Bytes as they are.
-    type I8 = [__m256i; 2];
+    type Bytes = [__m256i; 2];
 
     const ACCUMULATORS: usize = 6;
+    const SIGNED_SHIFT: u32 = 32;
 
     #[inline(always)]
     fn splat(self, x: f32) -> [__m256; 2] {
@@ -145,28 +146,98 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn load_i8(self, w: &[i8; 4 * LANES]) -> [__m256i; 2] {
-        let w = w.as_ptr().cast::<__m256i>();
-        intrinsic!([_mm256_loadu_si256(w), _mm256_loadu_si256(w.add(1))])
+    fn load_i8(self, x: &[i8; LANES]) -> [__m256; 2] {
+        intrinsic!({
+            let x = _mm_loadu_si128(x.as_ptr().cast());
+            let high = _mm_unpackhi_epi64(x, x);
+            [_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high))]
+        })
     }
 
     #[inline(always)]
-    fn dot_start(self, _sum: i32) -> [__m256i; 2] {
-        [intrinsic!(_mm256_setzero_si256()); 2]
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> [__m256i; 2] {
+        let x = x.as_ptr().cast::<__m256i>();
+        intrinsic!([_mm256_loadu_si256(x), _mm256_loadu_si256(x.add(1))])
     }
 
     #[inline(always)]
-    fn dot4(self, acc: [__m256i; 2], w: [__m256i; 2], x: [i8; 4]) -> [__m256i; 2] {
+    fn store_bytes(self, v: [__m256i; 2], out: &mut [u8; 4 * LANES]) {
+        let out = out.as_mut_ptr().cast::<__m256i>();
+        intrinsic!({
+            _mm256_storeu_si256(out, v[0]);
+            _mm256_storeu_si256(out.add(1), v[1]);
+        });
+    }
+
+    #[inline(always)]
+    fn field(self, v: [__m256i; 2], shift: i32, mask: u8) -> [__m256i; 2] {
+        v.map(|v| {
+            intrinsic!({
+                let count = _mm_cvtsi32_si128(shift.abs());
+                let moved = if shift < 0 { _mm256_sll_epi16(v, count) } else { _mm256_srl_epi16(v, count) };
+                _mm256_and_si256(moved, _mm256_set1_epi8(mask as i8))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn or(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        intrinsic!([_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn plane(self, bits: u64, value: u8) -> [__m256i; 2] {
+        [bits as u32, (bits >> 32) as u32].map(|bits| {
+            intrinsic!({
+                // Each byte gets the byte that holds its bit, then keeps that bit alone.
+                let home = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+                let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+                let spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), home), bit);
+                _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(value as i8))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[i8; LANES], indices: [__m256i; 2]) -> [__m256i; 2] {
+        intrinsic!({
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            [_mm256_shuffle_epi8(table, indices[0]), _mm256_shuffle_epi8(table, indices[1])]
+        })
+    }
+
+    #[inline(always)]
+    fn signed(self, v: [__m256i; 2]) -> [__m256i; 2] {
+        v
+    }
+
+    #[inline(always)]
+    fn shifted(self, x: &i32, shift: u32) -> [__m256i; 2] {
+        [intrinsic!(_mm256_sll_epi32(_mm256_set1_epi32(*x), _mm_cvtsi32_si128(shift as i32))); 2]
+    }
+
+    #[inline(always)]
+    fn dot(self, acc: [__m256i; 2], w: [__m256i; 2], x: &[i8; 4]) -> [__m256i; 2] {
         let x = i32::from_le_bytes(x.map(|b| b as u8));
-        let mut out = acc;
-        for i in 0..2 {
-            // |w| · (x with the sign of w): two products of at most 127² fit 16 bits.
-            out[i] = intrinsic!({
+        from_fn(|i| {
+            // Two products of at most 127² fit 16 bits.
+            intrinsic!({
+                let pairs = _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(x));
+                _mm256_add_epi32(acc[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, acc: [__m256i; 2], w: [__m256i; 2], x: &[i8; 4]) -> [__m256i; 2] {
+        let x = i32::from_le_bytes(x.map(|b| b as u8));
+        from_fn(|i| {
+            // |w| · (x with the sign of w), as above.
+            intrinsic!({
                 let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(_mm256_set1_epi32(x), w[i]));
                 _mm256_add_epi32(acc[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-            });
-        }
-        out
+            })
+        })
     }
 
     #[inline(always)]

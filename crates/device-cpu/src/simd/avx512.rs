@@ -44,10 +44,10 @@ macro_rules! intrinsic {
 impl Simd for Avx512 {
     type F32 = __m512;
     type I32 = __m512i;
-    /// Bytes plus 128, unsigned as VNNI wants its first factor.
-    type I8 = __m512i;
+    type Bytes = __m512i;
 
     const ACCUMULATORS: usize = 16;
+    const SIGNED_SHIFT: u32 = 7;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -139,20 +139,67 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load_i8(self, w: &[i8; 4 * LANES]) -> __m512i {
-        intrinsic!(_mm512_xor_si512(_mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi8(-128)))
+    fn load_i8(self, x: &[i8; LANES]) -> __m512 {
+        intrinsic!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))))
     }
 
     #[inline(always)]
-    fn dot_start(self, sum: i32) -> __m512i {
-        // Undoes the 128 that was added to every weight.
-        intrinsic!(_mm512_set1_epi32(-128 * sum))
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> __m512i {
+        intrinsic!(_mm512_loadu_si512(x.as_ptr().cast()))
     }
 
     #[inline(always)]
-    fn dot4(self, acc: __m512i, w: __m512i, x: [i8; 4]) -> __m512i {
+    fn store_bytes(self, v: __m512i, out: &mut [u8; 4 * LANES]) {
+        intrinsic!(_mm512_storeu_si512(out.as_mut_ptr().cast(), v));
+    }
+
+    #[inline(always)]
+    fn field(self, v: __m512i, shift: i32, mask: u8) -> __m512i {
+        intrinsic!({
+            let count = _mm_cvtsi32_si128(shift.abs());
+            let moved = if shift < 0 { _mm512_sll_epi16(v, count) } else { _mm512_srl_epi16(v, count) };
+            _mm512_and_si512(moved, _mm512_set1_epi8(mask as i8))
+        })
+    }
+
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        intrinsic!(_mm512_or_si512(a, b))
+    }
+
+    #[inline(always)]
+    fn plane(self, bits: u64, value: u8) -> __m512i {
+        intrinsic!(_mm512_maskz_set1_epi8(bits, value as i8))
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[i8; LANES], indices: __m512i) -> __m512i {
+        intrinsic!({
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, indices)
+        })
+    }
+
+    #[inline(always)]
+    fn signed(self, v: __m512i) -> __m512i {
+        // Plus 128: VNNI's first factor is unsigned.
+        intrinsic!(_mm512_xor_si512(v, _mm512_set1_epi8(-128)))
+    }
+
+    #[inline(always)]
+    fn shifted(self, x: &i32, shift: u32) -> __m512i {
+        intrinsic!(_mm512_sll_epi32(_mm512_set1_epi32(*x), _mm_cvtsi32_si128(shift as i32)))
+    }
+
+    #[inline(always)]
+    fn dot(self, acc: __m512i, w: __m512i, x: &[i8; 4]) -> __m512i {
         let x = i32::from_le_bytes(x.map(|b| b as u8));
         intrinsic!(_mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)))
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, acc: __m512i, w: __m512i, x: &[i8; 4]) -> __m512i {
+        self.dot(acc, w, x)
     }
 
     #[inline(always)]

@@ -33,11 +33,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type F32: Copy;
     /// 16 integers.
     type I32: Copy;
-    /// 16 groups of 4 signed bytes, none of them -128.
-    type I8: Copy;
+    /// 16 groups of 4 bytes.
+    type Bytes: Copy;
 
     /// How many `F32` accumulators leave room in the registers for operands.
     const ACCUMULATORS: usize;
+    /// Where a chain of [`Simd::dot_signed`] starts; 32 for at nothing.
+    const SIGNED_SHIFT: u32;
 
     fn splat(self, x: f32) -> Self::F32;
     fn load(self, x: &[f32; LANES]) -> Self::F32;
@@ -59,11 +61,29 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Sums the lanes of each of four vectors.
     fn sums(self, v: [Self::F32; 4]) -> [f32; 4];
 
-    fn load_i8(self, w: &[i8; 4 * LANES]) -> Self::I8;
-    /// Where a chain of [`Simd::dot4`] starts, given the sum of all activations it will see.
-    fn dot_start(self, sum: i32) -> Self::I32;
-    /// Adds to each lane the dot product of its group of `w` with the four signed bytes of `x`. Exact.
-    fn dot4(self, acc: Self::I32, w: Self::I8, x: [i8; 4]) -> Self::I32;
+    /// Small integers, widened.
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32;
+
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::Bytes;
+    fn store_bytes(self, v: Self::Bytes, out: &mut [u8; 4 * LANES]);
+    /// Each byte moved `shift` bits to the right (left if negative), then masked: `mask` holds no bit that a
+    /// neighbour's could reach.
+    fn field(self, v: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes;
+    fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// `value` in byte i where bit i is set, else 0.
+    fn plane(self, bits: u64, value: u8) -> Self::Bytes;
+    /// `table[i]` for every byte i, which is below 16.
+    fn lookup(self, table: &[i8; LANES], indices: Self::Bytes) -> Self::Bytes;
+    /// Signed bytes, none of them -128, in the form that [`Simd::dot_signed`] takes.
+    fn signed(self, v: Self::Bytes) -> Self::Bytes;
+    /// All lanes `x << shift`; 0 for a shift of 32.
+    fn shifted(self, x: &i32, shift: u32) -> Self::I32;
+    /// Adds to each lane the dot product of its group of `w`, bytes below 128, with the four signed bytes
+    /// of `x`, none of them -128. Exact.
+    fn dot(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32;
+    /// The same for signed bytes made by [`Simd::signed`], where the chain started at the negated sum of
+    /// all bytes of `x` that it will see, shifted by [`Simd::SIGNED_SHIFT`].
+    fn dot_signed(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32;
     fn to_f32(self, v: Self::I32) -> Self::F32;
 
     /// Sum of the lanes.

@@ -25,10 +25,10 @@ macro_rules! intrinsic {
 impl Simd for Neon {
     type F32 = [float32x4_t; 4];
     type I32 = [int32x4_t; 4];
-    /// Bytes as they are.
-    type I8 = [int8x16_t; 4];
+    type Bytes = [uint8x16_t; 4];
 
     const ACCUMULATORS: usize = 6;
+    const SIGNED_SHIFT: u32 = 32;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
@@ -132,24 +132,84 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn load_i8(self, w: &[i8; 4 * LANES]) -> Self::I8 {
-        from_fn(|i| intrinsic!(vld1q_s8(w.as_ptr().add(LANES * i))))
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32 {
+        intrinsic!({
+            let x = vld1q_s8(x.as_ptr());
+            let (low, high) = (vmovl_s8(vget_low_s8(x)), vmovl_s8(vget_high_s8(x)));
+            [
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
+                vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
+                vcvtq_f32_s32(vmovl_s16(vget_high_s16(high))),
+            ]
+        })
     }
 
     #[inline(always)]
-    fn dot_start(self, _sum: i32) -> Self::I32 {
-        [intrinsic!(vdupq_n_s32(0)); 4]
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::Bytes {
+        from_fn(|i| intrinsic!(vld1q_u8(x.as_ptr().add(LANES * i))))
     }
 
     #[inline(always)]
-    fn dot4(self, acc: Self::I32, w: Self::I8, x: [i8; 4]) -> Self::I32 {
+    fn store_bytes(self, v: Self::Bytes, out: &mut [u8; 4 * LANES]) {
+        for (i, v) in v.into_iter().enumerate() {
+            intrinsic!(vst1q_u8(out.as_mut_ptr().add(LANES * i), v));
+        }
+    }
+
+    #[inline(always)]
+    fn field(self, v: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes {
+        // A negative count shifts to the right.
+        v.map(|v| intrinsic!(vandq_u8(vshlq_u8(v, vdupq_n_s8(-shift as i8)), vdupq_n_u8(mask))))
+    }
+
+    #[inline(always)]
+    fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
+        from_fn(|i| intrinsic!(vorrq_u8(a[i], b[i])))
+    }
+
+    #[inline(always)]
+    fn plane(self, bits: u64, value: u8) -> Self::Bytes {
+        const BIT: [u8; 16] = [1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128];
+        from_fn(|i| {
+            let [low, high] = ((bits >> (LANES * i)) as u16).to_le_bytes();
+            intrinsic!({
+                let spread = vcombine_u8(vdup_n_u8(low), vdup_n_u8(high));
+                vandq_u8(vtstq_u8(spread, vld1q_u8(BIT.as_ptr())), vdupq_n_u8(value))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[i8; LANES], indices: Self::Bytes) -> Self::Bytes {
+        indices.map(|i| intrinsic!(vqtbl1q_u8(vld1q_u8(table.as_ptr().cast()), i)))
+    }
+
+    #[inline(always)]
+    fn signed(self, v: Self::Bytes) -> Self::Bytes {
+        v
+    }
+
+    #[inline(always)]
+    fn shifted(self, x: &i32, shift: u32) -> Self::I32 {
+        [intrinsic!(vdupq_n_s32(x.checked_shl(shift).unwrap_or(0))); 4]
+    }
+
+    #[inline(always)]
+    fn dot(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32 {
+        // Bytes below 128 are the same signed.
+        self.dot_signed(acc, w, x)
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32 {
         let x = i32::from_le_bytes(x.map(|b| b as u8));
         from_fn(|i| {
             intrinsic!({
-                let x = vreinterpretq_s8_s32(vdupq_n_s32(x));
+                let (w, x) = (vreinterpretq_s8_u8(w[i]), vreinterpretq_s8_s32(vdupq_n_s32(x)));
                 // Products of at most 127² fit 16 bits; pairs are added in 32.
-                let low = vpaddlq_s16(vmull_s8(vget_low_s8(w[i]), vget_low_s8(x)));
-                let high = vpaddlq_s16(vmull_s8(vget_high_s8(w[i]), vget_high_s8(x)));
+                let low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
+                let high = vpaddlq_s16(vmull_s8(vget_high_s8(w), vget_high_s8(x)));
                 vaddq_s32(acc[i], vpaddq_s32(low, high))
             })
         })

@@ -13,9 +13,10 @@ pub(crate) struct Portable;
 impl Simd for Portable {
     type F32 = [f32; LANES];
     type I32 = [i32; LANES];
-    type I8 = [i8; 4 * LANES];
+    type Bytes = [u8; 4 * LANES];
 
     const ACCUMULATORS: usize = 4;
+    const SIGNED_SHIFT: u32 = 32;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
@@ -91,18 +92,59 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn load_i8(self, w: &[i8; 4 * LANES]) -> Self::I8 {
-        *w
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32 {
+        x.map(f32::from)
     }
 
     #[inline(always)]
-    fn dot_start(self, _sum: i32) -> Self::I32 {
-        [0; LANES]
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::Bytes {
+        *x
     }
 
     #[inline(always)]
-    fn dot4(self, acc: Self::I32, w: Self::I8, x: [i8; 4]) -> Self::I32 {
-        from_fn(|i| (0..4).fold(acc[i], |sum, j| sum + i32::from(w[4 * i + j]) * i32::from(x[j])))
+    fn store_bytes(self, v: Self::Bytes, out: &mut [u8; 4 * LANES]) {
+        *out = v;
+    }
+
+    #[inline(always)]
+    fn field(self, v: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes {
+        v.map(|b| if shift < 0 { b << -shift } else { b >> shift } & mask)
+    }
+
+    #[inline(always)]
+    fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
+        from_fn(|i| a[i] | b[i])
+    }
+
+    #[inline(always)]
+    fn plane(self, bits: u64, value: u8) -> Self::Bytes {
+        from_fn(|i| (bits >> i & 1) as u8 * value)
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[i8; LANES], indices: Self::Bytes) -> Self::Bytes {
+        indices.map(|i| table[usize::from(i & 15)] as u8)
+    }
+
+    #[inline(always)]
+    fn signed(self, v: Self::Bytes) -> Self::Bytes {
+        v
+    }
+
+    #[inline(always)]
+    fn shifted(self, x: &i32, shift: u32) -> Self::I32 {
+        [x.checked_shl(shift).unwrap_or(0); LANES]
+    }
+
+    #[inline(always)]
+    fn dot(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32 {
+        // Bytes below 128 are the same signed.
+        self.dot_signed(acc, w, x)
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32 {
+        from_fn(|i| (0..4).fold(acc[i], |sum, j| sum + i32::from(w[4 * i + j] as i8) * i32::from(x[j])))
     }
 
     #[inline(always)]

@@ -1,12 +1,16 @@
 //! The block formats of GGUF files: a row is a run of blocks, each a few scales and many small integers.
 //!
 //! Layouts and formulas are ggml's (`ggml-common.h`, `ggml-quants.c`). [`BlockFormat::dequantize`] is the
-//! judge: it gives the very f32 values that ggml's own functions give. Products of scales and quants
-//! are taken in the order written here, without fused multiply-add, since the last bit depends on it.
+//! judge: it gives the very f32 values that ggml's own functions give. Every format is small integers under
+//! scales, so one formula ([`Unpacked`]) serves them all; its products are taken in the order written there,
+//! without fused multiply-add, since the last bit depends on it.
 
 mod blocks;
+mod quantize;
 
 use std::fmt;
+
+use half::f16;
 
 /// A block format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -46,6 +50,9 @@ impl BlockFormat {
 
     /// Elements of the largest block.
     pub const MAX_ELEMENTS: usize = 256;
+
+    /// The values that 4-bit codes stand for in the IQ4 formats (`kvalues_iq4nl`).
+    pub const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
     /// As GGUF spells it.
     pub const fn name(self) -> &'static str {
@@ -102,40 +109,136 @@ impl BlockFormat {
         }
     }
 
+    /// Elements that share a scale (and a minimum): 16 or 32.
+    pub const fn group(self) -> usize {
+        match self {
+            Q2_K | Q3_K | Q6_K => 16,
+            Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4_K | Q5_K | IQ4_NL | IQ4_XS => 32,
+        }
+    }
+
+    /// Whether a minimum is added to every element.
+    pub const fn has_min(self) -> bool {
+        self.scale_offsets().len() == 2
+    }
+
+    /// Takes one block apart.
+    ///
+    /// # Panics
+    /// If `block` is not one block.
+    pub fn unpack(self, block: &[u8], out: &mut Unpacked) {
+        match self {
+            Q4_0 => blocks::q4_0(one(block), out),
+            Q4_1 => blocks::q4_1(one(block), out),
+            Q5_0 => blocks::q5_0(one(block), out),
+            Q5_1 => blocks::q5_1(one(block), out),
+            Q8_0 => blocks::q8_0(one(block), out),
+            Q2_K => blocks::q2_k(one(block), out),
+            Q3_K => blocks::q3_k(one(block), out),
+            Q4_K => blocks::q4_k(one(block), out),
+            Q5_K => blocks::q5_k(one(block), out),
+            Q6_K => blocks::q6_k(one(block), out),
+            IQ4_NL => blocks::iq4_nl(one(block), out),
+            IQ4_XS => blocks::iq4_xs(one(block), out),
+        }
+        let f16_at = |&at: &usize| f16::from_le_bytes([block[at], block[at + 1]]);
+        let offsets = self.scale_offsets();
+        (out.scale, out.min) = (f16_at(&offsets[0]), offsets.get(1).map_or(f16::ZERO, f16_at));
+        match self {
+            Q4_0 | Q5_0 | Q8_0 | IQ4_NL => out.scales[0] = 1,
+            Q4_1 | Q5_1 => (out.scales[0], out.mins[0]) = (1, 1),
+            Q2_K | Q4_K | Q5_K => out.min = -out.min,
+            Q3_K | Q6_K | IQ4_XS => {}
+        }
+    }
+
+    /// Whether [`BlockFormat::quantize`] makes it.
+    pub const fn can_be_made(self) -> bool {
+        matches!(self, Q4_0 | Q8_0)
+    }
+
+    /// Quantises values to whole blocks.
+    ///
+    /// # Panics
+    /// If `values` is not whole blocks, or [`BlockFormat::can_be_made`] says no.
+    pub fn quantize(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Q4_0 => each(values, quantize::q4_0),
+            Q8_0 => each(values, quantize::q8_0),
+            _ => panic!("{self} is read, never made"),
+        }
+    }
+
     /// Widens whole blocks.
     ///
     /// # Panics
     /// If `blocks` is not whole blocks, or `out` has another number of elements.
     pub fn dequantize(self, blocks: &[u8], out: &mut [f32]) {
-        match self {
-            Q4_0 => each(blocks, out, blocks::q4_0),
-            Q4_1 => each(blocks, out, blocks::q4_1),
-            Q5_0 => each(blocks, out, blocks::q5_0),
-            Q5_1 => each(blocks, out, blocks::q5_1),
-            Q8_0 => each(blocks, out, blocks::q8_0),
-            Q2_K => each(blocks, out, blocks::q2_k),
-            Q3_K => each(blocks, out, blocks::q3_k),
-            Q4_K => each(blocks, out, blocks::q4_k),
-            Q5_K => each(blocks, out, blocks::q5_k),
-            Q6_K => each(blocks, out, blocks::q6_k),
-            IQ4_NL => each(blocks, out, blocks::iq4_nl),
-            IQ4_XS => each(blocks, out, blocks::iq4_xs),
+        let (blocks, out) = (blocks.chunks(self.bytes()), out.chunks_mut(self.elements()));
+        assert_eq!(blocks.len(), out.len(), "blocks and room for them");
+        let mut unpacked = Unpacked::default();
+        for (block, out) in blocks.zip(out) {
+            self.unpack(block, &mut unpacked);
+            assert_eq!(out.len(), self.elements(), "whole blocks");
+            for (j, (out, codes)) in out.chunks_mut(self.group()).zip(unpacked.codes.chunks(self.group())).enumerate() {
+                let (scale, min) = (unpacked.group_scale(j), unpacked.group_min(j));
+                for (out, &code) in out.iter_mut().zip(codes) {
+                    let product = scale * f32::from(code);
+                    *out = if self.has_min() { product + min } else { product };
+                }
+            }
         }
     }
 }
 
-fn each<const BYTES: usize, const ELEMENTS: usize>(
-    blocks: &[u8],
-    out: &mut [f32],
-    widen: impl Fn(&[u8; BYTES], &mut [f32; ELEMENTS]),
-) {
-    let ((blocks, []), (out, [])) = (blocks.as_chunks(), out.as_chunks_mut()) else {
-        panic!("{} bytes and {} elements are not whole blocks", blocks.len(), out.len())
-    };
-    assert_eq!(blocks.len(), out.len(), "blocks and room for them");
-    for (block, out) in blocks.iter().zip(out) {
-        widen(block, out);
+/// The integers of a block. Element i of group j is `(scale · scales[j]) · codes[i]`, plus
+/// `min · mins[j]` where the format has minima, each product rounded to f32.
+#[derive(Debug, Clone)]
+pub struct Unpacked {
+    /// Scale of the block.
+    pub scale: f16,
+    /// Factor of the minima, negative in the K formats, which subtract them.
+    pub min: f16,
+    /// Factors of the scale, one per group.
+    pub scales: [i8; BlockFormat::MAX_ELEMENTS / 16],
+    /// Factors of the minimum, one per group.
+    pub mins: [i8; BlockFormat::MAX_ELEMENTS / 16],
+    /// One per element.
+    pub codes: [i8; BlockFormat::MAX_ELEMENTS],
+}
+
+impl Unpacked {
+    /// Scale of group `j`.
+    pub fn group_scale(&self, j: usize) -> f32 {
+        self.scale.to_f32() * f32::from(self.scales[j])
     }
+
+    /// Minimum of group `j`.
+    pub fn group_min(&self, j: usize) -> f32 {
+        self.min.to_f32() * f32::from(self.mins[j])
+    }
+}
+
+impl Default for Unpacked {
+    fn default() -> Self {
+        Self { scale: f16::ZERO, min: f16::ZERO, scales: [0; _], mins: [0; _], codes: [0; _] }
+    }
+}
+
+fn each<const ELEMENTS: usize, const BYTES: usize>(
+    values: &[f32],
+    quantize: impl Fn(&[f32; ELEMENTS], &mut [u8; BYTES]),
+) -> Vec<u8> {
+    let (blocks, []) = values.as_chunks() else { panic!("{} values are not whole blocks", values.len()) };
+    let mut out = vec![[0; BYTES]; blocks.len()];
+    for (values, block) in blocks.iter().zip(&mut out) {
+        quantize(values, block);
+    }
+    out.into_flattened()
+}
+
+fn one<const BYTES: usize>(block: &[u8]) -> &[u8; BYTES] {
+    block.try_into().expect("one block")
 }
 
 impl fmt::Display for BlockFormat {
@@ -186,6 +289,21 @@ mod tests {
                     format.dequantize(&block, &mut out);
                     assert!(out.iter().all(|v| !v.is_finite()), "{format}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_made_comes_back_within_its_step() {
+        let values: Vec<f32> = (0..32 * 7).map(|i| ((i * 37 % 101) as f32 - 50.5) * 0.013).collect();
+        for (format, step) in [(Q8_0, 0.013 * 50.5 / 127.0), (Q4_0, 0.013 * 50.5 / 8.0)] {
+            let blocks = format.quantize(&values);
+            assert_eq!(blocks.len(), 7 * format.bytes());
+            let mut back = vec![0.0; values.len()];
+            format.dequantize(&blocks, &mut back);
+            for (v, b) in values.iter().zip(&back) {
+                // A whole step where the largest code is one short of the range.
+                assert!((v - b).abs() <= 1.01 * step, "{format}: {v} came back as {b}");
             }
         }
     }
