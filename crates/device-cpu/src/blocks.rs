@@ -8,7 +8,6 @@
 //! codes of all chunks lie the scales: per block of the format those of its 16 rows, then, where the
 //! format has them, minima, factors of the scale per group, factors of the minimum.
 
-use std::array::from_fn;
 use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -296,29 +295,37 @@ impl<F: Format> Panel<'_, F> {
     #[inline(always)]
     pub(crate) fn quads<S: Simd>(&self, s: S, chunk: usize) -> [S::Bytes; QUADS] {
         let lines = &self.codes[chunk * F::LINES..][..F::LINES];
-        from_fn(|j| {
-            let line = s.load_bytes(&lines[j % F::LOW]);
-            let low = match F::LOW {
-                8 => line,
-                bits => s.field(line, (j / bits * bits) as i32, 0xff >> (8 - bits)),
-            };
-            let code = match F::HIGH {
-                0 => low,
-                1 => {
-                    let bits = lines[F::LOW].as_chunks().0[j];
-                    s.or(low, s.plane(u64::from_le_bytes(bits), 1 << F::LOW))
-                }
-                _ => {
-                    let line = s.load_bytes(&lines[F::LOW + j % 2]);
-                    s.or(low, s.field(line, (j / 2 * 2) as i32 - F::LOW as i32, 3 << F::LOW))
-                }
-            };
-            match F::TABLE {
-                Some(table) => s.signed(s.lookup(&table, code)),
-                None if F::SIGNED => s.signed(code),
-                None => code,
+        // No closure: it would not inherit the instruction set.
+        let mut quads = [Self::quad(s, lines, 0); QUADS];
+        for (j, quad) in quads.iter_mut().enumerate().skip(1) {
+            *quad = Self::quad(s, lines, j);
+        }
+        quads
+    }
+
+    #[inline(always)]
+    fn quad<S: Simd>(s: S, lines: &[Quad], j: usize) -> S::Bytes {
+        let line = s.load_bytes(&lines[j % F::LOW]);
+        let low = match F::LOW {
+            8 => line,
+            bits => s.field(line, (j / bits * bits) as i32, 0xff >> (8 - bits)),
+        };
+        let code = match F::HIGH {
+            0 => low,
+            1 => {
+                let bits = lines[F::LOW].as_chunks().0[j];
+                s.or(low, s.plane(u64::from_le_bytes(bits), 1 << F::LOW))
             }
-        })
+            _ => {
+                let line = s.load_bytes(&lines[F::LOW + j % 2]);
+                s.or(low, s.field(line, (j / 2 * 2) as i32 - F::LOW as i32, 3 << F::LOW))
+            }
+        };
+        match F::TABLE {
+            Some(table) => s.signed(s.lookup(&table, code)),
+            None if F::SIGNED => s.signed(code),
+            None => code,
+        }
     }
 
     /// Scale and minimum of a group of a chunk; the minimum is 0 where there is none.
@@ -326,14 +333,15 @@ impl<F: Format> Panel<'_, F> {
     pub(crate) fn group<S: Simd>(&self, s: S, chunk: usize, group: usize) -> (S::F32, S::F32) {
         let block = &self.scales[chunk / F::CHUNKS * F::SCALE_BYTES..][..F::SCALE_BYTES];
         let group = chunk % F::CHUNKS * F::GROUPS + group;
-        let f16s = |at: usize| s.load_f16(bytemuck::cast_ref(chunk_at::<{ 2 * LANES }>(block, at)));
-        let factors = |at: usize| s.load_i8(bytemuck::cast_ref(chunk_at::<LANES>(block, at)));
-        let mut scale = f16s(scale_at(0));
-        let mut min = min_at::<F>(0).map_or(s.splat(0.0), f16s);
+        let mut scale = s.load_f16(f16s(block, scale_at(0)));
+        let mut min = match min_at::<F>(0) {
+            Some(at) => s.load_f16(f16s(block, at)),
+            None => s.splat(0.0),
+        };
         if F::NESTED {
-            scale = s.mul(scale, factors(factor_at::<F>(group, 0)));
+            scale = s.mul(scale, s.load_i8(i8s(block, factor_at::<F>(group, 0))));
             if F::BLOCK.has_min() {
-                min = s.mul(min, factors(min_factor_at::<F>(group, 0)));
+                min = s.mul(min, s.load_i8(i8s(block, min_factor_at::<F>(group, 0))));
             }
         }
         (scale, min)
@@ -360,6 +368,13 @@ impl<F: Format> Panel<'_, F> {
 }
 
 #[inline(always)]
-fn chunk_at<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
-    bytes[at..].first_chunk().expect("within the scales of a block")
+fn f16s(scales: &[u8], at: usize) -> &[f16; LANES] {
+    let bytes: &[u8; 2 * LANES] = scales[at..].first_chunk().expect("within the scales of a block");
+    bytemuck::cast_ref(bytes)
+}
+
+#[inline(always)]
+fn i8s(scales: &[u8], at: usize) -> &[i8; LANES] {
+    let bytes: &[u8; LANES] = scales[at..].first_chunk().expect("within the scales of a block");
+    bytemuck::cast_ref(bytes)
 }

@@ -72,7 +72,7 @@ impl Part<'_> {
             (Input::Floats(x), Packed::F32(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
             (Input::Floats(x), Packed::F16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
             (Input::Floats(x), Packed::BF16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
-            (Input::Bytes(x, first), Packed::Blocks(w)) => BlockPart { x, first, w, rows, panels, out }.run(isa),
+            (Input::Bytes(x, first), Packed::Blocks(w)) => isa.run(BlockPart { x, first, w, rows, panels, out }),
             _ => unreachable!("the input was prepared for this weight"),
         }
     }

@@ -6,7 +6,7 @@ use baton_device::int8;
 
 use crate::isa::Dispatch;
 use crate::pool::Pool;
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::View;
 
 /// Of a value, in multiply-adds.
@@ -17,17 +17,22 @@ const WORK: usize = 2;
 pub(crate) struct Quantized {
     rows: usize,
     bytes: Vec<[i8; int8::BLOCK]>,
-    factors: Vec<Factors>,
+    scales: Vec<f32>,
+    sums: Vec<Sums>,
 }
 
-/// What a block's bytes are to be multiplied by and corrected with. Sums are of the first half, of the
-/// second, and of all its bytes.
+/// Sums of a block's bytes, which correct for offsets and carry minima: of the first half, of the second, and of all.
 #[derive(Clone, Copy, Default)]
-#[repr(C, align(32))]
-pub(crate) struct Factors {
-    pub(crate) scale: f32,
-    pub(crate) negated_sums: [i32; 3],
-    pub(crate) scaled_sums: [f32; 3],
+pub(crate) struct Sums {
+    pub(crate) negated: [i32; 3],
+    pub(crate) scaled: [f32; 3],
+}
+
+/// One block of each of `R` rows.
+pub(crate) struct Block<'a, const R: usize> {
+    pub(crate) bytes: &'a [[i8; int8::BLOCK]; R],
+    pub(crate) scales: &'a [f32; R],
+    pub(crate) sums: &'a [Sums; R],
 }
 
 impl Quantized {
@@ -36,24 +41,29 @@ impl Quantized {
         let (rows, blocks) = (x.rows, x.width / int8::BLOCK);
         self.rows = rows;
         self.bytes.resize(rows * blocks, [0; _]);
-        self.factors.resize(rows * blocks, Factors::default());
+        self.scales.resize(rows * blocks, 0.0);
+        self.sums.resize(rows * blocks, Sums::default());
         if rows == 0 {
             return;
         }
         let work = WORK * rows * x.width;
         let share = pool.share(blocks, work);
-        let parts = self.bytes.chunks_mut(share * rows).zip(self.factors.chunks_mut(share * rows));
-        pool.each(parts, work, |part, (bytes, factors)| {
-            isa.run(Quantize { x, first: part * share, bytes, factors });
+        let parts = self.bytes.chunks_mut(share * rows).zip(self.scales.chunks_mut(share * rows));
+        let parts = parts.zip(self.sums.chunks_mut(share * rows));
+        pool.each(parts, work, |part, ((bytes, scales), sums)| {
+            isa.run(Quantize { x, first: part * share, bytes, scales, sums });
         });
     }
 
     /// Block `block` of rows `first..first + R`.
     #[inline(always)]
-    pub(crate) fn block<const R: usize>(&self, block: usize, first: usize) -> (&[[i8; int8::BLOCK]; R], &[Factors; R]) {
+    pub(crate) fn block<const R: usize>(&self, block: usize, first: usize) -> Block<'_, R> {
         let start = block * self.rows + first;
-        let bytes = self.bytes[start..].first_chunk().expect("R rows");
-        (bytes, self.factors[start..].first_chunk().expect("R rows"))
+        Block {
+            bytes: self.bytes[start..].first_chunk().expect("R rows"),
+            scales: self.scales[start..].first_chunk().expect("R rows"),
+            sums: self.sums[start..].first_chunk().expect("R rows"),
+        }
     }
 }
 
@@ -62,47 +72,36 @@ struct Quantize<'a> {
     /// Block of the first column that is filled.
     first: usize,
     bytes: &'a mut [[i8; int8::BLOCK]],
-    factors: &'a mut [Factors],
+    scales: &'a mut [f32],
+    sums: &'a mut [Sums],
 }
 
 impl Kernel for Quantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let columns = self.bytes.chunks_exact_mut(self.x.rows).zip(self.factors.chunks_exact_mut(self.x.rows));
-        for (i, (bytes, factors)) in columns.enumerate() {
-            for (r, (bytes, factors)) in bytes.iter_mut().zip(factors).enumerate() {
-                let block = self.x.row(r).as_chunks().0;
-                (factors.scale, *bytes) = quantize_block(s, &block[self.first + i]);
-                let halves = bytes.as_chunks::<{ int8::BLOCK / 2 }>().0;
-                let [low, high] = [0, 1].map(|half| halves[half].iter().map(|&q| i32::from(q)).sum::<i32>());
-                let sums = [low, high, low + high];
-                factors.negated_sums = sums.map(|sum| -sum);
-                factors.scaled_sums = sums.map(|sum| factors.scale * sum as f32);
+        let rows = self.x.rows;
+        for i in 0..self.bytes.len() / rows {
+            for r in 0..rows {
+                let block: &[f32; int8::BLOCK] = &self.x.row(r).as_chunks().0[self.first + i];
+                let halves = block.as_chunks().0;
+                let (low, high) = (s.load(&halves[0]), s.load(&halves[1]));
+                let max = s.max_abs(low, high);
+                let scale = if max.is_finite() { max / 127.0 } else { f32::NAN };
+                let inverse = s.splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
+                let (low, first) = s.round_to_bytes(s.mul(low, inverse));
+                let (high, second) = s.round_to_bytes(s.mul(high, inverse));
+                let at = i * rows + r;
+                self.bytes[at][..LANES].copy_from_slice(&low);
+                self.bytes[at][LANES..].copy_from_slice(&high);
+                self.scales[at] = scale;
+                let sums = [first, second, first + second];
+                self.sums[at] = Sums {
+                    negated: [-sums[0], -sums[1], -sums[2]],
+                    scaled: [scale * sums[0] as f32, scale * sums[1] as f32, scale * sums[2] as f32],
+                };
             }
         }
     }
-}
-
-/// What [`int8::quantize`] computes.
-#[inline(always)]
-fn quantize_block<S: Simd>(s: S, x: &[f32; int8::BLOCK]) -> (f32, [i8; int8::BLOCK]) {
-    let zero = s.splat(0.0);
-    let (mut magnitude, mut nothing) = (zero, zero);
-    for x in x.as_chunks().0 {
-        let v = s.load(x);
-        magnitude = s.at_least(s.at_least(s.sub(zero, v), v), magnitude);
-        // Not a number as soon as a value is not finite.
-        nothing = s.mul_add(v, zero, nothing);
-    }
-    let scale = s.max(magnitude) / 127.0 + s.sum(nothing);
-    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    // Half away from zero is towards zero after adding the largest number below a half.
-    let round = |v: f32| (v * inverse + 0.499_999_97_f32.copysign(v)) as i32;
-    let mut bytes = [0; int8::BLOCK];
-    for (byte, &x) in bytes.iter_mut().zip(x) {
-        *byte = round(x).clamp(-127, 127) as i8;
-    }
-    (scale, bytes)
 }
 
 #[cfg(test)]
@@ -132,13 +131,13 @@ mod tests {
             for isa in Isa::available() {
                 let quantized = ours(isa, &values, 64);
                 for (i, block) in values.as_chunks().0.iter().enumerate() {
-                    let ([bytes], [factors]) = quantized.block::<1>(i % 2, i / 2);
+                    let Block { bytes: [bytes], scales: [ours], sums: [Sums { negated, scaled }] } = quantized.block(i % 2, i / 2);
                     let (scale, expected) = int8::quantize(block);
-                    prop_assert_eq!((factors.scale, bytes), (scale, &expected), "{}", isa);
+                    prop_assert_eq!((*ours, bytes), (scale, &expected), "{}", isa);
                     let sum = |bytes: &[i8]| bytes.iter().map(|&q| i32::from(q)).sum::<i32>();
                     let sums = [sum(&expected[..16]), sum(&expected[16..]), sum(&expected)];
-                    prop_assert_eq!(factors.negated_sums, sums.map(|sum| -sum));
-                    prop_assert_eq!(factors.scaled_sums, sums.map(|sum| scale * sum as f32));
+                    prop_assert_eq!(*negated, sums.map(|sum| -sum));
+                    prop_assert_eq!(*scaled, sums.map(|sum| scale * sum as f32));
                 }
             }
         }
@@ -148,12 +147,12 @@ mod tests {
     fn zeros_stay_zeros_and_what_is_not_finite_shows() {
         for isa in Isa::available() {
             let zeros = ours(isa, &[0.0; 32], 32);
-            let ([bytes], [factors]) = zeros.block::<1>(0, 0);
-            assert_eq!((bytes, factors.scale), (&[0; 32], 0.0));
+            let block = zeros.block::<1>(0, 0);
+            assert_eq!((block.bytes, block.scales), (&[[0; 32]], &[0.0]));
             for (at, bad) in [(0, f32::NAN), (31, f32::INFINITY), (16, f32::NEG_INFINITY), (5, f32::NAN)] {
                 let mut row = [1.0; 32];
                 row[at] = bad;
-                assert!(ours(isa, &row, 32).block::<1>(0, 0).1[0].scale.is_nan(), "{isa}: {bad} at {at}");
+                assert!(ours(isa, &row, 32).block::<1>(0, 0).scales[0].is_nan(), "{isa}: {bad} at {at}");
             }
         }
     }

@@ -1,7 +1,6 @@
 //! AVX2 with FMA and F16C: two registers per vector.
 
 use std::arch::x86_64::*;
-use std::array::from_fn;
 
 use half::{bf16, f16};
 
@@ -161,23 +160,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn store_bytes(self, v: [__m256i; 2], out: &mut [u8; 4 * LANES]) {
-        let out = out.as_mut_ptr().cast::<__m256i>();
-        intrinsic!({
-            _mm256_storeu_si256(out, v[0]);
-            _mm256_storeu_si256(out.add(1), v[1]);
-        });
-    }
-
-    #[inline(always)]
     fn field(self, v: [__m256i; 2], shift: i32, mask: u8) -> [__m256i; 2] {
-        v.map(|v| {
-            intrinsic!({
+        let mut out = v;
+        for v in &mut out {
+            *v = intrinsic!({
                 let count = _mm_cvtsi32_si128(shift.abs());
-                let moved = if shift < 0 { _mm256_sll_epi16(v, count) } else { _mm256_srl_epi16(v, count) };
+                let moved = if shift < 0 { _mm256_sll_epi16(*v, count) } else { _mm256_srl_epi16(*v, count) };
                 _mm256_and_si256(moved, _mm256_set1_epi8(mask as i8))
-            })
-        })
+            });
+        }
+        out
     }
 
     #[inline(always)]
@@ -187,15 +179,17 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn plane(self, bits: u64, value: u8) -> [__m256i; 2] {
-        [bits as u32, (bits >> 32) as u32].map(|bits| {
-            intrinsic!({
+        let mut out = [intrinsic!(_mm256_setzero_si256()); 2];
+        for (out, bits) in out.iter_mut().zip([bits as i32, (bits >> 32) as i32]) {
+            *out = intrinsic!({
                 // Each byte gets the byte that holds its bit, then keeps that bit alone.
                 let home = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
                 let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-                let spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), home), bit);
+                let spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), home), bit);
                 _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(value as i8))
-            })
-        })
+            });
+        }
+        out
     }
 
     #[inline(always)]
@@ -218,25 +212,68 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn dot(self, acc: [__m256i; 2], w: [__m256i; 2], x: &[i8; 4]) -> [__m256i; 2] {
-        let x = i32::from_le_bytes(x.map(|b| b as u8));
-        from_fn(|i| {
+        let x = i32::from_le_bytes([x[0] as u8, x[1] as u8, x[2] as u8, x[3] as u8]);
+        let mut out = acc;
+        for (out, w) in out.iter_mut().zip(w) {
             // Two products of at most 127² fit 16 bits.
-            intrinsic!({
-                let pairs = _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(x));
-                _mm256_add_epi32(acc[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-            })
-        })
+            *out = intrinsic!({
+                let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x));
+                _mm256_add_epi32(*out, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            });
+        }
+        out
     }
 
     #[inline(always)]
     fn dot_signed(self, acc: [__m256i; 2], w: [__m256i; 2], x: &[i8; 4]) -> [__m256i; 2] {
-        let x = i32::from_le_bytes(x.map(|b| b as u8));
-        from_fn(|i| {
-            // |w| · (x with the sign of w), as above.
-            intrinsic!({
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(_mm256_set1_epi32(x), w[i]));
-                _mm256_add_epi32(acc[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-            })
+        let x = i32::from_le_bytes([x[0] as u8, x[1] as u8, x[2] as u8, x[3] as u8]);
+        let mut out = acc;
+        for (out, w) in out.iter_mut().zip(w) {
+            // |w| · (x with the sign of w): two products of at most 128 · 127 fit 16 bits.
+            *out = intrinsic!({
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(x), w));
+                _mm256_add_epi32(*out, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            });
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn max_abs(self, a: [__m256; 2], b: [__m256; 2]) -> f32 {
+        // Magnitudes are ordered as the integers that have their bits, infinities and NaN above all numbers.
+        intrinsic!({
+            let magnitude = _mm256_set1_epi32(0x7fff_ffff);
+            let mut max = _mm256_setzero_si256();
+            for v in [a[0], a[1], b[0], b[1]] {
+                max = _mm256_max_epi32(max, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
+            }
+            let max = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256::<1>(max));
+            let max = _mm_max_epi32(max, _mm_unpackhi_epi64(max, max));
+            let max = _mm_max_epi32(max, _mm_srli_epi64::<32>(max));
+            f32::from_bits(_mm_cvtsi128_si32(max) as u32)
+        })
+    }
+
+    #[inline(always)]
+    fn round_to_bytes(self, v: [__m256; 2]) -> ([i8; LANES], i32) {
+        intrinsic!({
+            let mut integers = [_mm256_setzero_si256(); 2];
+            for i in 0..2 {
+                let sign = _mm256_and_ps(v[i], _mm256_set1_ps(-0.0));
+                let half = _mm256_or_ps(sign, _mm256_set1_ps(super::ALMOST_HALF));
+                integers[i] = _mm256_cvttps_epi32(_mm256_add_ps(v[i], half));
+            }
+            // Packing works within halves of a register: their order is restored before it.
+            let low = _mm256_permute2x128_si256::<0x20>(integers[0], integers[1]);
+            let high = _mm256_permute2x128_si256::<0x31>(integers[0], integers[1]);
+            let words = _mm256_packs_epi32(low, high);
+            let words = [_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words)];
+            let mut bytes = [0; LANES];
+            _mm_storeu_si128(bytes.as_mut_ptr().cast(), _mm_packs_epi16(words[0], words[1]));
+            let sums = _mm256_add_epi32(integers[0], integers[1]);
+            let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+            let sums = _mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums));
+            (bytes, _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_srli_epi64::<32>(sums))))
         })
     }
 

@@ -149,11 +149,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn store_bytes(self, v: __m512i, out: &mut [u8; 4 * LANES]) {
-        intrinsic!(_mm512_storeu_si512(out.as_mut_ptr().cast(), v));
-    }
-
-    #[inline(always)]
     fn field(self, v: __m512i, shift: i32, mask: u8) -> __m512i {
         intrinsic!({
             let count = _mm_cvtsi32_si128(shift.abs());
@@ -169,7 +164,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn plane(self, bits: u64, value: u8) -> __m512i {
-        intrinsic!(_mm512_maskz_set1_epi8(bits, value as i8))
+        intrinsic!(_mm512_and_si512(_mm512_movm_epi8(bits), _mm512_set1_epi8(value as i8)))
     }
 
     #[inline(always)]
@@ -193,13 +188,34 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn dot(self, acc: __m512i, w: __m512i, x: &[i8; 4]) -> __m512i {
-        let x = i32::from_le_bytes(x.map(|b| b as u8));
+        let x = i32::from_le_bytes([x[0] as u8, x[1] as u8, x[2] as u8, x[3] as u8]);
         intrinsic!(_mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)))
     }
 
     #[inline(always)]
     fn dot_signed(self, acc: __m512i, w: __m512i, x: &[i8; 4]) -> __m512i {
         self.dot(acc, w, x)
+    }
+
+    #[inline(always)]
+    fn max_abs(self, a: __m512, b: __m512) -> f32 {
+        // Magnitudes are ordered as the integers that have their bits, infinities and NaN above all numbers.
+        intrinsic!({
+            let (a, b) = (_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
+            f32::from_bits(_mm512_reduce_max_epi32(_mm512_max_epi32(a, b)) as u32)
+        })
+    }
+
+    #[inline(always)]
+    fn round_to_bytes(self, v: __m512) -> ([i8; LANES], i32) {
+        intrinsic!({
+            let sign = _mm512_and_ps(v, _mm512_set1_ps(-0.0));
+            let half = _mm512_or_ps(sign, _mm512_set1_ps(super::ALMOST_HALF));
+            let integers = _mm512_cvttps_epi32(_mm512_add_ps(v, half));
+            let mut bytes = [0; LANES];
+            _mm_storeu_si128(bytes.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(integers));
+            (bytes, _mm512_reduce_add_epi32(integers))
+        })
     }
 
     #[inline(always)]

@@ -3,7 +3,8 @@
 //! Kernels are written once against [`Simd`] and instantiated per instruction set by
 //! [`crate::isa::Dispatch`]. A value of a `Simd` type is proof that the machine has its features, so
 //! the operations are safe to call. Every method is inlined into a function that enables those
-//! features; that is why all of them, and the kernels, are `#[inline(always)]`.
+//! features; that is why all of them, and the kernels, are `#[inline(always)]`, and why they hold no closure with
+//! an operation in it: closures are compiled without those features unless they happen to be inlined.
 //!
 //! Each operation has one fixed order of additions, so equal inputs give equal bits wherever a
 //! kernel uses it.
@@ -17,6 +18,10 @@ pub(crate) mod neon;
 pub(crate) mod portable;
 
 use half::{bf16, f16};
+
+/// The largest number below a half: added with the sign of a number before it is cut to an integer, it rounds halves
+/// away from zero.
+const ALMOST_HALF: f32 = 0.499_999_97;
 
 /// Lanes of a vector, on every instruction set.
 pub(crate) const LANES: usize = 16;
@@ -65,7 +70,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn load_i8(self, x: &[i8; LANES]) -> Self::F32;
 
     fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::Bytes;
-    fn store_bytes(self, v: Self::Bytes, out: &mut [u8; 4 * LANES]);
     /// Each byte moved `shift` bits to the right (left if negative), then masked: `mask` holds no bit that a
     /// neighbour's could reach.
     fn field(self, v: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes;
@@ -85,6 +89,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// all bytes of `x` that it will see, shifted by [`Simd::SIGNED_SHIFT`].
     fn dot_signed(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32;
     fn to_f32(self, v: Self::I32) -> Self::F32;
+
+    /// The largest magnitude of both, at least infinite if one is not finite.
+    fn max_abs(self, a: Self::F32, b: Self::F32) -> f32;
+    /// The nearest integers, halves away from zero, of numbers within ±127.4, and their sum.
+    fn round_to_bytes(self, v: Self::F32) -> ([i8; LANES], i32);
 
     /// Sum of the lanes.
     #[inline(always)]

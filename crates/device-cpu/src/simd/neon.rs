@@ -151,13 +151,6 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn store_bytes(self, v: Self::Bytes, out: &mut [u8; 4 * LANES]) {
-        for (i, v) in v.into_iter().enumerate() {
-            intrinsic!(vst1q_u8(out.as_mut_ptr().add(LANES * i), v));
-        }
-    }
-
-    #[inline(always)]
     fn field(self, v: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes {
         // A negative count shifts to the right.
         v.map(|v| intrinsic!(vandq_u8(vshlq_u8(v, vdupq_n_s8(-shift as i8)), vdupq_n_u8(mask))))
@@ -213,6 +206,30 @@ impl Simd for Neon {
                 vaddq_s32(acc[i], vpaddq_s32(low, high))
             })
         })
+    }
+
+    #[inline(always)]
+    fn max_abs(self, a: Self::F32, b: Self::F32) -> f32 {
+        // Magnitudes are ordered as the integers that have their bits, infinities and NaN above all numbers.
+        let magnitude = |v: float32x4_t| intrinsic!(vreinterpretq_u32_f32(vabsq_f32(v)));
+        let mut max = intrinsic!(vdupq_n_u32(0));
+        for i in 0..4 {
+            max = intrinsic!(vmaxq_u32(max, vmaxq_u32(magnitude(a[i]), magnitude(b[i]))));
+        }
+        f32::from_bits(intrinsic!(vmaxvq_u32(max)))
+    }
+
+    #[inline(always)]
+    fn round_to_bytes(self, v: Self::F32) -> ([i8; LANES], i32) {
+        let integers: [int32x4_t; 4] = from_fn(|i| intrinsic!(vcvtaq_s32_f32(v[i])));
+        let mut bytes = [0; LANES];
+        let sum = intrinsic!({
+            let low = vcombine_s16(vmovn_s32(integers[0]), vmovn_s32(integers[1]));
+            let high = vcombine_s16(vmovn_s32(integers[2]), vmovn_s32(integers[3]));
+            vst1q_s8(bytes.as_mut_ptr(), vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+            vaddlvq_s16(low) + vaddlvq_s16(high)
+        });
+        (bytes, sum)
     }
 
     #[inline(always)]

@@ -102,11 +102,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn store_bytes(self, v: Self::Bytes, out: &mut [u8; 4 * LANES]) {
-        *out = v;
-    }
-
-    #[inline(always)]
     fn field(self, v: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes {
         v.map(|b| if shift < 0 { b << -shift } else { b >> shift } & mask)
     }
@@ -145,6 +140,19 @@ impl Simd for Portable {
     #[inline(always)]
     fn dot_signed(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32 {
         from_fn(|i| (0..4).fold(acc[i], |sum, j| sum + i32::from(w[4 * i + j] as i8) * i32::from(x[j])))
+    }
+
+    #[inline(always)]
+    fn max_abs(self, a: Self::F32, b: Self::F32) -> f32 {
+        // Magnitudes are ordered as the integers that have their bits, infinities and NaN above all numbers.
+        let magnitude = |v: f32| v.to_bits() & 0x7fff_ffff;
+        f32::from_bits((0..LANES).fold(0, |max, i| max.max(magnitude(a[i])).max(magnitude(b[i]))))
+    }
+
+    #[inline(always)]
+    fn round_to_bytes(self, v: Self::F32) -> ([i8; LANES], i32) {
+        let bytes = v.map(|v| (v + super::ALMOST_HALF.copysign(v)) as i8);
+        (bytes, bytes.iter().map(|&b| i32::from(b)).sum())
     }
 
     #[inline(always)]
