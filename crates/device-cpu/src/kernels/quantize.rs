@@ -84,9 +84,12 @@ impl Kernel for Quantize<'_> {
             for r in 0..rows {
                 let block: &[f32; int8::BLOCK] = &self.x.row(r).as_chunks().0[self.first + i];
                 let halves = block.as_chunks().0;
-                let (low, high) = (s.load(&halves[0]), s.load(&halves[1]));
+                let (mut low, mut high) = (s.load(&halves[0]), s.load(&halves[1]));
                 let max = s.max_abs(low, high);
-                let scale = if max.is_finite() { max / 127.0 } else { f32::NAN };
+                let mut scale = max / 127.0;
+                if !max.is_finite() {
+                    (low, high, scale) = (s.splat(0.0), s.splat(0.0), f32::NAN);
+                }
                 let inverse = s.splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
                 let (low, first) = s.round_to_bytes(s.mul(low, inverse));
                 let (high, second) = s.round_to_bytes(s.mul(high, inverse));
