@@ -141,7 +141,7 @@ impl Backend for CpuBackend {
     }
 
     fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
-        Linear::new(src)
+        Linear::new(&self.pool, src)
     }
 
     fn rope_table(&self, src: &HostRope) -> Result<Rope> {
@@ -297,7 +297,7 @@ impl LatentOps for CpuBackend {
     type Latent = Latent;
 
     fn latent_weight(&self, src: &HostLatent<'_>) -> Result<Latent> {
-        Latent::new(src)
+        Latent::new(&self.pool, src)
     }
 
     fn latent_attention(
@@ -334,8 +334,8 @@ impl LatentOps for CpuBackend {
 impl MoeOps for CpuBackend {
     type Experts = Experts;
 
-    fn expert_weights(&self, src: &HostExperts<'_>) -> Result<Experts> {
-        Experts::new(src)
+    fn expert_weights(&self, src: HostExperts<'_>) -> Result<Experts> {
+        Experts::new(&self.pool, src)
     }
 
     fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {

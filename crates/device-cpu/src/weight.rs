@@ -7,6 +7,7 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -14,6 +15,7 @@ use half::{bf16, f16};
 use baton_device::{BlockFormat, HostLinear, HostTensor, Result, WeightFormat, q8_0};
 
 use crate::memory::{Line, lines};
+use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 
 /// A linear layer `y = x·Wᵀ + b`.
@@ -24,8 +26,8 @@ pub struct Linear {
 }
 
 impl Linear {
-    pub(crate) fn new(src: &HostLinear<'_>) -> Result<Self> {
-        let weight = Matrix::from_host(&src.weight, src.format)?;
+    pub(crate) fn new(pool: &Pool, src: &HostLinear<'_>) -> Result<Self> {
+        let weight = Matrix::from_host(pool, &src.weight, src.format)?;
         let bias = src.bias.as_ref().map(|bias| {
             bias.expect_shape(&[weight.out_features])?;
             let mut values = bias.to_f32();
@@ -57,13 +59,14 @@ impl Matrix {
     ///
     /// # Panics
     /// If it has not two dimensions.
-    pub(crate) fn from_host(src: &HostTensor<'_>, format: WeightFormat) -> Result<Self> {
+    pub(crate) fn from_host(pool: &Pool, src: &HostTensor<'_>, format: WeightFormat) -> Result<Self> {
         let &[out_features, in_features] = src.shape() else {
             panic!("{}: a linear weight has two dimensions, not {:?}", src.name(), src.shape())
         };
         src.expect_keepable(format)?;
         if let WeightFormat::Ggml(format) = format {
             let data = Packed::Ggml(Blocks::copy(
+                pool,
                 src.stored().expect("blocks are never computed"),
                 format,
                 out_features,
@@ -71,23 +74,24 @@ impl Matrix {
             )?);
             return Ok(Self { out_features, in_features, data });
         }
-        Self::pack(out_features, in_features, format, |rows| src.rows(rows.start, rows.len()).to_f32())
+        Self::pack(pool, out_features, in_features, format, |rows| src.rows(rows.start, rows.len()).to_f32())
     }
 
-    /// Packs the matrix whose rows `rows` gives, row-major, at most 16 at a time.
+    /// Packs the matrix whose rows `rows` gives, row-major, at most 16 at a time, on all threads.
     pub(crate) fn pack(
+        pool: &Pool,
         out_features: usize,
         in_features: usize,
         format: WeightFormat,
-        rows: impl Fn(Range<usize>) -> Vec<f32>,
+        rows: impl Fn(Range<usize>) -> Vec<f32> + Sync,
     ) -> Result<Self> {
         let panels = out_features.div_ceil(LANES);
         let panel = |p: usize| rows(p * LANES..out_features.min((p + 1) * LANES));
         let data = match format {
-            WeightFormat::F32 => Packed::F32(Panels::pack(panels, in_features, panel)?),
-            WeightFormat::F16 => Packed::F16(Panels::pack(panels, in_features, panel)?),
-            WeightFormat::BF16 => Packed::BF16(Panels::pack(panels, in_features, panel)?),
-            WeightFormat::Q8_0 => Packed::Q8_0(Quants::pack(panels, in_features, panel)?),
+            WeightFormat::F32 => Packed::F32(Panels::pack(pool, panels, in_features, panel)?),
+            WeightFormat::F16 => Packed::F16(Panels::pack(pool, panels, in_features, panel)?),
+            WeightFormat::BF16 => Packed::BF16(Panels::pack(pool, panels, in_features, panel)?),
+            WeightFormat::Q8_0 => Packed::Q8_0(Quants::pack(pool, panels, in_features, panel)?),
             WeightFormat::Ggml(_) => unreachable!("blocks are copied from a file, never made"),
         };
         Ok(Self { out_features, in_features, data })
@@ -119,6 +123,18 @@ impl Matrix {
             Packed::Ggml(blocks) => blocks.format.dequantize(blocks.row(n), out),
         }
     }
+}
+
+/// Fills parts of a weight, `bytes` in all, on all threads.
+fn fill_all<T: Send>(pool: &Pool, parts: &mut [T], bytes: usize, fill: impl Fn(usize, &mut T) + Sync) {
+    let share = pool.share(parts.len(), bytes);
+    let shares: Vec<_> = parts.chunks_mut(share).map(Mutex::new).collect();
+    pool.run(shares.len(), bytes, |task| {
+        let mut parts = shares[task].lock().unwrap_or_else(PoisonError::into_inner); // its own task's alone
+        for (i, part) in parts.iter_mut().enumerate() {
+            fill(task * share + i, part);
+        }
+    });
 }
 
 /// A float format that weights are kept in.
@@ -181,18 +197,18 @@ pub(crate) struct Panels<T> {
 }
 
 impl<T: Element> Panels<T> {
-    fn pack(panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32>) -> Result<Self> {
+    fn pack(pool: &Pool, panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32> + Sync) -> Result<Self> {
         let bytes = panels.saturating_mul(in_features).saturating_mul(LANES * size_of::<T>());
         let mut lines = lines(bytes, "weights")?;
         let columns: &mut [[T; LANES]] = bytemuck::cast_slice_mut(&mut lines);
-        for p in 0..panels {
-            let columns = &mut columns[p * in_features..][..in_features];
+        let mut parts: Vec<_> = columns.chunks_exact_mut(in_features).take(panels).collect();
+        fill_all(pool, &mut parts, bytes, |p, columns| {
             for (lane, row) in panel(p).chunks_exact(in_features).enumerate() {
                 for (column, &x) in columns.iter_mut().zip(row) {
                     column[lane] = T::narrow(x);
                 }
             }
-        }
+        });
         Ok(Self { lines, in_features, element: PhantomData })
     }
 
@@ -220,24 +236,26 @@ pub(crate) struct Quants {
 }
 
 impl Quants {
-    fn pack(panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32>) -> Result<Self> {
+    fn pack(pool: &Pool, panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32> + Sync) -> Result<Self> {
         let blocks = in_features / q8_0::BLOCK;
         let total = panels.saturating_mul(blocks);
         let mut quants = lines(total.saturating_mul(size_of::<QuantBlock>()), "weights")?;
         let mut scales = lines(total.saturating_mul(size_of::<[f16; LANES]>()), "weights")?;
         let quant_blocks: &mut [QuantBlock] = bytemuck::cast_slice_mut(&mut quants);
         let scale_blocks: &mut [[f16; LANES]] = bytemuck::cast_slice_mut(&mut scales);
-        for p in 0..panels {
+        let parts = quant_blocks.chunks_exact_mut(blocks).zip(scale_blocks.chunks_exact_mut(blocks));
+        let mut parts: Vec<_> = parts.take(panels).collect();
+        fill_all(pool, &mut parts, panels * LANES * in_features, |p, (quant_blocks, scale_blocks)| {
             for (lane, row) in panel(p).chunks_exact(in_features).enumerate() {
                 for (b, block) in row.as_chunks().0.iter().enumerate() {
                     let (scale, quants) = q8_0::quantize_weight_block(block);
-                    scale_blocks[p * blocks + b][lane] = scale;
-                    for (line, quad) in quant_blocks[p * blocks + b].iter_mut().zip(quants.as_chunks::<4>().0) {
+                    scale_blocks[b][lane] = scale;
+                    for (line, quad) in quant_blocks[b].iter_mut().zip(quants.as_chunks::<4>().0) {
                         line[4 * lane..][..4].copy_from_slice(quad);
                     }
                 }
             }
-        }
+        });
         Ok(Self { lines: quants, scales, blocks })
     }
 
@@ -270,9 +288,12 @@ pub(crate) struct Blocks {
 pub(crate) type Widened = [[f32; LANES]; BlockFormat::MAX_ELEMENTS];
 
 impl Blocks {
-    fn copy(data: &[u8], format: BlockFormat, rows: usize, in_features: usize) -> Result<Self> {
+    fn copy(pool: &Pool, data: &[u8], format: BlockFormat, rows: usize, in_features: usize) -> Result<Self> {
+        const PART: usize = 1 << 20;
         let mut lines = lines(data.len(), "weights")?;
-        bytemuck::cast_slice_mut(&mut lines)[..data.len()].copy_from_slice(data);
+        let copy: &mut [u8] = &mut bytemuck::cast_slice_mut(&mut lines)[..data.len()];
+        let mut parts: Vec<_> = copy.chunks_mut(PART).zip(data.chunks(PART)).collect();
+        fill_all(pool, &mut parts, data.len(), |_, (copy, data)| copy.copy_from_slice(data));
         Ok(Self { lines, format, row_bytes: in_features / format.elements() * format.bytes(), rows })
     }
 

@@ -150,7 +150,20 @@ pub enum LoadError {
     },
     /// The device failed.
     #[error(transparent)]
-    Device(#[from] DeviceError),
+    Device(DeviceError),
+}
+
+impl From<DeviceError> for LoadError {
+    /// What a device could not read is the checkpoint's fault.
+    fn from(error: DeviceError) -> Self {
+        match error {
+            DeviceError::Source(source) => match source.downcast() {
+                Ok(error) => LoadError::Checkpoint(*error),
+                Err(source) => LoadError::Device(DeviceError::Source(source)),
+            },
+            error => LoadError::Device(error),
+        }
+    }
 }
 
 impl From<FileError> for LoadError {

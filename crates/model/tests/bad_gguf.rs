@@ -156,7 +156,10 @@ fn every_flaw_has_its_own_message() {
     assert_refused(&edited(|w| w.key("general.architecture", value(8, &text("bert")))), "supported: llama, qwen2");
     assert_refused(&edited(|w| w.key("general.alignment", value(4, &48u32.to_le_bytes()))), "alignment");
     assert_refused(&edited(|w| w.key("llama.block_count", value(8, &text("1")))), "llama.block_count is \"1\"");
-    assert_refused(&edited(|w| w.key("llama.expert_count", value(4, &8u32.to_le_bytes()))), "expert_used_count is missing");
+    assert_refused(
+        &edited(|w| w.key("llama.expert_count", value(4, &8u32.to_le_bytes()))),
+        "expert_used_count is missing",
+    );
     assert_refused(&edited(|w| w.keys.retain(|k| k.0 != "llama.context_length")), "llama.context_length is missing");
     assert_refused(&edited(|w| w.key("x", value(13, &[]))), "key x: unknown value type 13");
     assert_refused(&edited(|w| w.key("x", value(7, &[2]))), "neither 0 nor 1");

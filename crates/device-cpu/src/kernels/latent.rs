@@ -40,14 +40,14 @@ struct Head {
 }
 
 impl Latent {
-    pub(crate) fn new(src: &HostLatent<'_>) -> Result<Self> {
+    pub(crate) fn new(pool: &Pool, src: &HostLatent<'_>) -> Result<Self> {
         let &HostLatent { ref kv_b, heads, nope, rope, v, rank, format } = src;
         kv_b.expect_shape(&[heads * (nope + v), rank])?;
         let head = |h: usize| {
             let start = h * (nope + v);
             Ok(Head {
-                absorb: pack_transposed(Matrix::from_host(&kv_b.rows(start, nope), format)?)?,
-                project: Matrix::from_host(&kv_b.rows(start + nope, v), format)?,
+                absorb: pack_transposed(pool, Matrix::from_host(pool, &kv_b.rows(start, nope), format)?)?,
+                project: Matrix::from_host(pool, &kv_b.rows(start + nope, v), format)?,
             })
         };
         Ok(Self { nope, rope, v, rank, heads: (0..heads).map(head).collect::<Result<_>>()? })
@@ -60,7 +60,7 @@ impl Latent {
 
 /// The transpose of a matrix, same values. Blocks lie along the other side then, so it is
 /// kept as the f32 that its quants stand for.
-fn pack_transposed(matrix: Matrix) -> Result<Matrix> {
+fn pack_transposed(pool: &Pool, matrix: Matrix) -> Result<Matrix> {
     let (rows, cols) = (matrix.out_features, matrix.in_features);
     let mut values = vec![0.0; rows * cols];
     for (n, row) in values.chunks_exact_mut(cols).enumerate() {
@@ -70,7 +70,7 @@ fn pack_transposed(matrix: Matrix) -> Result<Matrix> {
         WeightFormat::Q8_0 | WeightFormat::Ggml(_) => WeightFormat::F32,
         other => other,
     };
-    Matrix::pack(cols, rows, format, |columns| {
+    Matrix::pack(pool, cols, rows, format, |columns| {
         columns.flat_map(|c| values.iter().skip(c).step_by(cols).copied()).collect()
     })
 }

@@ -2,7 +2,7 @@
 //!
 //! Order: a row's experts are added by ascending number; within an expert, that of the linear kernel.
 
-use baton_device::{Activation, DeviceError, HostExperts, HostTensor, Result, Routing, Rows, select_experts};
+use baton_device::{Activation, HostExperts, Result, Routing, Rows, WeightFormat, select_experts};
 
 use crate::isa::Dispatch;
 use crate::kernels::linear::{Input, Part};
@@ -26,17 +26,25 @@ struct Expert {
 }
 
 impl Experts {
-    pub(crate) fn new(src: &HostExperts<'_>) -> Result<Self> {
-        let matrix = |tensors: &[HostTensor<'_>], e: usize| Matrix::from_host(&tensors[e], src.format);
-        let expert = |e: usize| {
-            let expert = Expert { gate: matrix(&src.gate, e)?, up: matrix(&src.up, e)?, down: matrix(&src.down, e)? };
-            src.up[e].expect_shape(src.gate[0].shape())?;
-            src.gate[e].expect_shape(src.gate[0].shape())?;
-            src.down[e].expect_shape(&[expert.gate.in_features, expert.gate.out_features])?;
-            Ok::<_, DeviceError>(expert)
-        };
-        let experts = (0..src.gate.len()).map(expert).collect::<Result<_>>()?;
-        Ok(Self { experts, routing: src.routing.clone() })
+    pub(crate) fn new(pool: &Pool, src: HostExperts<'_>) -> Result<Self> {
+        let HostExperts { count, source, formats, routing } = src;
+        let [gate_quantized, up_quantized, _] = formats.map(|f| f == WeightFormat::Q8_0);
+        assert_eq!(gate_quantized, up_quantized, "gates and ups share their input");
+        let mut experts: Vec<Expert> = Vec::with_capacity(count);
+        for e in 0..count {
+            let [gate, up, down] = source.expert(e)?;
+            if let Some(Expert { gate: first, .. }) = experts.first() {
+                gate.expect_shape(&[first.out_features, first.in_features])?;
+            }
+            up.expect_shape(gate.shape())?;
+            down.expect_shape(&[gate.shape()[1], gate.shape()[0]])?;
+            experts.push(Expert {
+                gate: Matrix::from_host(pool, &gate, formats[0])?,
+                up: Matrix::from_host(pool, &up, formats[1])?,
+                down: Matrix::from_host(pool, &down, formats[2])?,
+            });
+        }
+        Ok(Self { experts, routing })
     }
 
     pub(crate) fn count(&self) -> usize {
