@@ -88,6 +88,11 @@ fn blocks_compute_what_they_stand_for<B: Backend + LatentOps + MoeOps>(make: imp
         let (mut runner, report) = open(make(), &file);
         assert_eq!(report.conversions, [], "{name}");
         assert!(report.weight_formats.iter().any(|f| f.to_string() == "ggml Q4_0"), "{name}: {report:?}");
+        // Each expert's matrices too; what attention absorbs is widened where it is in two tensors.
+        let bytes: usize = file.tensors.iter().map(|t| t.data.len()).sum();
+        let joined = file.tensors.iter().filter(|t| t.name.contains("_k_b") || t.name.contains("_v_b"));
+        let widened = joined.map(|t| t.shape.iter().product::<usize>() * 4 - t.data.len()).sum::<usize>();
+        assert!(report.weight_bytes <= (bytes + widened) as u64, "{name}: {} bytes of {bytes}", report.weight_bytes);
         let actual = logits(&mut runner, layout);
         let expected = logits(&mut open(make(), &file.widened()).0, layout);
         let worst = actual.iter().zip(&expected).map(|(a, e)| (a - e).abs()).fold(0.0, f32::max);

@@ -88,6 +88,7 @@ fn text(files: &Files, settings: &Settings) -> Result<(TextModel, Vec<Vec<u8>>)>
         bos: facts.bos,
         eos: facts.eos,
         add_bos: facts.add_bos,
+        add_eos: facts.add_eos,
         add_space_prefix: facts.add_space_prefix,
         chat_template: facts.chat_template,
     };
