@@ -206,8 +206,9 @@ impl SmallLayer {
         let linear = |in_features, out_features| linear_weight(b, in_features, out_features, format);
         let kv_b = stored(&[HEADS * (NOPE + V), RANK]);
         let (inner, outer) = (stored(&[INNER, HIDDEN]), stored(&[HIDDEN, INNER]));
-        let experts =
-            |shape: [usize; 2], data| vec![HostTensor::new("bench", DType::F32, shape.to_vec(), data); EXPERTS];
+        let expert = |shape: [usize; 2], data| HostTensor::new("bench", DType::F32, shape.to_vec(), data);
+        let gate = expert([INNER, HIDDEN], &inner);
+        let mut experts = vec![[gate.clone(), gate, expert([HIDDEN, INNER], &outer)]; EXPERTS];
         Ok(Self {
             q_a: linear(HIDDEN, 96)?,
             q_b: linear(96, HEADS * (NOPE + ROPE))?,
@@ -224,11 +225,10 @@ impl SmallLayer {
             o: linear(HEADS * V, HIDDEN)?,
             router: linear(HIDDEN, EXPERTS)?,
             shared: [linear(HIDDEN, INNER)?, linear(HIDDEN, INNER)?, linear(INNER, HIDDEN)?],
-            experts: b.expert_weights(&HostExperts {
-                gate: experts([INNER, HIDDEN], &inner),
-                up: experts([INNER, HIDDEN], &inner),
-                down: experts([HIDDEN, INNER], &outer),
-                format,
+            experts: b.expert_weights(HostExperts {
+                count: EXPERTS,
+                source: &mut experts,
+                formats: [format; 3],
                 routing: Routing {
                     top_k: 2,
                     scoring: Scoring::Sigmoid { correction_bias: vec![0.0; EXPERTS] },

@@ -13,7 +13,7 @@ use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
 use crate::isa::{Dispatch, Isa};
 use crate::kernels::attention;
 use crate::kernels::latent::{self, Latent};
-use crate::kernels::linear::{Input, multiply};
+use crate::kernels::linear::{Prepared, multiply};
 use crate::kernels::moe::{self, Experts};
 use crate::kernels::quantize::Quantized;
 use crate::kernels::rope::{Rope, Rotate};
@@ -212,7 +212,8 @@ impl Backend for CpuBackend {
         columns(out, weight.weight.out_features);
         out.set_rows(x.rows());
         let mut scratch = self.scratch();
-        let input = Input::prepare(&self.pool, self.isa, x.view(), &weight.weight, &mut scratch.quantized);
+        let engine = (&self.pool, self.isa);
+        let input = Prepared::new(engine, x.view(), [&weight.weight], &mut scratch.quantized);
         let target = Target::new(out.data_mut(), weight.weight.out_features);
         multiply(&self.pool, self.isa, (input, x.rows()), (&weight.weight, weight.bias.as_deref()), &target);
         Ok(())
@@ -334,7 +335,7 @@ impl LatentOps for CpuBackend {
 impl MoeOps for CpuBackend {
     type Experts = Experts;
 
-    fn expert_weights(&self, src: &HostExperts<'_>) -> Result<Experts> {
+    fn expert_weights(&self, src: HostExperts<'_>) -> Result<Experts> {
         Experts::new(&self.pool, src)
     }
 

@@ -73,7 +73,7 @@ impl Matrix {
         Self::pack(pool, (out_features, in_features), format, |rows| src.rows(rows.start, rows.len()).to_f32())
     }
 
-    /// Packs the matrix whose rows `rows` gives, row-major, at most 16 at a time.
+    /// Packs the matrix whose rows `rows` gives, row-major, at most 16 at a time, on all threads.
     pub(crate) fn pack(
         pool: &Pool,
         (out_features, in_features): (usize, usize),

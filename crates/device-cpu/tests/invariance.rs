@@ -138,16 +138,15 @@ proptest! {
         ];
         for same_isa in backends() {
             for format in FORMATS {
-                let src = HostExperts {
-                    gate: gate.iter().map(Stored::tensor).collect(),
-                    up: up.iter().map(Stored::tensor).collect(),
-                    down: down.iter().map(Stored::tensor).collect(),
-                    format,
-                    routing: routing.clone(),
+                let expert = |e: usize| [&gate[e], &up[e], &down[e]].map(Stored::tensor);
+                let weights = |b: &CpuBackend| {
+                    let source = &mut (0..EXPERTS).map(expert).collect::<Vec<_>>();
+                    let routing = routing.clone();
+                    b.expert_weights(HostExperts { count: EXPERTS, source, formats: [format; 3], routing }).unwrap()
                 };
                 rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
                     let mut out = b.tensor(rows, hidden).unwrap();
-                    b.fused_moe(&x[0], &x[1], &b.expert_weights(&src).unwrap(), &mut out).unwrap();
+                    b.fused_moe(&x[0], &x[1], &weights(b), &mut out).unwrap();
                     out
                 })?;
             }

@@ -169,7 +169,7 @@ pub trait MoeOps: Backend {
     type Experts: Send + Sync;
 
     /// Prepares a layer's experts.
-    fn expert_weights(&self, src: &HostExperts<'_>) -> Result<Self::Experts>;
+    fn expert_weights(&self, src: HostExperts<'_>) -> Result<Self::Experts>;
     /// `out = Σ_e w_e · expert_e(x)` over the experts that [`crate::select_experts`] chooses from the
     /// row's router logits, summed by ascending expert.
     ///

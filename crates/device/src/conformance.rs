@@ -267,11 +267,11 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
             };
             let (gate, up) = (sources(100, [intermediate, hidden]), sources(200, [intermediate, hidden]));
             let down = sources(300, [hidden, intermediate]);
-            let weights = b.expert_weights(&HostExperts {
-                gate: gate.iter().map(Source::tensor).collect(),
-                up: up.iter().map(Source::tensor).collect(),
-                down: down.iter().map(Source::tensor).collect(),
-                format,
+            let expert = |e: usize| [&gate[e], &up[e], &down[e]].map(Source::tensor);
+            let weights = b.expert_weights(HostExperts {
+                count: experts,
+                source: &mut (0..experts).map(expert).collect::<Vec<_>>(),
+                formats: [format; 3],
                 routing: Routing {
                     top_k: 3,
                     scoring: match groups {

@@ -89,7 +89,7 @@ impl fmt::Display for WeightFormat {
             WeightFormat::F32 => "f32",
             WeightFormat::F16 => "f16",
             WeightFormat::BF16 => "bf16",
-            WeightFormat::Ggml(format) => return write!(f, "ggml {format}"),
+            WeightFormat::Ggml(format) => format.name(),
         })
     }
 }

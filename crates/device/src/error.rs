@@ -39,6 +39,9 @@ pub enum DeviceError {
         /// Why not, and what would do.
         reason: String,
     },
+    /// A weight could not be read while it was prepared.
+    #[error(transparent)]
+    Source(Box<dyn std::error::Error + Send + Sync>),
     /// Memory could not be had.
     #[error("device {device} has no room for {bytes} bytes of {what}")]
     OutOfMemory {

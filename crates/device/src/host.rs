@@ -165,18 +165,30 @@ pub struct HostLinear<'a> {
 
 /// All routed experts of one mixture-of-experts layer, with the rule that chooses among them.
 /// Expert e computes `down_e · (silu(gate_e·x) ⊙ up_e·x)`.
-#[derive(Debug, Clone)]
 pub struct HostExperts<'a> {
-    /// One `[intermediate, hidden]` per expert.
-    pub gate: Vec<HostTensor<'a>>,
-    /// One `[intermediate, hidden]` per expert.
-    pub up: Vec<HostTensor<'a>>,
-    /// One `[hidden, intermediate]` per expert.
-    pub down: Vec<HostTensor<'a>>,
-    /// How the device shall keep the weights.
-    pub format: WeightFormat,
+    /// How many there are.
+    pub count: usize,
+    /// The weights.
+    pub source: &'a mut dyn ExpertSource,
+    /// How the device shall keep gates, ups and downs. Gates and ups are q8_0 both or neither: they share an input.
+    pub formats: [WeightFormat; 3],
     /// How router logits choose and weigh experts.
     pub routing: Routing,
+}
+
+/// The experts of a layer one after the other: a layer may be large, so a device asks for an expert when it has
+/// packed the one before, and no more than one is in memory twice.
+pub trait ExpertSource {
+    /// Gate `[intermediate, hidden]`, up of the same shape and down `[hidden, intermediate]` of an expert. Each is
+    /// asked for once, in order.
+    fn expert(&mut self, expert: usize) -> Result<[HostTensor<'_>; 3]>;
+}
+
+/// Experts that lie ready.
+impl ExpertSource for Vec<[HostTensor<'_>; 3]> {
+    fn expert(&mut self, expert: usize) -> Result<[HostTensor<'_>; 3]> {
+        Ok(self[expert].clone())
+    }
 }
 
 /// The up-projection of multi-head latent attention (`kv_b_proj`), which attention absorbs.

@@ -27,6 +27,6 @@ pub use caps::{Caps, Op, Requirements};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
 pub use ggml::{BlockFormat, Unpacked};
-pub use host::{HostExperts, HostLatent, HostLinear, HostRope, HostTensor, RowSource};
+pub use host::{ExpertSource, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, RowSource};
 pub use reference::Reference;
 pub use routing::{GroupScore, Groups, Routing, Scoring, select_experts};

@@ -471,11 +471,13 @@ impl LatentOps for Reference {
 impl MoeOps for Reference {
     type Experts = Experts;
 
-    fn expert_weights(&self, src: &HostExperts<'_>) -> Result<Experts> {
-        let linear = |t: &HostTensor<'_>| Linear::new(t, None, src.format);
-        let expert = |e: usize| Ok([linear(&src.gate[e])?, linear(&src.up[e])?, linear(&src.down[e])?]);
-        let experts = (0..src.gate.len()).map(expert).collect::<Result<_>>()?;
-        Ok(Experts { experts, routing: src.routing.clone() })
+    fn expert_weights(&self, src: HostExperts<'_>) -> Result<Experts> {
+        let HostExperts { count, source, formats: [gate, up, down], routing } = src;
+        let expert = |e: usize| {
+            let [g, u, d] = source.expert(e)?;
+            Ok([Linear::new(&g, None, gate)?, Linear::new(&u, None, up)?, Linear::new(&d, None, down)?])
+        };
+        Ok(Experts { experts: (0..count).map(expert).collect::<Result<_>>()?, routing })
     }
 
     fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {

@@ -24,7 +24,7 @@ pub use config::{
     QuantizationConfig, RopeConfig, RopeScaling,
 };
 pub use gguf::GgufTokenizer;
-pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, Quantization, load};
+pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, load};
 pub use params::SamplingParams;
 pub use precision::Conversion;
 pub use runner::ModelRunner;

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use baton_device::{Backend, Caps, DType, DeviceError, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat, q8_0};
+use baton_device::{
+    Backend, BlockFormat, Caps, DType, DeviceError, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat,
+};
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
@@ -26,7 +28,7 @@ pub struct LoadOptions {
     pub dtype: Option<DType>,
     /// Format of the linear layers; `None` for no quantisation. Embeddings (and a head tied to them),
     /// norms, routers and latent up-projections stay floats.
-    pub quantization: Option<Quantization>,
+    pub quantization: Option<BlockFormat>,
     /// Longest context in tokens; `None` for the model's own.
     pub max_model_len: Option<usize>,
     /// Tokens of one step, at most.
@@ -46,21 +48,6 @@ impl Default for LoadOptions {
             max_step_tokens: 2048,
             max_step_sequences: 64,
             kv_cache: KvCacheSize::AtMost(u64::MAX),
-        }
-    }
-}
-
-/// How linear layers can be quantised at load.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Quantization {
-    /// Signed bytes in blocks of 32 with a scale.
-    Q8_0,
-}
-
-impl From<Quantization> for WeightFormat {
-    fn from(quantization: Quantization) -> Self {
-        match quantization {
-            Quantization::Q8_0 => WeightFormat::Q8_0,
         }
     }
 }
@@ -150,7 +137,20 @@ pub enum LoadError {
     },
     /// The device failed.
     #[error(transparent)]
-    Device(#[from] DeviceError),
+    Device(DeviceError),
+}
+
+impl From<DeviceError> for LoadError {
+    /// What a device could not read is the checkpoint's fault.
+    fn from(error: DeviceError) -> Self {
+        match error {
+            DeviceError::Source(source) => match source.downcast() {
+                Ok(error) => LoadError::Checkpoint(*error),
+                Err(source) => LoadError::Device(DeviceError::Source(source)),
+            },
+            error => LoadError::Device(error),
+        }
+    }
 }
 
 impl From<FileError> for LoadError {
@@ -173,7 +173,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     let spec = run_spec(&config, options)?;
     let specs = arch::specs(&config).0;
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
-    let formats = Formats { dtype: options.dtype, quantized: options.quantization.map(Into::into) };
+    let formats = Formats { dtype: options.dtype, quantized: options.quantization.map(WeightFormat::Ggml) };
     let weight_formats = check_device(backend.caps(), &config, specs.values(), &checkpoint, formats)?;
 
     let stored_dtype = checkpoint.dtype("model.embed_tokens.weight");
@@ -258,18 +258,20 @@ fn check_device<'a>(
     let mut odd = Vec::new();
     for spec in specs.filter(|s| s.role != Role::Vector) {
         let format = formats.of(spec, checkpoint, caps);
-        if format == WeightFormat::Q8_0 && spec.shape[1] % q8_0::BLOCK != 0 {
-            odd.push(spec);
+        if let WeightFormat::Ggml(block) = format
+            && !spec.shape[1].is_multiple_of(block.elements())
+        {
+            odd.push((spec, block));
         }
         weight_formats.insert(format);
     }
     let needs = Requirements { ops: arch::ops(config).into_iter().collect(), weight_formats };
     let mut reasons = caps.refusals(&needs);
-    if let Some(first) = odd.first() {
+    if let Some((first, block)) = odd.first() {
         reasons.push(format!(
-            "{} tensors cannot be kept as q8_0, whose blocks are {} columns: {} has {}",
+            "{} tensors cannot be kept as {block}, whose blocks are {} columns: {} has {}",
             odd.len(),
-            q8_0::BLOCK,
+            block.elements(),
             first.name,
             first.shape[1]
         ));

@@ -1,20 +1,21 @@
 //! Tensor by tensor from checkpoint to device: map, check, hash, prepare, release.
 //!
-//! Invariants: a tensor's file pages are mapped only while it is prepared; every weight that reaches
-//! the device is finite; every change of precision is recorded.
+//! Invariants: a tensor's file pages are mapped only while it is prepared, and of a layer's experts only one
+//! at a time; every weight that reaches the device is finite; every change of precision is recorded, measured
+//! while the device reads the rows, so that they are computed once.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
 
 use baton_device::{
-    Backend, Caps, DType, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps, MoeOps, Routing, RowSource,
-    WeightFormat,
+    Backend, Caps, DType, DeviceError, ExpertSource, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps,
+    MoeOps, Routing, RowSource, WeightFormat,
 };
 use sha2::{Digest, Sha256};
 
 use crate::LoadError;
 use crate::checkpoint::{Checkpoint, CheckpointError, Part, Role, TensorSpec};
-use crate::precision::{self, Conversion};
+use crate::precision::{self, Conversion, Measured, StoredRows};
 
 /// Above this many bytes of weights the digest covers only the beginning of each tensor.
 const HASH_ALL_BELOW: u64 = 256 << 20;
@@ -71,15 +72,19 @@ struct Mapped<'a> {
 }
 
 enum Data {
-    Floats(DType, Part),
-    Quantized(Box<dyn RowSource>),
+    Stored(DType, Part),
+    Computed(Box<dyn RowSource>),
+    /// On its way to another format.
+    Converted(Measured),
 }
 
 impl Mapped<'_> {
     fn host(&self) -> HostTensor<'_> {
+        let computed = |rows| HostTensor::computed(&self.spec.name, self.spec.matrix(), rows);
         match &self.data {
-            Data::Floats(dtype, part) => HostTensor::new(&self.spec.name, *dtype, self.spec.shape.clone(), part),
-            Data::Quantized(rows) => HostTensor::computed(&self.spec.name, self.spec.matrix(), rows.as_ref()),
+            Data::Stored(dtype, part) => HostTensor::new(&self.spec.name, *dtype, self.spec.shape.clone(), part),
+            Data::Computed(rows) => computed(rows.as_ref()),
+            Data::Converted(rows) => computed(rows),
         }
     }
 }
@@ -99,11 +104,12 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// `{prefix}.weight`, with `{prefix}.bias` if the model has one.
     pub(crate) fn linear(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
-        let weight = self.map(&format!("{prefix}.weight"))?;
+        let (weight, format) = self.matrix(prefix)?;
         let bias = self.bias(prefix)?;
-        let format = self.account(&[&weight])?;
         let src = HostLinear { weight: weight.host(), bias: bias.as_ref().map(Mapped::host), format };
-        Ok(self.backend.linear_weight(&src)?)
+        let linear = self.backend.linear_weight(&src)?;
+        self.record(weight)?;
+        Ok(linear)
     }
 
     /// `{prefix}.weight` and bias, cut along the rows into weights of the given heights.
@@ -112,9 +118,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         prefix: &str,
         heights: [usize; N],
     ) -> Result<[B::Linear; N], LoadError> {
-        let weight = self.map(&format!("{prefix}.weight"))?;
+        let (weight, format) = self.matrix(prefix)?;
         let bias = self.bias(prefix)?;
-        let format = self.account(&[&weight])?;
         let mut start = 0;
         let mut parts = Vec::with_capacity(N);
         for height in heights {
@@ -123,6 +128,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             parts.push(self.backend.linear_weight(&src)?);
             start += height;
         }
+        self.record(weight)?;
         Ok(parts.try_into().unwrap_or_else(|_| unreachable!("one part per height")))
     }
 
@@ -152,9 +158,10 @@ impl<'a, B: Backend> Loader<'a, B> {
     where
         B: LatentOps,
     {
-        let weight = self.map(&format!("{prefix}.weight"))?;
-        let format = self.account(&[&weight])?;
-        Ok(self.backend.latent_weight(&shape(weight.host(), format))?)
+        let (weight, format) = self.matrix(prefix)?;
+        let latent = self.backend.latent_weight(&shape(weight.host(), format))?;
+        self.record(weight)?;
+        Ok(latent)
     }
 
     /// `{prefix}.{expert}.{name}.weight` of all experts of a layer, for the names of gate, up and down.
@@ -168,20 +175,18 @@ impl<'a, B: Backend> Loader<'a, B> {
     where
         B: MoeOps,
     {
-        let mut map_all = |name: &str| -> Result<Vec<Mapped<'a>>, LoadError> {
-            (0..count).map(|expert| self.map(&format!("{prefix}.{expert}.{name}.weight"))).collect()
-        };
-        let [gate, up, down] = [map_all(gate)?, map_all(up)?, map_all(down)?];
-        let all: Vec<&Mapped<'_>> = gate.iter().chain(&up).chain(&down).collect();
-        let format = self.account(&all)?;
-        let src = HostExperts {
-            gate: gate.iter().map(Mapped::host).collect(),
-            up: up.iter().map(Mapped::host).collect(),
-            down: down.iter().map(Mapped::host).collect(),
-            format,
-            routing,
-        };
-        Ok(self.backend.expert_weights(&src)?)
+        let names = [gate, up, down];
+        let formats = names.map(|name| {
+            let mut formats = (0..count).map(|expert| self.format(&format!("{prefix}.{expert}.{name}.weight")));
+            let first = formats.next().expect("a layer has experts");
+            // Where stored types are mixed, f32 holds them all.
+            if formats.all(|f| f == first) { first } else { WeightFormat::F32 }
+        });
+        let backend = self.backend;
+        let mut source = LayerExperts { loader: self, prefix, names, formats, current: None };
+        let experts = backend.expert_weights(HostExperts { count, source: &mut source, formats, routing })?;
+        source.release()?;
+        Ok(experts)
     }
 
     /// The digest of all that was loaded, as lower-case hex.
@@ -197,57 +202,109 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(bias)
     }
 
+    /// The format in which a matrix is kept.
+    fn format(&self, name: &str) -> WeightFormat {
+        self.formats.of(&self.specs[name], self.checkpoint, self.backend.caps())
+    }
+
+    /// Maps `{prefix}.weight` on its way to the format in which it is kept.
+    fn matrix(&mut self, prefix: &str) -> Result<(Mapped<'a>, WeightFormat), CheckpointError> {
+        let name = format!("{prefix}.weight");
+        let format = self.format(&name);
+        let weight = self.map(&name)?;
+        Ok((self.convert(weight, format), format))
+    }
+
     /// Maps a tensor, hashes it and checks that it is finite.
-    fn map(&mut self, name: &str) -> Result<Mapped<'a>, LoadError> {
+    fn map(&mut self, name: &str) -> Result<Mapped<'a>, CheckpointError> {
         let spec = &self.specs[name];
         if let Some(encoding) = &spec.encoding {
             let parts = self.checkpoint.parts(spec, |entry, bytes| {
                 hash(&mut self.digest, self.hash_all, &entry.name, entry.stored_type, &entry.shape, bytes);
             })?;
             let bytes = parts.bytes();
-            return Ok(Mapped { spec, data: Data::Quantized(encoding.open(spec.matrix(), parts)?), bytes });
+            return Ok(Mapped { spec, data: Data::Computed(encoding.open(spec.matrix(), parts)?), bytes });
         }
         let (entry, part) = self.checkpoint.tensor(name)?;
         let dtype = entry.dtype().expect("verified");
         hash(&mut self.digest, self.hash_all, name, dtype, &spec.shape, &part);
         let bytes = part.len() as u64;
-        let mapped = Mapped { spec, data: Data::Floats(dtype, part), bytes };
+        let mapped = Mapped { spec, data: Data::Stored(dtype, part), bytes };
         match precision::first_non_finite(&mapped.host()) {
             None => Ok(mapped),
-            Some((element, value)) => {
-                Err(CheckpointError::NotFinite { tensor: name.to_owned(), element, value }.into())
-            }
+            Some((element, value)) => Err(CheckpointError::NotFinite { tensor: name.to_owned(), element, value }),
         }
     }
 
-    /// The one format for matrices that are kept together, with their memory and loss recorded.
-    fn account(&mut self, tensors: &[&Mapped<'_>]) -> Result<WeightFormat, LoadError> {
-        let of = |t: &&Mapped<'_>| self.formats.of(t.spec, self.checkpoint, self.backend.caps());
-        let formats: Vec<_> = tensors.iter().map(of).collect();
-        // Where stored types are mixed, f32 holds them all.
-        let format = if formats.iter().all(|f| *f == formats[0]) { formats[0] } else { WeightFormat::F32 };
-        for tensor in tensors {
-            let host = tensor.host();
-            let bytes_after = format.bytes(host.len()) as u64;
-            self.weight_bytes += bytes_after;
+    /// The matrix on its way to `format`, its memory counted.
+    fn convert(&mut self, matrix: Mapped<'a>, format: WeightFormat) -> Mapped<'a> {
+        let shape = matrix.spec.matrix();
+        self.weight_bytes += format.bytes(shape[0] * shape[1]) as u64;
+        let measured = |rows| Data::Converted(Measured::new(rows, shape, format));
+        let data = match matrix.data {
             // f32 holds every stored float, and a format itself.
-            let from = match &tensor.spec.encoding {
+            Data::Stored(dtype, part) if format == WeightFormat::F32 || format == dtype.into() => {
+                Data::Stored(dtype, part)
+            }
+            Data::Stored(dtype, part) => measured(Box::new(StoredRows { dtype, cols: shape[1], part })),
+            Data::Computed(rows) => measured(rows),
+            converted => converted,
+        };
+        Mapped { data, ..matrix }
+    }
+
+    /// Records what a conversion has cost, once the device has read the rows.
+    fn record(&mut self, matrix: Mapped<'a>) -> Result<(), CheckpointError> {
+        let Data::Converted(measured) = &matrix.data else { return Ok(()) };
+        let spec = matrix.spec;
+        let (max_abs_error, mean_abs_error) = measured.loss(&spec.name)?;
+        self.conversions.push(Conversion {
+            tensor: spec.name.clone(),
+            from: match &spec.encoding {
                 Some(encoding) => encoding.to_string(),
-                None if format == WeightFormat::F32 || format == host.dtype().into() => continue,
-                None => host.dtype().to_string(),
-            };
-            let (max_abs_error, mean_abs_error) = precision::loss(&host, format)?;
-            self.conversions.push(Conversion {
-                tensor: tensor.spec.name.clone(),
-                from,
-                to: format,
-                max_abs_error,
-                mean_abs_error,
-                bytes_before: tensor.bytes,
-                bytes_after,
-            });
-        }
-        Ok(format)
+                None => self.checkpoint.dtype(&spec.name).to_string(),
+            },
+            to: measured.format(),
+            max_abs_error,
+            mean_abs_error,
+            bytes_before: matrix.bytes,
+            bytes_after: measured.format().bytes(spec.shape.iter().product()) as u64,
+        });
+        Ok(())
+    }
+}
+
+/// The experts of a layer on their way to a device.
+struct LayerExperts<'l, 'a, B: Backend> {
+    loader: &'l mut Loader<'a, B>,
+    prefix: &'l str,
+    names: [&'l str; 3],
+    formats: [WeightFormat; 3],
+    /// The one in hand.
+    current: Option<[Mapped<'a>; 3]>,
+}
+
+impl<B: Backend> LayerExperts<'_, '_, B> {
+    /// Unmaps the expert in hand.
+    fn release(&mut self) -> Result<(), CheckpointError> {
+        self.current.take().into_iter().flatten().try_for_each(|matrix| self.loader.record(matrix))
+    }
+
+    fn read(&mut self, expert: usize) -> Result<[HostTensor<'_>; 3], CheckpointError> {
+        self.release()?;
+        let mut read = |i: usize| {
+            let name = format!("{}.{expert}.{}.weight", self.prefix, self.names[i]);
+            let matrix = self.loader.map(&name)?;
+            Ok::<_, CheckpointError>(self.loader.convert(matrix, self.formats[i]))
+        };
+        let read = [read(0)?, read(1)?, read(2)?];
+        Ok(self.current.insert(read).each_ref().map(Mapped::host))
+    }
+}
+
+impl<B: Backend> ExpertSource for LayerExperts<'_, '_, B> {
+    fn expert(&mut self, expert: usize) -> baton_device::Result<[HostTensor<'_>; 3]> {
+        self.read(expert).map_err(|error| DeviceError::Source(error.into()))
     }
 }
 

@@ -1,12 +1,14 @@
 //! What a change of precision costs a tensor, and whether a tensor is finite to begin with.
 
 use std::fmt::Display;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
-use baton_device::{DType, HostTensor, WeightFormat, q8_0};
+use baton_device::{DType, HostTensor, RowSource, WeightFormat};
 use half::{bf16, f16};
 use serde::{Serialize, Serializer};
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, Part};
 
 /// A change of precision at load.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -33,8 +35,8 @@ pub(crate) fn as_text<T: Display, S: Serializer>(value: &T, serializer: S) -> Re
     serializer.collect_str(value)
 }
 
-/// Elements looked at together: a multiple of every block size, small enough for the first-level cache.
-const CHUNK: usize = 64 * q8_0::BLOCK;
+/// Elements looked at together, small enough for the first-level cache.
+const CHUNK: usize = 2048;
 
 /// Index and value of the first stored NaN or infinity: an element whose exponent bits are all set.
 pub(crate) fn first_non_finite(tensor: &HostTensor<'_>) -> Option<(usize, f32)> {
@@ -64,45 +66,98 @@ fn first_where<const N: usize>(data: &[u8], hit: impl Fn([u8; N]) -> bool) -> Op
     })
 }
 
-/// Largest and mean absolute difference between `tensor`'s elements and what `format` keeps of them.
-pub(crate) fn loss(tensor: &HostTensor<'_>, format: WeightFormat) -> Result<(f32, f32), CheckpointError> {
-    let (mut max, mut sum) = (0.0f32, 0.0f64);
-    for chunk in chunks(tensor) {
-        for block in chunk.chunks(q8_0::BLOCK) {
-            for (value, kept) in block.iter().zip(keep(block, format)) {
-                let error = (value - kept).abs();
-                if !error.is_finite() {
-                    return Err(CheckpointError::OutOfRange { tensor: tensor.name().into(), value: *value, format });
-                }
-                max = max.max(error);
-                sum += f64::from(error);
+/// A matrix on its way to another format: while its rows are read, what that costs is measured.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    rows: Box<dyn RowSource>,
+    cols: usize,
+    format: WeightFormat,
+    /// By row, so that neither order nor number of readings matters.
+    losses: Mutex<Vec<Loss>>,
+}
+
+/// Of one row.
+#[derive(Debug, Clone, Copy, Default)]
+struct Loss {
+    max: f32,
+    sum: f64,
+    /// An element that the format cannot hold.
+    beyond: Option<f32>,
+}
+
+impl Measured {
+    /// The matrix `[rows, cols]` that `rows` gives.
+    pub(crate) fn new(rows: Box<dyn RowSource>, shape: [usize; 2], format: WeightFormat) -> Self {
+        Self { rows, cols: shape[1], format, losses: Mutex::new(vec![Loss::default(); shape[0]]) }
+    }
+
+    /// The format that it goes to.
+    pub(crate) fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// Largest and mean absolute difference between the rows read and what the format keeps of them.
+    pub(crate) fn loss(&self, name: &str) -> Result<(f32, f32), CheckpointError> {
+        let losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = losses.iter().find_map(|l| l.beyond) {
+            return Err(CheckpointError::OutOfRange { tensor: name.into(), value, format: self.format });
+        }
+        let max = losses.iter().map(|l| l.max).fold(0.0, f32::max);
+        let sum: f64 = losses.iter().map(|l| l.sum).sum();
+        Ok((max, (sum / (losses.len() * self.cols) as f64) as f32))
+    }
+
+    fn loss_of(&self, row: &[f32]) -> Loss {
+        let mut loss = Loss::default();
+        for (value, kept) in row.iter().zip(keep(row, self.format)) {
+            let error = (value - kept).abs();
+            if !error.is_finite() {
+                loss.beyond = Some(*value);
             }
+            loss.max = loss.max.max(error);
+            loss.sum += f64::from(error);
         }
+        loss
     }
-    Ok((max, (sum / tensor.len() as f64) as f32))
 }
 
-/// A block as `format` gives it back.
-fn keep(block: &[f32], format: WeightFormat) -> [f32; q8_0::BLOCK] {
-    let mut kept = [0.0; q8_0::BLOCK];
-    kept[..block.len()].copy_from_slice(block);
+impl RowSource for Measured {
+    fn rows(&self, rows: Range<usize>) -> Vec<f32> {
+        let values = self.rows.rows(rows.clone());
+        let losses: Vec<_> = values.chunks_exact(self.cols).map(|row| self.loss_of(row)).collect();
+        self.losses.lock().unwrap_or_else(PoisonError::into_inner)[rows].copy_from_slice(&losses);
+        values
+    }
+}
+
+/// Rows as they are stored.
+#[derive(Debug)]
+pub(crate) struct StoredRows {
+    pub(crate) dtype: DType,
+    pub(crate) cols: usize,
+    pub(crate) part: Part,
+}
+
+impl RowSource for StoredRows {
+    fn rows(&self, rows: Range<usize>) -> Vec<f32> {
+        let bytes = self.dtype.bytes(self.cols);
+        let data = &self.part[rows.start * bytes..rows.end * bytes];
+        HostTensor::new("rows", self.dtype, vec![rows.len(), self.cols], data).to_f32()
+    }
+}
+
+/// A row as `format` gives it back.
+fn keep(row: &[f32], format: WeightFormat) -> Vec<f32> {
     match format {
-        WeightFormat::F32 | WeightFormat::Ggml(_) => kept,
-        WeightFormat::F16 => kept.map(|v| f16::from_f32(v).to_f32()),
-        WeightFormat::BF16 => kept.map(|v| bf16::from_f32(v).to_f32()),
-        WeightFormat::Q8_0 => {
-            let (scale, q) = q8_0::quantize_weight_block(&kept);
-            q.map(|q| f32::from(q) * scale.to_f32())
+        WeightFormat::F32 => row.to_vec(),
+        WeightFormat::F16 => row.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+        WeightFormat::BF16 => row.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
+        WeightFormat::Ggml(block) => {
+            let mut kept = vec![0.0; row.len()];
+            block.dequantize(&block.quantize(row), &mut kept);
+            kept
         }
     }
-}
-
-/// A matrix's elements, some rows at a time.
-fn chunks<'a>(tensor: &HostTensor<'a>) -> impl Iterator<Item = Vec<f32>> + use<'a> {
-    let tensor = tensor.clone();
-    let (rows, cols) = (tensor.shape()[0], tensor.len() / tensor.shape()[0]);
-    let step = (CHUNK / cols).max(1);
-    (0..rows).step_by(step).map(move |start| tensor.rows(start, step.min(rows - start)).to_f32())
 }
 
 #[cfg(test)]
@@ -133,12 +188,25 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_is_measured_and_overflow_refused() {
-        let data = tensor(&[1.0 + 1.0 / 512.0, 1.0]);
-        let host = |data| HostTensor::new("t", DType::F32, vec![1, 2], data);
-        assert_eq!(loss(&host(&data), WeightFormat::BF16).unwrap(), (1.0 / 512.0, 0.5 / 512.0));
-        assert_eq!(loss(&host(&data), WeightFormat::F32).unwrap(), (0.0, 0.0));
-        let large = tensor(&[1e6, 0.0]);
-        assert!(matches!(loss(&host(&large), WeightFormat::F16), Err(CheckpointError::OutOfRange { .. })));
+    fn a_loss_is_measured_however_rows_are_read_and_overflow_refused() {
+        #[derive(Debug)]
+        struct Rows(&'static [f32]);
+        impl RowSource for Rows {
+            fn rows(&self, rows: Range<usize>) -> Vec<f32> {
+                self.0[rows.start * 2..rows.end * 2].to_vec()
+            }
+        }
+        let measured = |values, format| Measured::new(Box::new(Rows(values)), [2, 2], format);
+        for reads in [vec![0..2], vec![1..2, 0..1], vec![0..2, 0..2]] {
+            let exact = measured(&[1.0 + 1.0 / 512.0, 1.0, 1.0, 1.0 + 1.0 / 512.0], WeightFormat::F32);
+            let rounded = measured(&[1.0 + 1.0 / 512.0, 1.0, 1.0, 1.0], WeightFormat::BF16);
+            let large = measured(&[0.0, 1.0, 1e6, 0.0], WeightFormat::F16);
+            for source in [&exact, &rounded, &large] {
+                reads.iter().for_each(|rows| assert_eq!(source.rows(rows.clone()).len(), rows.len() * 2));
+            }
+            assert_eq!(exact.loss("t").unwrap(), (0.0, 0.0));
+            assert_eq!(rounded.loss("t").unwrap(), (1.0 / 512.0, 0.25 / 512.0));
+            assert!(matches!(large.loss("t"), Err(CheckpointError::OutOfRange { value: 1e6, .. })));
+        }
     }
 }

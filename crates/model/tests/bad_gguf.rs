@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use baton_device::Reference;
+use baton_device::{DType, Reference};
 use baton_model::{Files, GgufTokenizer, LoadError, LoadOptions, load};
+use common::gguf::{GgufFile, GgufTensor, layouts, u32_value};
 use common::{Rng, options};
 use tempfile::TempDir;
 
@@ -156,7 +157,10 @@ fn every_flaw_has_its_own_message() {
     assert_refused(&edited(|w| w.key("general.architecture", value(8, &text("bert")))), "supported: llama, qwen2");
     assert_refused(&edited(|w| w.key("general.alignment", value(4, &48u32.to_le_bytes()))), "alignment");
     assert_refused(&edited(|w| w.key("llama.block_count", value(8, &text("1")))), "llama.block_count is \"1\"");
-    assert_refused(&edited(|w| w.key("llama.expert_count", value(4, &8u32.to_le_bytes()))), "only dense models");
+    assert_refused(
+        &edited(|w| w.key("llama.expert_count", value(4, &8u32.to_le_bytes()))),
+        "expert_used_count is missing",
+    );
     assert_refused(&edited(|w| w.keys.retain(|k| k.0 != "llama.context_length")), "llama.context_length is missing");
     assert_refused(&edited(|w| w.key("x", value(13, &[]))), "key x: unknown value type 13");
     assert_refused(&edited(|w| w.key("x", value(7, &[2]))), "neither 0 nor 1");
@@ -251,4 +255,138 @@ fn a_split_model_is_loaded_whole_or_not_at_all() {
     numbered(&mut second, 7);
     fs::write(name(2), second.bytes()).unwrap();
     assert!(load(1).unwrap_err().to_string().contains("part 1 of a split model"));
+}
+
+/// A golden checkpoint as a file.
+fn layout(name: &str) -> GgufFile {
+    GgufFile::of(&layouts()[name], |_, _| DType::F32)
+}
+
+fn list_value(values: &[u32]) -> (u32, Vec<u8>) {
+    let header = [&4u32.to_le_bytes()[..], &(values.len() as u64).to_le_bytes()].concat();
+    (9, [header, values.iter().flat_map(|v| v.to_le_bytes()).collect()].concat())
+}
+
+#[test]
+fn every_flaw_of_experts_and_latents_has_its_own_message() {
+    let v3 = layout("deepseek-v3");
+    let edited = |edit: &dyn Fn(&mut GgufFile)| {
+        let mut file = v3.clone();
+        edit(&mut file);
+        file.bytes()
+    };
+    let with = |key: &str, value: u32| edited(&|f| f.set(&format!("deepseek2.{key}"), u32_value(value)));
+    let without = |key: &str| edited(&|f| _ = f.keys.remove(&format!("deepseek2.{key}")).unwrap());
+    assert_refused(&with("expert_count", 12), "blk.1.ffn_down_exps.weight has shape [16, 96, 24], not [12,");
+    assert_refused(&with("expert_count", 20), "not [20,");
+    assert_refused(
+        &with("expert_count", u32::MAX),
+        "deepseek2.expert_count is 4294967295, not an integer from 1 to 4096",
+    );
+    assert_refused(&with("expert_count", 0), "deepseek2.expert_count is 0");
+    assert_refused(&without("expert_count"), "deepseek2.expert_count is missing");
+    assert_refused(&without("expert_used_count"), "deepseek2.expert_used_count is missing");
+    assert_refused(&with("expert_used_count", 9), "exceeds the 8 experts that can be chosen");
+    assert_refused(&with("expert_group_count", 5), "16 experts cannot be split into 5 groups");
+    assert_refused(&with("expert_gating_func", 3), "expert_gating_func is 3; supported: 1 (softmax), 2 (sigmoid)");
+    assert_refused(&with("expert_gating_func", 1), "expert_weights_norm is true; with softmax only false");
+    assert_refused(&with("leading_dense_block_count", 4), "deepseek2.leading_dense_block_count is 4");
+    assert_refused(&with("leading_dense_block_count", 2), "mlp.experts.0.down_proj.weight is not part of this model");
+    assert_refused(&without("attention.kv_lora_rank"), "deepseek2.attention.kv_lora_rank is missing");
+    assert_refused(&with("rope.dimension_count", 48), "attention.key_length, attention.value_length and rope.dim");
+    assert_refused(&without("rope.dimension_count"), "attention.key_length, attention.value_length and rope.dim");
+    assert_refused(&with("attention.value_length_mla", 33), "blk.0.attn_v_b.weight has shape [4, 32, 32]");
+    assert_refused(&with("nextn_predict_layers", 1), "deepseek2.nextn_predict_layers is 1; supported: 0");
+    assert_refused(&with("rope.scaling.attn_factor", 2), "rope.scaling.attn_factor is 2; supported: 1");
+    assert_refused(&without("rope.scaling.factor"), "deepseek2.rope.scaling.factor is missing");
+    let tensors = |edit: &dyn Fn(&mut Vec<GgufTensor>)| edited(&|f| edit(&mut f.tensors));
+    let named = |name: &'static str| move |t: &GgufTensor| t.name == name;
+    assert_refused(
+        &tensors(&|t| t.retain(|t| t.name != "blk.2.attn_v_b.weight")),
+        "layers.2.self_attn.kv_b_proj.weight is missing",
+    );
+    assert_refused(
+        &tensors(&|t| t.retain(|t| t.name != "blk.1.exp_probs_b.bias")),
+        "e_score_correction_bias is missing",
+    );
+    assert_refused(
+        &edited(&|f| f.tensor("blk.1.attn_k_b.weight").shape = vec![2, 64, 32]),
+        "blk.1.attn_k_b.weight has",
+    );
+    assert_refused(&edited(&|f| f.tensor("blk.1.attn_k_b.weight").shape = vec![128, 32]), "blk.1.attn_k_b.weight has");
+    assert_refused(
+        &edited(&|f| f.tensor("blk.2.ffn_up_exps.weight").shape = vec![16 * 24, 96]),
+        "blk.2.ffn_up_exps.weight has shape [384, 96], not [16, rows, columns]",
+    );
+    let twice = |t: &mut Vec<GgufTensor>| {
+        let shared = t.iter().find(|t| named("blk.1.ffn_up_shexp.weight")(t)).unwrap().clone();
+        t.push(GgufTensor { name: "blk.1.ffn_up.7.weight".into(), ..shared });
+    };
+    assert_refused(&tensors(&twice), "tensor blk.1.ffn_up.7.weight is there in two forms");
+    let mut nan = v3.clone();
+    let stack = nan.tensor("blk.2.ffn_down_exps.weight");
+    let at = stack.data.len() - 4;
+    stack.data[at..].copy_from_slice(&f32::NAN.to_le_bytes());
+    assert_refused(&nan.bytes(), "layers.2.mlp.experts.15.down_proj.weight holds NaN at element 2303");
+}
+
+#[test]
+fn what_a_file_asks_for_beyond_what_is_built_is_refused_by_its_own_name() {
+    for (name, key, value, wanted) in [
+        ("gemma2", "attention.sliding_window_pattern", 3, "gemma2.attention.sliding_window_pattern is 3; supported: 2"),
+        ("qwen3", "attention.sliding_window", 64, "qwen3.attention.sliding_window is 64, but nothing says which"),
+        ("qwen3", "rope.scaling.yarn_log_multiplier", 1, "yarn_log_multiplier is 1; supported with deepseek2 alone"),
+        ("qwen3", "rope.dimension_count", 16, "qwen3.rope.dimension_count is 16; only the width of a head"),
+        ("qwen3", "expert_count", 4, "qwen3.expert_count is 4; Qwen3ForCausalLM is dense"),
+        ("llama-256", "logit_scale", 2, "llama.logit_scale is 2; supported: 0"),
+        ("phi3", "rope.dimension_count", 18, "phi3.rope.dimension_count is 18"),
+        ("mixtral", "expert_used_count", 6, "llama.expert_used_count 6 exceeds the 5 experts"),
+    ] {
+        let mut file = layout(name);
+        let prefix = layouts()[name]["keys"]["general.architecture"][1].as_str().unwrap().to_owned();
+        file.set(&format!("{prefix}.{key}"), u32_value(value));
+        assert_refused(&file.bytes(), wanted);
+    }
+    let mut long = layout("phi3");
+    long.tensors.push(GgufTensor {
+        name: "rope_factors_long.weight".into(),
+        shape: vec![12],
+        dtype: DType::F32,
+        data: vec![0; 48],
+    });
+    assert_refused(&long.bytes(), "rope_factors_long.weight is there: longrope is not supported");
+    let mut scaled = layout("qwen3");
+    scaled.set("qwen3.rope.scaling.type", (8, text("longrope")));
+    scaled.set("qwen3.rope.scaling.factor", u32_value(2));
+    assert_refused(&scaled.bytes(), "qwen3.rope.scaling.type is \"longrope\"");
+}
+
+#[test]
+fn a_list_by_layer_is_read_if_all_layers_have_one_value() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut file = layout("qwen3");
+    file.set("qwen3.attention.head_count_kv", list_value(&[2, 2, 2]));
+    outcome(&folder, &file.bytes()).unwrap();
+    for list in [&[2, 4, 2][..], &[]] {
+        file.set("qwen3.attention.head_count_kv", list_value(list));
+        assert_refused(&file.bytes(), "qwen3.attention.head_count_kv is \"a list of");
+    }
+}
+
+#[test]
+fn flipped_bytes_of_a_mixture_never_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rng = Rng(11);
+    for name in ["deepseek-v3", "mixtral"] {
+        let file = layout(name);
+        let whole = file.bytes();
+        let header = whole.len() - file.tensors.iter().map(|t| t.data.len().next_multiple_of(32)).sum::<usize>();
+        for _ in 0..60 {
+            let mut bytes = whole.clone();
+            for _ in 0..1 + rng.below(3) {
+                bytes[rng.below(header)] = rng.next() as u8;
+            }
+            _ = outcome(&folder, &bytes); // either is right, as long as it returns
+        }
+    }
 }

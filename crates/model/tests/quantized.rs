@@ -6,9 +6,9 @@ mod common;
 
 use std::fs;
 
-use baton_device::{DType, Reference, WeightFormat};
+use baton_device::{BlockFormat, DType, Reference, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, LoadOptions, LoadReport, Quantization, load};
+use baton_model::{Files, LoadOptions, LoadReport, load};
 use common::checkpoint::{Copy, find, probe, read_tensors};
 use common::{all_logits, folder, options};
 use serde_json::{Value, json};
@@ -111,10 +111,10 @@ fn every_quantised_matrix_is_in_the_report() {
     }
     let eight = report(
         &quantized("gptq-int4-shuffled"),
-        &LoadOptions { dtype: None, quantization: Some(Quantization::Q8_0), ..exact() },
+        &LoadOptions { dtype: None, quantization: Some(BlockFormat::Q8_0), ..exact() },
     );
     assert_eq!(eight.conversions.iter().filter(|c| c.from.starts_with("gptq int4")).count(), 7);
-    assert!(eight.conversions.iter().all(|c| c.to == WeightFormat::Q8_0 && c.max_abs_error > 0.0));
+    assert!(eight.conversions.iter().all(|c| c.to == WeightFormat::Ggml(BlockFormat::Q8_0) && c.max_abs_error > 0.0));
 }
 
 #[test]

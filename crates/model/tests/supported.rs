@@ -4,16 +4,18 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use baton_device::{Backend, Reference};
+use baton_device::{Backend, DType, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
-use baton_model::Architecture;
-use common::{CASES, folder, json};
+use baton_model::{Architecture, Files, load};
+use common::gguf::{GgufFile, layouts, text};
+use common::{CASES, folder, json, options};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Supported {
     architecture: Vec<ArchitectureEntry>,
+    gguf: Vec<ArchitectureEntry>,
     format: Vec<FormatEntry>,
     stored: Vec<FormatEntry>,
     device: Vec<DeviceEntry>,
@@ -52,6 +54,8 @@ enum Judged {
     Golden,
     #[serde(rename = "conformance")]
     Conformance,
+    #[serde(rename = "bits")]
+    Bits,
     #[serde(rename = "twin")]
     Twin,
     #[serde(rename = "judge")]
@@ -88,6 +92,28 @@ fn goldens_are_of_the_architecture_that_names_them_and_every_golden_is_named() {
         }
     }
     assert_eq!(named, CASES.map(str::to_owned).into());
+}
+
+#[test]
+fn every_gguf_architecture_is_listed_and_its_layouts_are_all_named() {
+    let (layouts, listed) = (layouts(), supported().gguf);
+    let mut odd = GgufFile::of(&layouts["qwen3"], |_, _| DType::F32);
+    odd.set("general.architecture", (8, text("odd")));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.gguf");
+    std::fs::write(&path, odd.bytes()).unwrap();
+    let refusal = load(Reference::new(), &Files::at(path).unwrap(), &options()).err().unwrap().to_string();
+    let names: Vec<&str> = listed.iter().map(|a| a.name.as_str()).collect();
+    assert!(refusal.ends_with(&format!("supported: {}", names.join(", "))), "{refusal}");
+    let mut named = BTreeSet::new();
+    for entry in &listed {
+        assert!(entry.judged == Judged::Bits && !entry.models.is_empty() && !entry.cases.is_empty(), "{}", entry.name);
+        for case in &entry.cases {
+            assert_eq!(layouts[case]["keys"]["general.architecture"][1], entry.name, "{case}");
+            named.insert(case);
+        }
+    }
+    assert_eq!(layouts.keys().collect::<BTreeSet<_>>(), named);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use baton_device::DType;
 use baton_hub::Target;
-use baton_model::{Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions, Quantization};
+use baton_model::{Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions};
 use baton_text::{GgufVocab, TextFiles, TextModel};
 use sha2::{Digest, Sha256};
 use tracing::info;
@@ -88,6 +88,7 @@ fn text(files: &Files, settings: &Settings) -> Result<(TextModel, Vec<Vec<u8>>)>
         bos: facts.bos,
         eos: facts.eos,
         add_bos: facts.add_bos,
+        add_eos: facts.add_eos,
         add_space_prefix: facts.add_space_prefix,
         chat_template: facts.chat_template,
     };
@@ -125,7 +126,7 @@ fn options(settings: &Settings) -> LoadOptions {
             Dtype::Bfloat16 => Some(DType::BF16),
             Dtype::Float16 => Some(DType::F16),
         },
-        quantization: settings.quantize.map(|Quantize::Q8_0| Quantization::Q8_0),
+        quantization: settings.quantize.map(Quantize::format),
         max_model_len: settings.max_model_len,
         max_step_tokens: settings.max_num_batched_tokens,
         max_step_sequences: settings.max_num_seqs,

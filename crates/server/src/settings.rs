@@ -6,6 +6,7 @@
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
+use baton_device::BlockFormat;
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
@@ -51,10 +52,24 @@ pub enum Dtype {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantize {
-    /// 8-bit integers in blocks of 32 with an f16 scale; activations too.
+    /// 8-bit integers in blocks of 32 with an f16 scale.
     #[value(name = "q8_0")]
     #[serde(rename = "q8_0")]
     Q8_0,
+    /// 4-bit integers in blocks of 32 with an f16 scale.
+    #[value(name = "q4_0")]
+    #[serde(rename = "q4_0")]
+    Q4_0,
+}
+
+impl Quantize {
+    /// The format that weights are kept in.
+    pub fn format(self) -> BlockFormat {
+        match self {
+            Quantize::Q8_0 => BlockFormat::Q8_0,
+            Quantize::Q4_0 => BlockFormat::Q4_0,
+        }
+    }
 }
 
 /// Whether the checkpoint's generation_config.json supplies defaults.

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{TextError, TextFiles, TextModel};
 
@@ -31,6 +31,8 @@ pub struct GgufVocab {
     pub eos: Option<u32>,
     /// `add_bos_token`; what is usual for the kind of vocabulary if `None`.
     pub add_bos: Option<bool>,
+    /// `add_eos_token`; false if `None`.
+    pub add_eos: Option<bool>,
     /// `add_space_prefix` (SentencePiece); true if `None`.
     pub add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`.
@@ -180,10 +182,11 @@ impl GgufVocab {
             },
         };
         let (bos, eos) = (named("bos_token_id", self.bos)?, named("eos_token_id", self.eos)?);
-        if let Some(bos) = bos.filter(|_| self.add_bos.unwrap_or(add_bos)) {
-            let steps = tokenizer["post_processor"].take();
-            let template = template(bos, self.bos);
-            tokenizer["post_processor"] = match steps {
+        let before = bos.zip(self.bos).filter(|_| self.add_bos.unwrap_or(add_bos));
+        let after = eos.zip(self.eos).filter(|_| self.add_eos.unwrap_or(false));
+        if before.is_some() || after.is_some() {
+            let template = template(before, after);
+            tokenizer["post_processor"] = match tokenizer["post_processor"].take() {
                 Value::Null => template,
                 first => json!({"type": "Sequence", "processors": [first, template]}),
             };
@@ -280,14 +283,22 @@ impl GgufVocab {
     }
 }
 
-/// A post-processor that writes BOS before the text.
-fn template(bos: &str, id: Option<u32>) -> Value {
-    let token = |kind: u32| json!({"SpecialToken": {"id": bos, "type_id": kind}});
-    let text = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
+/// A post-processor that writes a token before a text, or after it.
+fn template(before: Option<(&str, u32)>, after: Option<(&str, u32)>) -> Value {
+    let token = |token: Option<(&str, u32)>, kind: u32| {
+        token.map(|(id, _)| json!({"SpecialToken": {"id": id, "type_id": kind}}))
+    };
+    let whole = |name: &str, kind: u32| {
+        let text = Some(json!({"Sequence": {"id": name, "type_id": kind}}));
+        [token(before, kind), text, token(after, kind)].into_iter().flatten()
+    };
+    let special = before.into_iter().chain(after);
+    let special: Map<String, Value> =
+        special.map(|(text, id)| (text.to_owned(), json!({"id": text, "ids": [id], "tokens": [text]}))).collect();
     json!({
         "type": "TemplateProcessing",
-        "single": [token(0), text("A", 0)],
-        "pair": [token(0), text("A", 0), token(1), text("B", 1)],
-        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+        "single": whole("A", 0).collect::<Vec<_>>(),
+        "pair": whole("A", 0).chain(whole("B", 1)).collect::<Vec<_>>(),
+        "special_tokens": special,
     })
 }

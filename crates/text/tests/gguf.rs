@@ -49,6 +49,7 @@ fn vocab(name: &str, model: &str, pre: Option<&str>) -> GgufVocab {
         bos: id_of("bos_token"),
         eos: id_of("eos_token"),
         add_bos: Some(id_of("bos_token").is_some() && name != "deepseek"),
+        add_eos: None,
         add_space_prefix: scored.then_some(name != "gemma"),
         chat_template: template,
         tokens: tokens.into_iter().map(|t| t.1).collect(),
@@ -86,6 +87,24 @@ fn texts_encode_and_decode_as_with_the_tokenizer_json() {
         }
         assert_eq!(model.eos_token_id(), vocab.eos, "{name}");
         assert_eq!(model.has_chat_template(), vocab.chat_template.is_some(), "{name}");
+    }
+}
+
+#[test]
+fn bos_and_eos_are_written_where_the_file_says_so() {
+    let base = vocab("llama3", "gpt2", Some("llama-bpe"));
+    let (bos, eos) = (base.bos.unwrap(), base.eos.unwrap());
+    for (add_bos, add_eos) in [(Some(true), Some(true)), (Some(false), Some(true)), (None, None), (Some(false), None)] {
+        let model = TextModel::from_gguf(&GgufVocab { add_bos, add_eos, ..base.clone() }).unwrap();
+        let mut wanted = model.encode("a text", false).unwrap();
+        assert!(!wanted.is_empty() && !wanted.contains(&eos));
+        if add_bos != Some(false) {
+            wanted.insert(0, bos); // what is usual for this kind
+        }
+        if add_eos == Some(true) {
+            wanted.push(eos);
+        }
+        assert_eq!(model.encode("a text", true).unwrap(), wanted, "{add_bos:?} {add_eos:?}");
     }
 }
 

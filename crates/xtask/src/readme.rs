@@ -11,6 +11,7 @@ const END: &str = "<!-- end -->\n";
 #[derive(Deserialize)]
 struct Supported {
     architecture: Vec<Architecture>,
+    gguf: Vec<Architecture>,
     format: Vec<Entry>,
     stored: Vec<Entry>,
     device: Vec<Entry>,
@@ -53,6 +54,10 @@ fn tables(supported: &Supported) -> Result<String> {
     for a in &supported.architecture {
         writeln!(text, "| `{}` | {} | {} |", a.name, a.models, judged(&a.judged))?;
     }
+    text.push_str("\n| GGUF architecture | Models | Judged by |\n|---|---|---|\n");
+    for a in &supported.gguf {
+        writeln!(text, "| `{}` | {} | {} |", a.name, a.models, judged(&a.judged))?;
+    }
     text.push_str("\n| Weights kept as | Judged by |\n|---|---|\n");
     for f in &supported.format {
         writeln!(text, "| {} | {} |", f.name, judged(&f.judged))?;
@@ -73,6 +78,7 @@ fn judged(word: &str) -> &str {
     match word {
         "golden" => "golden outputs of Hugging Face transformers",
         "conformance" => "the reference device, case by case",
+        "bits" => "the checkpoint it is made from, to the last bit",
         "twin" => "a float checkpoint of separately computed values",
         "judge" => "it is the judge",
         other => other,

@@ -68,7 +68,7 @@ impl BlockPart<'_> {
                 let (scale, min) = w.group(s, chunk, group);
                 // Which sum of the activations: of a half, or of all.
                 let sum = if F::GROUPS == 2 { group } else { 2 };
-                for r in 0..R {
+                for (r, acc) in acc.iter_mut().enumerate() {
                     let start = if F::SIGNED { S::SIGNED_SHIFT } else { F::OFFSET_SHIFT };
                     let mut dot = s.shifted(&x.sums[r].negated[sum], start);
                     let x_quads = x.bytes[r].as_chunks().0;
@@ -79,9 +79,9 @@ impl BlockPart<'_> {
                         };
                     }
                     let scale = s.mul(scale, s.splat(x.scales[r]));
-                    acc[r] = s.mul_add(s.to_f32(dot), scale, acc[r]);
+                    *acc = s.mul_add(s.to_f32(dot), scale, *acc);
                     if F::BLOCK.has_min() {
-                        acc[r] = s.mul_add(min, s.splat(x.sums[r].scaled[sum]), acc[r]);
+                        *acc = s.mul_add(min, s.splat(x.sums[r].scaled[sum]), *acc);
                     }
                 }
             }

@@ -12,7 +12,7 @@ use baton_device::{HostLatent, Result, Rows, WeightFormat};
 use crate::cache::{AttentionPlan, Plane, latent_width, rope_start};
 use crate::isa::Dispatch;
 use crate::kernels::attention::Attend;
-use crate::kernels::linear::{Input, Part};
+use crate::kernels::linear::{Part, Prepared};
 use crate::kernels::quantize::Quantized;
 use crate::pool::Pool;
 use crate::tensor::{Target, Tensor, View};
@@ -173,16 +173,16 @@ impl Task<'_> {
 /// # Safety
 /// As for [`Part::run`].
 unsafe fn multiply_here(
-    (pool, isa): (&Pool, Dispatch),
+    engine: (&Pool, Dispatch),
     x: View<'_>,
     weight: &Matrix,
     quantized: &mut Quantized,
     out: &Target<'_>,
 ) {
-    let input = Input::prepare(pool, isa, x, weight, quantized);
-    let part = Part { input, weight, bias: None, rows: 0..x.rows, panels: 0..weight.panels() };
+    let input = Prepared::new(engine, x, [weight], quantized);
+    let part = Part { input, first: 0, weight, bias: None, rows: 0..x.rows, panels: 0..weight.panels() };
     // SAFETY: the caller's obligation.
-    unsafe { part.run(isa, out) }
+    unsafe { part.run(engine.1, out) }
 }
 
 /// Memory of this thread for the length of a task; its contents are arbitrary.

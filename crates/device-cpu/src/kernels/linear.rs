@@ -20,40 +20,38 @@ const GROUP: usize = 4;
 const TILE_ROWS: usize = 8;
 /// Rows of one task at most: their activations stay in cache while the panels pass.
 const TASK_ROWS: usize = 64;
-/// Rows ready to be multiplied, in the form that the weight's format wants.
+/// Rows that weights of any format can meet.
 #[derive(Clone, Copy)]
-pub(crate) enum Input<'a> {
-    Floats(View<'a>),
-    /// Rows from a certain one on.
-    Bytes(&'a Quantized, usize),
+pub(crate) struct Prepared<'a> {
+    floats: View<'a>,
+    bytes: Option<&'a Quantized>,
 }
 
-impl<'a> Input<'a> {
-    /// `x` for `weight`, quantised into `buffer` if need be.
-    pub(crate) fn prepare(pool: &Pool, isa: Dispatch, x: View<'a>, weight: &Matrix, buffer: &'a mut Quantized) -> Self {
-        assert_eq!(x.width, weight.in_features, "columns of the activation");
-        match weight.data {
-            Packed::Blocks(_) => {
-                buffer.fill(pool, isa, x);
-                Input::Bytes(buffer, 0)
-            }
-            _ => Input::Floats(x),
+impl<'a> Prepared<'a> {
+    /// `x` for `weights`, quantised into `buffer` if one of them wants it.
+    pub(crate) fn new<const N: usize>(
+        (pool, isa): (&Pool, Dispatch),
+        x: View<'a>,
+        weights: [&Matrix; N],
+        buffer: &'a mut Quantized,
+    ) -> Self {
+        for weight in weights {
+            assert_eq!(x.width, weight.in_features, "columns of the activation");
         }
-    }
-
-    /// The rows from `first` on.
-    pub(crate) fn from(self, first: usize) -> Self {
-        match self {
-            Input::Floats(view) => Input::Floats(view.from(first)),
-            Input::Bytes(quantized, start) => Input::Bytes(quantized, start + first),
+        let quantise = weights.iter().any(|weight| matches!(weight.data, Packed::Blocks(_)));
+        if quantise {
+            buffer.fill(pool, isa, x);
         }
+        Self { floats: x, bytes: quantise.then_some(buffer) }
     }
 }
 
 /// A part of a product: some rows times some panels.
 #[derive(Clone)]
 pub(crate) struct Part<'a> {
-    pub(crate) input: Input<'a>,
+    pub(crate) input: Prepared<'a>,
+    /// Row of the input that is row 0 here.
+    pub(crate) first: usize,
     pub(crate) weight: &'a Matrix,
     pub(crate) bias: Option<&'a [f32]>,
     pub(crate) rows: Range<usize>,
@@ -66,14 +64,17 @@ impl Part<'_> {
     /// # Safety
     /// Nobody else reads or writes that part of `out` meanwhile.
     pub(crate) unsafe fn run(self, isa: Dispatch, out: &Target<'_>) {
-        let Part { weight, bias, rows, panels, .. } = self;
+        let Part { input, first, weight, bias, rows, panels } = self;
         let out = PartOut { out, bias, out_features: weight.out_features };
-        match (self.input, &weight.data) {
-            (Input::Floats(x), Packed::F32(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
-            (Input::Floats(x), Packed::F16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
-            (Input::Floats(x), Packed::BF16(w)) => isa.run(FloatPart { x, w, rows, panels, out }),
-            (Input::Bytes(x, first), Packed::Blocks(w)) => isa.run(BlockPart { x, first, w, rows, panels, out }),
-            _ => unreachable!("the input was prepared for this weight"),
+        let x = input.floats.from(first);
+        match &weight.data {
+            Packed::F32(w) => isa.run(FloatPart { x, w, rows, panels, out }),
+            Packed::F16(w) => isa.run(FloatPart { x, w, rows, panels, out }),
+            Packed::BF16(w) => isa.run(FloatPart { x, w, rows, panels, out }),
+            Packed::Blocks(w) => {
+                let x = input.bytes.expect("the input was prepared for this weight");
+                isa.run(BlockPart { x, first, w, rows, panels, out });
+            }
         }
     }
 }
@@ -82,7 +83,7 @@ impl Part<'_> {
 pub(crate) fn multiply(
     pool: &Pool,
     isa: Dispatch,
-    (input, rows): (Input<'_>, usize),
+    (input, rows): (Prepared<'_>, usize),
     (weight, bias): (&Matrix, Option<&[f32]>),
     out: &Target<'_>,
 ) {
@@ -94,7 +95,7 @@ pub(crate) fn multiply(
     pool.run(chunks * rows.div_ceil(task_rows), work, |task| {
         let (row, panel) = (task / chunks * task_rows, task % chunks * chunk);
         let rows = row..rows.min(row + task_rows);
-        let part = Part { input, weight, bias, rows, panels: panel..weight.panels().min(panel + chunk) };
+        let part = Part { input, first: 0, weight, bias, rows, panels: panel..weight.panels().min(panel + chunk) };
         // SAFETY: tasks differ in rows or in panels, so their parts do not overlap.
         unsafe { part.run(isa, out) }
     });

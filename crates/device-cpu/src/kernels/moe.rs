@@ -2,10 +2,10 @@
 //!
 //! Order: a row's experts are added by ascending number; within an expert, that of the linear kernel.
 
-use baton_device::{Activation, DeviceError, HostExperts, HostTensor, Result, Routing, Rows, select_experts};
+use baton_device::{Activation, HostExperts, Result, Routing, Rows, select_experts};
 
 use crate::isa::Dispatch;
-use crate::kernels::linear::{Input, Part};
+use crate::kernels::linear::{Part, Prepared};
 use crate::kernels::quantize::Quantized;
 use crate::kernels::rows::{AddScaled, Gated};
 use crate::pool::Pool;
@@ -26,17 +26,23 @@ struct Expert {
 }
 
 impl Experts {
-    pub(crate) fn new(pool: &Pool, src: &HostExperts<'_>) -> Result<Self> {
-        let matrix = |tensors: &[HostTensor<'_>], e: usize| Matrix::from_host(pool, &tensors[e], src.format);
-        let expert = |e: usize| {
-            let expert = Expert { gate: matrix(&src.gate, e)?, up: matrix(&src.up, e)?, down: matrix(&src.down, e)? };
-            src.up[e].expect_shape(src.gate[0].shape())?;
-            src.gate[e].expect_shape(src.gate[0].shape())?;
-            src.down[e].expect_shape(&[expert.gate.in_features, expert.gate.out_features])?;
-            Ok::<_, DeviceError>(expert)
-        };
-        let experts = (0..src.gate.len()).map(expert).collect::<Result<_>>()?;
-        Ok(Self { experts, routing: src.routing.clone() })
+    pub(crate) fn new(pool: &Pool, src: HostExperts<'_>) -> Result<Self> {
+        let HostExperts { count, source, formats, routing } = src;
+        let mut experts: Vec<Expert> = Vec::with_capacity(count);
+        for e in 0..count {
+            let [gate, up, down] = source.expert(e)?;
+            if let Some(Expert { gate: first, .. }) = experts.first() {
+                gate.expect_shape(&[first.out_features, first.in_features])?;
+            }
+            up.expect_shape(gate.shape())?;
+            down.expect_shape(&[gate.shape()[1], gate.shape()[0]])?;
+            experts.push(Expert {
+                gate: Matrix::from_host(pool, &gate, formats[0])?,
+                up: Matrix::from_host(pool, &up, formats[1])?,
+                down: Matrix::from_host(pool, &down, formats[2])?,
+            });
+        }
+        Ok(Self { experts, routing })
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -87,8 +93,8 @@ pub(crate) fn fused(
     }
     let work = pairs.len() * hidden * inner;
 
-    let input =
-        Input::prepare(pool, isa, View { rows: rows.len(), index: Some(rows), ..x.view() }, &shape.gate, quantized);
+    let view = View { rows: rows.len(), index: Some(rows), ..x.view() };
+    let input = Prepared::new((pool, isa), view, [&shape.gate, &shape.up], quantized);
     let (gates, ups) = (Target::new(gate, inner), Target::new(up, inner));
     let chunk = pool.share(shape.gate.panels() * runs.len(), 2 * work).clamp(1, shape.gate.panels());
     let chunks = shape.gate.panels().div_ceil(chunk);
@@ -98,8 +104,7 @@ pub(crate) fn fused(
         let panel = task % chunks * chunk;
         let panels = panel..gate.panels().min(panel + chunk);
         let cols = panel * LANES..inner.min(panels.end * LANES);
-        let input = input.from(first);
-        let part = Part { input, weight: gate, bias: None, rows: 0..count, panels };
+        let part = Part { input, first, weight: gate, bias: None, rows: 0..count, panels };
         // SAFETY: tasks differ in pairs or in columns, here and below; only one part is alive at a time.
         unsafe { part.clone().run(isa, &gates.shifted(first, 0)) };
         // SAFETY: as above.
@@ -112,7 +117,7 @@ pub(crate) fn fused(
     });
 
     let view = View { data: &gate[..], rows: pairs.len(), stride: inner, start: 0, width: inner, index: None };
-    let input = Input::prepare(pool, isa, view, &shape.down, quantized_inner);
+    let input = Prepared::new((pool, isa), view, [&shape.down], quantized_inner);
     let downs = Target::new(down, hidden);
     let chunk = pool.share(shape.down.panels() * runs.len(), work).clamp(1, shape.down.panels());
     let chunks = shape.down.panels().div_ceil(chunk);
@@ -121,7 +126,7 @@ pub(crate) fn fused(
         let weight = &layer.experts[expert].down;
         let panel = task % chunks * chunk;
         let panels = panel..weight.panels().min(panel + chunk);
-        let part = Part { input: input.from(first), weight, bias: None, rows: 0..count, panels };
+        let part = Part { input, first, weight, bias: None, rows: 0..count, panels };
         // SAFETY: tasks differ in pairs or in columns.
         unsafe { part.run(isa, &downs.shifted(first, 0)) };
     });

@@ -71,6 +71,17 @@ pub(crate) enum Value<'a> {
     Array(Array<'a>),
 }
 
+impl Value<'_> {
+    /// A whole number from 0 on.
+    pub(crate) fn unsigned(self) -> Option<u64> {
+        match self {
+            Value::Unsigned(v) => Some(v),
+            Value::Signed(v) => u64::try_from(v).ok(),
+            _ => None,
+        }
+    }
+}
+
 /// Elements of one scalar type, checked once.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Array<'a> {

@@ -5,6 +5,7 @@
 //! over all files. Bytes are mapped one tensor at a time, so reading a checkpoint keeps no more of it
 //! resident than the tensors in hand.
 
+mod arranged;
 mod files;
 pub(crate) mod gguf;
 mod header;
@@ -12,6 +13,8 @@ mod index;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+pub(crate) use arranged::LatentHalves;
+use arranged::{Arrangement, deinterleaved};
 use baton_device::{DType, WeightFormat};
 pub use files::{FileError, Files};
 pub(crate) use files::{OpenFile, Part};
@@ -142,19 +145,27 @@ pub(crate) struct Checkpoint {
     files: Vec<OpenFile>,
     /// Which file, and where in it.
     tensors: BTreeMap<String, (usize, Entry)>,
-    /// Matrices whose rows alternate between the halves of each head, with the number of heads; see
-    /// [`Checkpoint::tensor`].
-    interleaved: BTreeMap<String, usize>,
+    /// Those that do not lie in the file as they are asked for.
+    arranged: BTreeMap<String, Arrangement>,
 }
 
 impl Checkpoint {
     pub(crate) fn new(files: Vec<OpenFile>, tensors: BTreeMap<String, (usize, Entry)>) -> Self {
-        Self { files, tensors, interleaved: BTreeMap::new() }
+        Self { files, tensors, arranged: BTreeMap::new() }
     }
 
-    /// States that the rows of a matrix alternate between the halves of each of `heads` heads.
+    /// States that the rows of a tensor, if it is there, alternate between the halves of each of `heads` heads.
     pub(crate) fn interleave(&mut self, name: String, heads: usize) {
-        self.interleaved.insert(name, heads);
+        self.arranged.insert(name, Arrangement::Interleaved(heads));
+    }
+
+    /// Adds the up-projection of latent attention, which lies in two tensors.
+    ///
+    /// # Panics
+    /// As for [`LatentHalves::joined`].
+    pub(crate) fn join(&mut self, name: String, halves: LatentHalves) {
+        self.tensors.insert(name.clone(), (halves.key.0, halves.joined(name.clone())));
+        self.arranged.insert(name, Arrangement::Latent(halves));
     }
 
     /// Opens the files and reads their headers.
@@ -253,25 +264,20 @@ impl Checkpoint {
         Ok(Parts { module: spec.module().to_owned(), parts })
     }
 
-    /// A tensor's entry and bytes; where rows are interleaved, the halves of each head one after the other.
+    /// A tensor's entry and bytes, in the order asked for.
     ///
     /// # Panics
     /// If there is no tensor of that name: [`Checkpoint::verify`] comes first.
     pub(crate) fn tensor(&self, name: &str) -> Result<(&Entry, Part), CheckpointError> {
         let (file, entry) = self.tensors.get(name).unwrap_or_else(|| panic!("{name} was verified"));
-        let part = self.files[*file].part(entry.offset, entry.bytes)?;
-        Ok(match self.interleaved.get(name) {
-            Some(&heads) => (entry, Part::Owned(halves(&part, entry.shape[0], heads))),
-            None => (entry, part),
-        })
+        let part = || self.files[*file].part(entry.offset, entry.bytes);
+        let part = match self.arranged.get(name) {
+            None => part()?,
+            Some(Arrangement::Interleaved(heads)) => Part::Owned(deinterleaved(&part()?, entry.shape[0], *heads)),
+            Some(Arrangement::Latent(halves)) => Part::Owned(halves.join(&self.files, self.dtype(name))?),
+        };
+        Ok((entry, part))
     }
-}
-
-/// Rows `2i` of each head, then its rows `2i + 1`.
-fn halves(data: &[u8], rows: usize, heads: usize) -> Vec<u8> {
-    let (head, row) = (data.len() / heads, data.len() / rows);
-    let half = |head, first| <[u8]>::chunks_exact(head, row).skip(first).step_by(2).flatten().copied();
-    data.chunks_exact(head).flat_map(|head| half(head, 0).chain(half(head, 1))).collect()
 }
 
 fn read_header(file: &OpenFile) -> Result<Vec<Entry>, CheckpointError> {

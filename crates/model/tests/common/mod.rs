@@ -4,6 +4,7 @@
 #![allow(dead_code)] // each test file uses its part
 
 pub mod checkpoint;
+pub mod gguf;
 
 use std::path::PathBuf;
 use std::sync::Arc;
