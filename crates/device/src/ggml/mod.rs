@@ -280,12 +280,12 @@ mod tests {
                 for &scale in format.scale_offsets() {
                     let mut block = vec![pattern; format.bytes()];
                     for &offset in format.scale_offsets() {
-                        block[offset..offset + 2].copy_from_slice(&half::f16::MAX.to_le_bytes());
+                        block[offset..offset + 2].copy_from_slice(&f16::MAX.to_le_bytes());
                     }
                     let mut out = vec![0.0; format.elements()];
                     format.dequantize(&block, &mut out);
                     assert!(out.iter().all(|v| v.is_finite()), "{format}");
-                    block[scale..scale + 2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+                    block[scale..scale + 2].copy_from_slice(&f16::NAN.to_le_bytes());
                     format.dequantize(&block, &mut out);
                     assert!(out.iter().all(|v| !v.is_finite()), "{format}");
                 }
