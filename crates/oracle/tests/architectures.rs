@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models;
 use common::Feeding::{self, Afresh, ByToken, Cached};
-use common::{Feed, TOLERANCE, candle, golden, json, ours, texts, worst_difference};
+use common::{Feed, TOLERANCE, candle, compare, golden, json, ours, texts};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -168,8 +168,9 @@ fn difference(case: &Case, changes: Value) -> f32 {
         let vb = VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu);
         (case.build)(&config, vb).unwrap_or_else(|e| panic!("{}: candle: {e}", case.name))
     };
-    let texts = texts(&golden(case.name).join("golden.json"));
-    worst_difference(ours(folder.path()), judge, case.feeding, &texts)
+    // Up to several windows, and quick enough without optimisation.
+    let texts = texts(case.name, 200);
+    compare(ours(folder.path()), judge, case.feeding, &texts).worst
 }
 
 /// A test for each case.

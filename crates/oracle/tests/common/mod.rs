@@ -15,9 +15,6 @@ pub const TOLERANCE: f32 = 1e-3;
 /// Tokens after a prompt that are fed one at a time.
 const DECODED: usize = 4;
 
-/// The longest prompt that is taken: several windows, and quick enough without optimisation.
-const LONGEST: usize = 200;
-
 /// Takes tokens and the position of the first of them, keeps the context, gives the logits after the last.
 pub type Feed = Box<dyn FnMut(&[u32], usize) -> Vec<f32>>;
 
@@ -36,17 +33,18 @@ pub struct Text {
     pub continuation: Vec<u32>,
 }
 
-/// The texts of a golden: prompts with the continuations that transformers chose.
-pub fn texts(golden: &Path) -> Vec<Text> {
+/// The texts of a golden, prompts of at most so many tokens with the continuations that transformers chose.
+pub fn texts(case: &str, longest: usize) -> Vec<Text> {
     let ids = |v: &Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
     let text = |prompt: &Value| Text {
         name: prompt["name"].as_str().unwrap().into(),
         prompt: ids(&prompt["ids"]),
         continuation: ids(&prompt["greedy_ids"])[..DECODED].to_vec(),
     };
-    let mut texts: Vec<Text> = json(golden)["prompts"].as_array().unwrap().iter().map(text).collect();
-    texts.retain(|t| t.prompt.len() <= LONGEST);
-    assert!(texts.iter().any(|t| t.prompt.len() >= LONGEST / 2));
+    let mut texts: Vec<Text> =
+        json(&golden(case).join("golden.json"))["prompts"].as_array().unwrap().iter().map(text).collect();
+    texts.retain(|t| t.prompt.len() <= longest);
+    assert!(texts.iter().any(|t| t.prompt.len() >= longest / 2));
     texts
 }
 
@@ -98,9 +96,17 @@ pub enum Feeding {
     ByToken,
 }
 
-/// The largest difference of logits after each text's prompt and after each token of its continuation.
-pub fn worst_difference(mut ours: Feed, mut judge: impl FnMut() -> Feed, feeding: Feeding, texts: &[Text]) -> f32 {
-    let mut worst = 0f32;
+/// How far logits are apart.
+pub struct Difference {
+    /// The largest difference.
+    pub worst: f32,
+    /// The root of the mean square of the differences, over that of the logits.
+    pub relative: f32,
+}
+
+/// Compares the logits after each text's prompt and after each token of its continuation.
+pub fn compare(mut ours: Feed, mut judge: impl FnMut() -> Feed, feeding: Feeding, texts: &[Text]) -> Difference {
+    let (mut worst, mut differences, mut logits) = (0f32, 0f32, 0f32);
     for text in texts {
         let all = [text.prompt.as_slice(), &text.continuation].concat();
         let mut kept = judge();
@@ -116,9 +122,11 @@ pub fn worst_difference(mut ours: Feed, mut judge: impl FnMut() -> Feed, feeding
             for (a, e) in actual.iter().zip(&expected) {
                 assert!(a.is_finite() && e.is_finite(), "{}: {a} and {e}", text.name);
                 worst = worst.max((a - e).abs());
+                differences += (a - e) * (a - e);
+                logits += e * e;
             }
             start = end;
         }
     }
-    worst
+    Difference { worst, relative: (differences / logits).sqrt() }
 }
