@@ -1,5 +1,5 @@
-//! Quantised checkpoints mean exactly the values that a plain second implementation computed (see
-//! `models/golden/make/quantized.py`), their conversions are recorded, and what is wrong with them is
+//! Quantised checkpoints mean exactly the values that the libraries of their layouts gave for them (see
+//! `models/golden/make/libraries.py`), their conversions are recorded, and what is wrong with them is
 //! refused by name.
 
 mod common;
@@ -9,9 +9,10 @@ use std::fs;
 use baton_device::{DType, Reference, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadOptions, LoadReport, Quantization, load};
-use common::checkpoint::{Copy, find, probe, read_tensors};
+use common::checkpoint::{Copy, Tensor, find, probe, read_tensors};
 use common::{all_logits, folder, options};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 const CASES: [&str; 22] = [
     "packed-int4-groups",
@@ -51,13 +52,17 @@ fn report(copy: &Copy, options: &LoadOptions) -> LoadReport {
     load(Reference::new(), &Files::folder(copy.path()).unwrap(), options).unwrap().1
 }
 
+/// What a case's matrices mean, in float32.
+fn values(case: &str) -> Vec<Tensor> {
+    let name = fs::read_to_string(folder("quantized").join(case).join("values")).unwrap();
+    read_tensors(&fs::read(folder("quantized/values").join(format!("{}.safetensors", name.trim()))).unwrap())
+}
+
 /// The same model with its matrices as floats.
 fn widened(case: &str) -> Copy {
     let copy = quantized(case);
     copy.edit_config(|config| assert!(config.remove("quantization_config").is_some()));
-    let name = fs::read_to_string(folder("quantized").join(case).join("values")).unwrap();
-    let values = folder("quantized/values").join(format!("{}.safetensors", name.trim()));
-    let values = read_tensors(&fs::read(values).unwrap());
+    let values = values(case);
     copy.edit_weights(|tensors| {
         tensors.retain(|t| !t.name.contains("_proj."));
         tensors.extend(values);
@@ -76,6 +81,19 @@ fn every_layout_means_exactly_the_expected_values() {
         let [actual, expected] =
             both.each_ref().map(|f| all_logits(&mut load(cpu(), f, &exact()).unwrap().0, &[1, 2, 3, 4, 5]));
         assert!(actual == expected, "{case} on the cpu");
+    }
+}
+
+#[test]
+fn the_values_are_those_that_the_libraries_gave() {
+    let judges = common::json(folder("quantized/judges.json"));
+    for case in &CASES[..LLAMAS] {
+        let mut values = values(case);
+        assert_eq!(values.len(), 7, "{case}");
+        values.sort_by(|a, b| a.name.cmp(&b.name));
+        let digest = values.iter().fold(Sha256::new(), |digest, t| digest.chain_update(&t.data)).finalize();
+        let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(judges[case]["sha256"], digest, "{case}: {}", judges[case]["library"]);
     }
 }
 

@@ -73,7 +73,7 @@ fn judged(word: &str) -> &str {
     match word {
         "golden" => "golden outputs of Hugging Face transformers",
         "conformance" => "the reference device, case by case",
-        "twin" => "a float checkpoint of separately computed values",
+        "library" => "the values that the format's own library gives",
         "judge" => "it is the judge",
         other => other,
     }
