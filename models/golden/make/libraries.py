@@ -1,7 +1,7 @@
 """Has the libraries that the quantised layouts come from read `models/golden/quantized`, and records what they give.
 
-    python -m venv v && v/bin/pip install numpy torch compressed-tensors==0.20.0 gptqmodel==7.7.0
-    v/bin/pip install --no-deps autoawq==0.2.9
+    python -m venv v && v/bin/pip install numpy torch transformers==5.23.0 compressed-tensors==0.20.0 gptqmodel==7.7.0
+    v/bin/pip install --no-deps autoawq==0.2.9 optimum==2.3.0
     v/bin/python models/golden/make/libraries.py
     v/bin/pip install --no-deps compressed-tensors==0.14.0   # the last that can shuffle columns
     v/bin/python models/golden/make/libraries.py packed-int4-shuffled
@@ -10,8 +10,10 @@ Run by hand on a CPU; `judges.json`, its output, is committed. Each matrix is
 * widened by the library, with scales in float32: these are the values, and must be those of `values/`;
 * widened by the library as it does itself, with scales as stored: that must be the values, rounded once;
 * packed again by the library from the values: that must be the tensors of the checkpoint, to the bit.
-`judges.json` says by case which library that was, what it was asked, in what type it computes itself, and the SHA-256
-of the values it gave.
+Then transformers loads the whole checkpoint through that library (AWQ through gptqmodel), in float32, and computes the
+logits after `PROMPT`.
+`judges.json` says by case which library that was, what it was asked, in what type it computes itself, the SHA-256 of the
+values it gave, and the logits; these are null where transformers cannot load a case that the library can read.
 """
 
 import hashlib
@@ -25,6 +27,9 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent / "quantized"
+PROMPT = [1, 2, 3, 4, 5]
+# transformers needs a newer compressed-tensors than the shuffled case, and FP8 in blocks.
+NOT_LOADED = {"packed-int4-shuffled", "fp8-tensor", "fp8-e5m2"}
 
 
 def widened(parts, name):
@@ -122,6 +127,20 @@ JUDGES = {
 }
 
 
+def logits(case, config):
+    import transformers
+
+    how = {}
+    if config["quant_method"] == "compressed-tensors":
+        how = {"quantization_config": transformers.CompressedTensorsConfig(run_compressed=False)}
+    if config["quant_method"] == "gptq":
+        how = {"quantization_config": transformers.GPTQConfig(bits=config["bits"], backend="gptq_torch")}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(ROOT / case, dtype=torch.float32, device_map="cpu", local_files_only=True, **how)
+    with torch.no_grad():
+        return model(torch.tensor([PROMPT])).logits[0, -1].tolist()
+
+
 def judge(case):
     config = json.loads((ROOT / case / "config.json").read_text())["quantization_config"]
     tensors = load_file(ROOT / case / "model.safetensors")
@@ -145,7 +164,8 @@ def judge(case):
         computes.add(str(itself.dtype).removeprefix("torch."))
     (computes,) = computes
     library = f"{library} {version(library)}"
-    return {"library": library, "asked": what, "computes": computes, "sha256": digest.hexdigest()}
+    return {"library": library, "asked": what, "computes": computes, "sha256": digest.hexdigest(),
+            "logits": None if case in NOT_LOADED else logits(case, config)}
 
 
 path = ROOT / "judges.json"
@@ -154,4 +174,5 @@ every = sorted(p.parent.name for p in ROOT.glob("*/config.json"))
 for case in sys.argv[1:] or [c for c in every if c != "packed-int4-shuffled"]:
     known[case] = judge(case)
     print(case, known[case]["library"])
-path.write_text(json.dumps({case: known[case] for case in every if case in known}, indent=1) + "\n")
+lines = [f"{json.dumps(case)}: {json.dumps(known[case])}" for case in every if case in known]
+path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
