@@ -24,7 +24,7 @@ type Build = fn(&Value, VarBuilder<'static>) -> Result<Feed>;
 
 struct Case {
     name: &'static str,
-    /// Set in the config that both read; null takes a key out.
+    /// Set in the config that both read.
     both: Value,
     /// Set besides in the config that candle reads.
     candle: Value,
@@ -75,7 +75,8 @@ causal! {
 
 /// The case of a golden checkpoint.
 fn case(name: &str) -> Case {
-    // Candle counts the distance to the oldest token in sight, transformers the tokens in sight.
+    // Candle counts the distance to the oldest token in sight, transformers the tokens in sight; and it masks a
+    // context that is computed at once, not a step on top of the cache.
     let window = |tokens: usize| json!({"sliding_window": tokens - 1});
     // Longer than any context here.
     let unlimited = json!({"sliding_window": 1024});
