@@ -1,5 +1,5 @@
-//! Quantised checkpoints mean exactly the values that a plain second implementation computed (see
-//! `models/golden/make/quantized.py`), their conversions are recorded, and what is wrong with them is
+//! Quantised checkpoints mean exactly the values that the libraries of their layouts gave for them (see
+//! `models/golden/make/libraries.py`), their conversions are recorded, and what is wrong with them is
 //! refused by name.
 
 mod common;
@@ -9,9 +9,10 @@ use std::fs;
 use baton_device::{BlockFormat, DType, Reference, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadOptions, LoadReport, load};
-use common::checkpoint::{Copy, find, probe, read_tensors};
+use common::checkpoint::{Copy, Tensor, find, probe, read_tensors};
 use common::{all_logits, folder, options};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 const CASES: [&str; 22] = [
     "packed-int4-groups",
@@ -51,13 +52,17 @@ fn report(copy: &Copy, options: &LoadOptions) -> LoadReport {
     load(Reference::new(), &Files::folder(copy.path()).unwrap(), options).unwrap().1
 }
 
+/// What a case's matrices mean, in float32.
+fn values(case: &str) -> Vec<Tensor> {
+    let name = fs::read_to_string(folder("quantized").join(case).join("values")).unwrap();
+    read_tensors(&fs::read(folder("quantized/values").join(format!("{}.safetensors", name.trim()))).unwrap())
+}
+
 /// The same model with its matrices as floats.
 fn widened(case: &str) -> Copy {
     let copy = quantized(case);
     copy.edit_config(|config| assert!(config.remove("quantization_config").is_some()));
-    let name = fs::read_to_string(folder("quantized").join(case).join("values")).unwrap();
-    let values = folder("quantized/values").join(format!("{}.safetensors", name.trim()));
-    let values = read_tensors(&fs::read(values).unwrap());
+    let values = values(case);
     copy.edit_weights(|tensors| {
         tensors.retain(|t| !t.name.contains("_proj."));
         tensors.extend(values);
@@ -77,6 +82,39 @@ fn every_layout_means_exactly_the_expected_values() {
             both.each_ref().map(|f| all_logits(&mut load(cpu(), f, &exact()).unwrap().0, &[1, 2, 3, 4, 5]));
         assert!(actual == expected, "{case} on the cpu");
     }
+}
+
+#[test]
+fn the_values_are_those_that_the_libraries_gave() {
+    let judges = common::json(folder("quantized/judges.json"));
+    for case in &CASES[..LLAMAS] {
+        let mut values = values(case);
+        assert_eq!(values.len(), 7, "{case}");
+        values.sort_by(|a, b| a.name.cmp(&b.name));
+        let digest = values.iter().fold(Sha256::new(), |digest, t| digest.chain_update(&t.data)).finalize();
+        let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(judges[case]["sha256"], digest, "{case}: {}", judges[case]["library"]);
+    }
+}
+
+/// Whole checkpoints, config included, as transformers reads them. With float16 scales a library rounds its values
+/// to float16, and so do we when asked.
+#[test]
+fn the_logits_are_those_that_transformers_computes_through_the_libraries() {
+    let judges = common::json(folder("quantized/judges.json"));
+    let mut judged = 0;
+    for case in &CASES[..LLAMAS] {
+        let Some(expected) = judges[case]["logits"].as_array() else { continue };
+        let files = Files::folder(folder("quantized").join(case)).unwrap();
+        let dtype = if judges[case]["computes"] == "float16" { DType::F16 } else { DType::F32 };
+        let options = LoadOptions { dtype: Some(dtype), ..options() };
+        let actual = probe(load(Reference::new(), &files, &options).unwrap());
+        let last = &actual[actual.len() - expected.len()..];
+        let off = last.iter().zip(expected).map(|(a, e)| (a - e.as_f64().unwrap() as f32).abs()).fold(0.0, f32::max);
+        assert!(off <= 1e-4, "{case}: off by {off}");
+        judged += 1;
+    }
+    assert_eq!(judged, LLAMAS - 3); // transformers cannot load a shuffled packed one, nor FP8 by tensor
 }
 
 #[test]

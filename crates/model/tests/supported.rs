@@ -56,8 +56,8 @@ enum Judged {
     Conformance,
     #[serde(rename = "bits")]
     Bits,
-    #[serde(rename = "twin")]
-    Twin,
+    #[serde(rename = "library")]
+    Library,
     #[serde(rename = "judge")]
     Judge,
     #[serde(rename = "not run")]
@@ -134,12 +134,15 @@ fn every_format_is_listed_and_its_goldens_are_stored_in_it() {
 
 #[test]
 fn quantised_checkpoints_that_are_called_judged_are_there() {
+    let judges = json(folder("quantized/judges.json"));
     for entry in supported().stored {
-        assert!(matches!(entry.judged, Judged::Golden | Judged::Twin), "{}", entry.name);
+        assert!(matches!(entry.judged, Judged::Golden | Judged::Library), "{}", entry.name);
         assert!(!entry.cases.is_empty(), "{}", entry.name);
         for case in entry.cases {
             let config = json(folder(&case).join("config.json"));
             assert!(config["quantization_config"].is_object(), "{case}");
+            let library = &judges[case.trim_start_matches("quantized/")]["library"];
+            assert_eq!(entry.judged == Judged::Library, library.is_string(), "{case}");
         }
     }
 }

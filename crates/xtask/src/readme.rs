@@ -79,7 +79,7 @@ fn judged(word: &str) -> &str {
         "golden" => "golden outputs of Hugging Face transformers",
         "conformance" => "the reference device, case by case",
         "bits" => "the checkpoint it is made from, to the last bit",
-        "twin" => "a float checkpoint of separately computed values",
+        "library" => "the values that the format's own library gives",
         "judge" => "it is the judge",
         other => other,
     }

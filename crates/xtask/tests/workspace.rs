@@ -10,6 +10,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-device", &[], &[]),
     ("baton-device-cpu", &["baton-device"], &[]),
     ("baton-model", &["baton-device"], &["baton-device-cpu"]),
+    ("baton-oracle", &[], &["baton-device", "baton-model"]),
     ("baton-engine", &["baton-model"], &[]),
     ("baton-text", &[], &[]),
     ("baton-hub", &[], &[]),

@@ -3,8 +3,8 @@
     python -m venv v && v/bin/pip install numpy
     v/bin/python models/golden/make/quantized.py
 
-Run by hand; the outputs are committed. numpy alone is used: each layout is written here from its published
-description, so that a reader is judged by a second, plain implementation and not by itself. Matrices are
+Run by hand, and `libraries.py` after it; the outputs are committed. numpy alone is used: each layout is written here from its
+published description, and the libraries judge whether that is right. Matrices are
 quantised first, to codes, zero points and scales; `values/<name>.safetensors` holds in float32 what these
 mean, computed before anything is packed, and several layouts share one such file.
 """
