@@ -1,6 +1,6 @@
 //! A chat template, on plain conversations and on one that has something of everything.
 
-use baton_text::{ChatInput, TextFiles, TextModel};
+use baton_text::{ChatInput, TextFiles, TextModel, TokenizerFile};
 use serde_json::json;
 
 /// A tokenizer of one token.
@@ -8,7 +8,7 @@ const TOKENIZER: &str = r#"{"version": "1.0", "model": {"type": "BPE", "vocab": 
 
 pub fn run(data: &[u8]) -> bool {
     let files = TextFiles {
-        tokenizer_json: TOKENIZER.as_bytes(),
+        tokenizer: TokenizerFile::Json(TOKENIZER.as_bytes()),
         tokenizer_config: Some(br#"{"bos_token": "<s>", "eos_token": "</s>"}"#),
         special_tokens_map: None,
         chat_template_jinja: Some(data),

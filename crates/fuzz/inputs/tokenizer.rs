@@ -2,30 +2,35 @@
 
 mod parts;
 
-use baton_text::{GgufVocab, TextFiles, TextModel};
+use baton_text::{GgufVocab, TextFiles, TextModel, TokenizerFile};
 use serde_json::Value;
 
 /// Words, spaces, digits, several scripts, special tokens and what looks like them.
 const TEXT: &str =
     "Hello  world, it's 12345 o'clock\r\n\n\tΕλλάδα 漢字かな 👩‍👩‍👧 e\u{301}ﬁ <s><|x|>[INST]<0x0A>\u{0}\u{FFFD}▁  ";
 
-/// The first byte of the second part says what it is.
+/// The first byte of the second part says what it is; ranks of tiktoken have their file's name before them, in a line.
 pub fn run(data: &[u8]) -> bool {
     let [config, tokenizer] = parts::split(data);
     let config = (!config.is_empty()).then_some(config);
     let Some((kind, content)) = tokenizer.split_first() else { return false };
-    let files = |tokenizer_json| TextFiles {
-        tokenizer_json,
-        tokenizer_config: config,
-        special_tokens_map: None,
-        chat_template_jinja: None,
-    };
-    let model = match kind {
-        b'j' => TextModel::new(&files(content)),
-        b'g' => TextModel::from_gguf(&gguf(content)),
+    let tokenizer = match kind {
+        b'j' => TokenizerFile::Json(content),
+        b's' => TokenizerFile::SentencePiece(content),
+        b't' => {
+            let at = content.iter().position(|b| *b == b'\n').unwrap_or_default();
+            let name = str::from_utf8(&content[..at]).unwrap_or_default();
+            TokenizerFile::Tiktoken { name, ranks: &content[at..] }
+        }
+        b'g' => return TextModel::from_gguf(&gguf(content)).is_ok_and(|model| encode_and_decode(&model)),
         _ => return false,
     };
-    let Ok(model) = model else { return false };
+    let (special_tokens_map, chat_template_jinja) = (None, None);
+    let files = TextFiles { tokenizer, tokenizer_config: config, special_tokens_map, chat_template_jinja };
+    TextModel::new(&files).is_ok_and(|model| encode_and_decode(&model))
+}
+
+fn encode_and_decode(model: &TextModel) -> bool {
     for special in [false, true] {
         if let Ok(ids) = model.encode(TEXT, special) {
             model.decode(&ids, special);

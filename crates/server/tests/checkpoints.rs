@@ -6,7 +6,7 @@ use std::{
 };
 
 use baton_loadgen::LocalServer;
-use baton_text::{TextFiles, TextModel};
+use baton_text::{TextFiles, TextModel, TokenizerFile};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -27,7 +27,7 @@ fn text_model(tokenizer: &str) -> TextModel {
     let file = |name: &str| fs::read(golden("tokenizers").join(tokenizer).join(name)).expect(name);
     let (tokenizer, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
     let files = TextFiles {
-        tokenizer_json: &tokenizer,
+        tokenizer: TokenizerFile::Json(&tokenizer),
         tokenizer_config: Some(&config),
         special_tokens_map: None,
         chat_template_jinja: None,

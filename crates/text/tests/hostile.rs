@@ -2,7 +2,7 @@
 
 mod common;
 
-use baton_text::{ChatInput, MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES, TextError, TextFiles, TextModel};
+use baton_text::{ChatInput, MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES, TextError, TextFiles, TextModel, TokenizerFile};
 use common::{golden_file, model, noon, with_template};
 use serde_json::json;
 
@@ -140,7 +140,7 @@ fn broken_tokenizer_files_are_named() {
     let good = golden_file("deepseek", "tokenizer.json");
     let load = |tokenizer_json: &[u8], config: Option<&[u8]>, map: Option<&[u8]>, template: Option<&[u8]>| {
         let (tokenizer_config, special_tokens_map, chat_template_jinja) = (config, map, template);
-        TextModel::new(&TextFiles { tokenizer_json, tokenizer_config, special_tokens_map, chat_template_jinja }).err()
+        TextModel::new(&TextFiles { tokenizer: TokenizerFile::Json(tokenizer_json), tokenizer_config, special_tokens_map, chat_template_jinja }).err()
     };
     assert_eq!(load(&good, None, None, None), None);
     let mut no_model: serde_json::Value = serde_json::from_slice(&good).unwrap();
@@ -177,7 +177,7 @@ fn broken_tokenizer_files_are_named() {
 fn long_runs_of_one_character_encode_and_come_back() {
     for name in ["deepseek", "chatml", "llama3"] {
         let model = TextModel::new(&TextFiles {
-            tokenizer_json: &golden_file(name, "tokenizer.json"),
+            tokenizer: TokenizerFile::Json(&golden_file(name, "tokenizer.json")),
             tokenizer_config: None,
             special_tokens_map: None,
             chat_template_jinja: None,
