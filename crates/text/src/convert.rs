@@ -68,8 +68,9 @@ pub(crate) enum Prefix {
     First,
 }
 
-/// A tokenizer of SentencePiece's kind: `normalizers`, then spaces as `▁`, then `model` on the whole text.
-pub(crate) fn piece_tokenizer(mut normalizers: Vec<Value>, prefix: Prefix, strip_start: bool, model: Value) -> Value {
+/// A tokenizer of SentencePiece's kind: `normalizers`, then spaces as `▁`, then `model` on the whole text. Decoding
+/// takes up to `strip` spaces off the beginning.
+pub(crate) fn piece_tokenizer(mut normalizers: Vec<Value>, prefix: Prefix, strip: u32, model: Value) -> Value {
     let mut pre_tokenizer = Value::Null;
     match prefix {
         Prefix::First => {
@@ -85,8 +86,8 @@ pub(crate) fn piece_tokenizer(mut normalizers: Vec<Value>, prefix: Prefix, strip
         _ => json!({"type": "Sequence", "normalizers": normalizers}),
     };
     let mut decoders = vec![replace("▁", " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
-    if strip_start {
-        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    if strip > 0 {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": strip, "stop": 0}));
     }
     json!({
         "version": "1.0",

@@ -220,7 +220,7 @@ impl GgufVocab {
         let unknown = (0..self.tokens.len()).find(|id| self.kind(*id) == UNKNOWN).map(|id| token(id as u32));
         let prefix = if self.add_space_prefix.unwrap_or(true) { Prefix::Each } else { Prefix::None };
         let model = piece_bpe(ids, merges, unknown, true);
-        Ok((piece_tokenizer(Vec::new(), prefix, prefix != Prefix::None, model), true))
+        Ok((piece_tokenizer(Vec::new(), prefix, u32::from(prefix != Prefix::None), model), true))
     }
 }
 

@@ -140,12 +140,9 @@ pub(crate) fn convert(file: &[u8], config: &TextConfig, added: Vec<(u32, Value)>
         true => Prefix::Each,
     };
     let remove_extra = normalizer.remove_extra_whitespaces();
-    let mut tokenizer = piece_tokenizer(
-        normalizers(&normalizer.charsmap, remove_extra)?,
-        prefix,
-        prefix != Prefix::None || remove_extra,
-        model,
-    );
+    let strip = if remove_extra { u32::MAX } else { u32::from(prefix != Prefix::None) };
+    let steps = normalizers(&normalizer.charsmap, remove_extra)?;
+    let mut tokenizer = piece_tokenizer(steps, prefix, strip, model);
     tokenizer["added_tokens"] = tokens.into_values().collect();
     let add_bos = named.iter().any(|(name, _)| *name == "bos_token");
     Ok(Converted { tokenizer, named, add_bos })
