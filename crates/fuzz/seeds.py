@@ -6,6 +6,7 @@
 Run by hand; the outputs are committed, beside inputs that a run found.
 """
 
+import base64
 import contextlib
 import json
 import struct
@@ -188,8 +189,43 @@ def tokenizers():
         seed("tokenizer", f"gguf-{pre}", "", "g" + compact(gpt2))
 
 
+def conversions():
+    def varint(n):
+        n %= 1 << 64
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    def field(tag, value):
+        """One field of a protocol buffer: a number, a float, or bytes."""
+        if isinstance(value, float):
+            return varint(tag << 3 | 5) + struct.pack("<f", value)
+        if isinstance(value, int):
+            return varint(tag << 3) + varint(value)
+        return varint(tag << 3 | 2) + varint(len(value)) + value
+
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, "<0x0A>": 6, "<x>": 4}
+    pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "<x>", "▁", "H", "e", "l", "o", "ll", "▁H", "▁He", "llo"]
+    def model(model_type, charsmap):
+        out = b""
+        for i, piece in enumerate(pieces):
+            out += field(1, field(1, piece.encode()) + field(2, float(-i)) + field(3, kinds.get(piece, 1)))
+        out += field(2, field(3, model_type) + field(35, 1) + field(40, 0) + field(41, 1) + field(42, 2) + field(43, -1))
+        return out + field(3, field(2, charsmap) + field(3, 1) + field(4, model_type == 1))
+    # A trie without a leaf, and no replacements.
+    charsmap = struct.pack("<I", 8) + struct.pack("<2I", 0x400, 0) + b"\0"
+    added = {"14": {"content": "<|x|>", "special": True}}
+    llama = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "added_tokens_decoder": added}
+    seed("tokenizer", "sentencepiece-bpe", compact(llama), b"s" + model(2, b""))
+    seed("tokenizer", "sentencepiece-unigram", "", b"s" + model(1, charsmap))
+    ranks = [bytes([i]) for i in range(256)] + [b"ll", b"He", b"llo", b" w"]
+    lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
+    for file, config in [("qwen.tiktoken", ""), ("tiktoken.model", compact({"tokenizer_class": "TikTokenTokenizer"})),
+                         ("o200k_base.tiktoken", "")]:
+        seed("tokenizer", file, config, "t" + file + "\n" + lines)
+
+
 checkpoints()
 gguf()
 configs()
 templates()
 tokenizers()
+conversions()

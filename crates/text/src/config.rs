@@ -97,7 +97,9 @@ impl TextConfig {
         };
         let mut entries = entries.ok_or_else(|| TextError::File {
             file: "tokenizer_config.json",
-            reason: format!("added_tokens_decoder is not an object of tokens with content, by ids up to {MAX_TOKEN_ID}"),
+            reason: format!(
+                "added_tokens_decoder is not an object of tokens with content, by ids up to {MAX_TOKEN_ID}"
+            ),
         })?;
         entries.sort_by_key(|(id, _)| *id);
         Ok(entries)

@@ -74,8 +74,7 @@ pub(crate) fn piece_tokenizer(mut normalizers: Vec<Value>, prefix: Prefix, strip
     let mut pre_tokenizer = Value::Null;
     match prefix {
         Prefix::First => {
-            pre_tokenizer =
-                json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+            pre_tokenizer = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
         }
         Prefix::Each => normalizers.extend([json!({"type": "Prepend", "prepend": "▁"}), replace(" ", "▁")]),
         Prefix::None => normalizers.push(replace(" ", "▁")),

@@ -201,8 +201,7 @@ impl GgufVocab {
             pair.map(|(a, b)| json!([a, b])).ok_or("tokenizer.ggml.merges names tokens that are not there")
         });
         let merges: Vec<Value> = merges.collect::<Result<_, _>>()?;
-        let splitting =
-            Splitting { patterns: split.patterns, nfc: split.nfc, ignore_merges: split.ignore_merges };
+        let splitting = Splitting { patterns: split.patterns, nfc: split.nfc, ignore_merges: split.ignore_merges };
         Ok((byte_level_tokenizer(ids, merges, splitting), split.add_bos))
     }
 

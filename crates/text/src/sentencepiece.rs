@@ -119,6 +119,15 @@ pub(crate) fn convert(file: &[u8], config: &TextConfig, added: Vec<(u32, Value)>
         let piece = token["content"].as_str().unwrap_or_default().to_owned();
         pieces[at] = Piece { piece, score: 0.0, kind: Some(kind) };
     }
+    let mut seen = HashMap::with_capacity(pieces.len());
+    for (piece, id) in pieces.iter().zip(0u32..) {
+        if piece.piece.is_empty() {
+            return Err(format!("the piece of id {id} is empty"));
+        }
+        if let Some(first) = seen.insert(piece.piece.as_str(), id) {
+            return Err(format!("ids {first} and {id} have the same piece"));
+        }
+    }
     let mut tokens: BTreeMap<u32, Value> = BTreeMap::new();
     for (piece, id) in pieces.iter().zip(0..) {
         let special = matches!(piece.kind(), CONTROL | UNKNOWN);
@@ -131,7 +140,7 @@ pub(crate) fn convert(file: &[u8], config: &TextConfig, added: Vec<(u32, Value)>
     let unknown = pieces.iter().position(|p| p.kind() == UNKNOWN);
     let model = match trainer.model_type() {
         UNIGRAM => unigram(&pieces, unknown, trainer.byte_fallback)?,
-        BPE => bpe(&pieces, unknown, trainer.byte_fallback)?,
+        BPE => bpe(&pieces, unknown, trainer.byte_fallback),
         other => return Err(format!("its model type is {other}; unigram (1) and BPE (2) are read")),
     };
     let prefix = match config.add_prefix_space.unwrap_or(normalizer.add_dummy_prefix()) {
@@ -182,19 +191,14 @@ fn unigram(pieces: &[Piece], unknown: Option<usize>, byte_fallback: bool) -> Res
     Ok(json!({"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": byte_fallback}))
 }
 
-fn bpe(pieces: &[Piece], unknown: Option<usize>, byte_fallback: bool) -> Result<Value, String> {
+fn bpe(pieces: &[Piece], unknown: Option<usize>, byte_fallback: bool) -> Value {
     let used = pieces.iter().zip(0u32..).filter(|(piece, _)| piece.kind() != UNUSED);
-    let mut vocab: HashMap<&str, u32> = HashMap::with_capacity(pieces.len());
-    for (piece, id) in used {
-        if let Some(first) = vocab.insert(&piece.piece, id) {
-            return Err(format!("ids {first} and {id} have the same piece"));
-        }
-    }
+    let vocab: HashMap<&str, u32> = used.map(|(piece, id)| (piece.piece.as_str(), id)).collect();
     let normal = |piece: &str| vocab.get(piece).copied().filter(|&id| pieces[id as usize].kind() == NORMAL);
     let whole = pieces.iter().zip(0u32..).filter(|(piece, _)| piece.kind() == NORMAL);
     let mut merges = splits(whole.map(|(piece, id)| (id, piece.piece.as_str())), normal);
     sort_by_score(&mut merges, |id| pieces[id as usize].score);
     let text = |id: u32| pieces[id as usize].piece.as_str();
     let merges = merges.into_iter().map(|(_, left, right)| (text(left), text(right)));
-    Ok(piece_bpe(&vocab, merges, unknown.map(|id| text(id as u32)), byte_fallback))
+    piece_bpe(&vocab, merges, unknown.map(|id| text(id as u32)), byte_fallback)
 }

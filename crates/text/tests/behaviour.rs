@@ -2,7 +2,9 @@
 
 mod common;
 
-use baton_text::{ChatInput, Detokenizer, ReasoningSplitter, StopMatcher, TextError, TextFiles, TextModel, TokenizerFile};
+use baton_text::{
+    ChatInput, Detokenizer, ReasoningSplitter, StopMatcher, TextError, TextFiles, TextModel, TokenizerFile,
+};
 use common::{golden_file, model, noon, with_template};
 use serde_json::{Value, json};
 

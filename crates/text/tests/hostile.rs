@@ -140,7 +140,13 @@ fn broken_tokenizer_files_are_named() {
     let good = golden_file("deepseek", "tokenizer.json");
     let load = |tokenizer_json: &[u8], config: Option<&[u8]>, map: Option<&[u8]>, template: Option<&[u8]>| {
         let (tokenizer_config, special_tokens_map, chat_template_jinja) = (config, map, template);
-        TextModel::new(&TextFiles { tokenizer: TokenizerFile::Json(tokenizer_json), tokenizer_config, special_tokens_map, chat_template_jinja }).err()
+        TextModel::new(&TextFiles {
+            tokenizer: TokenizerFile::Json(tokenizer_json),
+            tokenizer_config,
+            special_tokens_map,
+            chat_template_jinja,
+        })
+        .err()
     };
     assert_eq!(load(&good, None, None, None), None);
     let mut no_model: serde_json::Value = serde_json::from_slice(&good).unwrap();
