@@ -13,6 +13,13 @@ use tokenizers::Tokenizer;
 use crate::TextError;
 use crate::sentencepiece::check_charsmap;
 
+/// Key of a SentencePiece table of characters.
+const CHARSMAP: &str = "precompiled_charsmap";
+
+/// How many times longer a normalizer or decoder may make a text, at most. A table of characters, spaces as three bytes
+/// and a prefix make some thousands.
+const MAX_GROWTH: u64 = 1 << 16;
+
 /// Reads a `tokenizer.json`; `file` is what it is called in an error.
 pub(crate) fn read(file: &str, json: &[u8]) -> Result<Tokenizer, TextError> {
     let refused = |reason: String| TextError::Tokenizer(format!("{file}: {reason}"));
@@ -24,7 +31,17 @@ pub(crate) fn read(file: &str, json: &[u8]) -> Result<Tokenizer, TextError> {
         tokenizer.with_padding(None);
         Ok(tokenizer)
     };
-    guarded(read).map_err(refused)
+    let tokenizer = guarded(read).map_err(refused)?;
+    let steps = [serde_json::to_value(tokenizer.get_normalizer()), serde_json::to_value(tokenizer.get_decoder())];
+    for steps in steps.into_iter().flatten() {
+        let growth = growth(&steps);
+        if growth > MAX_GROWTH {
+            return Err(refused(format!(
+                "it may make a text {growth} times as long; at most {MAX_GROWTH} is accepted"
+            )));
+        }
+    }
+    Ok(tokenizer)
 }
 
 /// Ids of a text, with the special tokens that the tokenizer's own post-processor writes if `special`.
@@ -47,16 +64,15 @@ fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String>
 
 /// Checks what the library reserves memory for unseen. Few vocabularies have such a table.
 fn check_charsmaps(json: &[u8]) -> Result<(), String> {
-    const KEY: &str = "precompiled_charsmap";
-    if !json.windows(KEY.len()).any(|window| window == KEY.as_bytes()) {
+    if !json.windows(CHARSMAP.len()).any(|window| window == CHARSMAP.as_bytes()) {
         return Ok(());
     }
     let mut open = vec![serde_json::from_slice::<Value>(json).map_err(|e| e.to_string())?];
     while let Some(value) = open.pop() {
         match value {
             Value::Object(fields) => {
-                if let Some(table) = fields.get(KEY).and_then(Value::as_str) {
-                    check_charsmap(&BASE64_STANDARD.decode(table).map_err(|e| format!("{KEY}: {e}"))?)?;
+                if let Some(table) = fields.get(CHARSMAP).and_then(Value::as_str) {
+                    check_charsmap(&BASE64_STANDARD.decode(table).map_err(|e| format!("{CHARSMAP}: {e}"))?)?;
                 }
                 open.extend(fields.into_iter().map(|(_, value)| value));
             }
@@ -65,4 +81,27 @@ fn check_charsmaps(json: &[u8]) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// How many times longer a step may make a text: a chain of replacements multiplies, so that few bytes of file would
+/// make any number of text.
+fn growth(step: &Value) -> u64 {
+    let len = |key: &str| step[key].as_str().map_or(1, |text| 1 + text.len() as u64);
+    match step["type"].as_str() {
+        Some("Sequence") => {
+            let steps = ["normalizers", "decoders"].into_iter().filter_map(|key| step[key].as_array()).flatten();
+            steps.map(growth).fold(1, u64::saturating_mul)
+        }
+        Some("Replace") => len("content"),
+        Some("Prepend") => len("prepend"),
+        Some("Precompiled") => {
+            let table = BASE64_STANDARD.decode(step[CHARSMAP].as_str().unwrap_or_default()).unwrap_or_default();
+            // After a trie, whose length comes first, the replacements.
+            let trie = table.first_chunk().map_or(0, |len| u32::from_le_bytes(*len) as usize + 4);
+            let replacements = table.get(trie..).unwrap_or_default().split(|byte| *byte == 0);
+            replacements.map(|text| 1 + text.len() as u64).max().unwrap_or(1)
+        }
+        Some("NFKC" | "NFKD") => 11, // U+FDFA, three bytes, becomes 33
+        _ => 1,
+    }
 }

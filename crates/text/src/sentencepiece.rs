@@ -68,6 +68,9 @@ struct NormalizerSpec {
     escape_whitespaces: Option<bool>,
 }
 
+/// Longest file that is read, three times the largest in use: an empty piece takes two bytes here and eighty in memory.
+const MAX_BYTES: usize = 16 << 20;
+
 const UNIGRAM: i32 = 1;
 const BPE: i32 = 2;
 
@@ -80,6 +83,9 @@ pub(crate) const UNUSED: i32 = 5;
 
 /// Converts a file; the error says why it is not read.
 pub(crate) fn convert(file: &[u8], config: &TextConfig, added: Vec<(u32, Value)>) -> Result<Converted, String> {
+    if file.len() > MAX_BYTES {
+        return Err(format!("it has {} bytes; at most {MAX_BYTES} are read", file.len()));
+    }
     let ModelProto { mut pieces, trainer, normalizer, denormalizer } =
         ModelProto::decode(file).map_err(|e| format!("it is not a SentencePiece model: {e}"))?;
     let trainer = trainer.unwrap_or_default();

@@ -180,6 +180,37 @@ fn broken_tokenizer_files_are_named() {
 }
 
 #[test]
+fn a_vocabulary_that_would_multiply_text_or_panics_is_refused() {
+    let load = |edit: &dyn Fn(&mut serde_json::Value)| {
+        let mut json = serde_json::from_slice(&golden_file("spm", "tokenizer.json")).unwrap();
+        edit(&mut json);
+        TextModel::new(&TextFiles {
+            tokenizer: TokenizerFile::Json(json.to_string().as_bytes()),
+            tokenizer_config: None,
+            special_tokens_map: None,
+            chat_template_jinja: None,
+        })
+    };
+    let doubling = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+    let chain = vec![doubling; 60];
+    let refused = |edit: &dyn Fn(&mut serde_json::Value)| load(edit).unwrap_err().to_string();
+    let normalizer = refused(&|json| json["normalizer"] = json!({"type": "Sequence", "normalizers": chain}));
+    let decoder = refused(&|json| {
+        let steps = [&chain[..], &[json!({"type": "ByteFallback"})]].concat();
+        json["decoder"] = json!({"type": "Sequence", "decoders": steps});
+    });
+    assert!(normalizer.contains("times as long") && decoder.contains("times as long"), "{normalizer}; {decoder}");
+    // A table that claims a gigabyte, and one that leads out of itself.
+    let table = |base64: &str| {
+        let step = json!({"type": "Precompiled", "precompiled_charsmap": base64});
+        load(&|json| json["normalizer"] = step.clone())
+    };
+    assert!(table("AAAAQAAAAAAA").unwrap_err().to_string().contains("truncated"));
+    let out_of_itself = table("BAAAAAD8//8A").unwrap();
+    assert!(matches!(out_of_itself.encode("a", false), Err(TextError::Encode(_))));
+}
+
+#[test]
 fn long_runs_of_one_character_encode_and_come_back() {
     for name in ["deepseek", "chatml", "llama3"] {
         let model = TextModel::new(&TextFiles {
