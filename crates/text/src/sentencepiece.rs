@@ -103,15 +103,6 @@ pub(crate) fn convert(file: &[u8], config: &TextConfig, added: Vec<(u32, Value)>
         return Err("a score is not a number".into());
     }
 
-    let named = [
-        ("unk_token", trainer.unk_id()),
-        ("bos_token", trainer.bos_id()),
-        ("eos_token", trainer.eos_id()),
-        ("pad_token", trainer.pad_id()),
-    ];
-    let piece_of = |id: i32| usize::try_from(id).ok().and_then(|id| pieces.get(id)).map(|p| p.piece.clone());
-    let named: Vec<_> = named.into_iter().filter_map(|(name, id)| Some((name, piece_of(id)?))).collect();
-
     for (id, token) in &added {
         // On a piece, or right after the last one.
         let at = *id as usize;
@@ -125,6 +116,15 @@ pub(crate) fn convert(file: &[u8], config: &TextConfig, added: Vec<(u32, Value)>
         let piece = token["content"].as_str().unwrap_or_default().to_owned();
         pieces[at] = Piece { piece, score: 0.0, kind: Some(kind) };
     }
+    let named = [
+        ("unk_token", trainer.unk_id()),
+        ("bos_token", trainer.bos_id()),
+        ("eos_token", trainer.eos_id()),
+        ("pad_token", trainer.pad_id()),
+    ];
+    let piece_of = |id: i32| usize::try_from(id).ok().and_then(|id| pieces.get(id)).map(|p| p.piece.clone());
+    let named: Vec<_> = named.into_iter().filter_map(|(name, id)| Some((name, piece_of(id)?))).collect();
+
     let mut seen = HashMap::with_capacity(pieces.len());
     for (piece, id) in pieces.iter().zip(0u32..) {
         if piece.piece.is_empty() {

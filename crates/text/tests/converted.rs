@@ -112,6 +112,8 @@ fn control_pieces_are_special_and_user_defined_ones_are_not() {
     let config = json!({"added_tokens_decoder": {"3": {"content": "<y>", "special": true}}});
     let renamed = converted("tokenizer.model", "bpe.model", config);
     assert_eq!((renamed.token_id("<y>"), renamed.is_special(3)), (Some(3), true));
+    let config = json!({"added_tokens_decoder": {"2": {"content": "<end>", "special": true}}});
+    assert_eq!(converted("tokenizer.model", "bpe.model", config).eos_token_id(), Some(2));
 }
 
 #[test]
