@@ -230,10 +230,10 @@ fn converted_tokenizer(
     let refused = |reason: String| TextError::Tokenizer(format!("{file}: {reason}"));
     let Converted { tokenizer: json, named, add_bos } = converted.map_err(refused)?;
     let tokenizer = library::read(file, json.to_string().as_bytes())?;
-    let added = json["added_tokens"].as_array().into_iter().flatten();
+    let mut added = json["added_tokens"].as_array().into_iter().flatten();
     let placed = |token: &Value| token["content"].as_str().and_then(|text| tokenizer.token_to_id(text));
     // The library would give a token that its model lacks the next free id.
-    debug_assert!(added.cloned().all(|token| placed(&token).map(u64::from) == token["id"].as_u64()));
+    debug_assert!(added.all(|token| placed(token).map(u64::from) == token["id"].as_u64()));
     config.name_tokens(named);
     Ok((tokenizer, Some(add_bos)))
 }
