@@ -58,6 +58,25 @@ async fn a_gguf_file_gives_its_golden_text() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_with_a_sentencepiece_model_gives_its_golden_text() {
+    let folder = TempDir::new().expect("a folder");
+    for name in ["config.json", "generation_config.json", "model.safetensors"] {
+        fs::copy(golden("llama-256").join(name), folder.path().join(name)).expect(name);
+    }
+    let vocabulary = golden("tokenizers/converted/bpe-no-prefix.model");
+    fs::copy(&vocabulary, folder.path().join("tokenizer.model")).expect("a copy");
+    let server = start(&[folder.path().to_str().expect("UTF-8")]).await;
+    let files = TextFiles {
+        tokenizer: TokenizerFile::SentencePiece(&fs::read(&vocabulary).expect("a vocabulary")),
+        tokenizer_config: None,
+        special_tokens_map: None,
+        chat_template_jinja: None,
+    };
+    let text = TextModel::new(&files).expect("a golden vocabulary");
+    assert_golden_text(&server, &read(&golden("llama-256/golden.json")), &text).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_fp8_checkpoint_gives_its_golden_text_and_a_report_of_its_conversions() {
     let folder = TempDir::new().expect("a folder");
     for name in ["config.json", "generation_config.json", "model.safetensors"] {
