@@ -25,6 +25,8 @@ struct Family {
     file: &'static str,
     /// `tokenizer_class` of checkpoints whose file may have any name.
     class: Option<&'static str>,
+    /// Ranks of its own file. One with more is of another family that uses the same name.
+    ranks: usize,
     pattern: &'static str,
     /// Unicode is normalised to NFC first.
     nfc: bool,
@@ -38,6 +40,7 @@ const FAMILIES: [Family; 5] = [
     Family {
         file: "qwen.tiktoken",
         class: Some("QWenTokenizer"),
+        ranks: 151_643,
         pattern: QWEN2,
         nfc: true,
         special: (208, qwen),
@@ -46,6 +49,7 @@ const FAMILIES: [Family; 5] = [
     Family {
         file: "tiktoken.model",
         class: Some("TikTokenTokenizer"),
+        ranks: 163_584,
         pattern: KIMI,
         nfc: false,
         special: (256, |_, id| format!("<|reserved_token_{id}|>")),
@@ -54,6 +58,7 @@ const FAMILIES: [Family; 5] = [
     Family {
         file: "tokenizer.model",
         class: None,
+        ranks: 128_000,
         pattern: LLAMA3,
         nfc: false,
         special: (256, llama3),
@@ -62,6 +67,7 @@ const FAMILIES: [Family; 5] = [
     Family {
         file: "cl100k_base.tiktoken",
         class: None,
+        ranks: 100_256,
         pattern: CL100K,
         nfc: false,
         special: (1, |_, _| "<|endoftext|>".into()),
@@ -70,6 +76,7 @@ const FAMILIES: [Family; 5] = [
     Family {
         file: "o200k_base.tiktoken",
         class: None,
+        ranks: 199_998,
         pattern: O200K,
         nfc: false,
         special: (1, |_, _| "<|endoftext|>".into()),
@@ -106,6 +113,9 @@ fn llama3(n: u32, _: u32) -> String {
 pub(crate) fn convert(name: &str, file: &[u8], class: &str, added: Vec<(u32, Value)>) -> Result<Converted, String> {
     let family = family(name, class)?;
     let ranks = ranks(file)?;
+    if ranks.len() > family.ranks {
+        return Err(format!("it has {} ranks, more than the {} of {}", ranks.len(), family.ranks, family.file));
+    }
     let after = ranks.iter().map(|(_, rank)| rank + 1).max().unwrap_or_default();
     let (count, special) = family.special;
     let mut tokens: BTreeMap<u32, Value> =

@@ -168,6 +168,12 @@ fn a_vocabulary_that_cannot_be_converted_is_refused_by_name() {
         (model, edited("IQ== 33", "I!== 33"), Value::Null, "line 34: not base64"),
         (model, edited("IQ== 33", "IQ== 4000000000"), Value::Null, "line 34"),
         (model, edited("IQ== 33", "Ig== 33"), Value::Null, "has the bytes of another"),
+        (
+            model,
+            (0..128_001).map(|rank| format!("AA== {rank}\n")).collect::<String>().into(),
+            Value::Null,
+            "128001 ranks",
+        ),
         (model, ranks, added("5", "<x>"), "special token of id 5 is another"),
         (model, b"{}".to_vec(), Value::Null, "line 1"),
     ];
