@@ -184,8 +184,10 @@ fn a_vocabulary_that_would_multiply_text_or_panics_is_refused() {
     let load = |edit: &dyn Fn(&mut serde_json::Value)| {
         let mut json = serde_json::from_slice(&golden_file("spm", "tokenizer.json")).unwrap();
         edit(&mut json);
+        // A key may be written in more than one way.
+        let json = json.to_string().replace("precompiled_charsmap", "precompiled\\u005fcharsmap");
         TextModel::new(&TextFiles {
-            tokenizer: TokenizerFile::Json(json.to_string().as_bytes()),
+            tokenizer: TokenizerFile::Json(json.as_bytes()),
             tokenizer_config: None,
             special_tokens_map: None,
             chat_template_jinja: None,
