@@ -155,11 +155,12 @@ fn broken_tokenizer_files_are_named() {
     far_id["model"]["vocab"]["far"] = json!(4_000_000_000u32);
     let (no_model, far_id) = (no_model.to_string(), far_id.to_string());
     let deep = "[".repeat(100_000);
-    let broken: [&[u8]; 9] = [
+    let broken: [&[u8]; 10] = [
         b"",
         b"{}",
         b"null",
         b"not JSON",
+        b"{\"decoder\": {\"type\": \"Fuse\"",
         &good[..good.len() / 2],
         &good[..good.len() - 2],
         no_model.as_bytes(),
@@ -202,12 +203,13 @@ fn a_vocabulary_that_would_multiply_text_or_panics_is_refused() {
         json["decoder"] = json!({"type": "Sequence", "decoders": steps});
     });
     assert!(normalizer.contains("times as long") && decoder.contains("times as long"), "{normalizer}; {decoder}");
-    // A table that claims a gigabyte, and one that leads out of itself.
+    // A table that claims a gigabyte, one of bytes that are no text, and one that leads out of itself.
     let table = |base64: &str| {
         let step = json!({"type": "Precompiled", "precompiled_charsmap": base64});
         load(&|json| json["normalizer"] = step.clone())
     };
     assert!(table("AAAAQAAAAAAA").unwrap_err().to_string().contains("truncated"));
+    assert!(table("BAAAAAAAAAD/").unwrap_err().to_string().contains("library failed"));
     let out_of_itself = table("BAAAAAD8//8A").unwrap();
     assert!(matches!(out_of_itself.encode("a", false), Err(TextError::Encode(_))));
 }
