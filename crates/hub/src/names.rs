@@ -10,19 +10,30 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const CONFIG: &str = "config.json";
 
 /// Files any of which is a tokenizer.
-pub(crate) const TOKENIZERS: &[&str] =
-    &["tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json"];
+pub(crate) const TOKENIZERS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "cl100k_base.tiktoken",
+    "o200k_base.tiktoken",
+    "qwen.tiktoken",
+    "tekken.json",
+    "vocab.json",
+];
 
 /// Files besides config and weights. An allow-list: whatever else a repository holds (pickles, Python, ONNX) stays there.
 pub(crate) const OPTIONAL: &[&str] = &[
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "cl100k_base.tiktoken",
     "generation_config.json",
     "handoff.json",
     "hf_quant_config.json",
     "merges.txt",
+    "o200k_base.tiktoken",
     "quantize_config.json",
+    "qwen.tiktoken",
     "special_tokens_map.json",
     "tekken.json",
     "tiktoken.model",

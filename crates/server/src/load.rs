@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use baton_device::DType;
 use baton_hub::Target;
 use baton_model::{Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions};
-use baton_text::{GgufVocab, TextFiles, TextModel};
+use baton_text::{GgufVocab, TextFiles, TextModel, TokenizerFile};
 use sha2::{Digest, Sha256};
 use tracing::info;
 
@@ -136,6 +136,7 @@ fn options(settings: &Settings) -> LoadOptions {
 
 /// The files that concern text, in memory.
 struct OwnedTextFiles {
+    tokenizer_name: String,
     tokenizer: Vec<u8>,
     tokenizer_config: Option<Vec<u8>>,
     special_tokens_map: Option<Vec<u8>>,
@@ -145,12 +146,16 @@ struct OwnedTextFiles {
 impl OwnedTextFiles {
     fn read(files: &Files, settings: &Settings) -> Result<Self> {
         let read = |name: &str| anyhow::Ok(files.read(name, MAX_TEXT_FILE)?.map(|bytes| bytes.into_owned()));
+        let names = files.names()?;
+        let name = TokenizerFile::choose(&names)
+            .with_context(|| format!("there is no tokenizer: {} is read", TokenizerFile::NAMES))?;
         let chat_template = match chat_template_file(settings)? {
             Some(template) => Some(template),
             None => read("chat_template.jinja")?,
         };
         Ok(Self {
-            tokenizer: read("tokenizer.json")?.context("tokenizer.json is missing")?,
+            tokenizer_name: name.to_owned(),
+            tokenizer: read(name)?.with_context(|| format!("{name} is missing"))?,
             tokenizer_config: read("tokenizer_config.json")?,
             special_tokens_map: read("special_tokens_map.json")?,
             chat_template,
@@ -159,7 +164,7 @@ impl OwnedTextFiles {
 
     fn parse(&self) -> Result<TextModel> {
         Ok(TextModel::new(&TextFiles {
-            tokenizer_json: &self.tokenizer,
+            tokenizer: TokenizerFile::new(&self.tokenizer_name, &self.tokenizer),
             tokenizer_config: self.tokenizer_config.as_deref(),
             special_tokens_map: self.special_tokens_map.as_deref(),
             chat_template_jinja: self.chat_template.as_deref(),

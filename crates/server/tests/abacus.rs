@@ -4,7 +4,7 @@
 use std::{fs, path::Path, sync::Arc};
 
 use baton_loadgen::{Client, LocalServer};
-use baton_text::{ChatInput, TextFiles, TextModel};
+use baton_text::{ChatInput, TextFiles, TextModel, TokenizerFile};
 use serde_json::{Value, json};
 
 /// From a step on at which the reference's two best logits are closer than this, texts may differ.
@@ -23,7 +23,7 @@ fn rows(name: &str) -> Vec<Value> {
 fn text_model() -> TextModel {
     let (tokenizer, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
     let files = TextFiles {
-        tokenizer_json: &tokenizer,
+        tokenizer: TokenizerFile::Json(&tokenizer),
         tokenizer_config: Some(&config),
         special_tokens_map: None,
         chat_template_jinja: None,

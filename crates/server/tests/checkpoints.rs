@@ -6,7 +6,7 @@ use std::{
 };
 
 use baton_loadgen::LocalServer;
-use baton_text::{TextFiles, TextModel};
+use baton_text::{TextFiles, TextModel, TokenizerFile};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -27,7 +27,7 @@ fn text_model(tokenizer: &str) -> TextModel {
     let file = |name: &str| fs::read(golden("tokenizers").join(tokenizer).join(name)).expect(name);
     let (tokenizer, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
     let files = TextFiles {
-        tokenizer_json: &tokenizer,
+        tokenizer: TokenizerFile::Json(&tokenizer),
         tokenizer_config: Some(&config),
         special_tokens_map: None,
         chat_template_jinja: None,
@@ -55,6 +55,25 @@ async fn a_gguf_file_gives_its_golden_text() {
     assert!(models.contains("\"llama-rope3-Q4_0\""), "{models}");
     let golden = read(&golden("gguf/llama-rope3-Q4_0.golden.json"));
     assert_golden_text(&server, &golden, &text_model("llama3")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_with_a_sentencepiece_model_gives_its_golden_text() {
+    let folder = TempDir::new().expect("a folder");
+    for name in ["config.json", "generation_config.json", "model.safetensors"] {
+        fs::copy(golden("llama-256").join(name), folder.path().join(name)).expect(name);
+    }
+    let vocabulary = golden("tokenizers/converted/bpe-no-prefix.model");
+    fs::copy(&vocabulary, folder.path().join("tokenizer.model")).expect("a copy");
+    let server = start(&[folder.path().to_str().expect("UTF-8")]).await;
+    let files = TextFiles {
+        tokenizer: TokenizerFile::SentencePiece(&fs::read(&vocabulary).expect("a vocabulary")),
+        tokenizer_config: None,
+        special_tokens_map: None,
+        chat_template_jinja: None,
+    };
+    let text = TextModel::new(&files).expect("a golden vocabulary");
+    assert_golden_text(&server, &read(&golden("llama-256/golden.json")), &text).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

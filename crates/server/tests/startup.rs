@@ -127,7 +127,23 @@ fn an_unknown_architecture_is_refused_with_the_known_ones() {
 fn a_missing_tokenizer_is_refused_by_file() {
     let dir = copy();
     fs::remove_file(dir.path().join("tokenizer.json")).expect("it is there");
-    assert_names(&refusal(&["--port", "0", dir.path().to_str().expect("UTF-8")]), &["tokenizer.json"]);
+    let accepted = ["tokenizer.json", "tokenizer.model", "tiktoken.model", "*.tiktoken"];
+    assert_names(&refusal(&["--port", "0", dir.path().to_str().expect("UTF-8")]), &accepted);
+}
+
+#[test]
+fn a_converted_tokenizer_is_read_and_refused_like_any_other() {
+    let ranks = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/golden/tokenizers/converted/ranks.tiktoken");
+    let dir = copy();
+    let path = |name: &str| dir.path().join(name);
+    fs::remove_file(path("tokenizer.json")).expect("it is there");
+    fs::copy(ranks, path("tokenizer.model")).expect("a copy");
+    fs::write(path("tokenizer_config.json"), r#"{"added_tokens_decoder": {"1100": {"content": "<far>"}}}"#)
+        .expect("a file");
+    let arguments = ["--port", "0", dir.path().to_str().expect("UTF-8")];
+    assert_names(&refusal(&arguments), &["the tokenizer has ids up to 1100", "ends at 1024"]);
+    fs::rename(path("tokenizer.model"), path("own.tiktoken")).expect("a new name");
+    assert_names(&refusal(&arguments), &["own.tiktoken", "qwen.tiktoken", "QWenTokenizer"]);
 }
 
 #[test]

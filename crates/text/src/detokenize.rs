@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use tokenizers::Tokenizer;
 
+use crate::library;
 use crate::vocab::{Decoding, Vocab};
 
 const REPLACEMENT: char = '\u{FFFD}';
@@ -163,7 +164,7 @@ impl Window {
     }
 
     fn decode(&self, end: usize) -> String {
-        self.tokenizer.decode(&self.ids[..end], false).unwrap_or_default()
+        library::decode(&self.tokenizer, &self.ids[..end])
     }
 }
 

@@ -5,8 +5,8 @@
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TextError {
-    /// `tokenizer.json` is not JSON, or not a tokenizer this server reads.
-    #[error("tokenizer.json cannot be read: {0}")]
+    /// The vocabulary is damaged, or of a kind that is not read.
+    #[error("the tokenizer cannot be read: {0}")]
     Tokenizer(String),
     /// One of the other files is not JSON or holds a value of the wrong kind.
     #[error("{file} cannot be read: {reason}")]

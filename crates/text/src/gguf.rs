@@ -8,7 +8,11 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
-use crate::{TextError, TextFiles, TextModel};
+use crate::convert::{
+    Prefix, Splitting, added_token, byte_level_tokenizer, piece_bpe, piece_tokenizer, sort_by_score, splits,
+};
+use crate::sentencepiece::{CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
+use crate::{TextError, TextFiles, TextModel, TokenizerFile};
 
 /// What a GGUF file says of its vocabulary, by the keys `tokenizer.ggml.*`.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -39,18 +43,9 @@ pub struct GgufVocab {
     pub chat_template: Option<String>,
 }
 
-const NORMAL: i32 = 1;
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
-
-/// Longest piece that SentencePiece merges are looked for in, in bytes: its own trainer's limit is 16 characters.
-const MAX_MERGED: usize = 256;
-
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str =
+pub(crate) const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(crate) const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const CJK: &str = "[一-龥ࠀ-一가-\u{d7ff}]+";
 
@@ -132,7 +127,7 @@ impl TextModel {
     pub fn from_gguf(vocab: &GgufVocab) -> Result<Self, TextError> {
         let (tokenizer, config) = vocab.as_files().map_err(TextError::Tokenizer)?;
         TextModel::new(&TextFiles {
-            tokenizer_json: tokenizer.to_string().as_bytes(),
+            tokenizer: TokenizerFile::Json(tokenizer.to_string().as_bytes()),
             tokenizer_config: Some(config.to_string().as_bytes()),
             special_tokens_map: None,
             chat_template_jinja: None,
@@ -166,12 +161,7 @@ impl GgufVocab {
         let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
             let kind = self.kind(id);
             let special = kind == CONTROL || kind == UNKNOWN;
-            (special || kind == USER_DEFINED).then(|| {
-                json!({
-                    "id": id, "content": token, "special": special,
-                    "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-                })
-            })
+            (special || kind == USER_DEFINED).then(|| added_token(id as u32, token, special))
         });
         tokenizer["added_tokens"] = added.filter(|token| token["content"] != "").collect();
         let named = |key: &str, id: Option<u32>| match id {
@@ -191,7 +181,6 @@ impl GgufVocab {
                 first => json!({"type": "Sequence", "processors": [first, template]}),
             };
         }
-        tokenizer["version"] = json!("1.0");
         let config = json!({"bos_token": bos, "eos_token": eos, "chat_template": self.chat_template});
         Ok((tokenizer, config))
     }
@@ -215,24 +204,8 @@ impl GgufVocab {
             pair.map(|(a, b)| json!([a, b])).ok_or("tokenizer.ggml.merges names tokens that are not there")
         });
         let merges: Vec<Value> = merges.collect::<Result<_, _>>()?;
-        let mut steps: Vec<Value> = split
-            .patterns
-            .iter()
-            .map(|p| json!({"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": false}))
-            .collect();
-        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
-        steps.push(bytes.clone());
-        let tokenizer = json!({
-            "normalizer": if split.nfc { json!({"type": "NFC"}) } else { Value::Null },
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-            "post_processor": bytes,
-            "decoder": bytes,
-            "model": {
-                "type": "BPE", "vocab": ids, "merges": merges, "unk_token": null, "fuse_unk": false,
-                "byte_fallback": false, "ignore_merges": split.ignore_merges,
-            },
-        });
-        Ok((tokenizer, split.add_bos))
+        let splitting = Splitting { patterns: split.patterns, nfc: split.nfc, ignore_merges: split.ignore_merges };
+        Ok((byte_level_tokenizer(ids, merges, splitting), split.add_bos))
     }
 
     /// SentencePiece's BPE: merges are the ways to build a piece from two others, by the piece's score.
@@ -241,45 +214,15 @@ impl GgufVocab {
             return Err("tokenizer.ggml.scores is missing or not all numbers".into());
         }
         let normal = |piece: &str| ids.get(piece).copied().filter(|id| self.kind(*id as usize) == NORMAL);
-        let mut merges = Vec::new();
-        for (id, piece) in self.tokens.iter().enumerate() {
-            if self.kind(id) != NORMAL || piece.len() > MAX_MERGED {
-                continue;
-            }
-            for (cut, _) in piece.char_indices().skip(1) {
-                if let (Some(left), Some(right)) = (normal(&piece[..cut]), normal(&piece[cut..])) {
-                    merges.push((self.scores[id], id, left, right));
-                }
-            }
-        }
-        // Best score first; of one piece's ways that of the latest parts first, as transformers converts.
-        merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then((b.2, b.3).cmp(&(a.2, a.3))));
+        let whole = self.tokens.iter().map(String::as_str).zip(0..).filter(|(_, id)| self.kind(*id as usize) == NORMAL);
+        let mut merges = splits(whole.map(|(piece, id)| (id, piece)), normal);
+        sort_by_score(&mut merges, |id| self.scores[id as usize]);
         let token = |id: u32| self.tokens[id as usize].as_str();
-        let merges: Vec<Value> = merges.into_iter().map(|(_, _, a, b)| json!([token(a), token(b)])).collect();
+        let merges = merges.into_iter().map(|(_, left, right)| (token(left), token(right)));
         let unknown = (0..self.tokens.len()).find(|id| self.kind(*id) == UNKNOWN).map(|id| token(id as u32));
-        let prefix = self.add_space_prefix.unwrap_or(true);
-        let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
-        let spaces = replace(" ", "▁");
-        let normalizer = if prefix {
-            json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]})
-        } else {
-            spaces
-        };
-        let mut decoders = vec![replace("▁", " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
-        if prefix {
-            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
-        }
-        let tokenizer = json!({
-            "normalizer": normalizer,
-            "pre_tokenizer": null,
-            "post_processor": null,
-            "decoder": {"type": "Sequence", "decoders": decoders},
-            "model": {
-                "type": "BPE", "vocab": ids, "merges": merges, "unk_token": unknown, "fuse_unk": true,
-                "byte_fallback": true, "ignore_merges": false,
-            },
-        });
-        Ok((tokenizer, true))
+        let prefix = if self.add_space_prefix.unwrap_or(true) { Prefix::Each } else { Prefix::None };
+        let model = piece_bpe(ids, merges, unknown, true);
+        Ok((piece_tokenizer(Vec::new(), prefix, u32::from(prefix != Prefix::None), model), true))
     }
 }
 

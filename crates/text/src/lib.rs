@@ -6,16 +6,20 @@
 //! Each of the three takes pieces of any size and yields the same joined text however its input was cut.
 
 mod config;
+mod convert;
 mod detokenize;
 mod error;
 mod gguf;
 mod json;
+mod library;
 mod model;
 mod pycompat;
 mod reasoning;
 mod sandbox;
+mod sentencepiece;
 mod stop;
 mod template;
+mod tiktoken;
 mod vocab;
 
 #[cfg(test)]
@@ -24,7 +28,7 @@ mod testing;
 pub use detokenize::Detokenizer;
 pub use error::TextError;
 pub use gguf::GgufVocab;
-pub use model::{TextFiles, TextModel};
+pub use model::{TextFiles, TextModel, TokenizerFile};
 pub use reasoning::{ReasoningMarkers, ReasoningSplitter, Segment};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatInput, MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES};

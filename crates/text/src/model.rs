@@ -5,24 +5,63 @@ use std::fmt;
 use std::sync::Arc;
 
 use chrono::NaiveDateTime;
+use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::config::TextConfig;
+use crate::convert::Converted;
 use crate::template::{ChatInput, ChatTemplate};
 use crate::vocab::{MAX_TOKEN_ID, Vocab};
-use crate::{Detokenizer, ReasoningMarkers, TextError};
+use crate::{Detokenizer, ReasoningMarkers, TextError, library, sentencepiece, tiktoken};
 
 /// Raw files of a checkpoint that concern text.
 #[derive(Debug, Clone, Copy)]
 pub struct TextFiles<'a> {
-    /// `tokenizer.json`.
-    pub tokenizer_json: &'a [u8],
+    /// The vocabulary.
+    pub tokenizer: TokenizerFile<'a>,
     /// `tokenizer_config.json`.
     pub tokenizer_config: Option<&'a [u8]>,
     /// `special_tokens_map.json`: consulted for what tokenizer_config.json does not name.
     pub special_tokens_map: Option<&'a [u8]>,
     /// `chat_template.jinja`: wins over the template in tokenizer_config.json.
     pub chat_template_jinja: Option<&'a [u8]>,
+}
+
+/// A file that has a vocabulary.
+#[derive(Debug, Clone, Copy)]
+pub enum TokenizerFile<'a> {
+    /// `tokenizer.json`.
+    Json(&'a [u8]),
+    /// `tokenizer.model` of SentencePiece.
+    SentencePiece(&'a [u8]),
+    /// Ranks of tiktoken.
+    Tiktoken {
+        /// Name of the file, which tells how text is split.
+        name: &'a str,
+        /// Its content.
+        ranks: &'a [u8],
+    },
+}
+
+impl<'a> TokenizerFile<'a> {
+    /// What [`TokenizerFile::choose`] looks for, for messages.
+    pub const NAMES: &'static str = "tokenizer.json, tokenizer.model, tiktoken.model or a file *.tiktoken";
+
+    /// Of a checkpoint's files the one that has the vocabulary: what needs no conversion first.
+    pub fn choose(names: &[String]) -> Option<&str> {
+        let named = |name: &str| names.iter().find(|n| *n == name);
+        let known = ["tokenizer.json", "tokenizer.model", "tiktoken.model"].into_iter().find_map(named);
+        known.or_else(|| names.iter().filter(|n| n.ends_with(".tiktoken")).min()).map(String::as_str)
+    }
+
+    /// The file of that name. Two libraries write a `tokenizer.model`; they differ in the first byte.
+    pub fn new(name: &'a str, content: &'a [u8]) -> Self {
+        match name {
+            "tokenizer.json" => TokenizerFile::Json(content),
+            "tokenizer.model" if content.first() == Some(&b'\n') => TokenizerFile::SentencePiece(content),
+            _ => TokenizerFile::Tiktoken { name, ranks: content },
+        }
+    }
 }
 
 /// Text before and behind one checkpoint. Immutable: share it in an [`Arc`].
@@ -43,17 +82,24 @@ impl TextModel {
     /// # Errors
     /// A [`TextError`] that names the file, or the template's line, that cannot be read.
     pub fn new(files: &TextFiles) -> Result<Self, TextError> {
-        let config = TextConfig::new(files)?;
-        let mut tokenizer =
-            Tokenizer::from_bytes(files.tokenizer_json).map_err(|e| TextError::Tokenizer(e.to_string()))?;
-        // Lengths are the server's affair; a tokenizer that was saved while training must not cut or fill prompts.
-        tokenizer.with_truncation(None).map_err(|e| TextError::Tokenizer(e.to_string()))?;
-        tokenizer.with_padding(None);
+        let mut config = TextConfig::new(files)?;
+        let (tokenizer, add_bos) = match files.tokenizer {
+            TokenizerFile::Json(json) => (library::read("tokenizer.json", json)?, None),
+            TokenizerFile::SentencePiece(file) => {
+                let converted = sentencepiece::convert(file, &config, config.added()?);
+                converted_tokenizer("tokenizer.model", converted, &mut config)?
+            }
+            TokenizerFile::Tiktoken { name, ranks } => {
+                let converted = tiktoken::convert(name, ranks, &config.class, config.added()?);
+                converted_tokenizer(name, converted, &mut config)?
+            }
+        };
 
         let named = |name: &str| config.token(name).and_then(|token| tokenizer.token_to_id(token));
         let eos = named("eos_token");
-        let around =
-            config.add_bos_eos.map(|(bos, eos_too)| (named("bos_token").filter(|_| bos), eos.filter(|_| eos_too)));
+        let around = config
+            .add_bos_eos(add_bos)
+            .map(|(bos, eos_too)| (named("bos_token").filter(|_| bos), eos.filter(|_| eos_too)));
 
         let added = tokenizer.get_added_tokens_decoder();
         // A token that has a name such as eos_token is special even where tokenizer.json does not say so.
@@ -86,10 +132,9 @@ impl TextModel {
     /// [`TextError::Encode`] if the tokenizer cannot represent the text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
         let own_rule = add_special_tokens && self.around.is_none();
-        let encoding = self.tokenizer.encode_fast(text, own_rule).map_err(|e| TextError::Encode(e.to_string()))?;
-        let ids = encoding.get_ids();
+        let ids = library::encode(&self.tokenizer, text, own_rule)?;
         let (bos, eos) = self.around.filter(|_| add_special_tokens).unwrap_or_default();
-        Ok(bos.into_iter().chain(ids.iter().copied()).chain(eos).collect())
+        Ok(bos.into_iter().chain(ids).chain(eos).collect())
     }
 
     /// Ids of a rendered chat: the template has written BOS, so none is added.
@@ -103,7 +148,7 @@ impl TextModel {
     /// Text of finished ids. Ids outside the vocabulary have none; reasoning markers are never skipped.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
         let ids: Vec<u32> = ids.iter().copied().filter(|&id| self.vocab.is_shown(id, skip_special_tokens)).collect();
-        self.tokenizer.decode(&ids, false).unwrap_or_default()
+        library::decode(&self.tokenizer, &ids)
     }
 
     /// A detokenizer for one output.
@@ -174,6 +219,23 @@ impl fmt::Debug for TextModel {
         let template = self.template.is_some();
         f.debug_struct("TextModel").field("vocab_size", &self.vocab.len()).field("chat_template", &template).finish()
     }
+}
+
+/// The tokenizer of a converted vocabulary, and whether BOS is usual; `config` gets the names that it lacks.
+fn converted_tokenizer(
+    file: &str,
+    converted: Result<Converted, String>,
+    config: &mut TextConfig,
+) -> Result<(Tokenizer, Option<bool>), TextError> {
+    let refused = |reason: String| TextError::Tokenizer(format!("{file}: {reason}"));
+    let Converted { tokenizer: json, named, add_bos } = converted.map_err(refused)?;
+    let tokenizer = library::read(file, json.to_string().as_bytes())?;
+    let mut added = json["added_tokens"].as_array().into_iter().flatten();
+    let placed = |token: &Value| token["content"].as_str().and_then(|text| tokenizer.token_to_id(text));
+    // The library would give a token that its model lacks the next free id.
+    debug_assert!(added.all(|token| placed(token).map(u64::from) == token["id"].as_u64()));
+    config.name_tokens(named);
+    Ok((tokenizer, Some(add_bos)))
 }
 
 const OPEN: &str = "<think>";

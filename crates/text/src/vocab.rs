@@ -4,6 +4,8 @@ use std::collections::HashSet;
 
 use tokenizers::Tokenizer;
 
+use crate::library;
+
 /// How the tokens of an output become its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decoding {
@@ -66,7 +68,7 @@ impl Vocab {
                         (text.into_bytes(), false)
                     }
                 },
-                Decoding::Other => (tokenizer.decode(&[id], false).unwrap_or_default().into_bytes(), false),
+                Decoding::Other => (library::decode(tokenizer, &[id]).into_bytes(), false),
             };
             tokens[id as usize] = Token {
                 bytes: bytes.into_boxed_slice(),
@@ -144,6 +146,17 @@ fn byte_of_char(c: char) -> Option<u8> {
     }
 }
 
+/// The character of a byte, the inverse of [`byte_of_char`].
+pub(crate) fn char_of_byte(byte: u8) -> char {
+    let code = match byte {
+        0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => u32::from(byte),
+        0..=0x20 => 0x100 + u32::from(byte),
+        0x7F..=0xA0 => 0x121 + u32::from(byte - 0x7F),
+        0xAD => 0x143,
+    };
+    char::from_u32(code).expect("below the surrogates")
+}
+
 /// The byte of a token like `<0x0A>`.
 fn fallback_byte(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
@@ -159,6 +172,7 @@ mod tests {
         let mut seen: Vec<u8> = (0..=0x200).filter_map(char::from_u32).filter_map(byte_of_char).collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..=255).collect::<Vec<u8>>());
+        assert!((0..=255).all(|byte| byte_of_char(char_of_byte(byte)) == Some(byte)));
         assert_eq!(byte_level("Ġé"), Some(vec![b' ', 0xE9]));
     }
 

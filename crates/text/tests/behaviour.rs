@@ -2,7 +2,9 @@
 
 mod common;
 
-use baton_text::{ChatInput, Detokenizer, ReasoningSplitter, StopMatcher, TextError, TextFiles, TextModel};
+use baton_text::{
+    ChatInput, Detokenizer, ReasoningSplitter, StopMatcher, TextError, TextFiles, TextModel, TokenizerFile,
+};
 use common::{golden_file, model, noon, with_template};
 use serde_json::{Value, json};
 
@@ -28,7 +30,7 @@ fn the_template_is_chosen_by_file_then_name() {
     assert_eq!(listed.render_chat(&with_tools(json!([{}])), noon()).as_deref(), Ok("tools"));
 
     let file = TextModel::new(&TextFiles {
-        tokenizer_json: &golden_file("chatml", "tokenizer.json"),
+        tokenizer: TokenizerFile::Json(&golden_file("chatml", "tokenizer.json")),
         tokenizer_config: Some(config.to_string().as_bytes()),
         special_tokens_map: None,
         chat_template_jinja: Some(b"file"),
@@ -160,7 +162,7 @@ fn tokenizer_classes_that_add_bos_themselves_are_obeyed() {
             None => drop(config.as_object_mut().unwrap().remove("add_bos_token")),
         }
         let model = TextModel::new(&TextFiles {
-            tokenizer_json: &golden_file(name, "tokenizer.json"),
+            tokenizer: TokenizerFile::Json(&golden_file(name, "tokenizer.json")),
             tokenizer_config: Some(config.to_string().as_bytes()),
             special_tokens_map: None,
             chat_template_jinja: None,
@@ -184,7 +186,7 @@ fn reasoning_markers_are_sent_even_where_they_are_special() {
     }
     let load = |template: &str| {
         TextModel::new(&TextFiles {
-            tokenizer_json: tokenizer.to_string().as_bytes(),
+            tokenizer: TokenizerFile::Json(tokenizer.to_string().as_bytes()),
             tokenizer_config: None,
             special_tokens_map: None,
             chat_template_jinja: Some(template.as_bytes()),
@@ -215,7 +217,7 @@ fn an_unknown_decoder_streams_what_it_decodes() {
         assert_ne!(decoder, fallback);
         tokenizer["decoder"] = decoder;
         let model = TextModel::new(&TextFiles {
-            tokenizer_json: tokenizer.to_string().as_bytes(),
+            tokenizer: TokenizerFile::Json(tokenizer.to_string().as_bytes()),
             tokenizer_config: None,
             special_tokens_map: None,
             chat_template_jinja: None,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use baton_text::{ChatInput, ReasoningSplitter, Segment, TextError, TextFiles, TextModel};
+use baton_text::{ChatInput, ReasoningSplitter, Segment, TextError, TextFiles, TextModel, TokenizerFile};
 use serde_json::Value;
 
 const NAMES: [&str; 5] = ["deepseek", "chatml", "llama3", "spm", "gemma"];
@@ -24,7 +24,7 @@ fn load(folder: &Path) -> TextModel {
         read("chat_template.jinja"),
     );
     TextModel::new(&TextFiles {
-        tokenizer_json: &tokenizer,
+        tokenizer: TokenizerFile::Json(&tokenizer),
         tokenizer_config: config.as_deref(),
         special_tokens_map: map.as_deref(),
         chat_template_jinja: template.as_deref(),

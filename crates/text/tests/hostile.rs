@@ -2,7 +2,7 @@
 
 mod common;
 
-use baton_text::{ChatInput, MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES, TextError, TextFiles, TextModel};
+use baton_text::{ChatInput, MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES, TextError, TextFiles, TextModel, TokenizerFile};
 use common::{golden_file, model, noon, with_template};
 use serde_json::json;
 
@@ -140,7 +140,13 @@ fn broken_tokenizer_files_are_named() {
     let good = golden_file("deepseek", "tokenizer.json");
     let load = |tokenizer_json: &[u8], config: Option<&[u8]>, map: Option<&[u8]>, template: Option<&[u8]>| {
         let (tokenizer_config, special_tokens_map, chat_template_jinja) = (config, map, template);
-        TextModel::new(&TextFiles { tokenizer_json, tokenizer_config, special_tokens_map, chat_template_jinja }).err()
+        TextModel::new(&TextFiles {
+            tokenizer: TokenizerFile::Json(tokenizer_json),
+            tokenizer_config,
+            special_tokens_map,
+            chat_template_jinja,
+        })
+        .err()
     };
     assert_eq!(load(&good, None, None, None), None);
     let mut no_model: serde_json::Value = serde_json::from_slice(&good).unwrap();
@@ -149,11 +155,12 @@ fn broken_tokenizer_files_are_named() {
     far_id["model"]["vocab"]["far"] = json!(4_000_000_000u32);
     let (no_model, far_id) = (no_model.to_string(), far_id.to_string());
     let deep = "[".repeat(100_000);
-    let broken: [&[u8]; 9] = [
+    let broken: [&[u8]; 10] = [
         b"",
         b"{}",
         b"null",
         b"not JSON",
+        b"{\"decoder\": {\"type\": \"Fuse\"",
         &good[..good.len() / 2],
         &good[..good.len() - 2],
         no_model.as_bytes(),
@@ -174,10 +181,44 @@ fn broken_tokenizer_files_are_named() {
 }
 
 #[test]
+fn a_vocabulary_that_would_multiply_text_or_panics_is_refused() {
+    let load = |edit: &dyn Fn(&mut serde_json::Value)| {
+        let mut json = serde_json::from_slice(&golden_file("spm", "tokenizer.json")).unwrap();
+        edit(&mut json);
+        // A key may be written in more than one way.
+        let json = json.to_string().replace("precompiled_charsmap", "precompiled\\u005fcharsmap");
+        TextModel::new(&TextFiles {
+            tokenizer: TokenizerFile::Json(json.as_bytes()),
+            tokenizer_config: None,
+            special_tokens_map: None,
+            chat_template_jinja: None,
+        })
+    };
+    let doubling = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+    let chain = vec![doubling; 60];
+    let refused = |edit: &dyn Fn(&mut serde_json::Value)| load(edit).unwrap_err().to_string();
+    let normalizer = refused(&|json| json["normalizer"] = json!({"type": "Sequence", "normalizers": chain}));
+    let decoder = refused(&|json| {
+        let steps = [&chain[..], &[json!({"type": "ByteFallback"})]].concat();
+        json["decoder"] = json!({"type": "Sequence", "decoders": steps});
+    });
+    assert!(normalizer.contains("times as long") && decoder.contains("times as long"), "{normalizer}; {decoder}");
+    // A table that claims a gigabyte, one of bytes that are no text, and one that leads out of itself.
+    let table = |base64: &str| {
+        let step = json!({"type": "Precompiled", "precompiled_charsmap": base64});
+        load(&|json| json["normalizer"] = step.clone())
+    };
+    assert!(table("AAAAQAAAAAAA").unwrap_err().to_string().contains("truncated"));
+    assert!(table("BAAAAAAAAAD/").unwrap_err().to_string().contains("library failed"));
+    let out_of_itself = table("BAAAAAD8//8A").unwrap();
+    assert!(matches!(out_of_itself.encode("a", false), Err(TextError::Encode(_))));
+}
+
+#[test]
 fn long_runs_of_one_character_encode_and_come_back() {
     for name in ["deepseek", "chatml", "llama3"] {
         let model = TextModel::new(&TextFiles {
-            tokenizer_json: &golden_file(name, "tokenizer.json"),
+            tokenizer: TokenizerFile::Json(&golden_file(name, "tokenizer.json")),
             tokenizer_config: None,
             special_tokens_map: None,
             chat_template_jinja: None,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
 use baton_engine::{EngineConfig, EngineHandle, RunSpec};
 use baton_http::{Defaults, ModelCard, Service, ServiceConfig};
-use baton_text::{TextFiles, TextModel};
+use baton_text::{TextFiles, TextModel, TokenizerFile};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -76,7 +76,7 @@ fn read(name: &str) -> Vec<u8> {
 pub fn abacus() -> TextModel {
     let files = TEXT_FILES.map(read);
     TextModel::new(&TextFiles {
-        tokenizer_json: &files[0],
+        tokenizer: TokenizerFile::Json(&files[0]),
         tokenizer_config: Some(&files[1]),
         special_tokens_map: Some(&files[2]),
         chat_template_jinja: None,
@@ -87,7 +87,7 @@ pub fn abacus() -> TextModel {
 /// The bundled model's tokenizer, and another template or none.
 pub fn abacus_with(template: Option<&str>) -> TextModel {
     TextModel::new(&TextFiles {
-        tokenizer_json: &read(TEXT_FILES[0]),
+        tokenizer: TokenizerFile::Json(&read(TEXT_FILES[0])),
         tokenizer_config: None,
         special_tokens_map: Some(&read(TEXT_FILES[2])),
         chat_template_jinja: template.map(str::as_bytes),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use baton_text::{TextError, TextFiles, TextModel};
+use baton_text::{TextError, TextFiles, TextModel, TokenizerFile};
 use serde_json::{Value, json};
 
 /// Bytes of a file of a reference tokenizer.
@@ -14,7 +14,7 @@ pub fn golden_file(name: &str, file: &str) -> Vec<u8> {
 /// The chatml tokenizer with this tokenizer_config.json.
 pub fn model(config: &Value) -> Result<TextModel, TextError> {
     TextModel::new(&TextFiles {
-        tokenizer_json: &golden_file("chatml", "tokenizer.json"),
+        tokenizer: TokenizerFile::Json(&golden_file("chatml", "tokenizer.json")),
         tokenizer_config: Some(config.to_string().as_bytes()),
         special_tokens_map: None,
         chat_template_jinja: None,
