@@ -9,6 +9,7 @@
 //! perhaps long after it began to answer probes.
 
 mod access;
+mod adapters;
 mod admission;
 mod auth;
 mod error;
@@ -23,6 +24,7 @@ mod serve;
 mod service;
 mod sse;
 
+pub use adapters::{AdapterRefusal, Adapters};
 pub use auth::ApiKey;
 pub use routes::router;
 pub use serve::serve;

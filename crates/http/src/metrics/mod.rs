@@ -77,6 +77,8 @@ pub(crate) struct ModelMetrics {
     success: IntCounterVec,
     rejections: IntCounterVec,
     corrupted: IntCounter,
+    /// Adapters that are served.
+    pub adapters: IntGauge,
     time_to_first_token: Histogram,
     inter_token: Histogram,
     per_output_token: Histogram,
@@ -131,10 +133,13 @@ impl ModelMetrics {
         let help = "Choices that failed on values that are not finite.";
         let corrupted = IntCounter::with_opts(opts("vllm:corrupted_requests_total", help)).expect(VALID);
         registry.register(Box::new(corrupted.clone())).expect(VALID);
+        let adapters = IntGauge::with_opts(opts("baton_lora_adapters", "Adapters that are served.")).expect(VALID);
+        registry.register(Box::new(adapters.clone())).expect(VALID);
         Self {
             success,
             rejections,
             corrupted,
+            adapters,
             time_to_first_token: histogram(
                 "vllm:time_to_first_token_seconds",
                 "From the arrival of a request to its first token.",

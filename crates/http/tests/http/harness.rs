@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
 use baton_engine::{EngineConfig, EngineHandle, RunSpec};
-use baton_http::{Defaults, ModelCard, Service, ServiceConfig};
+use baton_http::{Adapters, Defaults, ModelCard, Service, ServiceConfig};
 use baton_text::{TextFiles, TextModel};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -117,6 +117,7 @@ impl Setup {
             owned_by: "local".into(),
             system_fingerprint: "fp_test".into(),
             defaults: self.defaults,
+            load_report: br#"{"architecture":"mock"}"#.to_vec(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
@@ -214,7 +215,7 @@ pub fn request(method: &str, path: &str, headers: &str, body: &[u8]) -> Vec<u8> 
 
 impl Server {
     pub fn install(&self, card: ModelCard) {
-        self.service.install(self.engine.clone(), self.text.clone(), card);
+        self.service.install(self.engine.clone(), self.text.clone(), card, Adapters::none());
     }
 
     pub async fn connect(&self) -> TcpStream {
