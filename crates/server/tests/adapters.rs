@@ -5,6 +5,7 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use baton_loadgen::{Client, LocalServer, Target};
@@ -153,4 +154,95 @@ async fn the_model_and_two_adapters_serve_their_golden_texts_at_once() {
         assert!(list[0] != list[1] && list[1] != list[2] && list[0] != list[2], "{list:?}");
     }
     assert_eq!(server.metric("baton_lora_adapters").await.expect("a metric"), 2.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_outlives_its_adapter_and_a_new_one_of_the_name_starts_from_nothing() {
+    let (model, first) = (Model::new(), format!("name={}", adapter("llama-all")));
+    let server = model.start(&["--lora-modules", &first, "--admin-api-key", "admin"]).await;
+    let prompt = &prompts("lora/llama-rslora")[2];
+    let long = request("name", prompt, 800);
+    let alone = server.client().stream(COMPLETIONS, long.clone()).await.expect("a stream").content;
+
+    let running = tokio::spawn({
+        let client = server.client();
+        async move { client.stream(COMPLETIONS, long).await }
+    });
+    while server.metric("vllm:num_requests_running").await.expect("a metric") == 0.0 && !running.is_finished() {}
+    assert_eq!(admin(&server, UNLOAD, &json!({"lora_name": "name"})).0, 200);
+    let (status, reply) = server.client().post(COMPLETIONS, &request("name", prompt, 5)).await.expect("an answer");
+    assert_eq!((status.as_u16(), reply["error"]["code"].as_str()), (404, Some("model_not_found")));
+
+    // The prompt's blocks of the first adapter are in the cache under the same tokens.
+    assert_eq!(load(&server, "name", &adapter("llama-rslora"), json!({})).0, 200);
+    assert_golden_texts(&server, &model.text(), &[("name", "lora/llama-rslora")]).await;
+    assert_eq!(running.await.expect("no panic").expect("the stream completes").content, alone);
+
+    // In place, and back again: its own blocks are found.
+    assert_eq!(load(&server, "name", &adapter("llama-all"), json!({"load_inplace": true})).0, 200);
+    assert_golden_texts(&server, &model.text(), &[("name", "lora/llama-all")]).await;
+    let (_, reply) = server.client().post(COMPLETIONS, &request("name", prompt, 1)).await.expect("an answer");
+    assert!(reply["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64() > Some(0), "{reply}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_folders_are_refused_by_name_and_the_model_serves_on() {
+    let (model, folder) = (Model::new(), TempDir::new().expect("a folder"));
+    let keys = ["--api-key", "user", "--admin-api-key", "admin", "--max-lora-rank", "4"];
+    let report = folder.path().join("report.json");
+    let server = model.start(&[&keys[..], &["--load-report", report.to_str().expect("UTF-8")]].concat()).await;
+    let path = folder.path().to_str().expect("UTF-8").to_owned();
+    let put = |name: &str, content: &[u8]| fs::write(folder.path().join(name), content).expect(name);
+    let read = |name: &str| fs::read(Path::new(&adapter("llama-all")).join(name)).expect(name);
+    let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
+
+    let refused = |status: u16, wanted: &str| {
+        let (got, body) = load(&server, "x", &path, json!({}));
+        assert!(got == status && body.contains(wanted), "{wanted}: {got} {body}");
+    };
+    assert_eq!(load(&server, "x", "/no/such/folder", json!({})).0, 404);
+    refused(404, "adapter_config.json is missing");
+    put("adapter_config.json", &config);
+    refused(400, "no such file is there");
+    put("adapter_model.bin", b"\x80\x04.");
+    refused(400, "pickle");
+    for cut in [0, 5, 100, weights.len() - 1] {
+        put("adapter_model.safetensors", &weights[..cut]);
+        refused(400, if cut == 0 { "is empty" } else { "truncated" });
+    }
+    put("adapter_model.safetensors", &[&(1_u64 << 40).to_le_bytes()[..], &weights[8..]].concat());
+    refused(400, "its header claims");
+    put("adapter_model.safetensors", &fs::read(model.0.path().join("model.safetensors")).expect("weights"));
+    refused(400, "is no LoRA matrix");
+    fs::write(folder.path().join("adapter_config.json"), vec![b'['; 1 << 20]).expect("a deep file");
+    refused(400, "adapter_config.json cannot be served");
+    let (status, body) = load(&server, "x", &adapter("qwen2-upper"), json!({}));
+    assert!(status == 400 && body.contains("rank 8; at most 4"), "{body}");
+
+    let user = client(&server, "user");
+    let prompt = &prompts("llama-rope3")[1];
+    let (tokens, expected) = text_of(prompt, &model.text());
+    let (_, reply) = user.post(COMPLETIONS, &request("base", prompt, tokens)).await.expect("an answer");
+    assert_eq!(reply["choices"][0]["text"], expected);
+
+    assert_eq!(user.get("/v1/models/base/load-report").await.expect("an answer").0, 403);
+    let (status, body) = client(&server, "admin").get("/v1/models/base/load-report").await.expect("an answer");
+    assert_eq!((status.as_u16(), body), (200, fs::read_to_string(report).expect("a report")));
+}
+
+#[test]
+fn an_adapter_that_does_not_fit_ends_the_start_with_the_reason() {
+    let model = Model::new();
+    let start = |modules: &[String]| {
+        let folder = model.0.path().to_str().expect("UTF-8");
+        let flags = ["serve", folder, "--port", "0", "--enable-lora", "--max-loras", "1", "--lora-modules"];
+        let output = Command::new(env!("CARGO_BIN_EXE_baton")).args(flags).args(modules).output().expect("it runs");
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).expect("UTF-8")
+    };
+    let [fits, foreign] = ["llama-all", "qwen3-patterns"].map(|case| format!("x={}", adapter(case)));
+    let reason = start(&[foreign]);
+    assert!(reason.contains("--lora-modules x=") && reason.contains("the adapter does not fit"), "{reason}");
+    assert!(start(&["x=/no/such/folder".into()]).contains("/no/such/folder"));
+    assert!(start(&[fits.clone(), fits.replace("x=", "y=")]).contains("--max-loras"));
 }
