@@ -3,12 +3,12 @@
 //! A request takes its adapter when it arrives and keeps it; what happens to the name afterwards is nothing to it. An
 //! adapter's memory is freed when its name is gone and the last such request has ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use baton_engine::Adapter;
+use baton_engine::{Adapter, EngineStats};
 use parking_lot::RwLock;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
@@ -42,6 +42,17 @@ struct Source {
     load: Arc<Load>,
     /// One is loaded at a time, which bounds the memory that loading takes.
     turn: Arc<Semaphore>,
+}
+
+/// Adapters as metrics show them.
+pub(crate) struct AdapterGauges {
+    /// Loaded at once, at most.
+    pub max: usize,
+    pub loaded: usize,
+    /// Names of those whose requests run, with commas between.
+    pub running: String,
+    /// Names of those whose requests wait.
+    pub waiting: String,
 }
 
 /// An adapter under its name.
@@ -150,6 +161,17 @@ impl Adapters {
     /// The adapter of this name.
     pub(crate) fn get(&self, name: &str) -> Option<ServedAdapter> {
         self.loaded.read().get(name).cloned()
+    }
+
+    /// What metrics say of them; `None` of a model that takes none.
+    pub(crate) fn gauges(&self, stats: &EngineStats) -> Option<AdapterGauges> {
+        let (max, loaded) = (self.source.as_ref()?.max, self.loaded.read());
+        let names = |digests: &BTreeSet<[u8; 32]>| {
+            let of = loaded.iter().filter(|(_, served)| digests.contains(served.adapter.digest()));
+            of.map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(",")
+        };
+        let (running, waiting) = (names(&stats.running_adapters), names(&stats.waiting_adapters));
+        Some(AdapterGauges { max, loaded: loaded.len(), running, waiting })
     }
 
     /// All of them, by name.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_model::{
-    Adapter, RunError, RunSpec, Runner, SampleRequest, SampledToken, SequenceFailure, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan,
+    Adapter, RunError, RunSpec, Runner, SampleRequest, SampledToken, SequenceFailure, SequenceOutput, SequenceStep,
+    StepOutput, StepPlan,
 };
 use parking_lot::{Condvar, Mutex};
 

@@ -81,10 +81,7 @@ async fn metrics(State(service): State<Service>) -> Response {
     let served = service.loaded();
     let metrics = service.metrics();
     metrics.ready.set(i64::from(service.ready().is_ok()));
-    if let Some(served) = &served {
-        served.metrics.adapters.set(served.adapters.all().len() as i64);
-    }
-    let text = metrics.expose(served.as_ref().map(|served| (&*served.metrics, &served.engine)));
+    let text = metrics.expose(served.as_deref());
     ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

@@ -86,7 +86,7 @@ async fn an_adapter_is_served_by_its_name_from_load_to_unload() {
     let one = server.get_with_key("/v1/models/first", "user").await.json();
     assert_eq!(one, list["data"][2]);
     assert_eq!((&one["owned_by"], &one["max_model_len"]), (&json!("local"), &json!(512)));
-    assert!(server.get("/metrics").await.body.contains("baton_lora_adapters{engine=\"0\",model_name=\"tiny\"} 1\n"));
+    assert!(server.get("/metrics").await.body.contains("baton_lora_adapters{model_name=\"tiny\",engine=\"0\"} 1\n"));
 
     let reply = unload(&server, "first").await;
     assert_eq!((reply.status, reply.body.as_str()), (200, "Success: LoRA adapter 'first' removed successfully."));
@@ -104,6 +104,9 @@ async fn a_request_finishes_with_the_adapter_it_began_with_and_frees_it() {
     let mut stream = open(&server, &body).await;
     server.control.hang();
     server.until("a step hangs", |stats| stats.step_under_way.is_some_and(|t| t > Duration::from_millis(20))).await;
+    let metrics = server.get("/metrics").await.body;
+    let info = "max_lora=\"2\",running_lora_adapters=\"name\",waiting_lora_adapters=\"\"} ";
+    assert!(metrics.contains(info), "{metrics}");
 
     // In the middle of it the name goes, and comes back as another adapter.
     assert_eq!(unload(&server, "name").await.status, 200);
