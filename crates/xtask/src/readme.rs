@@ -13,6 +13,7 @@ struct Supported {
     architecture: Vec<Architecture>,
     format: Vec<Entry>,
     stored: Vec<Entry>,
+    adapter: Vec<Entry>,
     device: Vec<Entry>,
 }
 
@@ -61,6 +62,10 @@ fn tables(supported: &Supported) -> Result<String> {
     for s in &supported.stored {
         writeln!(text, "| {} | {} |", s.name, judged(&s.judged))?;
     }
+    text.push_str("\n| Adapters | Judged by |\n|---|---|\n");
+    for a in &supported.adapter {
+        writeln!(text, "| {} | {} |", a.name, judged(&a.judged))?;
+    }
     text.push_str("\n| Device | Instructions | Judged by |\n|---|---|---|\n");
     for d in &supported.device {
         writeln!(text, "| `--device {}` | {} | {} |", d.name, d.isa.as_deref().unwrap_or("-"), judged(&d.judged))?;
@@ -73,6 +78,7 @@ fn judged(word: &str) -> &str {
     match word {
         "golden" => "golden outputs of Hugging Face transformers",
         "conformance" => "the reference device, case by case",
+        "peft" => "golden outputs of peft",
         "twin" => "a float checkpoint of separately computed values",
         "judge" => "it is the judge",
         other => other,
