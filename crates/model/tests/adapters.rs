@@ -4,8 +4,8 @@ mod common;
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::SamplingParams;
-use common::{adapted, all_logits_with, folder, generate_with, json, prompts};
+use baton_model::{Files, LoadOptions, SamplingParams, load};
+use common::{adapted, all_logits_with, folder, generate_with, json, options, prompts};
 
 /// On logits and logprobs, absolute, as for models without adapter.
 const TOLERANCE: f64 = 1e-3;
@@ -65,4 +65,30 @@ goldens!(cpu, cpu());
 
 fn cpu() -> CpuBackend {
     CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap()
+}
+
+/// The rows of a GGUF file's q and k lie in another order than those of the checkpoint that adapters are made for.
+#[test]
+fn an_adapter_does_to_a_gguf_file_what_it_does_to_its_checkpoint() {
+    for (file, case) in [("llama-rope3-Q4_0", "llama-all"), ("qwen2-tied-Q8_0", "qwen2-upper")] {
+        let files = Files::at(folder("gguf").join(format!("{file}.gguf"))).unwrap();
+        let options = LoadOptions { max_lora_rank: 16, ..options() };
+        let mut runner = load(Reference::new(), &files, &options).unwrap().0;
+        let adapter = runner.adapter_loader().unwrap().load(&folder("lora").join(case)).unwrap();
+        let (base, prompts) = (file.rsplit_once('-').unwrap().0, prompts(&format!("lora/{case}")));
+        let mut plain = common::runner(Reference::new(), base);
+        for prompt in prompts {
+            let last = |logits: Vec<f32>| logits[logits.len() - prompt.last_logits.len()..].to_vec();
+            let expected: Vec<f32> = prompt.last_logits.iter().map(|l| *l as f32).collect();
+            let [quantised, adapted] =
+                [None, Some(&adapter)].map(|adapter| last(all_logits_with(&mut runner, adapter, &prompt.ids)));
+            let exact = last(all_logits_with(&mut plain, None, &prompt.ids));
+            let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f32>();
+            let (loss, change) = (distance(&quantised, &exact), distance(&expected, &exact));
+            let error = distance(&adapted, &expected);
+            // What quantisation loses is all that tells them apart, and little beside what the adapter changes.
+            let told = format!("{file}, {}: {error}, {loss}, {change}", prompt.name);
+            assert!(error < 1.5 * loss && loss < change / 3.0, "{told}");
+        }
+    }
 }

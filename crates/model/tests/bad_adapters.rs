@@ -63,7 +63,7 @@ impl Copy {
     }
 
     fn load(&self) -> Result<Adapter, AdapterError> {
-        self.loader.load(&Files::folder(self.path()).unwrap())
+        self.loader.load(self.path())
     }
 
     #[track_caller]
@@ -88,10 +88,12 @@ fn missing_empty_and_pickled_files_are_named() {
     copy.assert_refused(&["adapter_model.bin is a pickle", WEIGHTS]);
     fs::remove_file(copy.path().join("adapter_model.bin")).unwrap();
     copy.assert_refused(&["no adapter weights"]);
-    assert!(!copy.load().unwrap_err().is_missing());
+    assert!(matches!(copy.load(), Err(AdapterError::NoWeights { .. })));
     fs::remove_file(copy.path().join(CONFIG)).unwrap();
-    copy.assert_refused(&["adapter_config.json is missing"]);
-    assert!(copy.load().unwrap_err().is_missing());
+    copy.assert_refused(&["there is no adapter", "adapter_config.json is missing"]);
+    for path in ["/no/such/folder", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")] {
+        assert!(matches!(copy.loader.load(Path::new(path)), Err(AdapterError::Missing { .. })));
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The one place that names concrete devices.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use baton_device::{Backend, Caps, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
@@ -15,7 +17,7 @@ pub enum Device {
 }
 
 /// Loads the adapter of a folder, for one runner.
-pub type LoadAdapter = Box<dyn Fn(&Files) -> Result<Adapter, AdapterError> + Send + Sync>;
+pub type LoadAdapter = Box<dyn Fn(&Path) -> Result<Adapter, AdapterError> + Send + Sync>;
 
 /// A model ready to run.
 pub struct Loaded {
@@ -53,6 +55,6 @@ fn erased<B: Backend + LatentOps + MoeOps>(
     let caps = backend.caps().clone();
     let (runner, report) = load(backend, files, options)?;
     let load_adapter =
-        runner.adapter_loader().map(|loader| -> LoadAdapter { Box::new(move |files| loader.load(files)) });
+        runner.adapter_loader().map(|loader| -> LoadAdapter { Box::new(move |folder| loader.load(folder)) });
     Ok(Loaded { runner: Box::new(runner), load_adapter, report, caps })
 }

@@ -62,7 +62,7 @@ fn adapters(settings: &Settings, loaded: &Loaded) -> Result<Vec<(String, Adapter
     let Some(load) = &loaded.load_adapter else { return Ok(Vec::new()) };
     let adapter = |LoraModule { name, path }: &LoraModule| {
         let context = || format!("--lora-modules {name}={}", path.display());
-        let adapter = load(&Files::folder(path).with_context(context)?).with_context(context)?;
+        let adapter = load(path).with_context(context)?;
         info!(name, rank = adapter.rank(), mib = adapter.bytes() >> 20, "adapter loaded");
         Ok((name.clone(), adapter))
     };

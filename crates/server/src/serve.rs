@@ -5,7 +5,7 @@ use std::{io::IsTerminal, sync::Arc, time::SystemTime};
 use anyhow::{Context, Result, anyhow};
 use baton_engine::{Engine, EngineConfig, EngineHandle};
 use baton_http::{AdapterRefusal, Adapters, ApiKey, Defaults, ModelCard, Service, ServiceConfig};
-use baton_model::{AdapterError, Files};
+use baton_model::AdapterError;
 use clap::ArgMatches;
 use tokio::{
     net::TcpListener,
@@ -129,9 +129,7 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
     };
     let adapters = match model.loaded.load_adapter {
         None => Adapters::none(),
-        Some(load) => Adapters::new(settings.max_loras, move |path| {
-            Files::folder(path).map_err(AdapterError::from).and_then(|files| load(&files)).map_err(refusal)
-        }),
+        Some(load) => Adapters::new(settings.max_loras, move |folder| load(folder).map_err(refusal)),
     };
     for (name, adapter) in model.adapters {
         adapters.add(&card, &name, adapter, false).map_err(|reason| anyhow!("--lora-modules {name}: {reason}"))?;
@@ -150,7 +148,10 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
 
 fn refusal(error: AdapterError) -> AdapterRefusal {
     let reason = error.to_string();
-    if error.is_missing() { AdapterRefusal::Missing(reason) } else { AdapterRefusal::Invalid(reason) }
+    match error {
+        AdapterError::Missing { .. } => AdapterRefusal::Missing(reason),
+        _ => AdapterRefusal::Invalid(reason),
+    }
 }
 
 /// Cancelled by SIGTERM or SIGINT; a second signal ends the process at once.

@@ -12,7 +12,7 @@ const MAX_ENTRIES: usize = 1024;
 const MAX_RANK: usize = 1 << 16;
 
 /// Variants of LoRA that add something else than `scale · B (A x)`, or add it elsewhere.
-const VARIANTS: [&str; 10] = [
+const VARIANTS: [&str; 13] = [
     "use_dora",
     "use_qalora",
     "use_bdlora",
@@ -23,6 +23,9 @@ const VARIANTS: [&str; 10] = [
     "trainable_token_indices",
     "target_parameters",
     "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 ];
 
 /// What the config says of the matrices beside it.

@@ -9,6 +9,7 @@ mod tensors;
 
 use std::any::Any;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use baton_device::{Backend, DeviceError, HostLinear, HostTensor, WeightFormat};
@@ -89,6 +90,12 @@ impl fmt::Debug for Adapter {
 /// Why an adapter is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum AdapterError {
+    /// No adapter where one was looked for.
+    #[error("there is no adapter: {reason}; a folder with {} and {WEIGHTS} is read", config::FILE)]
+    Missing {
+        /// What is there instead.
+        reason: String,
+    },
     /// `adapter_config.json` is refused.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -112,17 +119,13 @@ pub enum AdapterError {
     Device(#[from] DeviceError),
 }
 
-impl AdapterError {
-    /// Whether there is no adapter at all where one was looked for.
-    pub fn is_missing(&self) -> bool {
-        use FileError::{Folder, Missing};
-        matches!(self, Self::Checkpoint(CheckpointError::File(Folder { .. } | Missing { .. })))
-    }
-}
-
 impl From<FileError> for AdapterError {
     fn from(error: FileError) -> Self {
-        Self::Checkpoint(error.into())
+        match error {
+            // Whoever asked knows the path.
+            FileError::Folder { reason, .. } => Self::Missing { reason },
+            error => Self::Checkpoint(error.into()),
+        }
     }
 }
 
@@ -139,11 +142,13 @@ impl<B: Backend> AdapterLoader<B> {
     }
 
     /// Loads the adapter of a folder.
-    pub fn load(&self, files: &Files) -> Result<Adapter, AdapterError> {
+    pub fn load(&self, folder: &Path) -> Result<Adapter, AdapterError> {
+        let files = Files::folder(folder)?;
         let json = files.read(config::FILE, MAX_CONFIG_BYTES)?;
-        let json = json.ok_or_else(|| FileError::Missing { name: config::FILE.into() })?;
+        let missing = || AdapterError::Missing { reason: format!("{} is missing", config::FILE) };
+        let json = json.ok_or_else(missing)?;
         let config = LoraConfig::parse(&json)?;
-        let checkpoint = open(files)?;
+        let checkpoint = open(&files)?;
         let pairs = pair_up(&config, &checkpoint, &self.slots, self.max_rank)?;
 
         let mut digest = Sha256::new_with_prefix(&json);

@@ -72,10 +72,7 @@ pub fn adapted<B: Backend + LatentOps + MoeOps>(
     let options = LoadOptions { max_lora_rank: 16, ..options() };
     let runner = load(backend, &Files::folder(folder(case)).unwrap(), &options).unwrap().0;
     let loader = runner.adapter_loader().unwrap();
-    let load = |name: &&str| {
-        let files = Files::folder(folder("lora").join(name)).unwrap();
-        loader.load(&files).unwrap_or_else(|e| panic!("{name}: {e}"))
-    };
+    let load = |name: &&str| loader.load(&folder("lora").join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
     let adapters = adapters.iter().map(load).collect();
     (runner, adapters)
 }
