@@ -275,6 +275,17 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn add_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
+        columns(x, out.cols());
+        assert_eq!(x.rows(), rows.len(), "a place for each row");
+        let cols = out.cols();
+        for (i, &row) in rows.iter().enumerate() {
+            let out = &mut out.data_mut()[row as usize * cols..][..cols];
+            self.isa.run(Add { x: out, y: x.row(i) });
+        }
+        Ok(())
+    }
+
     fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
         blocks.iter().for_each(|&block| cache.clear(block as usize));
         Ok(())

@@ -5,7 +5,8 @@
 //!   or passing the wrong width is a bug of the model and panics.
 //! - Activations are f32 by contract; sums are in f32 (or exact integers) with one rounding at the end.
 //! - Nothing of a step survives it except the cache.
-//! - A backend is used by one thread at a time; it parallelises inside.
+//! - A backend takes steps on one thread at a time and parallelises inside; meanwhile another thread may
+//!   prepare weights and activations.
 //! - Where [`Caps::row_invariant`] is set, a row of any output is bit-identical whatever other rows
 //!   are in the batch, however a sequence is cut into steps.
 
@@ -126,6 +127,8 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<()>;
     /// `out[i] = x[rows[i]]`.
     fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<()>;
+    /// `out[rows[i]] += x[i]`. Rows are distinct.
+    fn add_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<()>;
     /// Zeroes blocks in every layer, so that nothing of a failed sequence remains.
     fn clear_blocks(&self, cache: &mut Self::KvCache, blocks: &[u32]) -> Result<()>;
     /// Copies from the host: `data.len()` is a multiple of the width.

@@ -39,8 +39,8 @@ pub enum Case {
         /// Columns per norm; divides `cols`.
         run: usize,
     },
-    /// [`Backend::gated_activation`], [`Backend::add`], [`Backend::scale`], [`Backend::softcap`] and
-    /// [`Backend::gather_rows`].
+    /// [`Backend::gated_activation`], [`Backend::add`], [`Backend::scale`], [`Backend::softcap`],
+    /// [`Backend::gather_rows`] and [`Backend::add_rows`].
     Elementwise {
         /// Rows.
         rows: usize,
@@ -223,7 +223,11 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
             let mut scaled = b.tensor(rows, cols)?;
             b.gather_rows(&capped, &(0..rows as u32).collect::<Vec<_>>(), &mut scaled)?;
             b.softcap(&mut capped, 0.9)?;
-            outputs(b, &[&silu, &gelu, &gate, &picked, &scaled, &capped])
+            let every_other: Vec<u32> = (0..rows as u32).rev().step_by(2).collect();
+            let (mut some, mut added) = (b.tensor(rows, cols)?, activation(b, rows, cols, 4)?);
+            b.gather_rows(&up, &every_other, &mut some)?;
+            b.add_rows(&some, &every_other, &mut added)?;
+            outputs(b, &[&silu, &gelu, &gate, &picked, &scaled, &capped, &added])
         }
         Case::Rope(layout) => {
             let inv_freq = (0..layout.dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();

@@ -386,6 +386,16 @@ impl Backend for Reference {
         Ok(())
     }
 
+    fn add_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
+        assert_eq!((x.rows(), x.cols), (rows.len(), out.cols));
+        for (i, &row) in rows.iter().enumerate() {
+            for (out, x) in out.row_mut(row as usize).iter_mut().zip(x.row(i)) {
+                *out += x;
+            }
+        }
+        Ok(())
+    }
+
     fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
         for plane in cache.layers.iter_mut().flatten() {
             let stride = cache.block_size * plane.width;

@@ -1,13 +1,15 @@
 //! Block tables of sequences, and the prefix cache that lets them share.
 //!
-//! A full block is named by a keyed hash of all tokens up to its end and of their scope; a later
-//! sequence that starts with the same tokens in the same scope takes the block instead of computing it.
+//! A full block is named by a keyed hash of all tokens up to its end, of their scope and of the adapter's
+//! digest; a later sequence that starts with the same tokens, in the same scope, with the same adapter or none,
+//! takes the block instead of computing it.
 //! The key is random per process, so names can be neither predicted nor forced to collide.
 //!
 //! Invariant: a published block was computed and its values are finite. The scheduler publishes a
 //! sequence's blocks only when a token was sampled behind them; attention had read all of them for
 //! it, so a value that is not finite would have shown.
 
+use baton_model::Adapter;
 use sha2::{Digest, Sha256};
 
 use crate::BlockStats;
@@ -160,7 +162,7 @@ impl BlockManager {
         for index in hashes.len()..num_blocks {
             let previous = match index.checked_sub(1) {
                 Some(previous) => hashes[previous],
-                None => hasher.root(&sequence.scope.0),
+                None => hasher.root(sequence.adapter.as_ref().map(Adapter::digest), &sequence.scope.0),
             };
             let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
             hashes.push(hasher.block(&previous, tokens));
@@ -185,10 +187,17 @@ impl BlockHasher {
         Self { inner: keyed(0x36), outer: keyed(0x5c) }
     }
 
-    /// Stands for the block before the first. Scopes and blocks are told apart by the first byte.
-    fn root(&self, scope: &[u8]) -> BlockHash {
+    /// Stands for the block before the first. Scopes, with and without adapter, and blocks are told apart by the
+    /// first byte.
+    fn root(&self, adapter: Option<&[u8; 32]>, scope: &[u8]) -> BlockHash {
         self.mac(|hash| {
-            hash.update([0]);
+            match adapter {
+                None => hash.update([0]),
+                Some(digest) => {
+                    hash.update([2]);
+                    hash.update(digest);
+                }
+            }
             hash.update(scope);
         })
     }
@@ -239,10 +248,15 @@ mod tests {
     }
 
     #[test]
-    fn names_depend_on_scope_position_and_all_tokens_before() {
+    fn names_depend_on_adapter_scope_position_and_all_tokens_before() {
         let hasher = BlockHasher::new([7; 32]);
-        let (a, b) = (hasher.root(b"a"), hasher.root(b"b"));
+        let (a, b) = (hasher.root(None, b"a"), hasher.root(None, b"b"));
+        // The adapter's digest as a scope is another thing than the adapter.
+        let digest = [9; 32];
         let names = [
+            hasher.block(&hasher.root(Some(&digest), b"a"), &[1, 2]),
+            hasher.block(&hasher.root(Some(&[8; 32]), b"a"), &[1, 2]),
+            hasher.block(&hasher.root(None, &[&digest[..], b"a"].concat()), &[1, 2]),
             hasher.block(&a, &[1, 2]),
             hasher.block(&b, &[1, 2]),
             hasher.block(&a, &[2, 1]),

@@ -16,7 +16,7 @@ mod stats;
 
 pub mod sim;
 
-pub use baton_model::{RunSpec, Runner, SampledToken, SamplingParams};
+pub use baton_model::{Adapter, RunSpec, Runner, SampledToken, SamplingParams};
 pub use engine::{Engine, spawn};
 pub use handle::{EngineConfig, EngineHandle, OutputStream};
 pub use request::{

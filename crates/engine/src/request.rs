@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use baton_model::SamplingParams;
+use baton_model::{Adapter, SamplingParams};
 
 /// The engine's own number for a request. Ids grow in the order of acceptance; strings that clients
 /// send are never keys.
@@ -33,12 +33,14 @@ pub struct Request {
     /// How long the request may wait for its first step; past that it ends with
     /// [`EngineFailure::QueueTimeout`]. Once started it is no longer looked at.
     pub deadline: Option<Duration>,
-    /// Whose cached blocks the request may share.
+    /// Changes the model for this request, which keeps it to its end.
+    pub adapter: Option<Adapter>,
+    /// Whose cached blocks the request may share: those computed with the same adapter.
     pub cache_scope: CacheScope,
 }
 
 impl Request {
-    /// A request without stop tokens and deadline, in the common cache scope.
+    /// A request without stop tokens, deadline and adapter, in the common cache scope.
     pub fn new(prompt: Vec<u32>, params: SamplingParams, max_tokens: u32) -> Self {
         Self {
             prompt,
@@ -46,6 +48,7 @@ impl Request {
             max_tokens,
             stop_token_ids: Vec::new(),
             deadline: None,
+            adapter: None,
             cache_scope: CacheScope::default(),
         }
     }

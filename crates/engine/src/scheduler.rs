@@ -77,9 +77,14 @@ impl Scheduler {
 
     /// Gauges and counters; what the scheduler does not know is left at zero.
     pub fn stats(&self) -> EngineStats {
+        let adapters = |sequences: &BTreeMap<RequestId, Sequence>| {
+            sequences.values().filter_map(|sequence| Some(*sequence.adapter.as_ref()?.digest())).collect()
+        };
         EngineStats {
             running: self.running.len(),
             waiting: self.waiting.len(),
+            running_adapters: adapters(&self.running),
+            waiting_adapters: adapters(&self.waiting),
             blocks: self.blocks.stats(),
             ..self.counters.clone()
         }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{SampleRequest, SamplingParams, SequenceStep};
+use baton_model::{Adapter, SampleRequest, SamplingParams, SequenceStep};
 
 use crate::block::BlockId;
 use crate::block_manager::BlockTable;
@@ -23,6 +23,7 @@ pub(crate) struct Sequence {
     /// Blocks for all of `tokens` while it runs, empty while it waits.
     pub table: BlockTable,
     pub scope: CacheScope,
+    pub adapter: Option<Adapter>,
     pub params: Arc<SamplingParams>,
     pub max_tokens: usize,
     pub stop_token_ids: Vec<u32>,
@@ -52,6 +53,7 @@ impl Sequence {
             num_computed: 0,
             table: BlockTable::default(),
             scope: request.cache_scope,
+            adapter: request.adapter,
             params: Arc::new(request.params),
             max_tokens: request.max_tokens as usize,
             stop_token_ids: request.stop_token_ids,
@@ -86,6 +88,7 @@ impl Sequence {
             num_computed: self.num_computed,
             tokens: self.tokens[self.num_computed..end].to_vec(),
             block_table: blocks[..end.div_ceil(block_size)].to_vec(),
+            adapter: self.adapter.clone(),
             sample: (end == self.tokens.len()).then(|| SampleRequest {
                 params: self.params.clone(),
                 position: self.num_output() as u32,

@@ -1,5 +1,6 @@
 //! What the engine counts. A snapshot is consistent in itself: it is taken between two steps.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// A snapshot of the engine. Counters start at zero with the engine and never fall.
@@ -11,6 +12,10 @@ pub struct EngineStats {
     pub running: usize,
     /// Gauge: sequences that wait for their first step or, preempted, for their next.
     pub waiting: usize,
+    /// Digests of the adapters of sequences that run.
+    pub running_adapters: BTreeSet<[u8; 32]>,
+    /// Digests of the adapters of sequences that wait.
+    pub waiting_adapters: BTreeSet<[u8; 32]>,
     /// Gauges of the cache.
     pub blocks: BlockStats,
     /// Counter: times a sequence lost its blocks to an earlier one.

@@ -1,12 +1,13 @@
 //! The engine on its own thread, through its public API: what clients, drains and faults do to it.
 //! Loops that wait for the thread end by themselves; a guard fails them long after they should have.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
 use baton_engine::{
-    Engine, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, Request, RunSpec,
-    SamplingParams, SubmitError, Usage, spawn,
+    Adapter, Engine, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, Request,
+    RunSpec, SamplingParams, SubmitError, Usage, spawn,
 };
 
 const MODEL: MockModel = MockModel::Hash { seed: 11, vocab_size: 500, end: Some((0, 20)) };
@@ -74,7 +75,7 @@ fn many_clients_at_once_get_what_each_would_get_alone() {
             scope.spawn(move || {
                 for i in 0..10 {
                     let request = Request { stop_token_ids: vec![0], ..request(client * 3 + i % 4, 30) };
-                    let solo = MODEL.solo(&request.prompt, &request.params, 30);
+                    let solo = MODEL.solo(&request);
                     let (tokens, reason, usage) = collect(handle.submit(request).unwrap());
                     let expected: Vec<u32> = solo.into_iter().take_while(|&token| token != 0).collect();
                     assert_eq!(tokens, expected);
@@ -241,4 +242,24 @@ fn logprobs_come_with_the_tokens_that_asked_for_them() {
     let mut stream = handle.submit(Request { params, ..request(0, 1) }).unwrap();
     let Some(OutputEvent::Token { token, logprob, top }) = stream.blocking_next() else { panic!("a token first") };
     assert_eq!((top.len(), top[0]), (3, (token, logprob)));
+}
+
+#[test]
+fn an_adapter_is_kept_by_its_requests_and_free_when_the_last_has_ended() {
+    let (handle, _engine, control) = start(EngineConfig::default());
+    let first = hang(&handle, &control);
+    let weights = Arc::new(());
+    let adapter = Adapter::new([1; 32], 1, 0, weights.clone());
+    let requests = [4, 90].map(|max_tokens| Request { adapter: Some(adapter.clone()), ..request(5, max_tokens) });
+    let expected = requests.each_ref().map(|request| MODEL.solo(request));
+    let streams = requests.map(|request| handle.submit(Request { stop_token_ids: vec![], ..request }).unwrap());
+    // Unloaded: only the requests hold it.
+    drop(adapter);
+    assert!(Arc::strong_count(&weights) > 1);
+    control.release();
+    collect(first);
+    for (stream, expected) in streams.into_iter().zip(expected) {
+        assert_eq!(collect(stream).0, expected);
+    }
+    eventually(|| Arc::strong_count(&weights) == 1);
 }

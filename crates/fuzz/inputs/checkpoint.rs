@@ -24,7 +24,14 @@ pub fn run(path: &Path) -> bool {
             let last = runner.spec().vocab_size as u32 - 1;
             let tokens = vec![0, last];
             let sample = SampleRequest { params: Arc::default(), position: 0, history: Vec::new(), prompt_len: 2 };
-            let step = SequenceStep { id: 1, num_computed: 0, tokens, block_table: vec![0], sample: Some(sample) };
+            let step = SequenceStep {
+                id: 1,
+                num_computed: 0,
+                tokens,
+                block_table: vec![0],
+                sample: Some(sample),
+                adapter: None,
+            };
             runner.step(&StepPlan { sequences: vec![step] }).expect("a step within the limits");
             true
         }

@@ -61,6 +61,7 @@ fn gguf(content: &[u8]) -> GgufVocab {
         bos: id("bos"),
         eos: id("eos"),
         add_bos: json["add_bos"].as_bool(),
+        add_eos: json["add_eos"].as_bool(),
         add_space_prefix: json["add_space_prefix"].as_bool(),
         chat_template: string("chat_template"),
     }

@@ -1,7 +1,9 @@
-//! API keys.
+//! API keys and what they are good for.
 //!
-//! Refusal is the default, decided on the route that was matched and not on the path as sent; the short list of
-//! public routes is here. What is compared are SHA-256 digests, in constant time and against every key.
+//! Refusal is the default, decided on the route that was matched and not on the path as sent; the short lists of
+//! public and of admin routes are here. What is compared are SHA-256 digests, in constant time and against every key.
+//!
+//! Without inference keys every client may ask for inference. Nobody is an admin without a key.
 
 use std::fmt;
 
@@ -14,7 +16,7 @@ use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::error::ApiError;
-use crate::service::Service;
+use crate::service::{Service, ServiceConfig};
 
 /// Routes that need no key.
 const PUBLIC: [&str; 10] = [
@@ -30,8 +32,51 @@ const PUBLIC: [&str; 10] = [
     "/version",
 ];
 
+/// Routes that change what is served.
+const ADMIN: [&str; 2] = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"];
+
 /// The route that is open on a loopback address.
 const METRICS: &str = "/metrics";
+
+/// The route whose handler asks for the scope, which depends on the end of the path.
+pub(crate) const MODEL: &str = "/v1/models/{*id}";
+
+/// What a route asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// To use the model.
+    Inference,
+    /// To change what is served, or see how.
+    Admin,
+    /// One of the two.
+    Any,
+}
+
+/// What the sender of a request may do. Set on every request by the layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Granted {
+    inference: bool,
+    admin: bool,
+    /// The key is one of ours, of whatever scope.
+    known: bool,
+}
+
+impl Granted {
+    /// `Ok` if the scope is granted.
+    pub fn require(self, scope: Scope) -> Result<(), ApiError> {
+        let granted = match scope {
+            Scope::Inference => self.inference,
+            Scope::Admin => self.admin,
+            Scope::Any => self.inference || self.admin,
+        };
+        match scope {
+            _ if granted => Ok(()),
+            _ if self.known => Err(ApiError::insufficient_scope()),
+            Scope::Admin => Err(ApiError::admin_key_needed()),
+            _ => Err(ApiError::invalid_api_key()),
+        }
+    }
+}
 
 /// A key as the operator gave it. Never shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -54,37 +99,53 @@ impl fmt::Debug for ApiKey {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OnLoopback(pub bool);
 
-/// Digests of the accepted keys; none: no key is asked for.
-pub(crate) struct Keys(Vec<[u8; 32]>);
+/// Digests of the accepted keys.
+pub(crate) struct Keys {
+    /// None: no key is asked for.
+    inference: Vec<[u8; 32]>,
+    admin: Vec<[u8; 32]>,
+}
 
 impl Keys {
-    /// The digests of these keys.
-    pub fn new(keys: &[ApiKey]) -> Self {
-        Self(keys.iter().map(|key| Sha256::digest(&key.0).into()).collect())
+    /// The digests of a service's keys.
+    pub fn new(config: &ServiceConfig) -> Self {
+        let digests = |keys: &[ApiKey]| keys.iter().map(|key| Sha256::digest(&key.0).into()).collect();
+        Self { inference: digests(&config.api_keys), admin: digests(&config.admin_api_keys) }
     }
 
-    fn accept(&self, headers: &HeaderMap) -> bool {
+    fn grant(&self, headers: &HeaderMap) -> Granted {
         let bearer = headers.get(AUTHORIZATION).and_then(|value| {
             let (scheme, key) = value.as_bytes().split_at_checked(7)?;
             scheme.eq_ignore_ascii_case(b"bearer ").then_some(key.trim_ascii())
         });
-        let Some(key) = bearer else { return false };
-        let digest: [u8; 32] = Sha256::digest(key).into();
-        let found = self.0.iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&digest));
-        found.into()
+        let [inference, admin] = match bearer {
+            None => [false; 2],
+            Some(key) => {
+                let digest: [u8; 32] = Sha256::digest(key).into();
+                let found = |keys: &[[u8; 32]]| -> bool {
+                    keys.iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&digest)).into()
+                };
+                [found(&self.inference), found(&self.admin)]
+            }
+        };
+        Granted { inference: inference || self.inference.is_empty(), admin, known: inference || admin }
     }
 }
 
 /// The layer.
-pub(crate) async fn layer(State(service): State<Service>, request: Request, next: Next) -> Response {
-    let keys = service.keys();
-    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-    let public = route.is_some_and(|route| PUBLIC.contains(&route));
+pub(crate) async fn layer(State(service): State<Service>, mut request: Request, next: Next) -> Response {
+    let granted = service.keys().grant(request.headers());
     let on_loopback = matches!(request.extensions().get(), Some(OnLoopback(true)));
-    let open = keys.0.is_empty() || public || (route == Some(METRICS) && on_loopback);
-    if open || keys.accept(request.headers()) {
-        next.run(request).await
-    } else {
-        ApiError::invalid_api_key().into_response()
+    let scope = match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
+        Some(route) if PUBLIC.contains(&route) => None,
+        Some(METRICS) if on_loopback => None,
+        Some(route) if ADMIN.contains(&route) => Some(Scope::Admin),
+        Some(METRICS | MODEL) | None => Some(Scope::Any),
+        Some(_) => Some(Scope::Inference),
+    };
+    if let Some(Err(refusal)) = scope.map(|scope| granted.require(scope)) {
+        return refusal.into_response();
     }
+    request.extensions_mut().insert(granted);
+    next.run(request).await
 }

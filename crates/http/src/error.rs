@@ -117,6 +117,25 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, INVALID, "invalid_api_key", message)
     }
 
+    /// No admin key, where one is needed.
+    pub fn admin_key_needed() -> Self {
+        let message = "an admin key (--admin-api-key) is needed, in the header: Authorization: Bearer <key>";
+        Self::new(StatusCode::UNAUTHORIZED, INVALID, "invalid_api_key", message)
+    }
+
+    /// A key of another scope.
+    pub fn insufficient_scope() -> Self {
+        let message =
+            "this API key is not for this route: inference keys use the model, admin keys change what is served";
+        Self::new(StatusCode::FORBIDDEN, INVALID, "insufficient_scope", message)
+    }
+
+    /// There is no such adapter; `message` says where it was looked for.
+    pub fn adapter_not_found(param: &str, message: &str) -> Self {
+        let error = Self::new(StatusCode::NOT_FOUND, INVALID, "adapter_not_found", message);
+        Self { param: Some(param.into()), ..error }
+    }
+
     /// `model` names none that is served.
     pub fn model_not_found() -> Self {
         let message = "no such model is served here; GET /v1/models lists those that are";

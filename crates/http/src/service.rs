@@ -5,12 +5,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_engine::EngineHandle;
+use baton_engine::{Adapter, EngineHandle};
 use baton_text::TextModel;
 use parking_lot::RwLock;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::adapters::Adapters;
 use crate::admission::Counter;
 use crate::auth::{ApiKey, Keys};
 use crate::error::ApiError;
@@ -19,8 +20,10 @@ use crate::metrics::{HttpMetrics, ModelMetrics};
 /// Settings of the service.
 #[derive(Debug, Clone)]
 pub struct ServiceConfig {
-    /// Accepted keys; none: no key is asked for.
+    /// Keys that may use the model; none: no key is asked for.
     pub api_keys: Vec<ApiKey>,
+    /// Keys that may change what is served; none: nobody may.
+    pub admin_api_keys: Vec<ApiKey>,
     /// Longest request body, in bytes.
     pub body_limit_bytes: usize,
     /// How long a request body may take to arrive.
@@ -41,6 +44,7 @@ impl Default for ServiceConfig {
     fn default() -> Self {
         Self {
             api_keys: Vec::new(),
+            admin_api_keys: Vec::new(),
             body_limit_bytes: 8 << 20,
             body_timeout: Duration::from_secs(30),
             lenient: false,
@@ -65,6 +69,8 @@ pub struct ModelCard {
     pub system_fingerprint: String,
     /// The checkpoint's own parameters.
     pub defaults: Defaults,
+    /// How the weights were loaded, as JSON.
+    pub load_report: Vec<u8>,
 }
 
 /// Parameters of `generation_config.json`: they hold where a request says nothing.
@@ -93,17 +99,29 @@ pub(crate) struct Served {
     pub engine: EngineHandle,
     pub text: Arc<TextModel>,
     pub card: ModelCard,
+    pub adapters: Adapters,
     pub metrics: Arc<ModelMetrics>,
 }
 
+/// What a request's `model` means.
+pub(crate) struct Target {
+    /// The name to answer under.
+    pub name: String,
+    pub system_fingerprint: String,
+    pub adapter: Option<Adapter>,
+}
+
 impl Served {
-    /// The name to answer under: the one asked for, which must be served, or the canonical one.
-    pub fn name(&self, asked: Option<&str>) -> Result<String, ApiError> {
-        match asked {
-            None => Ok(self.card.names[0].clone()),
-            Some(name) if self.card.names.iter().any(|served| served == name) => Ok(name.to_owned()),
-            Some(_) => Err(ApiError::model_not_found()),
+    /// The model or adapter asked for, which must be served, or the model by its canonical name.
+    pub fn target(&self, asked: Option<&str>) -> Result<Target, ApiError> {
+        let name = asked.unwrap_or(&self.card.names[0]);
+        if self.card.names.iter().any(|served| served == name) {
+            let system_fingerprint = self.card.system_fingerprint.clone();
+            return Ok(Target { name: name.to_owned(), system_fingerprint, adapter: None });
         }
+        let found = self.adapters.get(name).ok_or_else(ApiError::model_not_found)?;
+        let system_fingerprint = found.fingerprint(&self.card);
+        Ok(Target { name: name.to_owned(), system_fingerprint, adapter: Some(found.adapter) })
     }
 }
 
@@ -128,7 +146,7 @@ impl Service {
     pub fn new(config: ServiceConfig) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self(Arc::new(Shared {
-            keys: Keys::new(&config.api_keys),
+            keys: Keys::new(&config),
             config,
             served: RwLock::new(None),
             metrics: HttpMetrics::new(),
@@ -144,10 +162,10 @@ impl Service {
     ///
     /// # Panics
     /// If the card has no name.
-    pub fn install(&self, engine: EngineHandle, text: Arc<TextModel>, card: ModelCard) {
+    pub fn install(&self, engine: EngineHandle, text: Arc<TextModel>, card: ModelCard, adapters: Adapters) {
         assert!(!card.names.is_empty(), "a model without a name");
         let metrics = Arc::new(ModelMetrics::new(&card.names[0], engine.spec().max_model_len));
-        *self.0.served.write() = Some(Arc::new(Served { engine, text, card, metrics }));
+        *self.0.served.write() = Some(Arc::new(Served { engine, text, card, adapters, metrics }));
         tracing::info!(after_ms = self.0.started.elapsed().as_millis() as u64, "the service has a model");
     }
 

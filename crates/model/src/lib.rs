@@ -4,6 +4,7 @@
 //! Generic below, erased above: architectures are generic over a backend, the engine sees only
 //! `dyn Runner`. No HTTP, no async, no text.
 
+mod adapter;
 mod arch;
 mod checkpoint;
 mod config;
@@ -18,6 +19,7 @@ mod runner;
 mod sampler;
 mod step;
 
+pub use adapter::{Adapter, AdapterError, AdapterLoader};
 pub use checkpoint::{CheckpointError, FileError, Files};
 pub use config::{
     Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,

@@ -1,6 +1,7 @@
 //! From a checkpoint's files to a runner: read, refuse with every reason, size the cache, load.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Instant;
 
 use baton_device::{
@@ -9,13 +10,13 @@ use baton_device::{
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
-use crate::arch::{self, Sizes};
+use crate::arch::{self, AdapterScratch, Sizes};
 use crate::checkpoint::{Checkpoint, CheckpointError, FileError, Files, Role, TensorSpec};
 use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig, QuantizationConfig};
 use crate::gguf::{self, Opened};
-use crate::loader::{Formats, Loader};
+use crate::loader::{Formats, Loader, Slot};
 use crate::precision::{Conversion, as_text};
-use crate::runner::ModelRunner;
+use crate::runner::{AdapterSupport, ModelRunner};
 use crate::step::RunSpec;
 
 /// Bytes of `config.json` or `generation_config.json` that are read.
@@ -37,6 +38,8 @@ pub struct LoadOptions {
     pub max_step_sequences: usize,
     /// Memory for the cache.
     pub kv_cache: KvCacheSize,
+    /// Largest rank of adapters; 0 if there are to be none.
+    pub max_lora_rank: usize,
 }
 
 impl Default for LoadOptions {
@@ -48,6 +51,7 @@ impl Default for LoadOptions {
             max_step_tokens: 2048,
             max_step_sequences: 64,
             kv_cache: KvCacheSize::AtMost(u64::MAX),
+            max_lora_rank: 0,
         }
     }
 }
@@ -188,6 +192,9 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
         Sizes { rows: spec.max_step_tokens, logit_rows: spec.max_step_sequences, positions: spec.max_model_len };
     let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
     let model = arch::build(&config, sizes, &mut loader)?;
+    let slots: Arc<[Slot]> = std::mem::take(&mut loader.slots).into();
+    let max_rank = options.max_lora_rank;
+    let scratch = AdapterScratch::new(&backend, if max_rank > 0 { &slots } else { &[] })?;
     let cache = backend.kv_cache(&kv, num_blocks)?;
     let report = LoadReport {
         architecture: config.architecture,
@@ -201,7 +208,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
         digest: loader.digest(),
         seconds: start.elapsed().as_secs_f64(),
     };
-    Ok((ModelRunner::new(backend, model, cache, spec), report))
+    Ok((ModelRunner::new(backend, model, cache, spec, AdapterSupport { slots, max_rank, scratch }), report))
 }
 
 /// Opens a checkpoint of safetensors.

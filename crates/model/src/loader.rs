@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::ops::Range;
 
 use baton_device::{
     Backend, Caps, DType, DeviceError, ExpertSource, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps,
@@ -14,6 +15,7 @@ use baton_device::{
 use sha2::{Digest, Sha256};
 
 use crate::LoadError;
+use crate::arch::Projection;
 use crate::checkpoint::{Checkpoint, CheckpointError, Part, Role, TensorSpec};
 use crate::precision::{self, Conversion, Measured, StoredRows};
 
@@ -50,6 +52,16 @@ impl Formats {
     }
 }
 
+/// A linear layer that adapters can change, or one of the parts in which a fused one is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Slot {
+    /// Its name in the checkpoint: the tensor's without `.weight`.
+    pub(crate) module: String,
+    /// The module's outputs that it computes.
+    pub(crate) rows: Range<usize>,
+    pub(crate) in_features: usize,
+}
+
 /// Loads the tensors that were verified, each once.
 pub(crate) struct Loader<'a, B: Backend> {
     pub(crate) backend: &'a B,
@@ -58,6 +70,8 @@ pub(crate) struct Loader<'a, B: Backend> {
     formats: Formats,
     hash_all: bool,
     digest: Sha256,
+    /// Projections loaded so far, by number.
+    pub(crate) slots: Vec<Slot>,
     /// Bytes of prepared weights.
     pub(crate) weight_bytes: u64,
     pub(crate) conversions: Vec<Conversion>,
@@ -99,7 +113,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         digest: Sha256,
     ) -> Self {
         let hash_all = specs.values().map(|spec| checkpoint.bytes(spec)).sum::<u64>() < HASH_ALL_BELOW;
-        Self { backend, checkpoint, specs, formats, hash_all, digest, weight_bytes: 0, conversions: Vec::new() }
+        let (slots, conversions) = (Vec::new(), Vec::new());
+        Self { backend, checkpoint, specs, formats, hash_all, digest, slots, weight_bytes: 0, conversions }
     }
 
     /// `{prefix}.weight`, with `{prefix}.bias` if the model has one.
@@ -112,12 +127,19 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(linear)
     }
 
-    /// `{prefix}.weight` and bias, cut along the rows into weights of the given heights.
-    pub(crate) fn split_linear<const N: usize>(
+    /// As [`linear`](Self::linear), for a layer that adapters can change.
+    pub(crate) fn projection(&mut self, prefix: &str) -> Result<Projection<B>, LoadError> {
+        let weight = self.linear(prefix)?;
+        let [out_features, _] = self.specs[&format!("{prefix}.weight")].matrix();
+        Ok(Projection::new(weight, self.slot(prefix, 0..out_features)))
+    }
+
+    /// `{prefix}.weight` and bias, cut along the rows into projections of the given heights.
+    pub(crate) fn split_projection<const N: usize>(
         &mut self,
         prefix: &str,
         heights: [usize; N],
-    ) -> Result<[B::Linear; N], LoadError> {
+    ) -> Result<[Projection<B>; N], LoadError> {
         let (weight, format) = self.matrix(prefix)?;
         let bias = self.bias(prefix)?;
         let mut start = 0;
@@ -125,11 +147,19 @@ impl<'a, B: Backend> Loader<'a, B> {
         for height in heights {
             let bias = bias.as_ref().map(|bias| bias.host().rows(start, height));
             let src = HostLinear { weight: weight.host().rows(start, height), bias, format };
-            parts.push(self.backend.linear_weight(&src)?);
+            let part = self.backend.linear_weight(&src)?;
+            parts.push(Projection::new(part, self.slot(prefix, start..start + height)));
             start += height;
         }
         self.record(weight)?;
         Ok(parts.try_into().unwrap_or_else(|_| unreachable!("one part per height")))
+    }
+
+    /// The number of a new projection.
+    fn slot(&mut self, prefix: &str, rows: Range<usize>) -> usize {
+        let [_, in_features] = self.specs[&format!("{prefix}.weight")].matrix();
+        self.slots.push(Slot { module: prefix.to_owned(), rows, in_features });
+        self.slots.len() - 1
     }
 
     /// `{prefix}.weight` of a norm, with `offset` added to each element.

@@ -1,26 +1,54 @@
 //! The runner of a loaded model: packs a ragged batch, plans attention once, computes all layers, and
 //! samples the rows that ask for it.
 
+use std::sync::Arc;
+
 use baton_device::{AttentionBatch, Backend, DeviceError, SequenceSpan};
 
-use crate::arch::Model;
+use crate::adapter::{Adapter, AdapterLoader};
+use crate::arch::{AdaptedRows, AdapterScratch, Model, StepAdapters};
+use crate::loader::Slot;
 use crate::sampler::Sampler;
 use crate::step::{RunError, RunSpec, Runner, SampleRequest, SequenceOutput, StepOutput, StepPlan};
 
 /// A model on a device.
 pub struct ModelRunner<B: Backend> {
-    backend: B,
+    backend: Arc<B>,
     model: Box<dyn Model<B>>,
     cache: B::KvCache,
     spec: RunSpec,
+    adapters: AdapterSupport<B>,
     sampler: Sampler,
     /// Logits on the host, reused.
     logits: Vec<f32>,
 }
 
+/// What a model needs to run adapters.
+pub(crate) struct AdapterSupport<B: Backend> {
+    /// The projections of the model, by number.
+    pub(crate) slots: Arc<[Slot]>,
+    /// 0 if there are to be none.
+    pub(crate) max_rank: usize,
+    pub(crate) scratch: AdapterScratch<B>,
+}
+
 impl<B: Backend> ModelRunner<B> {
-    pub(crate) fn new(backend: B, model: Box<dyn Model<B>>, cache: B::KvCache, spec: RunSpec) -> Self {
-        Self { backend, model, cache, spec, sampler: Sampler::default(), logits: Vec::new() }
+    pub(crate) fn new(
+        backend: B,
+        model: Box<dyn Model<B>>,
+        cache: B::KvCache,
+        spec: RunSpec,
+        adapters: AdapterSupport<B>,
+    ) -> Self {
+        let (backend, sampler) = (Arc::new(backend), Sampler::default());
+        Self { backend, model, cache, spec, adapters, sampler, logits: Vec::new() }
+    }
+
+    /// Loads adapters for this runner; `None` if it was not loaded for any (see
+    /// [`LoadOptions::max_lora_rank`](crate::LoadOptions::max_lora_rank)).
+    pub fn adapter_loader(&self) -> Option<AdapterLoader<B>> {
+        let AdapterSupport { slots, max_rank, .. } = &self.adapters;
+        (*max_rank > 0).then(|| AdapterLoader::new(self.backend.clone(), slots.clone(), *max_rank))
     }
 
     /// The device.
@@ -49,11 +77,13 @@ impl<B: Backend> ModelRunner<B> {
             .map(|s| SequenceSpan { start: s.num_computed, len: s.tokens.len(), block_table: &s.block_table })
             .collect();
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
-        self.model.forward(&self.backend, &ids, &attention, &mut self.cache)
+        let groups = adapted_rows(plan);
+        let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
+        self.model.forward(&*self.backend, &ids, &attention, &mut self.cache, &mut adapters)
     }
 
     fn read_logits(&mut self, rows: &[u32]) -> Result<(), DeviceError> {
-        let logits = self.model.logits(&self.backend, rows)?;
+        let logits = self.model.logits(&*self.backend, rows)?;
         self.backend.read(logits, &mut self.logits)
     }
 
@@ -70,6 +100,22 @@ impl<B: Backend> ModelRunner<B> {
             assert!(s.tokens.iter().all(|&t| (t as usize) < spec.vocab_size), "sequence {}: a token id", s.id);
         }
     }
+}
+
+/// The rows of each adapter of a step.
+fn adapted_rows<B: Backend>(plan: &StepPlan) -> Vec<AdaptedRows<'_, B>> {
+    let mut groups: Vec<(&Adapter, Vec<u32>)> = Vec::new();
+    let mut end = 0;
+    for s in &plan.sequences {
+        let start = end;
+        end += s.tokens.len() as u32;
+        let Some(adapter) = &s.adapter else { continue };
+        match groups.iter_mut().find(|(known, _)| *known == adapter) {
+            Some((_, rows)) => rows.extend(start..end),
+            None => groups.push((adapter, (start..end).collect())),
+        }
+    }
+    groups.into_iter().map(|(adapter, rows)| AdaptedRows { weights: adapter.weights(), rows }).collect()
 }
 
 impl From<DeviceError> for RunError {

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::SamplingParams;
+use crate::{Adapter, SamplingParams};
 
 /// Work of one step. Sequence ids are distinct.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -33,6 +33,8 @@ pub struct SequenceStep {
     pub tokens: Vec<u32>,
     /// Blocks of positions `0..num_computed + tokens.len()`.
     pub block_table: Vec<u32>,
+    /// Changes the model for this sequence. The same in every step of it: what is in the cache depends on it.
+    pub adapter: Option<Adapter>,
     /// Set when the last of `tokens` is the last known one: choose the next.
     pub sample: Option<SampleRequest>,
 }

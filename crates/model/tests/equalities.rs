@@ -1,17 +1,40 @@
 //! A sequence gets bit-identical tokens and logprobs however it is computed: alone or in a batch, in
-//! one step or many, over a cached prefix or from nothing, preempted or not. Through the runner, with
-//! a real paged cache, sampled and greedy.
+//! one step or many, over a cached prefix or from nothing, preempted or not, whatever adapters its batch
+//! mates have. Through the runner, with a real paged cache, sampled and greedy.
 
 mod common;
 
+use std::fmt;
+
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, ModelRunner, Runner, SampledToken, SamplingParams, SequenceFailure, StepPlan, load};
+use baton_model::{Adapter, Files, ModelRunner, Runner, SampledToken, SamplingParams, SequenceFailure, StepPlan, load};
 use common::checkpoint::{Copy, Tensor, find};
-use common::{Pool, Rng, Sequence, all_logits, generate, options, prompts, runner, step};
+use common::{Pool, Rng, Sequence, adapted, all_logits_with, generate, generate_with, options, prompts, step};
 use half::bf16;
 
 const OUTPUT: usize = 12;
+
+/// A golden checkpoint, and adapters that some of its sequences have.
+#[derive(Clone, Copy)]
+struct Case {
+    base: &'static str,
+    adapters: &'static [&'static str],
+}
+
+impl Case {
+    /// The runner, and what sequences take turns with: no adapter, then each.
+    fn load<B: Backend + LatentOps + MoeOps>(self, backend: B) -> (ModelRunner<B>, Vec<Option<Adapter>>) {
+        let (runner, adapters) = adapted(backend, self.base, self.adapters);
+        (runner, std::iter::once(None).chain(adapters.into_iter().map(Some)).collect())
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:?}", self.base, self.adapters)
+    }
+}
 
 /// Every kind of request: greedy, sampled, cut, penalised, biased.
 fn params(i: usize) -> SamplingParams {
@@ -26,13 +49,18 @@ fn params(i: usize) -> SamplingParams {
     }
 }
 
-/// The golden prompts as sequences, with what each gives alone.
-fn sequences<B: Backend + LatentOps + MoeOps>(runner: &mut ModelRunner<B>, case: &str) -> Vec<(Sequence, Solo)> {
+/// The golden prompts as sequences, each adapter in turn, with what each gives alone.
+fn sequences<B: Backend + LatentOps + MoeOps>(
+    runner: &mut ModelRunner<B>,
+    adapters: &[Option<Adapter>],
+    case: Case,
+) -> Vec<(Sequence, Solo)> {
     let solo = |(i, prompt): (usize, common::Prompt)| {
-        let output = generate(runner, &prompt.ids, params(i), OUTPUT);
-        (Sequence::new(i as u64, &prompt.ids, params(i)), output)
+        let adapter = adapters[i % adapters.len()].as_ref();
+        let output = generate_with(runner, adapter, &prompt.ids, params(i), OUTPUT);
+        (Sequence::new(i as u64, &prompt.ids, params(i)).adapted(adapter), output)
     };
-    prompts(case).into_iter().enumerate().map(solo).collect()
+    prompts(case.base).into_iter().enumerate().map(solo).collect()
 }
 
 type Solo = Vec<SampledToken>;
@@ -43,14 +71,15 @@ fn assert_as_alone(sequences: &[Sequence], solo: &[Solo], what: &str) {
     }
 }
 
-fn chunked_is_whole<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
-    let mut runner = runner(make(), case);
-    for (seed, prompt) in prompts(case).iter().enumerate() {
-        let whole = all_logits(&mut runner, &prompt.ids);
+fn chunked_is_whole<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+    let (mut runner, adapters) = case.load(make());
+    for (seed, prompt) in prompts(case.base).iter().enumerate() {
+        let adapter = adapters[seed % adapters.len()].as_ref();
+        let whole = all_logits_with(&mut runner, adapter, &prompt.ids);
         let mut rng = Rng(seed as u64);
         for _ in 0..3 {
             let mut chunked = Vec::new();
-            let mut sequence = Sequence::new(1, &prompt.ids, SamplingParams::greedy());
+            let mut sequence = Sequence::new(1, &prompt.ids, SamplingParams::greedy()).adapted(adapter);
             let mut pool = Pool::new(&runner);
             while sequence.remaining() > 0 {
                 let limit = if rng.below(2) == 0 { 3 } else { 90 };
@@ -64,9 +93,9 @@ fn chunked_is_whole<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
     }
 }
 
-fn batched_is_alone<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
-    let mut runner = runner(make(), case);
-    let (all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, case).into_iter().unzip();
+fn batched_is_alone<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+    let (mut runner, adapters) = case.load(make());
+    let (all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, &adapters, case).into_iter().unzip();
     for seed in 0..3 {
         let mut rng = Rng(seed);
         let mut all = all.clone();
@@ -89,9 +118,9 @@ fn batched_is_alone<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
     }
 }
 
-fn preempted_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
-    let mut runner = runner(make(), case);
-    let (mut all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, case).into_iter().unzip();
+fn preempted_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+    let (mut runner, adapters) = case.load(make());
+    let (mut all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, &adapters, case).into_iter().unzip();
     let mut rng = Rng(11);
     let mut pool = Pool::new(&runner);
     let mut preemptions = 0;
@@ -116,34 +145,34 @@ fn preempted_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
     assert_as_alone(&all, &solo, &format!("{case}, preempted"));
 }
 
-fn warm_prefix_is_cold<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
-    let mut runner = runner(make(), case);
+fn warm_prefix_is_cold<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+    let (mut runner, adapters) = case.load(make());
     let block_size = runner.spec().block_size;
-    let prompt = prompts(case).into_iter().find(|p| p.name == "mid").unwrap();
+    let prompt = prompts(case.base).into_iter().find(|p| p.name == "mid").unwrap();
     for (i, shared_blocks) in [1, 3, prompt.ids.len() / block_size].into_iter().enumerate() {
-        let shared = shared_blocks * block_size;
+        let (shared, adapter) = (shared_blocks * block_size, adapters[i % adapters.len()].as_ref());
         let mut pool = Pool::new(&runner);
-        let mut owner = [Sequence::new(1, &prompt.ids, SamplingParams::greedy())];
+        let mut owner = [Sequence::new(1, &prompt.ids, SamplingParams::greedy()).adapted(adapter)];
         step(&mut runner, &mut pool, &mut owner, &[prompt.ids.len()]);
 
         // Same beginning, another end.
         let mut ids = prompt.ids[..shared].to_vec();
         ids.extend([3, 1, 4, 1, 5, 9, 2, 6]);
-        let mut warm = [Sequence::new(2, &ids, params(i))];
+        let mut warm = [Sequence::new(2, &ids, params(i)).adapted(adapter)];
         warm[0].table = owner[0].table[..shared_blocks].to_vec();
         warm[0].num_computed = shared;
         while warm[0].output.len() < OUTPUT {
             let remaining = warm[0].remaining();
             step(&mut runner, &mut pool, &mut warm, &[remaining]);
         }
-        let cold = generate(&mut runner, &ids, params(i), OUTPUT);
+        let cold = generate_with(&mut runner, adapter, &ids, params(i), OUTPUT);
         assert_as_alone(&warm, &[cold], &format!("{case}, {shared} tokens warm"));
     }
 }
 
-fn cleared_blocks_leave_nothing<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
-    let mut runner = runner(make(), case);
-    let prompt = prompts(case).into_iter().find(|p| p.name == "short").unwrap();
+fn cleared_blocks_leave_nothing<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+    let (mut runner, _) = case.load(make());
+    let prompt = prompts(case.base).into_iter().find(|p| p.name == "short").unwrap();
     // Attend over the prompt's blocks, then over the same blocks cleared, as if they were a prefix.
     let mut pool = Pool::new(&runner);
     let mut owner = [Sequence::new(1, &prompt.ids, SamplingParams::greedy())];
@@ -175,7 +204,7 @@ fn poisoned_by_token_7() -> Copy {
     copy
 }
 
-fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: &str) {
+fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: Case) {
     let copy = poisoned_by_token_7();
     let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
     let healthy = [1, 2, 3, 4];
@@ -210,8 +239,20 @@ fn last_token_over<B: Backend + LatentOps + MoeOps>(
     runner.logits(&StepPlan { sequences: vec![reader.step(1)] }).unwrap()
 }
 
-/// All equalities on one backend, over one checkpoint per kind of attention and feed-forward network:
-/// full, in windows (with head norms and two rotary bases; with soft caps), latent; dense, with experts.
+/// One checkpoint per kind of attention and feed-forward network: full, in windows (with head norms and two rotary
+/// bases; with soft caps), latent; dense, with experts; and one of each kind of adapted layer: plain, fused, latent.
+const CASES: [(&str, &[&str]); 8] = [
+    ("llama-rope3", &[]),
+    ("qwen3-moe", &[]),
+    ("gemma2", &[]),
+    ("gemma3", &[]),
+    ("deepseek-v3", &[]),
+    ("llama-rope3", &["llama-all", "llama-rslora"]),
+    ("phi3", &["phi3-fused"]),
+    ("deepseek-v3", &["deepseek-v3"]),
+];
+
+/// All equalities on one backend.
 macro_rules! equalities {
     ($backend:ident, $make:expr, $($test:ident),* $(,)?) => {
         mod $backend {
@@ -219,8 +260,8 @@ macro_rules! equalities {
             $(
                 #[test]
                 fn $test() {
-                    for case in ["llama-rope3", "qwen3-moe", "gemma2", "gemma3", "deepseek-v3"] {
-                        super::$test($make, case);
+                    for (base, adapters) in CASES {
+                        super::$test($make, Case { base, adapters });
                     }
                 }
             )*

@@ -18,6 +18,7 @@ struct Supported {
     gguf: Vec<ArchitectureEntry>,
     format: Vec<FormatEntry>,
     stored: Vec<FormatEntry>,
+    adapter: Vec<FormatEntry>,
     device: Vec<DeviceEntry>,
 }
 
@@ -58,6 +59,8 @@ enum Judged {
     Bits,
     #[serde(rename = "library")]
     Library,
+    #[serde(rename = "peft")]
+    Peft,
     #[serde(rename = "judge")]
     Judge,
     #[serde(rename = "not run")]
@@ -144,6 +147,23 @@ fn quantised_checkpoints_that_are_called_judged_are_there() {
             let library = &judges[case.trim_start_matches("quantized/")]["library"];
             assert_eq!(entry.judged == Judged::Library, library.is_string(), "{case}");
         }
+    }
+}
+
+#[test]
+fn every_golden_adapter_is_named_and_no_other() {
+    let mut named = BTreeSet::new();
+    for entry in supported().adapter {
+        assert!(entry.judged == Judged::Peft && !entry.cases.is_empty(), "{}", entry.name);
+        named.extend(entry.cases);
+    }
+    let folders = std::fs::read_dir(folder("lora")).unwrap();
+    let there: BTreeSet<String> = folders.map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(named, there);
+    for case in named {
+        let golden = json(folder("lora").join(&case).join("golden.json"));
+        assert_eq!(golden["case"], *case);
+        assert!(CASES.contains(&golden["base"].as_str().unwrap()), "{case}");
     }
 }
 

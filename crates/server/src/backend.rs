@@ -1,9 +1,11 @@
 //! The one place that names concrete devices.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use baton_device::{Backend, Caps, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, LoadError, LoadOptions, LoadReport, Runner, load};
+use baton_model::{Adapter, AdapterError, Files, LoadError, LoadOptions, LoadReport, Runner, load};
 
 /// A device by the name an operator gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,9 +16,14 @@ pub enum Device {
     Reference,
 }
 
+/// Loads the adapter of a folder, for one runner.
+pub type LoadAdapter = Box<dyn Fn(&Path) -> Result<Adapter, AdapterError> + Send + Sync>;
+
 /// A model ready to run.
 pub struct Loaded {
     pub runner: Box<dyn Runner>,
+    /// `None` if there are to be no adapters.
+    pub load_adapter: Option<LoadAdapter>,
     pub report: LoadReport,
     pub caps: Caps,
 }
@@ -47,5 +54,7 @@ fn erased<B: Backend + LatentOps + MoeOps>(
 ) -> Result<Loaded, LoadError> {
     let caps = backend.caps().clone();
     let (runner, report) = load(backend, files, options)?;
-    Ok(Loaded { runner: Box::new(runner), report, caps })
+    let load_adapter =
+        runner.adapter_loader().map(|loader| -> LoadAdapter { Box::new(move |folder| loader.load(folder)) });
+    Ok(Loaded { runner: Box::new(runner), load_adapter, report, caps })
 }

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use baton_device::DType;
 use baton_hub::Target;
-use baton_model::{Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions};
+use baton_model::{Adapter, Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions};
 use baton_text::{GgufVocab, TextFiles, TextModel, TokenizerFile};
 use sha2::{Digest, Sha256};
 use tracing::info;
@@ -16,7 +16,7 @@ use tracing::info;
 use crate::{
     backend::{Device, Loaded},
     bundled, memory, pull,
-    settings::{Dtype, Quantize, Settings},
+    settings::{Dtype, LoraModule, Quantize, Settings},
 };
 
 /// Bytes of a tokenizer file or template that are read.
@@ -27,6 +27,10 @@ pub struct Model {
     pub name: String,
     pub text: TextModel,
     pub loaded: Loaded,
+    /// By the names that the settings give them.
+    pub adapters: Vec<(String, Adapter)>,
+    /// The report of `loaded` as JSON.
+    pub report: Vec<u8>,
     pub fingerprint: String,
 }
 
@@ -45,11 +49,24 @@ pub fn load(settings: &Settings) -> Result<Model> {
     );
     let fingerprint = fingerprint(&loaded, &text_files);
     announce(&name, settings, &loaded);
+    let report = serde_json::to_vec_pretty(&loaded.report)?;
     if let Some(file) = &settings.load_report {
-        let json = serde_json::to_vec_pretty(&loaded.report)?;
-        fs::write(file, json).with_context(|| format!("--load-report {}", file.display()))?;
+        fs::write(file, &report).with_context(|| format!("--load-report {}", file.display()))?;
     }
-    Ok(Model { name, text, loaded, fingerprint })
+    let adapters = adapters(settings, &loaded)?;
+    Ok(Model { name, text, loaded, adapters, report, fingerprint })
+}
+
+/// The adapters that the settings name.
+fn adapters(settings: &Settings, loaded: &Loaded) -> Result<Vec<(String, Adapter)>> {
+    let Some(load) = &loaded.load_adapter else { return Ok(Vec::new()) };
+    let adapter = |LoraModule { name, path }: &LoraModule| {
+        let context = || format!("--lora-modules {name}={}", path.display());
+        let adapter = load(path).with_context(context)?;
+        info!(name, rank = adapter.rank(), mib = adapter.bytes() >> 20, "adapter loaded");
+        Ok((name.clone(), adapter))
+    };
+    settings.lora_modules.iter().map(adapter).collect()
 }
 
 /// The checkpoint's files, and the name it goes by: a folder or GGUF file that exists, else a hub's id or a URL.
@@ -130,6 +147,7 @@ fn options(settings: &Settings) -> LoadOptions {
         max_model_len: settings.max_model_len,
         max_step_tokens: settings.max_num_batched_tokens,
         max_step_sequences: settings.max_num_seqs,
+        max_lora_rank: if settings.enable_lora { settings.max_lora_rank } else { 0 },
         kv_cache: settings.kv_cache_memory_bytes.map_or(KvCacheSize::AtMost(quarter), KvCacheSize::Bytes),
     }
 }

@@ -2,9 +2,10 @@
 
 use std::{io::IsTerminal, sync::Arc, time::SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use baton_engine::{Engine, EngineConfig, EngineHandle};
-use baton_http::{ApiKey, Defaults, ModelCard, Service, ServiceConfig};
+use baton_http::{AdapterRefusal, Adapters, ApiKey, Defaults, ModelCard, Service, ServiceConfig};
+use baton_model::AdapterError;
 use clap::ArgMatches;
 use tokio::{
     net::TcpListener,
@@ -62,10 +63,9 @@ async fn serve(settings: Settings) -> Result<()> {
         .await
         .with_context(|| format!("cannot listen on {address}"))?;
     let address = listener.local_addr()?;
-    let key = |k: &Secret| ApiKey::new(k.0.clone()).context("--api-key must be visible ASCII characters");
-    let api_keys = settings.api_key.iter().map(key).collect::<Result<_>>()?;
     let service = Service::new(ServiceConfig {
-        api_keys,
+        api_keys: api_keys("api-key", &settings.api_key)?,
+        admin_api_keys: api_keys("admin-api-key", &settings.admin_api_key)?,
         body_limit_bytes: settings.body_limit_bytes,
         lenient: settings.lenient,
         max_n: settings.max_n,
@@ -84,7 +84,7 @@ async fn serve(settings: Settings) -> Result<()> {
         // Nothing runs yet that could be waited for.
         () = stop.cancelled() => return Ok(()),
     };
-    let (handle, engine) = install(&service, model, &settings);
+    let (handle, engine) = install(&service, model, &settings)?;
     info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
     running.await??;
     handle.shutdown();
@@ -93,7 +93,13 @@ async fn serve(settings: Settings) -> Result<()> {
     Ok(())
 }
 
-fn install(service: &Service, model: Model, settings: &Settings) -> (EngineHandle, Engine) {
+fn api_keys(flag: &str, keys: &[Secret]) -> Result<Vec<ApiKey>> {
+    let key =
+        |k: &Secret| ApiKey::new(k.0.clone()).with_context(|| format!("--{flag} must be visible ASCII characters"));
+    keys.iter().map(key).collect()
+}
+
+fn install(service: &Service, model: Model, settings: &Settings) -> Result<(EngineHandle, Engine)> {
     let generation = &model.loaded.report.generation_config;
     let eos_token_ids = generation.eos_token_ids.clone();
     let defaults = match settings.generation_config {
@@ -119,7 +125,15 @@ fn install(service: &Service, model: Model, settings: &Settings) -> (EngineHandl
         owned_by: "baton".into(),
         system_fingerprint: model.fingerprint,
         defaults,
+        load_report: model.report,
     };
+    let adapters = match model.loaded.load_adapter {
+        None => Adapters::none(),
+        Some(load) => Adapters::new(settings.max_loras, move |folder| load(folder).map_err(refusal)),
+    };
+    for (name, adapter) in model.adapters {
+        adapters.add(&card, &name, adapter, false).map_err(|reason| anyhow!("--lora-modules {name}: {reason}"))?;
+    }
     let config = EngineConfig {
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,
@@ -128,8 +142,16 @@ fn install(service: &Service, model: Model, settings: &Settings) -> (EngineHandl
         ..EngineConfig::default()
     };
     let (handle, engine) = baton_engine::spawn(model.loaded.runner, config);
-    service.install(handle.clone(), Arc::new(model.text), card);
-    (handle, engine)
+    service.install(handle.clone(), Arc::new(model.text), card, adapters);
+    Ok((handle, engine))
+}
+
+fn refusal(error: AdapterError) -> AdapterRefusal {
+    let reason = error.to_string();
+    match error {
+        AdapterError::Missing { .. } => AdapterRefusal::Missing(reason),
+        _ => AdapterRefusal::Invalid(reason),
+    }
 }
 
 /// Cancelled by SIGTERM or SIGINT; a second signal ends the process at once.

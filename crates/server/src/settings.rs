@@ -88,6 +88,50 @@ pub enum LogFormat {
     Json,
 }
 
+/// An adapter to serve from the start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LoraModule {
+    pub name: String,
+    pub path: PathBuf,
+}
+
+impl std::str::FromStr for LoraModule {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Object {
+            name: String,
+            path: PathBuf,
+        }
+        let (name, path) = if text.starts_with('{') {
+            let Object { name, path } = serde_json::from_str(text).context("an object with name and path is taken")?;
+            (name, path)
+        } else {
+            let (name, path) = text.split_once('=').context("NAME=PATH is taken")?;
+            (name.to_owned(), path.into())
+        };
+        ensure!(!name.is_empty() && !path.as_os_str().is_empty(), "name and path must not be empty");
+        Ok(Self { name, path })
+    }
+}
+
+impl TryFrom<String> for LoraModule {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse().map_err(|error: anyhow::Error| format!("{error:#}"))
+    }
+}
+
+impl From<LoraModule> for String {
+    fn from(module: LoraModule) -> Self {
+        format!("{}={}", module.name, module.path.display())
+    }
+}
+
 /// What the command line, the environment and the file can say; `None` where they say nothing.
 #[derive(Debug, Default, Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -121,6 +165,10 @@ pub struct ServeArgs {
     /// Key(s) that clients must send as bearer token; without any, every client is served
     #[arg(long, value_name = "KEY", num_args = 1.., env = "BATON_API_KEY", hide_env_values = true, value_delimiter = ',', help_heading = "Service")]
     pub api_key: Option<Vec<Secret>>,
+
+    /// Key(s) for the routes that load and unload adapters and show load reports; without any, these are closed
+    #[arg(long, value_name = "KEY", num_args = 1.., env = "BATON_ADMIN_API_KEY", hide_env_values = true, value_delimiter = ',', help_heading = "Service")]
+    pub admin_api_key: Option<Vec<Secret>>,
 
     /// Answer unknown request fields with a warning header instead of 400
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_LENIENT", help_heading = "Service")]
@@ -165,6 +213,22 @@ pub struct ServeArgs {
     /// Write what was loaded, and what each conversion of precision cost, to this file as JSON
     #[arg(long, value_name = "FILE", env = "BATON_LOAD_REPORT", help_heading = "Model")]
     pub load_report: Option<PathBuf>,
+
+    /// Take LoRA adapters, at start and while serving
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ENABLE_LORA", help_heading = "Adapters")]
+    pub enable_lora: Option<bool>,
+
+    /// Adapter(s) to serve, each a folder as peft saves it: NAME=PATH or {"name": NAME, "path": PATH}; one a line in the environment
+    #[arg(long, value_name = "NAME=PATH", num_args = 1.., env = "BATON_LORA_MODULES", value_delimiter = '\n', help_heading = "Adapters")]
+    pub lora_modules: Option<Vec<LoraModule>>,
+
+    /// Adapters loaded at once, all of which may share a batch [default: 8]
+    #[arg(long, value_name = "N", env = "BATON_MAX_LORAS", help_heading = "Adapters")]
+    pub max_loras: Option<usize>,
+
+    /// Largest rank of an adapter [default: 16]
+    #[arg(long, value_name = "N", env = "BATON_MAX_LORA_RANK", help_heading = "Adapters")]
+    pub max_lora_rank: Option<usize>,
 
     /// Sequences computed together [default: 64]
     #[arg(long, value_name = "N", env = "BATON_MAX_NUM_SEQS", help_heading = "Engine")]
@@ -212,6 +276,7 @@ pub struct Settings {
     pub port: u16,
     pub served_model_name: Vec<String>,
     pub api_key: Vec<Secret>,
+    pub admin_api_key: Vec<Secret>,
     pub lenient: bool,
     pub body_limit_bytes: usize,
     pub max_n: u32,
@@ -224,6 +289,10 @@ pub struct Settings {
     pub generation_config: GenerationConfigUse,
     pub chat_template: Option<PathBuf>,
     pub load_report: Option<PathBuf>,
+    pub enable_lora: bool,
+    pub lora_modules: Vec<LoraModule>,
+    pub max_loras: usize,
+    pub max_lora_rank: usize,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
     pub max_queued_requests: usize,
@@ -294,6 +363,7 @@ impl ServeArgs {
         // Secrets do not survive a map, on purpose; the rest is not for files.
         Ok(Self {
             api_key: self.api_key.or(file.api_key),
+            admin_api_key: self.admin_api_key.or(file.admin_api_key),
             config: self.config,
             print_config: self.print_config,
             ..merged
@@ -322,8 +392,15 @@ impl ServeArgs {
         if let Some(0) = self.max_model_len {
             bail!("--max-model-len must be at least 1");
         }
-        let api_key = self.api_key.unwrap_or_default();
-        ensure!(api_key.iter().all(|k| !k.0.is_empty()), "--api-key must not be empty");
+        let keys = |name: &str, keys: Option<Vec<Secret>>| {
+            let keys = keys.unwrap_or_default();
+            ensure!(keys.iter().all(|k| !k.0.is_empty()), "--{name} must not be empty");
+            Ok(keys)
+        };
+        let (enable_lora, lora_modules) = (self.enable_lora.unwrap_or(false), self.lora_modules.unwrap_or_default());
+        ensure!(enable_lora || lora_modules.is_empty(), "--lora-modules needs --enable-lora");
+        let max_lora_rank = positive("max-lora-rank", self.max_lora_rank.unwrap_or(16))?;
+        ensure!(max_lora_rank <= 512, "--max-lora-rank must be from 1 to 512");
         let max_n = self.max_n.unwrap_or(8);
         ensure!((1..=128).contains(&max_n), "--max-n must be from 1 to 128");
         Ok(Settings {
@@ -331,7 +408,8 @@ impl ServeArgs {
             host: self.host.unwrap_or_else(|| "127.0.0.1".into()),
             port: self.port.unwrap_or(8000),
             served_model_name: self.served_model_name.unwrap_or_default(),
-            api_key,
+            api_key: keys("api-key", self.api_key)?,
+            admin_api_key: keys("admin-api-key", self.admin_api_key)?,
             lenient: self.lenient.unwrap_or(false),
             body_limit_bytes: positive("body-limit-bytes", self.body_limit_bytes.unwrap_or(8 << 20))?,
             max_n,
@@ -343,6 +421,10 @@ impl ServeArgs {
             generation_config: self.generation_config.unwrap_or(GenerationConfigUse::Auto),
             chat_template: self.chat_template,
             load_report: self.load_report,
+            enable_lora,
+            lora_modules,
+            max_loras: positive("max-loras", self.max_loras.unwrap_or(8))?,
+            max_lora_rank,
             max_num_seqs,
             max_num_batched_tokens,
             max_queued_requests: positive("max-queued-requests", self.max_queued_requests.unwrap_or(1024))?,
@@ -393,7 +475,8 @@ mod tests {
 
     #[test]
     fn secrets_are_shown_nowhere() {
-        let (settings, origins) = parse(&["--api-key", "s3cret"], "").unwrap();
+        let flags = ["--api-key", "s3cret", "--admin-api-key", "s3cret-too"];
+        let (settings, origins) = parse(&flags, "").unwrap();
         let shown = format!("{settings:?}{}", settings.table(&origins).unwrap());
         assert!(shown.contains("[redacted]") && !shown.contains("s3cret"), "{shown}");
     }
@@ -406,5 +489,18 @@ mod tests {
         assert!(refusal(&["--max-num-seqs", "0"], "").contains("--max-num-seqs"));
         assert!(refusal(&["--max-num-batched-tokens", "8"], "").contains("--max-num-batched-tokens (8)"));
         assert!(refusal(&["--dtype", "fp4"], "").contains("float32"));
+        assert!(refusal(&["--lora-modules", "a=b"], "").contains("--enable-lora"));
+        assert!(refusal(&["--enable-lora", "--lora-modules", "a"], "").contains("NAME=PATH"));
+        assert!(refusal(&["--enable-lora", "--max-lora-rank", "513"], "").contains("--max-lora-rank"));
+    }
+
+    #[test]
+    fn adapters_are_named_as_vllm_names_them() {
+        let module = |name: &str, path: &str| LoraModule { name: name.into(), path: path.into() };
+        let flags = ["--enable-lora", "--lora-modules", "a=/x=y", r#"{"name": "b", "path": "c, d"}"#];
+        let expected = [module("a", "/x=y"), module("b", "c, d")];
+        assert_eq!(parse(&flags, "").unwrap().0.lora_modules, expected);
+        let file = "enable-lora = true\nlora-modules = [\"a=/x=y\", '{\"name\": \"b\", \"path\": \"c, d\"}']";
+        assert_eq!(parse(&[], file).unwrap().0.lora_modules, expected);
     }
 }

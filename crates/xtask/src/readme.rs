@@ -14,6 +14,7 @@ struct Supported {
     gguf: Vec<Architecture>,
     format: Vec<Entry>,
     stored: Vec<Entry>,
+    adapter: Vec<Entry>,
     device: Vec<Entry>,
 }
 
@@ -66,6 +67,10 @@ fn tables(supported: &Supported) -> Result<String> {
     for s in &supported.stored {
         writeln!(text, "| {} | {} |", s.name, judged(&s.judged))?;
     }
+    text.push_str("\n| Adapters | Judged by |\n|---|---|\n");
+    for a in &supported.adapter {
+        writeln!(text, "| {} | {} |", a.name, judged(&a.judged))?;
+    }
     text.push_str("\n| Device | Instructions | Judged by |\n|---|---|---|\n");
     for d in &supported.device {
         writeln!(text, "| `--device {}` | {} | {} |", d.name, d.isa.as_deref().unwrap_or("-"), judged(&d.judged))?;
@@ -80,6 +85,7 @@ fn judged(word: &str) -> &str {
         "conformance" => "the reference device, case by case",
         "bits" => "the checkpoint it is made from, to the last bit",
         "library" => "the values that the format's own library gives",
+        "peft" => "golden outputs of peft",
         "judge" => "it is the judge",
         other => other,
     }

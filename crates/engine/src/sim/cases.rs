@@ -294,6 +294,22 @@ fn r41_another_scope_finds_nothing_and_computes_everything() {
 }
 
 #[test]
+fn another_adapter_finds_nothing_and_the_same_content_loaded_again_finds_all() {
+    let mut world = world(50);
+    let mut run = |adapter: Option<u8>| {
+        let adapter = adapter.map(super::simulation::adapter);
+        let id = submit(&mut world, Request { adapter, ..request(0, 14, 3) });
+        world.run();
+        (world.cached_tokens(id), world.record(id).tokens.clone())
+    };
+    let [(none, base), (one, first), (two, second)] = [None, Some(1), Some(2)].map(&mut run);
+    assert_eq!([none, one, two], [0; 3]);
+    assert!(base != first && first != second && base != second);
+    assert_eq!(run(Some(1)), (12, first));
+    assert_eq!(run(None), (12, base));
+}
+
+#[test]
 fn the_last_token_of_a_prompt_is_always_computed() {
     let mut world = world(50);
     for expected in [0, 8] {

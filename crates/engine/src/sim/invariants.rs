@@ -85,8 +85,8 @@ pub(crate) const ALL: &[Invariant] = &[
         },
     },
     Invariant {
-        name: "cached tokens are of the same scope",
-        check: cached_tokens_are_of_the_same_scope,
+        name: "cached tokens are of the same scope and adapter",
+        check: cached_tokens_are_of_the_same_scope_and_adapter,
         sabotage: |world| {
             let record = world
                 .journal
@@ -227,15 +227,16 @@ fn only_the_faulty_fail(world: &World) -> Result<(), String> {
     })
 }
 
-/// A hit has a source: a request of the same scope that started before, with the same first tokens.
-fn cached_tokens_are_of_the_same_scope(world: &World) -> Result<(), String> {
+/// A hit has a source: a request of the same scope and adapter that started before, with the same first tokens.
+fn cached_tokens_are_of_the_same_scope_and_adapter(world: &World) -> Result<(), String> {
     world.journal.iter().try_for_each(|(id, record)| {
         let Some((_, usage)) = &record.end else { return Ok(()) };
         let prompt = &record.request.prompt;
         let cached = usage.cached_tokens;
         ensure(cached < prompt.len() && cached % world.spec.block_size == 0, || format!("{id:?} counts {usage:?}"))?;
         let source = world.journal.range(..id).any(|(_, other)| {
-            let same_scope = other.request.cache_scope == record.request.cache_scope;
+            let (a, b) = (&other.request, &record.request);
+            let same_scope = (&a.cache_scope, &a.adapter) == (&b.cache_scope, &b.adapter);
             let known = other.request.prompt.iter().chain(&other.tokens).take(cached);
             same_scope && other.started.is_some() && known.eq(&prompt[..cached])
         });

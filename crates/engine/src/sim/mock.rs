@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_model::{
-    RunError, RunSpec, Runner, SampleRequest, SampledToken, SamplingParams, SequenceFailure, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan,
+    Adapter, RunError, RunSpec, Runner, SampleRequest, SampledToken, SequenceFailure, SequenceOutput, SequenceStep,
+    StepOutput, StepPlan,
 };
 use parking_lot::{Condvar, Mutex};
+
+use crate::Request;
 
 /// How long a hanging step waits for its release at most, so that a forgotten one ends a test.
 const MAX_HANG: Duration = Duration::from_secs(60);
@@ -18,7 +20,7 @@ const MAX_HANG: Duration = Duration::from_secs(60);
 /// What stands in for the weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MockModel {
-    /// The next token is a hash of seed, context and sampling parameters.
+    /// The next token is a hash of seed, adapter, context and sampling parameters.
     Hash {
         /// Two seeds are two models.
         seed: u64,
@@ -42,9 +44,11 @@ impl MockModel {
         mix(context, u64::from(token) + 1)
     }
 
-    fn empty_context(&self) -> u64 {
+    /// An adapter is another model from the first token on.
+    fn empty_context(&self, adapter: Option<&Adapter>) -> u64 {
+        let digest = adapter.map(Adapter::digest).into_iter().flatten();
         match self {
-            Self::Hash { seed, .. } => mix(*seed, 0),
+            Self::Hash { seed, .. } => digest.fold(mix(*seed, 0), |context, byte| mix(context, u64::from(*byte))),
             Self::Script { .. } => 0,
         }
     }
@@ -62,20 +66,21 @@ impl MockModel {
         }
     }
 
-    /// The first `max_tokens` tokens that a request gives when it runs alone, without paging, batching
+    /// The first `max_tokens` tokens that a request gives, stop tokens or not, when it runs alone, without paging, batching
     /// or chunks: the judge of everything the engine does.
-    pub fn solo(&self, prompt: &[u32], params: &SamplingParams, max_tokens: u32) -> Vec<u32> {
-        let params = Arc::new(params.clone());
-        let mut tokens = prompt.to_vec();
-        let mut context = tokens.iter().fold(self.empty_context(), |context, &token| Self::extend(context, token));
-        for position in 0..max_tokens {
+    pub fn solo(&self, request: &Request) -> Vec<u32> {
+        let params = Arc::new(request.params.clone());
+        let (mut tokens, prompt_len) = (request.prompt.clone(), request.prompt.len());
+        let empty = self.empty_context(request.adapter.as_ref());
+        let mut context = tokens.iter().fold(empty, |context, &token| Self::extend(context, token));
+        for position in 0..request.max_tokens {
             let history = if params.needs_history() { tokens.clone() } else { Vec::new() };
-            let request = SampleRequest { params: params.clone(), position, history, prompt_len: prompt.len() };
+            let request = SampleRequest { params: params.clone(), position, history, prompt_len };
             let token = self.next_token(context, &request);
             context = Self::extend(context, token);
             tokens.push(token);
         }
-        tokens.split_off(prompt.len())
+        tokens.split_off(prompt_len)
     }
 }
 
@@ -125,6 +130,7 @@ struct State {
     not_finite_tokens: BTreeSet<u32>,
     steps: u64,
     computed_tokens: u64,
+    adapters: BTreeSet<[u8; 32]>,
     cleared: Vec<u32>,
 }
 
@@ -178,6 +184,11 @@ impl MockControl {
     /// Tokens computed so far.
     pub fn computed_tokens(&self) -> u64 {
         self.0.0.lock().computed_tokens
+    }
+
+    /// Digests of the adapters of all sequences so far.
+    pub fn adapters(&self) -> BTreeSet<[u8; 32]> {
+        self.0.0.lock().adapters.clone()
     }
 
     /// Blocks cleared so far, in order.
@@ -236,7 +247,7 @@ impl MockRunner {
         let not_finite_from = state.not_finite_from.get(&sequence.id).copied().unwrap_or(usize::MAX);
         for (&token, position) in sequence.tokens.iter().zip(sequence.num_computed..) {
             let previous = match position.checked_sub(1).map(|previous| self.slots[self.slot(sequence, previous)]) {
-                None => Some(self.model.empty_context()),
+                None => Some(self.model.empty_context(sequence.adapter.as_ref())),
                 Some(Slot::Written { context, .. }) => Some(context),
                 Some(Slot::Empty) => Some(0),
                 Some(Slot::NotFinite) => None,
@@ -275,11 +286,10 @@ impl MockRunner {
             }
         }
         let end = sequence.num_computed + sequence.tokens.len();
-        Ok((0..end).fold(self.model.empty_context(), |expected, position| {
-            match self.slots[self.slot(sequence, position)] {
-                Slot::Written { token, context } if context == MockModel::extend(expected, token) => context,
-                other => mix(expected, u64::MAX - u64::from(other == Slot::Empty)),
-            }
+        let empty = self.model.empty_context(sequence.adapter.as_ref());
+        Ok((0..end).fold(empty, |expected, position| match self.slots[self.slot(sequence, position)] {
+            Slot::Written { token, context } if context == MockModel::extend(expected, token) => context,
+            other => mix(expected, u64::MAX - u64::from(other == Slot::Empty)),
         }))
     }
 
@@ -325,6 +335,7 @@ impl Runner for MockRunner {
         let mut output = StepOutput::default();
         for sequence in &plan.sequences {
             state.computed_tokens += sequence.tokens.len() as u64;
+            state.adapters.extend(sequence.adapter.as_ref().map(Adapter::digest));
             self.write(sequence, &state);
         }
         for sequence in &plan.sequences {

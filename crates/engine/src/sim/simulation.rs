@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use super::MockModel;
 use super::invariants;
 use super::world::World;
-use crate::{CacheScope, EngineConfig, EngineStats, FinishReason, Request, RequestId};
+use crate::{Adapter, CacheScope, EngineConfig, EngineStats, FinishReason, Request, RequestId};
 
 const VOCAB_SIZE: u32 = 50;
 const END: u32 = 0;
@@ -46,6 +46,11 @@ fn random_params(rng: &mut StdRng) -> SamplingParams {
     }
 }
 
+/// An adapter that is told from others by its digest alone.
+pub(super) fn adapter(digest: u8) -> Adapter {
+    Adapter::new([digest; 32], 1, 0, ())
+}
+
 /// A prompt that starts like others, and its choices.
 fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<Request> {
     let longest = spec.max_model_len - 1;
@@ -57,6 +62,7 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
     let request = Request {
         stop_token_ids: if rng.random_bool(0.7) { vec![END] } else { vec![] },
         deadline: rng.random_bool(0.3).then(|| Duration::from_millis(rng.random_range(0..200))),
+        adapter: [None, None, Some(1), Some(2)][rng.random_range(0..4)].map(adapter),
         cache_scope: CacheScope(vec![rng.random_range(0..2)]),
         ..Request::new(prompt, random_params(rng), max_tokens)
     };

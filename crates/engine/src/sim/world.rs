@@ -105,7 +105,7 @@ impl World {
                 request: request.clone(),
                 group,
                 arrival: self.now,
-                solo: self.model.solo(&request.prompt, &request.params, request.max_tokens),
+                solo: self.model.solo(&request),
                 tokens: Vec::new(),
                 started: None,
                 end: None,

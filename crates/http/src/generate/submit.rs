@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_engine::{CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
+use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
 use baton_text::{ReasoningMarkers, ReasoningSplitter};
 
 use crate::access::AccessRecord;
@@ -18,6 +18,8 @@ pub(crate) struct Job {
     /// At least one; each has `params.n` choices.
     pub prompts: Vec<Vec<u32>>,
     pub params: Params,
+    /// Changes the model.
+    pub adapter: Option<Adapter>,
     /// Tokens to generate if the request does not say, as far as there is room; `None` for all of the room.
     pub default_max_tokens: Option<u32>,
     /// The field that holds the prompts.
@@ -59,6 +61,7 @@ pub(crate) fn submit(service: &Service, served: &Arc<Served>, job: Job) -> Resul
                 max_tokens,
                 stop_token_ids: stop_token_ids.clone(),
                 deadline: service.config().queue_timeout,
+                adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
             }
         });

@@ -1,10 +1,19 @@
 //! Metrics that the engine counts, as of its last step.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use baton_engine::{EngineStats, RunSpec, StepTokens};
 use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
-/// The engine's metrics under these labels.
-pub(super) fn families(labels: &[(&'static str, String)], stats: &EngineStats, spec: &RunSpec) -> Vec<MetricFamily> {
+use crate::adapters::AdapterGauges;
+
+/// The engine's metrics under these labels, and those of adapters if there can be any.
+pub(super) fn families(
+    labels: &[(&'static str, String)],
+    stats: &EngineStats,
+    spec: &RunSpec,
+    adapters: Option<AdapterGauges>,
+) -> Vec<MetricFamily> {
     let labels = |more: &[(&str, &str)]| -> Vec<LabelPair> {
         let given = labels.iter().map(|(name, value)| (*name, value.as_str()));
         given.chain(more.iter().copied()).map(|(name, value)| label(name, value)).collect()
@@ -24,7 +33,7 @@ pub(super) fn families(labels: &[(&'static str, String)], stats: &EngineStats, s
     let (block_size, num_blocks) = (spec.block_size.to_string(), spec.num_blocks.to_string());
     let cache = [("block_size", block_size.as_str()), ("num_gpu_blocks", num_blocks.as_str())];
     let step_seconds = stats.step_under_way.unwrap_or_default().as_secs_f64();
-    vec![
+    let mut families = vec![
         gauge("vllm:num_requests_running", "Sequences in the batch.", stats.running as f64),
         gauge("vllm:num_requests_waiting", "Sequences that wait.", waiting),
         gauges(
@@ -59,7 +68,20 @@ pub(super) fn families(labels: &[(&'static str, String)], stats: &EngineStats, s
         ),
         counter("baton_dropped_events_total", "Events whose client had left.", stats.dropped_events),
         counter("baton_failed_steps_total", "Steps that failed as a whole.", stats.failed_steps),
-    ]
+    ];
+    if let Some(AdapterGauges { max, loaded, running, waiting }) = adapters {
+        let max = max.to_string();
+        let info = [
+            ("max_lora", max.as_str()),
+            ("running_lora_adapters", running.as_str()),
+            ("waiting_lora_adapters", waiting.as_str()),
+        ];
+        // As in vLLM, the value is the time; readers take the newest.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        families.push(gauges("vllm:lora_requests_info", "Adapters in use, as labels.", &[(&info, now)]));
+        families.push(gauge("baton_lora_adapters", "Adapters that are served.", loaded as f64));
+    }
+    families
 }
 
 fn label(name: &str, value: &str) -> LabelPair {

@@ -15,6 +15,8 @@ use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
 
 use crate::access::AccessRecord;
+use crate::adapters::Adapters;
+use crate::service::Served;
 
 /// Metrics of the service, model or not.
 pub(crate) struct HttpMetrics {
@@ -50,10 +52,10 @@ impl HttpMetrics {
     }
 
     /// The exposition, with the metrics of a model if there is one.
-    pub fn expose(&self, model: Option<(&ModelMetrics, &EngineHandle)>) -> Vec<u8> {
+    pub fn expose(&self, model: Option<&Served>) -> Vec<u8> {
         let mut families = self.registry.gather();
-        if let Some((metrics, engine)) = model {
-            families.extend(metrics.gather(engine));
+        if let Some(served) = model {
+            families.extend(served.metrics.gather(&served.engine, &served.adapters));
         }
         let mut out = Vec::new();
         TextEncoder::new().encode(&families, &mut out).expect("memory takes all, and every family has metrics");
@@ -162,9 +164,9 @@ impl ModelMetrics {
         }
     }
 
-    fn gather(&self, engine: &EngineHandle) -> Vec<MetricFamily> {
-        let mut families = self.registry.gather();
-        families.extend(engine::families(&self.labels, &engine.stats(), engine.spec()));
+    fn gather(&self, engine: &EngineHandle, adapters: &Adapters) -> Vec<MetricFamily> {
+        let (mut families, stats) = (self.registry.gather(), engine.stats());
+        families.extend(engine::families(&self.labels, &stats, engine.spec(), adapters.gauges(&stats)));
         families
     }
 

@@ -11,6 +11,9 @@ pub(crate) struct ModelObject<'a> {
     pub created: u64,
     pub owned_by: &'a str,
     pub max_model_len: usize,
+    /// Of an adapter: the model that it changes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parent: Option<&'a str>,
 }
 
 /// All served names.

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Serialize, Serializer};
 
 use crate::generate::{Output, Score};
-use crate::service::ModelCard;
+use crate::service::Target;
 
 /// How an endpoint writes a generation. Both forms are made of the same pieces, so that joined chunks equal the whole.
 pub(crate) trait Format: Send + Sync + Unpin + 'static {
@@ -51,14 +51,14 @@ pub(crate) struct Envelope {
 }
 
 impl Envelope {
-    /// A new reply by a model under this name. `kind` begins its id.
-    pub fn new(kind: &str, model: String, card: &ModelCard, include_usage: bool) -> Self {
+    /// A new reply of a model. `kind` begins its id.
+    pub fn new(kind: &str, target: &Target, include_usage: bool) -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
             id: format!("{kind}-{:032x}", rand::random::<u128>()),
             created: since_1970.as_secs(),
-            model,
-            system_fingerprint: card.system_fingerprint.clone(),
+            model: target.name.clone(),
+            system_fingerprint: target.system_fingerprint.clone(),
             include_usage,
         }
     }

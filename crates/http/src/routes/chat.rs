@@ -26,7 +26,7 @@ pub(super) async fn create(
     let (config, served) = (service.config(), service.served()?);
     let mut body = extract::json(request, config).await?;
     let request = ChatRequest::read(body.object, config.max_n, config.lenient, &mut body.values_left)?;
-    let model = served.name(request.model.as_deref())?;
+    let target = served.target(request.model.as_deref())?;
 
     let chat = ChatInput {
         messages: request.messages.into(),
@@ -41,13 +41,14 @@ pub(super) async fn create(
     let (params, defaults) = (request.params, &served.card.defaults);
     let (stream, include_usage) = (params.stream, params.include_usage);
     let format = ChatFormat {
-        envelope: Envelope::new("chatcmpl", model, &served.card, stream && include_usage),
+        envelope: Envelope::new("chatcmpl", &target, stream && include_usage),
         text: served.text.clone(),
         logprobs: params.logprobs.is_some(),
     };
     let job = Job {
         prompts: vec![prompt],
         params,
+        adapter: target.adapter,
         default_max_tokens: defaults.max_new_tokens,
         field: "messages",
         reasoning: served.text.reasoning_markers().map(|markers| Reasoning { markers, starts_inside }),

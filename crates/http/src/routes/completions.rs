@@ -25,7 +25,7 @@ pub(super) async fn create(
     let (config, served) = (service.config(), service.served()?);
     let body = extract::json(request, config).await?;
     let request = CompletionRequest::read(body.object, config.max_n, config.lenient)?;
-    let model = served.name(request.model.as_deref())?;
+    let target = served.target(request.model.as_deref())?;
 
     let (text, prompts) = (served.text.clone(), request.prompts);
     let prompts = service.text_work(move || encode(&text, prompts)).await?;
@@ -33,7 +33,7 @@ pub(super) async fn create(
     let params = request.params;
     let (stream, include_usage) = (params.stream, params.include_usage);
     let format = CompletionFormat {
-        envelope: Envelope::new("cmpl", model, &served.card, stream && include_usage),
+        envelope: Envelope::new("cmpl", &target, stream && include_usage),
         text: served.text.clone(),
         logprobs: params.logprobs.is_some(),
         several: prompts.len() > 1 || params.n > 1,
@@ -41,6 +41,7 @@ pub(super) async fn create(
     let job = Job {
         prompts,
         params,
+        adapter: target.adapter,
         default_max_tokens: Some(DEFAULT_MAX_TOKENS),
         field: "prompt",
         reasoning: None,

@@ -1,5 +1,6 @@
 //! The routes, and the layers around them.
 
+mod adapters;
 mod chat;
 mod completions;
 mod health;
@@ -29,7 +30,9 @@ pub fn router(service: Service) -> Router {
         .route("/v1/chat/completions", inference(post(chat::create)))
         .route("/v1/completions", inference(post(completions::create)))
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::one))
+        .route(auth::MODEL, get(models::one))
+        .route("/v1/load_lora_adapter", post(adapters::load))
+        .route("/v1/unload_lora_adapter", post(adapters::unload))
         .route("/live", get(health::live))
         .route("/health/live", get(health::live))
         .route("/v2/health/live", get(health::live))
@@ -78,7 +81,7 @@ async fn metrics(State(service): State<Service>) -> Response {
     let served = service.loaded();
     let metrics = service.metrics();
     metrics.ready.set(i64::from(service.ready().is_ok()));
-    let text = metrics.expose(served.as_ref().map(|served| (&*served.metrics, &served.engine)));
+    let text = metrics.expose(served.as_deref());
     ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

@@ -312,7 +312,7 @@ async fn sampling_parameters_reach_the_engine() {
     let runner = baton_engine::sim::MockRunner::new(spec, model);
     let (engine, _) = baton_engine::spawn(Box::new(runner), baton_engine::EngineConfig::default());
     let (server, card) = Setup::default().start_loading().await;
-    server.service.install(engine, std::sync::Arc::new(text), card);
+    server.service.install(engine, std::sync::Arc::new(text), card, baton_http::Adapters::none());
     let generate = async |fields: Value| {
         let body = with(json!({"prompt": [9, 9], "seed": 5, "max_tokens": 8, "skip_special_tokens": false}), fields);
         let reply = server.post(COMPLETIONS, &body).await;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
 use baton_engine::{EngineConfig, EngineHandle, RunSpec};
-use baton_http::{Defaults, ModelCard, Service, ServiceConfig};
+use baton_http::{Adapters, Defaults, ModelCard, Service, ServiceConfig};
 use baton_text::{TextFiles, TextModel, TokenizerFile};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -117,6 +117,7 @@ impl Setup {
             owned_by: "local".into(),
             system_fingerprint: "fp_test".into(),
             defaults: self.defaults,
+            load_report: br#"{"architecture":"mock"}"#.to_vec(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
@@ -214,7 +215,11 @@ pub fn request(method: &str, path: &str, headers: &str, body: &[u8]) -> Vec<u8> 
 
 impl Server {
     pub fn install(&self, card: ModelCard) {
-        self.service.install(self.engine.clone(), self.text.clone(), card);
+        self.install_with(card, Adapters::none());
+    }
+
+    pub fn install_with(&self, card: ModelCard, adapters: Adapters) {
+        self.service.install(self.engine.clone(), self.text.clone(), card, adapters);
     }
 
     pub async fn connect(&self) -> TcpStream {
@@ -231,6 +236,15 @@ impl Server {
 
     pub async fn get(&self, path: &str) -> Reply {
         self.raw(&request("GET", path, "", b"")).await
+    }
+
+    pub async fn get_with_key(&self, path: &str, key: &str) -> Reply {
+        self.raw(&request("GET", path, &format!("authorization: Bearer {key}\r\n"), b"")).await
+    }
+
+    pub async fn post_with_key(&self, path: &str, key: &str, body: &Value) -> Reply {
+        let headers = format!("authorization: Bearer {key}\r\n");
+        self.raw(&request("POST", path, &headers, body.to_string().as_bytes())).await
     }
 
     pub async fn post(&self, path: &str, body: &Value) -> Reply {

@@ -1,5 +1,6 @@
 //! The service through real sockets: engine on the mock runner, tokenizer and template of the bundled model.
 
+mod adapters;
 mod generation;
 mod harness;
 mod lifecycle;

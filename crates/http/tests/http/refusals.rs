@@ -276,7 +276,12 @@ async fn a_template_that_fails_or_never_ends_refuses_the_chat() {
     ];
     for (template, message) in cases {
         let (server, card) = Setup::default().start_loading().await;
-        server.service.install(server.engine.clone(), Arc::new(abacus_with(template)), card);
+        server.service.install(
+            server.engine.clone(),
+            Arc::new(abacus_with(template)),
+            card,
+            baton_http::Adapters::none(),
+        );
         let reply = server.chat(json!({})).await;
         assert_refused(&reply, "invalid_value", Some("messages"), &template);
         assert!(reply.body.contains(message), "{reply:?}");

@@ -13,7 +13,7 @@
 
 use baton_device::{Backend, HostRope, Result as DeviceResult};
 
-use super::{Model, Sizes, Specs};
+use super::{Model, Sizes, Specs, StepAdapters};
 use crate::LoadError;
 use crate::checkpoint::Role;
 use crate::config::{ModelConfig, RopeConfig};
@@ -25,10 +25,11 @@ const NORM: &str = "model.norm";
 const HEAD: &str = "lm_head";
 
 /// What attention sees of a step.
-pub(crate) struct Step<'a, B: Backend> {
+pub(crate) struct Step<'a, 's, B: Backend> {
     pub(crate) layer: usize,
     pub(crate) plan: &'a B::AttentionPlan,
     pub(crate) cache: &'a mut B::KvCache,
+    pub(crate) adapters: &'a mut StepAdapters<'s, B>,
 }
 
 /// The two halves of a decoder layer. Both read normed hidden states `h` and write what is added to the
@@ -41,7 +42,7 @@ pub(crate) trait Layer<B: Backend>: Send {
         &self,
         backend: &B,
         h: &B::Tensor,
-        step: &mut Step<'_, B>,
+        step: &mut Step<'_, '_, B>,
         shared: &mut Self::Shared,
         out: &mut B::Tensor,
     ) -> DeviceResult<()>;
@@ -50,6 +51,7 @@ pub(crate) trait Layer<B: Backend>: Send {
         &self,
         backend: &B,
         h: &B::Tensor,
+        adapters: &mut StepAdapters<'_, B>,
         shared: &mut Self::Shared,
         out: &mut B::Tensor,
     ) -> DeviceResult<()>;
@@ -164,6 +166,7 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
         ids: &[u32],
         plan: &B::AttentionPlan,
         cache: &mut B::KvCache,
+        adapters: &mut StepAdapters<'_, B>,
     ) -> DeviceResult<()> {
         let Self { eps, embedding, layers, norm, shared, residual, h, delta, .. } = self;
         backend.embed(ids, embedding, residual)?;
@@ -176,13 +179,13 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
             } else {
                 backend.add_rms_norm(delta, residual, attention_norm, *eps, h)?;
             }
-            let mut step = Step { layer: i, plan, cache: &mut *cache };
+            let mut step = Step { layer: i, plan, cache: &mut *cache, adapters: &mut *adapters };
             layer.attention(backend, h, &mut step, shared, delta)?;
             if let Some([post_attention, _]) = post_norms {
                 backend.rms_norm_in_place(delta, post_attention, *eps)?;
             }
             backend.add_rms_norm(delta, residual, feed_forward_norm, *eps, h)?;
-            layer.feed_forward(backend, h, shared, delta)?;
+            layer.feed_forward(backend, h, adapters, shared, delta)?;
             if let Some([_, post_feed_forward]) = post_norms {
                 backend.rms_norm_in_place(delta, post_feed_forward, *eps)?;
             }

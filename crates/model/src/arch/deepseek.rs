@@ -9,7 +9,7 @@ use baton_device::{Backend, HostLatent, LatentOps, MoeOps, Result as DeviceResul
 
 use super::decoder::{Decoder, Layer, Step, rope};
 use super::feed_forward::{FeedForward, FeedForwardScratch, feed_forward_specs};
-use super::{Sizes, Specs};
+use super::{Projection, Sizes, Specs, StepAdapters};
 use crate::LoadError;
 use crate::checkpoint::Role;
 use crate::config::{DeepseekConfig, ModelConfig};
@@ -22,22 +22,22 @@ const LATENT_NORM_EPS: f32 = 1e-6;
 pub(super) struct DeepseekLayer<B: LatentOps + MoeOps> {
     query: Query<B>,
     /// `[rank, hidden]`.
-    latent: B::Linear,
+    latent: Projection<B>,
     /// `[rank]`.
     latent_norm: B::Vector,
     /// `[rope, hidden]`.
-    rope_key: B::Linear,
+    rope_key: Projection<B>,
     kv_b: B::Latent,
     /// `[hidden, heads * v]`.
-    o: B::Linear,
+    o: Projection<B>,
     feed_forward: FeedForward<B>,
 }
 
 enum Query<B: Backend> {
     /// `[heads * (nope + rope), hidden]`.
-    Direct(B::Linear),
+    Direct(Projection<B>),
     /// `a [q_rank, hidden]`, `norm [q_rank]`, `b [heads * (nope + rope), q_rank]`.
-    Latent { a: B::Linear, norm: B::Vector, b: B::Linear },
+    Latent { a: Projection<B>, norm: B::Vector, b: Projection<B> },
 }
 
 pub(super) struct Shared<B: Backend> {
@@ -98,15 +98,15 @@ pub(super) fn build<B: LatentOps + MoeOps>(
         let attention = format!("model.layers.{layer}.self_attn");
         let part = |name: &str| format!("{attention}.{name}");
         let query = match own.q_lora_rank {
-            None => Query::Direct(loader.linear(&part("q_proj"))?),
+            None => Query::Direct(loader.projection(&part("q_proj"))?),
             Some(_) => Query::Latent {
-                a: loader.linear(&part("q_a_proj"))?,
+                a: loader.projection(&part("q_a_proj"))?,
                 norm: loader.norm(&part("q_a_layernorm"), config.norm_offset)?,
-                b: loader.linear(&part("q_b_proj"))?,
+                b: loader.projection(&part("q_b_proj"))?,
             },
         };
         let [latent, rope_key] =
-            loader.split_linear(&part("kv_a_proj_with_mqa"), [own.kv_lora_rank, own.qk_rope_head_dim])?;
+            loader.split_projection(&part("kv_a_proj_with_mqa"), [own.kv_lora_rank, own.qk_rope_head_dim])?;
         Ok(DeepseekLayer {
             query,
             latent,
@@ -121,7 +121,7 @@ pub(super) fn build<B: LatentOps + MoeOps>(
                 rank: own.kv_lora_rank,
                 format,
             })?,
-            o: loader.linear(&part("o_proj"))?,
+            o: loader.projection(&part("o_proj"))?,
             feed_forward: FeedForward::load(loader, config, layer)?,
         })
     })
@@ -162,37 +162,38 @@ impl<B: LatentOps + MoeOps> Layer<B> for DeepseekLayer<B> {
         &self,
         backend: &B,
         h: &B::Tensor,
-        step: &mut Step<'_, B>,
+        step: &mut Step<'_, '_, B>,
         shared: &mut Shared<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
         let Shared { scale, rope, q_rope, k_rope, q_latent, q, latent, rope_key, context, .. } = shared;
         match (&self.query, q_latent) {
             (Query::Latent { a, norm, b }, Some(q_latent)) => {
-                backend.linear(h, a, q_latent)?;
+                a.forward(backend, h, step.adapters, q_latent)?;
                 backend.rms_norm_in_place(q_latent, norm, LATENT_NORM_EPS)?;
-                backend.linear(q_latent, b, q)?;
+                b.forward(backend, q_latent, step.adapters, q)?;
             }
-            (Query::Direct(weight), _) => backend.linear(h, weight, q)?,
+            (Query::Direct(weight), _) => weight.forward(backend, h, step.adapters, q)?,
             (Query::Latent { .. }, None) => unreachable!("allocated where q_lora_rank is set"),
         }
-        backend.linear(h, &self.latent, latent)?;
+        self.latent.forward(backend, h, step.adapters, latent)?;
         backend.rms_norm_in_place(latent, &self.latent_norm, LATENT_NORM_EPS)?;
-        backend.linear(h, &self.rope_key, rope_key)?;
+        self.rope_key.forward(backend, h, step.adapters, rope_key)?;
         backend.rope(q, *q_rope, rope, step.plan)?;
         backend.rope(rope_key, *k_rope, rope, step.plan)?;
-        let Step { layer, plan, cache } = step;
+        let Step { layer, plan, cache, adapters } = step;
         backend.latent_attention(q, latent, rope_key, &self.kv_b, cache, *layer, plan, *scale, context)?;
-        backend.linear(context, &self.o, out)
+        self.o.forward(backend, context, adapters, out)
     }
 
     fn feed_forward(
         &self,
         backend: &B,
         h: &B::Tensor,
+        adapters: &mut StepAdapters<'_, B>,
         shared: &mut Shared<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
-        self.feed_forward.forward(backend, h, &mut shared.feed_forward, out)
+        self.feed_forward.forward(backend, h, adapters, &mut shared.feed_forward, out)
     }
 }

@@ -2,7 +2,7 @@
 
 use baton_device::{Activation, Backend, MoeOps, Result as DeviceResult, Routing, Scoring};
 
-use super::{Sizes, Specs};
+use super::{Projection, Sizes, Specs, StepAdapters};
 use crate::LoadError;
 use crate::checkpoint::Role;
 use crate::config::{Architecture, ModelConfig, MoeConfig};
@@ -129,18 +129,19 @@ impl<B: MoeOps> FeedForward<B> {
         &self,
         backend: &B,
         x: &B::Tensor,
+        adapters: &mut StepAdapters<'_, B>,
         scratch: &mut FeedForwardScratch<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
         match self {
-            FeedForward::Dense(mlp) => mlp.forward(backend, x, allocated(&mut scratch.dense), out),
+            FeedForward::Dense(mlp) => mlp.forward(backend, x, adapters, allocated(&mut scratch.dense), out),
             FeedForward::Experts { router, routed, shared } => {
                 let logits = allocated(&mut scratch.router_logits);
                 backend.linear(x, router, logits)?;
                 backend.fused_moe(x, logits, routed, out)?;
                 if let Some(mlp) = shared {
                     let SharedExperts { scratch, out: shared_out } = allocated(&mut scratch.shared);
-                    mlp.forward(backend, x, scratch, shared_out)?;
+                    mlp.forward(backend, x, adapters, scratch, shared_out)?;
                     backend.add(out, shared_out)?;
                 }
                 Ok(())
@@ -174,9 +175,9 @@ impl<B: Backend> FeedForwardScratch<B> {
 /// `down(activation(gate(x)) ⊙ up(x))`.
 pub(super) struct Mlp<B: Backend> {
     activation: Activation,
-    gate: B::Linear,
-    up: B::Linear,
-    down: B::Linear,
+    gate: Projection<B>,
+    up: Projection<B>,
+    down: Projection<B>,
 }
 
 /// Activations of [`Mlp`], `[rows, width]` each.
@@ -190,25 +191,26 @@ impl<B: Backend> Mlp<B> {
     fn load(loader: &mut Loader<'_, B>, config: &ModelConfig, prefix: &str) -> Result<Self, LoadError> {
         let part = |name: &str| format!("{prefix}.{name}");
         let [gate, up] = if config.fused_projections {
-            loader.split_linear(&part(FUSED_GATE_UP), [config.intermediate_size; 2])?
+            loader.split_projection(&part(FUSED_GATE_UP), [config.intermediate_size; 2])?
         } else {
-            [loader.linear(&part("gate_proj"))?, loader.linear(&part("up_proj"))?]
+            [loader.projection(&part("gate_proj"))?, loader.projection(&part("up_proj"))?]
         };
-        Ok(Self { activation: config.hidden_act, gate, up, down: loader.linear(&part("down_proj"))? })
+        Ok(Self { activation: config.hidden_act, gate, up, down: loader.projection(&part("down_proj"))? })
     }
 
     fn forward(
         &self,
         backend: &B,
         x: &B::Tensor,
+        adapters: &mut StepAdapters<'_, B>,
         scratch: &mut MlpScratch<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
         let MlpScratch { gate, up, product } = scratch;
-        backend.linear(x, &self.gate, gate)?;
-        backend.linear(x, &self.up, up)?;
+        self.gate.forward(backend, x, adapters, gate)?;
+        self.up.forward(backend, x, adapters, up)?;
         backend.gated_activation(self.activation, gate, up, product)?;
-        backend.linear(product, &self.down, out)
+        self.down.forward(backend, product, adapters, out)
     }
 }
 

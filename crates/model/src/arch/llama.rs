@@ -9,7 +9,7 @@ use baton_device::{AttentionParams, Backend, MoeOps, Result as DeviceResult, Rop
 
 use super::decoder::{Decoder, Layer, Step, rope};
 use super::feed_forward::{FeedForward, FeedForwardScratch, feed_forward_specs};
-use super::{Sizes, Specs};
+use super::{Projection, Sizes, Specs, StepAdapters};
 use crate::LoadError;
 use crate::config::{LlamaConfig, ModelConfig};
 use crate::loader::Loader;
@@ -19,13 +19,13 @@ const FUSED_QKV: &str = "qkv_proj";
 pub(super) struct LlamaLayer<B: MoeOps> {
     params: AttentionParams,
     /// `[heads * head_dim, hidden]`.
-    q: B::Linear,
+    q: Projection<B>,
     /// `[kv_heads * head_dim, hidden]`.
-    k: B::Linear,
+    k: Projection<B>,
     /// `[kv_heads * head_dim, hidden]`.
-    v: B::Linear,
+    v: Projection<B>,
     /// `[hidden, heads * head_dim]`.
-    o: B::Linear,
+    o: Projection<B>,
     /// `[head_dim]` each, of queries and keys.
     qk_norm: Option<[B::Vector; 2]>,
     feed_forward: FeedForward<B>,
@@ -97,9 +97,13 @@ pub(super) fn build<B: MoeOps>(
         let attention = format!("model.layers.{layer}.self_attn");
         let part = |name: &str| format!("{attention}.{name}");
         let [q, k, v] = if config.fused_projections {
-            loader.split_linear(&part(FUSED_QKV), [heads, kv_heads, kv_heads].map(|heads| heads * head_dim))?
+            loader.split_projection(&part(FUSED_QKV), [heads, kv_heads, kv_heads].map(|heads| heads * head_dim))?
         } else {
-            [loader.linear(&part("q_proj"))?, loader.linear(&part("k_proj"))?, loader.linear(&part("v_proj"))?]
+            [
+                loader.projection(&part("q_proj"))?,
+                loader.projection(&part("k_proj"))?,
+                loader.projection(&part("v_proj"))?,
+            ]
         };
         let mut norm = |name: &str| loader.norm(&part(name), config.norm_offset);
         let qk_norm = if own.qk_norm { Some([norm("q_norm")?, norm("k_norm")?]) } else { None };
@@ -109,7 +113,7 @@ pub(super) fn build<B: MoeOps>(
             q,
             k,
             v,
-            o: loader.linear(&part("o_proj"))?,
+            o: loader.projection(&part("o_proj"))?,
             qk_norm,
             feed_forward: FeedForward::load(loader, config, layer)?,
         })
@@ -123,15 +127,15 @@ impl<B: MoeOps> Layer<B> for LlamaLayer<B> {
         &self,
         backend: &B,
         h: &B::Tensor,
-        step: &mut Step<'_, B>,
+        step: &mut Step<'_, '_, B>,
         shared: &mut Shared<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
         let Shared { eps, rope, window_rope, q, k, v, context, .. } = shared;
         let AttentionParams { heads, kv_heads, head_dim, window, .. } = self.params;
-        backend.linear(h, &self.q, q)?;
-        backend.linear(h, &self.k, k)?;
-        backend.linear(h, &self.v, v)?;
+        self.q.forward(backend, h, step.adapters, q)?;
+        self.k.forward(backend, h, step.adapters, k)?;
+        self.v.forward(backend, h, step.adapters, v)?;
         if let Some([q_norm, k_norm]) = &self.qk_norm {
             backend.rms_norm_in_place(q, q_norm, *eps)?;
             backend.rms_norm_in_place(k, k_norm, *eps)?;
@@ -141,16 +145,17 @@ impl<B: MoeOps> Layer<B> for LlamaLayer<B> {
         backend.rope(q, layout(heads), rope, step.plan)?;
         backend.rope(k, layout(kv_heads), rope, step.plan)?;
         backend.paged_attention(q, k, v, step.cache, step.layer, step.plan, &self.params, context)?;
-        backend.linear(context, &self.o, out)
+        self.o.forward(backend, context, step.adapters, out)
     }
 
     fn feed_forward(
         &self,
         backend: &B,
         h: &B::Tensor,
+        adapters: &mut StepAdapters<'_, B>,
         shared: &mut Shared<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
-        self.feed_forward.forward(backend, h, &mut shared.feed_forward, out)
+        self.feed_forward.forward(backend, h, adapters, &mut shared.feed_forward, out)
     }
 }

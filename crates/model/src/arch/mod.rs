@@ -7,6 +7,7 @@ mod decoder;
 mod deepseek;
 mod feed_forward;
 mod llama;
+mod projection;
 
 use std::collections::BTreeMap;
 
@@ -16,6 +17,8 @@ use crate::LoadError;
 use crate::checkpoint::{Role, TensorSpec};
 use crate::config::{Architecture, Family, ModelConfig};
 use crate::loader::Loader;
+
+pub(crate) use projection::{AdaptedRows, AdapterScratch, AdapterWeights, Delta, Projection, StepAdapters};
 
 /// A loaded model: weights, and activations sized once.
 pub(crate) trait Model<B: Backend>: Send {
@@ -27,6 +30,7 @@ pub(crate) trait Model<B: Backend>: Send {
         ids: &[u32],
         plan: &B::AttentionPlan,
         cache: &mut B::KvCache,
+        adapters: &mut StepAdapters<'_, B>,
     ) -> DeviceResult<()>;
 
     /// Logits `[rows.len(), vocab]` of some rows of the last forward; at most [`Sizes::logit_rows`].

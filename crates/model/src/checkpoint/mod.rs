@@ -176,13 +176,21 @@ impl Checkpoint {
             (Some(_), Some(_)) => Err(CheckpointError::NoWeights {
                 reason: format!("both {SINGLE} and {INDEX} are there, and either could be meant"),
             }),
-            (Some(single), None) => {
-                let tensors = read_header(&single)?.into_iter().map(|e| (e.name.clone(), (0, e))).collect();
-                Ok(Self::new(vec![single], tensors))
-            }
+            (Some(single), None) => Self::single(single),
             (None, Some(index)) => index::open_shards(files, &index),
             (None, None) => Err(no_weights(&files.names()?)),
         }
+    }
+
+    /// The tensors of one file.
+    pub(crate) fn single(file: OpenFile) -> Result<Self, CheckpointError> {
+        let tensors = read_header(&file)?.into_iter().map(|e| (e.name.clone(), (0, e))).collect();
+        Ok(Self::new(vec![file], tensors))
+    }
+
+    /// All tensors, by name.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.tensors.values().map(|(_, entry)| entry)
     }
 
     /// `Ok` if the tensors are exactly those of `specs`, with their shapes, of types that can be
@@ -208,12 +216,7 @@ impl Checkpoint {
         if reasons.is_empty() {
             return Ok(());
         }
-        let more = reasons.len().saturating_sub(MAX_REASONS);
-        reasons.truncate(MAX_REASONS);
-        if more > 0 {
-            reasons.push(format!("and {more} more"));
-        }
-        Err(CheckpointError::Tensors { reasons })
+        Err(CheckpointError::Tensors { reasons: at_most(reasons) })
     }
 
     /// Why a tensor is not the one asked for.
@@ -278,6 +281,16 @@ impl Checkpoint {
         };
         Ok((entry, part))
     }
+}
+
+/// The first of the reasons, and how many more there are.
+pub(crate) fn at_most(mut reasons: Vec<String>) -> Vec<String> {
+    let more = reasons.len().saturating_sub(MAX_REASONS);
+    reasons.truncate(MAX_REASONS);
+    if more > 0 {
+        reasons.push(format!("and {more} more"));
+    }
+    reasons
 }
 
 fn read_header(file: &OpenFile) -> Result<Vec<Entry>, CheckpointError> {

@@ -5,44 +5,44 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     map: &'a Map<String, Value>,
     /// Where the object lies in its file, for messages: `"rope_scaling."`.
     path: &'static str,
-    pub(super) reasons: Vec<String>,
+    pub(crate) reasons: Vec<String>,
 }
 
 impl<'a> Fields<'a> {
-    pub(super) fn new(map: &'a Map<String, Value>, path: &'static str) -> Self {
+    pub(crate) fn new(map: &'a Map<String, Value>, path: &'static str) -> Self {
         Self { map, path, reasons: Vec::new() }
     }
 
-    pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|v| !v.is_null())
     }
 
     /// Whether the field is there, be it null.
-    pub(super) fn is_stated(&self, name: &str) -> bool {
+    pub(crate) fn is_stated(&self, name: &str) -> bool {
         self.map.contains_key(name)
     }
 
-    pub(super) fn refuse(&mut self, reason: impl Into<String>) {
+    pub(crate) fn refuse(&mut self, reason: impl Into<String>) {
         self.reasons.push(reason.into());
     }
 
     /// An integer in `range`; a placeholder in range if it is refused.
-    pub(super) fn size(&mut self, name: &str, range: RangeInclusive<usize>) -> usize {
+    pub(crate) fn size(&mut self, name: &str, range: RangeInclusive<usize>) -> usize {
         self.optional_size(name, range.clone()).unwrap_or_else(|| {
             self.require(name);
             *range.start()
         })
     }
 
-    pub(super) fn size_or(&mut self, name: &str, default: usize, range: RangeInclusive<usize>) -> usize {
+    pub(crate) fn size_or(&mut self, name: &str, default: usize, range: RangeInclusive<usize>) -> usize {
         self.optional_size(name, range).unwrap_or(default)
     }
 
-    pub(super) fn optional_size(&mut self, name: &str, range: RangeInclusive<usize>) -> Option<usize> {
+    pub(crate) fn optional_size(&mut self, name: &str, range: RangeInclusive<usize>) -> Option<usize> {
         let value = self.get(name)?;
         let size = value.as_u64().and_then(|v| usize::try_from(v).ok()).filter(|v| range.contains(v));
         if size.is_none() {
@@ -53,7 +53,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A finite number for which `accept` holds, described by `what`.
-    pub(super) fn optional_number(&mut self, name: &str, what: &str, accept: impl Fn(f64) -> bool) -> Option<f64> {
+    pub(crate) fn optional_number(&mut self, name: &str, what: &str, accept: impl Fn(f64) -> bool) -> Option<f64> {
         let value = self.get(name)?;
         let number = value.as_f64().filter(|v| v.is_finite() && accept(*v));
         if number.is_none() {
@@ -63,14 +63,14 @@ impl<'a> Fields<'a> {
     }
 
     /// As above, refused if absent; 1 if refused.
-    pub(super) fn number(&mut self, name: &str, what: &str, accept: impl Fn(f64) -> bool) -> f64 {
+    pub(crate) fn number(&mut self, name: &str, what: &str, accept: impl Fn(f64) -> bool) -> f64 {
         self.optional_number(name, what, accept).unwrap_or_else(|| {
             self.require(name);
             1.0
         })
     }
 
-    pub(super) fn flag(&mut self, name: &str, default: bool) -> bool {
+    pub(crate) fn flag(&mut self, name: &str, default: bool) -> bool {
         let Some(value) = self.get(name) else { return default };
         value.as_bool().unwrap_or_else(|| {
             self.refuse(format!("{}{name} is {}, not true or false", self.path, short(value)));
@@ -78,7 +78,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    pub(super) fn text(&mut self, name: &str) -> Option<&'a str> {
+    pub(crate) fn text(&mut self, name: &str) -> Option<&'a str> {
         let value = self.get(name)?;
         if !value.is_string() {
             self.refuse(format!("{}{name} is {}, not a string", self.path, short(value)));
@@ -87,7 +87,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Refuses any value but those supported; absent is fine.
-    pub(super) fn only(&mut self, name: &str, supported: &[Value]) {
+    pub(crate) fn only(&mut self, name: &str, supported: &[Value]) {
         if let Some(value) = self.get(name).filter(|v| !supported.contains(v)) {
             let supported = supported.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
             self.refuse(format!("{}{name} is {}; supported: {supported}", self.path, short(value)));
@@ -95,7 +95,7 @@ impl<'a> Fields<'a> {
     }
 
     /// One token id or a list of them.
-    pub(super) fn token_ids(&mut self, name: &str) -> Option<Vec<u32>> {
+    pub(crate) fn token_ids(&mut self, name: &str) -> Option<Vec<u32>> {
         let value = self.get(name)?;
         let id = |v: &Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
         let ids = match value {

@@ -11,8 +11,10 @@ mod pattern;
 mod quantization;
 mod rope;
 
+pub(crate) use fields::Fields;
 pub use generation::GenerationConfig;
 pub(crate) use parse::json_object;
+pub(crate) use pattern::Pattern;
 pub use quantization::QuantizationConfig;
 pub use rope::{RopeConfig, RopeScaling};
 

@@ -1,6 +1,6 @@
-//! Names of modules as quantisation configs list them: parts of names, whole names, and the regular
-//! expressions in use (`re:.*lm_head`, `re:.*mlp\.gate$`): characters, escapes, `.`, and `*` after one
-//! of these. Others are refused. As in Python's `re.match`, only the beginning is anchored.
+//! Names of modules as configs of quantisation and of adapters list them: parts of names, whole names, and the
+//! regular expressions in use (`re:.*lm_head`, `re:.*mlp\.gate$`): characters, escapes, `.`, and `*` after
+//! one of these. Others are refused. As in Python's `re.match`, only the beginning is anchored.
 
 /// Some modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,10 +28,17 @@ const MAX_LEN: usize = 256;
 impl Pattern {
     /// A name, or an expression after `re:`.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        let Some(expression) = text.strip_prefix("re:") else { return Ok(Pattern::Exact(text.to_owned())) };
+        match text.strip_prefix("re:") {
+            None => Ok(Pattern::Exact(text.to_owned())),
+            Some(expression) => Self::regex(expression),
+        }
+    }
+
+    /// A regular expression.
+    pub(crate) fn regex(expression: &str) -> Result<Self, String> {
         let refuse = |what: &str| {
-            let text: String = text.chars().take(60).collect();
-            Err(format!("quantization_config: the pattern {text:?} {what}"))
+            let text: String = expression.chars().take(60).collect();
+            Err(format!("the pattern {text:?} {what}"))
         };
         if expression.len() > MAX_LEN {
             return refuse("is too long");

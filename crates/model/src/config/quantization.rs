@@ -225,7 +225,7 @@ fn patterns(fields: &mut Fields<'_>, names: &[String]) -> Vec<Pattern> {
     let mut parse = |name: &String| match Pattern::parse(name) {
         Ok(pattern) => Some(pattern),
         Err(reason) => {
-            fields.refuse(reason);
+            fields.refuse(format!("quantization_config: {reason}"));
             None
         }
     };

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use baton_device::{Backend, DType, LatentOps, MoeOps};
 use baton_model::{
-    Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams, SequenceStep,
-    StepPlan, load,
+    Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams,
+    SequenceStep, StepPlan, load,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -62,6 +62,20 @@ pub fn runner<B: Backend + LatentOps + MoeOps>(backend: B, case: &str) -> ModelR
     let quantized = !json(folder(case).join("config.json"))["quantization_config"].is_null();
     let options = LoadOptions { dtype: quantized.then_some(DType::F32), ..options() };
     load(backend, &files, &options).unwrap_or_else(|e| panic!("{case}: {e}")).0
+}
+
+/// A runner of a golden checkpoint, and adapters of `models/golden/lora` loaded for it.
+pub fn adapted<B: Backend + LatentOps + MoeOps>(
+    backend: B,
+    case: &str,
+    adapters: &[&str],
+) -> (ModelRunner<B>, Vec<Adapter>) {
+    let options = LoadOptions { max_lora_rank: 16, ..options() };
+    let runner = load(backend, &Files::folder(folder(case)).unwrap(), &options).unwrap().0;
+    let loader = runner.adapter_loader().unwrap();
+    let load = |name: &&str| loader.load(&folder("lora").join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let adapters = adapters.iter().map(load).collect();
+    (runner, adapters)
 }
 
 /// A prompt with what transformers computed from it.
@@ -122,6 +136,7 @@ pub struct Sequence {
     pub num_computed: usize,
     pub table: Vec<u32>,
     pub params: Arc<SamplingParams>,
+    pub adapter: Option<Adapter>,
     pub output: Vec<SampledToken>,
 }
 
@@ -134,8 +149,13 @@ impl Sequence {
             num_computed: 0,
             table: Vec::new(),
             params: Arc::new(params),
+            adapter: None,
             output: Vec::new(),
         }
+    }
+
+    pub fn adapted(self, adapter: Option<&Adapter>) -> Self {
+        Self { adapter: adapter.cloned(), ..self }
     }
 
     pub fn remaining(&self) -> usize {
@@ -156,6 +176,7 @@ impl Sequence {
             num_computed: self.num_computed,
             tokens: self.tokens[self.num_computed..end].to_vec(),
             block_table: self.table.clone(),
+            adapter: self.adapter.clone(),
             sample,
         }
     }
@@ -216,8 +237,19 @@ pub fn step(runner: &mut dyn Runner, pool: &mut Pool, sequences: &mut [Sequence]
 
 /// Runs one sequence alone, its prompt in one step.
 pub fn generate(runner: &mut dyn Runner, prompt: &[u32], params: SamplingParams, count: usize) -> Vec<SampledToken> {
+    generate_with(runner, None, prompt, params, count)
+}
+
+/// As above, with an adapter.
+pub fn generate_with(
+    runner: &mut dyn Runner,
+    adapter: Option<&Adapter>,
+    prompt: &[u32],
+    params: SamplingParams,
+    count: usize,
+) -> Vec<SampledToken> {
     let mut pool = Pool::new(runner);
-    let mut sequences = [Sequence::new(1, prompt, params)];
+    let mut sequences = [Sequence::new(1, prompt, params).adapted(adapter)];
     while sequences[0].output.len() < count {
         let remaining = sequences[0].remaining();
         step(runner, &mut pool, &mut sequences, &[remaining]);
@@ -228,7 +260,16 @@ pub fn generate(runner: &mut dyn Runner, prompt: &[u32], params: SamplingParams,
 
 /// The logits of all tokens of a prompt, computed in one step.
 pub fn all_logits<B: Backend + LatentOps + MoeOps>(runner: &mut ModelRunner<B>, prompt: &[u32]) -> Vec<f32> {
-    let mut sequence = Sequence::new(1, prompt, SamplingParams::greedy());
+    all_logits_with(runner, None, prompt)
+}
+
+/// As above, with an adapter.
+pub fn all_logits_with<B: Backend + LatentOps + MoeOps>(
+    runner: &mut ModelRunner<B>,
+    adapter: Option<&Adapter>,
+    prompt: &[u32],
+) -> Vec<f32> {
+    let mut sequence = Sequence::new(1, prompt, SamplingParams::greedy()).adapted(adapter);
     Pool::new(runner).cover(&mut sequence.table, prompt.len());
     runner.logits(&StepPlan { sequences: vec![sequence.step(prompt.len())] }).unwrap()
 }

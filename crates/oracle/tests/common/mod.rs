@@ -65,6 +65,7 @@ pub fn ours(path: &Path) -> Feed {
     let block_table: Vec<u32> = (0..runner.spec().num_blocks as u32).collect();
     Box::new(move |tokens, num_computed| {
         let sequence = SequenceStep {
+            adapter: None,
             id: 1,
             num_computed,
             tokens: tokens.to_vec(),

@@ -4,10 +4,13 @@ BATON names the binary (default: target/release/baton). Every test talks to one 
 """
 
 import concurrent.futures
+import json
 import math
 import os
 import pathlib
+import random
 import socket
+import struct
 import subprocess
 import time
 import urllib.request
@@ -23,12 +26,35 @@ VAGUE = [{"role": "user", "content": "hm"}]
 
 
 @pytest.fixture(scope="session")
-def url():
+def adapter(tmp_path_factory):
+    """A small random LoRA adapter for the output projections of the bundled model's attention."""
+    folder, rng, rank = tmp_path_factory.mktemp("adapter"), random.Random(1), 2
+    config = json.loads((ROOT / "models/abacus/config.json").read_text())
+    hidden, width = config["hidden_size"], config["num_attention_heads"] * config["v_head_dim"]
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["o_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    header, data = {}, b""
+    for layer in range(config["num_hidden_layers"]):
+        for side, shape in (("A", [rank, width]), ("B", [hidden, rank])):
+            values = [rng.gauss(0, 0.1) for _ in range(shape[0] * shape[1])]
+            name = f"base_model.model.model.layers.{layer}.self_attn.o_proj.lora_{side}.weight"
+            span = [len(data), len(data) + 4 * len(values)]
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": span}
+            data += struct.pack(f"<{len(values)}f", *values)
+    text = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def url(adapter):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     binary = os.environ.get("BATON", str(ROOT / "target/release/baton"))
-    server = subprocess.Popen([binary, "serve", "--port", str(port), "--api-key", KEY, "--log-level", "warn"], cwd=ROOT)
+    adapters = ["--enable-lora", "--lora-modules", f"tuned={adapter}"]
+    command = [binary, "serve", "--port", str(port), "--api-key", KEY, "--log-level", "warn", *adapters]
+    server = subprocess.Popen(command, cwd=ROOT)
     try:
         for _ in range(2000):
             assert server.poll() is None, "the server ended"
@@ -195,8 +221,25 @@ def test_completions_text_and_logprobs(client):
 
 
 def test_models_are_listed_and_found(client):
-    assert [m.id for m in client.models.list()] == ["abacus"]
+    assert [m.id for m in client.models.list()] == ["abacus", "tuned"]
     assert client.models.retrieve("abacus").id == "abacus"
+    assert client.models.retrieve("tuned").model_extra["parent"] == "abacus"
+
+
+def test_an_adapter_chats_under_its_own_name(client):
+    def tuned(_):
+        reply = client.chat.completions.create(
+            model="tuned", messages=SUM, temperature=0, max_tokens=40, logprobs=True, top_logprobs=1)
+        return reply, [(e.token, e.logprob) for e in reply.choices[0].logprobs.content]
+
+    reply, alone = tuned(0)
+    base = ask(client, max_tokens=40, logprobs=True, top_logprobs=1)
+    assert reply.model == "tuned" and reply.system_fingerprint != base.system_fingerprint
+    assert alone != [(e.token, e.logprob) for e in base.choices[0].logprobs.content]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        others = pool.map(lambda _: ask(client, max_tokens=40), range(8))
+        assert all(scores == alone for _, scores in pool.map(tuned, range(8)))
+        assert len({other.system_fingerprint for other in others}) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,224 @@
+//! LoRA adapters (arXiv 2106.09685) as peft saves them: a folder with `adapter_config.json` and
+//! `adapter_model.safetensors`.
+//!
+//! Invariant: an [`Adapter`] that exists fits the model it was loaded for and is finite. Everything of such a folder
+//! that would not be applied exactly is refused here, by name.
+
+mod config;
+mod tensors;
+
+use std::any::Any;
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use baton_device::{Backend, DeviceError, HostLinear, HostTensor, WeightFormat};
+use sha2::{Digest, Sha256};
+
+use self::config::LoraConfig;
+use self::tensors::{Matrices, WEIGHTS, pair_up};
+use crate::arch::{AdapterWeights, Delta};
+use crate::checkpoint::{Checkpoint, CheckpointError, Entry, FileError, Files, Part};
+use crate::config::ConfigError;
+use crate::loader::Slot;
+use crate::precision;
+
+/// Bytes of `adapter_config.json` that are read.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// An adapter on the device of the runner it was loaded for. Clones are the same adapter; its memory is freed with the
+/// last of them.
+#[derive(Clone)]
+pub struct Adapter(Arc<Loaded>);
+
+struct Loaded {
+    digest: [u8; 32],
+    rank: usize,
+    bytes: u64,
+    /// The runner's own form: one without a device has its own.
+    weights: Box<dyn Any + Send + Sync>,
+}
+
+impl Adapter {
+    /// An adapter of a runner that knows what `weights` are. `digest` tells it from every other; `rank` is its
+    /// largest, `bytes` what it takes on the device.
+    pub fn new(digest: [u8; 32], rank: usize, bytes: u64, weights: impl Any + Send + Sync) -> Self {
+        Self(Arc::new(Loaded { digest, rank, bytes, weights: Box::new(weights) }))
+    }
+
+    /// SHA-256 over all that decides what it computes.
+    pub fn digest(&self) -> &[u8; 32] {
+        &self.0.digest
+    }
+
+    /// The largest rank of its matrices.
+    pub fn rank(&self) -> usize {
+        self.0.rank
+    }
+
+    /// Bytes of its matrices as kept.
+    pub fn bytes(&self) -> u64 {
+        self.0.bytes
+    }
+
+    /// The runner's form of it.
+    ///
+    /// # Panics
+    /// If it was loaded for a runner of another kind.
+    pub fn weights<T: Any>(&self) -> &T {
+        self.0.weights.downcast_ref().expect("an adapter stays with the runner it was loaded for")
+    }
+}
+
+/// Equal if they compute the same.
+impl PartialEq for Adapter {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.digest == other.0.digest
+    }
+}
+
+impl Eq for Adapter {}
+
+impl fmt::Debug for Adapter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Adapter(")?;
+        self.0.digest[..6].iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
+        f.write_str(")")
+    }
+}
+
+/// Why an adapter is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum AdapterError {
+    /// No adapter where one was looked for.
+    #[error("there is no adapter: {reason}; a folder with {} and {WEIGHTS} is read", config::FILE)]
+    Missing {
+        /// What is there instead.
+        reason: String,
+    },
+    /// `adapter_config.json` is refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A file cannot be had, or is damaged.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// No matrices that can be read.
+    #[error("no adapter weights: {reason}; {WEIGHTS} is read")]
+    NoWeights {
+        /// What is there instead.
+        reason: String,
+    },
+    /// The matrices are not those of the config, or not for this model.
+    #[error("the adapter does not fit: {}", reasons.join("; "))]
+    Tensors {
+        /// Every tensor or module at fault.
+        reasons: Vec<String>,
+    },
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+impl From<FileError> for AdapterError {
+    fn from(error: FileError) -> Self {
+        match error {
+            // Whoever asked knows the path.
+            FileError::Folder { reason, .. } => Self::Missing { reason },
+            error => Self::Checkpoint(error.into()),
+        }
+    }
+}
+
+/// Loads adapters for one model, on any thread, while the model runs.
+pub struct AdapterLoader<B: Backend> {
+    backend: Arc<B>,
+    slots: Arc<[Slot]>,
+    max_rank: usize,
+}
+
+impl<B: Backend> AdapterLoader<B> {
+    pub(crate) fn new(backend: Arc<B>, slots: Arc<[Slot]>, max_rank: usize) -> Self {
+        Self { backend, slots, max_rank }
+    }
+
+    /// Loads the adapter of a folder.
+    pub fn load(&self, folder: &Path) -> Result<Adapter, AdapterError> {
+        let files = Files::folder(folder)?;
+        let json = files.read(config::FILE, MAX_CONFIG_BYTES)?;
+        let missing = || AdapterError::Missing { reason: format!("{} is missing", config::FILE) };
+        let json = json.ok_or_else(missing)?;
+        let config = LoraConfig::parse(&json)?;
+        let checkpoint = open(&files)?;
+        let pairs = pair_up(&config, &checkpoint, &self.slots, self.max_rank)?;
+
+        let mut digest = Sha256::new_with_prefix(&json);
+        let (mut bytes, mut rank) = (0, 0);
+        let mut deltas: Vec<Option<Delta<B>>> = self.slots.iter().map(|_| None).collect();
+        for (module, Matrices { a, b, slots }) in pairs {
+            let (a, b) = (map(&checkpoint, a, &mut digest)?, map(&checkpoint, b, &mut digest)?);
+            let (a, b) = (a.host(), b.host());
+            let weight = |weight: HostTensor<'_>| {
+                let format = self.format(&weight);
+                self.backend.linear_weight(&HostLinear { weight, bias: None, format })
+            };
+            bytes += [&a, &b].map(|t| self.format(t).bytes(t.len()) as u64).iter().sum::<u64>();
+            rank = rank.max(a.shape()[0]);
+            let shared = Arc::new(weight(a.clone())?);
+            for slot in slots {
+                let rows = &self.slots[slot].rows;
+                deltas[slot] = Some(Delta {
+                    a: shared.clone(),
+                    b: weight(b.rows(rows.start, rows.len()))?,
+                    rank: a.shape()[0],
+                    scale: config.scale(module),
+                });
+            }
+        }
+        let weights = AdapterWeights::new(&*self.backend, deltas)?;
+        Ok(Adapter::new(digest.finalize().into(), rank, bytes, weights))
+    }
+
+    /// As stored, or f32 where the device lacks that.
+    fn format(&self, tensor: &HostTensor<'_>) -> WeightFormat {
+        let stored = WeightFormat::from(tensor.dtype());
+        if self.backend.caps().weight_formats.contains(&stored) { stored } else { WeightFormat::F32 }
+    }
+}
+
+/// Opens the matrices. What is saved as a pickle runs code when read, so it never is.
+fn open(files: &Files) -> Result<Checkpoint, AdapterError> {
+    if let Some(file) = files.open(WEIGHTS)? {
+        return Ok(Checkpoint::single(file)?);
+    }
+    let pickle = files.names()?.into_iter().find(|name| name == "adapter_model.bin");
+    let reason = match pickle {
+        Some(name) => format!("{name} is a pickle, which runs code when read; save it as safetensors"),
+        None => "no such file is there".into(),
+    };
+    Err(AdapterError::NoWeights { reason })
+}
+
+/// A mapped tensor.
+struct Mapped<'a> {
+    entry: &'a Entry,
+    part: Part,
+}
+
+impl Mapped<'_> {
+    fn host(&self) -> HostTensor<'_> {
+        let dtype = self.entry.dtype().expect("verified");
+        HostTensor::new(&self.entry.name, dtype, self.entry.shape.clone(), &self.part)
+    }
+}
+
+/// Maps a tensor, hashes it and checks that it is finite.
+fn map<'a>(checkpoint: &'a Checkpoint, name: &str, digest: &mut Sha256) -> Result<Mapped<'a>, CheckpointError> {
+    let (entry, part) = checkpoint.tensor(name)?;
+    digest.update(format!("{name}\n{} {:?}\n", entry.stored_type, entry.shape));
+    digest.update(&*part);
+    let mapped = Mapped { entry, part };
+    match precision::first_non_finite(&mapped.host()) {
+        None => Ok(mapped),
+        Some((element, value)) => Err(CheckpointError::NotFinite { tensor: name.to_owned(), element, value }),
+    }
+}
