@@ -1,8 +1,12 @@
 //! What one input does is in `inputs`, where the replay test finds it too.
 #![no_main]
 
+#[path = "../inputs/checkpoint.rs"]
+mod checkpoint;
 #[path = "../inputs/config.rs"]
 mod input;
+#[path = "../inputs/parts.rs"]
+mod parts;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     input::run(data);

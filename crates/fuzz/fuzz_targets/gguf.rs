@@ -1,6 +1,8 @@
 //! What one input does is in `inputs`, where the replay test finds it too.
 #![no_main]
 
+#[path = "../inputs/checkpoint.rs"]
+mod checkpoint;
 #[path = "../inputs/gguf.rs"]
 mod input;
 

@@ -3,6 +3,8 @@
 
 #[path = "../inputs/tokenizer.rs"]
 mod input;
+#[path = "../inputs/parts.rs"]
+mod parts;
 
 libfuzzer_sys::fuzz_target!(
     // A panic of the tokenizer library is caught by its caller; only one that comes out of there is a finding.

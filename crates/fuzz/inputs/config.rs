@@ -1,11 +1,9 @@
 //! `config.json` and `generation_config.json`, beside weights that lack every tensor: what the config asks for is
 //! worked out in full, and refused.
 
-mod checkpoint;
-mod parts;
-
 use std::fs;
 
+use super::{checkpoint, parts};
 use baton_model::{GenerationConfig, ModelConfig};
 
 pub fn run(data: &[u8]) -> bool {

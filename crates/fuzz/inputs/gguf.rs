@@ -1,7 +1,6 @@
 //! A GGUF file.
 
-mod checkpoint;
-
+use super::checkpoint;
 use std::fs;
 
 pub fn run(data: &[u8]) -> bool {

@@ -3,9 +3,7 @@
 //! A shard that begins with `{` is a header up to the first newline, then data: it gets its length in front here, or
 //! hardly any mutation would come past it. Another is taken as it is.
 
-mod checkpoint;
-mod parts;
-
+use super::{checkpoint, parts};
 use std::fs;
 
 pub fn run(data: &[u8]) -> bool {

@@ -1,7 +1,6 @@
 //! A vocabulary in each form that is read, with its `tokenizer_config.json`: what loads also encodes and decodes.
 
-mod parts;
-
+use super::parts;
 use baton_text::{GgufVocab, TextFiles, TextModel, TokenizerFile};
 use serde_json::Value;
 

@@ -1,10 +1,14 @@
 //! The inputs of the fuzz targets `safetensors_index`, `gguf` and `config`, kept in `crates/fuzz/corpus`: none makes a
 //! panic, and those named `seed-` are still read, so that the others are near something that is.
 
+#[path = "../../fuzz/inputs/checkpoint.rs"]
+mod checkpoint;
 #[path = "../../fuzz/inputs/config.rs"]
 mod config;
 #[path = "../../fuzz/inputs/gguf.rs"]
 mod gguf;
+#[path = "../../fuzz/inputs/parts.rs"]
+mod parts;
 #[path = "../../fuzz/inputs/safetensors_index.rs"]
 mod safetensors_index;
 

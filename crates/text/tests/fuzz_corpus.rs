@@ -1,6 +1,8 @@
 //! The inputs of the fuzz targets `template` and `tokenizer`, kept in `crates/fuzz/corpus`: none makes a
 //! panic, and those named `seed-` are still read, so that the others are near something that is.
 
+#[path = "../../fuzz/inputs/parts.rs"]
+mod parts;
 #[path = "../../fuzz/inputs/template.rs"]
 mod template;
 #[path = "../../fuzz/inputs/tokenizer.rs"]
