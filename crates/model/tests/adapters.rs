@@ -54,6 +54,8 @@ macro_rules! goldens {
             rslora_by_a_regular_expression: "llama-rslora",
             the_upper_layer_of_qwen2: "qwen2-upper",
             ranks_and_alphas_by_pattern_on_qwen3: "qwen3-patterns",
+            attention_beside_the_experts_of_mixtral: "mixtral-attention",
+            the_feed_forward_network_of_gemma2: "gemma2-mlp",
             fused_layers_of_phi3: "phi3-fused",
             latent_attention_and_shared_experts_of_deepseek: "deepseek-v3",
         );

@@ -60,7 +60,7 @@ pub fn load(settings: &Settings) -> Result<Model> {
 /// The adapters that the settings name.
 fn adapters(settings: &Settings, loaded: &Loaded) -> Result<Vec<(String, Adapter)>> {
     let Some(load) = &loaded.load_adapter else { return Ok(Vec::new()) };
-    let adapter = |LoraModule { name, path }: &LoraModule| {
+    let adapter = |LoraModule { name, path, .. }: &LoraModule| {
         let context = || format!("--lora-modules {name}={}", path.display());
         let adapter = load(path).with_context(context)?;
         info!(name, rank = adapter.rank(), mib = adapter.bytes() >> 20, "adapter loaded");

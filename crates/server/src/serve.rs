@@ -2,7 +2,7 @@
 
 use std::{io::IsTerminal, sync::Arc, time::SystemTime};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use baton_engine::{Engine, EngineConfig, EngineHandle};
 use baton_http::{AdapterRefusal, Adapters, ApiKey, Defaults, ModelCard, Service, ServiceConfig};
 use baton_model::AdapterError;
@@ -18,7 +18,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     load::{self, Model},
     memory,
-    settings::{GenerationConfigUse, LogFormat, Secret, ServeArgs, Settings},
+    settings::{GenerationConfigUse, LogFormat, LoraModule, Secret, ServeArgs, Settings},
 };
 
 /// Runs the command.
@@ -131,6 +131,10 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         None => Adapters::none(),
         Some(load) => Adapters::new(settings.max_loras, move |folder| load(folder).map_err(refusal)),
     };
+    for LoraModule { name, base_model_name, .. } in &settings.lora_modules {
+        let served = base_model_name.as_ref().is_none_or(|base| card.names.contains(base));
+        ensure!(served, "--lora-modules {name}: its base_model_name is not served; {} is", card.names.join(", "));
+    }
     for (name, adapter) in model.adapters {
         adapters.add(&card, &name, adapter, false).map_err(|reason| anyhow!("--lora-modules {name}: {reason}"))?;
     }

@@ -94,27 +94,32 @@ pub enum LogFormat {
 pub struct LoraModule {
     pub name: String,
     pub path: PathBuf,
+    /// The served model that it changes, if that is stated.
+    pub base_model_name: Option<String>,
+}
+
+/// As vLLM writes it in JSON.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LoraModuleObject {
+    name: String,
+    path: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    base_model_name: Option<String>,
 }
 
 impl std::str::FromStr for LoraModule {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Object {
-            name: String,
-            path: PathBuf,
-        }
-        let (name, path) = if text.starts_with('{') {
-            let Object { name, path } = serde_json::from_str(text).context("an object with name and path is taken")?;
-            (name, path)
+        let LoraModuleObject { name, path, base_model_name } = if text.starts_with('{') {
+            serde_json::from_str(text).context("an object with name and path is taken")?
         } else {
             let (name, path) = text.split_once('=').context("NAME=PATH is taken")?;
-            (name.to_owned(), path.into())
+            LoraModuleObject { name: name.to_owned(), path: path.into(), base_model_name: None }
         };
         ensure!(!name.is_empty() && !path.as_os_str().is_empty(), "name and path must not be empty");
-        Ok(Self { name, path })
+        Ok(Self { name, path, base_model_name })
     }
 }
 
@@ -127,8 +132,8 @@ impl TryFrom<String> for LoraModule {
 }
 
 impl From<LoraModule> for String {
-    fn from(module: LoraModule) -> Self {
-        format!("{}={}", module.name, module.path.display())
+    fn from(LoraModule { name, path, base_model_name }: LoraModule) -> Self {
+        serde_json::to_string(&LoraModuleObject { name, path, base_model_name }).expect("strings serialize")
     }
 }
 
@@ -496,11 +501,16 @@ mod tests {
 
     #[test]
     fn adapters_are_named_as_vllm_names_them() {
-        let module = |name: &str, path: &str| LoraModule { name: name.into(), path: path.into() };
-        let flags = ["--enable-lora", "--lora-modules", "a=/x=y", r#"{"name": "b", "path": "c, d"}"#];
-        let expected = [module("a", "/x=y"), module("b", "c, d")];
+        let module = |name: &str, path: &str, base: Option<&str>| LoraModule {
+            name: name.into(),
+            path: path.into(),
+            base_model_name: base.map(str::to_owned),
+        };
+        let object = r#"{"name": "b", "path": "c, d", "base_model_name": "m"}"#;
+        let flags = ["--enable-lora", "--lora-modules", "a=/x=y", object];
+        let expected = [module("a", "/x=y", None), module("b", "c, d", Some("m"))];
         assert_eq!(parse(&flags, "").unwrap().0.lora_modules, expected);
-        let file = "enable-lora = true\nlora-modules = [\"a=/x=y\", '{\"name\": \"b\", \"path\": \"c, d\"}']";
-        assert_eq!(parse(&[], file).unwrap().0.lora_modules, expected);
+        let file = format!("enable-lora = true\nlora-modules = [\"a=/x=y\", '{object}']");
+        assert_eq!(parse(&[], &file).unwrap().0.lora_modules, expected);
     }
 }

@@ -38,6 +38,10 @@ CASES = {
         "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
         "rank_pattern": {"q_proj": 6, "layers.1.mlp.down_proj": 2},
         "alpha_pattern": {"layers.0.self_attn.q_proj": 9, r".*\.v_proj": 3}}),
+    "gemma2-mlp": ("gemma2", 7, torch.bfloat16, {
+        "r": 2, "lora_alpha": 3, "target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}),
+    "mixtral-attention": ("mixtral", 8, torch.float16, {
+        "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     "phi3-fused": ("phi3", 5, torch.bfloat16, {
         "r": 4, "lora_alpha": 4, "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
     "deepseek-v3": ("deepseek-v3", 6, torch.bfloat16, {

@@ -155,7 +155,7 @@ impl<B: Backend> AdapterLoader<B> {
         let (mut bytes, mut rank) = (0, 0);
         let mut deltas: Vec<Option<Delta<B>>> = self.slots.iter().map(|_| None).collect();
         for (module, Matrices { a, b, slots }) in pairs {
-            let (a, b) = (map(&checkpoint, a, &mut digest)?, map(&checkpoint, b, &mut digest)?);
+            let (a, b) = (read(&checkpoint, a, &mut digest)?, read(&checkpoint, b, &mut digest)?);
             let (a, b) = (a.host(), b.host());
             let weight = |weight: HostTensor<'_>| {
                 let format = self.format(&weight);
@@ -198,27 +198,28 @@ fn open(files: &Files) -> Result<Checkpoint, AdapterError> {
     Err(AdapterError::NoWeights { reason })
 }
 
-/// A mapped tensor.
-struct Mapped<'a> {
+/// A tensor in memory: unlike a checkpoint, an adapter is small, and is read while others are served, whom a file that
+/// is being rewritten must not bring down.
+struct Tensor<'a> {
     entry: &'a Entry,
     part: Part,
 }
 
-impl Mapped<'_> {
+impl Tensor<'_> {
     fn host(&self) -> HostTensor<'_> {
         let dtype = self.entry.dtype().expect("verified");
         HostTensor::new(&self.entry.name, dtype, self.entry.shape.clone(), &self.part)
     }
 }
 
-/// Maps a tensor, hashes it and checks that it is finite.
-fn map<'a>(checkpoint: &'a Checkpoint, name: &str, digest: &mut Sha256) -> Result<Mapped<'a>, CheckpointError> {
-    let (entry, part) = checkpoint.tensor(name)?;
+/// Reads a tensor, hashes it and checks that it is finite.
+fn read<'a>(checkpoint: &'a Checkpoint, name: &str, digest: &mut Sha256) -> Result<Tensor<'a>, CheckpointError> {
+    let (entry, part) = checkpoint.read(name)?;
     digest.update(format!("{name}\n{} {:?}\n", entry.stored_type, entry.shape));
     digest.update(&*part);
-    let mapped = Mapped { entry, part };
-    match precision::first_non_finite(&mapped.host()) {
-        None => Ok(mapped),
+    let tensor = Tensor { entry, part };
+    match precision::first_non_finite(&tensor.host()) {
+        None => Ok(tensor),
         Some((element, value)) => Err(CheckpointError::NotFinite { tensor: name.to_owned(), element, value }),
     }
 }

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
@@ -180,6 +180,20 @@ impl OpenFile {
         }
     }
 
+    /// As [`part`](Self::part), copied: a file that shrinks meanwhile is an error, not a fault.
+    pub(crate) fn read(&self, offset: u64, len: usize) -> Result<Part, FileError> {
+        assert!(offset + len as u64 <= self.len(), "{}: bytes {offset}+{len} of {}", self.name, self.len());
+        match &self.source {
+            Source::Embedded(content) => Ok(Part::Embedded(&content[offset as usize..][..len])),
+            Source::Disk(file, _) => {
+                let (mut file, mut content) = (file, vec![0; len]);
+                let read = file.seek(SeekFrom::Start(offset)).and_then(|_| file.read_exact(&mut content));
+                read.map_err(|source| FileError::Io { name: self.name.clone(), source })?;
+                Ok(Part::Owned(content))
+            }
+        }
+    }
+
     /// Bytes `offset..offset + len`, which must lie within the file as it was when opened. Pages of
     /// the file stay resident only while the part lives.
     pub(crate) fn part(&self, offset: u64, len: usize) -> Result<Part, FileError> {
@@ -210,7 +224,7 @@ impl OpenFile {
 pub(crate) enum Part {
     Mapped(Mmap),
     Embedded(&'static [u8]),
-    /// Rearranged.
+    /// Rearranged, or read instead of mapped.
     Owned(Vec<u8>),
 }
 

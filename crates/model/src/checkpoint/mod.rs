@@ -267,6 +267,15 @@ impl Checkpoint {
         Ok(Parts { module: spec.module().to_owned(), parts })
     }
 
+    /// A tensor's entry and bytes, copied out of the file instead of mapped.
+    ///
+    /// # Panics
+    /// If there is no tensor of that name.
+    pub(crate) fn read(&self, name: &str) -> Result<(&Entry, Part), CheckpointError> {
+        let (file, entry) = &self.tensors[name];
+        Ok((entry, self.files[*file].read(entry.offset, entry.bytes)?))
+    }
+
     /// A tensor's entry and bytes, in the order asked for.
     ///
     /// # Panics
@@ -301,12 +310,12 @@ fn read_header(file: &OpenFile) -> Result<Vec<Entry>, CheckpointError> {
     if file.len() < 8 {
         return Err(damaged(format!("it has {} bytes: it is truncated", file.len())));
     }
-    let prefix = file.part(0, 8)?;
+    let prefix = file.read(0, 8)?;
     let len = header::header_len(prefix[..8].try_into().expect("8 bytes"), file.len()).map_err(damaged)?;
     if len == 0 {
         return Err(damaged("its header is empty".into()));
     }
-    header::parse(&file.part(8, len)?, file.len()).map_err(damaged)
+    header::parse(&file.read(8, len)?, file.len()).map_err(damaged)
 }
 
 /// Names what lies in a folder instead of weights: formats that run code when read are never opened.
