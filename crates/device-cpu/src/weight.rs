@@ -12,9 +12,9 @@ use std::sync::{Mutex, PoisonError};
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use baton_device::{BlockFormat, HostLinear, HostTensor, Result, WeightFormat, q8_0};
+use baton_device::{BlockFormat, DType, HostLinear, HostTensor, Result, WeightFormat, q8_0};
 
-use crate::memory::{Line, lines};
+use crate::memory::{Aligned, weights};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 
@@ -64,17 +64,20 @@ impl Matrix {
             panic!("{}: a linear weight has two dimensions, not {:?}", src.name(), src.shape())
         };
         src.expect_keepable(format)?;
-        if let WeightFormat::Ggml(format) = format {
-            let data = Packed::Ggml(Blocks::copy(
-                pool,
-                src.stored().expect("blocks are never computed"),
-                format,
-                out_features,
-                in_features,
-            )?);
-            return Ok(Self { out_features, in_features, data });
-        }
-        Self::pack(pool, out_features, in_features, format, |rows| src.rows(rows.start, rows.len()).to_f32())
+        let stored = src.stored().filter(|_| format == src.dtype().into());
+        let data = match (src.dtype(), stored) {
+            (DType::Ggml(format), Some(data)) => {
+                Packed::Ggml(Blocks::copy(pool, data, format, out_features, in_features)?)
+            }
+            (DType::F32, Some(data)) => Packed::F32(Panels::arrange(pool, data, in_features)?),
+            (DType::F16, Some(data)) => Packed::F16(Panels::arrange(pool, data, in_features)?),
+            (DType::BF16, Some(data)) => Packed::BF16(Panels::arrange(pool, data, in_features)?),
+            (_, None) => {
+                let rows = |rows: Range<usize>| src.rows(rows.start, rows.len()).to_f32();
+                return Self::pack(pool, out_features, in_features, format, rows);
+            }
+        };
+        Ok(Self { out_features, in_features, data })
     }
 
     /// Packs the matrix whose rows `rows` gives, row-major, at most 16 at a time, on all threads.
@@ -191,31 +194,52 @@ impl Element for bf16 {
 
 /// Panels of floats.
 pub(crate) struct Panels<T> {
-    lines: Vec<Line>,
+    memory: Aligned<u8>,
     in_features: usize,
     element: PhantomData<T>,
 }
 
 impl<T: Element> Panels<T> {
     fn pack(pool: &Pool, panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32> + Sync) -> Result<Self> {
+        Self::fill(pool, panels, in_features, |p, columns| {
+            let rows = panel(p);
+            interleave(columns, rows.len() / in_features, |lane, tile| {
+                rows[lane * in_features..][tile].iter().map(|x| T::narrow(*x))
+            });
+        })
+    }
+
+    /// Rows that are stored as `T` already.
+    fn arrange(pool: &Pool, rows: &[u8], in_features: usize) -> Result<Self> {
+        let (size, row) = (size_of::<T>(), in_features * size_of::<T>());
+        let rows: Vec<&[u8]> = rows.chunks_exact(row).collect();
+        Self::fill(pool, rows.len().div_ceil(LANES), in_features, |p, columns| {
+            let rows = &rows[p * LANES..rows.len().min((p + 1) * LANES)];
+            interleave(columns, rows.len(), |lane, tile| {
+                let bytes = &rows[lane][tile.start * size..tile.end * size];
+                bytes.chunks_exact(size).map(bytemuck::pod_read_unaligned)
+            });
+        })
+    }
+
+    fn fill(
+        pool: &Pool,
+        panels: usize,
+        in_features: usize,
+        fill: impl Fn(usize, &mut [[T; LANES]]) + Sync,
+    ) -> Result<Self> {
         let bytes = panels.saturating_mul(in_features).saturating_mul(LANES * size_of::<T>());
-        let mut lines = lines(bytes, "weights")?;
-        let columns: &mut [[T; LANES]] = bytemuck::cast_slice_mut(&mut lines);
-        let mut parts: Vec<_> = columns.chunks_exact_mut(in_features).take(panels).collect();
-        fill_all(pool, &mut parts, bytes, |p, columns| {
-            for (lane, row) in panel(p).chunks_exact(in_features).enumerate() {
-                for (column, &x) in columns.iter_mut().zip(row) {
-                    column[lane] = T::narrow(x);
-                }
-            }
-        });
-        Ok(Self { lines, in_features, element: PhantomData })
+        let mut memory = weights(bytes)?;
+        let columns: &mut [[T; LANES]] = bytemuck::cast_slice_mut(&mut memory);
+        let mut parts: Vec<_> = columns.chunks_exact_mut(in_features).collect();
+        fill_all(pool, &mut parts, bytes, |p, columns| fill(p, columns));
+        Ok(Self { memory, in_features, element: PhantomData })
     }
 
     /// The columns of one panel.
     #[inline(always)]
     pub(crate) fn panel(&self, p: usize) -> &[[T; LANES]] {
-        &bytemuck::cast_slice(&self.lines)[p * self.in_features..][..self.in_features]
+        &bytemuck::cast_slice(&self.memory)[p * self.in_features..][..self.in_features]
     }
 
     fn read_row(&self, panel: usize, lane: usize, out: &mut [f32]) {
@@ -225,13 +249,32 @@ impl<T: Element> Panels<T> {
     }
 }
 
+/// Writes rows, one lane each, as the columns of a panel; `part` gives some columns of a row.
+fn interleave<T, I: Iterator<Item = T>>(
+    columns: &mut [[T; LANES]],
+    lanes: usize,
+    part: impl Fn(usize, Range<usize>) -> I,
+) {
+    /// Columns that stay in the first-level cache while the rows pass.
+    const TILE: usize = 128;
+    let width = columns.len();
+    for start in (0..width).step_by(TILE) {
+        let tile = start..width.min(start + TILE);
+        for lane in 0..lanes {
+            for (column, x) in columns[tile.clone()].iter_mut().zip(part(lane, tile.clone())) {
+                column[lane] = x;
+            }
+        }
+    }
+}
+
 /// One block of a panel: line j holds columns `4j..4j + 4` of each row.
 pub(crate) type QuantBlock = [[i8; 4 * LANES]; q8_0::BLOCK / 4];
 
 /// Panels of Q8_0.
 pub(crate) struct Quants {
-    lines: Vec<Line>,
-    scales: Vec<Line>,
+    quants: Aligned<u8>,
+    scales: Aligned<u8>,
     blocks: usize,
 }
 
@@ -239,12 +282,12 @@ impl Quants {
     fn pack(pool: &Pool, panels: usize, in_features: usize, panel: impl Fn(usize) -> Vec<f32> + Sync) -> Result<Self> {
         let blocks = in_features / q8_0::BLOCK;
         let total = panels.saturating_mul(blocks);
-        let mut quants = lines(total.saturating_mul(size_of::<QuantBlock>()), "weights")?;
-        let mut scales = lines(total.saturating_mul(size_of::<[f16; LANES]>()), "weights")?;
+        let mut quants = weights(total.saturating_mul(size_of::<QuantBlock>()))?;
+        let mut scales = weights(total.saturating_mul(size_of::<[f16; LANES]>()))?;
         let quant_blocks: &mut [QuantBlock] = bytemuck::cast_slice_mut(&mut quants);
         let scale_blocks: &mut [[f16; LANES]] = bytemuck::cast_slice_mut(&mut scales);
         let parts = quant_blocks.chunks_exact_mut(blocks).zip(scale_blocks.chunks_exact_mut(blocks));
-        let mut parts: Vec<_> = parts.take(panels).collect();
+        let mut parts: Vec<_> = parts.collect();
         fill_all(pool, &mut parts, panels * LANES * in_features, |p, (quant_blocks, scale_blocks)| {
             for (lane, row) in panel(p).chunks_exact(in_features).enumerate() {
                 for (b, block) in row.as_chunks().0.iter().enumerate() {
@@ -256,14 +299,14 @@ impl Quants {
                 }
             }
         });
-        Ok(Self { lines: quants, scales, blocks })
+        Ok(Self { quants, scales, blocks })
     }
 
     /// The blocks of one panel and their scales.
     #[inline(always)]
     pub(crate) fn panel(&self, p: usize) -> (&[QuantBlock], &[[f16; LANES]]) {
         let range = p * self.blocks..(p + 1) * self.blocks;
-        (&bytemuck::cast_slice(&self.lines)[range.clone()], &bytemuck::cast_slice(&self.scales)[range])
+        (&bytemuck::cast_slice(&self.quants)[range.clone()], &bytemuck::cast_slice(&self.scales)[range])
     }
 
     fn read_row(&self, panel: usize, lane: usize, out: &mut [f32]) {
@@ -278,7 +321,7 @@ impl Quants {
 
 /// Rows of a GGUF file's blocks.
 pub(crate) struct Blocks {
-    lines: Vec<Line>,
+    memory: Aligned<u8>,
     pub(crate) format: BlockFormat,
     row_bytes: usize,
     rows: usize,
@@ -290,15 +333,14 @@ pub(crate) type Widened = [[f32; LANES]; BlockFormat::MAX_ELEMENTS];
 impl Blocks {
     fn copy(pool: &Pool, data: &[u8], format: BlockFormat, rows: usize, in_features: usize) -> Result<Self> {
         const PART: usize = 1 << 20;
-        let mut lines = lines(data.len(), "weights")?;
-        let copy: &mut [u8] = &mut bytemuck::cast_slice_mut(&mut lines)[..data.len()];
-        let mut parts: Vec<_> = copy.chunks_mut(PART).zip(data.chunks(PART)).collect();
+        let mut memory = weights(data.len())?;
+        let mut parts: Vec<_> = memory.chunks_mut(PART).zip(data.chunks(PART)).collect();
         fill_all(pool, &mut parts, data.len(), |_, (copy, data)| copy.copy_from_slice(data));
-        Ok(Self { lines, format, row_bytes: in_features / format.elements() * format.bytes(), rows })
+        Ok(Self { memory, format, row_bytes: in_features / format.elements() * format.bytes(), rows })
     }
 
     fn row(&self, n: usize) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[n * self.row_bytes..][..self.row_bytes]
+        &self.memory[n * self.row_bytes..][..self.row_bytes]
     }
 
     /// Widens block `b` of the rows of panel `p` and gives its columns; rows beyond the last are zero.
