@@ -240,7 +240,7 @@ mod tests {
             }
         }
         let measured = |values, format| Measured::new(Box::new(Rows(values)), [2, 2], format);
-        for reads in [vec![0..2], vec![1..2, 0..1], vec![0..2, 0..2]] {
+        for reads in [[0..1, 1..2], [1..2, 0..1], [0..2, 0..2]] {
             let exact = measured(&[1.0 + 1.0 / 512.0, 1.0, 1.0, 1.0 + 1.0 / 512.0], WeightFormat::F32);
             let rounded = measured(&[1.0 + 1.0 / 512.0, 1.0, 1.0, 1.0], WeightFormat::BF16);
             let large = measured(&[0.0, 1.0, 1e6, 0.0], WeightFormat::F16);
