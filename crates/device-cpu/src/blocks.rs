@@ -16,7 +16,7 @@ use half::f16;
 
 use baton_device::{BlockFormat, Result, Unpacked};
 
-use crate::memory::{Line, lines};
+use crate::memory::{Aligned, weights};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 
@@ -109,8 +109,8 @@ formats! {
 pub(crate) struct Blocks {
     pub(crate) format: BlockFormat,
     in_features: usize,
-    codes: Vec<Line>,
-    scales: Vec<Line>,
+    codes: Aligned<u8>,
+    scales: Aligned<u8>,
 }
 
 impl Blocks {
@@ -143,7 +143,7 @@ impl Blocks {
         let scales = self.in_features / F::BLOCK.elements() * F::SCALE_BYTES;
         Panel {
             codes: &bytemuck::cast_slice(&self.codes)[p * codes..][..codes],
-            scales: &bytemuck::cast_slice(&self.scales)[p * scales..][..scales],
+            scales: &self.scales[p * scales..][..scales],
             format: PhantomData,
         }
     }
@@ -170,10 +170,10 @@ fn pack<'a, F: Format>(
     let code_lines = in_features / CHUNK * F::LINES;
     let scale_bytes = in_features / F::BLOCK.elements() * F::SCALE_BYTES;
     let row_bytes = in_features / F::BLOCK.elements() * F::BLOCK.bytes();
-    let mut codes = lines(panels.saturating_mul(code_lines).saturating_mul(size_of::<Quad>()), "weights")?;
-    let mut scales = lines(panels.saturating_mul(scale_bytes), "weights")?;
+    let mut codes = weights(panels.saturating_mul(code_lines).saturating_mul(size_of::<Quad>()))?;
+    let mut scales = weights(panels.saturating_mul(scale_bytes))?;
     let quads: &mut [Quad] = bytemuck::cast_slice_mut(&mut codes);
-    let scale_bytes = bytemuck::cast_slice_mut(&mut scales).chunks_exact_mut(scale_bytes);
+    let scale_bytes = scales.chunks_exact_mut(scale_bytes);
     pool.each(quads.chunks_exact_mut(code_lines).zip(scale_bytes), rows * in_features, |p, (codes, scales)| {
         let rows = p * LANES..rows.min((p + 1) * LANES);
         for (lane, row) in bytes(rows).chunks_exact(row_bytes).enumerate() {

@@ -2,59 +2,58 @@
 
 use std::ops::{Deref, DerefMut};
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 
 use baton_device::{DeviceError, Result};
 
 /// Name of the device in messages and caps.
 pub(crate) const DEVICE: &str = "cpu";
 
-/// One cache line; a vector of them starts on one.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub(crate) struct Line([u8; 64]);
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
-/// Zeroed floats that start on a cache line. Pages are taken from the system when first touched;
-/// an allocation with that alignment of its own would be zeroed by hand, hence the detour.
-pub(crate) struct Floats {
-    memory: Box<[f32]>,
+/// Zeroed elements that start on a cache line. Pages are taken from the system when first touched, by
+/// whoever touches them; an allocation with that alignment of its own would be zeroed by hand, hence the detour.
+pub(crate) struct Aligned<T> {
+    memory: Box<[T]>,
     start: usize,
     len: usize,
 }
 
-impl Floats {
+/// Zeroed floats.
+pub(crate) type Floats = Aligned<f32>;
+
+impl<T: Pod> Aligned<T> {
     pub(crate) fn zeroed(len: usize, what: &'static str) -> Result<Self> {
-        const PER_LINE: usize = size_of::<Line>() / size_of::<f32>();
-        let memory: Box<[f32]> = bytemuck::allocation::try_zeroed_slice_box(len.saturating_add(PER_LINE - 1))
-            .map_err(|()| out_of_memory(len.saturating_mul(size_of::<f32>()), what))?;
-        let start = memory.as_ptr().addr().wrapping_neg() % size_of::<Line>() / size_of::<f32>();
+        let per_line = const { LINE / size_of::<T>() };
+        let memory: Box<[T]> = bytemuck::allocation::try_zeroed_slice_box(len.saturating_add(per_line - 1))
+            .map_err(|()| out_of_memory(len.saturating_mul(size_of::<T>()), what))?;
+        let start = memory.as_ptr().addr().wrapping_neg() % LINE / size_of::<T>();
         Ok(Self { memory, start, len })
     }
 }
 
-impl Deref for Floats {
-    type Target = [f32];
+impl<T> Deref for Aligned<T> {
+    type Target = [T];
 
     #[inline(always)]
-    fn deref(&self) -> &[f32] {
+    fn deref(&self) -> &[T] {
         &self.memory[self.start..][..self.len]
     }
 }
 
-impl DerefMut for Floats {
+impl<T> DerefMut for Aligned<T> {
     #[inline(always)]
-    fn deref_mut(&mut self) -> &mut [f32] {
+    fn deref_mut(&mut self) -> &mut [T] {
         &mut self.memory[self.start..][..self.len]
     }
 }
 
-/// `bytes` zeroed bytes, rounded up to whole lines.
-pub(crate) fn lines(bytes: usize, what: &'static str) -> Result<Vec<Line>> {
-    let mut lines = Vec::new();
-    lines.try_reserve_exact(bytes.div_ceil(64)).map_err(|_| out_of_memory(bytes, what))?;
-    advise_huge_pages(&mut lines);
-    lines.resize(bytes.div_ceil(64), Line([0; 64]));
-    Ok(lines)
+/// Zeroed bytes for weights, in large pages where the system has them.
+pub(crate) fn weights(bytes: usize) -> Result<Aligned<u8>> {
+    let mut memory = Aligned::zeroed(bytes, "weights")?;
+    advise_huge_pages(&mut memory);
+    Ok(memory)
 }
 
 fn out_of_memory(bytes: usize, what: &'static str) -> DeviceError {
@@ -64,11 +63,10 @@ fn out_of_memory(bytes: usize, what: &'static str) -> DeviceError {
 /// Asks for 2 MiB pages under memory not yet touched: streaming weights through 4 KiB pages is bound
 /// by address translation, most of all in virtual machines.
 #[cfg(target_os = "linux")]
-fn advise_huge_pages(lines: &mut Vec<Line>) {
+fn advise_huge_pages(memory: &mut [u8]) {
     const HUGE: usize = 2 << 20;
-    let spare = lines.spare_capacity_mut();
-    let start = (spare.as_mut_ptr() as usize).next_multiple_of(HUGE);
-    let end = spare.as_mut_ptr() as usize + size_of_val(spare);
+    let start = (memory.as_mut_ptr() as usize).next_multiple_of(HUGE);
+    let end = memory.as_mut_ptr() as usize + memory.len();
     if start < end {
         // SAFETY: the range lies within our allocation, and the advice changes no contents.
         // It is a wish: that it is refused matters to nobody.
@@ -77,7 +75,7 @@ fn advise_huge_pages(lines: &mut Vec<Line>) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn advise_huge_pages(_: &mut Vec<Line>) {}
+fn advise_huge_pages(_: &mut [u8]) {}
 
 #[cfg(test)]
 mod tests {
@@ -96,7 +94,7 @@ mod tests {
     fn memory_that_is_not_there_is_an_error() {
         for bytes in [usize::MAX / 8, isize::MAX as usize / 2] {
             assert!(matches!(Floats::zeroed(bytes / 4, "test"), Err(DeviceError::OutOfMemory { .. })));
-            assert!(matches!(lines(bytes, "test"), Err(DeviceError::OutOfMemory { what: "test", .. })));
+            assert!(matches!(weights(bytes), Err(DeviceError::OutOfMemory { what: "weights", .. })));
         }
     }
 }

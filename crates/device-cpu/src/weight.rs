@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use baton_device::{DType, HostLinear, HostTensor, Result, WeightFormat};
 
 use crate::blocks::Blocks;
-use crate::memory::{Line, lines};
+use crate::memory::{Aligned, weights};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 
@@ -61,16 +61,22 @@ impl Matrix {
             panic!("{}: a linear weight has two dimensions, not {:?}", src.name(), src.shape())
         };
         src.expect_keepable(format)?;
-        if let (WeightFormat::Ggml(format), Some(stored)) = (format, src.stored())
-            && src.dtype() == DType::Ggml(format)
-        {
-            let row_bytes = in_features / format.elements() * format.bytes();
-            let blocks = Blocks::pack(pool, format, (out_features, in_features), |rows| {
-                stored[rows.start * row_bytes..rows.end * row_bytes].into()
-            })?;
-            return Ok(Self { out_features, in_features, data: Packed::Blocks(blocks) });
-        }
-        Self::pack(pool, (out_features, in_features), format, |rows| src.rows(rows.start, rows.len()).to_f32())
+        let shape = (out_features, in_features);
+        let stored = src.stored().filter(|_| format == src.dtype().into());
+        let data = match (src.dtype(), stored) {
+            (DType::Ggml(format), Some(data)) => {
+                let row_bytes = in_features / format.elements() * format.bytes();
+                let rows = |rows: Range<usize>| data[rows.start * row_bytes..rows.end * row_bytes].into();
+                Packed::Blocks(Blocks::pack(pool, format, shape, rows)?)
+            }
+            (DType::F32, Some(data)) => Packed::F32(Panels::arrange(pool, data, in_features)?),
+            (DType::F16, Some(data)) => Packed::F16(Panels::arrange(pool, data, in_features)?),
+            (DType::BF16, Some(data)) => Packed::BF16(Panels::arrange(pool, data, in_features)?),
+            (_, None) => {
+                return Self::pack(pool, shape, format, |rows| src.rows(rows.start, rows.len()).to_f32());
+            }
+        };
+        Ok(Self { out_features, in_features, data })
     }
 
     /// Packs the matrix whose rows `rows` gives, row-major, at most 16 at a time, on all threads.
@@ -172,7 +178,7 @@ impl Element for bf16 {
 
 /// Panels of floats.
 pub(crate) struct Panels<T> {
-    lines: Vec<Line>,
+    memory: Aligned<u8>,
     in_features: usize,
     element: PhantomData<T>,
 }
@@ -183,29 +189,68 @@ impl<T: Element> Panels<T> {
         (rows, in_features): (usize, usize),
         values: impl Fn(Range<usize>) -> Vec<f32> + Sync,
     ) -> Result<Self> {
-        let panels = rows.div_ceil(LANES);
+        Self::fill(pool, rows.div_ceil(LANES), in_features, |p, columns| {
+            let rows = values(p * LANES..rows.min((p + 1) * LANES));
+            interleave(columns, rows.len() / in_features, |lane, tile| {
+                rows[lane * in_features..][tile].iter().map(|x| T::narrow(*x))
+            });
+        })
+    }
+
+    /// Rows that are stored as `T` already.
+    fn arrange(pool: &Pool, rows: &[u8], in_features: usize) -> Result<Self> {
+        let (size, row) = (size_of::<T>(), in_features * size_of::<T>());
+        let rows: Vec<&[u8]> = rows.chunks_exact(row).collect();
+        Self::fill(pool, rows.len().div_ceil(LANES), in_features, |p, columns| {
+            let rows = &rows[p * LANES..rows.len().min((p + 1) * LANES)];
+            interleave(columns, rows.len(), |lane, tile| {
+                let bytes = &rows[lane][tile.start * size..tile.end * size];
+                bytes.chunks_exact(size).map(bytemuck::pod_read_unaligned)
+            });
+        })
+    }
+
+    fn fill(
+        pool: &Pool,
+        panels: usize,
+        in_features: usize,
+        fill: impl Fn(usize, &mut [[T; LANES]]) + Sync,
+    ) -> Result<Self> {
         let bytes = panels.saturating_mul(in_features).saturating_mul(LANES * size_of::<T>());
-        let mut lines = lines(bytes, "weights")?;
-        let columns: &mut [[T; LANES]] = &mut bytemuck::cast_slice_mut(&mut lines)[..panels * in_features];
-        pool.each(columns.chunks_exact_mut(in_features), rows * in_features, |p, columns| {
-            for (lane, row) in values(p * LANES..rows.min((p + 1) * LANES)).chunks_exact(in_features).enumerate() {
-                for (column, &x) in columns.iter_mut().zip(row) {
-                    column[lane] = T::narrow(x);
-                }
-            }
-        });
-        Ok(Self { lines, in_features, element: PhantomData })
+        let mut memory = weights(bytes)?;
+        let columns: &mut [[T; LANES]] = bytemuck::cast_slice_mut(&mut memory);
+        pool.each(columns.chunks_exact_mut(in_features), bytes, fill);
+        Ok(Self { memory, in_features, element: PhantomData })
     }
 
     /// The columns of one panel.
     #[inline(always)]
     pub(crate) fn panel(&self, p: usize) -> &[[T; LANES]] {
-        &bytemuck::cast_slice(&self.lines)[p * self.in_features..][..self.in_features]
+        &bytemuck::cast_slice(&self.memory)[p * self.in_features..][..self.in_features]
     }
 
     fn read_row(&self, panel: usize, lane: usize, out: &mut [f32]) {
         for (out, column) in out.iter_mut().zip(self.panel(panel)) {
             *out = column[lane].widen();
+        }
+    }
+}
+
+/// Writes rows, one lane each, as the columns of a panel; `part` gives some columns of a row.
+fn interleave<T, I: Iterator<Item = T>>(
+    columns: &mut [[T; LANES]],
+    lanes: usize,
+    part: impl Fn(usize, Range<usize>) -> I,
+) {
+    /// Columns that stay in the first-level cache while the rows pass.
+    const TILE: usize = 128;
+    let width = columns.len();
+    for start in (0..width).step_by(TILE) {
+        let tile = start..width.min(start + TILE);
+        for lane in 0..lanes {
+            for (column, x) in columns[tile.clone()].iter_mut().zip(part(lane, tile.clone())) {
+                column[lane] = x;
+            }
         }
     }
 }

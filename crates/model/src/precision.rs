@@ -4,8 +4,8 @@ use std::fmt::Display;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use baton_device::{DType, HostTensor, RowSource, WeightFormat};
-use half::{bf16, f16};
+use baton_device::{BlockFormat, DType, HostTensor, RowSource, WeightFormat};
+use half::f16;
 use serde::{Serialize, Serializer};
 
 use crate::checkpoint::{CheckpointError, Part};
@@ -45,9 +45,11 @@ pub(crate) fn first_non_finite(tensor: &HostTensor<'_>) -> Option<(usize, f32)> 
         DType::F32 => first_where(data, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
         DType::F16 => first_where(data, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
         DType::BF16 => first_where(data, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        DType::Ggml(format) => data.chunks_exact(format.bytes()).position(|block| {
-            let scale = |&at: &usize| u16::from_le_bytes([block[at], block[at + 1]]);
-            format.scale_offsets().iter().map(scale).any(|s| s & 0x7c00 == 0x7c00)
+        DType::Ggml(format) => first_part(data, format.bytes(), |data| {
+            data.chunks_exact(format.bytes()).position(|block| {
+                let scale = |&at: &usize| u16::from_le_bytes([block[at], block[at + 1]]);
+                format.scale_offsets().iter().map(scale).any(|s| s & 0x7c00 == 0x7c00)
+            })
         }),
     }?;
     let (elements, size) = (tensor.dtype().block(), tensor.dtype().bytes(tensor.dtype().block()));
@@ -58,11 +60,28 @@ pub(crate) fn first_non_finite(tensor: &HostTensor<'_>) -> Option<(usize, f32)> 
 
 /// Index of the first element for which `hit` holds. A chunk is searched without an early exit, which
 /// compiles to vector code, and again only if something is in it.
-fn first_where<const N: usize>(data: &[u8], hit: impl Fn([u8; N]) -> bool) -> Option<usize> {
-    let (elements, _) = data.as_chunks::<N>();
-    elements.chunks(CHUNK).enumerate().find_map(|(i, chunk)| {
-        let any = chunk.iter().fold(false, |any, e| any | hit(*e));
-        any.then(|| chunk.iter().position(|e| hit(*e)))?.map(|at| i * CHUNK + at)
+pub(crate) fn first_where<const N: usize>(data: &[u8], hit: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
+    first_part(data, N, |data| {
+        let (elements, _) = data.as_chunks::<N>();
+        elements.chunks(CHUNK).enumerate().find_map(|(i, chunk)| {
+            let any = chunk.iter().fold(false, |any, e| any | hit(*e));
+            any.then(|| chunk.iter().position(|e| hit(*e)))?.map(|at| i * CHUNK + at)
+        })
+    })
+}
+
+/// The first element of `size` bytes that `find` finds, searched on all cores if there is much.
+fn first_part(data: &[u8], size: usize, find: impl Fn(&[u8]) -> Option<usize> + Sync) -> Option<usize> {
+    const MUCH: usize = 4 << 20;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if data.len() < MUCH || cores == 1 {
+        return find(data);
+    }
+    let share = (data.len() / size).div_ceil(cores);
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = data.chunks(share * size).map(|part| scope.spawn(|| find(part))).collect();
+        let found = parts.into_iter().map(|part| part.join().expect("a search does not panic"));
+        found.enumerate().find_map(|(i, at)| at.map(|at| i * share + at))
     })
 }
 
@@ -109,13 +128,19 @@ impl Measured {
 
     fn loss_of(&self, row: &[f32]) -> Loss {
         let mut loss = Loss::default();
-        for (value, kept) in row.iter().zip(keep(row, self.format)) {
-            let error = (value - kept).abs();
-            if !error.is_finite() {
-                loss.beyond = Some(*value);
+        for block in row.chunks(PIECE) {
+            let mut errors = keep(block, self.format);
+            errors.iter_mut().zip(block).for_each(|(kept, value)| *kept = (*kept - value).abs());
+            // In several sums at once, for speed: the report needs no order.
+            let (parts, []) = errors.as_chunks::<8>() else { unreachable!("pieces are of 256") };
+            let sums: [f32; 8] = std::array::from_fn(|i| parts.iter().map(|part| part[i]).sum());
+            let sum: f32 = sums.iter().sum();
+            if !sum.is_finite() {
+                let beyond = block.iter().zip(&errors).find(|(_, error)| !error.is_finite());
+                loss.beyond = beyond.map(|(value, _)| *value).or(loss.beyond);
             }
-            loss.max = loss.max.max(error);
-            loss.sum += f64::from(error);
+            loss.max = errors.iter().copied().fold(loss.max, f32::max);
+            loss.sum += f64::from(sum);
         }
         loss
     }
@@ -146,23 +171,44 @@ impl RowSource for StoredRows {
     }
 }
 
-/// A row as `format` gives it back.
-fn keep(row: &[f32], format: WeightFormat) -> Vec<f32> {
+/// Elements of a row looked at together: whole blocks of any format.
+const PIECE: usize = BlockFormat::MAX_ELEMENTS;
+
+/// A piece of a row as `format` gives it back, zeros behind it.
+fn keep(piece: &[f32], format: WeightFormat) -> [f32; PIECE] {
+    let mut kept = [0.0; PIECE];
+    kept[..piece.len()].copy_from_slice(piece);
     match format {
-        WeightFormat::F32 => row.to_vec(),
-        WeightFormat::F16 => row.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
-        WeightFormat::BF16 => row.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
-        WeightFormat::Ggml(block) => {
-            let mut kept = vec![0.0; row.len()];
-            block.dequantize(&block.quantize(row), &mut kept);
-            kept
+        WeightFormat::F32 => {}
+        WeightFormat::F16 => kept.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+        WeightFormat::BF16 => kept.iter_mut().for_each(|v| *v = nearest_bf16(*v)),
+        WeightFormat::Ggml(format) => {
+            let kept = &mut kept[..piece.len()];
+            format.dequantize(&format.quantize(piece), kept);
         }
     }
+    kept
+}
+
+/// The bf16 that `half` rounds a number to, without branches, so that it compiles to vector code.
+fn nearest_bf16(value: f32) -> f32 {
+    let bits = value.to_bits();
+    f32::from_bits(bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
 }
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
+
+    #[test]
+    fn bf16_is_rounded_as_half_does() {
+        let numbers = (0..=u32::MAX).step_by(4099).chain([0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x7f7f_ffff]);
+        for value in numbers.map(f32::from_bits).filter(|v| !v.is_nan()) {
+            assert_eq!(nearest_bf16(value).to_bits(), bf16::from_f32(value).to_f32().to_bits(), "{value}");
+        }
+    }
 
     fn tensor(values: &[f32]) -> Vec<u8> {
         values.iter().flat_map(|v| v.to_le_bytes()).collect()
@@ -170,12 +216,13 @@ mod tests {
 
     #[test]
     fn a_non_finite_element_is_found_wherever_it_lies() {
-        for at in [0, 31, CHUNK - 1, CHUNK, 3 * CHUNK + 5] {
+        let len = (1 << 20) + 6; // searched in parts
+        for at in [0, 31, CHUNK - 1, CHUNK, 3 * CHUNK + 5, len / 2, len - 1] {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                let mut values = vec![f32::MAX; 3 * CHUNK + 6];
+                let mut values = vec![f32::MAX; len];
                 let finite = tensor(&values);
                 assert_eq!(first_non_finite(&HostTensor::new("t", DType::F32, vec![values.len()], &finite)), None);
-                values[at] = bad;
+                (values[at], values[len - 1]) = (bad, bad);
                 let data = tensor(&values);
                 let found = first_non_finite(&HostTensor::new("t", DType::F32, vec![values.len()], &data));
                 assert_eq!(found.map(|f| f.0), Some(at));
@@ -197,7 +244,7 @@ mod tests {
             }
         }
         let measured = |values, format| Measured::new(Box::new(Rows(values)), [2, 2], format);
-        for reads in [vec![0..1, 1..2], vec![1..2, 0..1], vec![0..2, 0..2]] {
+        for reads in [[0..1, 1..2], [1..2, 0..1], [0..2, 0..2]] {
             let exact = measured(&[1.0 + 1.0 / 512.0, 1.0, 1.0, 1.0 + 1.0 / 512.0], WeightFormat::F32);
             let rounded = measured(&[1.0 + 1.0 / 512.0, 1.0, 1.0, 1.0], WeightFormat::BF16);
             let large = measured(&[0.0, 1.0, 1e6, 0.0], WeightFormat::F16);

@@ -13,6 +13,7 @@ use half::f16;
 
 use super::parts::{FLOATS, Parts, StoredTensor};
 use crate::checkpoint::{CheckpointError, Part};
+use crate::precision;
 
 /// What a byte means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,14 @@ impl Codes {
             Codes::E4M3 => &["F8_E4M3"],
             Codes::E5M2 => &["F8_E5M2"],
             Codes::I8 => &["I8"],
+        }
+    }
+
+    fn is_finite(self, code: u8) -> bool {
+        match self {
+            Codes::E4M3 => code & 0x7f != 0x7f,
+            Codes::E5M2 => code & 0x7c != 0x7c,
+            Codes::I8 => true,
         }
     }
 
@@ -101,7 +110,7 @@ impl Scaled {
             self.zero_points.then(|| parts.take("weight_zero_point").iter().map(|z| f32::from(*z as i8)).collect());
         let table = self.codes.table();
         let codes = parts.take("weight");
-        if let Some(at) = codes.iter().position(|code| !table[usize::from(*code)].is_finite()) {
+        if let Some(at) = precision::first_where(&codes, |[code]| !self.codes.is_finite(code)) {
             let value = table[usize::from(codes[at])];
             return Err(CheckpointError::NotFinite { tensor: format!("{}.weight", parts.module), element: at, value });
         }
@@ -177,6 +186,9 @@ mod tests {
         let e5m2 = Codes::E5M2.table();
         assert_eq!([e5m2[0x7b], e5m2[0x01], e5m2[0x3c]], [57344.0, 2f32.powi(-16), 1.0]);
         assert_eq!(e5m2.iter().filter(|v| !v.is_finite()).count(), 8);
+        for (codes, table) in [(Codes::E4M3, e4m3), (Codes::E5M2, e5m2), (Codes::I8, Codes::I8.table())] {
+            assert!((0..=255).all(|code| codes.is_finite(code) == table[usize::from(code)].is_finite()));
+        }
         assert_eq!([Codes::I8.table()[0x80], Codes::I8.table()[0x7f]], [-128.0, 127.0]);
     }
 }
