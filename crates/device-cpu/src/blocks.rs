@@ -16,7 +16,7 @@ use half::f16;
 
 use baton_device::{BlockFormat, Result, Unpacked};
 
-use crate::memory::{Aligned, weights};
+use crate::memory::{Weights, weights};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 
@@ -109,8 +109,8 @@ formats! {
 pub(crate) struct Blocks {
     pub(crate) format: BlockFormat,
     in_features: usize,
-    codes: Aligned<u8>,
-    scales: Aligned<u8>,
+    codes: Weights,
+    scales: Weights,
 }
 
 impl Blocks {

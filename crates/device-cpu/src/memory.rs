@@ -1,6 +1,7 @@
 //! Memory that can be refused: every large allocation of the backend is made here.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
 
@@ -49,29 +50,105 @@ impl<T> DerefMut for Aligned<T> {
     }
 }
 
-/// Zeroed bytes for weights, in large pages where the system has them.
-pub(crate) fn weights(bytes: usize) -> Result<Aligned<u8>> {
-    let mut memory = Aligned::zeroed(bytes, "weights")?;
-    advise_huge_pages(&mut memory);
-    Ok(memory)
+/// Bytes of a large page.
+const HUGE: usize = 2 << 20;
+/// Bytes of a piece that several weights share.
+const PIECE: usize = 16 * HUGE;
+
+/// Zeroed bytes for a weight, from its first line on its own. Weights lie one behind the other in large pieces of
+/// memory, so that those smaller than a large page are in one too.
+pub(crate) struct Weights {
+    piece: Arc<Piece>,
+    start: usize,
+    len: usize,
+}
+
+/// Memory whose parts belong to the [`Weights`] that were cut from it.
+struct Piece {
+    memory: *mut [u8],
+    /// Where a large page starts within it.
+    start: usize,
+}
+
+// SAFETY: a piece is accessed only through `Weights`, whose ranges do not overlap; each is an ordinary owner of
+// its bytes.
+unsafe impl Send for Piece {}
+// SAFETY: as above.
+unsafe impl Sync for Piece {}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        // SAFETY: it came from a box, and no `Weights` is left that points into it.
+        drop(unsafe { Box::from_raw(self.memory) });
+    }
+}
+
+/// The piece that the next small weight is cut from, and how much of it is taken.
+static CURRENT: Mutex<Option<(Arc<Piece>, usize)>> = Mutex::new(None);
+
+/// Memory for a weight.
+pub(crate) fn weights(bytes: usize) -> Result<Weights> {
+    let taken = bytes.checked_next_multiple_of(LINE).ok_or_else(|| out_of_memory(bytes, "weights"))?;
+    if taken > PIECE / 2 {
+        return Ok(Weights { piece: Piece::new(bytes)?, start: 0, len: bytes });
+    }
+    // A panic between the two changes of a pair cannot happen, so poison means nothing.
+    let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+    let (piece, used) = match current.take() {
+        Some((piece, used)) if used + taken <= PIECE => (piece, used),
+        _ => (Piece::new(PIECE)?, 0),
+    };
+    *current = Some((Arc::clone(&piece), used + taken));
+    Ok(Weights { piece, start: used, len: bytes })
+}
+
+impl Piece {
+    /// At least `bytes`, zeroed, from a large page's border on.
+    fn new(bytes: usize) -> Result<Arc<Self>> {
+        let mut memory: Box<[u8]> = bytemuck::allocation::try_zeroed_slice_box(bytes.saturating_add(HUGE - 1))
+            .map_err(|()| out_of_memory(bytes, "weights"))?;
+        let start = memory.as_ptr().addr().wrapping_neg() % HUGE;
+        advise_huge_pages(&mut memory[start..]);
+        Ok(Arc::new(Self { memory: Box::into_raw(memory), start }))
+    }
+}
+
+impl Weights {
+    fn first(&self) -> *mut u8 {
+        // SAFETY: within the piece: both offsets were chosen so.
+        unsafe { self.piece.memory.cast::<u8>().add(self.piece.start + self.start) }
+    }
+}
+
+impl Deref for Weights {
+    type Target = [u8];
+
+    #[inline(always)]
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the range lies within the piece, which lives as long as `self`, and is of `self` alone.
+        unsafe { std::slice::from_raw_parts(self.first(), self.len) }
+    }
+}
+
+impl DerefMut for Weights {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.first(), self.len) }
+    }
 }
 
 fn out_of_memory(bytes: usize, what: &'static str) -> DeviceError {
     DeviceError::OutOfMemory { device: DEVICE.to_owned(), bytes, what }
 }
 
-/// Asks for 2 MiB pages under memory not yet touched: streaming weights through 4 KiB pages is bound
-/// by address translation, most of all in virtual machines.
+/// Asks for 2 MiB pages under memory not yet touched, which starts on the border of one: streaming weights through
+/// 4 KiB pages is bound by address translation, most of all in virtual machines.
 #[cfg(target_os = "linux")]
 fn advise_huge_pages(memory: &mut [u8]) {
-    const HUGE: usize = 2 << 20;
-    let start = (memory.as_mut_ptr() as usize).next_multiple_of(HUGE);
-    let end = memory.as_mut_ptr() as usize + memory.len();
-    if start < end {
-        // SAFETY: the range lies within our allocation, and the advice changes no contents.
-        // It is a wish: that it is refused matters to nobody.
-        unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
-    }
+    // SAFETY: the range is our allocation, and the advice changes no contents.
+    // It is a wish: that it is refused matters to nobody.
+    unsafe { libc::madvise(memory.as_mut_ptr().cast(), memory.len(), libc::MADV_HUGEPAGE) };
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -87,6 +164,22 @@ mod tests {
             let floats = Floats::zeroed(len, "test").unwrap();
             assert_eq!((floats.len(), floats.as_ptr().addr() % 64), (len, 0));
             assert!(floats.iter().all(|&v| v == 0.0));
+        }
+    }
+
+    #[test]
+    fn weights_start_on_a_cache_line_are_zero_and_do_not_overlap() {
+        let sizes = [0, 1, 64, 100, 1 << 20, 3 << 20, PIECE / 2, PIECE / 2 + 1, PIECE, 5, PIECE / 2];
+        let mut all: Vec<Weights> = sizes.iter().map(|&bytes| weights(bytes).unwrap()).collect();
+        for (i, (memory, &bytes)) in all.iter_mut().zip(&sizes).enumerate() {
+            assert_eq!((memory.len(), memory.as_ptr().addr() % 64), (bytes, 0));
+            assert!(memory.iter().all(|&v| v == 0));
+            memory.fill(i as u8 + 1);
+        }
+        drop(all.remove(3));
+        for (i, memory) in all.iter().enumerate() {
+            let value = if i < 3 { i + 1 } else { i + 2 };
+            assert!(memory.iter().all(|&v| usize::from(v) == value), "{i}");
         }
     }
 

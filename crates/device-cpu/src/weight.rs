@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use baton_device::{DType, HostLinear, HostTensor, Result, WeightFormat};
 
 use crate::blocks::Blocks;
-use crate::memory::{Aligned, weights};
+use crate::memory::{Weights, weights};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 
@@ -178,7 +178,7 @@ impl Element for bf16 {
 
 /// Panels of floats.
 pub(crate) struct Panels<T> {
-    memory: Aligned<u8>,
+    memory: Weights,
     in_features: usize,
     element: PhantomData<T>,
 }
