@@ -175,47 +175,77 @@ fn pack<'a, F: Format>(
     let quads: &mut [Quad] = bytemuck::cast_slice_mut(&mut codes);
     let scale_bytes = scales.chunks_exact_mut(scale_bytes);
     pool.each(quads.chunks_exact_mut(code_lines).zip(scale_bytes), rows * in_features, |p, (codes, scales)| {
-        let rows = p * LANES..rows.min((p + 1) * LANES);
-        for (lane, row) in bytes(rows).chunks_exact(row_bytes).enumerate() {
-            pack_row::<F>(lane, row, codes, scales);
-        }
+        pack_panel::<F>(&bytes(p * LANES..rows.min((p + 1) * LANES)), row_bytes, codes, scales);
     });
     Ok(Blocks { format: F::BLOCK, in_features, codes, scales })
 }
 
-/// Puts one row's blocks into its lane of a zeroed panel.
-fn pack_row<F: Format>(lane: usize, row: &[u8], codes: &mut [Quad], scales: &mut [u8]) {
+/// Packs up to 16 rows into a zeroed panel.
+fn pack_panel<F: Format>(rows: &[u8], row_bytes: usize, codes: &mut [Quad], scales: &mut [u8]) {
     let mut block = Unpacked::default();
+    let mut spread = [[[0u8; 4 * LANES]; QUADS]; BlockFormat::MAX_ELEMENTS / CHUNK];
     let panel = codes.chunks_exact_mut(F::CHUNKS * F::LINES).zip(scales.chunks_exact_mut(F::SCALE_BYTES));
-    for (bytes, (codes, scales)) in row.chunks_exact(F::BLOCK.bytes()).zip(panel) {
-        F::BLOCK.unpack(bytes, &mut block);
-        for (scale, at) in [(block.scale, Some(scale_at(lane))), (block.min, min_at::<F>(lane))] {
-            if let Some(at) = at {
-                scales[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+    for (b, (codes, scales)) in panel.enumerate() {
+        for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
+            F::BLOCK.unpack(&row[b * F::BLOCK.bytes()..][..F::BLOCK.bytes()], &mut block);
+            pack_scales::<F>(lane, &block, scales);
+            let (fours, _) = bytemuck::cast_slice(&block.codes[..F::BLOCK.elements()]).as_chunks::<4>();
+            for (quad, four) in spread.as_flattened_mut().iter_mut().zip(fours) {
+                quad[4 * lane..][..4].copy_from_slice(four);
             }
         }
-        if F::NESTED {
-            for group in 0..F::CHUNKS * F::GROUPS {
-                scales[factor_at::<F>(group, lane)] = block.scales[group] as u8;
-                if F::BLOCK.has_min() {
-                    scales[min_factor_at::<F>(group, lane)] = block.mins[group] as u8;
+        for (quads, lines) in spread.iter().zip(codes.chunks_exact_mut(F::LINES)) {
+            pack_codes::<F>(quads, lines);
+        }
+    }
+}
+
+fn pack_scales<F: Format>(lane: usize, block: &Unpacked, scales: &mut [u8]) {
+    for (scale, at) in [(block.scale, Some(scale_at(lane))), (block.min, min_at::<F>(lane))] {
+        if let Some(at) = at {
+            scales[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+        }
+    }
+    if F::NESTED {
+        for group in 0..F::CHUNKS * F::GROUPS {
+            scales[factor_at::<F>(group, lane)] = block.scales[group] as u8;
+            if F::BLOCK.has_min() {
+                scales[min_factor_at::<F>(group, lane)] = block.mins[group] as u8;
+            }
+        }
+    }
+}
+
+/// Codes, a byte each, into the lines of a zeroed chunk.
+fn pack_codes<F: Format>(quads: &[Quad; QUADS], lines: &mut [Quad]) {
+    for (j, quad) in quads.iter().enumerate() {
+        let quad = quad.map(stored::<F>);
+        for (line, code) in lines[j % F::LOW].iter_mut().zip(quad) {
+            *line |= (code & (0xff >> (8 - F::LOW))) << (j / F::LOW * F::LOW);
+        }
+        match F::HIGH {
+            0 => {}
+            1 => {
+                for (bits, codes) in lines[F::LOW][8 * j..].iter_mut().zip(quad.as_chunks::<8>().0) {
+                    *bits = codes.iter().rev().fold(0, |bits, code| bits << 1 | code >> F::LOW);
                 }
             }
-        }
-        let chunks = block.codes[..F::BLOCK.elements()].chunks_exact(CHUNK);
-        for (chunk, codes) in chunks.zip(codes.chunks_exact_mut(F::LINES)) {
-            for (k, &code) in chunk.iter().enumerate() {
-                put_code::<F>(codes, k, lane, stored::<F>(code));
+            _ => {
+                for (line, code) in lines[F::LOW + j % 2].iter_mut().zip(quad) {
+                    *line |= code >> F::LOW << (j / 2 * 2);
+                }
             }
         }
     }
 }
 
 /// A code in its bits.
-fn stored<F: Format>(code: i8) -> u8 {
+#[inline(always)]
+fn stored<F: Format>(code: u8) -> u8 {
     match F::TABLE {
-        Some(table) => table.iter().position(|&v| v == code).expect("a value of the table") as u8,
-        None => code.wrapping_add(offset::<F>()) as u8,
+        // How many values lie below: they ascend. What is not among them lies in no row.
+        Some(table) => table.iter().map(|&v| u8::from(v < code as i8)).sum::<u8>() & 15,
+        None => code.wrapping_add(offset::<F>() as u8),
     }
 }
 
@@ -240,15 +270,6 @@ const fn low_at<F: Format>(k: usize, lane: usize) -> (usize, usize, usize) {
 const fn high_at<F: Format>(k: usize, lane: usize) -> (usize, usize, usize) {
     let (quad, byte) = (k / 4, 4 * lane + k % 4);
     if F::HIGH == 1 { (F::LOW, 8 * quad + byte / 8, byte % 8) } else { (F::LOW + quad % 2, byte, quad / 2 * 2) }
-}
-
-fn put_code<F: Format>(lines: &mut [Quad], k: usize, lane: usize, code: u8) {
-    let (line, byte, shift) = low_at::<F>(k, lane);
-    lines[line][byte] |= (code & (0xff >> (8 - F::LOW))) << shift;
-    if F::HIGH > 0 {
-        let (line, byte, shift) = high_at::<F>(k, lane);
-        lines[line][byte] |= code >> F::LOW << shift;
-    }
 }
 
 fn get_code<F: Format>(lines: &[Quad], k: usize, lane: usize) -> u8 {
