@@ -10,6 +10,7 @@ mod report;
 mod run;
 mod schedule;
 mod sse;
+pub mod sweep;
 mod table;
 mod workload;
 

@@ -182,6 +182,11 @@ impl Report {
         }
     }
 
+    /// Calls that the run was to make.
+    pub fn planned(&self) -> usize {
+        self.completed + self.errors.len() + self.unfinished
+    }
+
     /// What the generated tokens were counted by.
     pub fn tokens_from(&self) -> &'static str {
         match self.replies_with_usage {
@@ -217,7 +222,7 @@ impl Report {
             "request_goodput": self.request_goodput,
             "output_throughput": self.output_throughput,
             "total_token_throughput": self.total_token_throughput,
-            "max_output_tokens_per_s": self.max_output_tokens_per_s,
+            "max_output_tokens_per_s": self.max_output_tokens_per_s as f64,
             "max_concurrent_requests": self.max_concurrent_requests,
         });
         let Value::Object(mut figures) = figures else { unreachable!("written above as an object") };

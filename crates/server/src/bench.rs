@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use baton_loadgen::{
     Client, Endpoint, Form, Live, Load, Mode, Objectives, Prompt, Random, Report, Request, Target, arrivals,
-    read_requests, run,
+    read_requests, run, sweep,
 };
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -106,7 +106,15 @@ pub struct BenchArgs {
     #[arg(long, value_name = "NAME:MS", num_args = 1.., value_parser = objective)]
     goodput: Vec<(Latency, Duration)>,
 
-    /// Write the figures to this file as JSON, in the fields of `vllm bench serve`
+    /// Run once with each of these as --max-concurrency, and write a CSV and an HTML page with plots
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = count, conflicts_with = "max_concurrency")]
+    sweep: Vec<usize>,
+
+    /// Where the sweep goes: FILE.csv and FILE.html
+    #[arg(long, value_name = "FILE", default_value = "bench")]
+    sweep_output: PathBuf,
+
+    /// Write the figures to this file as JSON (of a sweep an array), in the fields of `vllm bench serve`
     #[arg(long, value_name = "FILE")]
     save_result: Option<PathBuf>,
 }
@@ -133,14 +141,13 @@ enum Latency {
 }
 
 fn base_url(text: &str) -> Result<String, String> {
-    let host = text.strip_prefix("http://").ok_or("expected http://HOST:PORT; https is not spoken")?;
-    let base = host.trim_end_matches('/');
-    // The routes are given by --endpoint.
-    if base.is_empty() || base.contains('/') {
-        Err("expected http://HOST:PORT, no path".into())
-    } else {
-        Ok(format!("http://{base}"))
+    let base = text.trim_end_matches('/');
+    let host = base.strip_prefix("http://").filter(|host| !host.is_empty());
+    host.ok_or("expected http://HOST:PORT; https is not spoken")?;
+    if base.ends_with("/v1") {
+        return Err("expected http://HOST:PORT without the /v1 that --endpoint begins with".into());
     }
+    Ok(base.to_owned())
 }
 
 /// Enough for any run, small enough to hold.
@@ -180,26 +187,63 @@ async fn bench(args: &BenchArgs) -> Result<()> {
     let stop = stop_on_interrupt();
     let api_key = args.api_key.as_ref().map(|key| key.0.clone());
     let client = Client::new(Target { base: args.base_url.clone(), api_key });
-    let endpoint = args.endpoint();
+    let (model, form) = tokio::select! {
+        prepared = prepare(args, &client) => prepared?,
+        () = stop.cancelled() => bail!("interrupted before the run began"),
+    };
+    let concurrencies =
+        if args.sweep.is_empty() { vec![args.max_concurrency] } else { args.sweep.iter().copied().map(Some).collect() };
+    let mut reports = Vec::new();
+    for (seed, concurrency) in (0..).map(|i| args.seed.wrapping_add(i)).zip(concurrencies) {
+        // Prompts of its own: a step must not find those of the last one in a cache.
+        let load = args.load(&model, form, concurrency, seed)?;
+        warm_up(&client, &load, args.num_warmups, &stop).await;
+        let report = measure(&client, load, args.objectives(), &stop).await;
+        show(&report)?;
+        reports.push(report);
+        if stop.is_cancelled() {
+            break;
+        }
+    }
+    save(args, &model, form, &reports)?;
+    ensure!(stop.is_cancelled() || reports.iter().all(|r| r.completed > 0), "no call ended well");
+    Ok(())
+}
+
+/// The model, and how random prompts of it are written; none for those of a file.
+async fn prepare(args: &BenchArgs, client: &Client) -> Result<(String, Option<Form>)> {
     let model = match &args.model {
         Some(model) => model.clone(),
-        None => first_model(&client).await?,
+        None => first_model(client).await?,
     };
     let form = match args.dataset_name {
-        Dataset::Random => Some(Form::ask(&client, endpoint, &model).await),
+        Dataset::Random => Some(Form::ask(client, args.endpoint(), &model).await),
         Dataset::Custom => None,
     };
-    let step = args.step(&model, form, args.max_concurrency, args.seed)?;
-    warm_up(&client, &step, args.num_warmups).await;
-    let report = measure(&client, step, args.objectives(), &stop).await;
-    show(&report)?;
+    Ok((model, form))
+}
+
+fn save(args: &BenchArgs, model: &str, form: Option<Form>, reports: &[Report]) -> Result<()> {
+    let write =
+        |file: &Path, text: String| fs::write(file, text).with_context(|| format!("writing {}", file.display()));
     if let Some(file) = &args.save_result {
-        let mut result = args.json(&model, form);
-        result.extend(report.json());
-        fs::write(file, serde_json::to_string_pretty(&result)? + "\n")
-            .with_context(|| format!("writing {}", file.display()))?;
+        let result = |report: &Report| {
+            let mut result = args.json(model, form);
+            result.insert("num_prompts".into(), json!(report.planned()));
+            result.extend(report.json());
+            Value::Object(result)
+        };
+        let result = match reports {
+            [report] if args.sweep.is_empty() => result(report),
+            reports => reports.iter().map(result).collect(),
+        };
+        write(file, serde_json::to_string_pretty(&result)? + "\n")?;
     }
-    ensure!(report.completed > 0 || stop.is_cancelled(), "no call ended well");
+    if !args.sweep.is_empty() {
+        let title = format!("{model} at {}", args.base_url);
+        write(&args.sweep_output.with_extension("csv"), sweep::csv(reports))?;
+        write(&args.sweep_output.with_extension("html"), sweep::html(&title, reports))?;
+    }
     Ok(())
 }
 
@@ -217,7 +261,7 @@ impl BenchArgs {
     }
 
     /// The calls of one run. `form` is how random prompts are written.
-    fn step(&self, model: &str, form: Option<Form>, max_concurrency: Option<usize>, seed: u64) -> Result<Load> {
+    fn load(&self, model: &str, form: Option<Form>, max_concurrency: Option<usize>, seed: u64) -> Result<Load> {
         let requests = match form {
             Some(form) => {
                 let random = Random {
@@ -267,7 +311,6 @@ impl BenchArgs {
             "label": null,
             "model_id": model,
             "tokenizer_id": null,
-            "num_prompts": self.num_prompts,
             "request_rate": rate,
             "burstiness": if self.burstiness.is_finite() { json!(self.burstiness) } else { json!("inf") },
             "seed": self.seed,
@@ -303,12 +346,12 @@ fn stop_on_interrupt() -> CancellationToken {
     stop
 }
 
-async fn warm_up(client: &Client, load: &Load, n: usize) {
+async fn warm_up(client: &Client, load: &Load, n: usize, stop: &CancellationToken) {
     let Some(first) = load.calls.first().filter(|_| n > 0) else { return };
     let mut calls = vec![first.clone(); n];
     calls.iter_mut().for_each(|call| call.at = Duration::ZERO);
     let warmups = Load { calls, ..load.clone() };
-    run(client, warmups, &Arc::default(), std::future::pending()).await;
+    run(client, warmups, &Arc::default(), stop.cancelled()).await;
 }
 
 /// Makes the calls with a progress line, if a terminal is there.

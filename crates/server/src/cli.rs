@@ -22,7 +22,7 @@ pub enum Command {
     /// Fetch a checkpoint into the cache that Hugging Face tools share, and print its folder
     Pull(PullArgs),
     /// Load an OpenAI-compatible server and measure what it gives, as `vllm bench serve` does
-    Bench(BenchArgs),
+    Bench(Box<BenchArgs>),
 }
 
 /// Puts `serve` in front when nothing is said.
