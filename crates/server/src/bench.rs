@@ -61,7 +61,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "B", default_value = "1", value_parser = positive)]
     burstiness: f64,
 
-    /// Decides prompts and arrival times
+    /// Decides prompts and arrival times; used again on one server, it finds a warm prefix cache. A sweep counts on from it
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
@@ -191,11 +191,8 @@ async fn bench(args: &BenchArgs) -> Result<()> {
         prepared = prepare(args, &client) => prepared?,
         () = stop.cancelled() => bail!("interrupted before the run began"),
     };
-    let concurrencies =
-        if args.sweep.is_empty() { vec![args.max_concurrency] } else { args.sweep.iter().copied().map(Some).collect() };
     let mut reports = Vec::new();
-    for (seed, concurrency) in (0..).map(|i| args.seed.wrapping_add(i)).zip(concurrencies) {
-        // Prompts of its own: a step must not find those of the last one in a cache.
+    for (concurrency, seed) in args.steps() {
         let load = args.load(&model, form, concurrency, seed)?;
         warm_up(&client, &load, args.num_warmups, &stop).await;
         let report = measure(&client, load, args.objectives(), &stop).await;
@@ -227,16 +224,14 @@ fn save(args: &BenchArgs, model: &str, form: Option<Form>, reports: &[Report]) -
     let write =
         |file: &Path, text: String| fs::write(file, text).with_context(|| format!("writing {}", file.display()));
     if let Some(file) = &args.save_result {
-        let result = |report: &Report| {
-            let mut result = args.json(model, form);
+        let result = |(report, (_, seed)): (&Report, (Option<usize>, u64))| {
+            let mut result = args.json(model, form, seed);
             result.insert("num_prompts".into(), json!(report.planned()));
             result.extend(report.json());
             Value::Object(result)
         };
-        let result = match reports {
-            [report] if args.sweep.is_empty() => result(report),
-            reports => reports.iter().map(result).collect(),
-        };
+        let mut results: Vec<Value> = reports.iter().zip(args.steps()).map(result).collect();
+        let result = if args.sweep.is_empty() { results.remove(0) } else { results.into() };
         write(file, serde_json::to_string_pretty(&result)? + "\n")?;
     }
     if !args.sweep.is_empty() {
@@ -258,6 +253,15 @@ impl BenchArgs {
     fn objectives(&self) -> Objectives {
         let limit = |of: Latency| self.goodput.iter().filter(|(l, _)| *l == of).map(|(_, limit)| *limit).min();
         Objectives { ttft: limit(Latency::Ttft), tpot: limit(Latency::Tpot), e2el: limit(Latency::E2el) }
+    }
+
+    /// The runs to make: concurrency and seed. Each has prompts of its own, lest it find those of the last in a cache.
+    fn steps(&self) -> Vec<(Option<usize>, u64)> {
+        let seeds = (0..).map(|i| self.seed.wrapping_add(i));
+        match self.sweep.as_slice() {
+            [] => vec![(self.max_concurrency, self.seed)],
+            sweep => sweep.iter().copied().map(Some).zip(seeds).collect(),
+        }
     }
 
     /// The calls of one run. `form` is how random prompts are written.
@@ -298,7 +302,7 @@ impl BenchArgs {
     }
 
     /// How the run was made, in the fields of `vllm bench serve`.
-    fn json(&self, model: &str, form: Option<Form>) -> Map<String, Value> {
+    fn json(&self, model: &str, form: Option<Form>, seed: u64) -> Map<String, Value> {
         let rate = if self.request_rate.is_finite() { json!(self.request_rate) } else { json!("inf") };
         let backend = match self.endpoint {
             Route::Completions => "openai",
@@ -313,7 +317,7 @@ impl BenchArgs {
             "tokenizer_id": null,
             "request_rate": rate,
             "burstiness": if self.burstiness.is_finite() { json!(self.burstiness) } else { json!("inf") },
-            "seed": self.seed,
+            "seed": seed,
             "prompts": form.map_or("from a file", Form::name),
         });
         let Value::Object(setup) = setup else { unreachable!("written above as an object") };

@@ -53,7 +53,11 @@ fn assert_ordered(result: &Value) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closed_loop_counts_every_token_and_saves_the_fields_of_vllm() {
     let server = start(&[]).await;
-    let prefixed = [SMALL, &["--random-prefix-len", "16", "--max-concurrency", "4", "--goodput", "e2el:1e9"]].concat();
+    let prefixed = [
+        SMALL,
+        &["--random-prefix-len", "16", "--max-concurrency", "4", "--num-warmups", "2", "--goodput", "e2el:1e9"],
+    ]
+    .concat();
     let (code, result, table) = saved(&server.target().base, &prefixed);
     assert_eq!(code, Some(0));
     for (field, expected) in [
@@ -87,6 +91,7 @@ async fn an_open_loop_serves_chats_and_a_file_is_replayed() {
         saved(url, &[SMALL, &["--endpoint", "chat", "--request-rate", "200", "--burstiness", "0.5"]].concat());
     assert_eq!((code, &result["completed"], &result["total_output_tokens"]), (Some(0), &8.into(), &64.into()));
     assert_eq!((&result["backend"], &result["request_rate"]), (&"openai-chat".into(), &200.0.into()));
+    assert_eq!(result["prompts"], "text of about that many tokens");
 
     let dir = TempDir::new().expect("a folder");
     let file = dir.path().join("trace.jsonl");
@@ -110,6 +115,7 @@ async fn a_sweep_writes_a_csv_and_a_page_that_fetches_nothing() {
     assert_eq!(code, Some(0));
     let concurrencies: Vec<_> = results.as_array().expect("an array").iter().map(|r| &r["max_concurrency"]).collect();
     assert_eq!(concurrencies, [1, 2, 4]);
+    assert!(results[0]["seed"] == 0 && results[2]["seed"] == 2, "prompts of its own at each step: {results}");
     let csv = fs::read_to_string(base.with_extension("csv")).expect("a CSV");
     assert_eq!(csv.lines().count(), 4, "{csv}");
     let page = fs::read_to_string(base.with_extension("html")).expect("a page");
