@@ -62,7 +62,8 @@ impl Quantiles {
 fn percentile(sorted: &[f64], p: f64) -> f64 {
     let rank = p / 100.0 * (sorted.len() - 1) as f64;
     let (below, above) = (sorted[rank.floor() as usize], sorted[rank.ceil() as usize]);
-    below + (above - below) * rank.fract()
+    // Rounding must not carry it past the higher one.
+    (below + (above - below) * rank.fract()).min(above)
 }
 
 /// Limits that a call must keep to be good; none that is absent.
@@ -131,6 +132,9 @@ pub struct Report {
     pub itl: Quantiles,
     /// Whole calls.
     pub e2el: Quantiles,
+    /// From arrival to sending, which the latencies leave out; absent in a closed loop,
+    /// where it says nothing, and without a limit.
+    pub client_queue_time: Option<Quantiles>,
     /// One per call that ended well, in order of the calls.
     pub replies: Vec<Reply>,
 }
@@ -139,6 +143,11 @@ impl Report {
     /// Of a run that was sent with `max_concurrency`.
     pub fn new(run: Run, max_concurrency: Option<usize>, objectives: Objectives) -> Self {
         let (max_output_tokens_per_s, max_concurrent_requests) = peaks(&run.calls);
+        let open_loop = run.calls.iter().any(|c| c.at > Duration::ZERO);
+        let client_queue_time = (open_loop && max_concurrency.is_some()).then(|| {
+            let good = run.calls.iter().filter(|c| c.result.is_ok());
+            Quantiles::of(good.map(|c| c.sent.saturating_sub(c.at)))
+        });
         let mut errors = Vec::new();
         let mut error_kinds = BTreeMap::new();
         let mut replies = Vec::new();
@@ -178,6 +187,7 @@ impl Report {
             tpot: Quantiles::of(replies.iter().filter_map(Reply::per_output_token)),
             itl: Quantiles::of(replies.iter().flat_map(|r| r.gaps.iter().copied())),
             e2el: Quantiles::of(replies.iter().map(|r| r.total)),
+            client_queue_time,
             replies,
         }
     }
@@ -197,13 +207,16 @@ impl Report {
     }
 
     /// The latencies: name in fields, name in print, title, figures.
-    pub fn latencies(&self) -> [(&'static str, &'static str, &'static str, &Quantiles); 4] {
-        [
+    pub fn latencies(&self) -> Vec<(&'static str, &'static str, &'static str, &Quantiles)> {
+        let mut latencies = vec![
             ("ttft", "TTFT", "Time to First Token", &self.ttft),
             ("tpot", "TPOT", "Time per Output Token (excl. 1st token)", &self.tpot),
             ("itl", "ITL", "Inter-token Latency", &self.itl),
             ("e2el", "E2EL", "End-to-end Latency", &self.e2el),
-        ]
+        ];
+        let queue = self.client_queue_time.as_ref();
+        latencies.extend(queue.map(|q| ("client_queue_time", "Client Queue Time", "Client-side Queueing", q)));
+        latencies
     }
 
     /// The figures by their names in `vllm bench serve`.
@@ -299,12 +312,18 @@ mod tests {
         let total = first_token + gaps.iter().sum::<Duration>();
         let reply =
             Reply { usage: true, prompt_tokens: 7, output_tokens, first_token, gaps, total, ..Reply::default() };
-        Call { sent: Duration::from_millis(sent), prompt_len: 9, result: Ok(reply) }
+        let sent = Duration::from_millis(sent);
+        Call { at: sent / 2, sent, prompt_len: 9, result: Ok(reply) }
     }
 
     #[test]
     fn a_run_gives_the_figures_that_its_calls_add_up_to() {
-        let failed = Call { sent: Duration::ZERO, prompt_len: 9, result: Err(CallError::Cut(String::new())) };
+        let failed = Call {
+            at: Duration::ZERO,
+            sent: Duration::ZERO,
+            prompt_len: 9,
+            result: Err(CallError::Cut(String::new())),
+        };
         let mut uncounted = call(2000, 300, &[], 1);
         uncounted.result.as_mut().unwrap().usage = false;
         let calls = vec![call(0, 100, &[50, 50], 5), failed, call(150, 40, &[10], 2), uncounted];
@@ -320,6 +339,8 @@ mod tests {
         assert_eq!(report.request_goodput, Some(0.25));
         assert_eq!((report.max_output_tokens_per_s, report.max_concurrent_requests), (5, 2));
         assert_eq!(report.tpot.median_ms, 17.5);
+        // Half of 0, 150 and 2000 ms.
+        assert_eq!(report.client_queue_time.unwrap().median_ms, 75.0);
         assert_eq!(report.tokens_from(), "usage, or chunks where there is none");
     }
 }

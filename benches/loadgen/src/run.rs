@@ -44,6 +44,8 @@ pub struct Load {
 /// A call that ended.
 #[derive(Debug)]
 pub struct Call {
+    /// From the start of the run to its arrival.
+    pub at: Duration,
     /// From the start of the run to its sending.
     pub sent: Duration,
     /// Prompt tokens asked for.
@@ -103,7 +105,7 @@ pub async fn run(client: &Client, load: Load, live: &Arc<Live>, stop: impl Futur
                 counter.fetch_add(1, Relaxed);
                 drop(permit);
                 // Nobody listens once the run was stopped.
-                let _ = done.send((i, Call { sent, prompt_len, result }));
+                let _ = done.send((i, Call { at, sent, prompt_len, result }));
             });
         }
         while let Some(task) = tasks.join_next().await {

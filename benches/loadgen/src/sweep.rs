@@ -16,7 +16,7 @@ pub fn csv(reports: &[Report]) -> String {
     let columns: Vec<&String> = first.iter().filter(|(_, v)| !v.is_object()).map(|(name, _)| name).collect();
     let mut text = columns.iter().map(|c| c.as_str()).collect::<Vec<_>>().join(",") + "\n";
     for row in &rows {
-        let cells: Vec<String> = columns.iter().map(|c| cell(&row[*c])).collect();
+        let cells: Vec<String> = columns.iter().map(|c| row.get(*c).map_or(String::new(), cell)).collect();
         text += &(cells.join(",") + "\n");
     }
     text

@@ -17,6 +17,7 @@ use baton_loadgen::{
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::settings::Secret;
@@ -25,7 +26,8 @@ use crate::settings::Secret;
 #[derive(Debug, Args)]
 #[command(
     after_help = "Without --request-rate all calls arrive at once and --max-concurrency of them are in flight: a \
-    closed loop. With it they arrive by the clock, however slow the server is. Ctrl-C ends the run and reports what \
+    closed loop. With it they arrive by the clock, however slow the server is; latencies count from sending, and what \
+    --max-concurrency held back before that is printed as queueing. Ctrl-C ends the run and reports what \
     was measured until then."
 )]
 pub struct BenchArgs {
@@ -184,7 +186,7 @@ pub fn main(args: &BenchArgs) -> Result<()> {
 }
 
 async fn bench(args: &BenchArgs) -> Result<()> {
-    let stop = stop_on_interrupt();
+    let stop = stop_on_interrupt()?;
     let api_key = args.api_key.as_ref().map(|key| key.0.clone());
     let client = Client::new(Target { base: args.base_url.clone(), api_key });
     let (model, form) = tokio::select! {
@@ -335,19 +337,18 @@ async fn first_model(client: &Client) -> Result<String> {
     }
 }
 
-/// Cancelled by Ctrl-C; a second one ends the process, as ever.
-fn stop_on_interrupt() -> CancellationToken {
+/// Cancelled by Ctrl-C; a second one ends the process at once.
+fn stop_on_interrupt() -> Result<CancellationToken> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = CancellationToken::new();
     let token = stop.clone();
     tokio::spawn(async move {
-        while tokio::signal::ctrl_c().await.is_ok() {
-            if token.is_cancelled() {
-                std::process::exit(130);
-            }
-            token.cancel();
-        }
+        interrupt.recv().await;
+        token.cancel();
+        interrupt.recv().await;
+        std::process::exit(130);
     });
-    stop
+    Ok(stop)
 }
 
 async fn warm_up(client: &Client, load: &Load, n: usize, stop: &CancellationToken) {

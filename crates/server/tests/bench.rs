@@ -91,6 +91,7 @@ async fn an_open_loop_serves_chats_and_a_file_is_replayed() {
         saved(url, &[SMALL, &["--endpoint", "chat", "--request-rate", "200", "--burstiness", "0.5"]].concat());
     assert_eq!((code, &result["completed"], &result["total_output_tokens"]), (Some(0), &8.into(), &64.into()));
     assert_eq!((&result["backend"], &result["request_rate"]), (&"openai-chat".into(), &200.0.into()));
+    assert!(result.get("p99_client_queue_time_ms").is_none(), "nothing limits the calls in flight");
     assert_eq!(result["prompts"], "text of about that many tokens");
 
     let dir = TempDir::new().expect("a folder");
@@ -100,9 +101,11 @@ async fn an_open_loop_serves_chats_and_a_file_is_replayed() {
     fs::write(&file, lines).expect("written");
     let file = file.to_str().expect("UTF-8");
     let replay = ["--dataset-name", "custom", "--dataset-path", file, "--custom-output-len", "5", "--ignore-eos"];
+    let replay = [&replay[..], &["--max-concurrency", "2"]].concat();
     let (code, result, _) = saved(url, &replay);
     assert_eq!((code, &result["completed"], &result["total_output_tokens"]), (Some(0), &3.into(), &12.into()));
-    assert!(result["duration"].as_f64().expect("seconds") >= 0.02, "the last call arrives after 20 ms");
+    assert!(result["duration"].as_f64().expect("seconds") >= 0.019, "the last call arrives after 20 ms");
+    assert!(result["p99_client_queue_time_ms"].is_number(), "{result}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
