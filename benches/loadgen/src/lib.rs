@@ -1,5 +1,5 @@
 //! A load generator for OpenAI-compatible servers: a client that streams one call and times its
-//! tokens, and a closed loop that keeps a number of calls in flight.
+//! tokens, workloads, arrival schedules, and a loop that keeps a number of calls in flight.
 //!
 //! Invariant: a call counts as served only if its stream ended with a finish reason and `[DONE]`;
 //! a clean close alone is an error, because a server that dies looks like that.
@@ -7,17 +7,21 @@
 mod client;
 mod local;
 mod report;
+mod run;
+mod schedule;
 mod sse;
+pub mod sweep;
+mod table;
+mod workload;
 
-pub use client::{Client, Reply, Target};
+pub use client::{CallError, Client, Reply, Target};
 pub use local::LocalServer;
-pub use report::{Quantiles, Report};
+pub use report::{Objectives, Quantiles, Report};
+pub use run::{Call, Live, Load, Planned, Run, run};
+pub use schedule::arrivals;
+pub use workload::{Endpoint, Form, Prompt, Random, Request, read_requests};
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex},
-    time::Instant,
-};
+use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 
@@ -30,35 +34,12 @@ pub enum Mode {
     Whole,
 }
 
-/// Sends `bodies` to `path`, `concurrency` at a time, each worker taking the next when its last one
-/// ended. Replies come in the order of `bodies`.
+/// Sends `bodies` to `path`, `concurrency` at a time, the next when one ended. Replies come in the
+/// order of `bodies`.
 pub async fn closed_loop(target: &Target, path: &str, bodies: Vec<Value>, concurrency: usize, mode: Mode) -> Report {
-    let total = bodies.len();
-    let queue: Arc<Mutex<VecDeque<(usize, Value)>>> = Arc::new(Mutex::new(bodies.into_iter().enumerate().collect()));
-    let start = Instant::now();
-    let workers: Vec<_> = (0..concurrency.max(1))
-        .map(|_| {
-            let (queue, client, path) = (queue.clone(), Client::new(target.clone()), path.to_owned());
-            tokio::spawn(async move {
-                let mut replies = Vec::new();
-                loop {
-                    let Some((i, body)) = queue.lock().expect("no holder panics").pop_front() else { break };
-                    let reply = match mode {
-                        Mode::Streamed => client.stream(&path, body).await,
-                        Mode::Whole => client.whole(&path, &body).await,
-                    };
-                    replies.push((i, reply));
-                }
-                replies
-            })
-        })
-        .collect();
-    let mut replies: Vec<Option<anyhow::Result<Reply>>> = (0..total).map(|_| None).collect();
-    for worker in workers {
-        for (i, reply) in worker.await.expect("a worker does not panic") {
-            replies[i] = Some(reply);
-        }
-    }
-    let replies = replies.into_iter().map(|r| r.expect("every call was taken")).collect();
-    Report::new(concurrency, start.elapsed(), replies)
+    let max_concurrency = Some(concurrency.max(1));
+    let calls = bodies.into_iter().map(|body| Planned { at: Duration::ZERO, body, prompt_len: 0 }).collect();
+    let load = Load { path: path.to_owned(), calls, max_concurrency, mode };
+    let run = run(&Client::new(target.clone()), load, &Arc::default(), std::future::pending()).await;
+    Report::new(run, max_concurrency, Objectives::default())
 }

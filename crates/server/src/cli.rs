@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::{pull::PullArgs, settings::ServeArgs};
+use crate::{bench::BenchArgs, pull::PullArgs, settings::ServeArgs};
 
 /// Serves language models that were trained somewhere else.
 #[derive(Debug, Parser)]
@@ -21,6 +21,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Fetch a checkpoint into the cache that Hugging Face tools share, and print its folder
     Pull(PullArgs),
+    /// Load an OpenAI-compatible server and measure what it gives, as `vllm bench serve` does
+    Bench(Box<BenchArgs>),
 }
 
 /// Puts `serve` in front when nothing is said.

@@ -1,6 +1,7 @@
 //! The `baton` binary: commands and their settings. `serve.rs` reads as the boot order.
 
 mod backend;
+mod bench;
 mod bundled;
 mod cli;
 mod load;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::pull::PullArgs;
+use crate::{bench::BenchArgs, pull::PullArgs};
 
 fn main() -> ExitCode {
     let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));
@@ -21,6 +22,9 @@ fn main() -> ExitCode {
         Some(("serve", matches)) => serve::main(matches),
         Some(("pull", matches)) => {
             PullArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| pull::main(&args))
+        }
+        Some(("bench", matches)) => {
+            BenchArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| bench::main(&args))
         }
         _ => unreachable!("clap refuses a missing or unknown command"),
     };
