@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::{pull::PullArgs, settings::ServeArgs};
+use crate::{pull::PullArgs, quantize::QuantizeArgs, settings::ServeArgs};
 
 /// Serves language models that were trained somewhere else.
 #[derive(Debug, Parser)]
@@ -21,6 +21,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Fetch a checkpoint into the cache that Hugging Face tools share, and print its folder
     Pull(PullArgs),
+    /// Save a checkpoint with its linear layers quantised, to be served without the original
+    Quantize(QuantizeArgs),
 }
 
 /// Puts `serve` in front when nothing is said.

@@ -6,6 +6,7 @@ mod cli;
 mod load;
 mod memory;
 mod pull;
+mod quantize;
 mod serve;
 mod settings;
 
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::pull::PullArgs;
+use crate::{pull::PullArgs, quantize::QuantizeArgs};
 
 fn main() -> ExitCode {
     let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));
@@ -21,6 +22,9 @@ fn main() -> ExitCode {
         Some(("serve", matches)) => serve::main(matches),
         Some(("pull", matches)) => {
             PullArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| pull::main(&args))
+        }
+        Some(("quantize", matches)) => {
+            QuantizeArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| quantize::main(&args))
         }
         _ => unreachable!("clap refuses a missing or unknown command"),
     };
