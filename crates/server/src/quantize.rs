@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use baton_device::WeightFormat;
 use clap::Args;
 use indicatif::{HumanBytes, ProgressBar};
 
@@ -48,7 +49,7 @@ pub fn main(args: &QuantizeArgs) -> Result<()> {
             worst.from,
             worst.to
         );
-        let others = converted.iter().filter(|c| c.to != args.quantize.format().into()).count();
+        let others = converted.iter().filter(|c| c.to != WeightFormat::Ggml(args.quantize.format())).count();
         if others > 0 {
             eprintln!("{others} of them are kept in a wider format, since their rows are not whole blocks");
         }

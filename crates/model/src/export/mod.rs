@@ -160,14 +160,11 @@ fn quantized_config(files: &Files, format: BlockFormat, floats: &[&str]) -> Resu
 fn copy_files(files: &Files, folder: &NewCheckpoint) -> Result<(), ExportError> {
     let copied = |name: &String| COPIED.iter().any(|e| name.ends_with(e)) && name != INDEX && name != "config.json";
     for name in files.names()?.into_iter().filter(copied) {
-        match files.open(&name) {
-            Ok(Some(file)) if file.len() > MAX_COPIED => {
-                return Err(FileError::TooLarge { name, bytes: file.len(), limit: MAX_COPIED }.into());
-            }
-            Ok(Some(file)) => folder.write_file(&name, &file.read(0, file.len() as usize)?)?,
-            // A folder of such a name.
-            Ok(None) | Err(_) => {}
+        let file = files.open(&name)?.ok_or_else(|| FileError::Missing { name: name.clone() })?;
+        if file.len() > MAX_COPIED {
+            return Err(FileError::TooLarge { name, bytes: file.len(), limit: MAX_COPIED }.into());
         }
+        folder.write_file(&name, &file.read(0, file.len() as usize)?)?;
     }
     Ok(())
 }
