@@ -1,7 +1,7 @@
 //! From values to blocks, as ggml's plain quantisers do it (`quantize_row_*_ref`).
 //!
 //! Values are finite. Those beyond a format give an infinite scale, so that what comes back is not finite either and
-//! the reader can refuse it. Sums are taken in one order ([`sum`]), so that every machine makes the same blocks.
+//! the reader can refuse it. Sums are taken in one order ([`sums`]), so that every machine makes the same blocks.
 
 use half::f16;
 
@@ -61,60 +61,64 @@ fn six_bits(values: [f32; 8]) -> (f16, [u8; 8]) {
     (scale, values.map(|v| (v * inverse).round().min(63.0) as u8))
 }
 
-/// The scale and the minimum, taken off and not negative, with which four bits give a group best (`make_qkx2_quants`).
-/// The error counts by `rms(x) + |x|`. Codes of scales around the one that just spans the values are tried; to each
-/// belong the scale and minimum of weighted least squares.
+/// The scale and the minimum, taken off and not negative, with which four bits give a group best, searched as in
+/// `make_qkx2_quants`. The squared error counts by `rms(x) + |x|`. Codes of scales around the one that just spans the
+/// values are tried; to each belong the scale and minimum of weighted least squares.
 fn scale_and_minimum(x: &[f32; 32]) -> (f32, f32) {
     let (low, high) = x.iter().fold((0.0, f32::MIN), |(low, high): (f32, f32), &v| (low.min(v), high.max(v)));
     let range = high - low;
     if range <= 0.0 {
         return (0.0, -low);
     }
-    let rms = (sum(|i| x[i] * x[i]) / 32.0).sqrt();
+    let [squares] = sums(|i| [x[i] * x[i]]);
+    let rms = (squares / 32.0).sqrt();
     let weights = x.map(|v| rms + v.abs());
-    let error = |codes: &[f32; 32], scale: f32, low: f32| {
-        sum(|i| {
-            let off = scale * codes[i] + low - x[i];
-            weights[i] * (off * off)
-        })
-    };
-    let spread = |steps: f32| x.map(|v| code(v - low, steps / range));
-    let mut best = (range / 15.0, low);
-    let mut least = error(&spread(15.0), best.0, best.1);
-    let (w, wx) = (sum(|i| weights[i]), sum(|i| weights[i] * x[i]));
+    // Counted from the lowest, so that sums keep their precision where all values are alike.
+    let y = x.map(|v| v - low);
+    let [w, wy] = sums(|i| [weights[i], weights[i] * y[i]]);
+    let (mut best, mut most) = ((range / 15.0, 0.0), f32::MIN);
     for step in 0..=STEPS {
-        let codes = spread(14.0 + 0.1 * step as f32);
-        let (wq, wqq) = (sum(|i| weights[i] * codes[i]), sum(|i| weights[i] * (codes[i] * codes[i])));
-        let wqx = sum(|i| weights[i] * (codes[i] * x[i]));
+        let inverse = (14.0 + 0.1 * step as f32) / range;
+        let [wq, wqq, wqy] = sums(|i| {
+            let q = code(y[i], inverse);
+            let wq = weights[i] * q;
+            [wq, wq * q, wq * y[i]]
+        });
         let determinant = w * wqq - wq * wq;
-        if determinant > 0.0 {
-            let fit = ((w * wqx - wx * wq) / determinant, (wqq * wx - wq * wqx) / determinant);
-            // A minimum above zero cannot be kept: then the best without one.
-            let fit = if fit.1 > 0.0 { (wqx / wqq, 0.0) } else { fit };
-            let error = error(&codes, fit.0, fit.1);
-            if error < least {
-                (best, least) = (fit, error);
-            }
+        let mut scale = (w * wqy - wy * wq) / determinant;
+        let mut offset = (wqq * wy - wq * wqy) / determinant;
+        if offset > -low {
+            // A minimum above zero cannot be kept: the best scale with none.
+            (scale, offset) = ((wqy + low * wq) / wqq, -low);
+        }
+        // By how much the error is below that of zeros.
+        let gain = scale * (2.0 * (wqy - offset * wq) - scale * wqq) + offset * (2.0 * wy - offset * w);
+        if determinant > 0.0 && gain > most {
+            (best, most) = ((scale, offset), gain);
         }
     }
-    (best.0, -best.1)
+    (best.0, -(low + best.1))
 }
 
-/// The nearest of the codes 0 to 15. Adding and taking off 1.5·2²³ rounds without a branch, so this compiles to vector code.
+/// The nearest of the codes 0 to 15. Adding and taking off 1.5·2²³ rounds without a branch, so that this compiles to
+/// vector code.
 fn code(value: f32, inverse: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     (value * inverse).clamp(0.0, 15.0) + ROUND - ROUND
 }
 
-/// The sum of 32 terms, in eight sums at once.
-fn sum(term: impl Fn(usize) -> f32) -> f32 {
-    let mut sums = [0.0; 8];
+/// Sums over a group, of eight terms at once.
+fn sums<const N: usize>(terms: impl Fn(usize) -> [f32; N]) -> [f32; N] {
+    let mut lanes = [[0.0; 8]; N];
     for start in (0..32).step_by(8) {
-        for (i, sum) in sums.iter_mut().enumerate() {
-            *sum += term(start + i);
+        for i in 0..8 {
+            let terms = terms(start + i);
+            for (lanes, term) in lanes.iter_mut().zip(terms) {
+                lanes[i] += term;
+            }
         }
     }
-    sums.iter().sum()
+    lanes.map(|[a, b, c, d, e, f, g, h]| ((a + e) + (b + f)) + ((c + g) + (d + h)))
 }
 
 fn invert(scale: f32) -> f32 {

@@ -64,6 +64,10 @@ pub struct NewCheckpoint {
 impl NewCheckpoint {
     /// Begins the folder `target`, which must not exist, for those tensors, which its disk must have room for.
     pub fn create(target: &Path, tensors: Vec<NewTensor>) -> Result<Self, ExportError> {
+        Self::in_shards(target, tensors, SHARD_BYTES)
+    }
+
+    fn in_shards(target: &Path, tensors: Vec<NewTensor>, shard_bytes: u64) -> Result<Self, ExportError> {
         let failed = |source| ExportError::Write { path: target.to_owned(), source };
         if target.symlink_metadata().is_ok() {
             return Err(ExportError::Exists { path: target.to_owned() });
@@ -81,7 +85,7 @@ impl NewCheckpoint {
         }
         let partial = parent.join(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
         fs::create_dir(&partial).map_err(failed)?;
-        Ok(Self { target: target.to_owned(), partial, shards: shards(tensors) })
+        Ok(Self { target: target.to_owned(), partial, shards: shards(tensors, shard_bytes) })
     }
 
     /// Writes a file beside the weights.
@@ -155,12 +159,12 @@ impl Drop for NewCheckpoint {
     }
 }
 
-/// The tensors in files of at most [`SHARD_BYTES`].
-fn shards(tensors: Vec<NewTensor>) -> Vec<Vec<NewTensor>> {
+/// The tensors in files of at most `most` bytes, unless one alone has more.
+fn shards(tensors: Vec<NewTensor>, most: u64) -> Vec<Vec<NewTensor>> {
     let (mut shards, mut bytes) = (vec![Vec::new()], 0);
     for tensor in tensors {
         bytes += tensor.bytes;
-        if bytes > SHARD_BYTES && !shards.last().is_some_and(Vec::is_empty) {
+        if bytes > most && !shards.last().is_some_and(Vec::is_empty) {
             shards.push(Vec::new());
             bytes = tensor.bytes;
         }
@@ -192,4 +196,40 @@ fn index(names: &[String], shards: &[Vec<NewTensor>], total: u64) -> Vec<u8> {
     let weight_map: Map<String, Value> = names.iter().zip(shards).flat_map(of_shard).collect();
     let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
     serde_json::to_vec_pretty(&index).expect("JSON serialises")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Files;
+    use crate::checkpoint::Checkpoint;
+
+    fn tensors(sizes: &[usize]) -> Vec<NewTensor> {
+        sizes.iter().enumerate().map(|(i, n)| NewTensor::new(format!("t{i}"), &[*n], DType::F32)).collect()
+    }
+
+    #[test]
+    fn a_checkpoint_in_shards_is_read_as_it_was_written() {
+        let temp = tempfile::tempdir().unwrap();
+        let out = temp.path().join("new");
+        let folder = NewCheckpoint::in_shards(&out, tensors(&[3, 2, 9, 1, 1]), 20).unwrap();
+        assert_eq!(folder.shards.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1, 2]);
+        let content = |t: &NewTensor| vec![t.name.as_bytes()[1]; t.bytes as usize];
+        // A piece at a time.
+        folder.write_tensors(&|_, _| {}, |t, write| content(t).chunks(5).try_for_each(|piece| write(piece))).unwrap();
+        let checkpoint = Checkpoint::open(&Files::folder(&out).unwrap()).unwrap();
+        for tensor in tensors(&[3, 2, 9, 1, 1]) {
+            let (entry, part) = checkpoint.tensor(&tensor.name).unwrap();
+            assert_eq!((entry.stored_type, &entry.shape), ("F32", &tensor.shape));
+            assert_eq!(*part, content(&tensor));
+        }
+    }
+
+    #[test]
+    fn more_than_a_disk_has_is_refused_before_anything_is_written() {
+        let temp = tempfile::tempdir().unwrap();
+        let error = NewCheckpoint::create(&temp.path().join("new"), tensors(&[1 << 60])).unwrap_err();
+        assert!(matches!(error, ExportError::Space { needed, .. } if needed == 1 << 62), "{error}");
+        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
+    }
 }

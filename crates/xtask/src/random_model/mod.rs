@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 /// Standard deviation of the weights.
 const SIGMA: f32 = 0.02;
 /// Elements that a thread makes at once.
-const SHARE: usize = 1 << 20;
+const SHARE: usize = 1 << 17;
 
 /// Known shapes, each a config without token ids.
 const SHAPES: [(&str, &str); 4] = [
