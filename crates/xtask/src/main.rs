@@ -15,7 +15,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Chore {
-    /// Write a checkpoint with random weights, for measuring
+    /// Write a checkpoint with random weights, for measuring; large ones by `cargo run --release -p xtask -- random-model`
     RandomModel(random_model::Args),
     /// Write the README's tables of what is served
     Readme,

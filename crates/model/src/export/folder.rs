@@ -216,7 +216,8 @@ mod tests {
         assert_eq!(folder.shards.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1, 2]);
         let content = |t: &NewTensor| vec![t.name.as_bytes()[1]; t.bytes as usize];
         // A piece at a time.
-        folder.write_tensors(&|_, _| {}, |t, write| content(t).chunks(5).try_for_each(|piece| write(piece))).unwrap();
+        let pieces = |t: &NewTensor, write: &mut dyn FnMut(&[u8]) -> _| content(t).chunks(5).try_for_each(write);
+        folder.write_tensors(&|_, _| {}, pieces).unwrap();
         let checkpoint = Checkpoint::open(&Files::folder(&out).unwrap()).unwrap();
         for tensor in tensors(&[3, 2, 9, 1, 1]) {
             let (entry, part) = checkpoint.tensor(&tensor.name).unwrap();
