@@ -8,6 +8,7 @@ mod adapter;
 mod arch;
 mod checkpoint;
 mod config;
+mod export;
 mod gguf;
 mod load;
 mod loader;
@@ -25,6 +26,7 @@ pub use config::{
     Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,
     QuantizationConfig, RopeConfig, RopeScaling,
 };
+pub use export::{ExportError, NewCheckpoint, NewTensor, quantize, tensor_shapes};
 pub use gguf::GgufTokenizer;
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, load};
 pub use params::SamplingParams;

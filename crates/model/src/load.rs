@@ -20,15 +20,16 @@ use crate::runner::{AdapterSupport, ModelRunner};
 use crate::step::RunSpec;
 
 /// Bytes of `config.json` or `generation_config.json` that are read.
-const MAX_CONFIG_BYTES: u64 = 1 << 20;
+pub(crate) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// How a model shall be loaded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadOptions {
     /// Float type of the weights; `None` for as stored.
     pub dtype: Option<DType>,
-    /// Format of the linear layers; `None` for no quantisation. Embeddings (and a head tied to them),
-    /// norms, routers and latent up-projections stay floats.
+    /// Format of the linear layers; `None` for no quantisation. Those whose rows are not whole blocks of it have what
+    /// [`BlockFormat::made_for`] says. Embeddings (and a head tied to them), norms, routers and latent up-projections stay
+    /// floats.
     pub quantization: Option<BlockFormat>,
     /// Longest context in tokens; `None` for the model's own.
     pub max_model_len: Option<usize>,
@@ -177,7 +178,10 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     let spec = run_spec(&config, options)?;
     let specs = arch::specs(&config).0;
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
-    let formats = Formats { dtype: options.dtype, quantized: options.quantization.map(WeightFormat::Ggml) };
+    let formats = Formats { dtype: options.dtype, quantized: options.quantization };
+    if let Some(format) = options.quantization {
+        log_fallbacks(format, specs.values());
+    }
     let weight_formats = check_device(backend.caps(), &config, specs.values(), &checkpoint, formats)?;
 
     let stored_dtype = checkpoint.dtype("model.embed_tokens.weight");
@@ -212,7 +216,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
 }
 
 /// Opens a checkpoint of safetensors.
-fn open(files: &Files) -> Result<Opened, LoadError> {
+pub(crate) fn open(files: &Files) -> Result<Opened, LoadError> {
     let json = files
         .read("config.json", MAX_CONFIG_BYTES)?
         .ok_or_else(|| FileError::Missing { name: "config.json".into() })?;
@@ -253,8 +257,19 @@ fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, Load
     })
 }
 
+/// Says which tensors get another format than the one asked for.
+pub(crate) fn log_fallbacks<'a>(asked: BlockFormat, specs: impl Iterator<Item = &'a TensorSpec>) {
+    let made = |s: &TensorSpec| asked.made_for(s.matrix()[1]);
+    let others: Vec<_> = specs.filter(|s| s.role == Role::Linear && made(s) != asked).collect();
+    if let Some(first) = others.first() {
+        let (columns, tensor) = (first.matrix()[1], &first.name);
+        tracing::warn!(%asked, made = %made(first), tensors = others.len(), tensor, columns,
+            "rows that are not whole blocks of the format asked for are kept in a wider one");
+    }
+}
+
 /// The formats in use, if the device has all that the model needs in them.
-fn check_device<'a>(
+pub(crate) fn check_device<'a>(
     caps: &Caps,
     config: &ModelConfig,
     specs: impl Iterator<Item = &'a TensorSpec>,

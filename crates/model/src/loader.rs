@@ -9,8 +9,8 @@ use std::fmt::Display;
 use std::ops::Range;
 
 use baton_device::{
-    Backend, Caps, DType, DeviceError, ExpertSource, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps,
-    MoeOps, Routing, RowSource, WeightFormat,
+    Backend, BlockFormat, Caps, DType, DeviceError, ExpertSource, HostExperts, HostLatent, HostLinear, HostTensor,
+    LatentOps, MoeOps, Routing, RowSource, WeightFormat,
 };
 use sha2::{Digest, Sha256};
 
@@ -18,6 +18,7 @@ use crate::LoadError;
 use crate::arch::Projection;
 use crate::checkpoint::{Checkpoint, CheckpointError, Part, Role, TensorSpec};
 use crate::precision::{self, Conversion, Measured, StoredRows};
+use crate::quant::{Encoding, Values};
 
 /// Above this many bytes of weights the digest covers only the beginning of each tensor.
 const HASH_ALL_BELOW: u64 = 256 << 20;
@@ -29,22 +30,26 @@ const HASH_PREFIX: usize = 4096;
 pub(crate) struct Formats {
     /// Float type of what is not quantised; `None` for as stored.
     pub(crate) dtype: Option<DType>,
-    /// Format of what may be quantised; `None` for no quantisation.
-    pub(crate) quantized: Option<WeightFormat>,
+    /// Format of what may be quantised, where its blocks divide the rows; `None` for no quantisation.
+    pub(crate) quantized: Option<BlockFormat>,
 }
 
 impl Formats {
     /// The format of a matrix. What is stored quantised is kept as bf16 unless something else is asked
-    /// for, or as f32 where a device has no bf16.
+    /// for, or as f32 where a device has no bf16; but blocks as they are.
     pub(crate) fn of(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
         let stored = || match &spec.encoding {
             None => checkpoint.dtype(&spec.name),
+            Some(Encoding::Blocks(blocks)) => DType::Ggml(blocks.of(spec.matrix()[1])),
             Some(_) if caps.weight_formats.contains(&WeightFormat::BF16) => DType::BF16,
             Some(_) => DType::F32,
         };
         let float = || self.dtype.unwrap_or_else(stored).into();
         match spec.role {
-            Role::Linear => self.quantized.unwrap_or_else(float),
+            Role::Linear => match self.quantized {
+                Some(format) => WeightFormat::Ggml(format.made_for(spec.matrix()[1])),
+                None => float(),
+            },
             Role::Float => float(),
             Role::Router => stored().into(),
             Role::Vector => WeightFormat::F32,
@@ -78,7 +83,7 @@ pub(crate) struct Loader<'a, B: Backend> {
 }
 
 /// A mapped tensor.
-struct Mapped<'a> {
+pub(crate) struct Mapped<'a> {
     spec: &'a TensorSpec,
     data: Data,
     /// Bytes in the files.
@@ -93,7 +98,7 @@ enum Data {
 }
 
 impl Mapped<'_> {
-    fn host(&self) -> HostTensor<'_> {
+    pub(crate) fn host(&self) -> HostTensor<'_> {
         let computed = |rows| HostTensor::computed(&self.spec.name, self.spec.matrix(), rows);
         match &self.data {
             Data::Stored(dtype, part) => HostTensor::new(&self.spec.name, *dtype, self.spec.shape.clone(), part),
@@ -238,7 +243,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// Maps `{prefix}.weight` on its way to the format in which it is kept.
-    fn matrix(&mut self, prefix: &str) -> Result<(Mapped<'a>, WeightFormat), CheckpointError> {
+    pub(crate) fn matrix(&mut self, prefix: &str) -> Result<(Mapped<'a>, WeightFormat), CheckpointError> {
         let name = format!("{prefix}.weight");
         let format = self.format(&name);
         let weight = self.map(&name)?;
@@ -246,14 +251,18 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// Maps a tensor, hashes it and checks that it is finite.
-    fn map(&mut self, name: &str) -> Result<Mapped<'a>, CheckpointError> {
+    pub(crate) fn map(&mut self, name: &str) -> Result<Mapped<'a>, CheckpointError> {
         let spec = &self.specs[name];
         if let Some(encoding) = &spec.encoding {
             let parts = self.checkpoint.parts(spec, |entry, bytes| {
                 hash(&mut self.digest, self.hash_all, &entry.name, entry.stored_type, &entry.shape, bytes);
             })?;
             let bytes = parts.bytes();
-            return Ok(Mapped { spec, data: Data::Computed(encoding.open(spec.matrix(), parts)?), bytes });
+            let data = match encoding.open(spec.matrix(), parts)? {
+                Values::Computed(rows) => Data::Computed(rows),
+                Values::Blocks(format, part) => Data::Stored(DType::Ggml(format), part),
+            };
+            return Ok(Mapped { spec, data, bytes });
         }
         let (entry, part) = self.checkpoint.tensor(name)?;
         let dtype = entry.dtype().expect("verified");
@@ -284,7 +293,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// Records what a conversion has cost, once the device has read the rows.
-    fn record(&mut self, matrix: Mapped<'a>) -> Result<(), CheckpointError> {
+    pub(crate) fn record(&mut self, matrix: Mapped<'a>) -> Result<(), CheckpointError> {
         let Data::Converted(measured) = &matrix.data else { return Ok(()) };
         let spec = matrix.spec;
         let (max_abs_error, mean_abs_error) = measured.loss(&spec.name)?;

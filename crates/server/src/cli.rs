@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::{bench::BenchArgs, pull::PullArgs, settings::ServeArgs};
+use crate::{bench::BenchArgs, pull::PullArgs, quantize::QuantizeArgs, settings::ServeArgs};
 
 /// Serves language models that were trained somewhere else.
 #[derive(Debug, Parser)]
@@ -23,6 +23,8 @@ pub enum Command {
     Pull(PullArgs),
     /// Load an OpenAI-compatible server and measure what it gives, as `vllm bench serve` does
     Bench(Box<BenchArgs>),
+    /// Save a checkpoint with its linear layers quantised, to be served without the original
+    Quantize(QuantizeArgs),
 }
 
 /// Puts `serve` in front when nothing is said.

@@ -36,7 +36,7 @@ pub struct Model {
 
 /// Loads what the settings name.
 pub fn load(settings: &Settings) -> Result<Model> {
-    let (name, files) = files(settings)?;
+    let (name, files) = files(settings.model.as_deref())?;
     let context = || format!("model {name}");
     let (text, text_files) = text(&files, settings).with_context(context)?;
     let device = Device::parse(&settings.device)?;
@@ -70,8 +70,8 @@ fn adapters(settings: &Settings, loaded: &Loaded) -> Result<Vec<(String, Adapter
 }
 
 /// The checkpoint's files, and the name it goes by: a folder or GGUF file that exists, else a hub's id or a URL.
-fn files(settings: &Settings) -> Result<(String, Files)> {
-    let path = match &settings.model {
+pub fn files(model: Option<&str>) -> Result<(String, Files)> {
+    let path = match model {
         None => match bundled::folder() {
             None => return Ok((bundled::NAME.to_owned(), Files::Embedded(bundled::FILES))),
             Some(folder) => folder,

@@ -7,6 +7,7 @@ mod cli;
 mod load;
 mod memory;
 mod pull;
+mod quantize;
 mod serve;
 mod settings;
 
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::{bench::BenchArgs, pull::PullArgs};
+use crate::{bench::BenchArgs, pull::PullArgs, quantize::QuantizeArgs};
 
 fn main() -> ExitCode {
     let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));
@@ -25,6 +26,9 @@ fn main() -> ExitCode {
         }
         Some(("bench", matches)) => {
             BenchArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| bench::main(&args))
+        }
+        Some(("quantize", matches)) => {
+            QuantizeArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| quantize::main(&args))
         }
         _ => unreachable!("clap refuses a missing or unknown command"),
     };

@@ -52,6 +52,12 @@ pub fn fetch(target: &Target, options: &Options) -> Result<Snapshot> {
     Ok(result?)
 }
 
+/// How bytes on their way are shown.
+pub fn bar_style() -> ProgressStyle {
+    let style = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left";
+    ProgressStyle::with_template(style).expect("a valid template")
+}
+
 /// One bar over all files, on a terminal; the lines above it appear anywhere.
 struct Display {
     target: String,
@@ -60,9 +66,7 @@ struct Display {
 
 impl Display {
     fn new(target: String) -> Self {
-        let style = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left";
-        let style = ProgressStyle::with_template(style).expect("a valid template");
-        Display { target, bar: ProgressBar::no_length().with_style(style) }
+        Display { target, bar: ProgressBar::no_length().with_style(bar_style()) }
     }
 
     fn show(&self, event: &Event<'_>) {

@@ -51,6 +51,7 @@ pub enum Dtype {
 /// Weight formats made at load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[allow(non_camel_case_types)] // the formats' own names
 pub enum Quantize {
     /// 8-bit integers in blocks of 32 with an f16 scale.
     #[value(name = "q8_0")]
@@ -60,6 +61,10 @@ pub enum Quantize {
     #[value(name = "q4_0")]
     #[serde(rename = "q4_0")]
     Q4_0,
+    /// 4-bit integers in blocks of 256 with a scale and a minimum per 32; q8_0 where these do not divide the rows.
+    #[value(name = "q4_k")]
+    #[serde(rename = "q4_k")]
+    Q4_K,
 }
 
 impl Quantize {
@@ -68,6 +73,7 @@ impl Quantize {
         match self {
             Quantize::Q8_0 => BlockFormat::Q8_0,
             Quantize::Q4_0 => BlockFormat::Q4_0,
+            Quantize::Q4_K => BlockFormat::Q4_K,
         }
     }
 }

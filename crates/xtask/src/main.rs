@@ -1,5 +1,6 @@
 //! Chores of the workspace, one file each: `cargo xtask CHORE`.
 
+mod random_model;
 mod readme;
 mod smoke;
 
@@ -14,6 +15,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Chore {
+    /// Write a checkpoint with random weights, for measuring; large ones by `cargo run --release -p xtask -- random-model`
+    RandomModel(random_model::Args),
     /// Write the README's tables of what is served
     Readme,
     /// Start a release binary with the bundled model and load it: readiness, throughput, disconnects
@@ -22,6 +25,7 @@ enum Chore {
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
+        Chore::RandomModel(args) => random_model::main(&args),
         Chore::Readme => readme::main(),
         Chore::Smoke(args) => smoke::main(&args),
     }

@@ -30,7 +30,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
         &[],
     ),
     ("baton-loadgen", &[], &[]),
-    ("xtask", &["baton-loadgen"], &[]),
+    ("xtask", &["baton-device", "baton-loadgen", "baton-model"], &[]),
 ];
 
 /// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.

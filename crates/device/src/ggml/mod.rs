@@ -154,7 +154,13 @@ impl BlockFormat {
 
     /// Whether [`BlockFormat::quantize`] makes it.
     pub const fn can_be_made(self) -> bool {
-        matches!(self, Q4_0 | Q8_0)
+        matches!(self, Q4_0 | Q8_0 | Q4_K)
+    }
+
+    /// What is made where this format is asked for of rows of `cols` values: this one, or [`Q8_0`] if only its
+    /// smaller blocks divide the rows. Wider, as llama.cpp falls back, so that no row loses more than was agreed to.
+    pub const fn made_for(self, cols: usize) -> BlockFormat {
+        if !cols.is_multiple_of(self.elements()) && cols.is_multiple_of(Q8_0.elements()) { Q8_0 } else { self }
     }
 
     /// Quantises values to whole blocks.
@@ -165,6 +171,7 @@ impl BlockFormat {
         match self {
             Q4_0 => each(values, quantize::q4_0),
             Q8_0 => each(values, quantize::q8_0),
+            Q4_K => each(values, quantize::q4_k),
             _ => panic!("{self} is read, never made"),
         }
     }

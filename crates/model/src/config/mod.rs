@@ -16,6 +16,7 @@ pub use generation::GenerationConfig;
 pub(crate) use parse::json_object;
 pub(crate) use pattern::Pattern;
 pub use quantization::QuantizationConfig;
+pub(crate) use quantization::of_blocks;
 pub use rope::{RopeConfig, RopeScaling};
 
 use baton_device::{Activation, DType, Routing};

@@ -1,16 +1,19 @@
 //! `quantization_config`: how a checkpoint's matrices are stored, by module name.
 //!
-//! Methods: `fp8` (DeepSeek-V3's blocks; scales per tensor), `compressed-tensors`, `gptq`, `awq`. Only
+//! Methods: `fp8` (DeepSeek-V3's blocks; scales per tensor), `compressed-tensors`, `gptq`, `awq`, and `ggml`, which is
+//! our own ([`crate::quantize`]). Only
 //! weights count: activations stay f32, whatever the config asks for, and [`QuantizationConfig`] says so.
 
+use baton_device::BlockFormat;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
 use super::pattern::Pattern;
-use crate::quant::{Awq, Codes, Encoding, Gptq, Mxfp4, Packed, Scaled};
+use crate::quant::{Awq, Blocks, Codes, Encoding, Gptq, Mxfp4, Packed, Scaled};
 
-const METHODS: [&str; 4] = ["fp8", "compressed-tensors", "gptq", "awq"];
+const METHODS: [&str; 5] = ["fp8", "compressed-tensors", "gptq", "awq", GGML];
+const GGML: &str = "ggml";
 const HEAD: &str = "lm_head";
 /// Largest group or block edge.
 const MAX_GROUP: usize = 1 << 20;
@@ -63,6 +66,7 @@ pub(super) fn parse(fields: &mut Fields<'_>) -> Option<QuantizationConfig> {
         "compressed-tensors" => compressed_tensors(&mut own),
         "gptq" => gptq(&mut own),
         "awq" => awq(&mut own),
+        GGML => ggml(&mut own),
         _ => {
             let name: String = method.chars().take(40).collect();
             own.refuse(format!(
@@ -175,6 +179,34 @@ fn awq(fields: &mut Fields<'_>) -> Parsed {
     let group = either(fields, "group_size", "q_group_size");
     let group = group_size(fields, group);
     Some((everywhere(Encoding::Awq(Awq { group })), not_converted(fields), None))
+}
+
+/// The `quantization_config` of linear modules in blocks of `format`, and of [`BlockFormat::made_for`] where these do not
+/// divide the rows; modules with a name of `floats` in theirs are left as they are.
+pub(crate) fn of_blocks(format: BlockFormat, floats: &[&str]) -> Value {
+    let fallback = format.made_for(BlockFormat::Q8_0.elements());
+    json!({
+        "quant_method": GGML,
+        "format": format.name(),
+        "fallback": fallback.name(),
+        "modules_to_not_convert": floats,
+    })
+}
+
+fn ggml(fields: &mut Fields<'_>) -> Parsed {
+    let names_of_formats = BlockFormat::ALL.map(|format| json!(format.name()));
+    let mut format = |name| {
+        fields.only(name, &names_of_formats);
+        let stated = fields.text(name);
+        if stated.is_none() {
+            fields.refuse(format!("quantization_config.{name} is missing"));
+        }
+        BlockFormat::ALL.into_iter().find(|format| Some(format.name()) == stated)
+    };
+    let (format, fallback) = (format("format"), format("fallback"));
+    let floats = names(fields, "modules_to_not_convert").unwrap_or_default();
+    let blocks = Blocks { format: format?, fallback: fallback? };
+    Some((everywhere(Encoding::Blocks(blocks)), floats.into_iter().map(Pattern::Part).collect(), None))
 }
 
 fn compressed_tensors(fields: &mut Fields<'_>) -> Parsed {

@@ -3,13 +3,14 @@
 //!
 //! A matrix keeps its logical shape `[out, in]` everywhere; its [`Encoding`] says which tensors lie in
 //! the file instead of it. It is widened a few rows at a time while the device packs it, so that
-//! loading never holds a whole widened matrix.
+//! loading never holds a whole widened matrix. Only blocks that a device keeps stay as they are.
 //!
 //! Invariant: what can be wrong with stored values (scales that are not finite, indices out of range,
 //! NaN codes) is refused by [`Encoding::open`]; reading rows afterwards cannot fail. To add a format:
 //! a file here, a variant of [`Encoding`], a parser in `config/quantization.rs`.
 
 mod awq;
+mod blocks;
 mod gptq;
 mod mxfp4;
 mod packed;
@@ -18,16 +19,18 @@ mod scaled;
 
 use std::fmt;
 
-use baton_device::RowSource;
+use baton_device::{BlockFormat, RowSource};
 
 pub(crate) use awq::Awq;
+pub(crate) use blocks::Blocks;
 pub(crate) use gptq::Gptq;
 pub(crate) use mxfp4::Mxfp4;
 pub(crate) use packed::Packed;
 pub(crate) use parts::{Parts, StoredTensor};
 pub(crate) use scaled::{Codes, Scaled};
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, Part};
+use crate::precision;
 
 /// How a quantised matrix is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +45,16 @@ pub(crate) enum Encoding {
     Awq(Awq),
     /// Microscaling floats of four bits.
     Mxfp4(Mxfp4),
+    /// Blocks of a GGUF format.
+    Blocks(Blocks),
+}
+
+/// What stored tensors mean.
+pub(crate) enum Values {
+    /// Rows to be widened.
+    Computed(Box<dyn RowSource>),
+    /// Blocks that a device may keep.
+    Blocks(BlockFormat, Part),
 }
 
 impl Encoding {
@@ -53,18 +66,21 @@ impl Encoding {
             Encoding::Gptq(format) => format.tensors(shape),
             Encoding::Awq(format) => format.tensors(shape),
             Encoding::Mxfp4(format) => format.tensors(shape),
+            Encoding::Blocks(format) => format.tensors(shape),
         }
     }
 
     /// The matrix that tensors of those shapes and types mean.
-    pub(crate) fn open(&self, shape: [usize; 2], parts: Parts) -> Result<Box<dyn RowSource>, CheckpointError> {
-        match self {
+    pub(crate) fn open(&self, shape: [usize; 2], parts: Parts) -> Result<Values, CheckpointError> {
+        let rows = match self {
             Encoding::Scaled(format) => format.open(shape, parts),
             Encoding::Packed(format) => format.open(shape, parts),
             Encoding::Gptq(format) => format.open(shape, parts),
             Encoding::Awq(format) => format.open(shape, parts),
             Encoding::Mxfp4(format) => format.open(shape, parts),
-        }
+            Encoding::Blocks(format) => return format.open(shape, parts),
+        };
+        Ok(Values::Computed(rows?))
     }
 }
 
@@ -76,6 +92,7 @@ impl fmt::Display for Encoding {
             Encoding::Gptq(format) => format.fmt(f),
             Encoding::Awq(format) => format.fmt(f),
             Encoding::Mxfp4(format) => format.fmt(f),
+            Encoding::Blocks(format) => format.fmt(f),
         }
     }
 }

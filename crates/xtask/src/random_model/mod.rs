@@ -1,0 +1,215 @@
+//! Checkpoints of any supported architecture and size with random weights and a made-up tokenizer: what
+//! they answer means nothing, what they cost to load and to run is real.
+//!
+//! Every value is a hash of (seed, tensor name, index), so that a seed gives the same files anywhere.
+
+mod tokenizer;
+
+use std::{fs, ops::Range, path::PathBuf, thread};
+
+use anyhow::{Context, Result};
+use baton_device::DType;
+use baton_model::{ModelConfig, NewCheckpoint, NewTensor, tensor_shapes};
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+
+/// Standard deviation of the weights.
+const SIGMA: f32 = 0.02;
+/// Elements that a thread makes at once.
+const SHARE: usize = 1 << 17;
+
+/// Known shapes, each a config without token ids.
+const SHAPES: [(&str, &str); 4] = [
+    ("qwen2-0.5b", include_str!("../../shapes/qwen2-0.5b.json")),
+    ("r1-qwen-1.5b", include_str!("../../shapes/r1-qwen-1.5b.json")),
+    ("qwen3-moe-1b-active", include_str!("../../shapes/qwen3-moe-1b-active.json")),
+    ("deepseek-v3-tiny", include_str!("../../shapes/deepseek-v3-tiny.json")),
+];
+
+/// Arguments of the chore.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Shape of a known model: qwen2-0.5b, r1-qwen-1.5b, qwen3-moe-1b-active (7 GiB), deepseek-v3-tiny
+    #[arg(long, value_name = "NAME", required_unless_present = "config", conflicts_with = "config")]
+    shape: Option<String>,
+    /// A config.json instead; a quantisation that it states and its token ids are not taken over
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Folder to write, which must not exist
+    #[arg(long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: Dtype,
+    /// Equal seeds give equal files
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Dtype {
+    /// The element type, and its name in configs.
+    fn stored(self) -> (DType, &'static str) {
+        match self {
+            Dtype::F32 => (DType::F32, "float32"),
+            Dtype::F16 => (DType::F16, "float16"),
+            Dtype::Bf16 => (DType::BF16, "bfloat16"),
+        }
+    }
+
+    /// Values in it, little-endian; bf16 rounds to nearest even.
+    fn encode(self, values: impl Iterator<Item = f32>) -> Vec<u8> {
+        match self {
+            Dtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
+            Dtype::F16 => values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+            Dtype::Bf16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+        }
+    }
+}
+
+/// Runs the chore.
+pub fn main(args: &Args) -> Result<()> {
+    let text = match (&args.shape, &args.config) {
+        (_, Some(file)) => fs::read_to_string(file).with_context(|| file.display().to_string())?,
+        (Some(name), None) => shape(name)?.to_owned(),
+        (None, None) => unreachable!("clap asks for one of them"),
+    };
+    let bar = ProgressBar::no_length();
+    bar.set_style(ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left")?);
+    write(&text, args, &|done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+fn shape(name: &str) -> Result<&'static str> {
+    let names = SHAPES.map(|s| s.0).join(", ");
+    Ok(SHAPES.iter().find(|s| s.0 == name).with_context(|| format!("there is no shape {name}; there are {names}"))?.1)
+}
+
+fn write(config: &str, args: &Args, progress: &dyn Fn(u64, u64)) -> Result<()> {
+    let (dtype, dtype_name) = args.dtype.stored();
+    let mut config: Map<String, Value> = serde_json::from_str(config).context("the config")?;
+    let vocab_size = config.get("vocab_size").and_then(Value::as_u64).unwrap_or_default();
+    let tokenizer = tokenizer::files(vocab_size)?;
+    config.remove("quantization_config");
+    config.remove("dtype");
+    config.insert("torch_dtype".into(), dtype_name.into());
+    config.insert("bos_token_id".into(), Value::Null);
+    config.insert("pad_token_id".into(), Value::Null);
+    config.insert("eos_token_id".into(), tokenizer.end_id.into());
+    let json = serde_json::to_vec_pretty(&config)?;
+    let parsed = ModelConfig::parse(&json)?;
+
+    let tensors: Vec<NewTensor> =
+        tensor_shapes(&parsed).into_iter().map(|(name, shape)| NewTensor::new(name, &shape, dtype)).collect();
+    let folder = NewCheckpoint::create(&args.out, tensors)?;
+    folder.write_file("config.json", &json)?;
+    let note = json!({"random weights": {"seed": args.seed, "sigma": SIGMA}});
+    folder.write_file("random_model.json", note.to_string().as_bytes())?;
+    folder.write_file("tokenizer.json", &tokenizer.tokenizer)?;
+    folder.write_file("tokenizer_config.json", &tokenizer.config)?;
+    folder.write_tensors(progress, |tensor, write| {
+        let elements = (tensor.bytes() / dtype.bytes(1) as u64) as usize;
+        let key = key(args.seed, tensor.name());
+        // Norms change nothing.
+        let norm = tensor.name().ends_with("norm.weight").then_some(1.0 - parsed.norm_offset);
+        let make = |range: Range<usize>| match norm {
+            Some(norm) => args.dtype.encode(range.map(|_| norm)),
+            None => args.dtype.encode(range.map(|i| normal(key, i as u64) * SIGMA)),
+        };
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        for start in (0..elements).step_by(SHARE * cores) {
+            let end = elements.min(start + SHARE * cores);
+            let parts: Vec<Vec<u8>> = thread::scope(|scope| {
+                let ranges = (start..end).step_by(SHARE).map(|from| from..end.min(from + SHARE));
+                let workers: Vec<_> = ranges.map(|range| scope.spawn(|| make(range))).collect();
+                workers.into_iter().map(|worker| worker.join().expect("it does not panic")).collect()
+            });
+            parts.iter().try_for_each(|part| write(part))?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// The key of a tensor: FNV-1a of its name over the seed's hash.
+fn key(seed: u64, name: &str) -> u64 {
+    name.bytes().fold(mix(seed), |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// splitmix64's finaliser.
+fn mix(value: u64) -> u64 {
+    let z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+/// Of mean 0 and variance 1, near normal: the sum of four uniform numbers of 16 bits.
+fn normal(key: u64, index: u64) -> f32 {
+    let bits = mix(key ^ mix(index));
+    let sum: u32 = (0..4).map(|i| (bits >> (16 * i) & 0xffff) as u32).sum();
+    // The sum's mean is 2·65535, its variance (2³² - 1) / 3.
+    (sum as f32 - 131_070.0) * (3f32.sqrt() / 65_536.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn args(out: &Path, seed: u64) -> Args {
+        Args { shape: None, config: None, out: out.to_owned(), dtype: Dtype::Bf16, seed }
+    }
+
+    #[test]
+    fn values_have_the_moments_of_a_normal_distribution() {
+        let values: Vec<f64> = (0..200_000).map(|i| f64::from(normal(key(1, "a"), i))).collect();
+        let moment = |power: i32| values.iter().map(|v| v.powi(power)).sum::<f64>() / values.len() as f64;
+        assert!(moment(1).abs() < 0.01 && (moment(2) - 1.0).abs() < 0.01 && moment(3).abs() < 0.03);
+    }
+
+    #[test]
+    fn every_shape_is_one_that_can_be_served() {
+        for (name, text) in SHAPES {
+            let config = ModelConfig::parse(text.as_bytes()).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let parameters: usize = tensor_shapes(&config).iter().map(|t| t.1.iter().product::<usize>()).sum();
+            let known = match name {
+                "qwen2-0.5b" => 494_032_768,
+                "r1-qwen-1.5b" => 1_777_088_000,
+                _ => parameters,
+            };
+            assert_eq!(parameters, known, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_seed_gives_the_same_checkpoint_and_another_one_another() {
+        let temp = tempfile::tempdir().unwrap();
+        let mut config: Value = serde_json::from_str(shape("deepseek-v3-tiny").unwrap()).unwrap();
+        config["num_hidden_layers"] = json!(2);
+        config["n_routed_experts"] = json!(8);
+        config["vocab_size"] = json!(300);
+        let files = [("a", 3), ("b", 3), ("c", 4)].map(|(name, seed)| {
+            let out = temp.path().join(name);
+            write(&config.to_string(), &args(&out, seed), &|_, _| {}).unwrap();
+            fs::read(out.join("model.safetensors")).unwrap()
+        });
+        assert!(files[0] == files[1] && files[0] != files[2]);
+        let small = r#"{"vocab_size": 258}"#;
+        let error = write(small, &args(&temp.path().join("d"), 0), &|_, _| {}).unwrap_err().to_string();
+        assert!(error.contains("at least 259"), "{error}");
+        assert!(shape("gpt-9").unwrap_err().to_string().contains("qwen2-0.5b"));
+    }
+}
