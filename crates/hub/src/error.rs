@@ -162,7 +162,7 @@ pub enum HubError {
         actual: Option<u64>,
     },
     /// The bytes are not those that were published.
-    #[error("{file} is corrupt: SHA-256 is {actual}, published is {expected}; nothing of it was kept")]
+    #[error("{file} is corrupt: its digest is {actual}, published is {expected}; nothing of it was kept")]
     Digest {
         /// The file.
         file: String,

@@ -12,6 +12,7 @@ use std::{
     thread,
 };
 
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use ureq::http::header;
 
@@ -137,14 +138,18 @@ impl Fetch<'_> {
                 }
             }
         }
-        let actual = hex(partial.hasher);
-        if let Some(expected) = file.sha256.as_ref().filter(|e| **e != actual) {
+        let digest = hex(partial.hasher);
+        let (expected, actual) = match file.git_id() {
+            Some(id) => (Some(id), at(&path, git_id(&path, file.size))?),
+            None => (file.sha256.as_deref(), digest.clone()),
+        };
+        if let Some(expected) = expected.filter(|e| **e != actual) {
             at(&path, fs::remove_file(&path))?;
-            return Err(HubError::Digest { file: file.name.clone(), expected: expected.clone(), actual });
+            return Err(HubError::Digest { file: file.name.clone(), expected: expected.into(), actual });
         }
         at(&path, partial.file.sync_all())?;
         at(&path, fs::rename(&path, self.folder.blob(&file.blob)))?;
-        Ok(actual)
+        Ok(digest)
     }
 
     /// One request: appends what comes, up to the file's end.
@@ -273,7 +278,7 @@ impl<'a> Partial<'a> {
 }
 
 /// Hashes a file from where it stands to its end.
-fn hash(file: &mut File, hasher: &mut Sha256) -> io::Result<u64> {
+fn hash(file: &mut File, hasher: &mut impl Digest) -> io::Result<u64> {
     let (mut buffer, mut len) = (vec![0; BUFFER_BYTES], 0);
     loop {
         match file.read(&mut buffer)? {
@@ -293,8 +298,15 @@ pub(crate) fn sha256(path: &Path) -> io::Result<String> {
     Ok(hex(hasher))
 }
 
+/// What git calls a file of these bytes.
+fn git_id(path: &Path, size: u64) -> io::Result<String> {
+    let mut hasher = Sha1::new_with_prefix(format!("blob {size}\0"));
+    hash(&mut File::open(path)?, &mut hasher)?;
+    Ok(hex(hasher))
+}
+
 /// The digest in lower-case hexadecimal digits.
-pub(crate) fn hex(hasher: Sha256) -> String {
+pub(crate) fn hex(hasher: impl Digest) -> String {
     hasher.finalize().iter().fold(String::with_capacity(64), |mut text, byte| {
         write!(text, "{byte:02x}").expect("a String takes all");
         text
@@ -321,6 +333,14 @@ mod tests {
         for value in ["", "bytes", "bytes 5-4/10", "bytes 5-10/10", "bytes */10", "lines 1-2/3", "bytes -1-2/3"] {
             assert_eq!(parse_content_range(value), None, "{value:?}");
         }
+    }
+
+    #[test]
+    fn files_have_the_ids_that_git_gives_them() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert_eq!(git_id(file.path(), 0).unwrap(), "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391");
+        fs::write(file.path(), "hello\n").unwrap();
+        assert_eq!(git_id(file.path(), 6).unwrap(), "ce013625030ba8dba906f756967f9e9ca394464a");
     }
 
     #[test]

@@ -28,6 +28,11 @@ pub(crate) struct RemoteFile {
 }
 
 impl RemoteFile {
+    /// Git's id of the file, where the hub keeps it in git itself: the SHA-1 of `blob SIZE\0` and its bytes.
+    pub(crate) fn git_id(&self) -> Option<&str> {
+        (self.blob.len() == 40).then_some(self.blob.as_str())
+    }
+
     /// Whether bytes of an earlier run certainly belong to the same file, or will be found out if not.
     pub(crate) fn can_resume(&self) -> bool {
         self.sha256.is_some() || self.validator.is_some()

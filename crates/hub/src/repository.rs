@@ -92,7 +92,7 @@ fn remote(client: &Client<'_>, sibling: &Sibling, url: String) -> Result<RemoteF
         Sibling { blob_id: Some(id), size: Some(size), .. } => (id.clone(), *size),
         _ => described(client, &url)?,
     };
-    // The digest of an LFS file is its SHA-256; any other's is git's SHA-1, which is taken as a name only.
+    // The digest of an LFS file is its SHA-256, any other's git's SHA-1.
     let well_formed = if sibling.lfs.is_some() { names::is_sha256(&blob) } else { names::is_commit(&blob) };
     if !well_formed {
         return Err(HubError::Answer {

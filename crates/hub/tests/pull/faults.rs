@@ -85,6 +85,21 @@ fn a_server_that_stays_silent_is_a_typed_error() {
 }
 
 #[test]
+fn a_corrupt_small_file_is_refused_by_git_s_own_digest() {
+    let corrupt = |request: &Request| Reply::file(request, b"{\"model_type\":\"llamb\"}");
+    let server = hub(first(1, "/config.json", corrupt));
+    let cache = Cache::new(&server);
+    let error = cache.pull().unwrap_err();
+    let id = wanted()[0].blob_id();
+    assert!(
+        matches!(&error, HubError::Digest { file, expected, .. } if file == "config.json" && *expected == id),
+        "{error}"
+    );
+    assert!(cache.visible() == 0 && !cache.blobs().iter().any(|b| b.starts_with(&id)));
+    assert_holds(&cache.pull().unwrap(), &wanted());
+}
+
+#[test]
 fn a_corrupt_file_is_refused_with_both_digests_and_not_kept() {
     let corrupt = |request: &Request| {
         let mut bytes = shard();

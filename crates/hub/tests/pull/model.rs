@@ -8,6 +8,7 @@ use std::{
 };
 
 use baton_hub::{Event, HubError, Options, Snapshot, Target, pull};
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use crate::server::{Reply, Request, Server};
@@ -30,9 +31,11 @@ impl File {
         Sha256::digest(&self.bytes).iter().map(|b| format!("{b:02x}")).collect()
     }
 
-    /// Stands for git's object id, which is not checked.
+    /// Git's object id.
     pub fn blob_id(&self) -> String {
-        self.sha256()[..40].to_owned()
+        let mut hasher = Sha1::new_with_prefix(format!("blob {}\0", self.bytes.len()));
+        hasher.update(&self.bytes);
+        hasher.finalize().iter().map(|b| format!("{b:02x}")).collect()
     }
 
     fn listed(&self) -> serde_json::Value {
