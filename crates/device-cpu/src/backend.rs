@@ -72,6 +72,7 @@ impl CpuBackend {
             kv_block_size: BLOCK,
             weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
+            byte_activations: true,
             row_invariant: true,
         };
         Ok(Self { caps, isa, pool, scratch: Mutex::default() })

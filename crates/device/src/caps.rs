@@ -30,6 +30,8 @@ pub struct Caps {
     pub weight_formats: BTreeSet<WeightFormat>,
     /// Operations offered beyond those that every backend has.
     pub ops: BTreeSet<Op>,
+    /// Whether activations that meet weights in blocks are quantised, as [`crate::int8`] says.
+    pub byte_activations: bool,
     /// Whether a row's result is bit-identical whatever the other rows are.
     pub row_invariant: bool,
 }
@@ -69,6 +71,7 @@ mod tests {
             kv_block_size: 16,
             weight_formats: [WeightFormat::F32].into(),
             ops: [Op::PagedAttention].into(),
+            byte_activations: false,
             row_invariant: true,
         };
         let needs = Requirements {

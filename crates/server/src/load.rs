@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use baton_device::DType;
+use baton_device::{DType, WeightFormat};
 use baton_hub::Target;
 use baton_model::{Adapter, Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions};
 use baton_text::{GgufVocab, TextFiles, TextModel, TokenizerFile};
@@ -219,6 +219,7 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         "auto" => format!("{} (auto)", caps.device),
         _ => caps.device.clone(),
     };
+    let bytes = caps.byte_activations && report.weight_formats.iter().any(|f| matches!(f, WeightFormat::Ggml(_)));
     let formats: Vec<String> = report.weight_formats.iter().map(ToString::to_string).collect();
     info!(
         model = name,
@@ -228,7 +229,7 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         threads = caps.threads,
         stored = %report.stored_dtype,
         weights = formats.join("+"),
-        activations = "f32",
+        activations = if bytes { "f32, int8 where they meet blocks" } else { "f32" },
         kv = "f32",
         weight_mib = report.weight_bytes >> 20,
         kv_mib = report.kv_bytes >> 20,
