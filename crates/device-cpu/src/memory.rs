@@ -1,9 +1,7 @@
 //! Memory that can be refused: every large allocation of the backend is made here.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, PoisonError};
-
-use bytemuck::Pod;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use baton_device::{DeviceError, Result};
 
@@ -13,39 +11,36 @@ pub(crate) const DEVICE: &str = "cpu";
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Zeroed elements that start on a cache line. Pages are taken from the system when first touched, by
+/// Zeroed floats that start on a cache line. Pages are taken from the system when first touched, by
 /// whoever touches them; an allocation with that alignment of its own would be zeroed by hand, hence the detour.
-pub(crate) struct Aligned<T> {
-    memory: Box<[T]>,
+pub(crate) struct Floats {
+    memory: Box<[f32]>,
     start: usize,
     len: usize,
 }
 
-/// Zeroed floats.
-pub(crate) type Floats = Aligned<f32>;
-
-impl<T: Pod> Aligned<T> {
+impl Floats {
     pub(crate) fn zeroed(len: usize, what: &'static str) -> Result<Self> {
-        let per_line = const { LINE / size_of::<T>() };
-        let memory: Box<[T]> = bytemuck::allocation::try_zeroed_slice_box(len.saturating_add(per_line - 1))
-            .map_err(|()| out_of_memory(len.saturating_mul(size_of::<T>()), what))?;
-        let start = memory.as_ptr().addr().wrapping_neg() % LINE / size_of::<T>();
+        const PER_LINE: usize = LINE / size_of::<f32>();
+        let memory: Box<[f32]> = bytemuck::allocation::try_zeroed_slice_box(len.saturating_add(PER_LINE - 1))
+            .map_err(|()| out_of_memory(len.saturating_mul(size_of::<f32>()), what))?;
+        let start = memory.as_ptr().addr().wrapping_neg() % LINE / size_of::<f32>();
         Ok(Self { memory, start, len })
     }
 }
 
-impl<T> Deref for Aligned<T> {
-    type Target = [T];
+impl Deref for Floats {
+    type Target = [f32];
 
     #[inline(always)]
-    fn deref(&self) -> &[T] {
+    fn deref(&self) -> &[f32] {
         &self.memory[self.start..][..self.len]
     }
 }
 
-impl<T> DerefMut for Aligned<T> {
+impl DerefMut for Floats {
     #[inline(always)]
-    fn deref_mut(&mut self) -> &mut [T] {
+    fn deref_mut(&mut self) -> &mut [f32] {
         &mut self.memory[self.start..][..self.len]
     }
 }
@@ -83,8 +78,9 @@ impl Drop for Piece {
     }
 }
 
-/// The piece that the next small weight is cut from, and how much of it is taken.
-static CURRENT: Mutex<Option<(Arc<Piece>, usize)>> = Mutex::new(None);
+/// The piece that the next small weight is cut from, and how much of it is taken. It lives by its weights alone: with
+/// the last of a model's, its memory is gone too.
+static CURRENT: Mutex<(Weak<Piece>, usize)> = Mutex::new((Weak::new(), 0));
 
 /// Memory for a weight.
 pub(crate) fn weights(bytes: usize) -> Result<Weights> {
@@ -92,14 +88,14 @@ pub(crate) fn weights(bytes: usize) -> Result<Weights> {
     if taken > PIECE / 2 {
         return Ok(Weights { piece: Piece::new(bytes)?, start: 0, len: bytes });
     }
-    // A panic between the two changes of a pair cannot happen, so poison means nothing.
+    // Both halves are replaced at once, so poison means nothing.
     let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
-    let (piece, used) = match current.take() {
-        Some((piece, used)) if used + taken <= PIECE => (piece, used),
+    let (piece, start) = match current.0.upgrade() {
+        Some(piece) if current.1 + taken <= PIECE => (piece, current.1),
         _ => (Piece::new(PIECE)?, 0),
     };
-    *current = Some((Arc::clone(&piece), used + taken));
-    Ok(Weights { piece, start: used, len: bytes })
+    *current = (Arc::downgrade(&piece), start + taken);
+    Ok(Weights { piece, start, len: bytes })
 }
 
 impl Piece {

@@ -30,6 +30,17 @@ pub enum Case {
         /// With a bias.
         bias: bool,
     },
+    /// [`Backend::linear`] and [`Backend::embed`] with blocks made of bf16 at load.
+    Made {
+        /// Rows of the activation.
+        rows: usize,
+        /// K.
+        in_features: usize,
+        /// N.
+        out_features: usize,
+        /// Kept as.
+        block: BlockFormat,
+    },
     /// [`Backend::rms_norm`], in place and with residual.
     Norm {
         /// Rows.
@@ -100,6 +111,11 @@ pub fn cases() -> Vec<Case> {
             cases.push(Case::Linear { rows, in_features: k * blocks, out_features, format, bias: rows % 2 == 1 });
         }
         cases.push(Case::Moe { rows: 5, hidden: k, intermediate: k, experts: 4, format, groups: None });
+    }
+    for block in BlockFormat::ALL.into_iter().filter(|block| block.can_be_made()) {
+        for (rows, blocks, out_features) in [(1, 1, 1), (3, 2, 17), (17, 3, 65)] {
+            cases.push(Case::Made { rows, in_features: block.elements() * blocks, out_features, block });
+        }
     }
     cases.push(Case::Latent {
         heads: 2,
@@ -184,21 +200,15 @@ pub fn run<B: Full>(case: &Case, backend: &B) -> Result<Outcome> {
 /// The numbers that one backend computes for a case, all outputs one after the other.
 pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
     match *case {
+        Case::Made { rows, in_features, out_features, block } => {
+            let shape = vec![out_features, in_features];
+            let weight = Source::new(WeightFormat::BF16, shape, 1, (in_features as f32).sqrt().recip());
+            linear(b, (&weight, None, WeightFormat::Ggml(block)), rows)
+        }
         Case::Linear { rows, in_features, out_features, format, bias } => {
             let weight = Source::new(format, vec![out_features, in_features], 1, (in_features as f32).sqrt().recip());
             let bias = bias.then(|| Source::new(WeightFormat::F32, vec![out_features], 2, 1.0));
-            let src = HostLinear { weight: weight.tensor(), bias: bias.as_ref().map(Source::tensor), format };
-            let weight = b.linear_weight(&src)?;
-            let x = match format {
-                WeightFormat::Ggml(_) => on_grid(b, rows, in_features, 3)?,
-                _ => activation(b, rows, in_features, 3)?,
-            };
-            let mut y = b.tensor(rows, out_features)?;
-            b.linear(&x, &weight, &mut y)?;
-            let ids: Vec<u32> = (0..rows).map(|r| (r * 7 % out_features) as u32).collect();
-            let mut embedded = b.tensor(rows, in_features)?;
-            b.embed(&ids, &weight, &mut embedded)?;
-            outputs(b, &[&y, &embedded])
+            linear(b, (&weight, bias.as_ref(), format), rows)
         }
         Case::Norm { rows, cols, run } => {
             let weight = b.vector(&Source::new(WeightFormat::F32, vec![run], 1, 1.0).tensor())?;
@@ -370,6 +380,26 @@ pub fn uniform(seed: u64, n: usize, scale: f32) -> Vec<f32> {
         ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     };
     (0..n).map(|i| value(i) * scale).collect()
+}
+
+/// A product with a matrix kept in a format, and some of its rows.
+fn linear<B: Backend>(
+    b: &B,
+    (weight, bias, format): (&Source, Option<&Source>, WeightFormat),
+    rows: usize,
+) -> Result<Vec<f32>> {
+    let &[out_features, in_features] = weight.shape.as_slice() else { unreachable!("a matrix") };
+    let weight = b.linear_weight(&HostLinear { weight: weight.tensor(), bias: bias.map(Source::tensor), format })?;
+    let x = match format {
+        WeightFormat::Ggml(_) => on_grid(b, rows, in_features, 3)?,
+        _ => activation(b, rows, in_features, 3)?,
+    };
+    let mut y = b.tensor(rows, out_features)?;
+    b.linear(&x, &weight, &mut y)?;
+    let ids: Vec<u32> = (0..rows).map(|r| (r * 7 % out_features) as u32).collect();
+    let mut embedded = b.tensor(rows, in_features)?;
+    b.embed(&ids, &weight, &mut embedded)?;
+    outputs(b, &[&y, &embedded])
 }
 
 /// Bytes of a stored tensor.
