@@ -1,34 +1,22 @@
 //! The bundled model over HTTP, against what transformers answers to the same questions
 //! (`models/abacus/eval_reference.jsonl`: float32, greedy, at most 200 new tokens).
 
+mod common;
+
 use std::{fs, path::Path, sync::Arc};
 
 use baton_loadgen::{Client, LocalServer};
-use baton_text::{ChatInput, TextFiles, TextModel, TokenizerFile};
+use baton_text::{ChatInput, TextModel};
 use serde_json::{Value, json};
 
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/abacus");
 /// From a step on at which the reference's two best logits are closer than this, texts may differ.
 const CLEAR_MARGIN: f64 = 0.5;
 const END: &str = "<｜end▁of▁sentence｜>";
 
-fn file(name: &str) -> Vec<u8> {
-    fs::read(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/abacus")).join(name)).expect(name)
-}
-
 fn rows(name: &str) -> Vec<Value> {
-    let text = String::from_utf8(file(name)).expect("UTF-8");
+    let text = fs::read_to_string(Path::new(MODEL).join(name)).expect(name);
     text.lines().map(|l| serde_json::from_str(l).expect("one JSON object per line")).collect()
-}
-
-fn text_model() -> TextModel {
-    let (tokenizer, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
-    let files = TextFiles {
-        tokenizer: TokenizerFile::Json(&tokenizer),
-        tokenizer_config: Some(&config),
-        special_tokens_map: None,
-        chat_template_jinja: None,
-    };
-    TextModel::new(&files).expect("the bundled tokenizer loads")
 }
 
 /// One row's answer: its text after thinking, the bytes of its tokens, the prompt's length.
@@ -88,7 +76,7 @@ fn is_right(row: &Value, content: &str) -> bool {
 async fn answers_are_as_right_as_the_references_and_tokens_equal_up_to_a_near_tie() {
     let binary = Path::new(env!("CARGO_BIN_EXE_baton"));
     let server = Arc::new(LocalServer::start(binary, &["--log-level", "warn"]).await.expect("it starts"));
-    let text = Arc::new(text_model());
+    let text = Arc::new(common::text_model(Path::new(MODEL)));
     let questions = rows("eval.jsonl");
     let references = rows("eval_reference.jsonl");
     assert_eq!(questions.len(), 360);

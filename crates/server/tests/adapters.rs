@@ -1,5 +1,7 @@
 //! LoRA adapters through the real binary: several at once, loaded and unloaded while it serves, and who may do that.
 
+mod common;
+
 use std::{
     fs,
     io::{Read, Write},
@@ -9,7 +11,7 @@ use std::{
 };
 
 use baton_loadgen::{Client, LocalServer, Target};
-use baton_text::{TextFiles, TextModel, TokenizerFile};
+use baton_text::TextModel;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -54,15 +56,7 @@ impl Model {
     }
 
     fn text(&self) -> TextModel {
-        let file = |name: &str| fs::read(self.0.path().join(name)).expect(name);
-        let (tokenizer, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
-        let files = TextFiles {
-            tokenizer: TokenizerFile::Json(&tokenizer),
-            tokenizer_config: Some(&config),
-            special_tokens_map: None,
-            chat_template_jinja: None,
-        };
-        TextModel::new(&files).expect("a golden tokenizer")
+        common::text_model(self.0.path())
     }
 }
 

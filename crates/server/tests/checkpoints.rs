@@ -1,5 +1,7 @@
 //! Checkpoints other than the bundled one, through the real binary.
 
+mod common;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -24,15 +26,7 @@ async fn start(flags: &[&str]) -> LocalServer {
 }
 
 fn text_model(tokenizer: &str) -> TextModel {
-    let file = |name: &str| fs::read(golden("tokenizers").join(tokenizer).join(name)).expect(name);
-    let (tokenizer, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
-    let files = TextFiles {
-        tokenizer: TokenizerFile::Json(&tokenizer),
-        tokenizer_config: Some(&config),
-        special_tokens_map: None,
-        chat_template_jinja: None,
-    };
-    TextModel::new(&files).expect("a golden tokenizer")
+    common::text_model(&golden("tokenizers").join(tokenizer))
 }
 
 /// Asks for the greedy continuation of every golden prompt and compares it with the golden ids' text.
