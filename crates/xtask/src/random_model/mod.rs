@@ -3,20 +3,22 @@
 //!
 //! Every value is a hash of (seed, tensor name, index), so that a seed gives the same files anywhere.
 
+mod gguf;
 mod tokenizer;
 
 use std::{fs, ops::Range, path::PathBuf, thread};
 
-use anyhow::{Context, Result};
-use baton_device::DType;
+use anyhow::{Context, Result, ensure};
+use baton_device::{BlockFormat, DType};
 use baton_model::{ModelConfig, NewCheckpoint, NewTensor, tensor_shapes};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
+use tokenizer::Vocab;
 
 /// Standard deviation of the weights.
 const SIGMA: f32 = 0.02;
-/// Elements that a thread makes at once.
+/// Elements that a thread makes at once: whole blocks of any format.
 const SHARE: usize = 1 << 17;
 
 /// Known shapes, each a config without token ids.
@@ -36,10 +38,10 @@ pub struct Args {
     /// A config.json instead; a quantisation that it states and its token ids are not taken over
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Folder to write, which must not exist
-    #[arg(long, value_name = "FOLDER")]
+    /// Folder to write, which must not exist; or, where the name ends in .gguf, a GGUF file
+    #[arg(long, value_name = "PATH")]
     out: PathBuf,
-    /// Type of the weights
+    /// Type of the weights; blocks (q8_0, q4_0, q4_k) in GGUF files alone, of all matrices alike
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: Dtype,
     /// Equal seeds give equal files
@@ -52,24 +54,32 @@ enum Dtype {
     F32,
     F16,
     Bf16,
+    #[value(name = "q8_0")]
+    Q8,
+    #[value(name = "q4_0")]
+    Q4,
+    #[value(name = "q4_k")]
+    Q4K,
 }
 
 impl Dtype {
-    /// The element type, and its name in configs.
-    fn stored(self) -> (DType, &'static str) {
+    fn stored(self) -> DType {
         match self {
-            Dtype::F32 => (DType::F32, "float32"),
-            Dtype::F16 => (DType::F16, "float16"),
-            Dtype::Bf16 => (DType::BF16, "bfloat16"),
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::Q8 => DType::Ggml(BlockFormat::Q8_0),
+            Dtype::Q4 => DType::Ggml(BlockFormat::Q4_0),
+            Dtype::Q4K => DType::Ggml(BlockFormat::Q4_K),
         }
     }
 
-    /// Values in it, little-endian; bf16 rounds to nearest even.
-    fn encode(self, values: impl Iterator<Item = f32>) -> Vec<u8> {
+    /// Its name in configs.
+    fn in_config(self) -> &'static str {
         match self {
-            Dtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
-            Dtype::F16 => values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
-            Dtype::Bf16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+            Dtype::F32 => "float32",
+            Dtype::F16 => "float16",
+            Dtype::Bf16 | Dtype::Q8 | Dtype::Q4 | Dtype::Q4K => "bfloat16",
         }
     }
 }
@@ -97,35 +107,62 @@ fn shape(name: &str) -> Result<&'static str> {
 }
 
 fn write(config: &str, args: &Args, progress: &dyn Fn(u64, u64)) -> Result<()> {
-    let (dtype, dtype_name) = args.dtype.stored();
     let mut config: Map<String, Value> = serde_json::from_str(config).context("the config")?;
-    let vocab_size = config.get("vocab_size").and_then(Value::as_u64).unwrap_or_default();
-    let tokenizer = tokenizer::files(vocab_size)?;
+    let vocab = Vocab::new(config.get("vocab_size").and_then(Value::as_u64).unwrap_or_default())?;
     config.remove("quantization_config");
     config.remove("dtype");
-    config.insert("torch_dtype".into(), dtype_name.into());
+    config.insert("torch_dtype".into(), args.dtype.in_config().into());
     config.insert("bos_token_id".into(), Value::Null);
     config.insert("pad_token_id".into(), Value::Null);
-    config.insert("eos_token_id".into(), tokenizer.end_id.into());
+    config.insert("eos_token_id".into(), vocab.end_id().into());
     let json = serde_json::to_vec_pretty(&config)?;
     let parsed = ModelConfig::parse(&json)?;
-
+    let weights = Weights { seed: args.seed, norm: 1.0 - parsed.norm_offset };
+    let dtype = args.dtype.stored();
+    if args.out.extension().is_some_and(|e| e == "gguf") {
+        let tensors = gguf::tensors(&parsed, dtype)?;
+        return gguf::write(&args.out, (&parsed, &config), &vocab, &tensors, progress, |tensor, write| {
+            let mut parts = tensor.parts.iter();
+            parts.try_for_each(|name| weights.write(name, tensor.part_elements(), tensor.dtype, write))
+        });
+    }
+    ensure!(dtype.block() == 1, "{dtype} is written to GGUF files; of a folder `baton quantize` makes one in blocks");
     let tensors: Vec<NewTensor> =
         tensor_shapes(&parsed).into_iter().map(|(name, shape)| NewTensor::new(name, &shape, dtype)).collect();
     let folder = NewCheckpoint::create(&args.out, tensors)?;
     folder.write_file("config.json", &json)?;
     let note = json!({"random weights": {"seed": args.seed, "sigma": SIGMA}});
     folder.write_file("random_model.json", note.to_string().as_bytes())?;
+    let tokenizer = tokenizer::files(&vocab)?;
     folder.write_file("tokenizer.json", &tokenizer.tokenizer)?;
     folder.write_file("tokenizer_config.json", &tokenizer.config)?;
     folder.write_tensors(progress, |tensor, write| {
-        let elements = (tensor.bytes() / dtype.bytes(1) as u64) as usize;
-        let key = key(args.seed, tensor.name());
-        // Norms change nothing.
-        let norm = tensor.name().ends_with("norm.weight").then_some(1.0 - parsed.norm_offset);
+        weights.write(tensor.name(), (tensor.bytes() / dtype.bytes(1) as u64) as usize, dtype, write)
+    })?;
+    Ok(())
+}
+
+/// The values of a checkpoint.
+struct Weights {
+    seed: u64,
+    /// Every value of a norm, with which it changes nothing.
+    norm: f32,
+}
+
+impl Weights {
+    /// Writes a tensor of the Hugging Face checkpoint, made on all cores.
+    fn write<E>(
+        &self,
+        name: &str,
+        elements: usize,
+        dtype: DType,
+        write: &mut dyn FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let key = key(self.seed, name);
+        let norm = name.ends_with("norm.weight").then_some(self.norm);
         let make = |range: Range<usize>| match norm {
-            Some(norm) => args.dtype.encode(range.map(|_| norm)),
-            None => args.dtype.encode(range.map(|i| normal(key, i as u64) * SIGMA)),
+            Some(norm) => encode(dtype, range.map(|_| norm)),
+            None => encode(dtype, range.map(|i| normal(key, i as u64) * SIGMA)),
         };
         let cores = thread::available_parallelism().map_or(1, usize::from);
         for start in (0..elements).step_by(SHARE * cores) {
@@ -138,8 +175,17 @@ fn write(config: &str, args: &Args, progress: &dyn Fn(u64, u64)) -> Result<()> {
             parts.iter().try_for_each(|part| write(part))?;
         }
         Ok(())
-    })?;
-    Ok(())
+    }
+}
+
+/// Values in a type, little-endian; bf16 rounds to nearest even.
+fn encode(dtype: DType, values: impl Iterator<Item = f32>) -> Vec<u8> {
+    match dtype {
+        DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
+        DType::F16 => values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+        DType::BF16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+        DType::Ggml(format) => format.quantize(&values.collect::<Vec<_>>()),
+    }
 }
 
 /// The key of a tensor: FNV-1a of its name over the seed's hash.
@@ -166,6 +212,9 @@ fn normal(key: u64, index: u64) -> f32 {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use baton_device::Reference;
+    use baton_model::{Files, LoadOptions, SequenceStep, StepPlan, load};
 
     use super::*;
 
@@ -207,9 +256,49 @@ mod tests {
             fs::read(out.join("model.safetensors")).unwrap()
         });
         assert!(files[0] == files[1] && files[0] != files[2]);
+        let error = write(&config.to_string(), &args(&temp.path().join("d.gguf"), 0), &|_, _| {}).unwrap_err();
+        assert!(error.to_string().contains("DeepseekV3ForCausalLM"), "{error}");
         let small = r#"{"vocab_size": 258}"#;
         let error = write(small, &args(&temp.path().join("d"), 0), &|_, _| {}).unwrap_err().to_string();
         assert!(error.contains("at least 259"), "{error}");
         assert!(shape("gpt-9").unwrap_err().to_string().contains("qwen2-0.5b"));
+    }
+
+    #[test]
+    fn a_gguf_file_is_the_folder_to_the_last_bit() {
+        let temp = tempfile::tempdir().unwrap();
+        let logits = |path: &Path| {
+            let options = LoadOptions { max_model_len: Some(16), ..LoadOptions::default() };
+            let (mut runner, _) = load(Reference::new(), &Files::at(path).unwrap(), &options).unwrap();
+            let tokens = vec![7, 300, 21];
+            let sequence =
+                SequenceStep { id: 0, num_computed: 0, tokens, block_table: vec![0], sample: None, adapter: None };
+            runner.logits(&StepPlan { sequences: vec![sequence] }).unwrap()
+        };
+        for name in ["qwen2-0.5b", "r1-qwen-1.5b", "qwen3-moe-1b-active"] {
+            let mut config: Value = serde_json::from_str(shape(name).unwrap()).unwrap();
+            for (field, value) in [
+                ("vocab_size", 320),
+                ("hidden_size", 64),
+                ("intermediate_size", 96),
+                ("num_hidden_layers", 2),
+                ("num_attention_heads", 4),
+                ("num_key_value_heads", 2),
+                ("moe_intermediate_size", 32),
+                ("num_experts", 12),
+                ("head_dim", 24),
+                ("max_position_embeddings", 64),
+            ] {
+                if config.get(field).is_some() {
+                    config[field] = json!(value);
+                }
+            }
+            let [folder, file] = ["", ".gguf"].map(|ending| {
+                let out = temp.path().join(format!("{name}{ending}"));
+                write(&config.to_string(), &Args { dtype: Dtype::F32, ..args(&out, 5) }, &|_, _| {}).unwrap();
+                logits(&out)
+            });
+            assert!(folder.iter().all(|x| x.is_finite()) && folder == file, "{name}");
+        }
     }
 }

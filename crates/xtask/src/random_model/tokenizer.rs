@@ -5,32 +5,53 @@ use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
 const SPECIAL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
-const TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
+/// The chat template.
+pub const TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// A vocabulary.
+pub struct Vocab {
+    /// By id.
+    pub tokens: Vec<String>,
+    /// From here on tokens are special.
+    pub first_special: usize,
+}
+
+impl Vocab {
+    /// A vocabulary of so many tokens.
+    pub fn new(size: u64) -> Result<Self> {
+        let least = 256 + SPECIAL.len() as u64;
+        if size < least {
+            bail!("a vocabulary of {size} tokens; the tokenizer takes at least {least}");
+        }
+        let first_special = size - SPECIAL.len() as u64;
+        let mut tokens: Vec<String> = byte_characters().map(String::from).collect();
+        tokens.extend((256..first_special).map(|id| format!("Ġw{id}")));
+        tokens.extend(SPECIAL.map(str::to_owned));
+        Ok(Self { tokens, first_special: first_special as usize })
+    }
+
+    /// The token that ends a text.
+    pub fn end_id(&self) -> u64 {
+        self.tokens.len() as u64 - 1
+    }
+}
 
 /// The files of the tokenizer.
 pub struct Files {
     pub tokenizer: Vec<u8>,
     pub config: Vec<u8>,
-    /// The token that ends a text.
-    pub end_id: u64,
 }
 
-/// A tokenizer of `vocab_size` tokens.
-pub fn files(vocab_size: u64) -> Result<Files> {
-    let least = 256 + SPECIAL.len() as u64;
-    if vocab_size < least {
-        bail!("a vocabulary of {vocab_size} tokens; the tokenizer takes at least {least}");
-    }
-    let first_special = vocab_size - SPECIAL.len() as u64;
-    let mut vocab: Map<String, Value> =
-        byte_characters().enumerate().map(|(id, character)| (character.to_string(), id.into())).collect();
-    vocab.extend((256..first_special).map(|id| (format!("Ġw{id}"), id.into())));
-    let special = |(id, content): (u64, &&str)| {
+/// A vocabulary as Hugging Face checkpoints have it.
+pub fn files(vocab: &Vocab) -> Result<Files> {
+    let (plain, specials) = vocab.tokens.split_at(vocab.first_special);
+    let ids: Map<String, Value> = plain.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
+    let special = |(id, content): (usize, &String)| {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": true})
     };
-    let added: Vec<Value> = (first_special..).zip(&SPECIAL).map(special).collect();
+    let added: Vec<Value> = (vocab.first_special..).zip(specials).map(special).collect();
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let tokenizer = json!({
         "version": "1.0",
@@ -42,7 +63,7 @@ pub fn files(vocab_size: u64) -> Result<Files> {
         "post_processor": null,
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": ids, "merges": []},
     });
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -51,11 +72,7 @@ pub fn files(vocab_size: u64) -> Result<Files> {
         "pad_token": SPECIAL[0],
         "chat_template": TEMPLATE,
     });
-    Ok(Files {
-        tokenizer: serde_json::to_vec(&tokenizer)?,
-        config: serde_json::to_vec_pretty(&config)?,
-        end_id: vocab_size - 1,
-    })
+    Ok(Files { tokenizer: serde_json::to_vec(&tokenizer)?, config: serde_json::to_vec_pretty(&config)? })
 }
 
 /// The characters by which byte-level vocabularies name bytes, by byte: printable ones name themselves, the others are
