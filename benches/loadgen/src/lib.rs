@@ -6,6 +6,7 @@
 
 mod client;
 mod local;
+pub mod plot;
 mod report;
 mod run;
 mod schedule;
@@ -15,7 +16,7 @@ mod table;
 mod workload;
 
 pub use client::{CallError, Client, Reply, Target};
-pub use local::LocalServer;
+pub use local::{LocalServer, free_port};
 pub use report::{Objectives, Quantiles, Report};
 pub use run::{Call, Live, Load, Planned, Run, run};
 pub use schedule::arrivals;

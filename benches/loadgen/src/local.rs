@@ -12,7 +12,12 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Client, Target};
 
-/// A running `baton serve`.
+/// A port that nobody listens on.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// A running server.
 #[derive(Debug)]
 pub struct LocalServer {
     child: Child,
@@ -21,21 +26,23 @@ pub struct LocalServer {
 }
 
 impl LocalServer {
-    /// Starts `binary serve --port FREE flags…` and waits until `/ready` answers 200.
-    pub async fn start(binary: &Path, flags: &[&str]) -> Result<Self> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    /// Starts `baton serve --port FREE flags…` and waits until it is ready.
+    pub async fn start(baton: &Path, flags: &[&str]) -> Result<Self> {
+        let port = free_port()?;
+        let mut command = Command::new(baton);
+        command.args(["serve", "--port", &port.to_string()]).args(flags);
+        Self::launch(command, port, "/ready", Duration::from_secs(60)).await
+    }
+
+    /// Runs a command that serves on `port`, and waits until the route `ready` answers 200.
+    pub async fn launch(mut command: Command, port: u16, ready: &str, limit: Duration) -> Result<Self> {
         let start = Instant::now();
-        let child = Command::new(binary)
-            .args(["serve", "--port", &port.to_string()])
-            .args(flags)
-            .stdin(Stdio::null())
-            .spawn()
-            .with_context(|| format!("starting {}", binary.display()))?;
+        let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("starting {command:?}"))?;
         let target = Target { base: format!("http://127.0.0.1:{port}"), api_key: None };
         let mut server = Self { child, target, ready: Duration::ZERO };
         let client = server.client();
-        while !client.get("/ready").await.is_ok_and(|(status, _)| status == 200) {
-            ensure!(start.elapsed() < Duration::from_secs(60), "not ready after a minute");
+        while !client.get(ready).await.is_ok_and(|(status, _)| status == 200) {
+            ensure!(start.elapsed() < limit, "not ready after {limit:?}");
             if let Some(status) = server.child.try_wait()? {
                 bail!("the server ended: {status}");
             }
@@ -55,7 +62,7 @@ impl LocalServer {
         Client::new(self.target.clone())
     }
 
-    /// From starting the process to the first 200 of `/ready`.
+    /// From starting the process to the first 200 of its route for that.
     pub fn ready(&self) -> Duration {
         self.ready
     }

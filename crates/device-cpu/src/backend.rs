@@ -78,6 +78,14 @@ impl CpuBackend {
         Ok(Self { caps, isa, pool, scratch: Mutex::default() })
     }
 
+    pub(crate) fn isa(&self) -> Dispatch {
+        self.isa
+    }
+
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
     /// Contents are overwritten by every user, so poison means nothing.
     fn scratch(&self) -> MutexGuard<'_, Scratch> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)

@@ -8,6 +8,7 @@ mod adapter;
 mod arch;
 mod checkpoint;
 mod config;
+mod cost;
 mod export;
 mod gguf;
 mod load;
@@ -26,6 +27,7 @@ pub use config::{
     Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,
     QuantizationConfig, RopeConfig, RopeScaling,
 };
+pub use cost::StepCost;
 pub use export::{ExportError, NewCheckpoint, NewTensor, quantize, tensor_shapes};
 pub use gguf::GgufTokenizer;
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, load};

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::arch::{self, AdapterScratch, Sizes};
 use crate::checkpoint::{Checkpoint, CheckpointError, FileError, Files, Role, TensorSpec};
 use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig, QuantizationConfig};
+use crate::cost::StepCost;
 use crate::gguf::{self, Opened};
 use crate::loader::{Formats, Loader, Slot};
 use crate::precision::{Conversion, as_text};
@@ -93,6 +94,9 @@ pub struct LoadReport {
     pub weight_bytes: u64,
     /// Bytes of the cache.
     pub kv_bytes: u64,
+    /// What its steps cost.
+    #[serde(skip)]
+    pub step_cost: StepCost,
     /// Time that loading took.
     pub seconds: f64,
 }
@@ -210,6 +214,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
         weight_bytes: loader.weight_bytes,
         kv_bytes: kv.block_bytes() as u64 * num_blocks as u64,
         digest: loader.digest(),
+        step_cost: StepCost::new(&config, specs.values(), |s| formats.of(s, &checkpoint, backend.caps())),
         seconds: start.elapsed().as_secs_f64(),
     };
     Ok((ModelRunner::new(backend, model, cache, spec, AdapterSupport { slots, max_rank, scratch }), report))

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use baton_device::{Backend, Caps, LatentOps, MoeOps, Reference};
-use baton_device_cpu::{CpuBackend, CpuOptions};
+use baton_device_cpu::{CpuBackend, CpuOptions, Limits};
 use baton_model::{Adapter, AdapterError, Files, LoadError, LoadOptions, LoadReport, Runner, load};
 
 /// A device by the name an operator gives it.
@@ -36,6 +36,11 @@ impl Device {
             "reference" => Ok(Device::Reference),
             other => bail!("--device {other}: this build serves on cpu and reference (auto takes cpu)"),
         }
+    }
+
+    /// Measures what the machine gives so many threads of the CPU.
+    pub fn cpu_limits(threads: usize) -> Result<Limits> {
+        Ok(CpuBackend::new(&CpuOptions { threads, isa: None })?.limits()?)
     }
 
     /// Loads a checkpoint onto the device; `threads` 0 takes all cores.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use baton_device::{DType, WeightFormat};
+use baton_device::WeightFormat;
 use baton_hub::Target;
 use baton_model::{Adapter, Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions};
 use baton_text::{GgufVocab, TextFiles, TextModel, TokenizerFile};
@@ -16,7 +16,7 @@ use tracing::info;
 use crate::{
     backend::{Device, Loaded},
     bundled, memory, pull,
-    settings::{Dtype, LoraModule, Quantize, Settings},
+    settings::{LoraModule, Quantize, Settings},
 };
 
 /// Bytes of a tokenizer file or template that are read.
@@ -137,12 +137,7 @@ fn options(settings: &Settings) -> LoadOptions {
     // What cannot be known is not limited: the allocation itself then decides.
     let quarter = memory::available_bytes().map_or(u64::MAX, |free| free / 4);
     LoadOptions {
-        dtype: match settings.dtype {
-            Dtype::Auto => None,
-            Dtype::Float32 => Some(DType::F32),
-            Dtype::Bfloat16 => Some(DType::BF16),
-            Dtype::Float16 => Some(DType::F16),
-        },
+        dtype: settings.dtype.stored(),
         quantization: settings.quantize.map(Quantize::format),
         max_model_len: settings.max_model_len,
         max_step_tokens: settings.max_num_batched_tokens,

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use baton_device::BlockFormat;
+use baton_device::{BlockFormat, DType};
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +46,18 @@ pub enum Dtype {
     Float32,
     Bfloat16,
     Float16,
+}
+
+impl Dtype {
+    /// The float type asked for, if one is.
+    pub fn stored(self) -> Option<DType> {
+        match self {
+            Dtype::Auto => None,
+            Dtype::Float32 => Some(DType::F32),
+            Dtype::Bfloat16 => Some(DType::BF16),
+            Dtype::Float16 => Some(DType::F16),
+        }
+    }
 }
 
 /// Weight formats made at load.

@@ -259,3 +259,31 @@ fn wrong_values_are_refused_with_what_is_accepted() {
         assert!(said.contains(expected), "{flags:?}: {said}");
     }
 }
+
+#[test]
+fn a_model_is_measured_in_process_beside_the_limits_of_the_machine() {
+    let flags = ["-p", "40", "-n", "6", "--streams", "1,3", "-d", "0,20", "-r", "2", "-t", "2"];
+    let run = |more: &[&str]| {
+        let output = Command::new(BINARY).args(["bench", "local"]).args(flags).args(more).output().expect("it starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    let result: Value = serde_json::from_str(&run(&["--json"])).expect("JSON");
+    let rate = |value: &Value| value.as_f64().filter(|rate| rate.is_finite() && *rate > 0.0).expect("a rate");
+    for limit in ["read_bytes_per_s", "int8_mul_adds_per_s", "f32_mul_adds_per_s"] {
+        rate(&result["limits"][limit]);
+    }
+    let results = result["results"].as_array().expect("results");
+    let tests: Vec<&str> = results.iter().map(|r| r["test"].as_str().expect("a name")).collect();
+    let expected = ["pp40", "tg6", "tg6, 3 streams", "pp40 @ d20", "tg6 @ d20", "tg6 @ d20, 3 streams"];
+    assert_eq!(tests, expected);
+    for result in results {
+        let samples: Vec<f64> = result["samples_ts"].as_array().expect("samples").iter().map(rate).collect();
+        assert!(samples.len() == 2 && samples.is_sorted());
+        let median = rate(&result["median_ts"]);
+        assert!(samples[0] <= median && median <= samples[1]);
+        ["share_of_read", "share_of_peak"].map(|share| rate(&result[share]));
+    }
+    let table = run(&[]);
+    assert!(table.contains("of read") && expected.iter().all(|test| table.contains(&format!("| {test} |"))), "{table}");
+}

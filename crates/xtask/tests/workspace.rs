@@ -29,6 +29,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
         ],
         &[],
     ),
+    ("baton-compare", &["baton-loadgen"], &[]),
     ("baton-loadgen", &[], &[]),
     ("xtask", &["baton-device", "baton-loadgen", "baton-model"], &[]),
 ];

@@ -18,6 +18,7 @@ use crate::checkpoint::{Role, TensorSpec};
 use crate::config::{Architecture, Family, ModelConfig};
 use crate::loader::Loader;
 
+pub(crate) use decoder::EMBEDDING_WEIGHT;
 pub(crate) use projection::{AdaptedRows, AdapterScratch, AdapterWeights, Delta, Projection, StepAdapters};
 
 /// A loaded model: weights, and activations sized once.
@@ -91,7 +92,7 @@ pub(crate) fn specs(config: &ModelConfig) -> Specs {
     if let Some(quantization) = &config.quantization {
         let quantizable = |spec: &&mut TensorSpec| match spec.role {
             Role::Linear => true,
-            Role::Float => spec.name != decoder::EMBEDDING_WEIGHT,
+            Role::Float => spec.name != EMBEDDING_WEIGHT,
             Role::Router | Role::Vector => false,
         };
         for spec in specs.0.values_mut().filter(quantizable) {
@@ -99,6 +100,11 @@ pub(crate) fn specs(config: &ModelConfig) -> Specs {
         }
     }
     specs
+}
+
+/// Whether logits are products with this tensor.
+pub(crate) fn is_head(config: &ModelConfig, name: &str) -> bool {
+    name == if config.tie_word_embeddings { EMBEDDING_WEIGHT } else { decoder::HEAD_WEIGHT }
 }
 
 /// Whether a tensor beyond [`specs`] is known to change nothing.
@@ -109,7 +115,7 @@ pub(crate) fn is_ignorable(config: &ModelConfig, name: &str) -> bool {
     };
     // Tables that old files carry; a copy of the embedding; multi-token prediction.
     name.ends_with(".rotary_emb.inv_freq")
-        || (config.tie_word_embeddings && name == "lm_head.weight")
+        || (config.tie_word_embeddings && name == decoder::HEAD_WEIGHT)
         || (config.architecture == Architecture::DeepseekV3 && beyond_last_layer() == Some(true))
 }
 

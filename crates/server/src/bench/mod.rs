@@ -1,5 +1,8 @@
 //! `baton bench`: loads a server and prints what it gave. The table goes to standard output, progress and remarks to
-//! standard error. Flags are named as in `vllm bench serve` where both have one.
+//! standard error. Flags are named as in `vllm bench serve` where both have one. `baton bench local` measures a model
+//! without a server.
+
+mod local;
 
 use std::{
     fs,
@@ -14,23 +17,28 @@ use baton_loadgen::{
     Client, Endpoint, Form, Live, Load, Mode, Objectives, Prompt, Random, Report, Request, Target, arrivals,
     read_requests, run, sweep,
 };
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::settings::Secret;
+use local::LocalArgs;
 
 /// What `baton bench` takes.
 #[derive(Debug, Args)]
 #[command(
+    args_conflicts_with_subcommands = true,
     after_help = "Without --request-rate all calls arrive at once and --max-concurrency of them are in flight: a \
     closed loop. With it they arrive by the clock, however slow the server is; latencies count from sending, and what \
     --max-concurrency held back before that is printed as queueing. Ctrl-C ends the run and reports what \
     was measured until then."
 )]
 pub struct BenchArgs {
+    #[command(subcommand)]
+    local: Option<Local>,
+
     /// The server, http://HOST:PORT
     #[arg(long, visible_alias = "url", value_name = "URL", default_value = "http://127.0.0.1:8000", value_parser = base_url)]
     base_url: String,
@@ -121,6 +129,12 @@ pub struct BenchArgs {
     save_result: Option<PathBuf>,
 }
 
+#[derive(Debug, Subcommand)]
+enum Local {
+    /// Run a model in this process, as `llama-bench` does, beside what the machine can read and compute
+    Local(LocalArgs),
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Route {
     #[value(name = "/v1/completions", alias = "completions")]
@@ -182,6 +196,9 @@ fn objective(text: &str) -> Result<(Latency, Duration), String> {
 
 /// Runs the command.
 pub fn main(args: &BenchArgs) -> Result<()> {
+    if let Some(Local::Local(args)) = &args.local {
+        return local::main(args);
+    }
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?.block_on(bench(args))
 }
 

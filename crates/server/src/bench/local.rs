@@ -1,0 +1,283 @@
+//! `baton bench local`: prompts and decoding steps of a model in this process, without HTTP, engine or tokenizer, as
+//! `llama-bench` runs them; beside each line the share of what this machine can read and compute, measured just before.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    sync::Arc,
+    time::Instant,
+};
+
+use anyhow::{Context, Result, ensure};
+use baton_device::WeightFormat;
+use baton_device_cpu::Limits;
+use baton_model::{KvCacheSize, LoadOptions, SampleRequest, SamplingParams, SequenceStep, StepPlan};
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{count, length};
+use crate::{
+    backend::{Device, Loaded},
+    load, memory,
+    settings::{Dtype, Quantize},
+};
+
+/// What `baton bench local` takes; letters are those of `llama-bench`.
+#[derive(Debug, Args)]
+pub struct LocalArgs {
+    /// Checkpoint folder or .gguf file, else an id as for `baton pull` [default: the bundled model]
+    #[arg(value_name = "MODEL")]
+    model: Option<String>,
+
+    /// Tokens of a prompt, computed in steps of 512; 0 for no prompts
+    #[arg(short = 'p', long, value_name = "N,N,…", value_delimiter = ',', default_value = "512", value_parser = length)]
+    n_prompt: Vec<usize>,
+
+    /// Tokens that each stream decodes; 0 for no decoding
+    #[arg(short = 'n', long, value_name = "N,N,…", value_delimiter = ',', default_value = "128", value_parser = length)]
+    n_gen: Vec<usize>,
+
+    /// Streams that decode together
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', default_value = "1", value_parser = count)]
+    streams: Vec<usize>,
+
+    /// Tokens that are in the cache before
+    #[arg(short = 'd', long, value_name = "N,N,…", value_delimiter = ',', default_value = "0", value_parser = length)]
+    n_depth: Vec<usize>,
+
+    /// Times that each test is run, after one that is not counted
+    #[arg(short = 'r', long, value_name = "N", default_value_t = 5, value_parser = count)]
+    repetitions: usize,
+
+    /// Compute threads [default: all cores]
+    #[arg(short = 't', long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+
+    /// Precision in which weights are kept
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: Dtype,
+
+    /// Quantise linear weights at load
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    quantize: Option<Quantize>,
+
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Tokens of a prompt that are computed in one step, as `baton serve` does.
+const STEP: usize = 512;
+
+/// One line: some sequences, each from `depth` tokens on.
+#[derive(Debug, Clone, Copy)]
+struct Test {
+    streams: usize,
+    depth: usize,
+    tokens: usize,
+    /// Tokens per sequence and step.
+    step: usize,
+}
+
+impl Test {
+    /// As `llama-bench` names it.
+    fn name(&self) -> String {
+        let kind = if self.step == 1 { "tg" } else { "pp" };
+        let mut name = format!("{kind}{}", self.tokens);
+        if self.depth > 0 {
+            let _ = write!(name, " @ d{}", self.depth);
+        }
+        if self.streams > 1 {
+            let _ = write!(name, ", {} streams", self.streams);
+        }
+        name
+    }
+
+    /// Context before and tokens of each step.
+    fn steps(&self) -> impl Iterator<Item = (usize, usize)> {
+        let (depth, tokens, step) = (self.depth, self.tokens, self.step);
+        (0..tokens).step_by(step).map(move |from| (depth + from, step.min(tokens - from)))
+    }
+}
+
+/// Of a test, per second.
+struct Rates {
+    /// Tokens of all streams, of each run, ascending.
+    tokens: Vec<f64>,
+    /// Bytes of weights and cached keys and values, in the median run.
+    bytes: f64,
+    /// Multiply-adds with the weights, in the median run.
+    mul_adds: f64,
+}
+
+impl Rates {
+    fn median(&self) -> f64 {
+        let middle = self.tokens.len() / 2;
+        if self.tokens.len().is_multiple_of(2) {
+            (self.tokens[middle - 1] + self.tokens[middle]) / 2.0
+        } else {
+            self.tokens[middle]
+        }
+    }
+}
+
+/// Runs the command.
+pub fn main(args: &LocalArgs) -> Result<()> {
+    let tests = args.tests();
+    ensure!(!tests.is_empty(), "nothing to measure: -p and -n are 0");
+    let longest = tests.iter().map(|t| t.depth + t.tokens).max().expect("not empty");
+    let streams = tests.iter().map(|t| t.streams).max().expect("not empty");
+    let limits = Device::cpu_limits(args.threads)?;
+    let (name, files) = load::files(args.model.as_deref())?;
+    let options = LoadOptions {
+        dtype: args.dtype.stored(),
+        quantization: args.quantize.map(Quantize::format),
+        max_model_len: Some(longest),
+        max_step_tokens: STEP.max(streams),
+        max_step_sequences: streams,
+        kv_cache: KvCacheSize::AtMost(memory::available_bytes().map_or(u64::MAX, |free| free / 2)),
+        ..LoadOptions::default()
+    };
+    let mut loaded = Device::Cpu.load(args.threads, &files, &options).with_context(|| format!("model {name}"))?;
+    let mut results = Vec::new();
+    for test in tests {
+        let rates = run(&mut loaded, test, args.repetitions).with_context(|| test.name())?;
+        results.push((test, rates));
+    }
+    let text = if args.json {
+        serde_json::to_string_pretty(&as_json(&name, &loaded, &limits, &results))? + "\n"
+    } else {
+        table(&name, &loaded, &limits, &results)
+    };
+    io::stdout().write_all(text.as_bytes()).context("writing the table")
+}
+
+impl LocalArgs {
+    fn tests(&self) -> Vec<Test> {
+        let mut tests = Vec::new();
+        for &depth in &self.n_depth {
+            let some = |lengths: &[usize]| lengths.iter().copied().filter(|&n| n > 0).collect::<Vec<_>>();
+            tests.extend(some(&self.n_prompt).into_iter().map(|tokens| Test { streams: 1, depth, tokens, step: STEP }));
+            for tokens in some(&self.n_gen) {
+                tests.extend(self.streams.iter().map(|&streams| Test { streams, depth, tokens, step: 1 }));
+            }
+        }
+        tests
+    }
+}
+
+fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
+    let spec = loaded.runner.spec().clone();
+    let blocks = (test.depth + test.tokens).div_ceil(spec.block_size);
+    ensure!(
+        blocks * test.streams <= spec.num_blocks,
+        "{} cache blocks are needed, half of free memory gives {}",
+        blocks * test.streams,
+        spec.num_blocks
+    );
+    let mut once = || -> Result<f64> {
+        let start = Instant::now();
+        for (context, tokens) in test.steps() {
+            let sequence = |s: usize| SequenceStep {
+                id: s as u64,
+                num_computed: context,
+                // What they are does not matter for speed, nor does what the cache holds.
+                tokens: (0..tokens).map(|i| ((s * 7919 + (context + i) * 104_729) % spec.vocab_size) as u32).collect(),
+                block_table: (s * blocks..(s + 1) * blocks).map(|b| b as u32).collect(),
+                sample: Some(SampleRequest {
+                    params: Arc::new(SamplingParams::greedy()),
+                    position: 0,
+                    history: Vec::new(),
+                    prompt_len: 1,
+                }),
+                adapter: None,
+            };
+            loaded.runner.step(&StepPlan { sequences: (0..test.streams).map(sequence).collect() })?;
+        }
+        Ok(start.elapsed().as_secs_f64())
+    };
+    once()?;
+    let mut seconds = (0..repetitions).map(|_| once()).collect::<Result<Vec<f64>>>()?;
+    seconds.sort_by(|a, b| b.total_cmp(a));
+    let all = (test.tokens * test.streams) as f64;
+    let mut rates = Rates { tokens: seconds.iter().map(|seconds| all / seconds).collect(), bytes: 0.0, mul_adds: 0.0 };
+    let seconds = all / rates.median();
+    let report = &loaded.report;
+    let cached = report.kv_bytes as f64 / (spec.num_blocks * spec.block_size) as f64;
+    for (context, tokens) in test.steps() {
+        let rows = tokens * test.streams;
+        rates.mul_adds += report.step_cost.mul_adds(rows, test.streams) / seconds;
+        let cache = cached * ((context + tokens) * test.streams) as f64;
+        rates.bytes += (report.step_cost.bytes(rows, test.streams) + cache) / seconds;
+    }
+    Ok(rates)
+}
+
+/// What the weights are multiplied as, and how many of that the machine does at most.
+fn peak(loaded: &Loaded, limits: &Limits) -> (&'static str, f64) {
+    let blocks = loaded.report.weight_formats.iter().any(|f| matches!(f, WeightFormat::Ggml(_)));
+    if blocks && loaded.caps.byte_activations { ("int8", limits.byte_mul_adds) } else { ("f32", limits.f32_mul_adds) }
+}
+
+fn table(name: &str, loaded: &Loaded, limits: &Limits, results: &[(Test, Rates)]) -> String {
+    let (kind, peak) = peak(loaded, limits);
+    let formats: Vec<String> = loaded.report.weight_formats.iter().map(ToString::to_string).collect();
+    let mut text = format!(
+        "{name}, {} ({:.2} GB of weights), {} with {} threads\nlimits measured: {:.1} GB/s read, {kind} dot {:.0} GOP/s\n\n",
+        formats.join("+"),
+        loaded.report.weight_bytes as f64 / 1e9,
+        loaded.caps.isa,
+        loaded.caps.threads,
+        limits.read_bytes / 1e9,
+        2.0 * peak / 1e9,
+    );
+    text += "| test | tok/s | min – max | GB/s | of read | GOP/s | of peak |\n|---|---|---|---|---|---|---|\n";
+    for (test, rates) in results {
+        let _ = writeln!(
+            text,
+            "| {} | {:.2} | {:.2} – {:.2} | {:.1} | {:.0} % | {:.0} | {:.0} % |",
+            test.name(),
+            rates.median(),
+            rates.tokens[0],
+            rates.tokens[rates.tokens.len() - 1],
+            rates.bytes / 1e9,
+            100.0 * rates.bytes / limits.read_bytes,
+            2.0 * rates.mul_adds / 1e9,
+            100.0 * rates.mul_adds / peak,
+        );
+    }
+    text
+}
+
+fn as_json(name: &str, loaded: &Loaded, limits: &Limits, results: &[(Test, Rates)]) -> Value {
+    let (kind, peak) = peak(loaded, limits);
+    let result = |(test, rates): &(Test, Rates)| {
+        json!({
+            "test": test.name(),
+            "n_prompt": if test.step == 1 { 0 } else { test.tokens },
+            "n_gen": if test.step == 1 { test.tokens } else { 0 },
+            "n_depth": test.depth,
+            "streams": test.streams,
+            "median_ts": rates.median(),
+            "samples_ts": rates.tokens,
+            "read_bytes_per_s": rates.bytes,
+            "share_of_read": rates.bytes / limits.read_bytes,
+            "mul_adds_per_s": rates.mul_adds,
+            "share_of_peak": rates.mul_adds / peak,
+        })
+    };
+    json!({
+        "model": name,
+        "weights": loaded.report.weight_formats.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "weight_bytes": loaded.report.weight_bytes,
+        "isa": loaded.caps.isa,
+        "n_threads": loaded.caps.threads,
+        "limits": {
+            "read_bytes_per_s": limits.read_bytes,
+            "int8_mul_adds_per_s": limits.byte_mul_adds,
+            "f32_mul_adds_per_s": limits.f32_mul_adds,
+            "peak": kind,
+        },
+        "results": results.iter().map(result).collect::<Vec<_>>(),
+    })
+}
