@@ -19,10 +19,12 @@ pub enum Isa {
     Avx512,
     /// aarch64.
     Neon,
+    /// aarch64 with dot products of bytes.
+    NeonDotprod,
 }
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon];
+    const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::NeonDotprod];
 
     /// The best that this machine has.
     pub fn detect() -> Isa {
@@ -43,7 +45,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Avx512::detect().map(Dispatch::Avx512),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => Some(Dispatch::Neon(Neon)),
+            Isa::Neon => Neon::detect().map(Dispatch::Neon),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod => Neon::detect().map(Dispatch::NeonDotprod),
             #[allow(unreachable_patterns)] // which patterns are left depends on the architecture
             _ => None,
         }
@@ -57,6 +61,7 @@ impl fmt::Display for Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
+            Isa::NeonDotprod => "neon-dotprod",
         })
     }
 }
@@ -70,7 +75,9 @@ pub(crate) enum Dispatch {
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
     #[cfg(target_arch = "aarch64")]
-    Neon(Neon),
+    Neon(Neon<false>),
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod(Neon<true>),
 }
 
 impl Dispatch {
@@ -83,7 +90,9 @@ impl Dispatch {
             #[cfg(target_arch = "x86_64")]
             Dispatch::Avx512(s) => s.run(kernel),
             #[cfg(target_arch = "aarch64")]
-            Dispatch::Neon(s) => kernel.run(s),
+            Dispatch::Neon(s) => s.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Dispatch::NeonDotprod(s) => s.run(kernel),
         }
     }
 }

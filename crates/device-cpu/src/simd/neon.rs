@@ -1,17 +1,55 @@
-//! NEON: four registers per vector.
+//! NEON, alone or with the dot products of ARMv8.2: four registers per vector.
 
 #![allow(unused_unsafe)] // many intrinsics are safe where NEON is part of the base, as it is here
 
 use std::arch::aarch64::*;
+use std::arch::{asm, is_aarch64_feature_detected};
 use std::array::from_fn;
 
 use half::{bf16, f16};
 
-use super::{LANES, Simd};
+use super::{Kernel, LANES, Simd};
 
-/// Every aarch64 machine.
+/// Every aarch64 machine; with `DOTPROD`, those whose bytes have a dot product: Cortex-A76, Neoverse N1, Apple M1 and
+/// later.
 #[derive(Clone, Copy)]
-pub(crate) struct Neon;
+pub(crate) struct Neon<const DOTPROD: bool>(());
+
+impl<const DOTPROD: bool> Neon<DOTPROD> {
+    /// `Some` if this machine has it.
+    pub(crate) fn detect() -> Option<Self> {
+        (!DOTPROD || is_aarch64_feature_detected!("dotprod")).then_some(Self(()))
+    }
+
+    /// Runs a kernel compiled for these features.
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        #[target_feature(enable = "dotprod")]
+        fn enter<S: Simd, K: Kernel>(s: S, kernel: K) {
+            kernel.run(s);
+        }
+        if DOTPROD {
+            // SAFETY: a value of this type exists only if `detect` found the feature.
+            unsafe { enter(self, kernel) }
+        } else {
+            kernel.run(self);
+        }
+    }
+}
+
+/// Adds to each lane the dot product of its four bytes. (The intrinsic for it is not yet stable.)
+#[target_feature(enable = "dotprod")]
+#[inline]
+fn sdot(mut acc: int32x4_t, w: uint8x16_t, x: int32x4_t) -> int32x4_t {
+    // SAFETY: the feature is enabled; the instruction touches its registers alone.
+    unsafe {
+        asm!(
+            "sdot {acc:v}.4s, {w:v}.16b, {x:v}.16b",
+            acc = inout(vreg) acc, w = in(vreg) w, x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    acc
+}
 
 /// An intrinsic on values, or on memory that a reference of its exact size vouches for.
 macro_rules! intrinsic {
@@ -22,7 +60,7 @@ macro_rules! intrinsic {
     };
 }
 
-impl Simd for Neon {
+impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     type F32 = [float32x4_t; 4];
     type I32 = [int32x4_t; 4];
     type Bytes = [uint8x16_t; 4];
@@ -197,6 +235,14 @@ impl Simd for Neon {
     #[inline(always)]
     fn dot_signed(self, acc: Self::I32, w: Self::Bytes, x: &[i8; 4]) -> Self::I32 {
         let x = i32::from_le_bytes(x.map(|b| b as u8));
+        if DOTPROD {
+            let mut out = acc;
+            for (out, w) in out.iter_mut().zip(w) {
+                // SAFETY: `self` proves that the feature is there (see `Neon::detect`).
+                *out = unsafe { sdot(*out, w, vdupq_n_s32(x)) };
+            }
+            return out;
+        }
         from_fn(|i| {
             intrinsic!({
                 let (w, x) = (vreinterpretq_s8_u8(w[i]), vreinterpretq_s8_s32(vdupq_n_s32(x)));
