@@ -7,7 +7,8 @@
 //!
 //! Invariant: a published block was computed and its values are finite. The scheduler publishes a
 //! sequence's blocks only when a token was sampled behind them; attention had read all of them for
-//! it, so a value that is not finite would have shown.
+//! it, so a value that is not finite would have shown. Drafts that are not accepted lie behind all tokens
+//! and are never published.
 
 use baton_model::Adapter;
 use sha2::{Digest, Sha256};
@@ -97,13 +98,34 @@ impl BlockManager {
 
     /// Gives the sequence blocks for all its known tokens; false, and nothing given, if there are too few.
     pub fn grow(&mut self, sequence: &mut Sequence) -> bool {
-        let blocks = &mut sequence.table.blocks;
-        let missing = sequence.tokens.len().div_ceil(self.block_size) - blocks.len();
+        let missing = sequence.tokens.len().div_ceil(self.block_size) - sequence.table.blocks.len();
         if self.allocator.available() < missing {
             return false;
         }
-        blocks.extend((0..missing).map(|_| self.allocator.allocate().expect("available blocks were counted")));
+        self.give(sequence, missing);
         true
+    }
+
+    /// Gives the sequence blocks for drafts behind its known tokens, as far as there are any without touching the
+    /// `spare` ones. Returns for how many of `drafts` it has room.
+    pub fn grow_for_drafts(&mut self, sequence: &mut Sequence, drafts: usize, spare: usize) -> usize {
+        let known = sequence.tokens.len();
+        let missing = (known + drafts).div_ceil(self.block_size) - sequence.table.blocks.len();
+        self.give(sequence, missing.min(self.allocator.available().saturating_sub(spare)));
+        drafts.min(sequence.table.blocks.len() * self.block_size - known)
+    }
+
+    fn give(&mut self, sequence: &mut Sequence, count: usize) {
+        let new = (0..count).map(|_| self.allocator.allocate().expect("available blocks were counted"));
+        sequence.table.blocks.extend(new);
+    }
+
+    /// Takes back the blocks in which nothing but drafts lay that were not accepted.
+    pub fn trim(&mut self, sequence: &mut Sequence) {
+        let needed = sequence.tokens.len().div_ceil(self.block_size);
+        while sequence.table.blocks.len() > needed {
+            self.allocator.release(sequence.table.blocks.pop().expect("it is not empty"));
+        }
     }
 
     /// Publishes the full computed blocks. Only for values known to be finite.

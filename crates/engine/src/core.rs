@@ -12,7 +12,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use baton_model::{RunError, Runner, StepOutput, StepPlan};
+use baton_model::{RunError, Runner, SequenceOutput, SequenceStep, StepOutput, StepPlan};
 
 use crate::handle::EngineConfig;
 use crate::scheduler::{RequestOutput, Scheduler};
@@ -134,12 +134,22 @@ fn guard<T>(work: impl FnOnce() -> Result<T, RunError>) -> Result<T, EngineFailu
 
 /// Whether the output answers the plan.
 fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepOutput, EngineFailure> {
+    let known = |token: u32| (token as usize) < vocab_size;
+    let answers = |step: &SequenceStep, result: &SequenceOutput| {
+        let mut drafts = step.draft.iter();
+        // Each token but the last is the draft in its place; a failure is the last.
+        let accepted = result.sampled.iter().rev().skip(1).rev();
+        result.id == step.id
+            && result.sampled.is_empty() == step.sample.is_none()
+            && accepted
+                .map(|sampled| sampled.as_ref().ok().map(|s| s.token))
+                .all(|token| token == drafts.next().copied())
+            && result.sampled.iter().flatten().all(|sampled| known(sampled.token))
+            && result.proposed.len() <= step.propose
+            && result.proposed.iter().all(|&token| known(token))
+    };
     let answers = output.sequences.len() == plan.sequences.len()
-        && plan.sequences.iter().zip(&output.sequences).all(|(step, result)| {
-            result.id == step.id
-                && result.sampled.is_some() == step.sample.is_some()
-                && !matches!(&result.sampled, Some(Ok(sampled)) if sampled.token as usize >= vocab_size)
-        });
+        && plan.sequences.iter().zip(&output.sequences).all(|(step, result)| answers(step, result));
     let failure = || EngineFailure::DeviceFailed("the output of the step does not answer its plan".into());
     answers.then_some(output).ok_or_else(failure)
 }

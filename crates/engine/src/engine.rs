@@ -228,6 +228,7 @@ mod tests {
             num_blocks: 100,
             max_step_tokens: 16,
             max_step_sequences: 2,
+            max_draft_tokens: 0,
         };
         let runner = MockRunner::new(spec, MockModel::Hash { seed: 1, vocab_size: 10, end: None });
         let control = runner.control();

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
-use crate::{EngineStats, OutputEvent, Request, RequestId, SubmitError};
+use crate::{EngineStats, OutputEvent, Request, RequestId, SpeculationConfig, SubmitError};
 
 /// Limits of the engine. Those that exceed what the runner can do are lowered to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub struct EngineConfig {
     pub max_queued: usize,
     /// Keep computed blocks for later requests with the same prefix.
     pub enable_prefix_caching: bool,
+    /// Drafts, if there are to be any. They change no output.
+    pub speculation: Option<SpeculationConfig>,
     /// Steps that may fail in a row before the engine gives up on the runner.
     pub max_failed_steps: u32,
 }
@@ -37,6 +39,7 @@ impl Default for EngineConfig {
             max_num_batched_tokens: 2048,
             max_queued: 1024,
             enable_prefix_caching: true,
+            speculation: None,
             max_failed_steps: 3,
         }
     }

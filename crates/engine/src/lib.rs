@@ -12,6 +12,7 @@ mod handle;
 mod request;
 mod scheduler;
 mod sequence;
+mod speculate;
 mod stats;
 
 pub mod sim;
@@ -22,4 +23,5 @@ pub use handle::{EngineConfig, EngineHandle, OutputStream};
 pub use request::{
     CacheScope, EngineFailure, FinishReason, OutputEvent, Request, RequestId, SubmitError, Timings, Usage,
 };
+pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};
 pub use stats::{BlockStats, EngineStats, FinishedCounts, StepTokens};

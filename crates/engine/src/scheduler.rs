@@ -12,12 +12,16 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use baton_model::{RunSpec, SequenceFailure, StepOutput, StepPlan};
+use baton_model::{RunSpec, SampledToken, SequenceFailure, StepOutput, StepPlan};
 
 use crate::block::BlockId;
 use crate::block_manager::BlockManager;
 use crate::sequence::{Sequence, Start};
-use crate::{EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId};
+use crate::speculate::lookup;
+use crate::{
+    DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, SpeculationConfig,
+    SpeculationStats,
+};
 
 /// An event for the client of one request.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +34,7 @@ pub(crate) struct RequestOutput {
 pub(crate) struct Scheduler {
     max_num_seqs: usize,
     max_num_batched_tokens: usize,
+    speculation: Option<SpeculationConfig>,
     blocks: BlockManager,
     /// Blocks that were taken back and may hold values that are not finite.
     unclean: Vec<BlockId>,
@@ -46,16 +51,23 @@ impl Scheduler {
     /// `secret`: the key of the prefix cache.
     pub fn new(spec: &RunSpec, config: &EngineConfig, secret: [u8; 32]) -> Self {
         let max_num_batched_tokens = config.max_num_batched_tokens.min(spec.max_step_tokens).max(1);
+        let speculation = config.speculation.clone().map(|speculation| SpeculationConfig {
+            num_speculative_tokens: speculation.num_speculative_tokens.min(spec.max_draft_tokens),
+            ..speculation
+        });
+        let counters =
+            EngineStats { speculation: speculation.as_ref().map(SpeculationStats::new), ..EngineStats::default() };
         Self {
             // Each running sequence has at least one token of every step.
             max_num_seqs: config.max_num_seqs.min(spec.max_step_sequences).min(max_num_batched_tokens).max(1),
             max_num_batched_tokens,
+            speculation,
             blocks: BlockManager::new(spec.num_blocks, spec.block_size, config.enable_prefix_caching.then_some(secret)),
             unclean: Vec::new(),
             running: BTreeMap::new(),
             waiting: BTreeMap::new(),
             left_queue: 0,
-            counters: EngineStats::default(),
+            counters,
         }
     }
 
@@ -119,6 +131,7 @@ impl Scheduler {
     ///    later computes from its tokens what it lost.
     /// 2. Waiting sequences, earliest first, are admitted while budget, places and blocks last. The
     ///    first that cannot be admitted ends the step's plan: nobody passes it.
+    /// 3. Drafts take what is left of budget and blocks, and nobody's place.
     pub fn schedule(&mut self, now: Duration) -> StepPlan {
         let mut plan = StepPlan::default();
         let mut budget = self.max_num_batched_tokens;
@@ -147,7 +160,40 @@ impl Scheduler {
             budget -= n;
             plan.sequences.push(sequence.step(n, block_size));
         }
+        self.add_drafts(&mut plan);
         plan
+    }
+
+    /// Adds drafts to the sequences of a step that sample, in equal parts of the rows that are left.
+    fn add_drafts(&mut self, plan: &mut StepPlan) {
+        let Some(speculation) = &self.speculation else { return };
+        let rows = speculation.disable_by_batch_size.min(self.max_num_batched_tokens);
+        let mut left = rows.saturating_sub(plan.num_tokens());
+        // As at admission: a draft takes no block that a token may soon need.
+        let spare = self.running.len();
+        let mut sampling = plan.sequences.iter().filter(|step| step.sample.is_some()).count();
+        for step in plan.sequences.iter_mut().filter(|step| step.sample.is_some()) {
+            let sequence = self.running.get_mut(&RequestId(step.id)).expect("what is planned is running");
+            let most = speculation.num_speculative_tokens.min(sequence.max_drafts()).min(left.div_ceil(sampling));
+            sampling -= 1;
+            let wanted = sequence.drafting.length(most);
+            let mut draft = match speculation.method {
+                _ if wanted == 0 => Vec::new(),
+                DraftMethod::Ngram { min, max } => lookup(&sequence.tokens, (min, max), wanted),
+                DraftMethod::Model => sequence.proposed.iter().take(wanted).copied().collect(),
+            };
+            draft.truncate(self.blocks.grow_for_drafts(sequence, draft.len(), spare));
+            if !draft.is_empty() {
+                left -= draft.len();
+                let end = sequence.tokens.len() + draft.len();
+                step.block_table = sequence.table.blocks()[..end.div_ceil(self.blocks.block_size())].to_vec();
+                step.draft = draft;
+            }
+            step.propose = match speculation.method {
+                DraftMethod::Ngram { .. } => 0,
+                DraftMethod::Model => sequence.drafting.length(speculation.num_speculative_tokens),
+            };
+        }
     }
 
     /// Moves the earliest waiting sequence to the running ones, if it may start.
@@ -201,33 +247,67 @@ impl Scheduler {
             self.counters.prompt_tokens_computed +=
                 end.min(sequence.prompt_len).saturating_sub(step.num_computed) as u64;
             sequence.num_computed = end;
-            match result.sampled {
-                None => {}
-                Some(Err(SequenceFailure::NonFiniteLogits)) => {
-                    let mut sequence = self.running.remove(&id).expect("found above");
-                    self.unclean.extend(self.blocks.discard(&mut sequence));
-                    let reason = FinishReason::Error(EngineFailure::NonFiniteLogits);
-                    outputs.push(self.finish(sequence, reason, now));
-                }
-                Some(Ok(sampled)) => {
-                    self.blocks.publish(sequence);
-                    let token = sampled.token;
-                    sequence.tokens.push(token);
-                    sequence.first_token_at.get_or_insert(now);
-                    self.counters.generated_tokens += 1;
+            if !result.sampled.is_empty() {
+                sequence.proposed = result.proposed;
+                outputs.extend(self.take_samples(id, &step.draft, result.sampled, now));
+            }
+        }
+        outputs
+    }
 
-                    let stop = sequence.stop_token_ids.contains(&token).then_some(FinishReason::Stop { token });
-                    if stop.is_none() {
-                        let event = OutputEvent::Token { token, logprob: sampled.logprob, top: sampled.top };
-                        outputs.push(RequestOutput { id, event });
-                    }
-                    let length = (sequence.num_output() >= sequence.max_tokens).then_some(FinishReason::Length);
-                    if let Some(reason) = stop.or(length) {
-                        let mut sequence = self.running.remove(&id).expect("found above");
-                        self.blocks.release(&mut sequence);
-                        outputs.push(self.finish(sequence, reason, now));
-                    }
+    /// Takes what was sampled for a sequence, token by token: each is judged as if it had come alone, and what was
+    /// sampled behind an end is forgotten.
+    fn take_samples(
+        &mut self,
+        id: RequestId,
+        draft: &[u32],
+        sampled: Vec<Result<SampledToken, SequenceFailure>>,
+        now: Duration,
+    ) -> Vec<RequestOutput> {
+        let mut outputs = Vec::new();
+        let mut end = None;
+        let sequence = self.running.get_mut(&id).expect("what is planned is running until committed");
+        let known = sequence.tokens.len();
+        for sampled in sampled {
+            let Ok(SampledToken { token, logprob, top }) = sampled else {
+                end = Some(FinishReason::Error(EngineFailure::NonFiniteLogits));
+                break;
+            };
+            // A sample behind a draft: it was accepted, and is computed.
+            sequence.num_computed = sequence.tokens.len();
+            self.blocks.publish(sequence);
+            sequence.tokens.push(token);
+            sequence.first_token_at.get_or_insert(now);
+            self.counters.generated_tokens += 1;
+
+            let stop = sequence.stop_token_ids.contains(&token).then_some(FinishReason::Stop { token });
+            if stop.is_none() {
+                outputs.push(RequestOutput { id, event: OutputEvent::Token { token, logprob, top } });
+            }
+            let length = (sequence.num_output() >= sequence.max_tokens).then_some(FinishReason::Length);
+            end = stop.or(length);
+            if end.is_some() {
+                break;
+            }
+        }
+        if draft.is_empty() {
+            sequence.drafting.without();
+        } else {
+            let accepted =
+                draft.iter().zip(&sequence.tokens[known..]).take_while(|(draft, token)| draft == token).count();
+            sequence.drafting.judged(draft.len(), accepted);
+            let stats = self.counters.speculation.as_mut().expect("there are drafts");
+            stats.observe(draft.len(), accepted);
+        }
+        match end {
+            None => self.blocks.trim(sequence),
+            Some(reason) => {
+                let mut sequence = self.running.remove(&id).expect("found above");
+                match reason {
+                    FinishReason::Error(_) => self.unclean.extend(self.blocks.discard(&mut sequence)),
+                    _ => self.blocks.release(&mut sequence),
                 }
+                outputs.push(self.finish(sequence, reason, now));
             }
         }
         outputs
@@ -305,6 +385,17 @@ impl Scheduler {
 
     pub fn leak_a_block(&mut self) {
         self.blocks.leak();
+    }
+
+    /// Leaves a running sequence a block that only drafts needed.
+    pub fn keep_a_draft_block(&mut self) {
+        let block_size = self.blocks.block_size();
+        let sequence = self.running.values_mut().next().expect("something runs");
+        assert!(self.blocks.grow_for_drafts(sequence, block_size, 0) > 0, "a block is left");
+    }
+
+    pub fn miscount_a_draft(&mut self) {
+        self.counters.speculation.as_mut().expect("there are drafts").accepted_tokens += 1;
     }
 
     pub fn miscount_a_token(&mut self) {

@@ -8,6 +8,7 @@ use baton_model::{Adapter, SampleRequest, SamplingParams, SequenceStep};
 
 use crate::block::BlockId;
 use crate::block_manager::BlockTable;
+use crate::speculate::Drafting;
 use crate::{CacheScope, Request, RequestId, Timings, Usage};
 
 /// A request under way.
@@ -33,6 +34,9 @@ pub(crate) struct Sequence {
     /// Set by the first step.
     pub start: Option<Start>,
     pub first_token_at: Option<Duration>,
+    pub drafting: Drafting,
+    /// What the runner guesses to follow `tokens`.
+    pub proposed: Vec<u32>,
 }
 
 /// The first time a sequence was given blocks.
@@ -61,6 +65,8 @@ impl Sequence {
             arrival,
             start: None,
             first_token_at: None,
+            drafting: Drafting::new(),
+            proposed: Vec::new(),
         }
     }
 
@@ -79,7 +85,12 @@ impl Sequence {
         self.start.is_none() && self.start_by.is_some_and(|start_by| start_by <= now)
     }
 
-    /// The next `n` tokens as work for the runner, in blocks of `block_size`.
+    /// Drafts that could still become output: behind them one more token is sampled.
+    pub fn max_drafts(&self) -> usize {
+        self.max_tokens - self.num_output() - 1
+    }
+
+    /// The next `n` tokens as work for the runner, in blocks of `block_size`, without drafts.
     pub fn step(&self, n: usize, block_size: usize) -> SequenceStep {
         let end = self.num_computed + n;
         let blocks: &[BlockId] = self.table.blocks();
@@ -89,6 +100,8 @@ impl Sequence {
             tokens: self.tokens[self.num_computed..end].to_vec(),
             block_table: blocks[..end.div_ceil(block_size)].to_vec(),
             adapter: self.adapter.clone(),
+            draft: Vec::new(),
+            propose: 0,
             sample: (end == self.tokens.len()).then(|| SampleRequest {
                 params: self.params.clone(),
                 position: self.num_output() as u32,

@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crate::SpeculationStats;
+
 /// A snapshot of the engine. Counters start at zero with the engine and never fall.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct EngineStats {
@@ -28,6 +30,8 @@ pub struct EngineStats {
     pub prefix_hit_tokens: u64,
     /// Counter: tokens generated, stop tokens included.
     pub generated_tokens: u64,
+    /// Counters of drafts; `None` if there are none.
+    pub speculation: Option<SpeculationStats>,
     /// Counters: requests that ended, by reason.
     pub finished: FinishedCounts,
     /// Counter: events that nobody received because the client had left.

@@ -20,6 +20,7 @@ fn start(config: EngineConfig) -> (EngineHandle, Engine, MockControl) {
         num_blocks: 600,
         max_step_tokens: 64,
         max_step_sequences: 16,
+        max_draft_tokens: 5,
     };
     let runner = MockRunner::new(spec, MODEL);
     let control = runner.control();

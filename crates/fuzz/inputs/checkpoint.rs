@@ -28,8 +28,10 @@ pub fn run(path: &Path) -> bool {
                 id: 1,
                 num_computed: 0,
                 tokens,
+                draft: Vec::new(),
                 block_table: vec![0],
                 sample: Some(sample),
+                propose: 0,
                 adapter: None,
             };
             runner.step(&StepPlan { sequences: vec![step] }).expect("a step within the limits");

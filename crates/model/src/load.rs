@@ -38,6 +38,8 @@ pub struct LoadOptions {
     pub max_step_tokens: usize,
     /// Sequences of one step, at most.
     pub max_step_sequences: usize,
+    /// Drafts of one sequence in a step, at most; 0 if there are to be none.
+    pub max_draft_tokens: usize,
     /// Memory for the cache.
     pub kv_cache: KvCacheSize,
     /// Largest rank of adapters; 0 if there are to be none.
@@ -52,6 +54,7 @@ impl Default for LoadOptions {
             max_model_len: None,
             max_step_tokens: 2048,
             max_step_sequences: 64,
+            max_draft_tokens: 0,
             kv_cache: KvCacheSize::AtMost(u64::MAX),
             max_lora_rank: 0,
         }
@@ -196,8 +199,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     let num_blocks = num_blocks(&kv, &spec, options.kv_cache)?;
     let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
 
-    let sizes =
-        Sizes { rows: spec.max_step_tokens, logit_rows: spec.max_step_sequences, positions: spec.max_model_len };
+    let sizes = Sizes { rows: spec.max_step_tokens, logit_rows: spec.logit_rows(), positions: spec.max_model_len };
     let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
     let model = arch::build(&config, sizes, &mut loader)?;
     let slots: Arc<[Slot]> = std::mem::take(&mut loader.slots).into();
@@ -259,6 +261,7 @@ fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, Load
         num_blocks: 0,
         max_step_tokens: options.max_step_tokens,
         max_step_sequences: options.max_step_sequences,
+        max_draft_tokens: options.max_draft_tokens,
     })
 }
 

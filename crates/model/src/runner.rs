@@ -1,6 +1,7 @@
 //! The runner of a loaded model: packs a ragged batch, plans attention once, computes all layers, and
 //! samples the rows that ask for it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use baton_device::{AttentionBatch, Backend, DeviceError, SequenceSpan};
@@ -9,7 +10,7 @@ use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, Model, StepAdapters};
 use crate::loader::Slot;
 use crate::sampler::Sampler;
-use crate::step::{RunError, RunSpec, Runner, SampleRequest, SequenceOutput, StepOutput, StepPlan};
+use crate::step::{RunError, RunSpec, Runner, SequenceOutput, SequenceStep, StepOutput, StepPlan};
 
 /// A model on a device.
 pub struct ModelRunner<B: Backend> {
@@ -61,7 +62,7 @@ impl<B: Backend> ModelRunner<B> {
         self.forward(plan)?;
         let rows: Vec<u32> = (0..plan.num_tokens() as u32).collect();
         let mut all = Vec::with_capacity(rows.len() * self.spec.vocab_size);
-        for rows in rows.chunks(self.spec.max_step_sequences) {
+        for rows in rows.chunks(self.spec.logit_rows()) {
             self.read_logits(rows)?;
             all.extend_from_slice(&self.logits);
         }
@@ -70,11 +71,11 @@ impl<B: Backend> ModelRunner<B> {
 
     fn forward(&mut self, plan: &StepPlan) -> Result<(), DeviceError> {
         self.check(plan);
-        let ids: Vec<u32> = plan.sequences.iter().flat_map(|s| &s.tokens).copied().collect();
+        let ids: Vec<u32> = plan.sequences.iter().flat_map(|s| s.tokens.iter().chain(&s.draft)).copied().collect();
         let spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
-            .map(|s| SequenceSpan { start: s.num_computed, len: s.tokens.len(), block_table: &s.block_table })
+            .map(|s| SequenceSpan { start: s.num_computed, len: s.num_rows(), block_table: &s.block_table })
             .collect();
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan);
@@ -93,13 +94,47 @@ impl<B: Backend> ModelRunner<B> {
         assert!(plan.num_tokens() <= spec.max_step_tokens, "{} tokens in a step", plan.num_tokens());
         assert!(plan.sequences.len() <= spec.max_step_sequences, "{} sequences in a step", plan.sequences.len());
         for s in &plan.sequences {
-            let end = s.num_computed + s.tokens.len();
+            let end = s.num_computed + s.num_rows();
             assert!(!s.tokens.is_empty() && end <= spec.max_model_len, "sequence {} ends at {end}", s.id);
             assert!(s.block_table.len() * spec.block_size >= end, "sequence {} lacks blocks for {end} tokens", s.id);
             assert!(s.block_table.iter().all(|&b| (b as usize) < spec.num_blocks), "sequence {}: a block id", s.id);
-            assert!(s.tokens.iter().all(|&t| (t as usize) < spec.vocab_size), "sequence {}: a token id", s.id);
+            assert!(s.draft.len() <= spec.max_draft_tokens, "sequence {}: {} drafts", s.id, s.draft.len());
+            assert!(
+                s.draft.is_empty() || s.sample.is_some(),
+                "sequence {} has drafts and no sample to judge them",
+                s.id
+            );
+            assert!(
+                s.tokens.iter().chain(&s.draft).all(|&t| (t as usize) < spec.vocab_size),
+                "sequence {}: a token id",
+                s.id
+            );
         }
     }
+}
+
+/// A sequence of a step that asks for a sample.
+struct Sampling<'a> {
+    /// Its place in the plan.
+    index: usize,
+    step: &'a SequenceStep,
+    /// Its last token and its drafts.
+    rows: Range<u32>,
+}
+
+/// Whole sequences whose rows are at most `most` together; none has more alone.
+fn groups_of_rows<'s, 'a>(sampling: &'s [Sampling<'a>], most: usize) -> impl Iterator<Item = &'s [Sampling<'a>]> {
+    let mut rest = sampling;
+    std::iter::from_fn(move || {
+        let mut rows = 0;
+        let fits = rest.iter().take_while(|s| {
+            rows += s.rows.len();
+            rows <= most
+        });
+        let (group, others) = rest.split_at(fits.count());
+        rest = others;
+        (!group.is_empty()).then_some(group)
+    })
 }
 
 /// The rows of each adapter of a step.
@@ -108,7 +143,7 @@ fn adapted_rows<B: Backend>(plan: &StepPlan) -> Vec<AdaptedRows<'_, B>> {
     let mut end = 0;
     for s in &plan.sequences {
         let start = end;
-        end += s.tokens.len() as u32;
+        end += s.num_rows() as u32;
         let Some(adapter) = &s.adapter else { continue };
         match groups.iter_mut().find(|(known, _)| *known == adapter) {
             Some((_, rows)) => rows.extend(start..end),
@@ -134,25 +169,31 @@ impl<B: Backend> Runner for ModelRunner<B> {
             return Ok(StepOutput::default());
         }
         self.forward(plan)?;
-        let mut sequences: Vec<SequenceOutput> =
-            plan.sequences.iter().map(|s| SequenceOutput { id: s.id, sampled: None }).collect();
+        let mut sequences: Vec<SequenceOutput> = plan
+            .sequences
+            .iter()
+            .map(|s| SequenceOutput { id: s.id, sampled: Vec::new(), proposed: Vec::new() })
+            .collect();
 
-        // (index in the plan, last row of the sequence, request)
         let mut end = 0;
-        let sampling: Vec<(usize, u32, &SampleRequest)> = plan
+        let sampling: Vec<Sampling<'_>> = plan
             .sequences
             .iter()
             .enumerate()
-            .filter_map(|(i, s)| {
-                end += s.tokens.len();
-                s.sample.as_ref().map(|request| (i, end as u32 - 1, request))
+            .filter_map(|(index, step)| {
+                end += step.num_rows() as u32;
+                step.sample.is_some().then(|| Sampling { index, step, rows: end - step.draft.len() as u32 - 1..end })
             })
             .collect();
-        if !sampling.is_empty() {
-            let rows: Vec<u32> = sampling.iter().map(|s| s.1).collect();
+        let vocab = self.spec.vocab_size;
+        for group in groups_of_rows(&sampling, self.spec.logit_rows()) {
+            let rows: Vec<u32> = group.iter().flat_map(|s| s.rows.clone()).collect();
             self.read_logits(&rows)?;
-            for ((i, _, request), logits) in sampling.iter().zip(self.logits.chunks_exact(self.spec.vocab_size)) {
-                sequences[*i].sampled = Some(self.sampler.sample(logits, request));
+            let mut logits = self.logits.chunks_exact(vocab);
+            for Sampling { index, step, rows } in group {
+                let logits: Vec<&[f32]> = logits.by_ref().take(rows.len()).collect();
+                sequences[*index].sampled =
+                    step.sample_along(|drafts, request| self.sampler.sample(logits[drafts], request));
             }
         }
         Ok(StepOutput { sequences })

@@ -1,9 +1,12 @@
 //! The seam between engine and model: one step over a ragged batch.
 //!
 //! There is no prefill or decode phase. A step gives each sequence some tokens, from
-//! `num_computed` on; a sequence whose last known token is among them also asks for a sample.
+//! `num_computed` on; a sequence whose last known token is among them also asks for a sample, and may
+//! bring drafts: guesses at what comes next, computed in the same step. A draft is accepted if and only if it is
+//! the token that is sampled in its place ([`SequenceStep::sample_along`]), so drafts change no output.
 //! Everything a step needs is in the plan: a runner keeps no state per sequence but the cache.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::{Adapter, SamplingParams};
@@ -16,13 +19,13 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
-    /// Tokens computed by the step.
+    /// Tokens computed by the step, drafts included.
     pub fn num_tokens(&self) -> usize {
-        self.sequences.iter().map(|s| s.tokens.len()).sum()
+        self.sequences.iter().map(SequenceStep::num_rows).sum()
     }
 }
 
-/// Tokens of one sequence at positions `num_computed..num_computed + tokens.len()`.
+/// Tokens of one sequence at positions `num_computed..num_computed + tokens.len()`, and drafts behind them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SequenceStep {
     /// The engine's number for the sequence.
@@ -31,12 +34,43 @@ pub struct SequenceStep {
     pub num_computed: usize,
     /// At least one.
     pub tokens: Vec<u32>,
-    /// Blocks of positions `0..num_computed + tokens.len()`.
+    /// Guesses at the tokens to be sampled behind `tokens`; none where no sample is asked for. What is computed for
+    /// those that are not accepted must not matter to anything, be it finite or not: their positions are computed again.
+    pub draft: Vec<u32>,
+    /// Blocks of positions `0..num_computed + tokens.len() + draft.len()`.
     pub block_table: Vec<u32>,
     /// Changes the model for this sequence. The same in every step of it: what is in the cache depends on it.
     pub adapter: Option<Adapter>,
     /// Set when the last of `tokens` is the last known one: choose the next.
     pub sample: Option<SampleRequest>,
+    /// Drafts for the next step that a runner which can make them shall return, at most.
+    pub propose: usize,
+}
+
+impl SequenceStep {
+    /// Tokens and drafts: rows of the batch.
+    pub fn num_rows(&self) -> usize {
+        self.tokens.len() + self.draft.len()
+    }
+
+    /// The rule of acceptance: `sample(n, request)` chooses the token behind the last known one and the first `n`
+    /// drafts, from n = 0 on, as long as each choice is the draft in its place.
+    pub fn sample_along(
+        &self,
+        mut sample: impl FnMut(usize, &SampleRequest) -> Result<SampledToken, SequenceFailure>,
+    ) -> Vec<Result<SampledToken, SequenceFailure>> {
+        let Some(request) = &self.sample else { return Vec::new() };
+        let mut sampled = vec![sample(0, request)];
+        let mut request = Cow::Borrowed(request);
+        for (n, &draft) in (1..).zip(&self.draft) {
+            match sampled.last() {
+                Some(Ok(last)) if last.token == draft => request.to_mut().advance(draft),
+                _ => break,
+            }
+            sampled.push(sample(n, &request));
+        }
+        sampled
+    }
 }
 
 /// How to choose the next token.
@@ -52,6 +86,16 @@ pub struct SampleRequest {
     pub prompt_len: usize,
 }
 
+impl SampleRequest {
+    /// The request for the token behind `token`, which was chosen.
+    pub fn advance(&mut self, token: u32) {
+        self.position += 1;
+        if self.params.needs_history() {
+            self.history.push(token);
+        }
+    }
+}
+
 /// What a step gave, in the order of the plan.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutput {
@@ -64,8 +108,10 @@ pub struct StepOutput {
 pub struct SequenceOutput {
     /// As in the plan.
     pub id: u64,
-    /// `None` if no sample was asked for.
-    pub sampled: Option<Result<SampledToken, SequenceFailure>>,
+    /// Empty if no sample was asked for, else one token more than drafts were accepted. A failure is the last.
+    pub sampled: Vec<Result<SampledToken, SequenceFailure>>,
+    /// Guesses at what follows, as many as [`SequenceStep::propose`] at most.
+    pub proposed: Vec<u32>,
 }
 
 /// A chosen token.
@@ -108,6 +154,15 @@ pub struct RunSpec {
     pub max_step_tokens: usize,
     /// Sequences of one step, at most.
     pub max_step_sequences: usize,
+    /// Drafts of one sequence in a step, at most.
+    pub max_draft_tokens: usize,
+}
+
+impl RunSpec {
+    /// Rows whose logits are computed at once, at most: those of a sequence with all its drafts are.
+    pub(crate) fn logit_rows(&self) -> usize {
+        self.max_step_sequences.max(1 + self.max_draft_tokens)
+    }
 }
 
 /// Runs steps. Implemented by the model runner and by the engine's simulator.

@@ -1,6 +1,6 @@
 //! A sequence gets bit-identical tokens and logprobs however it is computed: alone or in a batch, in
-//! one step or many, over a cached prefix or from nothing, preempted or not, whatever adapters its batch
-//! mates have. Through the runner, with a real paged cache, sampled and greedy.
+//! one step or many, over a cached prefix or from nothing, preempted or not, with drafts right or wrong,
+//! whatever adapters its batch mates have. Through the runner, with a real paged cache, sampled and greedy.
 
 mod common;
 
@@ -10,7 +10,10 @@ use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Adapter, Files, ModelRunner, Runner, SampledToken, SamplingParams, SequenceFailure, StepPlan, load};
 use common::checkpoint::{Copy, Tensor, find};
-use common::{Pool, Rng, Sequence, adapted, all_logits_with, generate, generate_with, options, prompts, step};
+use common::{
+    MAX_DRAFT, Pool, Rng, Sequence, adapted, all_logits_with, generate, generate_with, options, prompts, step,
+    step_with_drafts,
+};
 use half::bf16;
 
 const OUTPUT: usize = 12;
@@ -145,6 +148,47 @@ fn preempted_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
     assert_as_alone(&all, &solo, &format!("{case}, preempted"));
 }
 
+fn drafted_is_plain<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+    let (mut runner, adapters) = case.load(make());
+    let (all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, &adapters, case).into_iter().unzip();
+    for seed in 0..3 {
+        let mut rng = Rng(seed);
+        let mut all = all.clone();
+        let mut pool = Pool::new(&runner);
+        let (mut steps, mut preemptions) = (0, 0);
+        while all.iter().any(|s| s.output.len() < OUTPUT) {
+            let victim = rng.below(all.len());
+            if rng.below(6) == 0 && preemptions < 5 {
+                pool.release(&mut all[victim].table);
+                all[victim].num_computed = 0;
+                preemptions += 1;
+            }
+            let mut budget = runner.spec().max_step_tokens;
+            let (mut counts, mut drafts) = (Vec::new(), Vec::new());
+            for (s, solo) in all.iter().zip(&solo) {
+                let (done, sits_out) = (s.output.len(), rng.below(5) == 0);
+                let count =
+                    if done < OUTPUT && !sits_out { s.remaining().min(1 + rng.below(150)).min(budget) } else { 0 };
+                budget -= count;
+                let samples = count > 0 && count == s.remaining();
+                let most = if samples { rng.below(MAX_DRAFT + 1).min(budget) } else { 0 };
+                // What comes next, but for about every fourth place.
+                let next = solo.iter().skip(done).take(most);
+                let draft: Vec<u32> = next.map(|next| if rng.below(4) == 0 { 7 } else { next.token }).collect();
+                budget -= draft.len();
+                counts.push(count);
+                drafts.push(draft);
+            }
+            if counts.iter().any(|c| *c > 0) {
+                step_with_drafts(&mut runner, &mut pool, &mut all, &counts, &drafts);
+                steps += 1;
+            }
+        }
+        assert!(steps > 3, "drafts were rejected too");
+        assert_as_alone(&all, &solo, &format!("{case}, drafted with seed {seed}"));
+    }
+}
+
 fn warm_prefix_is_cold<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
     let (mut runner, adapters) = case.load(make());
     let block_size = runner.spec().block_size;
@@ -214,8 +258,8 @@ fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: imp
     both.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len()));
     let plan = StepPlan { sequences: both.iter().map(|s| s.step(s.tokens.len())).collect() };
     let output = runner.step(&plan).unwrap().sequences;
-    assert_eq!(output[0].sampled, Some(Err(SequenceFailure::NonFiniteLogits)));
-    assert_eq!(output[1].sampled, Some(Ok(solo[0].clone())));
+    assert_eq!(output[0].sampled, [Err(SequenceFailure::NonFiniteLogits)]);
+    assert_eq!(output[1].sampled, [Ok(solo[0].clone())]);
 
     // The failed one's blocks, cleared, serve another.
     runner.clear_blocks(&both[0].table).unwrap();
@@ -225,6 +269,32 @@ fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: imp
     step(&mut runner, &mut pool, &mut next, &[healthy.len()]);
     step(&mut runner, &mut pool, &mut next, &[1]);
     assert_eq!(next[0].output, solo);
+}
+
+fn a_draft_that_is_not_finite_is_rejected_like_any_other<B: Backend + LatentOps + MoeOps>(
+    make: impl Fn() -> B,
+    _: Case,
+) {
+    let copy = poisoned_by_token_7();
+    let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
+    let prompt = [1, 2, 3, 4];
+    let solo = generate(&mut runner, &prompt, params(1), OUTPUT);
+    assert!(solo.iter().all(|sampled| sampled.token != 7));
+    let mut pool = Pool::new(&runner);
+    let mut sequence = [Sequence::new(1, &prompt, params(1))];
+    while sequence[0].output.len() < OUTPUT {
+        let remaining = sequence[0].remaining();
+        // Three that are wrong, so that two lie behind all that the next step writes.
+        step_with_drafts(&mut runner, &mut pool, &mut sequence, &[remaining], &[vec![7, 7, 7]]);
+    }
+    assert_as_alone(&sequence, &[solo], "drafts that are not finite");
+    // Whoever gets the blocks next is not touched by what lies behind its tokens.
+    let solo = generate(&mut runner, &[9, 8], params(2), 2);
+    let mut heir = [Sequence::new(2, &[9, 8], params(2))];
+    heir[0].table = sequence[0].table.clone();
+    step(&mut runner, &mut pool, &mut heir, &[2]);
+    step(&mut runner, &mut pool, &mut heir, &[1]);
+    assert_eq!(heir[0].output, solo);
 }
 
 /// Logits of a prompt's last token, if all before it are what `table` happens to hold.
@@ -273,9 +343,11 @@ macro_rules! equalities {
             chunked_is_whole,
             batched_is_alone,
             preempted_is_not,
+            drafted_is_plain,
             warm_prefix_is_cold,
             cleared_blocks_leave_nothing,
             a_failed_sequence_spares_its_batch,
+            a_draft_that_is_not_finite_is_rejected_like_any_other,
         );
     };
 }

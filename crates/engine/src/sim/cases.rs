@@ -7,7 +7,10 @@ use baton_model::{RunSpec, SamplingParams};
 
 use super::MockModel;
 use super::world::World;
-use crate::{CacheScope, EngineConfig, EngineFailure, FinishReason, Request, RequestId, SubmitError};
+use crate::{
+    CacheScope, DraftMethod, EngineConfig, EngineFailure, FinishReason, Request, RequestId, SpeculationConfig,
+    SubmitError,
+};
 
 const BLOCK_SIZE: usize = 4;
 
@@ -19,6 +22,7 @@ fn spec(num_blocks: usize) -> RunSpec {
         num_blocks,
         max_step_tokens: 16,
         max_step_sequences: 8,
+        max_draft_tokens: 5,
     }
 }
 
@@ -379,4 +383,110 @@ fn a_preempted_request_reports_what_was_cached_when_it_started() {
     assert!(world.core.stats().preemptions > 0);
     assert_eq!(world.cached_tokens(first), 0);
     assert_eq!(world.cached_tokens(second), 0);
+}
+
+/// A world in which the runner proposes up to five drafts, about two thirds of which are right.
+fn drafting_world(num_blocks: usize) -> World {
+    let model = MockModel::Hash { seed: 3, vocab_size: 100, end: None };
+    let speculation =
+        SpeculationConfig { method: DraftMethod::Model, num_speculative_tokens: 5, disable_by_batch_size: 16 };
+    World::new(spec(num_blocks), &EngineConfig { speculation: Some(speculation), ..EngineConfig::default() }, model)
+}
+
+#[test]
+fn accepted_drafts_save_steps_and_change_no_token() {
+    let run = |mut world: World| {
+        let id = submit(&mut world, request(0, 10, 60));
+        world.run();
+        (world.record(id).tokens.clone(), world.control.steps())
+    };
+    let ((plain, plain_steps), (drafted, drafted_steps)) = (run(world(50)), run(drafting_world(50)));
+    assert_eq!(plain, drafted);
+    assert!(drafted_steps * 3 < plain_steps * 2, "{drafted_steps} steps instead of {plain_steps}");
+}
+
+#[test]
+fn a_stop_token_among_accepted_drafts_is_the_end() {
+    for stop in 0..40 {
+        let mut world = drafting_world(50);
+        let request = request(0, 10, 60);
+        let solo = MockModel::Hash { seed: 3, vocab_size: 100, end: None }.solo(&request);
+        let token = solo[stop];
+        let id = submit(&mut world, Request { stop_token_ids: vec![token], ..request });
+        world.run();
+        assert_eq!(world.end(id), &FinishReason::Stop { token });
+        let first = solo.iter().position(|t| *t == token).unwrap();
+        assert_eq!(world.record(id).tokens, solo[..first]);
+    }
+}
+
+#[test]
+fn what_is_not_finite_behind_a_rejected_draft_fails_nobody_and_an_accepted_one_fails_its_sequence() {
+    let model = MockModel::Hash { seed: 3, vocab_size: 100, end: None };
+    let solo = model.solo(&request(0, 10, 30));
+    // The mock's wrong drafts are one more than what is right.
+    let known = [&request(0, 10, 1).prompt[..], &solo].concat();
+    let wrong: Vec<u32> = solo.iter().map(|token| (token + 1) % 100).filter(|token| !known.contains(token)).collect();
+    let mut world = drafting_world(50);
+    wrong.iter().for_each(|&token| world.control.not_finite_on_token(token));
+    let id = submit(&mut world, request(0, 10, 30));
+    world.run();
+    assert_eq!(world.end(id), &FinishReason::Length);
+    let stats = world.core.stats().speculation.unwrap();
+    assert!(stats.draft_tokens > stats.accepted_tokens && !wrong.is_empty());
+
+    for position in 12..30 {
+        let mut world = drafting_world(50);
+        let id = submit(&mut world, request(0, 10, 30));
+        world.poison(id, position);
+        world.run();
+        assert_eq!(world.end(id), &FinishReason::Error(EngineFailure::NonFiniteLogits));
+        assert_eq!(world.record(id).tokens, solo[..position - 9], "all that was sampled before it");
+    }
+}
+
+#[test]
+fn drafts_take_no_block_that_a_token_needs() {
+    let run = |mut world: World| {
+        for family in 0..3 {
+            submit(&mut world, request(family, 9, 19));
+        }
+        world.run();
+        (world.core.stats().preemptions, world.control.steps())
+    };
+    // All three fit to the last block.
+    let ((preemptions, steps), (drafted_preemptions, drafted_steps)) = (run(world(21)), run(drafting_world(21)));
+    assert_eq!((preemptions, drafted_preemptions), (0, 0));
+    assert!(drafted_steps < steps);
+}
+
+#[test]
+fn drafts_leave_full_steps_alone() {
+    let mut world = drafting_world(50);
+    let decoding = submit(&mut world, request(0, 9, 30));
+    world.step();
+    submit(&mut world, request(1, 120, 1));
+    for _ in 0..7 {
+        world.step();
+        let plan = world.last_step.plan.as_ref().unwrap();
+        assert_eq!((plan.num_tokens(), plan.sequences[0].draft.len()), (16, 0));
+    }
+    assert!(world.record(decoding).end.is_none());
+}
+
+#[test]
+fn a_reply_that_repeats_its_prompt_is_found_there() {
+    let reply: Vec<u32> = (0..60).map(|i| i * i % 97 + 1).collect();
+    let steps = |speculation| {
+        let model = MockModel::Script { reply: reply.clone(), end: 0 };
+        let mut world = World::new(spec(50), &EngineConfig { speculation, ..EngineConfig::default() }, model);
+        let id = submit(&mut world, Request::new(reply.clone(), SamplingParams::greedy(), 60));
+        world.run();
+        assert_eq!(world.record(id).tokens, reply);
+        world.control.steps()
+    };
+    let method = DraftMethod::Ngram { min: 2, max: 4 };
+    let lookup = SpeculationConfig { method, num_speculative_tokens: 4, disable_by_batch_size: 16 };
+    let (plain, drafted) = (steps(None), steps(Some(lookup)));
+    assert!(drafted * 5 < plain * 2, "{drafted} steps instead of {plain}");
 }

@@ -96,6 +96,20 @@ pub(crate) const ALL: &[Invariant] = &[
         },
     },
     Invariant {
+        name: "drafts take what is left",
+        check: drafts_take_what_is_left,
+        sabotage: |world| {
+            world.core.scheduler_mut().keep_a_draft_block();
+        },
+    },
+    Invariant {
+        name: "drafts are counted",
+        check: drafts_are_counted,
+        sabotage: |world| {
+            world.core.scheduler_mut().miscount_a_draft();
+        },
+    },
+    Invariant {
         name: "gauges are true",
         check: gauges_are_true,
         sabotage: |world| {
@@ -151,7 +165,7 @@ fn what_fits_is_scheduled(world: &World) -> Result<(), String> {
     let needed = (record.request.prompt.len() + record.tokens.len()).div_ceil(world.spec.block_size);
     // A block for each running sequence now, and one to spare for later.
     let fits = running < max_num_seqs
-        && plan.num_tokens() < max_num_batched_tokens
+        && plan.sequences.iter().map(|step| step.tokens.len()).sum::<usize>() < max_num_batched_tokens
         && step.available_before >= needed + 2 * running
         && world.core.stats().preemptions == step.preemptions_before;
     let awaits_a_choice = step.running_before.iter().any(|&id| world.record(id).group == record.group);
@@ -242,6 +256,39 @@ fn cached_tokens_are_of_the_same_scope_and_adapter(world: &World) -> Result<(), 
         });
         ensure(cached == 0 || source, || format!("{id:?} found {cached} tokens that nobody computed for it"))
     })
+}
+
+/// Of rows and blocks: no step is filled beyond the limit for drafts, and between steps no block is held for them.
+fn drafts_take_what_is_left(world: &World) -> Result<(), String> {
+    if let (Some(plan), Some(speculation)) = (&world.last_step.plan, &world.config.speculation) {
+        let drafts: usize = plan.sequences.iter().map(|step| step.draft.len()).sum();
+        let rows = plan.num_tokens();
+        let limit = speculation.disable_by_batch_size.min(world.core.scheduler().limits().1);
+        ensure(drafts == 0 || rows <= limit, || format!("{drafts} drafts in a step of {rows} rows, limit {limit}"))?;
+    }
+    world.core.scheduler().running().values().try_for_each(|sequence| {
+        let (held, tokens) = (sequence.table.blocks().len(), sequence.tokens.len());
+        let needed = tokens.div_ceil(world.spec.block_size);
+        ensure(held <= needed, || format!("{:?} holds {held} blocks for {tokens} tokens", sequence.id))
+    })
+}
+
+/// As many as the journal shows: what a step gave a client, as far as it is the draft that the step had for it.
+fn drafts_are_counted(world: &World) -> Result<(), String> {
+    let Some(stats) = world.core.stats().speculation else {
+        return ensure(world.config.speculation.is_none(), || "no statistics of drafts".into());
+    };
+    let sum = |of: fn(&(usize, usize)) -> usize| world.drafts.iter().map(of).sum::<usize>() as u64;
+    let by_position = stats.accepted_by_position.iter().sum();
+    for (name, told, counted) in [
+        ("drafts", stats.drafts, world.drafts.len() as u64),
+        ("their tokens", stats.draft_tokens, sum(|draft| draft.0)),
+        ("accepted", stats.accepted_tokens, sum(|draft| draft.1)),
+        ("accepted by position", by_position, sum(|draft| draft.1)),
+    ] {
+        ensure(told == counted, || format!("{name}: told {told}, counted {counted}"))?;
+    }
+    Ok(())
 }
 
 fn gauges_are_true(world: &World) -> Result<(), String> {

@@ -111,8 +111,13 @@ fn mix(state: u64, word: u64) -> u64 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Slot {
     Empty,
-    Written { token: u32, context: u64 },
+    Written {
+        token: u32,
+        context: u64,
+    },
     NotFinite,
+    /// Of a draft, which must not matter unless it is accepted.
+    NotFiniteDraft,
 }
 
 /// Faults to come and what happened so far. Clones control the same runner.
@@ -233,7 +238,9 @@ impl MockRunner {
         let mut written = BTreeSet::new();
         for s in &plan.sequences {
             assert!(!s.tokens.is_empty(), "a sequence without tokens in a step");
-            let end = s.num_computed + s.tokens.len();
+            assert!(s.draft.len() <= self.spec.max_draft_tokens, "too many drafts");
+            assert!(s.draft.is_empty() || s.sample.is_some(), "drafts that no sample judges");
+            let end = s.num_computed + s.num_rows();
             assert!(end <= self.spec.max_model_len, "a sequence beyond the context");
             assert_eq!(s.block_table.len(), end.div_ceil(self.spec.block_size), "blocks do not match the positions");
             assert!(s.block_table.iter().all(|&block| (block as usize) < self.spec.num_blocks), "no such block");
@@ -245,18 +252,20 @@ impl MockRunner {
 
     fn write(&mut self, sequence: &SequenceStep, state: &State) {
         let not_finite_from = state.not_finite_from.get(&sequence.id).copied().unwrap_or(usize::MAX);
-        for (&token, position) in sequence.tokens.iter().zip(sequence.num_computed..) {
+        let known = sequence.num_computed + sequence.tokens.len();
+        for (&token, position) in sequence.tokens.iter().chain(&sequence.draft).zip(sequence.num_computed..) {
             let previous = match position.checked_sub(1).map(|previous| self.slots[self.slot(sequence, previous)]) {
                 None => Some(self.model.empty_context(sequence.adapter.as_ref())),
                 Some(Slot::Written { context, .. }) => Some(context),
                 Some(Slot::Empty) => Some(0),
-                Some(Slot::NotFinite) => None,
+                Some(Slot::NotFinite | Slot::NotFiniteDraft) => None,
             };
             let finite = position < not_finite_from && !state.not_finite_tokens.contains(&token);
             let index = self.slot(sequence, position);
             self.slots[index] = match previous {
                 Some(previous) if finite => Slot::Written { token, context: MockModel::extend(previous, token) },
-                _ => Slot::NotFinite,
+                _ if position < known => Slot::NotFinite,
+                _ => Slot::NotFiniteDraft,
             };
         }
     }
@@ -269,28 +278,48 @@ impl MockRunner {
             }
         }
         for sequence in &plan.sequences {
-            for position in sequence.num_computed..sequence.num_computed + sequence.tokens.len() {
+            for position in sequence.num_computed..sequence.num_computed + sequence.num_rows() {
                 let index = self.slot(sequence, position);
                 self.slots[index] = Slot::NotFinite;
             }
         }
     }
 
-    /// The context as memory holds it; wrong if a slot is not what this very context wrote.
-    fn read(&self, sequence: &SequenceStep) -> Result<u64, SequenceFailure> {
-        // As in a masked product, where 0 × NaN is NaN, what lies behind the last token matters too.
+    /// The context up to the last token and the first `drafts` drafts, as memory holds it; wrong if a slot is not what
+    /// this very context wrote.
+    fn read(&self, sequence: &SequenceStep, drafts: usize) -> Result<u64, SequenceFailure> {
+        // As in a masked product, where 0 × NaN is NaN, what lies behind the last token matters too, but for drafts.
         for &block in &sequence.block_table {
             let start = block as usize * self.spec.block_size;
             if self.slots[start..start + self.spec.block_size].contains(&Slot::NotFinite) {
                 return Err(SequenceFailure::NonFiniteLogits);
             }
         }
-        let end = sequence.num_computed + sequence.tokens.len();
+        let end = sequence.num_computed + sequence.tokens.len() + drafts;
         let empty = self.model.empty_context(sequence.adapter.as_ref());
-        Ok((0..end).fold(empty, |expected, position| match self.slots[self.slot(sequence, position)] {
-            Slot::Written { token, context } if context == MockModel::extend(expected, token) => context,
-            other => mix(expected, u64::MAX - u64::from(other == Slot::Empty)),
-        }))
+        (0..end).try_fold(empty, |expected, position| match self.slots[self.slot(sequence, position)] {
+            Slot::Written { token, context } if context == MockModel::extend(expected, token) => Ok(context),
+            Slot::NotFiniteDraft => Err(SequenceFailure::NonFiniteLogits),
+            other => Ok(mix(expected, u64::MAX - u64::from(other == Slot::Empty))),
+        })
+    }
+
+    /// Drafts for the next step: what follows indeed, but for about every third, where a wrong token takes its place.
+    fn propose(&self, sequence: &SequenceStep, sampled: &[Result<SampledToken, SequenceFailure>]) -> Vec<u32> {
+        let (Some(request), Some(Ok(last))) = (&sequence.sample, sampled.last()) else { return Vec::new() };
+        let Ok(context) = self.read(sequence, sampled.len() - 1) else { return Vec::new() };
+        let mut request = request.clone();
+        sampled.iter().flatten().for_each(|sampled| request.advance(sampled.token));
+        let mut context = MockModel::extend(context, last.token);
+        let next = |_| {
+            let right = self.model.next_token(context, &request);
+            let wrong = mix(context, 1).is_multiple_of(3);
+            let token = if wrong { (right + 1) % self.spec.vocab_size as u32 } else { right };
+            request.advance(token);
+            context = MockModel::extend(context, token);
+            token
+        };
+        (0..sequence.propose).map(next).collect()
     }
 
     fn sample(&self, context: u64, request: &SampleRequest) -> SampledToken {
@@ -334,14 +363,15 @@ impl Runner for MockRunner {
 
         let mut output = StepOutput::default();
         for sequence in &plan.sequences {
-            state.computed_tokens += sequence.tokens.len() as u64;
+            state.computed_tokens += sequence.num_rows() as u64;
             state.adapters.extend(sequence.adapter.as_ref().map(Adapter::digest));
             self.write(sequence, &state);
         }
         for sequence in &plan.sequences {
-            let context = self.read(sequence);
-            let sampled = sequence.sample.as_ref().map(|request| Ok(self.sample(context?, request)));
-            output.sequences.push(SequenceOutput { id: sequence.id, sampled });
+            let sampled =
+                sequence.sample_along(|drafts, request| Ok(self.sample(self.read(sequence, drafts)?, request)));
+            let proposed = self.propose(sequence, &sampled);
+            output.sequences.push(SequenceOutput { id: sequence.id, sampled, proposed });
         }
         Ok(output)
     }

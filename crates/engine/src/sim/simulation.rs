@@ -9,7 +9,9 @@ use rand::{Rng, SeedableRng};
 use super::MockModel;
 use super::invariants;
 use super::world::World;
-use crate::{Adapter, CacheScope, EngineConfig, EngineStats, FinishReason, Request, RequestId};
+use crate::{
+    Adapter, CacheScope, DraftMethod, EngineConfig, EngineStats, FinishReason, Request, RequestId, SpeculationConfig,
+};
 
 const VOCAB_SIZE: u32 = 50;
 const END: u32 = 0;
@@ -25,14 +27,25 @@ fn random_world(rng: &mut StdRng) -> World {
         num_blocks,
         max_step_tokens: rng.random_range(1..48),
         max_step_sequences: rng.random_range(1..9),
+        max_draft_tokens: 5,
     };
     let config = EngineConfig {
         max_num_seqs: rng.random_range(1..9),
         max_num_batched_tokens: rng.random_range(1..64),
         enable_prefix_caching: rng.random_bool(0.8),
+        speculation: rng.random_bool(0.7).then(|| random_speculation(rng)),
         ..EngineConfig::default()
     };
     World::new(spec, &config, MockModel::Hash { seed: rng.random(), vocab_size: VOCAB_SIZE, end: Some((END, 12)) })
+}
+
+fn random_speculation(rng: &mut StdRng) -> SpeculationConfig {
+    let (min, more) = (rng.random_range(1..3), rng.random_range(0..3));
+    SpeculationConfig {
+        method: [DraftMethod::Ngram { min, max: min + more }, DraftMethod::Model][rng.random_range(0..2)],
+        num_speculative_tokens: rng.random_range(1..7),
+        disable_by_batch_size: rng.random_range(1..64),
+    }
 }
 
 fn random_params(rng: &mut StdRng) -> SamplingParams {
@@ -143,6 +156,11 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
         ("preemption", count(|stats| stats.preemptions > 0)),
         ("prefix hit", count(|stats| stats.prefix_hit_tokens > 0)),
         ("failed step", count(|stats| stats.failed_steps > 0)),
+        ("accepted draft", count(|stats| stats.speculation.as_ref().is_some_and(|s| s.accepted_tokens > 9))),
+        (
+            "rejected draft",
+            count(|stats| stats.speculation.as_ref().is_some_and(|s| s.draft_tokens > s.accepted_tokens + 9)),
+        ),
         ("stop token", count(|stats| stats.finished.stop > 0)),
         ("length", count(|stats| stats.finished.length > 0)),
         ("abort", count(|stats| stats.finished.aborted > 0)),
@@ -161,9 +179,13 @@ fn busy_world() -> World {
         num_blocks: 16,
         max_step_tokens: 32,
         max_step_sequences: 3,
+        max_draft_tokens: 5,
     };
     let model = MockModel::Hash { seed: 7, vocab_size: VOCAB_SIZE, end: None };
-    let mut world = World::new(spec, &EngineConfig::default(), model);
+    let speculation =
+        SpeculationConfig { method: DraftMethod::Model, num_speculative_tokens: 2, disable_by_batch_size: 32 };
+    let config = EngineConfig { speculation: Some(speculation), ..EngineConfig::default() };
+    let mut world = World::new(spec, &config, model);
     let request = |max_tokens| Request::new((1..10).collect(), SamplingParams::default(), max_tokens);
     for max_tokens in [2, 2] {
         world.submit(vec![request(max_tokens)]).unwrap();

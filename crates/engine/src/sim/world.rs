@@ -22,6 +22,9 @@ pub(crate) struct World {
     pub now: Duration,
     pub journal: BTreeMap<RequestId, Record>,
     pub last_step: LastStep,
+    pub config: EngineConfig,
+    /// Lengths of all drafts of steps that did not fail, and how much of each the client got.
+    pub drafts: Vec<(usize, usize)>,
     model: MockModel,
     plans: Arc<Mutex<Option<StepPlan>>>,
 }
@@ -89,6 +92,8 @@ impl World {
             now: Duration::ZERO,
             journal: BTreeMap::new(),
             last_step: LastStep::default(),
+            config: config.clone(),
+            drafts: Vec::new(),
             model,
             plans,
         }
@@ -162,7 +167,24 @@ impl World {
         if self.core.down().is_some() {
             self.journal.values_mut().for_each(|record| record.faulty |= record.end.is_none());
         }
+        let drafted: Vec<(RequestId, usize, Vec<u32>)> = self
+            .last_step
+            .plan
+            .iter()
+            .flat_map(|plan| &plan.sequences)
+            .filter(|step| !failed && !step.draft.is_empty())
+            .map(|step| (RequestId(step.id), self.record(RequestId(step.id)).tokens.len(), step.draft.clone()))
+            .collect();
         self.note(outputs);
+        for (id, known, draft) in drafted {
+            let record = self.record(id);
+            let stop = match record.end {
+                Some((FinishReason::Stop { token }, _)) => Some(token),
+                _ => None,
+            };
+            let got = record.tokens[known..].iter().copied().chain(stop);
+            self.drafts.push((draft.len(), got.zip(&draft).take_while(|(token, draft)| token == *draft).count()));
+        }
         self.check();
     }
 

@@ -49,6 +49,7 @@ impl Default for Setup {
                 num_blocks: 512,
                 max_step_tokens: 256,
                 max_step_sequences: 32,
+                max_draft_tokens: 4,
             },
             defaults: Defaults::default(),
             drain_timeout: Duration::from_secs(5),

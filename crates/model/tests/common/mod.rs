@@ -46,11 +46,15 @@ pub fn json(path: PathBuf) -> Value {
     serde_json::from_slice(&std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
 }
 
+/// Drafts of a sequence in a step, at most: with all of them, the rows of logits are more than are read at once.
+pub const MAX_DRAFT: usize = 4;
+
 pub fn options() -> LoadOptions {
     LoadOptions {
         max_model_len: Some(400),
         max_step_tokens: 400,
         max_step_sequences: 8,
+        max_draft_tokens: MAX_DRAFT,
         kv_cache: KvCacheSize::AtMost(1 << 30),
         ..LoadOptions::default()
     }
@@ -175,9 +179,11 @@ impl Sequence {
             id: self.id,
             num_computed: self.num_computed,
             tokens: self.tokens[self.num_computed..end].to_vec(),
+            draft: Vec::new(),
             block_table: self.table.clone(),
             adapter: self.adapter.clone(),
             sample,
+            propose: 0,
         }
     }
 }
@@ -215,10 +221,24 @@ fn gcd(a: u32, b: u32) -> u32 {
 
 /// One step: `counts[i]` tokens of sequence i (0 leaves it out).
 pub fn step(runner: &mut dyn Runner, pool: &mut Pool, sequences: &mut [Sequence], counts: &[usize]) {
+    let drafts = vec![Vec::new(); sequences.len()];
+    step_with_drafts(runner, pool, sequences, counts, &drafts);
+}
+
+/// As above, with drafts for those that sample.
+pub fn step_with_drafts(
+    runner: &mut dyn Runner,
+    pool: &mut Pool,
+    sequences: &mut [Sequence],
+    counts: &[usize],
+    drafts: &[Vec<u32>],
+) {
     let mut plan = StepPlan::default();
-    for (sequence, &count) in sequences.iter_mut().zip(counts).filter(|(_, count)| **count > 0) {
-        pool.cover(&mut sequence.table, sequence.num_computed + count);
-        plan.sequences.push(sequence.step(count));
+    for ((sequence, &count), draft) in
+        sequences.iter_mut().zip(counts).zip(drafts).filter(|((_, count), _)| **count > 0)
+    {
+        pool.cover(&mut sequence.table, sequence.num_computed + count + draft.len());
+        plan.sequences.push(SequenceStep { draft: draft.clone(), ..sequence.step(count) });
     }
     let output = runner.step(&plan).unwrap();
     assert_eq!(output.sequences.len(), plan.sequences.len());
@@ -226,9 +246,11 @@ pub fn step(runner: &mut dyn Runner, pool: &mut Pool, sequences: &mut [Sequence]
     for ((sequence, count), out) in stepped.zip(output.sequences) {
         assert_eq!(out.id, sequence.id);
         sequence.num_computed += count;
-        assert_eq!(out.sampled.is_some(), sequence.num_computed == sequence.tokens.len());
-        if let Some(sampled) = out.sampled {
+        assert_eq!(out.sampled.is_empty(), sequence.num_computed < sequence.tokens.len());
+        for sampled in out.sampled {
             let sampled = sampled.unwrap();
+            // Behind the first, what was sampled before was a draft, which is computed.
+            sequence.num_computed = sequence.tokens.len();
             sequence.tokens.push(sampled.token);
             sequence.output.push(sampled);
         }
