@@ -183,6 +183,7 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
                 num_computed: context,
                 // What they are does not matter for speed, nor does what the cache holds.
                 tokens: (0..tokens).map(|i| ((s * 7919 + (context + i) * 104_729) % spec.vocab_size) as u32).collect(),
+                draft: Vec::new(),
                 block_table: (s * blocks..(s + 1) * blocks).map(|b| b as u32).collect(),
                 sample: Some(SampleRequest {
                     params: Arc::new(SamplingParams::greedy()),
@@ -191,6 +192,7 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
                     prompt_len: 1,
                 }),
                 adapter: None,
+                propose: 0,
             };
             loaded.runner.step(&StepPlan { sequences: (0..test.streams).map(sequence).collect() })?;
         }
