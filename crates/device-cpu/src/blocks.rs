@@ -16,9 +16,10 @@ use half::f16;
 
 use baton_device::{BlockFormat, Result, Unpacked};
 
+use crate::isa::Isa;
 use crate::memory::{Weights, weights};
 use crate::pool::Pool;
-use crate::simd::{LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd};
 
 /// Columns of a chunk.
 pub(crate) const CHUNK: usize = 32;
@@ -103,6 +104,21 @@ formats! {
     Q6_K: 4 + 2 bits, shift 5;
     IQ4_NL: 4 + 0 bits, shift 32, table BlockFormat::IQ4_VALUES;
     IQ4_XS: 4 + 0 bits, shift 32, table BlockFormat::IQ4_VALUES;
+}
+
+/// The blocks that [`BlockFormat::quantize`] makes, made with the best instruction set that the machine has: they are
+/// the same on all of them.
+pub(crate) fn quantized(format: BlockFormat, values: &[f32]) -> Vec<u8> {
+    struct Quantize<'a>(BlockFormat, &'a [f32], &'a mut Vec<u8>);
+    impl Kernel for Quantize<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) {
+            *self.2 = self.0.quantize(self.1);
+        }
+    }
+    let mut blocks = Vec::new();
+    Isa::detect().dispatch().expect("detected").run(Quantize(format, values, &mut blocks));
+    blocks
 }
 
 /// A matrix of blocks.
@@ -398,4 +414,17 @@ fn f16s(scales: &[u8], at: usize) -> &[f16; LANES] {
 fn i8s(scales: &[u8], at: usize) -> &[i8; LANES] {
     let bytes: &[u8; LANES] = scales[at..].first_chunk().expect("within the scales of a block");
     bytemuck::cast_ref(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_instruction_set_makes_the_blocks_of_the_judge() {
+        let values = baton_device::conformance::uniform(3, 256 * 40, 0.1);
+        for format in BlockFormat::ALL.into_iter().filter(|f| f.can_be_made()) {
+            assert!(quantized(format, &values) == format.quantize(&values), "{format}");
+        }
+    }
 }

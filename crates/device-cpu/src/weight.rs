@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use baton_device::{DType, HostLinear, HostTensor, Result, WeightFormat};
 
-use crate::blocks::Blocks;
+use crate::blocks::{Blocks, quantized};
 use crate::memory::{Weights, weights};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
@@ -72,6 +72,13 @@ impl Matrix {
             (DType::F32, Some(data)) => Packed::F32(Panels::arrange(pool, data, in_features)?),
             (DType::F16, Some(data)) => Packed::F16(Panels::arrange(pool, data, in_features)?),
             (DType::BF16, Some(data)) => Packed::BF16(Panels::arrange(pool, data, in_features)?),
+            (_, None) if let WeightFormat::Ggml(format) = format => {
+                let blocks = |range: Range<usize>| {
+                    let rows = src.rows(range.start, range.len());
+                    rows.to_blocks(&|values| quantized(format, values)).into()
+                };
+                Packed::Blocks(Blocks::pack(pool, format, shape, blocks)?)
+            }
             (_, None) => {
                 return Self::pack(pool, shape, format, |rows| src.rows(rows.start, rows.len()).to_f32());
             }
@@ -92,7 +99,7 @@ impl Matrix {
             WeightFormat::F16 => Packed::F16(Panels::pack(pool, shape, rows)?),
             WeightFormat::BF16 => Packed::BF16(Panels::pack(pool, shape, rows)?),
             WeightFormat::Ggml(format) => {
-                Packed::Blocks(Blocks::pack(pool, format, shape, |range| format.quantize(&rows(range)).into())?)
+                Packed::Blocks(Blocks::pack(pool, format, shape, |range| quantized(format, &rows(range)).into())?)
             }
         };
         Ok(Self { out_features, in_features, data })

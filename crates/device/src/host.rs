@@ -16,6 +16,11 @@ use crate::{DType, DeviceError, Result, Routing, WeightFormat};
 pub trait RowSource: fmt::Debug + Send + Sync {
     /// The elements of some rows, row-major.
     fn rows(&self, rows: Range<usize>) -> Vec<f32>;
+
+    /// Some rows as the blocks that a device keeps, made by the device's `quantize`, unless the source has its own way.
+    fn blocks(&self, rows: Range<usize>, quantize: &dyn Fn(&[f32]) -> Vec<u8>) -> Vec<u8> {
+        quantize(&self.rows(rows))
+    }
 }
 
 /// A tensor as it lies in a checkpoint: row-major, little-endian; or the f32 matrix that it stands for.
@@ -120,6 +125,14 @@ impl<'a> HostTensor<'a> {
                 format.dequantize(data, &mut values);
                 values
             }
+        }
+    }
+
+    /// All elements as blocks, which `quantize` makes of whole rows.
+    pub fn to_blocks(&self, quantize: &dyn Fn(&[f32]) -> Vec<u8>) -> Vec<u8> {
+        match self.data {
+            Data::Stored(_) => quantize(&self.to_f32()),
+            Data::Computed { source, start } => source.blocks(start..start + self.shape[0], quantize),
         }
     }
 

@@ -91,15 +91,14 @@ impl Linear {
         if let Some(bias) = bias {
             bias.expect_shape(&[out_features])?;
         }
-        let exact = src.to_f32();
         let weight = match format {
-            WeightFormat::F32 => exact,
-            WeightFormat::F16 => exact.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
-            WeightFormat::BF16 => exact.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
-            WeightFormat::Ggml(blocks) if src.dtype() == DType::Ggml(blocks) => exact,
+            WeightFormat::F32 => src.to_f32(),
+            WeightFormat::F16 => src.to_f32().iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+            WeightFormat::BF16 => src.to_f32().iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
+            WeightFormat::Ggml(blocks) if src.dtype() == DType::Ggml(blocks) => src.to_f32(),
             WeightFormat::Ggml(blocks) => {
-                let mut values = vec![0.0; exact.len()];
-                blocks.dequantize(&blocks.quantize(&exact), &mut values);
+                let mut values = vec![0.0; src.len()];
+                blocks.dequantize(&src.to_blocks(&|values| blocks.quantize(values)), &mut values);
                 values
             }
         };

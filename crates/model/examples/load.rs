@@ -1,7 +1,7 @@
 //! Loads a checkpoint some times, beside the least that any loader must do: read its files, and fill as many
 //! bytes of memory not touched before. Prints seconds of the clock and of all cores, and memory.
 //!
-//! `cargo run --release -p baton-model --example load -- CHECKPOINT [RUNS] [bf16|f16|f32|q8_0]`
+//! `cargo run --release -p baton-model --example load -- CHECKPOINT [RUNS] [bf16|f16|f32|q8_0|q4_0|q4_k|int8]`
 
 #![allow(clippy::print_stdout, missing_docs)]
 
@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use baton_device::{BlockFormat, DType};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, KvCacheSize, LoadOptions, load};
+use baton_model::{Files, KvCacheSize, LoadOptions, Quantization, load};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
@@ -25,8 +25,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some("bf16") => (Some(DType::BF16), None),
         Some("f16") => (Some(DType::F16), None),
         Some("f32") => (Some(DType::F32), None),
-        Some("q8_0") => (None, Some(BlockFormat::Q8_0)),
-        Some(other) => return Err(format!("{other}: bf16, f16, f32 or q8_0").into()),
+        Some("q8_0") => (None, Some(BlockFormat::Q8_0.into())),
+        Some("q4_0") => (None, Some(BlockFormat::Q4_0.into())),
+        Some("q4_k") => (None, Some(BlockFormat::Q4_K.into())),
+        Some("int8") => (None, Some(Quantization::Int8)),
+        Some(other) => return Err(format!("{other}: bf16, f16, f32, q8_0, q4_0, q4_k or int8").into()),
     };
     let options = LoadOptions {
         dtype,

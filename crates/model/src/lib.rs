@@ -32,7 +32,7 @@ pub use export::{ExportError, NewCheckpoint, NewTensor, quantize, tensor_shapes}
 pub use gguf::GgufTokenizer;
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, load};
 pub use params::SamplingParams;
-pub use precision::Conversion;
+pub use precision::{Conversion, Quantization};
 pub use runner::ModelRunner;
 pub use sampler::Sampler;
 pub use step::{

@@ -16,7 +16,7 @@ use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig, Qu
 use crate::cost::StepCost;
 use crate::gguf::{self, Opened};
 use crate::loader::{Formats, Loader, Slot};
-use crate::precision::{Conversion, as_text};
+use crate::precision::{Conversion, Quantization, as_text};
 use crate::runner::{AdapterSupport, ModelRunner};
 use crate::step::RunSpec;
 
@@ -28,10 +28,10 @@ pub(crate) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 pub struct LoadOptions {
     /// Float type of the weights; `None` for as stored.
     pub dtype: Option<DType>,
-    /// Format of the linear layers; `None` for no quantisation. Those whose rows are not whole blocks of it have what
+    /// Form of the linear layers; `None` for no quantisation. Those whose rows are not whole blocks of it have what
     /// [`BlockFormat::made_for`] says. Embeddings (and a head tied to them), norms, routers and latent up-projections stay
     /// floats.
-    pub quantization: Option<BlockFormat>,
+    pub quantization: Option<Quantization>,
     /// Longest context in tokens; `None` for the model's own.
     pub max_model_len: Option<usize>,
     /// Tokens of one step, at most.
@@ -187,7 +187,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
     let formats = Formats { dtype: options.dtype, quantized: options.quantization };
     if let Some(format) = options.quantization {
-        log_fallbacks(format, specs.values());
+        log_fallbacks(format.format(), specs.values());
     }
     let weight_formats = check_device(backend.caps(), &config, specs.values(), &checkpoint, formats)?;
 

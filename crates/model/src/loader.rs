@@ -9,15 +9,15 @@ use std::fmt::Display;
 use std::ops::Range;
 
 use baton_device::{
-    Backend, BlockFormat, Caps, DType, DeviceError, ExpertSource, HostExperts, HostLatent, HostLinear, HostTensor,
-    LatentOps, MoeOps, Routing, RowSource, WeightFormat,
+    Backend, Caps, DType, DeviceError, ExpertSource, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps,
+    MoeOps, Routing, RowSource, WeightFormat,
 };
 use sha2::{Digest, Sha256};
 
 use crate::LoadError;
 use crate::arch::Projection;
 use crate::checkpoint::{Checkpoint, CheckpointError, Part, Role, TensorSpec};
-use crate::precision::{self, Conversion, Measured, StoredRows};
+use crate::precision::{self, Conversion, Measured, Quantization, StoredRows};
 use crate::quant::{Encoding, Values};
 
 /// Above this many bytes of weights the digest covers only the beginning of each tensor.
@@ -30,8 +30,8 @@ const HASH_PREFIX: usize = 4096;
 pub(crate) struct Formats {
     /// Float type of what is not quantised; `None` for as stored.
     pub(crate) dtype: Option<DType>,
-    /// Format of what may be quantised, where its blocks divide the rows; `None` for no quantisation.
-    pub(crate) quantized: Option<BlockFormat>,
+    /// Form of what may be quantised, where its blocks divide the rows; `None` for no quantisation.
+    pub(crate) quantized: Option<Quantization>,
 }
 
 impl Formats {
@@ -47,7 +47,7 @@ impl Formats {
         let float = || self.dtype.unwrap_or_else(stored).into();
         match spec.role {
             Role::Linear => match self.quantized {
-                Some(format) => WeightFormat::Ggml(format.made_for(spec.matrix()[1])),
+                Some(wanted) => WeightFormat::Ggml(wanted.format().made_for(spec.matrix()[1])),
                 None => float(),
             },
             Role::Float => float(),
@@ -279,10 +279,11 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn convert(&mut self, matrix: Mapped<'a>, format: WeightFormat) -> Mapped<'a> {
         let shape = matrix.spec.matrix();
         self.weight_bytes += format.bytes(shape[0] * shape[1]) as u64;
-        let measured = |rows| Data::Converted(Measured::new(rows, shape, format));
+        let by_row = matrix.spec.role == Role::Linear && self.formats.quantized == Some(Quantization::Int8);
+        let measured = |rows| Data::Converted(Measured::new(rows, shape, format, by_row));
         let data = match matrix.data {
-            // f32 holds every stored float, and a format itself.
-            Data::Stored(dtype, part) if format == WeightFormat::F32 || format == dtype.into() => {
+            // f32 holds every stored float, and a format itself, unless its blocks are to have one scale along a row.
+            Data::Stored(dtype, part) if format == WeightFormat::F32 || (format == dtype.into() && !by_row) => {
                 Data::Stored(dtype, part)
             }
             Data::Stored(dtype, part) => measured(Box::new(StoredRows { dtype, cols: shape[1], part })),

@@ -30,6 +30,31 @@ pub struct Conversion {
     pub bytes_after: u64,
 }
 
+/// How linear layers are quantised at load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// Into blocks of this format, which [can be made](BlockFormat::can_be_made).
+    Blocks(BlockFormat),
+    /// Into 8 bits with one scale per output row, kept as Q8_0 ([`BlockFormat::int8_rows`]).
+    Int8,
+}
+
+impl Quantization {
+    /// The format that weights are kept in.
+    pub const fn format(self) -> BlockFormat {
+        match self {
+            Quantization::Blocks(format) => format,
+            Quantization::Int8 => BlockFormat::Q8_0,
+        }
+    }
+}
+
+impl From<BlockFormat> for Quantization {
+    fn from(format: BlockFormat) -> Self {
+        Quantization::Blocks(format)
+    }
+}
+
 /// Serialises what the logs show.
 pub(crate) fn as_text<T: Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(value)
@@ -85,12 +110,15 @@ fn first_part(data: &[u8], size: usize, find: impl Fn(&[u8]) -> Option<usize> + 
     })
 }
 
-/// A matrix on its way to another format: while its rows are read, what that costs is measured.
+/// A matrix on its way to another format: while its rows are read, what that costs is measured. Blocks are made once,
+/// to keep and to measure.
 #[derive(Debug)]
 pub(crate) struct Measured {
     rows: Box<dyn RowSource>,
     cols: usize,
     format: WeightFormat,
+    /// Blocks have one scale along a row ([`BlockFormat::int8_rows`]).
+    by_row: bool,
     /// By row, so that neither order nor number of readings matters.
     losses: Mutex<Vec<Loss>>,
 }
@@ -106,8 +134,8 @@ struct Loss {
 
 impl Measured {
     /// The matrix `[rows, cols]` that `rows` gives.
-    pub(crate) fn new(rows: Box<dyn RowSource>, shape: [usize; 2], format: WeightFormat) -> Self {
-        Self { rows, cols: shape[1], format, losses: Mutex::new(vec![Loss::default(); shape[0]]) }
+    pub(crate) fn new(rows: Box<dyn RowSource>, shape: [usize; 2], format: WeightFormat, by_row: bool) -> Self {
+        Self { rows, cols: shape[1], format, by_row, losses: Mutex::new(vec![Loss::default(); shape[0]]) }
     }
 
     /// The format that it goes to.
@@ -126,10 +154,20 @@ impl Measured {
         Ok((max, (sum / (losses.len() * self.cols) as f64) as f32))
     }
 
-    fn loss_of(&self, row: &[f32]) -> Loss {
+    /// Notes what rows lose; `keep` writes a piece of them, which starts at that element, as the format gives it back.
+    fn measure(&self, rows: Range<usize>, values: &[f32], keep: impl Fn(usize, &[f32], &mut [f32])) {
+        let rows_of = values.chunks_exact(self.cols).enumerate();
+        let losses: Vec<_> = rows_of
+            .map(|(i, row)| Self::loss_of(row, |at, piece, kept| keep(i * self.cols + at, piece, kept)))
+            .collect();
+        self.losses.lock().unwrap_or_else(PoisonError::into_inner)[rows].copy_from_slice(&losses);
+    }
+
+    fn loss_of(row: &[f32], keep: impl Fn(usize, &[f32], &mut [f32])) -> Loss {
         let mut loss = Loss::default();
-        for block in row.chunks(PIECE) {
-            let mut errors = keep(block, self.format);
+        for (i, block) in row.chunks(PIECE).enumerate() {
+            let mut errors = [0.0; PIECE];
+            keep(i * PIECE, block, &mut errors[..block.len()]);
             errors.iter_mut().zip(block).for_each(|(kept, value)| *kept = (*kept - value).abs());
             // In several sums at once, for speed: the report needs no order.
             let (parts, []) = errors.as_chunks::<8>() else { unreachable!("pieces are of 256") };
@@ -149,9 +187,28 @@ impl Measured {
 impl RowSource for Measured {
     fn rows(&self, rows: Range<usize>) -> Vec<f32> {
         let values = self.rows.rows(rows.clone());
-        let losses: Vec<_> = values.chunks_exact(self.cols).map(|row| self.loss_of(row)).collect();
-        self.losses.lock().unwrap_or_else(PoisonError::into_inner)[rows].copy_from_slice(&losses);
+        match self.format {
+            WeightFormat::F16 => self.measure(rows, &values, |_, piece, kept| {
+                kept.iter_mut().zip(piece).for_each(|(kept, v)| *kept = f16::from_f32(*v).to_f32());
+            }),
+            WeightFormat::BF16 => self.measure(rows, &values, |_, piece, kept| {
+                kept.iter_mut().zip(piece).for_each(|(kept, v)| *kept = nearest_bf16(*v));
+            }),
+            // f32 holds every value; blocks are measured when they are made.
+            WeightFormat::F32 | WeightFormat::Ggml(_) => {}
+        }
         values
+    }
+
+    fn blocks(&self, rows: Range<usize>, quantize: &dyn Fn(&[f32]) -> Vec<u8>) -> Vec<u8> {
+        let WeightFormat::Ggml(format) = self.format else { panic!("asked for blocks, on its way to {}", self.format) };
+        let values = self.rows.rows(rows.clone());
+        let blocks = if self.by_row { BlockFormat::int8_rows(&values, self.cols) } else { quantize(&values) };
+        let bytes = |elements: usize| elements / format.elements() * format.bytes();
+        self.measure(rows, &values, |at, piece, kept| {
+            format.dequantize(&blocks[bytes(at)..][..bytes(piece.len())], kept);
+        });
+        blocks
     }
 }
 
@@ -173,22 +230,6 @@ impl RowSource for StoredRows {
 
 /// Elements of a row looked at together: whole blocks of any format.
 const PIECE: usize = BlockFormat::MAX_ELEMENTS;
-
-/// A piece of a row as `format` gives it back, zeros behind it.
-fn keep(piece: &[f32], format: WeightFormat) -> [f32; PIECE] {
-    let mut kept = [0.0; PIECE];
-    kept[..piece.len()].copy_from_slice(piece);
-    match format {
-        WeightFormat::F32 => {}
-        WeightFormat::F16 => kept.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
-        WeightFormat::BF16 => kept.iter_mut().for_each(|v| *v = nearest_bf16(*v)),
-        WeightFormat::Ggml(format) => {
-            let kept = &mut kept[..piece.len()];
-            format.dequantize(&format.quantize(piece), kept);
-        }
-    }
-    kept
-}
 
 /// The bf16 that `half` rounds a number to, without branches, so that it compiles to vector code.
 fn nearest_bf16(value: f32) -> f32 {
@@ -243,7 +284,7 @@ mod tests {
                 self.0[rows.start * 2..rows.end * 2].to_vec()
             }
         }
-        let measured = |values, format| Measured::new(Box::new(Rows(values)), [2, 2], format);
+        let measured = |values, format| Measured::new(Box::new(Rows(values)), [2, 2], format, false);
         for reads in [[0..1, 1..2], [1..2, 0..1], [0..2, 0..2]] {
             let exact = measured(&[1.0 + 1.0 / 512.0, 1.0, 1.0, 1.0 + 1.0 / 512.0], WeightFormat::F32);
             let rounded = measured(&[1.0 + 1.0 / 512.0, 1.0, 1.0, 1.0], WeightFormat::BF16);

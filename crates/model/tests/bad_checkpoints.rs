@@ -272,7 +272,7 @@ fn options_that_do_not_suit_the_model_are_refused_together() {
     let bad = LoadOptions { max_model_len: Some(1025), max_step_tokens: 4, ..options() };
     let message = load(Reference::new(), &files, &bad).err().unwrap().to_string();
     assert!(message.contains("1 to 1024") && message.contains("4 tokens per step for 8"), "{message}");
-    let odd = LoadOptions { quantization: Some(BlockFormat::Q8_0), ..options() };
+    let odd = LoadOptions { quantization: Some(BlockFormat::Q8_0.into()), ..options() };
     let message = load(Reference::new(), &files, &odd).err().unwrap().to_string();
     assert!(message.contains("37 tensors") && message.contains("q_b_proj.weight has 48"), "{message}");
 }
@@ -290,7 +290,7 @@ fn changes_of_precision_are_recorded_and_small() {
     let widened = with(Some(DType::F32), None);
     assert!(widened.1.conversions.is_empty() && widened.1.weight_bytes > exact.1.weight_bytes);
 
-    let quantized = with(None, Some(BlockFormat::Q8_0));
+    let quantized = with(None, Some(BlockFormat::Q8_0.into()));
     // Seven linear layers each of three layers; embedding (also the head) and norms stay.
     assert_eq!(quantized.1.conversions.len(), 3 * 7);
     assert!(quantized.1.weight_bytes < exact.1.weight_bytes);

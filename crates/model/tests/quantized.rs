@@ -149,7 +149,7 @@ fn every_quantised_matrix_is_in_the_report() {
     }
     let eight = report(
         &quantized("gptq-int4-shuffled"),
-        &LoadOptions { dtype: None, quantization: Some(BlockFormat::Q8_0), ..exact() },
+        &LoadOptions { dtype: None, quantization: Some(BlockFormat::Q8_0.into()), ..exact() },
     );
     assert_eq!(eight.conversions.iter().filter(|c| c.from.starts_with("gptq int4")).count(), 7);
     assert!(eight.conversions.iter().all(|c| c.to == WeightFormat::Ggml(BlockFormat::Q8_0) && c.max_abs_error > 0.0));

@@ -138,7 +138,7 @@ fn options(settings: &Settings) -> LoadOptions {
     let quarter = memory::available_bytes().map_or(u64::MAX, |free| free / 4);
     LoadOptions {
         dtype: settings.dtype.stored(),
-        quantization: settings.quantize.map(Quantize::format),
+        quantization: settings.quantize.map(Into::into),
         max_model_len: settings.max_model_len,
         max_step_tokens: settings.max_num_batched_tokens,
         max_step_sequences: settings.max_num_seqs,

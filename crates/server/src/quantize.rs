@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use baton_device::WeightFormat;
+use baton_model::Quantization;
 use clap::Args;
 use indicatif::{HumanBytes, ProgressBar};
 
@@ -34,7 +35,8 @@ pub fn main(args: &QuantizeArgs) -> Result<()> {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let converted = baton_model::quantize(&files, args.quantize.format(), &args.out, &progress);
+    let quantization = Quantization::from(args.quantize);
+    let converted = baton_model::quantize(&files, quantization, &args.out, &progress);
     bar.finish_and_clear();
     let converted = converted.with_context(|| format!("model {name}"))?;
     if let Some(worst) = converted.iter().max_by(|a, b| a.max_abs_error.total_cmp(&b.max_abs_error)) {
@@ -49,7 +51,7 @@ pub fn main(args: &QuantizeArgs) -> Result<()> {
             worst.from,
             worst.to
         );
-        let others = converted.iter().filter(|c| c.to != WeightFormat::Ggml(args.quantize.format())).count();
+        let others = converted.iter().filter(|c| c.to != WeightFormat::Ggml(quantization.format())).count();
         if others > 0 {
             eprintln!("{others} of them are kept in a wider format, since their rows are not whole blocks");
         }

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_device::{BlockFormat, DType};
+use baton_model::Quantization;
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
@@ -77,15 +78,17 @@ pub enum Quantize {
     #[value(name = "q4_k")]
     #[serde(rename = "q4_k")]
     Q4_K,
+    /// 8-bit integers with one scale per output row; more is lost than with q8_0.
+    Int8,
 }
 
-impl Quantize {
-    /// The format that weights are kept in.
-    pub fn format(self) -> BlockFormat {
-        match self {
-            Quantize::Q8_0 => BlockFormat::Q8_0,
-            Quantize::Q4_0 => BlockFormat::Q4_0,
-            Quantize::Q4_K => BlockFormat::Q4_K,
+impl From<Quantize> for Quantization {
+    fn from(quantize: Quantize) -> Self {
+        match quantize {
+            Quantize::Q8_0 => BlockFormat::Q8_0.into(),
+            Quantize::Q4_0 => BlockFormat::Q4_0.into(),
+            Quantize::Q4_K => BlockFormat::Q4_K.into(),
+            Quantize::Int8 => Quantization::Int8,
         }
     }
 }

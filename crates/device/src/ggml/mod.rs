@@ -167,6 +167,7 @@ impl BlockFormat {
     ///
     /// # Panics
     /// If `values` is not whole blocks, or [`BlockFormat::can_be_made`] says no.
+    #[inline(always)]
     pub fn quantize(self, values: &[f32]) -> Vec<u8> {
         match self {
             Q4_0 => each(values, quantize::q4_0),
@@ -174,6 +175,21 @@ impl BlockFormat {
             Q4_K => each(values, quantize::q4_k),
             _ => panic!("{self} is read, never made"),
         }
+    }
+
+    /// Quantises rows of `cols` values to 8 bits with one scale each (as W8A8 checkpoints have per channel): whole
+    /// blocks of [`Q8_0`] whose scales are the same along a row.
+    ///
+    /// # Panics
+    /// If `values` is not whole rows, or rows are not whole blocks.
+    #[inline(always)]
+    pub fn int8_rows(values: &[f32], cols: usize) -> Vec<u8> {
+        assert!(cols.is_multiple_of(Q8_0.elements()) && values.len().is_multiple_of(cols), "rows of whole blocks");
+        let mut out = vec![[0; Q8_0.bytes()]; values.len() / Q8_0.elements()];
+        for (row, blocks) in values.chunks_exact(cols).zip(out.chunks_exact_mut(cols / Q8_0.elements())) {
+            quantize::int8_row(row, blocks);
+        }
+        out.into_flattened()
     }
 
     /// Widens whole blocks.
@@ -232,6 +248,7 @@ impl Default for Unpacked {
     }
 }
 
+#[inline(always)]
 fn each<const ELEMENTS: usize, const BYTES: usize>(
     values: &[f32],
     quantize: impl Fn(&[f32; ELEMENTS], &mut [u8; BYTES]),

@@ -1,23 +1,50 @@
 //! From values to blocks, as ggml's plain quantisers do it (`quantize_row_*_ref`).
 //!
 //! Values are finite. Those beyond a format give an infinite scale, so that what comes back is not finite either and
-//! the reader can refuse it. Sums are taken in one order ([`sums`]), so that every machine makes the same blocks.
+//! the reader can refuse it. Sums are taken in one order ([`sums`]), so that every machine makes the same blocks. All is
+//! inlined, so that a caller that was compiled for an instruction set quantises with it.
 
 use half::f16;
 
 /// `scale = max|x| / 127` rounded to f16, `q = round(x / scale)`, half away from zero.
+#[inline(always)]
 pub(super) fn q8_0(x: &[f32; 32], block: &mut [u8; 34]) {
-    let scale = f16::from_f32(x.iter().fold(0.0, |max: f32, v| max.max(v.abs())) / 127.0);
-    let inverse = invert(scale.to_f32());
-    block[..2].copy_from_slice(&scale.to_le_bytes());
-    for (byte, v) in block[2..].iter_mut().zip(x) {
-        *byte = (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
+    eight_bits(x, f16::from_f32(max_abs(x) / 127.0), block);
+}
+
+/// A row as blocks of Q8_0 with one scale for all of them: `scale = max|x| / 127` rounded to f16.
+#[inline(always)]
+pub(super) fn int8_row(row: &[f32], blocks: &mut [[u8; 34]]) {
+    let scale = f16::from_f32(max_abs(row) / 127.0);
+    for (x, block) in row.as_chunks().0.iter().zip(blocks) {
+        eight_bits(x, scale, block);
     }
 }
 
+/// Written without a call of `round`, so that it compiles to vector code: the largest number below a half, added with
+/// the sign of a number within ±127 before its fraction is cut off, rounds as that does.
+#[inline(always)]
+fn eight_bits(x: &[f32; 32], scale: f16, block: &mut [u8; 34]) {
+    const ALMOST_HALF: f32 = 0.499_999_97;
+    let inverse = invert(scale.to_f32());
+    block[..2].copy_from_slice(&scale.to_le_bytes());
+    for (byte, v) in block[2..].iter_mut().zip(x) {
+        let v = (v * inverse).clamp(-127.0, 127.0);
+        *byte = (v + ALMOST_HALF.copysign(v)) as i32 as i8 as u8;
+    }
+}
+
+/// The largest magnitude of finite numbers, which are ordered as the integers that have their bits.
+#[inline(always)]
+fn max_abs(x: &[f32]) -> f32 {
+    f32::from_bits(x.iter().fold(0, |max, v| max.max(v.abs().to_bits())))
+}
+
 /// The value of largest magnitude becomes -8: `scale = v / -8` rounded to f16, `q = ⌊x / scale + 8.5⌋`.
+#[inline(always)]
 pub(super) fn q4_0(x: &[f32; 32], block: &mut [u8; 18]) {
-    let largest = x.iter().fold(0.0, |max: f32, &v| if v.abs() > max.abs() { v } else { max });
+    let most = max_abs(x);
+    let largest = x.iter().copied().find(|v| v.abs() == most).unwrap_or(0.0);
     let scale = f16::from_f32(largest / -8.0);
     let inverse = invert(scale.to_f32());
     let code = |v: f32| (v * inverse + 8.5).clamp(0.0, 15.0) as u8;
@@ -32,6 +59,7 @@ const STEPS: usize = 20;
 
 /// Per group of 32 a scale and a minimum ([`scale_and_minimum`]), both kept as six bits of the block's largest, which is
 /// rounded to f16: `q = round((x + minimum) / scale)` with the scale and minimum that come back.
+#[inline(always)]
 pub(super) fn q4_k(x: &[f32; 256], block: &mut [u8; 144]) {
     let groups = x.as_chunks::<32>().0;
     let fits: [(f32, f32); 8] = std::array::from_fn(|j| scale_and_minimum(&groups[j]));
@@ -55,6 +83,7 @@ pub(super) fn q4_k(x: &[f32; 256], block: &mut [u8; 144]) {
 }
 
 /// Factors below 64 of a scale that gives the largest of `values`, none of which is negative.
+#[inline(always)]
 fn six_bits(values: [f32; 8]) -> (f16, [u8; 8]) {
     let scale = f16::from_f32(values.iter().fold(0.0, |max: f32, v| max.max(*v)) / 63.0);
     let inverse = invert(scale.to_f32());
@@ -64,6 +93,7 @@ fn six_bits(values: [f32; 8]) -> (f16, [u8; 8]) {
 /// The scale and the minimum, taken off and not negative, with which four bits give a group best, searched as in
 /// `make_qkx2_quants`. The squared error counts by `rms(x) + |x|`. Codes of scales around the one that just spans the
 /// values are tried; to each belong the scale and minimum of weighted least squares.
+#[inline(always)]
 fn scale_and_minimum(x: &[f32; 32]) -> (f32, f32) {
     let (low, high) = x.iter().fold((0.0, f32::MIN), |(low, high): (f32, f32), &v| (low.min(v), high.max(v)));
     let range = high - low;
@@ -102,12 +132,14 @@ fn scale_and_minimum(x: &[f32; 32]) -> (f32, f32) {
 
 /// The nearest of the codes 0 to 15. Adding and taking off 1.5·2²³ rounds without a branch, so that this compiles to
 /// vector code.
+#[inline(always)]
 fn code(value: f32, inverse: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     (value * inverse).clamp(0.0, 15.0) + ROUND - ROUND
 }
 
 /// Sums over a group, of eight terms at once.
+#[inline(always)]
 fn sums<const N: usize>(terms: impl Fn(usize) -> [f32; N]) -> [f32; N] {
     let mut lanes = [[0.0; 8]; N];
     for start in (0..32).step_by(8) {
@@ -121,6 +153,7 @@ fn sums<const N: usize>(terms: impl Fn(usize) -> [f32; N]) -> [f32; N] {
     lanes.map(|[a, b, c, d, e, f, g, h]| ((a + e) + (b + f)) + ((c + g) + (d + h)))
 }
 
+#[inline(always)]
 fn invert(scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
@@ -161,6 +194,43 @@ mod tests {
             let near = errors.iter().zip(known).all(|(error, known)| (error / known - 1.0).abs() < 0.01);
             assert!(near, "sigma {sigma}: {errors:?}");
         }
+    }
+
+    #[test]
+    fn codes_are_rounded_as_round_does() {
+        for (scale, values) in [(0.7, normal(1 << 14, 40.0)), (1.0, (-1300..1300).map(|i| i as f32 / 10.0).collect())] {
+            let mut block = [0; 34];
+            for x in values.as_chunks::<32>().0 {
+                super::eight_bits(x, half::f16::from_f32(scale), &mut block);
+                let inverse = 1.0 / half::f16::from_f32(scale).to_f32();
+                for (byte, v) in block[2..].iter().zip(x) {
+                    assert_eq!(*byte as i8, (v * inverse).round().clamp(-127.0, 127.0) as i8, "{v}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_scale_for_a_row_loses_more_than_one_per_block_and_no_more_than_its_step() {
+        let values = normal(896 * 16, 0.02);
+        let blocks = BlockFormat::int8_rows(&values, 896);
+        let mut back = vec![0.0; values.len()];
+        Q8_0.dequantize(&blocks, &mut back);
+        let (mut off, mut all) = (0.0, 0.0);
+        for ((row, back), blocks) in
+            values.chunks(896).zip(back.chunks(896)).zip(blocks.chunks(896 / 32 * Q8_0.bytes()))
+        {
+            let scales: Vec<_> = blocks.chunks(Q8_0.bytes()).map(|block| [block[0], block[1]]).collect();
+            assert!(scales.iter().all(|s| *s == scales[0]));
+            let most = row.iter().fold(0.0, |max: f32, v| max.max(v.abs()));
+            for (v, b) in row.iter().zip(back) {
+                assert!((v - b).abs() <= 0.501 * most / 127.0 + most * 5e-4, "{v} came back as {b}");
+                off += f64::from(v - b).powi(2);
+                all += f64::from(*v).powi(2);
+            }
+        }
+        let (row, block) = ((off / all).sqrt(), relative_error(Q8_0, &values));
+        assert!(row > 1.3 * block && row < 2.0 * block, "{row} by row, {block} by block");
     }
 
     #[test]

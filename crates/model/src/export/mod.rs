@@ -22,7 +22,7 @@ use crate::config::{ModelConfig, json_object, of_blocks};
 use crate::gguf::Opened;
 use crate::load::{self, MAX_CONFIG_BYTES};
 use crate::loader::{Formats, Loader};
-use crate::{CheckpointError, Conversion, FileError, Files, LoadError};
+use crate::{CheckpointError, Conversion, FileError, Files, LoadError, Quantization};
 
 /// Endings of what stands beside the weights and is copied: configs, tokenizers, templates, licences.
 const COPIED: [&str; 7] = [".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "LICENSE"];
@@ -83,19 +83,20 @@ pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     arch::specs(config).0.into_values().map(|spec| (spec.name, spec.shape)).collect()
 }
 
-/// Writes the checkpoint of `files` to a new folder `out`, its linear layers as blocks of `format` (see
+/// Writes the checkpoint of `files` to a new folder `out`, its linear layers quantised (see
 /// [`LoadOptions::quantization`](crate::LoadOptions)), everything else as stored. What was stored in another quantised
 /// form and is no linear layer becomes bf16. `progress` is told the bytes written and those to be written. Gives what
 /// the conversions cost.
 ///
 /// # Panics
-/// If `format` cannot be made.
+/// If the format cannot be made.
 pub fn quantize(
     files: &Files,
-    format: BlockFormat,
+    quantization: Quantization,
     out: &Path,
     progress: &dyn Fn(u64, u64),
 ) -> Result<Vec<Conversion>, ExportError> {
+    let format = quantization.format();
     assert!(format.can_be_made(), "{format} is read, never made");
     if matches!(files, Files::Gguf(_)) {
         return Err(ExportError::Gguf);
@@ -103,7 +104,7 @@ pub fn quantize(
     let Opened { config, checkpoint, digest, .. } = load::open(files)?;
     let specs = arch::specs(&config).0;
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
-    let formats = Formats { dtype: None, quantized: Some(format) };
+    let formats = Formats { dtype: None, quantized: Some(quantization) };
     // Its capabilities only: what no device keeps as stored becomes what this one keeps it as.
     let backend = Reference::new();
     load::log_fallbacks(format, specs.values());
@@ -178,7 +179,7 @@ fn each_chunk(
     let &[rows, cols] = host.shape() else { unreachable!("{} is a matrix", host.name()) };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let share = (CHUNK / cols / cores).max(1);
-    let encoded = |range: Range<usize>| encode(&host.rows(range.start, range.len()).to_f32(), format);
+    let encoded = |range: Range<usize>| encode(&host.rows(range.start, range.len()), format);
     for start in (0..rows).step_by(share * cores) {
         let end = rows.min(start + share * cores);
         let parts: Vec<Vec<u8>> = std::thread::scope(|scope| {
@@ -191,11 +192,11 @@ fn each_chunk(
     Ok(())
 }
 
-fn encode(values: &[f32], format: WeightFormat) -> Vec<u8> {
+fn encode(rows: &HostTensor<'_>, format: WeightFormat) -> Vec<u8> {
     match format {
-        WeightFormat::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        WeightFormat::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-        WeightFormat::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-        WeightFormat::Ggml(format) => format.quantize(values),
+        WeightFormat::F32 => rows.to_f32().iter().flat_map(|v| v.to_le_bytes()).collect(),
+        WeightFormat::F16 => rows.to_f32().iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        WeightFormat::BF16 => rows.to_f32().iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        WeightFormat::Ggml(format) => rows.to_blocks(&|values| format.quantize(values)),
     }
 }

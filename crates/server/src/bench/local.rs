@@ -131,7 +131,7 @@ pub fn main(args: &LocalArgs) -> Result<()> {
     let (name, files) = load::files(args.model.as_deref())?;
     let options = LoadOptions {
         dtype: args.dtype.stored(),
-        quantization: args.quantize.map(Quantize::format),
+        quantization: args.quantize.map(Into::into),
         max_model_len: Some(longest),
         max_step_tokens: STEP.max(streams),
         max_step_sequences: streams,
