@@ -1,7 +1,7 @@
 //! Tokens per second of one checkpoint on the CPU: a prompt in one step, then decoding steps of some sequences.
 //!
 //! `cargo run --release -p baton-model --example speed -- CHECKPOINT [--quantize q8_0|q4_0] [--threads N]
-//! [--prompt N] [--decode N] [--batch B,B,…]`
+//! [--prompt N] [--decode N] [--batch B,B,…] [--kv f32|f16|bf16|int8]`
 //!
 //! Each line has tokens per second of the clock and, as if it had the machine for itself, of the processor time that was
 //! spent, and how many bytes of weights that is.
@@ -12,7 +12,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_device::BlockFormat;
+use baton_device::{BlockFormat, KvDtype};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{
     Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SamplingParams, SequenceStep, StepPlan, load,
@@ -22,6 +22,7 @@ use rustix::time::{ClockId, clock_gettime};
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let path = args.next().ok_or("which checkpoint?")?;
+    let mut kv_dtype = KvDtype::F32;
     let (mut quantization, mut threads, mut prompt, mut decode, mut batches) = (None, 1, 512, 32, vec![1, 4, 8, 16]);
     while let Some(flag) = args.next() {
         let value = args.next().ok_or_else(|| format!("{flag} wants a value"))?;
@@ -36,7 +37,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--prompt" => prompt = value.parse()?,
             "--decode" => decode = value.parse()?,
             "--batch" => batches = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
-            _ => return Err(format!("{flag}: --quantize, --threads, --prompt, --decode or --batch").into()),
+            "--kv" => {
+                let found = KvDtype::ALL.into_iter().find(|dtype| dtype.to_string() == value);
+                kv_dtype = found.ok_or_else(|| format!("{value}: one of {:?}", KvDtype::ALL.map(|d| d.to_string())))?;
+            }
+            _ => return Err(format!("{flag}: --quantize, --threads, --prompt, --decode, --batch or --kv").into()),
         }
     }
     let most = batches.iter().copied().max().unwrap_or(1);
@@ -46,6 +51,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         max_step_tokens: prompt.max(most),
         max_step_sequences: most,
         kv_cache: KvCacheSize::AtMost(4 << 30),
+        kv_dtype,
         ..LoadOptions::default()
     };
     let backend = CpuBackend::new(&CpuOptions { threads, isa: None })?;
