@@ -1,5 +1,5 @@
 //! Speed of the kernels on this machine: `cargo run --release -p baton-device-cpu --example kernels`,
-//! with `linear`, `linear ISA` or `step` behind it for a part of it.
+//! with `linear`, `linear ISA`, `attention`, `attention DTYPE` or `step` behind it for a part of it.
 //!
 //! Prints the minimum of several runs: other work on the machine only ever adds time. One thread is timed by its
 //! own processor time, which other work hardly touches.
@@ -13,17 +13,22 @@ use rustix::time::{ClockId, clock_gettime};
 use baton_device::WeightFormat::Ggml;
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
-    Activation, AttentionBatch, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts, HostLatent, HostLinear,
-    HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Result, Routing, Scoring, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
+    HostLatent, HostLinear, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Result, Routing, Scoring,
+    SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
 
 fn main() -> Result<()> {
     let part = std::env::args().nth(1);
-    if part.as_deref() != Some("step") {
+    let wanted = |name: &str| part.as_deref().is_none_or(|part| part == name);
+    if wanted("linear") {
         linears(std::env::args().nth(2).as_deref())?;
     }
-    if part.as_deref() != Some("linear") {
+    if wanted("attention") {
+        attentions(std::env::args().nth(2).as_deref())?;
+    }
+    if wanted("step") {
         steps()?;
     }
     Ok(())
@@ -46,6 +51,81 @@ fn linears(only: Option<&str>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Layers whose caches are walked in turn, so that they come from memory as in a model.
+const LAYERS: usize = 28;
+
+fn attentions(only: Option<&str>) -> Result<()> {
+    let b = CpuBackend::new(&CpuOptions { threads: 1, isa: None })?;
+    for dtype in KvDtype::ALL.into_iter().filter(|dtype| only.is_none_or(|only| only == dtype.to_string())) {
+        for (heads, kv_heads, head_dim) in [(12, 2, 128), (14, 2, 64), (32, 32, 128)] {
+            let layer = LayerKv::Full { kv_heads, head_dim };
+            println!("{}, 1 thread: {heads} heads on {kv_heads} of {head_dim}, cache in {dtype}", b.caps().isa);
+            for steps in [(1, 0, 512), (1, 999, 1), (16, 999, 1), (1, 996, 4), (1, 8191, 1)] {
+                attention(&b, (layer, dtype), heads, steps)?;
+            }
+        }
+        for (heads, rank) in [(16, 512), (6, 64)] {
+            println!("{}, 1 thread: {heads} heads on latents of {rank}, cache in {dtype}", b.caps().isa);
+            for steps in [(1, 0, 512), (1, 999, 1), (16, 999, 1)] {
+                attention(&b, (LayerKv::Latent { rank, rope: 64.min(rank / 4) }, dtype), heads, steps)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Time of a layer in a step that gives each of some sequences `len` tokens from position `start` on.
+fn attention(
+    b: &CpuBackend,
+    (layer, dtype): (LayerKv, KvDtype),
+    heads: usize,
+    (sequences, start, len): (usize, usize, usize),
+) -> Result<()> {
+    let blocks = (start + len).div_ceil(b.caps().kv_block_size);
+    let table = |s: usize| (0..blocks).map(|i| (s * blocks + i) as u32).collect();
+    let tables: Vec<Vec<u32>> = (0..sequences).map(table).collect();
+    let spans: Vec<_> = tables.iter().map(|table| SequenceSpan { start, len, block_table: table }).collect();
+    let plan = b.plan_attention(&AttentionBatch { sequences: &spans })?;
+    let spec = KvSpec { layers: vec![layer; LAYERS], dtype, block_size: b.caps().kv_block_size };
+    let mut cache = b.kv_cache(&spec, sequences * blocks)?;
+    b.clear_blocks(&mut cache, &tables.concat())?; // takes its pages
+    let (rows, context) = (sequences * len, sequences * (start + len));
+    let pairs = sequences * (len * start + len * (len + 1) / 2);
+    let (seconds, flops) = match layer {
+        LayerKv::Full { kv_heads, head_dim } => {
+            let [q, k, v] = [heads, kv_heads, kv_heads].map(|heads| activation(b, rows, heads * head_dim));
+            let (q, k, v, mut out) = (q?, k?, v?, b.tensor(rows, heads * head_dim)?);
+            let scale = (head_dim as f32).sqrt().recip();
+            let params = AttentionParams { heads, kv_heads, head_dim, scale, window: None, softcap: None };
+            let each = |layer| b.paged_attention(&q, &k, &v, &mut cache, layer, &plan, &params, &mut out);
+            (of_a_layer(each)?, 4 * pairs * heads * head_dim)
+        }
+        LayerKv::Latent { rank, rope } => {
+            let (nope, v) = (128.min(rank), 128.min(rank));
+            let [q, latent, key] = [heads * (nope + rope), rank, rope].map(|cols| activation(b, rows, cols));
+            let (q, latent, key, mut out) = (q?, latent?, key?, b.tensor(rows, heads * v)?);
+            let data = stored(&[heads * (nope + v), rank]);
+            let kv_b = HostTensor::new("bench", DType::F32, vec![heads * (nope + v), rank], &data);
+            let weight =
+                b.latent_weight(&HostLatent { kv_b, heads, nope, rope, v, rank, format: WeightFormat::BF16 })?;
+            let each = |layer| b.latent_attention(&q, &latent, &key, &weight, &mut cache, layer, &plan, 0.1, &mut out);
+            (of_a_layer(each)?, 2 * heads * (pairs * (2 * rank + rope) + rows * rank * (nope + v)))
+        }
+    };
+    println!(
+        "  {sequences:3} x {len:<4} at {start:<5} {:9.1} us {:7.1} GFLOP/s {:7.1} GB/s",
+        1e6 * seconds,
+        flops as f64 / seconds / 1e9,
+        (context * layer.bytes_per_token(dtype)) as f64 / seconds / 1e9
+    );
+    Ok(())
+}
+
+/// Seconds of processor time that a layer takes of the time of all.
+fn of_a_layer(mut each: impl FnMut(usize) -> Result<()>) -> Result<f64> {
+    Ok(shortest(|| (0..LAYERS).try_for_each(&mut each), processor_time)?.as_secs_f64() / LAYERS as f64)
 }
 
 fn steps() -> Result<()> {
@@ -161,6 +241,7 @@ impl SmallModel {
         let sequences: Vec<_> = tables.iter().map(|t| span(t.as_slice())).collect();
         let spec = KvSpec {
             layers: vec![LayerKv::Latent { rank: RANK, rope: ROPE }; self.layers.len()],
+            dtype: KvDtype::F32,
             block_size: b.caps().kv_block_size,
         };
         let mut cache = b.kv_cache(&spec, rows * blocks)?;

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DeviceError, HostExperts, HostLatent,
-    HostLinear, HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, WeightFormat,
+    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, WeightFormat,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -70,6 +70,7 @@ impl CpuBackend {
             isa: wanted.to_string(),
             threads,
             kv_block_size: BLOCK,
+            kv_dtypes: KvDtype::ALL.into(),
             weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             byte_activations: true,
@@ -266,8 +267,8 @@ impl Backend for CpuBackend {
         columns(out, q.cols());
         assert_eq!((q.rows(), k.rows()), (plan.rows(), plan.rows()), "rows of the step");
         for row in 0..plan.rows() {
-            keys.put(plan.slot(row), 0, k.row(row));
-            values.put(plan.slot(row), 0, v.row(row));
+            keys.put(plan.slot(row), 0, 0, k.row(row));
+            values.put(plan.slot(row), 0, 0, v.row(row));
         }
         out.set_rows(q.rows());
         let target = Target::new(out.data_mut(), q.cols());
@@ -342,8 +343,8 @@ impl LatentOps for CpuBackend {
             assert_eq!(rows, plan.rows(), "rows of the step");
         }
         for row in 0..plan.rows() {
-            plane.put(plan.slot(row), 0, latent.row(row));
-            plane.put(plan.slot(row), rope_start(weight.rank), rope_key.row(row));
+            plane.put(plan.slot(row), 0, 0, latent.row(row));
+            plane.put(plan.slot(row), 1, rope_start(weight.rank), rope_key.row(row));
         }
         out.set_rows(q.rows());
         let target = Target::new(out.data_mut(), weight.heads() * weight.v);

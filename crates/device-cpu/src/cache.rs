@@ -1,20 +1,26 @@
 //! Block memory and the plan of a step.
 //!
-//! A plane holds, block by block and head by head, the rows of 16 positions; a row is padded with
-//! zeros to whole vectors. Keys and values have a plane each; a latent layer has one, whose rows are
-//! the latent and behind it the rotated key.
+//! Keys and values have a plane each, block by block and head by head. A block of keys lies feature by feature, 16
+//! positions side by side, so that scores need no sums across a vector; a block of values lies position by position, a row
+//! padded with zeros to whole vectors. A latent layer has one plane that lies as values do: a row is the latent and behind
+//! it the rotated key, each padded. Elements of a plane in bytes have their scales apart, 16 positions side by side.
 
 use std::ops::Range;
 
-use baton_device::{AttentionBatch, KvSpec, LayerKv, Result};
+use baton_device::{AttentionBatch, KvDtype, KvSpec, LayerKv, Result, int8, saturating_f16};
+use bytemuck::Pod;
+use half::{bf16, f16};
 
+use crate::kernels::context::GROUP_LEN;
 use crate::memory::Floats;
-use crate::simd::LANES;
+use crate::simd::{LANES, Simd};
 
-/// Positions of a block: attention handles one block per round, a lane for each position.
+/// Positions of a block: a lane for each.
 pub(crate) const BLOCK: usize = LANES;
+/// Elements that are rounded together on their way into a plane.
+const PUT: usize = 64;
 
-/// Block memory of all layers, in f32.
+/// Block memory of all layers.
 pub struct KvCache {
     pub(crate) layers: Vec<Layer>,
 }
@@ -28,13 +34,16 @@ pub(crate) enum Layer {
 impl KvCache {
     pub(crate) fn new(spec: &KvSpec, num_blocks: usize) -> Result<Self> {
         assert_eq!(spec.block_size, BLOCK, "the block size is the device's choice");
+        let plane = |heads, width, parts, order| Plane::new(spec.dtype, [num_blocks, heads, width], parts, order);
         let layer = |layer: &LayerKv| {
             Ok(match *layer {
                 LayerKv::Full { kv_heads, head_dim } => Layer::Full {
-                    keys: Plane::new(num_blocks, kv_heads, head_dim.next_multiple_of(LANES))?,
-                    values: Plane::new(num_blocks, kv_heads, head_dim.next_multiple_of(LANES))?,
+                    keys: plane(kv_heads, head_dim, 1, Order::Features)?,
+                    values: plane(kv_heads, head_dim.next_multiple_of(LANES), 1, Order::Positions)?,
                 },
-                LayerKv::Latent { rank, rope } => Layer::Latent(Plane::new(num_blocks, 1, latent_width(rank, rope))?),
+                LayerKv::Latent { rank, rope } => {
+                    Layer::Latent(plane(1, latent_width(rank, rope), 2, Order::Positions)?)
+                }
             })
         };
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()? })
@@ -63,38 +72,163 @@ pub(crate) fn latent_width(rank: usize, rope: usize) -> usize {
     rope_start(rank) + rope.next_multiple_of(LANES)
 }
 
-/// `[blocks, heads, 16, width]`.
+/// What a cache keeps of a number.
+pub(crate) trait Element: Pod {
+    /// The scale that `x` will share, 1 where there are no scales.
+    fn scale(_: &[f32]) -> f32 {
+        1.0
+    }
+    /// Rounds `x`, a part of what has this scale.
+    fn round(x: &[f32], scale: f32, kept: &mut [Self]);
+    /// 16 elements, without their scales.
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32;
+}
+
+impl Element for f32 {
+    fn round(x: &[f32], _: f32, kept: &mut [Self]) {
+        kept.copy_from_slice(x);
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+        s.load(x)
+    }
+}
+
+impl Element for f16 {
+    fn round(x: &[f32], _: f32, kept: &mut [Self]) {
+        kept.iter_mut().zip(x).for_each(|(kept, x)| *kept = saturating_f16(*x));
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+        s.load_f16(x)
+    }
+}
+
+impl Element for bf16 {
+    fn round(x: &[f32], _: f32, kept: &mut [Self]) {
+        kept.iter_mut().zip(x).for_each(|(kept, x)| *kept = bf16::from_f32(*x));
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+        s.load_bf16(x)
+    }
+}
+
+impl Element for i8 {
+    fn scale(x: &[f32]) -> f32 {
+        int8::scale(x)
+    }
+
+    fn round(x: &[f32], scale: f32, kept: &mut [Self]) {
+        int8::round(x, scale, kept);
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+        s.load_i8(x)
+    }
+}
+
+/// How a block of one head lies.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    /// `[width, 16]`.
+    Features,
+    /// `[16, width]`.
+    Positions,
+}
+
+/// Blocks of the same heads.
 pub(crate) struct Plane {
-    data: Floats,
+    pub(crate) dtype: KvDtype,
+    order: Order,
     heads: usize,
     pub(crate) width: usize,
+    /// Elements of `dtype`: blocks of `[heads]` in `order`, each a whole number of floats.
+    data: Floats,
+    /// `[blocks, heads, parts, 16]` where elements are bytes, else empty.
+    scales: Floats,
+    /// Runs of a row that have a scale each.
+    parts: usize,
 }
 
 impl Plane {
-    fn new(blocks: usize, heads: usize, width: usize) -> Result<Self> {
-        let len = blocks.saturating_mul(heads * BLOCK).saturating_mul(width);
-        Ok(Self { data: Floats::zeroed(len, "key/value blocks")?, heads, width })
+    fn new(dtype: KvDtype, [blocks, heads, width]: [usize; 3], parts: usize, order: Order) -> Result<Self> {
+        let memory = |floats: usize| Floats::zeroed(blocks.saturating_mul(heads * floats), "key/value blocks");
+        let (per_float, parts) = match dtype {
+            KvDtype::F32 => (1, 0),
+            KvDtype::F16 | KvDtype::BF16 => (2, 0),
+            KvDtype::Int8 => (4, parts),
+        };
+        let (data, scales) = (memory(BLOCK / per_float * width)?, memory(BLOCK * parts)?);
+        Ok(Self { dtype, order, heads, width, data, scales, parts })
     }
 
     fn clear(&mut self, block: usize) {
-        let len = self.heads * BLOCK * self.width;
-        self.data[block * len..][..len].fill(0.0);
+        match self.dtype {
+            KvDtype::F32 => self.clear_as::<f32>(block),
+            KvDtype::F16 => self.clear_as::<f16>(block),
+            KvDtype::BF16 => self.clear_as::<bf16>(block),
+            KvDtype::Int8 => self.clear_as::<i8>(block),
+        }
     }
 
-    /// The rows of one block of one head.
+    fn clear_as<E: Element>(&mut self, block: usize) {
+        let (elements, scales) = (self.heads * BLOCK * self.width, self.heads * BLOCK * self.parts);
+        bytemuck::cast_slice_mut::<f32, E>(&mut self.data)[block * elements..][..elements].fill(E::zeroed());
+        self.scales[block * scales..][..scales].fill(0.0);
+    }
+
+    /// One block of one head.
     #[inline(always)]
-    pub(crate) fn block(&self, block: u32, head: usize) -> &[f32] {
+    pub(crate) fn block<E: Element>(&self, block: u32, head: usize) -> &[[E; LANES]] {
         let len = BLOCK * self.width;
-        &self.data[(block as usize * self.heads + head) * len..][..len]
+        let elements = &bytemuck::cast_slice::<f32, E>(&self.data)[(block as usize * self.heads + head) * len..][..len];
+        elements.as_chunks().0
     }
 
-    /// Writes the heads of one position side by side from `x`, each starting at column `start`.
-    pub(crate) fn put(&mut self, slot: (u32, usize), start: usize, x: &[f32]) {
-        let (block, offset) = slot;
-        let head_dim = x.len() / self.heads;
-        for (head, x) in x.chunks_exact(head_dim).enumerate() {
-            let row = ((block as usize * self.heads + head) * BLOCK + offset) * self.width;
-            self.data[row + start..][..head_dim].copy_from_slice(x);
+    /// Scales of one part of the rows of one block of one head, `None` if elements have none.
+    #[inline(always)]
+    pub(crate) fn scales(&self, block: u32, head: usize, part: usize) -> Option<&[f32; BLOCK]> {
+        let scales = self.scales.as_chunks::<BLOCK>().0;
+        scales.get(..self.parts)?.get(part)?;
+        Some(&scales[(block as usize * self.heads + head) * self.parts + part])
+    }
+
+    /// Writes the heads of one position, side by side in `x`, as a part of their rows that starts at feature `start`.
+    pub(crate) fn put(&mut self, slot: (u32, usize), part: usize, start: usize, x: &[f32]) {
+        match self.dtype {
+            KvDtype::F32 => self.put_as::<f32>(slot, part, start, x),
+            KvDtype::F16 => self.put_as::<f16>(slot, part, start, x),
+            KvDtype::BF16 => self.put_as::<bf16>(slot, part, start, x),
+            KvDtype::Int8 => self.put_as::<i8>(slot, part, start, x),
+        }
+    }
+
+    fn put_as<E: Element>(&mut self, (block, offset): (u32, usize), part: usize, start: usize, x: &[f32]) {
+        let (width, len) = (self.width, BLOCK * self.width);
+        let mut kept = [E::zeroed(); PUT];
+        for (head, x) in x.chunks_exact(x.len() / self.heads).enumerate() {
+            let block = block as usize * self.heads + head;
+            let elements = &mut bytemuck::cast_slice_mut::<f32, E>(&mut self.data)[block * len..][..len];
+            let scale = E::scale(x);
+            if let Some(scales) = self.scales.get_mut(block * self.parts * BLOCK..).filter(|_| self.parts > 0) {
+                scales[part * BLOCK + offset] = scale;
+            }
+            for (first, x) in (start..).step_by(PUT).zip(x.chunks(PUT)) {
+                let kept = &mut kept[..x.len()];
+                E::round(x, scale, kept);
+                match self.order {
+                    Order::Positions => elements[offset * width + first..][..x.len()].copy_from_slice(kept),
+                    Order::Features => {
+                        let column = elements[first * BLOCK + offset..].iter_mut().step_by(BLOCK);
+                        column.zip(kept).for_each(|(element, kept)| *element = *kept);
+                    }
+                }
+            }
         }
     }
 }
@@ -124,6 +258,17 @@ impl AttentionPlan {
         Self { rows, blocks }
     }
 
+    /// Some rows, in runs of at most `len` of one sequence.
+    pub(crate) fn runs(&self, rows: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
+        let mut start = rows.start;
+        std::iter::from_fn(move || {
+            let blocks = &self.rows[start..rows.end].first()?.blocks;
+            let same = self.rows[start..rows.end].iter().take(len).take_while(|row| row.blocks == *blocks).count();
+            start += same;
+            Some(start - same..start)
+        })
+    }
+
     pub(crate) fn rows(&self) -> usize {
         self.rows.len()
     }
@@ -142,6 +287,11 @@ impl AttentionPlan {
     pub(crate) fn slot(&self, row: usize) -> (u32, usize) {
         let position = self.position(row);
         (self.blocks(row)[position / BLOCK], position % BLOCK)
+    }
+
+    /// Groups of the longest context.
+    pub(crate) fn groups(&self) -> usize {
+        self.rows.iter().map(|row| row.position / GROUP_LEN + 1).max().unwrap_or(0)
     }
 
     /// Positions that all rows attend to, together, where each sees at most `window`.

@@ -1,8 +1,8 @@
 //! What the backend promises beside numbers: refusals, capabilities, and that nothing stale is read.
 
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, BlockFormat, DType, DeviceError, HostLinear, HostTensor, KvSpec, LayerKv,
-    SequenceSpan, WeightFormat,
+    AttentionBatch, AttentionParams, Backend, BlockFormat, DType, DeviceError, HostLinear, HostTensor, KvDtype, KvSpec,
+    LayerKv, SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
 
@@ -39,8 +39,11 @@ fn caps_say_what_was_chosen() {
 #[test]
 fn memory_that_is_not_there_is_refused() {
     let b = backend(1);
-    let spec =
-        KvSpec { layers: vec![LayerKv::Full { kv_heads: 8, head_dim: 128 }; 32], block_size: b.caps().kv_block_size };
+    let spec = KvSpec {
+        layers: vec![LayerKv::Full { kv_heads: 8, head_dim: 128 }; 32],
+        dtype: KvDtype::F32,
+        block_size: b.caps().kv_block_size,
+    };
     assert!(matches!(b.kv_cache(&spec, 1 << 44), Err(DeviceError::OutOfMemory { .. })));
     assert!(matches!(b.tensor(1 << 50, 4096), Err(DeviceError::OutOfMemory { .. })));
 }
@@ -53,7 +56,11 @@ fn a_large_cache_costs_nothing_until_it_is_used() {
     };
     let Some(before) = resident() else { return };
     let b = backend(1);
-    let spec = KvSpec { layers: vec![LayerKv::Latent { rank: 512, rope: 64 }; 4], block_size: b.caps().kv_block_size };
+    let spec = KvSpec {
+        layers: vec![LayerKv::Latent { rank: 512, rope: 64 }; 4],
+        dtype: KvDtype::F32,
+        block_size: b.caps().kv_block_size,
+    };
     let cache = b.kv_cache(&spec, 2000).unwrap();
     let grown = resident().unwrap().saturating_sub(before);
     assert!(grown < 32 << 10, "{grown} kB of {} taken at once", (2000 * spec.block_bytes()) >> 10);
@@ -76,7 +83,7 @@ fn what_lies_beyond_a_sequence_is_never_read() {
         let b = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) }).unwrap();
         let params = AttentionParams { heads: 2, kv_heads: 1, head_dim: 20, scale: 1.0, window: None, softcap: None };
         let layer = LayerKv::Full { kv_heads: 1, head_dim: 20 };
-        let spec = KvSpec { layers: vec![layer], block_size: b.caps().kv_block_size };
+        let spec = KvSpec { layers: vec![layer], dtype: KvDtype::F32, block_size: b.caps().kv_block_size };
         let mut cache = b.kv_cache(&spec, 2).unwrap();
         let mut attend = |len: usize, value: f32| {
             let mut out = b.tensor(len, 40).unwrap();
@@ -106,7 +113,7 @@ fn what_lies_beyond_a_sequence_is_never_read() {
 fn cleared_blocks_hold_zeros() {
     let b = backend(1);
     let layer = LayerKv::Full { kv_heads: 1, head_dim: 16 };
-    let spec = KvSpec { layers: vec![layer], block_size: b.caps().kv_block_size };
+    let spec = KvSpec { layers: vec![layer], dtype: KvDtype::F32, block_size: b.caps().kv_block_size };
     let params = AttentionParams { heads: 1, kv_heads: 1, head_dim: 16, scale: 1.0, window: None, softcap: None };
     let mut cache = b.kv_cache(&spec, 1).unwrap();
     let one = |start: usize, value: f32, cache: &mut _| {

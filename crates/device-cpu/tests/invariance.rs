@@ -2,11 +2,13 @@
 //! sequence is cut into steps, not on the number of threads. For every instruction set of this
 //! machine and every weight format.
 
+use std::rc::Rc;
+
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, RopeLayout, Routing, Scoring,
-    SequenceSpan, WeightFormat,
+    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, RopeLayout, Routing,
+    Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
 use proptest::prelude::*;
@@ -18,6 +20,15 @@ const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::F16, Weight
 fn backends() -> Vec<Vec<CpuBackend>> {
     let backend = |isa, threads| CpuBackend::new(&CpuOptions { threads, isa: Some(isa) }).unwrap();
     Isa::available().into_iter().map(|isa| [1, 2, 3].map(|threads| backend(isa, threads)).into()).collect()
+}
+
+/// Those of each instruction set, with each way to keep a cache.
+fn backends_and_dtypes() -> Vec<(Rc<Vec<CpuBackend>>, KvDtype)> {
+    let with_each = |same_isa| {
+        let same_isa = Rc::new(same_isa);
+        KvDtype::ALL.map(|dtype| (Rc::clone(&same_isa), dtype))
+    };
+    backends().into_iter().flat_map(with_each).collect()
 }
 
 /// A stored f32 tensor.
@@ -180,7 +191,7 @@ proptest! {
     fn attention_does_not_depend_on_batch_chunks_or_threads(
         lens in prop::collection::vec(1..120usize, 1..4),
         cuts in prop::collection::vec(1..20usize, 1..8),
-        (kv_heads, group, head_dim) in (1..3usize, 1..4usize, 1..40usize),
+        (kv_heads, group, head_dim) in (1..3usize, 1..8usize, 1..40usize),
         window in prop::option::of(1..90usize),
         softcap in prop::option::of(0.2..50.0f32),
         seed in 0..1000u64,
@@ -188,8 +199,9 @@ proptest! {
         let heads = kv_heads * group;
         let params = AttentionParams { heads, kv_heads, head_dim, scale: 0.4, window, softcap };
         let widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
-        let steps = Steps { lens, cuts, seed, layer: LayerKv::Full { kv_heads, head_dim } };
-        for same_isa in backends() {
+        let layer = LayerKv::Full { kv_heads, head_dim };
+        for (same_isa, dtype) in backends_and_dtypes() {
+            let steps = Steps { lens: lens.clone(), cuts: cuts.clone(), seed, layer, dtype };
             steps.check(&same_isa, &widths, heads * head_dim, |b, x, cache, plan, out| {
                 b.paged_attention(&x[0], &x[1], &x[2], cache, 0, plan, &params, out).unwrap();
             })?;
@@ -206,10 +218,11 @@ proptest! {
         let (rope, rank) = (2 * half_rope, 32 * rank);
         let kv_b = Stored::new(seed, &[heads * (nope + v), rank]);
         let widths = [heads * (nope + rope), rank, rope];
-        let steps = Steps { lens, cuts, seed, layer: LayerKv::Latent { rank, rope } };
+        let layer = LayerKv::Latent { rank, rope };
         let layout = RopeLayout { heads, head_dim: nope + rope, offset: nope, dim: rope, interleaved: seed % 2 == 0 };
         let angles = HostRope { inv_freq: uniform(seed, half_rope, 1.0), scale: 1.0, max_positions: 80 };
-        for same_isa in backends() {
+        for (same_isa, dtype) in backends_and_dtypes() {
+            let steps = Steps { lens: lens.clone(), cuts: cuts.clone(), seed, layer, dtype };
             for format in FORMATS {
                 let src = HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format };
                 steps.check(&same_isa, &widths, heads * v, |b, x, cache, plan, out| {
@@ -229,6 +242,7 @@ struct Steps {
     cuts: Vec<usize>,
     seed: u64,
     layer: LayerKv,
+    dtype: KvDtype,
 }
 
 const BLOCKS_PER_SEQUENCE: usize = 8;
@@ -265,7 +279,7 @@ impl Steps {
             bits(b, &out)
         };
         let cache = |b: &CpuBackend| {
-            let spec = KvSpec { layers: vec![self.layer], block_size: b.caps().kv_block_size };
+            let spec = KvSpec { layers: vec![self.layer], dtype: self.dtype, block_size: b.caps().kv_block_size };
             b.kv_cache(&spec, self.lens.len() * BLOCKS_PER_SEQUENCE).unwrap()
         };
 

@@ -3,6 +3,72 @@
 //! The engine owns block numbers; the device owns block memory. Position p of a sequence lies in
 //! block `block_table[p / block_size]` at offset `p % block_size`, in every layer.
 
+use std::fmt;
+
+use half::{bf16, f16};
+
+use crate::int8;
+
+/// How a cache keeps the elements of keys, values and latents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum KvDtype {
+    /// As they are computed.
+    F32,
+    /// IEEE 754 binary16, to nearest even. Numbers beyond its range become its largest, ±65504: one outlier shall not
+    /// make a whole sequence infinite. What is not finite stays so.
+    F16,
+    /// The upper half of an f32, to nearest even.
+    BF16,
+    /// Signed bytes with one f32 scale for each head of each position, as [`int8`] makes them; a latent and its rotated key
+    /// have a scale each.
+    Int8,
+}
+
+impl KvDtype {
+    /// All of them, the widest first.
+    pub const ALL: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::BF16, KvDtype::Int8];
+
+    /// Bytes of one head's `width` elements at one position, its scale included.
+    pub const fn bytes(self, width: usize) -> usize {
+        match self {
+            KvDtype::F32 => width * 4,
+            KvDtype::F16 | KvDtype::BF16 => width * 2,
+            KvDtype::Int8 => width + 4,
+        }
+    }
+
+    /// Replaces one head's elements at one position by what a cache keeps of them.
+    pub fn round(self, x: &mut [f32]) {
+        match self {
+            KvDtype::F32 => {}
+            KvDtype::F16 => x.iter_mut().for_each(|x| *x = saturating_f16(*x).to_f32()),
+            KvDtype::BF16 => x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
+            KvDtype::Int8 => {
+                let (scale, mut bytes) = (int8::scale(x), vec![0; x.len()]);
+                int8::round(x, scale, &mut bytes);
+                x.iter_mut().zip(bytes).for_each(|(x, q)| *x = f32::from(q) * scale);
+            }
+        }
+    }
+}
+
+impl fmt::Display for KvDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            KvDtype::F32 => "f32",
+            KvDtype::F16 => "f16",
+            KvDtype::BF16 => "bf16",
+            KvDtype::Int8 => "int8",
+        })
+    }
+}
+
+/// The nearest f16, where numbers beyond the range become the largest.
+pub fn saturating_f16(x: f32) -> f16 {
+    let (low, high) = (f16::MIN.to_f32(), f16::MAX.to_f32());
+    f16::from_f32(if x.is_finite() { x.clamp(low, high) } else { x })
+}
+
 /// What one layer keeps for each cached token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerKv {
@@ -23,11 +89,11 @@ pub enum LayerKv {
 }
 
 impl LayerKv {
-    /// Elements kept per token.
-    pub const fn elements_per_token(self) -> usize {
+    /// Bytes kept per token.
+    pub const fn bytes_per_token(self, dtype: KvDtype) -> usize {
         match self {
-            LayerKv::Full { kv_heads, head_dim } => 2 * kv_heads * head_dim,
-            LayerKv::Latent { rank, rope } => rank + rope,
+            LayerKv::Full { kv_heads, head_dim } => 2 * kv_heads * dtype.bytes(head_dim),
+            LayerKv::Latent { rank, rope } => dtype.bytes(rank) + dtype.bytes(rope),
         }
     }
 }
@@ -37,14 +103,16 @@ impl LayerKv {
 pub struct KvSpec {
     /// One entry per layer.
     pub layers: Vec<LayerKv>,
+    /// How elements are kept; one of [`crate::Caps::kv_dtypes`].
+    pub dtype: KvDtype,
     /// Tokens per block; the device's choice ([`crate::Caps::kv_block_size`]).
     pub block_size: usize,
 }
 
 impl KvSpec {
-    /// Bytes of one block over all layers, kept in f32.
+    /// Bytes of one block over all layers.
     pub fn block_bytes(&self) -> usize {
-        self.layers.iter().map(|l| l.elements_per_token()).sum::<usize>() * self.block_size * 4
+        self.layers.iter().map(|l| l.bytes_per_token(self.dtype)).sum::<usize>() * self.block_size
     }
 }
 
@@ -112,4 +180,37 @@ pub struct RopeLayout {
     pub dim: usize,
     /// Pairs are columns (2i, 2i+1) if set, (i, i + dim/2) if not.
     pub interleaved: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_takes_the_bytes_of_its_dtype_and_scales() {
+        let layers = vec![LayerKv::Full { kv_heads: 2, head_dim: 64 }, LayerKv::Latent { rank: 512, rope: 64 }];
+        let bytes = |dtype| KvSpec { layers: layers.clone(), dtype, block_size: 16 }.block_bytes();
+        let elements = 16 * (2 * 2 * 64 + 512 + 64);
+        assert_eq!([KvDtype::F32, KvDtype::F16, KvDtype::BF16].map(bytes), [4 * elements, 2 * elements, 2 * elements]);
+        assert_eq!(bytes(KvDtype::Int8), elements + 16 * 4 * (2 * 2 + 2));
+    }
+
+    #[test]
+    fn rounding_keeps_what_the_dtype_can_hold_and_shows_what_is_not_finite() {
+        for dtype in KvDtype::ALL {
+            let mut x = [0.5, -1.0, 0.25, 0.0];
+            let exact = x;
+            dtype.round(&mut x);
+            let step = if dtype == KvDtype::Int8 { 0.5001 / 127.0 } else { 0.0 };
+            assert!(x.iter().zip(exact).all(|(a, b)| (a - b).abs() <= step), "{dtype}: {x:?}");
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut x = [1.0, bad];
+                dtype.round(&mut x);
+                assert!(!x[1].is_finite(), "{dtype}: {x:?}");
+            }
+        }
+        let mut large = [70_000.0, -1e30, 65_504.0];
+        KvDtype::F16.round(&mut large);
+        assert_eq!(large, [65_504.0, -65_504.0, 65_504.0]);
+    }
 }

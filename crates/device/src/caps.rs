@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::WeightFormat;
+use crate::{KvDtype, WeightFormat};
 
 /// An operation of the seam, by the name used in refusals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,6 +26,8 @@ pub struct Caps {
     pub threads: usize,
     /// Tokens per cache block.
     pub kv_block_size: usize,
+    /// How a cache can keep its elements.
+    pub kv_dtypes: BTreeSet<KvDtype>,
     /// Formats in which linear and expert weights can be kept.
     pub weight_formats: BTreeSet<WeightFormat>,
     /// Operations offered beyond those that every backend has.
@@ -43,19 +45,26 @@ pub struct Requirements {
     pub ops: BTreeSet<Op>,
     /// Weight formats.
     pub weight_formats: BTreeSet<WeightFormat>,
+    /// How the cache is to be kept.
+    pub kv_dtypes: BTreeSet<KvDtype>,
 }
 
 impl Caps {
     /// Every reason why a model cannot run here; empty if it can.
     pub fn refusals(&self, needs: &Requirements) -> Vec<String> {
         let ops = needs.ops.difference(&self.ops).map(|op| format!("device {} has no {op:?}", self.device));
-        let offered = || self.weight_formats.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        let formats = needs
-            .weight_formats
-            .difference(&self.weight_formats)
-            .map(|f| format!("device {} cannot keep {f} weights; it keeps {}", self.device, offered()));
-        ops.chain(formats).collect()
+        let formats = needs.weight_formats.difference(&self.weight_formats).map(|format| {
+            format!("device {} cannot keep {format} weights; it keeps {}", self.device, listed(&self.weight_formats))
+        });
+        let dtypes = needs.kv_dtypes.difference(&self.kv_dtypes).map(|dtype| {
+            format!("device {} cannot keep a cache in {dtype}; it keeps {}", self.device, listed(&self.kv_dtypes))
+        });
+        ops.chain(formats).chain(dtypes).collect()
     }
+}
+
+fn listed<T: ToString>(offered: &BTreeSet<T>) -> String {
+    offered.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -69,6 +78,7 @@ mod tests {
             isa: String::new(),
             threads: 1,
             kv_block_size: 16,
+            kv_dtypes: [KvDtype::F32, KvDtype::F16].into(),
             weight_formats: [WeightFormat::F32].into(),
             ops: [Op::PagedAttention].into(),
             byte_activations: false,
@@ -77,9 +87,11 @@ mod tests {
         let needs = Requirements {
             ops: [Op::PagedAttention, Op::LatentAttention, Op::FusedMoe].into(),
             weight_formats: [WeightFormat::BF16, WeightFormat::F32].into(),
+            kv_dtypes: [KvDtype::F16, KvDtype::Int8].into(),
         };
         let refusals = caps.refusals(&needs);
-        assert_eq!(refusals.len(), 3, "{refusals:?}");
+        assert_eq!(refusals.len(), 4, "{refusals:?}");
         assert!(refusals[2].contains("bf16") && refusals[2].contains("it keeps f32"), "{refusals:?}");
+        assert!(refusals[3].contains("int8") && refusals[3].contains("it keeps f32, f16"), "{refusals:?}");
     }
 }

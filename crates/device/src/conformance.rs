@@ -6,8 +6,8 @@
 
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Reference, Result, RopeLayout,
-    Routing, Rows, Scoring, SequenceSpan, WeightFormat, int8,
+    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Reference, Result,
+    RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat, int8,
 };
 
 /// What a backend must offer to run the whole list.
@@ -61,7 +61,12 @@ pub enum Case {
     /// [`Backend::rope`].
     Rope(RopeLayout),
     /// [`Backend::paged_attention`] over several steps of a ragged batch.
-    Attention(AttentionParams),
+    Attention {
+        /// Its shape.
+        params: AttentionParams,
+        /// How keys and values are kept.
+        kv: KvDtype,
+    },
     /// [`LatentOps::latent_attention`] over several steps of a ragged batch.
     Latent {
         /// Heads.
@@ -76,6 +81,8 @@ pub enum Case {
         rank: usize,
         /// Kept as.
         format: WeightFormat,
+        /// How latents and rotated keys are kept.
+        kv: KvDtype,
     },
     /// [`MoeOps::fused_moe`].
     Moe {
@@ -124,6 +131,7 @@ pub fn cases() -> Vec<Case> {
         v: 5,
         rank: 64,
         format: WeightFormat::Ggml(BlockFormat::Q4_0),
+        kv: KvDtype::F32,
     });
     for (rows, cols, run) in [(1, 1, 1), (3, 37, 37), (5, 96, 32), (2, 128, 16), (17, 192, 192)] {
         cases.push(Case::Norm { rows, cols, run });
@@ -136,18 +144,20 @@ pub fn cases() -> Vec<Case> {
         cases.push(Case::Rope(RopeLayout { heads: 5, head_dim: 48, offset: 32, dim: 16, interleaved }));
         cases.push(Case::Rope(RopeLayout { heads: 1, head_dim: 64, offset: 0, dim: 64, interleaved }));
     }
-    for (heads, kv_heads, head_dim) in [(1, 1, 5), (4, 2, 32), (6, 2, 33), (7, 1, 64), (8, 8, 16)] {
+    for (heads, kv_heads, head_dim) in [(1, 1, 5), (4, 2, 32), (6, 2, 33), (7, 1, 64), (8, 8, 16), (12, 2, 80)] {
         let scale = (head_dim as f32).sqrt().recip();
         let full = AttentionParams { heads, kv_heads, head_dim, scale, window: None, softcap: None };
-        cases.push(Case::Attention(full));
-        // Windows of one token, within a block, across blocks, and longer than any context.
-        for (window, softcap) in [(1, None), (7, Some(0.3)), (31, None), (65, Some(2.0)), (1000, Some(50.0))] {
-            cases.push(Case::Attention(AttentionParams { window: Some(window), softcap, ..full }));
+        for kv in KvDtype::ALL {
+            cases.push(Case::Attention { params: full, kv });
+            // Windows of one token, within a block, across blocks, and longer than any context.
+            for (window, softcap) in [(1, None), (7, Some(0.3)), (31, None), (65, Some(2.0)), (1000, Some(50.0))] {
+                cases.push(Case::Attention { params: AttentionParams { window: Some(window), softcap, ..full }, kv });
+            }
         }
     }
-    for format in [F32, BF16, F16] {
-        cases.push(Case::Latent { heads: 3, nope: 7, rope: 6, v: 5, rank: 19, format });
-        cases.push(Case::Latent { heads: 6, nope: 32, rope: 16, v: 32, rank: 64, format });
+    for (format, kv) in [F32, BF16, F16].into_iter().flat_map(|format| KvDtype::ALL.map(|kv| (format, kv))) {
+        cases.push(Case::Latent { heads: 3, nope: 7, rope: 6, v: 5, rank: 19, format, kv });
+        cases.push(Case::Latent { heads: 6, nope: 32, rope: 16, v: 32, rank: 64, format, kv });
     }
     for format in [F32, BF16, F16] {
         let groups = Some(GroupScore::TwoBest);
@@ -250,9 +260,9 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
             }
             Ok(result)
         }
-        Case::Attention(params) => {
+        Case::Attention { params, kv } => {
             let AttentionParams { heads, kv_heads, head_dim, .. } = params;
-            over_steps(b, LayerKv::Full { kv_heads, head_dim }, |cache, plan, rows, seed| {
+            over_steps(b, (LayerKv::Full { kv_heads, head_dim }, kv), |cache, plan, rows, seed| {
                 let q = activation(b, rows, heads * head_dim, seed)?;
                 let k = activation(b, rows, kv_heads * head_dim, seed + 1)?;
                 let v = activation(b, rows, kv_heads * head_dim, seed + 2)?;
@@ -261,11 +271,11 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
                 outputs(b, &[&out])
             })
         }
-        Case::Latent { heads, nope, rope, v, rank, format } => {
+        Case::Latent { heads, nope, rope, v, rank, format, kv } => {
             let kv_b = Source::new(format, vec![heads * (nope + v), rank], 1, (rank as f32).sqrt().recip());
             let weight = b.latent_weight(&HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format })?;
             let scale = ((nope + rope) as f32).sqrt().recip();
-            over_steps(b, LayerKv::Latent { rank, rope }, |cache, plan, rows, seed| {
+            over_steps(b, (LayerKv::Latent { rank, rope }, kv), |cache, plan, rows, seed| {
                 let q = activation(b, rows, heads * (nope + rope), seed)?;
                 let latent = activation(b, rows, rank, seed + 1)?;
                 let key = activation(b, rows, rope, seed + 2)?;
@@ -359,10 +369,10 @@ impl Step<'_> {
 /// Runs `attend(cache, plan, rows, seed)` for every step on one cache, in its second layer.
 fn over_steps<B: Backend>(
     b: &B,
-    layer: LayerKv,
+    (layer, dtype): (LayerKv, KvDtype),
     mut attend: impl FnMut(&mut B::KvCache, &B::AttentionPlan, usize, u64) -> Result<Vec<f32>>,
 ) -> Result<Vec<f32>> {
-    let spec = KvSpec { layers: vec![layer; 2], block_size: b.caps().kv_block_size };
+    let spec = KvSpec { layers: vec![layer; 2], dtype, block_size: b.caps().kv_block_size };
     let mut cache = b.kv_cache(&spec, NUM_BLOCKS)?;
     let mut result = Vec::new();
     for (i, step) in Ragged::new(spec.block_size).steps().iter().enumerate() {

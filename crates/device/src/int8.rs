@@ -1,18 +1,32 @@
-//! Activations as signed bytes, for products with weights of block formats: 32 values along K share one f32
-//! scale, so the product of a block with a group of weights is an exact integer times two scales.
+//! Activations as signed bytes. For products with weights of block formats 32 values along K share one f32
+//! scale, so the product of a block with a group of weights is an exact integer times two scales; in a cache of keys and
+//! values the width of a head does.
 
 /// Values that share a scale.
 pub const BLOCK: usize = 32;
 
-/// Quantises one block: `scale = max|x| / 127`, `q = round(x / scale)`, half away from zero. The scale of a
-/// block with a value that is not finite is not a number, so that nothing behind it looks sound.
+/// Quantises one block.
 pub fn quantize(x: &[f32; BLOCK]) -> (f32, [i8; BLOCK]) {
+    let (scale, mut bytes) = (scale(x), [0; BLOCK]);
+    round(x, scale, &mut bytes);
+    (scale, bytes)
+}
+
+/// The scale that values share: `max|x| / 127`. It is not a number if one of them is not finite, so that nothing behind it
+/// looks sound.
+pub fn scale(x: &[f32]) -> f32 {
     if x.iter().any(|v| !v.is_finite()) {
-        return (f32::NAN, [0; BLOCK]);
+        return f32::NAN;
     }
-    let scale = x.iter().fold(0.0, |max: f32, v| max.max(v.abs())) / 127.0;
+    x.iter().fold(0.0, |max: f32, v| max.max(v.abs())) / 127.0
+}
+
+/// `q = round(x / scale)`, half away from zero, for values that share this scale; zeros for a scale of none.
+pub fn round(x: &[f32], scale: f32, bytes: &mut [i8]) {
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    (scale, x.map(|v| (v * inverse).round().clamp(-127.0, 127.0) as i8))
+    for (q, v) in bytes.iter_mut().zip(x) {
+        *q = (v * inverse).round().clamp(-127.0, 127.0) as i8;
+    }
 }
 
 #[cfg(test)]

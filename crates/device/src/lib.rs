@@ -21,7 +21,9 @@ pub mod int8;
 mod reference;
 mod routing;
 
-pub use attention::{AttentionBatch, AttentionParams, KvSpec, LayerKv, RopeLayout, SequenceSpan};
+pub use attention::{
+    AttentionBatch, AttentionParams, KvDtype, KvSpec, LayerKv, RopeLayout, SequenceSpan, saturating_f16,
+};
 pub use backend::{Activation, Backend, LatentOps, MoeOps, Rows};
 pub use caps::{Caps, Op, Requirements};
 pub use dtype::{DType, WeightFormat};

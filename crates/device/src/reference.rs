@@ -8,8 +8,8 @@ use half::{bf16, f16};
 
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DType, HostExperts, HostLatent,
-    HostLinear, HostRope, HostTensor, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing, Rows,
-    WeightFormat, select_experts,
+    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing,
+    Rows, WeightFormat, select_experts,
 };
 
 /// The judge.
@@ -27,6 +27,7 @@ impl Reference {
                 isa: "scalar".into(),
                 threads: 1,
                 kv_block_size: 8,
+                kv_dtypes: KvDtype::ALL.into(),
                 weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
                 byte_activations: false,
@@ -143,22 +144,27 @@ pub struct KvCache {
     layers: Vec<[Plane; 2]>,
 }
 
+/// Values after rounding to their dtype.
 struct Plane {
     width: usize,
+    head_dim: usize,
+    dtype: KvDtype,
     data: Vec<f32>,
 }
 
 impl Plane {
-    fn new(slots: usize, width: usize) -> Self {
-        Self { width, data: vec![0.0; slots * width] }
+    fn new(slots: usize, (heads, head_dim): (usize, usize), dtype: KvDtype) -> Self {
+        Self { width: heads * head_dim, head_dim, dtype, data: vec![0.0; slots * heads * head_dim] }
     }
 
     fn slot(&self, s: usize) -> &[f32] {
         &self.data[s * self.width..(s + 1) * self.width]
     }
 
-    fn slot_mut(&mut self, s: usize) -> &mut [f32] {
-        &mut self.data[s * self.width..(s + 1) * self.width]
+    fn put(&mut self, s: usize, x: &[f32]) {
+        let slot = &mut self.data[s * self.width..(s + 1) * self.width];
+        slot.copy_from_slice(x);
+        slot.chunks_exact_mut(self.head_dim).for_each(|head| self.dtype.round(head));
     }
 }
 
@@ -203,7 +209,7 @@ fn softmax(scores: &mut [f32]) {
 
 fn write_slots(plane: &mut Plane, x: &Tensor, plan: &AttentionPlan) {
     for row in 0..x.rows() {
-        plane.slot_mut(plan.slot(row)).copy_from_slice(x.row(row));
+        plane.put(plan.slot(row), x.row(row));
     }
 }
 
@@ -239,10 +245,11 @@ impl Backend for Reference {
     fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
         let slots = num_blocks * spec.block_size;
         let planes = |layer: &LayerKv| match *layer {
-            LayerKv::Full { kv_heads, head_dim } => [kv_heads * head_dim; 2],
-            LayerKv::Latent { rank, rope } => [rank, rope],
+            LayerKv::Full { kv_heads, head_dim } => [(kv_heads, head_dim); 2],
+            LayerKv::Latent { rank, rope } => [(1, rank), (1, rope)],
         };
-        let layers = spec.layers.iter().map(|l| planes(l).map(|width| Plane::new(slots, width))).collect();
+        let plane = |heads| Plane::new(slots, heads, spec.dtype);
+        let layers = spec.layers.iter().map(|l| planes(l).map(plane)).collect();
         Ok(KvCache { block_size: spec.block_size, layers })
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_device::{
-    Backend, BlockFormat, Caps, DType, DeviceError, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat,
+    Backend, BlockFormat, Caps, DType, DeviceError, KvDtype, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat,
 };
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
@@ -42,6 +42,8 @@ pub struct LoadOptions {
     pub max_draft_tokens: usize,
     /// Memory for the cache.
     pub kv_cache: KvCacheSize,
+    /// How the cache keeps its elements.
+    pub kv_dtype: KvDtype,
     /// Largest rank of adapters; 0 if there are to be none.
     pub max_lora_rank: usize,
 }
@@ -56,6 +58,7 @@ impl Default for LoadOptions {
             max_step_sequences: 64,
             max_draft_tokens: 0,
             kv_cache: KvCacheSize::AtMost(u64::MAX),
+            kv_dtype: KvDtype::F32,
             max_lora_rank: 0,
         }
     }
@@ -95,6 +98,9 @@ pub struct LoadReport {
     pub conversions: Vec<Conversion>,
     /// Bytes of weights as kept.
     pub weight_bytes: u64,
+    /// How the cache keeps its elements.
+    #[serde(serialize_with = "as_text")]
+    pub kv_dtype: KvDtype,
     /// Bytes of the cache.
     pub kv_bytes: u64,
     /// What its steps cost.
@@ -189,13 +195,14 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     if let Some(format) = options.quantization {
         log_fallbacks(format.format(), specs.values());
     }
-    let weight_formats = check_device(backend.caps(), &config, specs.values(), &checkpoint, formats)?;
+    let kv_dtypes = [options.kv_dtype].into();
+    let weight_formats = check_device(backend.caps(), &config, specs.values(), &checkpoint, (formats, kv_dtypes))?;
 
     let stored_dtype = checkpoint.dtype("model.embed_tokens.weight");
     if let Some(stated) = config.dtype.filter(|stated| *stated != stored_dtype) {
         tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
     }
-    let kv = arch::kv_spec(&config, backend.caps().kv_block_size);
+    let kv = arch::kv_spec(&config, options.kv_dtype, backend.caps().kv_block_size);
     let num_blocks = num_blocks(&kv, &spec, options.kv_cache)?;
     let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
 
@@ -214,6 +221,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
         generation_config,
         conversions: std::mem::take(&mut loader.conversions),
         weight_bytes: loader.weight_bytes,
+        kv_dtype: kv.dtype,
         kv_bytes: kv.block_bytes() as u64 * num_blocks as u64,
         digest: loader.digest(),
         step_cost: StepCost::new(&config, specs.values(), |s| formats.of(s, &checkpoint, backend.caps())),
@@ -282,7 +290,7 @@ pub(crate) fn check_device<'a>(
     config: &ModelConfig,
     specs: impl Iterator<Item = &'a TensorSpec>,
     checkpoint: &Checkpoint,
-    formats: Formats,
+    (formats, kv_dtypes): (Formats, BTreeSet<KvDtype>),
 ) -> Result<BTreeSet<WeightFormat>, LoadError> {
     let mut weight_formats = BTreeSet::new();
     let mut odd = Vec::new();
@@ -295,7 +303,7 @@ pub(crate) fn check_device<'a>(
         }
         weight_formats.insert(format);
     }
-    let needs = Requirements { ops: arch::ops(config).into_iter().collect(), weight_formats };
+    let needs = Requirements { ops: arch::ops(config).into_iter().collect(), weight_formats, kv_dtypes };
     let mut reasons = caps.refusals(&needs);
     if let Some((first, block)) = odd.first() {
         reasons.push(format!(

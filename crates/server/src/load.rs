@@ -144,6 +144,7 @@ fn options(settings: &Settings) -> LoadOptions {
         max_step_sequences: settings.max_num_seqs,
         max_lora_rank: if settings.enable_lora { settings.max_lora_rank } else { 0 },
         kv_cache: settings.kv_cache_memory_bytes.map_or(KvCacheSize::AtMost(quarter), KvCacheSize::Bytes),
+        kv_dtype: settings.kv_cache_dtype.dtype(),
     }
 }
 
@@ -203,6 +204,7 @@ fn fingerprint(loaded: &Loaded, text: &[Vec<u8>]) -> String {
     part(loaded.caps.device.as_bytes());
     part(loaded.caps.isa.as_bytes());
     loaded.report.weight_formats.iter().for_each(|f| part(f.to_string().as_bytes()));
+    part(loaded.report.kv_dtype.to_string().as_bytes());
     part(env!("CARGO_PKG_VERSION").as_bytes());
     let digest = hash.finalize();
     digest[..6].iter().fold("fp_".to_owned(), |text, byte| format!("{text}{byte:02x}"))
@@ -225,7 +227,7 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         stored = %report.stored_dtype,
         weights = formats.join("+"),
         activations = if bytes { "f32, int8 where they meet blocks" } else { "f32" },
-        kv = "f32",
+        kv = %report.kv_dtype,
         weight_mib = report.weight_bytes >> 20,
         kv_mib = report.kv_bytes >> 20,
         kv_blocks = spec.num_blocks,

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use baton_device::{BlockFormat, DType};
+use baton_device::{BlockFormat, DType, KvDtype};
 use baton_model::Quantization;
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
 use serde::{Deserialize, Serialize};
@@ -57,6 +57,31 @@ impl Dtype {
             Dtype::Float32 => Some(DType::F32),
             Dtype::Bfloat16 => Some(DType::BF16),
             Dtype::Float16 => Some(DType::F16),
+        }
+    }
+}
+
+/// How the KV cache keeps its elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvCacheDtype {
+    /// float32, whatever the weights: other dtypes change results, so they are asked for.
+    Auto,
+    Float32,
+    Bfloat16,
+    Float16,
+    /// Signed bytes with one scale for each head of each position.
+    Int8,
+}
+
+impl KvCacheDtype {
+    /// The dtype that a cache is kept in.
+    pub fn dtype(self) -> KvDtype {
+        match self {
+            KvCacheDtype::Auto | KvCacheDtype::Float32 => KvDtype::F32,
+            KvCacheDtype::Bfloat16 => KvDtype::BF16,
+            KvCacheDtype::Float16 => KvDtype::F16,
+            KvCacheDtype::Int8 => KvDtype::Int8,
         }
     }
 }
@@ -276,6 +301,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "BYTES", env = "BATON_KV_CACHE_MEMORY_BYTES", help_heading = "Engine")]
     pub kv_cache_memory_bytes: Option<u64>,
 
+    /// Precision in which the KV cache is kept; less than float32 takes less memory and changes results [default: auto]
+    #[arg(long, value_enum, env = "BATON_KV_CACHE_DTYPE", help_heading = "Engine")]
+    pub kv_cache_dtype: Option<KvCacheDtype>,
+
     /// Reuse the cache of equal prompt beginnings [default: true]
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ENABLE_PREFIX_CACHING", help_heading = "Engine")]
     pub enable_prefix_caching: Option<bool>,
@@ -325,6 +354,7 @@ pub struct Settings {
     #[serde(serialize_with = "seconds")]
     pub queue_timeout: Duration,
     pub kv_cache_memory_bytes: Option<u64>,
+    pub kv_cache_dtype: KvCacheDtype,
     pub enable_prefix_caching: bool,
     /// 0: all cores.
     pub threads: usize,
@@ -456,6 +486,7 @@ impl ServeArgs {
             max_queued_requests: positive("max-queued-requests", self.max_queued_requests.unwrap_or(1024))?,
             queue_timeout: Duration::from_secs(self.queue_timeout.unwrap_or(600)),
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
+            kv_cache_dtype: self.kv_cache_dtype.unwrap_or(KvCacheDtype::Auto),
             enable_prefix_caching: self.enable_prefix_caching.unwrap_or(true),
             threads: self.threads.unwrap_or(0),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
@@ -515,6 +546,9 @@ mod tests {
         assert!(refusal(&["--max-num-seqs", "0"], "").contains("--max-num-seqs"));
         assert!(refusal(&["--max-num-batched-tokens", "8"], "").contains("--max-num-batched-tokens (8)"));
         assert!(refusal(&["--dtype", "fp4"], "").contains("float32"));
+        let kv = refusal(&["--kv-cache-dtype", "fp8"], "");
+        assert!(["auto", "float32", "bfloat16", "float16", "int8"].iter().all(|name| kv.contains(name)), "{kv}");
+        assert!(refusal(&[], "kv-cache-dtype = \"fp8\"").contains("int8"));
         assert!(refusal(&["--lora-modules", "a=b"], "").contains("--enable-lora"));
         assert!(refusal(&["--enable-lora", "--lora-modules", "a"], "").contains("NAME=PATH"));
         assert!(refusal(&["--enable-lora", "--max-lora-rank", "513"], "").contains("--max-lora-rank"));

@@ -1,25 +1,27 @@
-//! Attention of one row over its cached context, with softmax taken online (arXiv 2205.14135).
+//! Attention over full keys and values.
 //!
-//! Order: pieces of 64 positions from position 0 on. The scores of a piece give their maximum, then
-//! their weights, which rescale what was summed before; values are added position by position.
-//! A window leaves pieces and positions out but moves no border. Nothing depends on which step wrote
-//! a position.
+//! A task takes some rows of one sequence and the query heads of one key/value head, so that all of them pass over a piece
+//! of the context while it is in cache ([`super::context`] says in which order). Where there are too few such tasks for the
+//! threads, a task takes one group of the context and the groups are merged afterwards.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
-use baton_device::AttentionParams;
+use baton_device::{AttentionParams, KvDtype};
+use half::{bf16, f16};
 
-use crate::cache::{AttentionPlan, BLOCK, Plane};
+use crate::cache::{AttentionPlan, BLOCK, Element, Plane};
 use crate::isa::Dispatch;
+use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
 use crate::kernels::latent::with_scratch;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::{Target, Tensor};
 
-/// Blocks of a piece.
-const PIECE: usize = 4;
-/// Values computed together: vectors of 16 columns.
-const STRIPE: usize = 4;
+/// Queries of a task, about: they share what it costs to bring a piece to the first levels of cache.
+const TASK_QUERIES: usize = 96;
+/// From so many queries on a piece that is not kept in f32 is widened once for all of them.
+const WIDEN: usize = 13;
 
 /// Every row and head over keys and values already written.
 #[allow(clippy::too_many_arguments)] // where to run, three inputs, their shape, one output
@@ -32,184 +34,207 @@ pub(crate) fn attend(
     params: &AttentionParams,
     out: &Target<'_>,
 ) {
-    let AttentionParams { heads, kv_heads, head_dim, scale, window, softcap } = *params;
-    let group = heads / kv_heads;
+    let &AttentionParams { heads, kv_heads, head_dim, window, .. } = params;
     let work = 2 * plan.context(window) * heads * head_dim;
-    pool.run(plan.rows() * kv_heads, work, |task| {
-        let (row, kv_head) = (task / kv_heads, task % kv_heads);
-        with_scratch(2 * keys.width, |scratch, _| {
-            let (query, mixed) = scratch.split_at_mut(keys.width);
-            for head in kv_head * group..(kv_head + 1) * group {
-                let cols = head * head_dim..(head + 1) * head_dim;
-                for (scaled, q) in query.iter_mut().zip(&q.row(row)[cols.clone()]) {
-                    *scaled = q * scale;
-                }
-                let blocks = plan.blocks(row);
-                let position = plan.position(row);
-                let visible = params.first_visible(position)..position + 1;
-                isa.run(Attend { query, keys, values, head: kv_head, blocks, visible, softcap, out: mixed });
-                // SAFETY: each task has its own row and heads.
-                unsafe { out.part(row, cols) }.copy_from_slice(&mixed[..head_dim]);
-            }
+    let group = heads / kv_heads;
+    let runs: Vec<_> = plan.runs(0..plan.rows(), (TASK_QUERIES / group).max(1)).collect();
+    let tasks = runs.len() * kv_heads;
+    let task = |i: usize| {
+        let (rows, kv_head) = (runs[i / kv_heads].clone(), i % kv_heads);
+        Task { isa, q, keys, values, plan, params, rows, kv_head }
+    };
+    let groups = plan.groups();
+    if groups == 1 || pool.threads() == 1 || tasks >= 2 * pool.threads() {
+        return pool.run(tasks, work, |i| {
+            let task = task(i);
+            with_scratch(task.sums() + task.scratch(), |scratch, _| {
+                let (sums, scratch) = scratch.split_at_mut(task.sums());
+                task.walk(0..groups, sums, scratch);
+                // SAFETY: each task has its own rows and heads.
+                unsafe { task.finish(sums, out) };
+            });
         });
+    }
+    // The sums of each task, group by group.
+    let mut sums: Vec<_> = (0..tasks).map(|i| vec![0.0; groups * task(i).sums()]).collect();
+    let parts = sums.iter_mut().enumerate().flat_map(|(i, sums)| {
+        let len = sums.len() / groups;
+        sums.chunks_exact_mut(len).enumerate().map(move |(group, sums)| (i, group, sums))
+    });
+    pool.each(parts, work, |_, (i, group, sums)| {
+        let task = task(i);
+        with_scratch(task.scratch(), |scratch, _| task.walk(group..group + 1, sums, scratch));
+    });
+    pool.each(sums.iter_mut(), plan.rows() * heads * head_dim * groups, |i, sums| {
+        // SAFETY: each task has its own rows and heads.
+        unsafe { task(i).finish(sums, out) };
     });
 }
 
-/// `out = softmax(query·Kᵀ)·V` for one query over the visible positions, all widths padded.
-pub(crate) struct Attend<'a> {
-    /// As wide as the rows of `keys`, already scaled.
-    pub(crate) query: &'a [f32],
-    pub(crate) keys: &'a Plane,
-    /// Its rows may be wider than `out`: values are their first columns.
-    pub(crate) values: &'a Plane,
-    /// Head within the planes.
-    pub(crate) head: usize,
-    /// Those of positions `0..visible.end`.
-    pub(crate) blocks: &'a [u32],
-    /// Not empty.
-    pub(crate) visible: Range<usize>,
-    /// Bounds the scores.
-    pub(crate) softcap: Option<f32>,
-    pub(crate) out: &'a mut [f32],
+/// Some rows of one sequence, and the query heads of one key/value head.
+struct Task<'a> {
+    isa: Dispatch,
+    q: &'a Tensor,
+    keys: &'a Plane,
+    values: &'a Plane,
+    plan: &'a AttentionPlan,
+    params: &'a AttentionParams,
+    rows: Range<usize>,
+    kv_head: usize,
 }
 
-impl Kernel for Attend<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let query = self.query.as_chunks::<LANES>().0;
-        let out = self.out.as_chunks_mut::<LANES>().0;
-        out.fill([0.0; LANES]);
-        let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-        let first_piece = self.visible.start / (PIECE * BLOCK);
-        for (piece, blocks) in self.blocks.chunks(PIECE).enumerate().skip(first_piece) {
-            let start = piece * PIECE * BLOCK;
-            // Of this piece, those that are visible.
-            let positions = self.visible.start.saturating_sub(start)..(self.visible.end - start).min(PIECE * BLOCK);
-            let mut weights = [[0.0; BLOCK]; PIECE];
-            let weights = &mut weights[..blocks.len()];
-            for (b, (scores, &block)) in weights.iter_mut().zip(blocks).enumerate() {
-                let keys = self.keys.block(block, self.head).as_chunks().0;
-                products(s, query, keys, within_block(&positions, b), scores);
-                if let Some(cap) = self.softcap {
-                    s.store(s.softcap(s.load(scores), cap), scores);
-                }
-            }
-            fill_outside(weights, &positions, f32::NEG_INFINITY);
+impl Task<'_> {
+    /// Query heads of the key/value head.
+    fn group(&self) -> usize {
+        self.params.heads / self.params.kv_heads
+    }
 
-            let piece_max = weights.iter().fold(s.splat(max), |max, scores| s.at_least(s.load(scores), max));
-            let piece_max = s.max(piece_max);
-            let decay = if piece_max == max { 1.0 } else { exp(s, max - piece_max) };
-            max = piece_max;
-            for scores in weights.iter_mut() {
-                s.store(s.exp(s.sub(s.load(scores), s.splat(max))), scores);
-            }
-            fill_outside(weights, &positions, 0.0);
-            let total = weights.iter().fold(s.splat(0.0), |total, weights| s.add(total, s.load(weights)));
-            sum = sum * decay + s.sum(total);
+    fn queries(&self) -> usize {
+        self.rows.len() * self.group()
+    }
 
-            let mix = Mix { values: self.values, head: self.head, blocks, weights, positions: &positions, decay };
-            let mut first = 0;
-            while first < out.len() {
-                if out.len() - first >= STRIPE {
-                    mix.add_to::<S, STRIPE>(s, out, first);
-                    first += STRIPE;
-                } else {
-                    mix.add_to::<S, 1>(s, out, first);
-                    first += 1;
-                }
-            }
+    /// Floats of the sums over one group.
+    fn sums(&self) -> usize {
+        Sums::floats(self.queries(), self.values.width)
+    }
+
+    /// Floats of a piece, if pieces are widened before use.
+    fn piece(&self) -> usize {
+        let widens = self.keys.dtype != KvDtype::F32 && self.queries() >= WIDEN;
+        if widens { PIECE * BLOCK * (self.keys.width + self.values.width) } else { 0 }
+    }
+
+    /// Floats that [`Task::walk`] needs.
+    fn scratch(&self) -> usize {
+        self.piece() + self.sums() + self.queries() * self.keys.width
+    }
+
+    /// Replaces `sums` by those of some groups of the context.
+    fn walk(&self, groups: Range<usize>, sums: &mut [f32], scratch: &mut [f32]) {
+        let &AttentionParams { head_dim, scale, window, softcap, .. } = self.params;
+        let heads = self.group();
+        let (piece, scratch) = scratch.split_at_mut(self.piece());
+        let (next, queries) = scratch.split_at_mut(self.sums());
+        let queries = &mut queries[..self.queries() * head_dim];
+        for (row, scaled) in self.rows.clone().zip(queries.chunks_exact_mut(heads * head_dim)) {
+            let q = &self.q.row(row)[self.kv_head * heads * head_dim..][..heads * head_dim];
+            scaled.iter_mut().zip(q).for_each(|(scaled, q)| *scaled = q * scale);
         }
-        let inverse = s.splat(1.0 / sum);
-        for out in out {
-            s.store(s.mul(s.load(out), inverse), out);
+        let (first, last) = (self.rows.start, self.rows.end - 1);
+        let queries = Queries {
+            data: queries,
+            heads,
+            width: head_dim,
+            position: self.plan.position(first),
+            window: window.unwrap_or(usize::MAX),
+            softcap,
+        };
+        let blocks = self.plan.blocks(last);
+        let groups = groups.start..groups.end.min(blocks.len().div_ceil(GROUP_LEN / BLOCK));
+        let [sums, next] = [sums, next].map(|sums| Sums::new(sums, self.queries(), self.values.width));
+        let walk = Walk { queries, blocks, groups, sums, next };
+        match self.keys.dtype {
+            KvDtype::F32 => self.run::<f32>(walk, piece),
+            KvDtype::F16 => self.run::<f16>(walk, piece),
+            KvDtype::BF16 => self.run::<bf16>(walk, piece),
+            KvDtype::Int8 => self.run::<i8>(walk, piece),
+        }
+    }
+
+    fn run<E: Element>(&self, walk: Walk<'_>, piece: &mut [f32]) {
+        let mut stored = Stored::<E> { keys: self.keys, values: self.values, head: self.kv_head, element: PhantomData };
+        if piece.is_empty() {
+            return walk.run(self.isa, &mut stored);
+        }
+        let (keys, values) = piece.split_at_mut(PIECE * BLOCK * self.keys.width);
+        let (keys, values) = (keys.as_chunks_mut().0, values.as_chunks_mut().0);
+        walk.run(self.isa, &mut Widened { stored, keys, values });
+    }
+
+    /// Merges the sums of all groups and writes the task's part of `out`.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes these rows and heads of `out` meanwhile.
+    unsafe fn finish(&self, sums: &mut [f32], out: &Target<'_>) {
+        let width = self.params.head_dim;
+        let row_width = self.group() * width;
+        let mut groups = sums.chunks_exact_mut(self.sums()).map(|g| Sums::new(g, self.queries(), self.values.width));
+        let mut sums = groups.next().expect("a context has a group");
+        sums.merge(self.isa, groups);
+        for (i, row) in self.rows.clone().enumerate() {
+            let start = self.kv_head * row_width;
+            // SAFETY: the caller's obligation.
+            let out = unsafe { out.part(row, start..start + row_width) };
+            sums.finish(self.isa, i * self.group(), out, width);
         }
     }
 }
 
-/// Of a piece's `positions`, those in its block `b`, counted from the block's start; perhaps none.
-#[inline(always)]
-fn within_block(positions: &Range<usize>, b: usize) -> Range<usize> {
-    let local = |position: usize| position.saturating_sub(b * BLOCK).min(BLOCK);
-    local(positions.start)..local(positions.end)
-}
-
-#[inline(always)]
-fn fill_outside(weights: &mut [[f32; BLOCK]], positions: &Range<usize>, value: f32) {
-    let weights = weights.as_flattened_mut();
-    weights[..positions.start].fill(value);
-    weights[positions.end..].fill(value);
-}
-
-/// Products of the query with a block's keys, by fours: those outside `positions` are unspecified.
-#[inline(always)]
-fn products<S: Simd>(
-    s: S,
-    query: &[[f32; LANES]],
-    keys: &[[f32; LANES]],
-    positions: Range<usize>,
-    products: &mut [f32; BLOCK],
-) {
-    let width = query.len();
-    for (i, four) in products.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        if 4 * i >= positions.end || 4 * i + 4 <= positions.start {
-            continue;
-        }
-        let rows: [_; 4] = std::array::from_fn(|j| &keys[(4 * i + j) * width..][..width]);
-        let mut acc = [s.splat(0.0); 4];
-        for (c, query) in query.iter().enumerate() {
-            let query = s.load(query);
-            for j in 0..4 {
-                acc[j] = s.mul_add(query, s.load(&rows[j][c]), acc[j]);
-            }
-        }
-        *four = s.sums(acc);
-    }
-}
-
-/// The values of a piece, weighted.
-struct Mix<'a> {
+/// Keys and values as they are kept.
+struct Stored<'a, E> {
+    keys: &'a Plane,
     values: &'a Plane,
     head: usize,
-    blocks: &'a [u32],
-    weights: &'a [[f32; BLOCK]],
-    positions: &'a Range<usize>,
-    decay: f32,
+    element: PhantomData<E>,
 }
 
-impl Mix<'_> {
-    /// `out = out * decay + Σ_j weights[j] * values[j]` on `N` vectors of columns from `first` on.
+impl<'a, E: Element> Stored<'a, E> {
+    /// The rows of some blocks where they lie.
+    fn rows(&self, blocks: &[u32]) -> Piece<'a, E, E> {
+        let blocks: [u32; PIECE] = std::array::from_fn(|b| blocks[b.min(blocks.len() - 1)]);
+        Piece {
+            keys: blocks.map(|block| self.keys.block(block, self.head)),
+            key_scales: blocks.map(|block| self.keys.scales(block, self.head, 0)),
+            values: blocks.map(|block| self.values.block(block, self.head)),
+            value_scales: blocks.map(|block| self.values.scales(block, self.head, 0)),
+            stride: self.values.width / LANES,
+        }
+    }
+}
+
+impl<E: Element> Source for Stored<'_, E> {
+    type Key = E;
+    type Value = E;
+
+    fn piece(&mut self, _: Dispatch, blocks: &[u32]) -> Piece<'_, E, E> {
+        self.rows(blocks)
+    }
+}
+
+/// The same in f32, before their scales, which are applied where they would be without.
+struct Widened<'a, E> {
+    stored: Stored<'a, E>,
+    keys: &'a mut [[f32; LANES]],
+    values: &'a mut [[f32; LANES]],
+}
+
+impl<E: Element> Source for Widened<'_, E> {
+    type Key = f32;
+    type Value = f32;
+
+    fn piece(&mut self, isa: Dispatch, blocks: &[u32]) -> Piece<'_, f32, f32> {
+        let Piece { keys, key_scales, values, value_scales, stride } = self.stored.rows(blocks);
+        let (key_rows, value_rows) = (self.stored.keys.width, BLOCK * stride);
+        for b in 0..blocks.len() {
+            isa.run(Widen { from: keys[b], to: &mut self.keys[b * key_rows..][..key_rows] });
+            isa.run(Widen { from: values[b], to: &mut self.values[b * value_rows..][..value_rows] });
+        }
+        let keys = std::array::from_fn(|b| &self.keys[b * key_rows..][..key_rows]);
+        let values = std::array::from_fn(|b| &self.values[b * value_rows..][..value_rows]);
+        Piece { keys, key_scales, values, value_scales, stride }
+    }
+}
+
+struct Widen<'a, E> {
+    from: &'a [[E; LANES]],
+    to: &'a mut [[f32; LANES]],
+}
+
+impl<E: Element> Kernel for Widen<'_, E> {
     #[inline(always)]
-    fn add_to<S: Simd, const N: usize>(&self, s: S, out: &mut [[f32; LANES]], first: usize) {
-        let out = &mut out[first..][..N];
-        let stride = self.values.width / LANES;
-        let mut acc = [s.splat(0.0); N];
-        for n in 0..N {
-            acc[n] = s.mul(s.load(&out[n]), s.splat(self.decay));
-        }
-        for (b, (weights, &block)) in self.weights.iter().zip(self.blocks).enumerate() {
-            let values = self.values.block(block, self.head).as_chunks().0;
-            let positions = within_block(self.positions, b);
-            let rows = values[positions.start * stride..].chunks_exact(stride);
-            for (row, &weight) in rows.zip(&weights[positions]) {
-                let (row, weight) = (&row[first..][..N], s.splat(weight));
-                for n in 0..N {
-                    acc[n] = s.mul_add(weight, s.load(&row[n]), acc[n]);
-                }
-            }
-        }
-        for n in 0..N {
-            s.store(acc[n], &mut out[n]);
+    fn run<S: Simd>(self, s: S) {
+        for (from, to) in self.from.iter().zip(self.to) {
+            s.store(E::load(s, from), to);
         }
     }
-}
-
-/// `e^x` for x ≤ 0, and 0 for the infinity that a maximum starts from.
-#[inline(always)]
-fn exp<S: Simd>(s: S, x: f32) -> f32 {
-    if x == f32::NEG_INFINITY {
-        return 0.0;
-    }
-    let mut lanes = [0.0; LANES];
-    s.store(s.exp(s.splat(x)), &mut lanes);
-    lanes[0]
 }

@@ -7,21 +7,26 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use baton_device::{HostLatent, Result, Rows, WeightFormat};
+use baton_device::{HostLatent, KvDtype, Result, Rows, WeightFormat};
+use bytemuck::{Pod, Zeroable};
+use half::{bf16, f16};
 
-use crate::cache::{AttentionPlan, Plane, latent_width, rope_start};
+use crate::cache::{AttentionPlan, BLOCK, Element, Plane, rope_start};
 use crate::isa::Dispatch;
-use crate::kernels::attention::Attend;
+use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
 use crate::kernels::linear::{Part, Prepared};
 use crate::kernels::quantize::Quantized;
 use crate::pool::Pool;
+use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::{Target, Tensor, View};
 use crate::weight::Matrix;
 
 /// Rows of one task: they share each load of the head's weights.
 const TASK_ROWS: usize = 16;
-/// Heads of one task: they share each load of a row's context.
-const TASK_HEADS: usize = 8;
+/// Heads of one task: they share each piece of a row's context.
+const TASK_HEADS: usize = 16;
+/// Queries that pass over a context together, about.
+const RUN_QUERIES: usize = 128;
 
 /// `kv_b_proj`, split by head.
 pub struct Latent {
@@ -88,18 +93,48 @@ pub(crate) fn attend(
     out: &Target<'_>,
 ) {
     let (rows, heads) = (plan.rows(), weight.heads.len());
-    let width = latent_width(weight.rank, weight.rope);
-    let work = heads * (rows * weight.rank * (weight.nope + weight.v) + 2 * plan.context(None) * width);
+    let work = heads * (rows * weight.rank * (weight.nope + weight.v) + 2 * plan.context(None) * plane.width);
     let row_chunk = pool.share(rows, work).min(TASK_ROWS);
     let head_chunks = heads.div_ceil(TASK_HEADS);
-    pool.run(rows.div_ceil(row_chunk) * head_chunks, work, |task| {
-        let (row, head) = (task / head_chunks * row_chunk, task % head_chunks * TASK_HEADS);
-        let rows = row..rows.min(row + row_chunk);
-        let heads = head..heads.min(head + TASK_HEADS);
-        let task = Task { pool, isa, q, weight, plane, plan, scale, rows, heads };
-        with_scratch(task.rows.len() * task.heads.len() * (width + rope_start(weight.rank)), |scratch, quantized| {
+    let tasks = rows.div_ceil(row_chunk) * head_chunks;
+    let task = |i: usize| {
+        let (row, head) = (i / head_chunks * row_chunk, i % head_chunks * TASK_HEADS);
+        let (rows, heads) = (row..rows.min(row + row_chunk), head..heads.min(head + TASK_HEADS));
+        Task { pool, isa, q, weight, plane, plan, scale, rows, heads }
+    };
+    let groups = plan.groups();
+    if groups == 1 || pool.threads() == 1 || tasks >= 2 * pool.threads() {
+        return pool.run(tasks, work, |i| {
+            let task = task(i);
+            with_scratch(task.absorbed() + task.sums() + task.scratch(), |scratch, quantized| {
+                let (queries, scratch) = scratch.split_at_mut(task.absorbed());
+                let (sums, scratch) = scratch.split_at_mut(task.sums());
+                task.absorb(queries, quantized);
+                task.walk(0..groups, queries, sums, scratch);
+                // SAFETY: tasks differ in rows or in heads.
+                unsafe { task.project(sums, scratch, quantized, out) };
+            });
+        });
+    }
+    // The queries of each task, and its sums group by group.
+    let mut queries: Vec<_> = (0..tasks).map(|i| vec![0.0; task(i).absorbed()]).collect();
+    pool.each(queries.iter_mut(), work, |i, queries| {
+        with_scratch(0, |_, quantized| task(i).absorb(queries, quantized));
+    });
+    let mut sums: Vec<_> = (0..tasks).map(|i| vec![0.0; groups * task(i).sums()]).collect();
+    let parts = sums.iter_mut().enumerate().flat_map(|(i, sums)| {
+        let len = sums.len() / groups;
+        sums.chunks_exact_mut(len).enumerate().map(move |(group, sums)| (i, group, sums))
+    });
+    pool.each(parts, work, |_, (i, group, sums)| {
+        let task = task(i);
+        with_scratch(task.scratch(), |scratch, _| task.walk(group..group + 1, &queries[i], sums, scratch));
+    });
+    pool.each(sums.iter_mut(), work, |i, sums| {
+        let task = task(i);
+        with_scratch(task.scratch(), |scratch, quantized| {
             // SAFETY: tasks differ in rows or in heads.
-            unsafe { task.run(scratch, quantized, out) };
+            unsafe { task.project(sums, scratch, quantized, out) };
         });
     });
 }
@@ -118,52 +153,195 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
+    fn queries(&self) -> usize {
+        self.rows.len() * self.heads.len()
+    }
+
+    /// Floats of the queries in the space of the cached rows, `[rows, heads, width]`.
+    fn absorbed(&self) -> usize {
+        self.queries() * self.plane.width
+    }
+
+    /// Floats of the sums over one group.
+    fn sums(&self) -> usize {
+        Sums::floats(self.queries(), rope_start(self.weight.rank))
+    }
+
+    /// Floats that [`Task::walk`] and [`Task::project`] need: a piece as keys and as values, and sums once more.
+    fn scratch(&self) -> usize {
+        2 * PIECE * BLOCK * self.plane.width + self.sums()
+    }
+
+    fn absorb(&self, queries: &mut [f32], quantized: &mut Quantized) {
+        let &Latent { nope, rope, rank, .. } = self.weight;
+        let (rows, width, row_width) = (self.rows.len(), self.plane.width, self.heads.len() * self.plane.width);
+        queries.fill(0.0);
+        for (i, head) in self.heads.clone().enumerate() {
+            let (stride, start) = (self.q.cols(), head * (nope + rope));
+            let data = &self.q.data()[self.rows.start * stride..];
+            let nopes = View { data, rows, stride, start, width: nope, index: None };
+            let target = Target::new(queries, row_width);
+            // SAFETY: this task alone has its queries.
+            unsafe {
+                let target = &target.shifted(0, i * width);
+                multiply_here((self.pool, self.isa), nopes, &self.weight.heads[head].absorb, quantized, target);
+            }
+            for (row, queries) in self.rows.clone().zip(queries.chunks_exact_mut(row_width)) {
+                let query = &mut queries[i * width..][..width];
+                query[rope_start(rank)..][..rope].copy_from_slice(&self.q.row(row)[start + nope..][..rope]);
+                query.iter_mut().for_each(|x| *x *= self.scale);
+            }
+        }
+    }
+
+    /// Replaces `sums` by those of some groups of the context.
+    fn walk(&self, groups: Range<usize>, queries: &[f32], sums: &mut [f32], scratch: &mut [f32]) {
+        let (heads, width) = (self.heads.len(), self.plane.width);
+        let value_width = rope_start(self.weight.rank);
+        let (next, scratch) = scratch.split_at_mut(self.sums());
+        let (keys, values) = scratch.as_chunks_mut().0.split_at_mut(PIECE * width);
+        let [mut sums, mut next] = [sums, next].map(|sums| Sums::new(sums, self.queries(), value_width));
+        for rows in self.plan.runs(self.rows.clone(), RUN_QUERIES.div_ceil(heads)) {
+            let of = |row: usize| (row - self.rows.start) * heads;
+            let of = of(rows.start)..of(rows.end);
+            let blocks = self.plan.blocks(rows.end - 1);
+            let walk = Walk {
+                queries: Queries {
+                    data: &queries[of.start * width..of.end * width],
+                    heads,
+                    width,
+                    position: self.plan.position(rows.start),
+                    window: usize::MAX,
+                    softcap: None,
+                },
+                blocks,
+                groups: groups.start..groups.end.min(blocks.len().div_ceil(GROUP_LEN / BLOCK)),
+                sums: sums.part(of.clone()),
+                next: next.part(of),
+            };
+            walk.run(self.isa, &mut Latents { plane: self.plane, rank_width: value_width, keys, values });
+        }
+    }
+
+    /// Merges the sums of all groups and takes the mixed latents to the values.
+    ///
     /// # Safety
     /// Nobody else reads or writes these rows and heads of `out` meanwhile.
-    unsafe fn run(self, scratch: &mut [f32], quantized: &mut Quantized, out: &Target<'_>) {
-        let Task { pool, isa, q, weight, plane, plan, scale, .. } = self;
-        let &Latent { nope, rope, v, rank, .. } = weight;
-        let (rank_width, rows) = (rope_start(rank), self.rows.len());
-        // Queries in the space of the cached rows, and mixed latents: both [heads, rows, width].
-        let (queries, mixed) = scratch.split_at_mut(rows * self.heads.len() * plane.width);
-        queries.fill(0.0);
-
-        let (first, stride) = (self.rows.start, q.cols());
-        let queries_of_heads = queries.chunks_exact_mut(rows * plane.width);
-        for (head, queries) in self.heads.clone().zip(queries_of_heads) {
-            let start = head * (nope + rope);
-            let nopes = View { data: &q.data()[first * stride..], rows, stride, start, width: nope, index: None };
-            // SAFETY: this task alone has its scratch.
-            unsafe {
-                multiply_here(
-                    (pool, isa),
-                    nopes,
-                    &weight.heads[head].absorb,
-                    quantized,
-                    &Target::new(queries, plane.width),
-                )
-            };
-            for (row, query) in self.rows.clone().zip(queries.chunks_exact_mut(plane.width)) {
-                query[rank_width..][..rope].copy_from_slice(&q.row(row)[start + nope..][..rope]);
-                query.iter_mut().for_each(|x| *x *= scale);
-            }
-        }
-
-        // Heads innermost: a row's context stays in cache while they pass.
-        for (i, row) in self.rows.clone().enumerate() {
-            for head in 0..self.heads.len() {
-                let query = &queries[(head * rows + i) * plane.width..][..plane.width];
-                let out = &mut mixed[(head * rows + i) * rank_width..][..rank_width];
-                let (blocks, visible) = (plan.blocks(row), 0..plan.position(row) + 1);
-                isa.run(Attend { query, keys: plane, values: plane, head: 0, blocks, visible, softcap: None, out });
-            }
-        }
-
-        for (head, mixed) in self.heads.clone().zip(mixed.chunks_exact(rows * rank_width)) {
-            let mixed = View { data: mixed, rows, stride: rank_width, start: 0, width: rank, index: None };
-            let out = out.shifted(first, head * v);
+    unsafe fn project(&self, sums: &mut [f32], scratch: &mut [f32], quantized: &mut Quantized, out: &Target<'_>) {
+        let &Latent { v, rank, .. } = self.weight;
+        let (rows, width) = (self.rows.len(), rope_start(rank));
+        let mut groups = sums.chunks_exact_mut(self.sums()).map(|g| Sums::new(g, self.queries(), width));
+        let mut sums = groups.next().expect("a context has a group");
+        sums.merge(self.isa, groups);
+        let mixed = &mut scratch[..self.queries() * width];
+        sums.finish(self.isa, 0, mixed, width);
+        for (i, head) in self.heads.clone().enumerate() {
+            let stride = self.heads.len() * width;
+            let mixed = View { data: mixed, rows, stride, start: i * width, width: rank, index: None };
+            let out = out.shifted(self.rows.start, head * v);
             // SAFETY: the caller's obligation.
-            unsafe { multiply_here((pool, isa), mixed, &weight.heads[head].project, quantized, &out) };
+            unsafe { multiply_here((self.pool, self.isa), mixed, &self.weight.heads[head].project, quantized, &out) };
+        }
+    }
+}
+
+/// Cached rows as keys, transposed, and as values; in f32 and scaled. Rows are kept once: for the heads that share a piece
+/// it is cheap to transpose.
+struct Latents<'a> {
+    plane: &'a Plane,
+    /// Width of the first part of a row.
+    rank_width: usize,
+    /// `[PIECE, width, 16]`.
+    keys: &'a mut [[f32; LANES]],
+    /// `[PIECE, 16, width]`.
+    values: &'a mut [[f32; LANES]],
+}
+
+impl Source for Latents<'_> {
+    type Key = f32;
+    type Value = f32;
+
+    fn piece(&mut self, isa: Dispatch, blocks: &[u32]) -> Piece<'_, f32, f32> {
+        let (plane, width) = (self.plane, self.plane.width);
+        let mut values: [&[[f32; LANES]]; PIECE] = [&[]; PIECE];
+        for (b, to) in self.values.chunks_exact_mut(width).enumerate() {
+            let block = blocks[b.min(blocks.len() - 1)];
+            let rows = CachedBlock { plane, block, rank_width: self.rank_width };
+            values[b] = match plane.dtype {
+                KvDtype::F32 => plane.block(block, 0),
+                KvDtype::F16 => rows.widen::<f16>(isa, to),
+                KvDtype::BF16 => rows.widen::<bf16>(isa, to),
+                KvDtype::Int8 => rows.widen::<i8>(isa, to),
+            };
+        }
+        for (columns, rows) in self.keys.chunks_exact_mut(width).zip(&values[..blocks.len()]) {
+            isa.run(Transpose { rows, columns });
+        }
+        let keys = std::array::from_fn(|b| &self.keys[b * width..][..width]);
+        Piece { keys, key_scales: [None; PIECE], values, value_scales: [None; PIECE], stride: width / LANES }
+    }
+}
+
+/// The rows of one block.
+struct CachedBlock<'a> {
+    plane: &'a Plane,
+    block: u32,
+    rank_width: usize,
+}
+
+impl CachedBlock<'_> {
+    /// Each element times its scale.
+    fn widen<'t, E: Element>(self, isa: Dispatch, to: &'t mut [[f32; LANES]]) -> &'t [[f32; LANES]] {
+        let scales = [0, 1].map(|part| self.plane.scales(self.block, 0, part));
+        isa.run(Widen { from: self.plane.block::<E>(self.block, 0), scales, split: self.rank_width / LANES, to });
+        to
+    }
+}
+
+/// Rows of a block, whose vectors from `split` on have other scales than those before it.
+struct Widen<'a, E> {
+    from: &'a [[E; LANES]],
+    scales: [Option<&'a [f32; BLOCK]>; 2],
+    split: usize,
+    to: &'a mut [[f32; LANES]],
+}
+
+impl<E: Element> Kernel for Widen<'_, E> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let vectors = self.from.len() / BLOCK;
+        let rows = self.from.chunks_exact(vectors).zip(self.to.chunks_exact_mut(vectors));
+        for (j, (from, to)) in rows.enumerate() {
+            for (v, (from, to)) in from.iter().zip(to).enumerate() {
+                let elements = E::load(s, from);
+                match self.scales[usize::from(v >= self.split)] {
+                    Some(scales) => s.store(s.mul(elements, s.splat(scales[j])), to),
+                    None => s.store(elements, to),
+                }
+            }
+        }
+    }
+}
+
+/// `[16, width]` to `[width, 16]`.
+struct Transpose<'a> {
+    rows: &'a [[f32; LANES]],
+    columns: &'a mut [[f32; LANES]],
+}
+
+impl Kernel for Transpose<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let vectors = self.rows.len() / LANES;
+        for (vector, columns) in self.columns.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let mut square = [s.splat(0.0); LANES];
+            for j in 0..LANES {
+                square[j] = s.load(&self.rows[j * vectors + vector]);
+            }
+            let square = s.transpose(square);
+            for j in 0..LANES {
+                s.store(square[j], &mut columns[j]);
+            }
         }
     }
 }
@@ -185,15 +363,26 @@ unsafe fn multiply_here(
     unsafe { part.run(engine.1, out) }
 }
 
-/// Memory of this thread for the length of a task; its contents are arbitrary.
+/// Memory of this thread for the length of a task, from a cache line's start on; its contents are arbitrary.
 pub(crate) fn with_scratch(len: usize, f: impl FnOnce(&mut [f32], &mut Quantized)) {
     thread_local! {
-        static SCRATCH: RefCell<(Vec<f32>, Quantized)> = RefCell::default();
+        static SCRATCH: RefCell<(Vec<Line>, Quantized)> = RefCell::default();
     }
-    SCRATCH.with_borrow_mut(|(floats, quantized)| {
-        if floats.len() < len {
-            floats.resize(len, 0.0);
+    SCRATCH.with_borrow_mut(|(lines, quantized)| {
+        let needed = len.div_ceil(LANES);
+        if lines.len() < needed {
+            lines.resize(needed, Line::zeroed());
         }
-        f(&mut floats[..len], quantized);
+        f(&mut bytemuck::cast_slice_mut(&mut lines[..needed])[..len], quantized);
     });
 }
+
+/// A cache line of floats.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; LANES]);
+
+// SAFETY: an array of floats of exactly its alignment's size, so without padding; zeros are floats.
+unsafe impl Zeroable for Line {}
+// SAFETY: as above.
+unsafe impl Pod for Line {}

@@ -95,6 +95,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// The nearest integers, halves away from zero, of numbers within ±127.4, and their sum.
     fn round_to_bytes(self, v: Self::F32) -> ([i8; LANES], i32);
 
+    /// Lane j of vector i becomes lane i of vector j.
+    #[inline(always)]
+    fn transpose(self, v: [Self::F32; LANES]) -> [Self::F32; LANES] {
+        let (mut rows, mut columns) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
+        for i in 0..LANES {
+            self.store(v[i], &mut rows[i]);
+        }
+        for i in 0..LANES {
+            for j in 0..LANES {
+                columns[j][i] = rows[i][j];
+            }
+        }
+        let mut out = v;
+        for j in 0..LANES {
+            out[j] = self.load(&columns[j]);
+        }
+        out
+    }
+
     /// Sum of the lanes.
     #[inline(always)]
     fn sum(self, v: Self::F32) -> f32 {

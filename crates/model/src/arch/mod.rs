@@ -11,7 +11,7 @@ mod projection;
 
 use std::collections::BTreeMap;
 
-use baton_device::{Backend, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as DeviceResult};
+use baton_device::{Backend, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as DeviceResult};
 
 use crate::LoadError;
 use crate::checkpoint::{Role, TensorSpec};
@@ -130,12 +130,12 @@ pub(crate) fn ops(config: &ModelConfig) -> Vec<Op> {
 }
 
 /// The cache that a model of this config keeps.
-pub(crate) fn kv_spec(config: &ModelConfig, block_size: usize) -> KvSpec {
+pub(crate) fn kv_spec(config: &ModelConfig, dtype: KvDtype, block_size: usize) -> KvSpec {
     let layer = match &config.family {
         Family::Llama(own) => LayerKv::Full { kv_heads: own.num_kv_heads, head_dim: own.head_dim },
         Family::Deepseek(own) => LayerKv::Latent { rank: own.kv_lora_rank, rope: own.qk_rope_head_dim },
     };
-    KvSpec { layers: vec![layer; config.num_layers], block_size }
+    KvSpec { layers: vec![layer; config.num_layers], dtype, block_size }
 }
 
 /// Loads a model's weights.
