@@ -13,7 +13,7 @@ use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
 use crate::isa::{Dispatch, Isa};
 use crate::kernels::attention;
 use crate::kernels::latent::{self, Latent};
-use crate::kernels::linear::{Prepared, multiply};
+use crate::kernels::linear::{Prepared, Product, multiply};
 use crate::kernels::moe::{self, Experts};
 use crate::kernels::quantize::Quantized;
 use crate::kernels::rope::{Rope, Rotate};
@@ -219,13 +219,15 @@ impl Backend for CpuBackend {
     }
 
     fn linear(&self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<()> {
-        columns(out, weight.weight.out_features);
-        out.set_rows(x.rows());
+        self.linear_group(x, &mut [(weight, out)])
+    }
+
+    fn linear_group(&self, x: &Tensor, group: &mut [(&Linear, &mut Tensor)]) -> Result<()> {
+        let products: Vec<_> = group.iter_mut().map(|(linear, out)| Product::new(linear, x.rows(), out)).collect();
         let mut scratch = self.scratch();
-        let engine = (&self.pool, self.isa);
-        let input = Prepared::new(engine, x.view(), [&weight.weight], &mut scratch.quantized);
-        let target = Target::new(out.data_mut(), weight.weight.out_features);
-        multiply(&self.pool, self.isa, (input, x.rows()), (&weight.weight, weight.bias.as_deref()), &target);
+        let weights = products.iter().map(|product| product.weight);
+        let input = Prepared::new((&self.pool, self.isa), x.view(), weights, &mut scratch.quantized);
+        multiply(&self.pool, self.isa, (input, x.rows()), &products);
         Ok(())
     }
 

@@ -16,6 +16,10 @@ use proptest::prelude::*;
 const BLOCKS: WeightFormat = WeightFormat::Ggml(BlockFormat::Q8_0);
 const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16, BLOCKS];
 
+fn all_formats() -> Vec<WeightFormat> {
+    FORMATS[..3].iter().copied().chain(BlockFormat::ALL.map(WeightFormat::Ggml)).collect()
+}
+
 /// One backend for each instruction set and each of 1, 2 and 3 threads.
 fn backends() -> Vec<Vec<CpuBackend>> {
     let backend = |isa, threads| CpuBackend::new(&CpuOptions { threads, isa: Some(isa) }).unwrap();
@@ -121,6 +125,42 @@ proptest! {
                 b.linear(&x[0], &b.linear_weight(&src).unwrap(), &mut out).unwrap();
                 out
             })?;
+        }
+    }
+
+    #[test]
+    fn a_group_has_the_bits_that_its_members_have_alone(
+        rows in 1..70usize, blocks in 1..3usize, seed in 0..1000u64,
+        members in prop::collection::vec((prop::sample::select(all_formats()), 1..150usize), 1..5),
+    ) {
+        let in_features = 256 * blocks;
+        let x = uniform(seed, rows * in_features, 1.0);
+        for b in backends().iter().flatten() {
+            let x = tensor(b, rows, in_features, &x);
+            let (mut linears, mut alone, mut together) = (Vec::new(), Vec::new(), Vec::new());
+            for &(format, out_features) in &members {
+                let (stored, data);
+                let weight = match format {
+                    WeightFormat::Ggml(block) => {
+                        data = random_blocks(block, seed, out_features * in_features, 0.3);
+                        HostTensor::new("test", DType::Ggml(block), vec![out_features, in_features], &data)
+                    }
+                    _ => {
+                        stored = Stored::new(seed, &[out_features, in_features]);
+                        stored.tensor()
+                    }
+                };
+                let linear = b.linear_weight(&HostLinear { weight, bias: None, format }).unwrap();
+                let mut out = b.tensor(rows, out_features).unwrap();
+                b.linear(&x, &linear, &mut out).unwrap();
+                alone.push(bits(b, &out));
+                linears.push(linear);
+                together.push(b.tensor(rows, out_features).unwrap());
+            }
+            b.linear_group(&x, &mut linears.iter().zip(&mut together).collect::<Vec<_>>()).unwrap();
+            for (alone, together) in alone.iter().zip(&together) {
+                prop_assert!(*alone == bits(b, together), "{} with {} threads", b.caps().isa, b.caps().threads);
+            }
         }
     }
 

@@ -92,6 +92,11 @@ pub trait Backend: Send + Sync + 'static {
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
     /// `out = x·Wᵀ + b`: x `[rows, in]`, out `[rows, out]`.
     fn linear(&self, x: &Self::Tensor, weight: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
+    /// [`Backend::linear`] of one input with every weight of a group, the same bits as one by one. A device may prepare
+    /// `x` once for all of them and share out their work together.
+    fn linear_group(&self, x: &Self::Tensor, group: &mut [(&Self::Linear, &mut Self::Tensor)]) -> Result<()> {
+        group.iter_mut().try_for_each(|(weight, out)| self.linear(x, weight, out))
+    }
     /// Rotates pairs of columns by the angle of each row's position in the plan (arXiv 2104.09864).
     fn rope(
         &self,

@@ -30,6 +30,15 @@ pub enum Case {
         /// With a bias.
         bias: bool,
     },
+    /// [`Backend::linear_group`].
+    Group {
+        /// Rows of the activation.
+        rows: usize,
+        /// K.
+        in_features: usize,
+        /// N of each weight, and as what it is kept.
+        weights: Vec<(usize, WeightFormat)>,
+    },
     /// [`Backend::linear`] and [`Backend::embed`] with blocks made of bf16 at load.
     Made {
         /// Rows of the activation.
@@ -112,6 +121,11 @@ pub fn cases() -> Vec<Case> {
             cases.push(Case::Linear { rows, in_features, out_features, format, bias: rows % 2 == 1 });
         }
     }
+    let block = WeightFormat::Ggml;
+    cases.push(Case::Group { rows: 3, in_features: 33, weights: vec![(17, F32), (5, BF16), (40, F16)] });
+    let mixed = vec![(65, block(BlockFormat::Q4_K)), (1, BF16), (16, block(BlockFormat::Q8_0)), (33, F32)];
+    cases.push(Case::Group { rows: 1, in_features: 256, weights: mixed.clone() });
+    cases.push(Case::Group { rows: 19, in_features: 512, weights: mixed });
     for block in BlockFormat::ALL {
         let (format, k) = (WeightFormat::Ggml(block), block.elements());
         for (rows, blocks, out_features) in [(1, 1, 1), (2, 5, 33), (3, 3, 17), (7, 4, 16), (37, 2, 65)] {
@@ -210,6 +224,18 @@ pub fn run<B: Full>(case: &Case, backend: &B) -> Result<Outcome> {
 /// The numbers that one backend computes for a case, all outputs one after the other.
 pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
     match *case {
+        Case::Group { rows, in_features, ref weights } => {
+            let scale = (in_features as f32).sqrt().recip();
+            let (mut linears, mut outs) = (Vec::new(), Vec::new());
+            for (seed, &(out_features, format)) in (10..).zip(weights) {
+                let weight = Source::new(format, vec![out_features, in_features], seed, scale);
+                linears.push(b.linear_weight(&HostLinear { weight: weight.tensor(), bias: None, format })?);
+                outs.push(b.tensor(rows, out_features)?);
+            }
+            let x = on_grid(b, rows, in_features, 3)?;
+            b.linear_group(&x, &mut linears.iter().zip(&mut outs).collect::<Vec<_>>())?;
+            outputs(b, &outs.iter().collect::<Vec<_>>())
+        }
         Case::Made { rows, in_features, out_features, block } => {
             let shape = vec![out_features, in_features];
             let weight = Source::new(WeightFormat::BF16, shape, 1, (in_features as f32).sqrt().recip());
@@ -481,7 +507,7 @@ fn on_grid<B: Backend>(b: &B, rows: usize, cols: usize, seed: u64) -> Result<B::
     for (i, block) in values.chunks_mut(int8::BLOCK).enumerate() {
         let step = [1.0 / 64.0, 1.0 / 128.0, 1.0 / 512.0][i % 3];
         block.iter_mut().for_each(|v| *v = v.round() * step);
-        block[i % int8::BLOCK] = 127.0 * step;
+        block[i % block.len()] = 127.0 * step;
     }
     let mut t = b.tensor(rows, cols)?;
     b.write(&values, &mut t)?;

@@ -6,13 +6,15 @@
 
 use std::ops::Range;
 
+use baton_device::Rows;
+
 use crate::isa::Dispatch;
 use crate::kernels::blocks::BlockPart;
 use crate::kernels::quantize::Quantized;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
-use crate::tensor::{Target, View};
-use crate::weight::{Element, Matrix, Packed, Panels};
+use crate::tensor::{Target, Tensor, View};
+use crate::weight::{Element, Linear, Matrix, Packed, Panels};
 
 /// Panels whose weights stay in cache while all rows of a task pass over them.
 const GROUP: usize = 4;
@@ -20,6 +22,7 @@ const GROUP: usize = 4;
 const TILE_ROWS: usize = 8;
 /// Rows of one task at most: their activations stay in cache while the panels pass.
 const TASK_ROWS: usize = 64;
+
 /// Rows that weights of any format can meet.
 #[derive(Clone, Copy)]
 pub(crate) struct Prepared<'a> {
@@ -29,16 +32,17 @@ pub(crate) struct Prepared<'a> {
 
 impl<'a> Prepared<'a> {
     /// `x` for `weights`, quantised into `buffer` if one of them wants it.
-    pub(crate) fn new<const N: usize>(
+    pub(crate) fn new<'w>(
         (pool, isa): (&Pool, Dispatch),
         x: View<'a>,
-        weights: [&Matrix; N],
+        weights: impl IntoIterator<Item = &'w Matrix>,
         buffer: &'a mut Quantized,
     ) -> Self {
+        let mut quantise = false;
         for weight in weights {
             assert_eq!(x.width, weight.in_features, "columns of the activation");
+            quantise |= matches!(weight.data, Packed::Blocks(_));
         }
-        let quantise = weights.iter().any(|weight| matches!(weight.data, Packed::Blocks(_)));
         if quantise {
             buffer.fill(pool, isa, x);
         }
@@ -79,24 +83,44 @@ impl Part<'_> {
     }
 }
 
-/// A whole product, shared among the threads.
-pub(crate) fn multiply(
-    pool: &Pool,
-    isa: Dispatch,
-    (input, rows): (Prepared<'_>, usize),
-    (weight, bias): (&Matrix, Option<&[f32]>),
-    out: &Target<'_>,
-) {
-    let work = rows * weight.out_features * weight.in_features;
+/// A whole product and where it goes.
+pub(crate) struct Product<'a> {
+    pub(crate) weight: &'a Matrix,
+    bias: Option<&'a [f32]>,
+    out: Target<'a>,
+}
+
+impl<'a> Product<'a> {
+    /// Of `rows` rows with a weight.
+    pub(crate) fn new(linear: &'a Linear, rows: usize, out: &'a mut Tensor) -> Self {
+        let Linear { weight, bias } = linear;
+        assert_eq!(out.cols(), weight.out_features, "columns of an activation");
+        out.set_rows(rows);
+        Self { weight, bias: bias.as_deref(), out: Target::new(out.data_mut(), weight.out_features) }
+    }
+}
+
+/// Products of one input, shared among the threads together.
+pub(crate) fn multiply(pool: &Pool, isa: Dispatch, (input, rows): (Prepared<'_>, usize), products: &[Product<'_>]) {
+    let work = products.iter().map(|p| rows * p.weight.out_features * p.weight.in_features).sum();
     // Shared by panels; by rows too where panels are few.
-    let chunk = pool.share(weight.panels(), work).next_multiple_of(2);
-    let chunks = weight.panels().div_ceil(chunk);
-    let task_rows = (pool.share(rows, work) * chunks).next_multiple_of(TILE_ROWS).min(TASK_ROWS);
+    let chunk = pool.share(products.iter().map(|p| p.weight.panels()).sum(), work).next_multiple_of(2);
+    let chunks_of = |product: &Product<'_>| product.weight.panels().div_ceil(chunk);
+    let chunks: usize = products.iter().map(chunks_of).sum();
+    let task_rows = (pool.share(rows, work) * chunks).next_multiple_of(TILE_ROWS).clamp(TILE_ROWS, TASK_ROWS);
     pool.run(chunks * rows.div_ceil(task_rows), work, |task| {
-        let (row, panel) = (task / chunks * task_rows, task % chunks * chunk);
-        let rows = row..rows.min(row + task_rows);
-        let part = Part { input, first: 0, weight, bias, rows, panels: panel..weight.panels().min(panel + chunk) };
-        // SAFETY: tasks differ in rows or in panels, so their parts do not overlap.
+        let (row, mut at) = (task / chunks * task_rows, task % chunks);
+        let mut products = products.iter();
+        let Product { weight, bias, out } = loop {
+            let product = products.next().expect("a chunk of some product");
+            match at.checked_sub(chunks_of(product)) {
+                None => break product,
+                Some(left) => at = left,
+            }
+        };
+        let (rows, panels) = (row..rows.min(row + task_rows), at * chunk..weight.panels().min((at + 1) * chunk));
+        let part = Part { input, first: 0, weight, bias: *bias, rows, panels };
+        // SAFETY: tasks differ in the product, in rows or in panels, so their parts do not overlap.
         unsafe { part.run(isa, out) }
     });
 }

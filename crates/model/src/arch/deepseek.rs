@@ -167,18 +167,21 @@ impl<B: LatentOps + MoeOps> Layer<B> for DeepseekLayer<B> {
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
         let Shared { scale, rope, q_rope, k_rope, q_latent, q, latent, rope_key, context, .. } = shared;
+        let [of_latent, of_key] = [(&self.latent, &mut *latent), (&self.rope_key, &mut *rope_key)];
         match (&self.query, q_latent) {
             (Query::Latent { a, norm, b }, Some(q_latent)) => {
-                a.forward(backend, h, step.adapters, q_latent)?;
+                let group = [(a, &mut *q_latent), of_latent, of_key];
+                Projection::forward_group(backend, h, step.adapters, group)?;
                 backend.rms_norm_in_place(q_latent, norm, LATENT_NORM_EPS)?;
                 b.forward(backend, q_latent, step.adapters, q)?;
             }
-            (Query::Direct(weight), _) => weight.forward(backend, h, step.adapters, q)?,
+            (Query::Direct(weight), _) => {
+                let group = [(weight, &mut *q), of_latent, of_key];
+                Projection::forward_group(backend, h, step.adapters, group)?;
+            }
             (Query::Latent { .. }, None) => unreachable!("allocated where q_lora_rank is set"),
         }
-        self.latent.forward(backend, h, step.adapters, latent)?;
         backend.rms_norm_in_place(latent, &self.latent_norm, LATENT_NORM_EPS)?;
-        self.rope_key.forward(backend, h, step.adapters, rope_key)?;
         backend.rope(q, *q_rope, rope, step.plan)?;
         backend.rope(rope_key, *k_rope, rope, step.plan)?;
         let Step { layer, plan, cache, adapters } = step;

@@ -207,8 +207,8 @@ impl<B: Backend> Mlp<B> {
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
         let MlpScratch { gate, up, product } = scratch;
-        self.gate.forward(backend, x, adapters, gate)?;
-        self.up.forward(backend, x, adapters, up)?;
+        let group = [(&self.gate, &mut *gate), (&self.up, &mut *up)];
+        Projection::forward_group(backend, x, adapters, group)?;
         backend.gated_activation(self.activation, gate, up, product)?;
         self.down.forward(backend, product, adapters, out)
     }

@@ -133,9 +133,8 @@ impl<B: MoeOps> Layer<B> for LlamaLayer<B> {
     ) -> DeviceResult<()> {
         let Shared { eps, rope, window_rope, q, k, v, context, .. } = shared;
         let AttentionParams { heads, kv_heads, head_dim, window, .. } = self.params;
-        self.q.forward(backend, h, step.adapters, q)?;
-        self.k.forward(backend, h, step.adapters, k)?;
-        self.v.forward(backend, h, step.adapters, v)?;
+        let group = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
+        Projection::forward_group(backend, h, step.adapters, group)?;
         if let Some([q_norm, k_norm]) = &self.qk_norm {
             backend.rms_norm_in_place(q, q_norm, *eps)?;
             backend.rms_norm_in_place(k, k_norm, *eps)?;

@@ -72,6 +72,28 @@ impl<B: Backend> Projection<B> {
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
         backend.linear(x, &self.weight, out)?;
+        self.adapt(backend, x, adapters, out)
+    }
+
+    /// [`Projection::forward`] of one input through each of a group.
+    pub(super) fn forward_group<const N: usize>(
+        backend: &B,
+        x: &B::Tensor,
+        adapters: &mut StepAdapters<'_, B>,
+        mut group: [(&Self, &mut B::Tensor); N],
+    ) -> DeviceResult<()> {
+        backend.linear_group(x, &mut group.each_mut().map(|(projection, out)| (&projection.weight, &mut **out)))?;
+        group.into_iter().try_for_each(|(projection, out)| projection.adapt(backend, x, adapters, out))
+    }
+
+    /// Adds to the rows of each adapter what it has for this layer.
+    fn adapt(
+        &self,
+        backend: &B,
+        x: &B::Tensor,
+        adapters: &mut StepAdapters<'_, B>,
+        out: &mut B::Tensor,
+    ) -> DeviceResult<()> {
         for AdaptedRows { weights, rows } in adapters.groups {
             if let Some(delta) = &weights.deltas[self.slot] {
                 let mut low = weights.low.lock().unwrap_or_else(PoisonError::into_inner);
