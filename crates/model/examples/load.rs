@@ -35,6 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         max_step_tokens: 16,
         max_step_sequences: 1,
         max_draft_tokens: 0,
+        mtp: false,
         max_lora_rank: 0,
         kv_cache: KvCacheSize::AtMost(64 << 20),
     };

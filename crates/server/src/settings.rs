@@ -10,6 +10,8 @@ use baton_device::BlockFormat;
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
+use crate::speculative::SpeculativeConfig;
+
 /// A secret: shown nowhere.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -261,6 +263,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "BYTES", env = "BATON_KV_CACHE_MEMORY_BYTES", help_heading = "Engine")]
     pub kv_cache_memory_bytes: Option<u64>,
 
+    /// Draft tokens ahead, which changes no output: {"method": "ngram" or "mtp", "num_speculative_tokens": N, …} [default: off]
+    #[arg(long, value_name = "JSON", env = "BATON_SPECULATIVE_CONFIG", help_heading = "Engine")]
+    pub speculative_config: Option<SpeculativeConfig>,
+
     /// Reuse the cache of equal prompt beginnings [default: true]
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ENABLE_PREFIX_CACHING", help_heading = "Engine")]
     pub enable_prefix_caching: Option<bool>,
@@ -310,6 +316,7 @@ pub struct Settings {
     #[serde(serialize_with = "seconds")]
     pub queue_timeout: Duration,
     pub kv_cache_memory_bytes: Option<u64>,
+    pub speculative_config: Option<SpeculativeConfig>,
     pub enable_prefix_caching: bool,
     /// 0: all cores.
     pub threads: usize,
@@ -441,6 +448,7 @@ impl ServeArgs {
             max_queued_requests: positive("max-queued-requests", self.max_queued_requests.unwrap_or(1024))?,
             queue_timeout: Duration::from_secs(self.queue_timeout.unwrap_or(600)),
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
+            speculative_config: self.speculative_config,
             enable_prefix_caching: self.enable_prefix_caching.unwrap_or(true),
             threads: self.threads.unwrap_or(0),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
