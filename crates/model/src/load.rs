@@ -40,6 +40,8 @@ pub struct LoadOptions {
     pub max_step_sequences: usize,
     /// Drafts of one sequence in a step, at most; 0 if there are to be none.
     pub max_draft_tokens: usize,
+    /// Load the layer that predicts a further token, for drafts; refused where there is none.
+    pub mtp: bool,
     /// Memory for the cache.
     pub kv_cache: KvCacheSize,
     /// How the cache keeps its elements.
@@ -57,6 +59,7 @@ impl Default for LoadOptions {
             max_step_tokens: 2048,
             max_step_sequences: 64,
             max_draft_tokens: 0,
+            mtp: false,
             kv_cache: KvCacheSize::AtMost(u64::MAX),
             kv_dtype: KvDtype::F32,
             max_lora_rank: 0,
@@ -188,6 +191,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
         Files::Gguf(path) => gguf::open(files, path)?,
         _ => open(files)?,
     };
+    let config = if options.mtp { config } else { config.without_mtp() };
     let spec = run_spec(&config, options)?;
     let specs = arch::specs(&config).0;
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
@@ -239,6 +243,9 @@ pub(crate) fn open(files: &Files) -> Result<Opened, LoadError> {
     let generation = files.read("generation_config.json", MAX_CONFIG_BYTES)?;
     let generation_config = GenerationConfig::parse(generation.as_deref(), &config)?;
     let checkpoint = Checkpoint::open(files)?;
+    // Copies of a model often come without the layer that its config still names.
+    let has_mtp = arch::has_mtp(&config, checkpoint.entries().map(|entry| entry.name.as_str()));
+    let config = if has_mtp { config } else { config.without_mtp() };
     Ok(Opened { config, generation_config, digest: Sha256::new_with_prefix(&json), checkpoint })
 }
 
@@ -258,6 +265,9 @@ fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, Load
             "{} tokens per step for {} sequences: each needs at least one",
             options.max_step_tokens, options.max_step_sequences
         ));
+    }
+    if options.mtp && config.mtp_layers == 0 {
+        reasons.push("the checkpoint has no layer for multi-token prediction, from which drafts were to come".into());
     }
     if !reasons.is_empty() {
         return Err(LoadError::Unsupported { reasons });

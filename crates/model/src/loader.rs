@@ -160,6 +160,31 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(parts.try_into().unwrap_or_else(|_| unreachable!("one part per height")))
     }
 
+    /// `{prefix}.weight`, cut along the columns into halves: for an input that is two vectors one behind the other.
+    pub(crate) fn split_columns(&mut self, prefix: &str) -> Result<[B::Linear; 2], LoadError> {
+        let (weight, format) = self.matrix(prefix)?;
+        let [rows, cols] = self.specs[&format!("{prefix}.weight")].matrix();
+        let half = |columns: Range<usize>| {
+            let source = Columns { matrix: weight.host(), columns };
+            let weight = HostTensor::computed(source.matrix.name(), [rows, source.columns.len()], &source);
+            self.backend.linear_weight(&HostLinear { weight, bias: None, format })
+        };
+        let halves = [half(0..cols / 2)?, half(cols / 2..cols)?];
+        self.record(weight)?;
+        Ok(halves)
+    }
+
+    /// Loads what changes no output, and so is no part of the digest.
+    pub(crate) fn undigested<T>(
+        &mut self,
+        load: impl FnOnce(&mut Self) -> Result<T, LoadError>,
+    ) -> Result<T, LoadError> {
+        let digest = self.digest.clone();
+        let loaded = load(self);
+        self.digest = digest;
+        loaded
+    }
+
     /// The number of a new projection.
     fn slot(&mut self, prefix: &str, rows: Range<usize>) -> usize {
         let [_, in_features] = self.specs[&format!("{prefix}.weight")].matrix();
@@ -311,6 +336,21 @@ impl<'a, B: Backend> Loader<'a, B> {
             bytes_after: measured.format().bytes(spec.shape.iter().product()) as u64,
         });
         Ok(())
+    }
+}
+
+/// Some columns of a matrix.
+#[derive(Debug)]
+struct Columns<'a> {
+    matrix: HostTensor<'a>,
+    columns: Range<usize>,
+}
+
+impl RowSource for Columns<'_> {
+    fn rows(&self, rows: Range<usize>) -> Vec<f32> {
+        let cols = self.matrix.shape()[1];
+        let whole = self.matrix.rows(rows.start, rows.len()).to_f32();
+        whole.chunks_exact(cols).flat_map(|row| &row[self.columns.clone()]).copied().collect()
     }
 }
 

@@ -1,5 +1,5 @@
-//! The runner of a loaded model: packs a ragged batch, plans attention once, computes all layers, and
-//! samples the rows that ask for it.
+//! The runner of a loaded model: packs a ragged batch, plans attention once, computes all layers,
+//! samples the rows that ask for it, and drafts what may follow where the model has a layer for it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -69,7 +69,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(all)
     }
 
-    fn forward(&mut self, plan: &StepPlan) -> Result<(), DeviceError> {
+    fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
         let ids: Vec<u32> = plan.sequences.iter().flat_map(|s| s.tokens.iter().chain(&s.draft)).copied().collect();
         let spans: Vec<SequenceSpan<'_>> = plan
@@ -80,7 +80,47 @@ impl<B: Backend> ModelRunner<B> {
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
-        self.model.forward(&*self.backend, &ids, &attention, &mut self.cache, &mut adapters)
+        self.model.forward(&*self.backend, &ids, &attention, &mut self.cache, &mut adapters)?;
+        Ok(attention)
+    }
+
+    /// Runs the layer that looks ahead over the step, so that its cache covers every context, and drafts a token where
+    /// it is asked for: chosen as the real one will be, with the same random number, so that both agree as often as
+    /// their distributions do.
+    fn look_ahead(
+        &mut self,
+        plan: &StepPlan,
+        attention: &B::AttentionPlan,
+        outputs: &mut [SequenceOutput],
+    ) -> Result<(), DeviceError> {
+        let mut next = Vec::with_capacity(plan.num_tokens());
+        let mut drafting = Vec::new();
+        for (index, (step, output)) in plan.sequences.iter().zip(&*outputs).enumerate() {
+            let rows = step.tokens.iter().chain(&step.draft);
+            let start = next.len();
+            // Behind the last row nothing is known, unless it is sampled: any token is as good.
+            next.extend(rows.clone().skip(1).chain(rows.last()));
+            if let Some(Ok(last)) = output.sampled.last() {
+                let row = start + step.tokens.len() - 1 + output.sampled.len() - 1;
+                next[row] = last.token;
+                if step.propose > 0 {
+                    drafting.push((index, row as u32));
+                }
+            }
+        }
+        let groups = adapted_rows(plan);
+        let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
+        self.model.look_ahead(&*self.backend, &next, attention, &mut self.cache, &mut adapters)?;
+        for group in drafting.chunks(self.spec.logit_rows()) {
+            let rows: Vec<u32> = group.iter().map(|(_, row)| *row).collect();
+            self.read_logits(&rows)?;
+            for ((index, _), logits) in group.iter().zip(self.logits.chunks_exact(self.spec.vocab_size)) {
+                let output = &mut outputs[*index];
+                let request = plan.sequences[*index].request_behind(&output.sampled).expect("a token was sampled");
+                output.proposed.extend(self.sampler.choose(logits, &request).ok().map(|(token, _)| token));
+            }
+        }
+        Ok(())
     }
 
     fn read_logits(&mut self, rows: &[u32]) -> Result<(), DeviceError> {
@@ -168,7 +208,7 @@ impl<B: Backend> Runner for ModelRunner<B> {
         if plan.sequences.is_empty() {
             return Ok(StepOutput::default());
         }
-        self.forward(plan)?;
+        let attention = self.forward(plan)?;
         let mut sequences: Vec<SequenceOutput> = plan
             .sequences
             .iter()
@@ -195,6 +235,9 @@ impl<B: Backend> Runner for ModelRunner<B> {
                 sequences[*index].sampled =
                     step.sample_along(|drafts, request| self.sampler.sample(logits[drafts], request));
             }
+        }
+        if self.model.looks_ahead() {
+            self.look_ahead(plan, &attention, &mut sequences)?;
         }
         Ok(StepOutput { sequences })
     }

@@ -28,22 +28,26 @@ pub struct Sampler {
 impl Sampler {
     /// Chooses the next token.
     pub fn sample(&mut self, logits: &[f32], request: &SampleRequest) -> Result<SampledToken, SequenceFailure> {
+        let (token, best) = self.choose(logits, request)?;
+        let (logprob, top) = match request.params.logprobs {
+            None => (0.0, Vec::new()),
+            Some(count) => logprobs(logits, logits[best as usize], token, count as usize),
+        };
+        Ok(SampledToken { token, logprob, top })
+    }
+
+    /// The next token, and the most likely one under the model alone.
+    pub(crate) fn choose(&mut self, logits: &[f32], request: &SampleRequest) -> Result<(u32, u32), SequenceFailure> {
         let params = &*request.params;
         let (finite, best) = scan(logits);
         if !finite {
             return Err(SequenceFailure::NonFiniteLogits);
         }
-        let token = if params.temperature == 0.0 && !changes_logits(request) {
-            best
-        } else {
-            self.select(logits, request);
-            draw(&self.candidates, uniform(params.seed, params.choice, request.position))
-        };
-        let (logprob, top) = match params.logprobs {
-            None => (0.0, Vec::new()),
-            Some(count) => logprobs(logits, logits[best as usize], token, count as usize),
-        };
-        Ok(SampledToken { token, logprob, top })
+        if params.temperature == 0.0 && !changes_logits(request) {
+            return Ok((best, best));
+        }
+        self.select(logits, request);
+        Ok((draw(&self.candidates, uniform(params.seed, params.choice, request.position)), best))
     }
 
     /// The probability of every token, after all steps. Logits may be -inf, for tokens ruled out.

@@ -71,6 +71,14 @@ impl SequenceStep {
         }
         sampled
     }
+
+    /// The request for the token behind those that were sampled; `None` if none was, or one failed.
+    pub fn request_behind(&self, sampled: &[Result<SampledToken, SequenceFailure>]) -> Option<SampleRequest> {
+        sampled.last()?.as_ref().ok()?;
+        let mut request = self.sample.clone()?;
+        sampled.iter().flatten().for_each(|sampled| request.advance(sampled.token));
+        Some(request)
+    }
 }
 
 /// How to choose the next token.

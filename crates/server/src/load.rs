@@ -16,7 +16,8 @@ use tracing::info;
 use crate::{
     backend::{Device, Loaded},
     bundled, memory, pull,
-    settings::{LoraModule, Quantize, Settings},
+    settings::{LoraModule, Settings},
+    speculative::SpeculativeConfig,
 };
 
 /// Bytes of a tokenizer file or template that are read.
@@ -142,6 +143,8 @@ fn options(settings: &Settings) -> LoadOptions {
         max_model_len: settings.max_model_len,
         max_step_tokens: settings.max_num_batched_tokens,
         max_step_sequences: settings.max_num_seqs,
+        max_draft_tokens: settings.speculative_config.as_ref().map_or(0, SpeculativeConfig::max_draft_tokens),
+        mtp: settings.speculative_config.as_ref().is_some_and(SpeculativeConfig::uses_mtp),
         max_lora_rank: if settings.enable_lora { settings.max_lora_rank } else { 0 },
         kv_cache: settings.kv_cache_memory_bytes.map_or(KvCacheSize::AtMost(quarter), KvCacheSize::Bytes),
         kv_dtype: settings.kv_cache_dtype.dtype(),

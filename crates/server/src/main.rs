@@ -10,6 +10,7 @@ mod pull;
 mod quantize;
 mod serve;
 mod settings;
+mod speculative;
 
 use std::process::ExitCode;
 

@@ -19,6 +19,7 @@ use crate::{
     load::{self, Model},
     memory,
     settings::{GenerationConfigUse, LogFormat, LoraModule, Secret, ServeArgs, Settings},
+    speculative::SpeculativeConfig,
 };
 
 /// Runs the command.
@@ -143,6 +144,7 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         max_num_batched_tokens: settings.max_num_batched_tokens,
         max_queued: settings.max_queued_requests,
         enable_prefix_caching: settings.enable_prefix_caching,
+        speculation: settings.speculative_config.as_ref().map(SpeculativeConfig::speculation),
         ..EngineConfig::default()
     };
     let (handle, engine) = baton_engine::spawn(model.loaded.runner, config);

@@ -11,6 +11,8 @@ use baton_model::Quantization;
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
+use crate::speculative::SpeculativeConfig;
+
 /// A secret: shown nowhere.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -305,6 +307,10 @@ pub struct ServeArgs {
     #[arg(long, value_enum, env = "BATON_KV_CACHE_DTYPE", help_heading = "Engine")]
     pub kv_cache_dtype: Option<KvCacheDtype>,
 
+    /// Draft tokens ahead, which changes no output: {"method": "ngram" or "mtp", "num_speculative_tokens": N, …} [default: off]
+    #[arg(long, value_name = "JSON", env = "BATON_SPECULATIVE_CONFIG", help_heading = "Engine")]
+    pub speculative_config: Option<SpeculativeConfig>,
+
     /// Reuse the cache of equal prompt beginnings [default: true]
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ENABLE_PREFIX_CACHING", help_heading = "Engine")]
     pub enable_prefix_caching: Option<bool>,
@@ -355,6 +361,7 @@ pub struct Settings {
     pub queue_timeout: Duration,
     pub kv_cache_memory_bytes: Option<u64>,
     pub kv_cache_dtype: KvCacheDtype,
+    pub speculative_config: Option<SpeculativeConfig>,
     pub enable_prefix_caching: bool,
     /// 0: all cores.
     pub threads: usize,
@@ -487,6 +494,7 @@ impl ServeArgs {
             queue_timeout: Duration::from_secs(self.queue_timeout.unwrap_or(600)),
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
             kv_cache_dtype: self.kv_cache_dtype.unwrap_or(KvCacheDtype::Auto),
+            speculative_config: self.speculative_config,
             enable_prefix_caching: self.enable_prefix_caching.unwrap_or(true),
             threads: self.threads.unwrap_or(0),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),

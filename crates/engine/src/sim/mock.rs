@@ -306,10 +306,10 @@ impl MockRunner {
 
     /// Drafts for the next step: what follows indeed, but for about every third, where a wrong token takes its place.
     fn propose(&self, sequence: &SequenceStep, sampled: &[Result<SampledToken, SequenceFailure>]) -> Vec<u32> {
-        let (Some(request), Some(Ok(last))) = (&sequence.sample, sampled.last()) else { return Vec::new() };
+        let (Some(mut request), Some(Ok(last))) = (sequence.request_behind(sampled), sampled.last()) else {
+            return Vec::new();
+        };
         let Ok(context) = self.read(sequence, sampled.len() - 1) else { return Vec::new() };
-        let mut request = request.clone();
-        sampled.iter().flatten().for_each(|sampled| request.advance(sampled.token));
         let mut context = MockModel::extend(context, last.token);
         let next = |_| {
             let right = self.model.next_token(context, &request);

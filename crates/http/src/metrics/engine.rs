@@ -22,13 +22,11 @@ pub(super) fn families(
         family(name, help, MetricType::GAUGE, values.iter().map(|(more, value)| gauge(labels(more), *value)).collect())
     };
     let gauge = |name: &str, help: &str, value: f64| gauges(name, help, &[(&[], value)]);
-    let counter = |name: &str, help: &str, value: u64| {
-        let mut counter = Counter::default();
-        counter.set_value(value as f64);
-        let mut metric = Metric::from_label(labels(&[]));
-        metric.set_counter(counter);
-        family(name, help, MetricType::COUNTER, vec![metric])
+    let counters = |name: &str, help: &str, values: &[(&[(&str, &str)], u64)]| {
+        let metrics = values.iter().map(|(more, value)| counter(labels(more), *value)).collect();
+        family(name, help, MetricType::COUNTER, metrics)
     };
+    let counter = |name: &str, help: &str, value: u64| counters(name, help, &[(&[], value)]);
     let (waiting, blocks) = (stats.waiting as f64, &stats.blocks);
     let (block_size, num_blocks) = (spec.block_size.to_string(), spec.num_blocks.to_string());
     let cache = [("block_size", block_size.as_str()), ("num_gpu_blocks", num_blocks.as_str())];
@@ -69,6 +67,30 @@ pub(super) fn families(
         counter("baton_dropped_events_total", "Events whose client had left.", stats.dropped_events),
         counter("baton_failed_steps_total", "Steps that failed as a whole.", stats.failed_steps),
     ];
+    if let Some(drafts) = &stats.speculation {
+        let positions: Vec<String> = (0..drafts.accepted_by_position.len()).map(|i| i.to_string()).collect();
+        let labelled: Vec<[(&str, &str); 1]> =
+            positions.iter().map(|position| [("position", position.as_str())]).collect();
+        let by_position: Vec<(&[(&str, &str)], u64)> = labelled
+            .iter()
+            .zip(&drafts.accepted_by_position)
+            .map(|(label, &count)| (label.as_slice(), count))
+            .collect();
+        families.extend([
+            counter("vllm:spec_decode_num_drafts_total", "Drafts computed, of one or more tokens.", drafts.drafts),
+            counter("vllm:spec_decode_num_draft_tokens_total", "Tokens of drafts.", drafts.draft_tokens),
+            counter(
+                "vllm:spec_decode_num_accepted_tokens_total",
+                "Tokens of drafts that became output.",
+                drafts.accepted_tokens,
+            ),
+            counters(
+                "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+                "Tokens of drafts that became output, by place in the draft.",
+                &by_position,
+            ),
+        ]);
+    }
     if let Some(AdapterGauges { max, loaded, running, waiting }) = adapters {
         let max = max.to_string();
         let info = [
@@ -105,6 +127,14 @@ fn gauge(labels: Vec<LabelPair>, value: f64) -> Metric {
     gauge.set_value(value);
     let mut metric = Metric::from_label(labels);
     metric.set_gauge(gauge);
+    metric
+}
+
+fn counter(labels: Vec<LabelPair>, value: u64) -> Metric {
+    let mut counter = Counter::default();
+    counter.set_value(value as f64);
+    let mut metric = Metric::from_label(labels);
+    metric.set_counter(counter);
     metric
 }
 

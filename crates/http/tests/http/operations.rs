@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use baton_engine::{DraftMethod, EngineConfig, SpeculationConfig};
 use baton_http::ApiKey;
 use serde_json::json;
 use tracing_subscriber::fmt::MakeWriter;
@@ -169,6 +170,28 @@ async fn metrics_have_every_name_with_both_labels_and_count_what_happened() {
     assert_eq!(value(&format!("vllm:request_generation_tokens_sum{labels}")), 20.0);
     assert_eq!(value("baton_http_requests_in_flight"), 0.0);
     assert_eq!(value("baton_http_requests_total{route=\"/v1/chat/completions\",status=\"200\"}"), 1.0);
+}
+
+#[tokio::test]
+async fn drafts_are_counted_as_vllm_counts_them_where_there_are_any() {
+    let plain = Setup::default().start().await;
+    assert!(!plain.get("/metrics").await.body.contains("spec_decode"));
+
+    let speculation =
+        SpeculationConfig { method: DraftMethod::Model, num_speculative_tokens: 3, disable_by_batch_size: 16 };
+    let engine = EngineConfig { speculation: Some(speculation), ..EngineConfig::default() };
+    let server = Setup { engine, ..Setup::default() }.start().await;
+    assert_eq!(server.chat(json!({"max_tokens": 40})).await.status, 200);
+    let metrics = server.get("/metrics").await.body;
+    let value = |name: &str, more: &str| {
+        let start = format!("vllm:spec_decode_{name}_total{{model_name=\"tiny\",engine=\"0\"{more}}} ");
+        let line = metrics.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("{start}"));
+        line[start.len()..].parse::<u32>().unwrap()
+    };
+    let accepted = value("num_accepted_tokens", "");
+    assert!(0 < value("num_drafts", "") && accepted <= value("num_draft_tokens", ""));
+    let by_position: u32 = (0..3).map(|i| value("num_accepted_tokens_per_pos", &format!(",position=\"{i}\""))).sum();
+    assert!(accepted > 0 && by_position == accepted);
 }
 
 #[tokio::test]

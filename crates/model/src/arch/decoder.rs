@@ -13,6 +13,7 @@
 
 use baton_device::{Backend, HostRope, Result as DeviceResult};
 
+use super::mtp::Mtp;
 use super::{Model, Sizes, Specs, StepAdapters};
 use crate::LoadError;
 use crate::checkpoint::Role;
@@ -69,6 +70,7 @@ pub(crate) struct Decoder<B: Backend, L: Layer<B>> {
     norm: B::Vector,
     /// `[vocab, hidden]`.
     head: Option<B::Linear>,
+    mtp: Option<Mtp<B, L>>,
     shared: L::Shared,
     /// `[rows, hidden]`.
     residual: B::Tensor,
@@ -82,7 +84,8 @@ pub(crate) struct Decoder<B: Backend, L: Layer<B>> {
     logits: B::Tensor,
 }
 
-struct Normed<B: Backend, L> {
+/// A layer with its norms.
+pub(super) struct Normed<B: Backend, L> {
     attention_norm: B::Vector,
     feed_forward_norm: B::Vector,
     /// Behind attention and behind the feed-forward network (Gemma).
@@ -107,7 +110,7 @@ pub(super) fn outer_specs(config: &ModelConfig, specs: &mut Specs) {
     if !config.tie_word_embeddings {
         specs.linear(HEAD.into(), config.vocab_size, config.hidden_size);
     }
-    for layer in 0..config.num_layers {
+    for layer in 0..config.num_layers + config.mtp_layers {
         let (norms, post_norms) = norm_names(config, layer);
         norms.into_iter().chain(post_norms.into_iter().flatten()).for_each(|name| specs.norm(name, config.hidden_size));
     }
@@ -125,22 +128,29 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
         // The largest tensors first: while one is prepared it takes memory twice.
         let embedding = loader.linear(EMBEDDING)?;
         let head = if config.tie_word_embeddings { None } else { Some(loader.linear(HEAD)?) };
-        let layers = (0..config.num_layers)
-            .map(|i| {
-                let ([attention, feed_forward], post_norms) = norm_names(config, i);
-                let mut norm = |name: &String| loader.norm(name, config.norm_offset);
-                Ok(Normed {
-                    attention_norm: norm(&attention)?,
-                    feed_forward_norm: norm(&feed_forward)?,
-                    post_norms: match post_norms {
-                        None => None,
-                        Some([attention, feed_forward]) => Some([norm(&attention)?, norm(&feed_forward)?]),
-                    },
-                    layer: layer(loader, i)?,
-                })
+        let mut normed = |loader: &mut Loader<'a, B>, i| {
+            let ([attention, feed_forward], post_norms) = norm_names(config, i);
+            let mut norm = |name: &String| loader.norm(name, config.norm_offset);
+            Ok::<_, LoadError>(Normed {
+                attention_norm: norm(&attention)?,
+                feed_forward_norm: norm(&feed_forward)?,
+                post_norms: match post_norms {
+                    None => None,
+                    Some([attention, feed_forward]) => Some([norm(&attention)?, norm(&feed_forward)?]),
+                },
+                layer: layer(loader, i)?,
             })
-            .collect::<Result<_, LoadError>>()?;
+        };
+        let layers = (0..config.num_layers).map(|i| normed(loader, i)).collect::<Result<_, LoadError>>()?;
         let norm = loader.norm(NORM, config.norm_offset)?;
+        let mtp = loader.undigested(|loader| {
+            let layers = config.num_layers..config.num_layers + config.mtp_layers;
+            let mtp = layers.map(|i| {
+                let layer = normed(loader, i)?;
+                Mtp::build(config, loader, layer)
+            });
+            mtp.last().transpose()
+        })?;
         let backend = loader.backend;
         Ok(Self {
             eps: config.rms_norm_eps,
@@ -150,6 +160,7 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
             layers,
             norm,
             head,
+            mtp,
             shared,
             residual: backend.tensor(sizes.rows, config.hidden_size)?,
             h: backend.tensor(sizes.rows, config.hidden_size)?,
@@ -157,6 +168,29 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
             gathered: backend.tensor(sizes.logit_rows, config.hidden_size)?,
             logits: backend.tensor(sizes.logit_rows, config.vocab_size)?,
         })
+    }
+}
+
+impl<B: Backend, L: Layer<B>> Normed<B, L> {
+    /// From a normed input in `h` to what the second half adds, in `delta`; the first half is added to `residual`.
+    fn forward(
+        &self,
+        backend: &B,
+        eps: f32,
+        [residual, h, delta]: [&mut B::Tensor; 3],
+        mut step: Step<'_, '_, B>,
+        shared: &mut L::Shared,
+    ) -> DeviceResult<()> {
+        self.layer.attention(backend, h, &mut step, shared, delta)?;
+        if let Some([post_attention, _]) = &self.post_norms {
+            backend.rms_norm_in_place(delta, post_attention, eps)?;
+        }
+        backend.add_rms_norm(delta, residual, &self.feed_forward_norm, eps, h)?;
+        self.layer.feed_forward(backend, h, step.adapters, shared, delta)?;
+        if let Some([_, post_feed_forward]) = &self.post_norms {
+            backend.rms_norm_in_place(delta, post_feed_forward, eps)?;
+        }
+        Ok(())
     }
 }
 
@@ -174,24 +208,38 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
         if let Some(factor) = self.embedding_scale {
             backend.scale(residual, factor)?;
         }
-        for (i, Normed { attention_norm, feed_forward_norm, post_norms, layer }) in layers.iter().enumerate() {
+        for (i, layer) in layers.iter().enumerate() {
             if i == 0 {
-                backend.rms_norm(residual, attention_norm, *eps, h)?;
+                backend.rms_norm(residual, &layer.attention_norm, *eps, h)?;
             } else {
-                backend.add_rms_norm(delta, residual, attention_norm, *eps, h)?;
+                backend.add_rms_norm(delta, residual, &layer.attention_norm, *eps, h)?;
             }
-            let mut step = Step { layer: i, plan, cache: &mut *cache, adapters: &mut *adapters };
-            layer.attention(backend, h, &mut step, shared, delta)?;
-            if let Some([post_attention, _]) = post_norms {
-                backend.rms_norm_in_place(delta, post_attention, *eps)?;
-            }
-            backend.add_rms_norm(delta, residual, feed_forward_norm, *eps, h)?;
-            layer.feed_forward(backend, h, adapters, shared, delta)?;
-            if let Some([_, post_feed_forward]) = post_norms {
-                backend.rms_norm_in_place(delta, post_feed_forward, *eps)?;
-            }
+            let step = Step { layer: i, plan, cache: &mut *cache, adapters: &mut *adapters };
+            layer.forward(backend, *eps, [residual, h, delta], step, shared)?;
         }
         backend.add_rms_norm(delta, residual, norm, *eps, h)
+    }
+
+    fn looks_ahead(&self) -> bool {
+        self.mtp.is_some()
+    }
+
+    fn look_ahead(
+        &mut self,
+        backend: &B,
+        next: &[u32],
+        plan: &B::AttentionPlan,
+        cache: &mut B::KvCache,
+        adapters: &mut StepAdapters<'_, B>,
+    ) -> DeviceResult<()> {
+        let Self { eps, embedding, layers, mtp, shared, residual, h, delta, .. } = self;
+        let mtp = mtp.as_ref().expect("asked for where there is one");
+        backend.embed(next, embedding, residual)?;
+        mtp.input(backend, *eps, residual, h, delta)?;
+        backend.rms_norm(residual, &mtp.layer.attention_norm, *eps, h)?;
+        let step = Step { layer: layers.len(), plan, cache, adapters };
+        mtp.layer.forward(backend, *eps, [residual, h, delta], step, shared)?;
+        backend.add_rms_norm(delta, residual, &mtp.norm, *eps, h)
     }
 
     fn logits(&mut self, backend: &B, rows: &[u32]) -> DeviceResult<&B::Tensor> {

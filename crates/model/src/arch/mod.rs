@@ -7,6 +7,7 @@ mod decoder;
 mod deepseek;
 mod feed_forward;
 mod llama;
+mod mtp;
 mod projection;
 
 use std::collections::BTreeMap;
@@ -29,6 +30,20 @@ pub(crate) trait Model<B: Backend>: Send {
         &mut self,
         backend: &B,
         ids: &[u32],
+        plan: &B::AttentionPlan,
+        cache: &mut B::KvCache,
+        adapters: &mut StepAdapters<'_, B>,
+    ) -> DeviceResult<()>;
+
+    /// Whether [`Model::look_ahead`] can be called.
+    fn looks_ahead(&self) -> bool;
+
+    /// Replaces the hidden states of the last forward by those of the module for multi-token prediction: the logits
+    /// of a row are then for the token after next. `next` holds the token behind each row, `plan` is the forward's.
+    fn look_ahead(
+        &mut self,
+        backend: &B,
+        next: &[u32],
         plan: &B::AttentionPlan,
         cache: &mut B::KvCache,
         adapters: &mut StepAdapters<'_, B>,
@@ -83,7 +98,8 @@ impl Specs {
 pub(crate) fn specs(config: &ModelConfig) -> Specs {
     let mut specs = Specs::default();
     decoder::outer_specs(config, &mut specs);
-    for layer in 0..config.num_layers {
+    mtp::specs(config, &mut specs);
+    for layer in 0..config.num_layers + config.mtp_layers {
         match &config.family {
             Family::Llama(own) => llama::layer_specs(config, own, layer, &mut specs),
             Family::Deepseek(own) => deepseek::layer_specs(config, own, layer, &mut specs),
@@ -113,10 +129,17 @@ pub(crate) fn is_ignorable(config: &ModelConfig, name: &str) -> bool {
         let number = name.strip_prefix("model.layers.")?.split('.').next()?;
         Some(number.parse::<usize>().ok()? >= config.num_layers)
     };
-    // Tables that old files carry; a copy of the embedding; multi-token prediction.
+    // Tables that old files carry; a copy of the embedding; multi-token prediction that is not asked for, and its
+    // copies of embedding and head.
     name.ends_with(".rotary_emb.inv_freq")
         || (config.tie_word_embeddings && name == decoder::HEAD_WEIGHT)
         || (config.architecture == Architecture::DeepseekV3 && beyond_last_layer() == Some(true))
+}
+
+/// Whether the checkpoint that has these tensors has what `config.mtp_layers` says.
+pub(crate) fn has_mtp<'a>(config: &ModelConfig, mut names: impl Iterator<Item = &'a str>) -> bool {
+    let wanted = mtp::projection(config);
+    names.any(|name| name.strip_suffix(".weight") == Some(&wanted))
 }
 
 /// Operations that a model of this config calls, beyond those that every device has.
@@ -135,7 +158,7 @@ pub(crate) fn kv_spec(config: &ModelConfig, dtype: KvDtype, block_size: usize) -
         Family::Llama(own) => LayerKv::Full { kv_heads: own.num_kv_heads, head_dim: own.head_dim },
         Family::Deepseek(own) => LayerKv::Latent { rank: own.kv_lora_rank, rope: own.qk_rope_head_dim },
     };
-    KvSpec { layers: vec![layer; config.num_layers], dtype, block_size }
+    KvSpec { layers: vec![layer; config.num_layers + config.mtp_layers], dtype, block_size }
 }
 
 /// Loads a model's weights.

@@ -162,7 +162,11 @@ pub(super) fn deepseek(fields: &mut Fields<'_>, architecture: Architecture, num_
 }
 
 /// Experts, where the architecture has them.
-pub(super) fn moe(fields: &mut Fields<'_>, architecture: Architecture, num_layers: usize) -> Option<MoeConfig> {
+pub(super) fn moe(
+    fields: &mut Fields<'_>,
+    architecture: Architecture,
+    (num_layers, mtp_layers): (usize, usize),
+) -> Option<MoeConfig> {
     let experts_field = match architecture {
         Architecture::Mixtral => "num_local_experts",
         // The second as transformers 5 writes it.
@@ -186,7 +190,7 @@ pub(super) fn moe(fields: &mut Fields<'_>, architecture: Architecture, num_layer
         _ => {
             fields.only("moe_layer_freq", &[json!(1)]);
             let dense = fields.size("first_k_dense_replace", 0..=num_layers);
-            let layers = (0..num_layers).map(|layer| layer >= dense).collect();
+            let layers = (0..num_layers + mtp_layers).map(|layer| layer >= dense).collect();
             (layers, deepseek_routing(fields, architecture, shares))
         }
     };

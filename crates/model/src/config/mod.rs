@@ -129,6 +129,8 @@ pub struct ModelConfig {
     pub intermediate_size: usize,
     /// Decoder layers.
     pub num_layers: usize,
+    /// Layers behind those that guess a further token (multi-token prediction): 1 or 0.
+    pub mtp_layers: usize,
     /// Query heads.
     pub num_heads: usize,
     /// Epsilon of the norms.
@@ -219,7 +221,7 @@ pub struct DeepseekConfig {
 /// Mixture of experts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MoeConfig {
-    /// Per layer, whether it has experts; the others are dense.
+    /// Per layer, those that predict further tokens last, whether it has experts; the others are dense.
     pub layers: Vec<bool>,
     /// Width of an expert.
     pub intermediate_size: usize,
@@ -235,5 +237,14 @@ impl ModelConfig {
     /// Reads the bytes of a `config.json`.
     pub fn parse(json: &[u8]) -> Result<Self, ConfigError> {
         parse::model_config(json)
+    }
+
+    /// The model without its layers that predict further tokens.
+    pub(crate) fn without_mtp(mut self) -> Self {
+        self.mtp_layers = 0;
+        if let Some(moe) = &mut self.moe {
+            moe.layers.truncate(self.num_layers);
+        }
+        self
     }
 }

@@ -44,6 +44,11 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
     let num_heads = fields.size("num_attention_heads", HEADS);
     let hidden_size = fields.size("hidden_size", WIDTH);
     let num_layers = fields.size("num_hidden_layers", LAYERS);
+    // Of several only the first is of use: the others build on it.
+    let mtp_layers = match architecture {
+        Architecture::DeepseekV3 => fields.size_or("num_nextn_predict_layers", 0, 0..=1 << 10).min(1),
+        _ => 0,
+    };
     let max_position_embeddings = fields.size("max_position_embeddings", POSITIONS);
     let windows = families::windows(&mut fields, architecture, num_layers);
     let mut family = match architecture {
@@ -77,13 +82,14 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         hidden_size,
         intermediate_size: fields.size("intermediate_size", WIDTH),
         num_layers,
+        mtp_layers,
         num_heads,
         rms_norm_eps: fields.number("rms_norm_eps", "a number from 0 to 1", |v| (0.0..=1.0).contains(&v)) as f32,
         max_position_embeddings,
         tie_word_embeddings: fields.flag("tie_word_embeddings", gemma),
         hidden_act: if gemma { Activation::GeluTanh } else { Activation::Silu },
         mlp_bias: families::bias(&mut fields, "mlp_bias", architecture == Architecture::Llama),
-        moe: families::moe(&mut fields, architecture, num_layers),
+        moe: families::moe(&mut fields, architecture, (num_layers, mtp_layers)),
         fused_projections: architecture == Architecture::Phi3,
         post_norms: gemma,
         norm_offset: if gemma { 1.0 } else { 0.0 },

@@ -19,7 +19,7 @@ use super::{count, length};
 use crate::{
     backend::{Device, Loaded},
     load, memory,
-    settings::{Dtype, Quantize},
+    settings::{Dtype, KvCacheDtype, Quantize},
 };
 
 /// What `baton bench local` takes; letters are those of `llama-bench`.
@@ -60,6 +60,10 @@ pub struct LocalArgs {
     /// Quantise linear weights at load
     #[arg(long, value_enum, value_name = "FORMAT")]
     quantize: Option<Quantize>,
+
+    /// Precision in which the KV cache is kept
+    #[arg(long, value_enum, default_value = "auto")]
+    kv_cache_dtype: KvCacheDtype,
 
     /// Print JSON instead of a table
     #[arg(long)]
@@ -135,6 +139,7 @@ pub fn main(args: &LocalArgs) -> Result<()> {
         max_model_len: Some(longest),
         max_step_tokens: STEP.max(streams),
         max_step_sequences: streams,
+        kv_dtype: args.kv_cache_dtype.dtype(),
         kv_cache: KvCacheSize::AtMost(memory::available_bytes().map_or(u64::MAX, |free| free / 2)),
         ..LoadOptions::default()
     };
