@@ -16,6 +16,7 @@ mod memory;
 mod pool;
 mod simd;
 mod tensor;
+mod topology;
 mod weight;
 
 pub use backend::{CpuBackend, CpuOptions};

@@ -92,8 +92,10 @@ pub(crate) fn multiply(
     let chunk = pool.share(weight.panels(), work).next_multiple_of(2);
     let chunks = weight.panels().div_ceil(chunk);
     let task_rows = (pool.share(rows, work) * chunks).next_multiple_of(TILE_ROWS).min(TASK_ROWS);
-    pool.run(chunks * rows.div_ceil(task_rows), work, |task| {
-        let (row, panel) = (task / chunks * task_rows, task % chunks * chunk);
+    let tiles = rows.div_ceil(task_rows);
+    pool.run(chunks * tiles, work, |task| {
+        // By panels first, as they were packed: then a memory node has a share of both.
+        let (row, panel) = (task % tiles * task_rows, task / tiles * chunk);
         let rows = row..rows.min(row + task_rows);
         let part = Part { input, first: 0, weight, bias, rows, panels: panel..weight.panels().min(panel + chunk) };
         // SAFETY: tasks differ in rows or in panels, so their parts do not overlap.
