@@ -17,6 +17,7 @@ mod pool;
 mod probe;
 mod simd;
 mod tensor;
+mod topology;
 mod weight;
 
 pub use backend::{CpuBackend, CpuOptions};

@@ -1,8 +1,14 @@
 //! The worker pool: a region of numbered tasks, run by the caller and the workers together.
 //!
 //! Tasks are claimed one at a time from a counter, so a worker that is late or not scheduled at all
-//! delays nobody; results must not depend on who runs a task. Between regions workers spin for some
-//! microseconds, because the next region of a step follows at once, then sleep.
+//! delays nobody; results must not depend on who runs a task. There is a counter for each memory node:
+//! threads take the tasks of their own node first, then help the others (see [`crate::topology`]).
+//! Between regions workers spin for some microseconds, because the next region of a step follows at once, then sleep.
+//!
+//! On a busy machine a scheduler does two things that would make a region slower than the caller alone. It wakes a
+//! worker beside the caller and leaves it there for good: a worker that finds itself on the caller's CPU leaves it. And
+//! it takes a worker with a claimed task off its CPU, for milliseconds: a caller that has nothing else to do brings it
+//! to its own.
 //!
 //! Invariant: a job is read only after one of its tasks was claimed, and the caller leaves
 //! [`Pool::run`] only when every claimed task has ended; so the job, which lives on the caller's
@@ -13,18 +19,21 @@ use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::affinity::{self, Allowed};
+use crate::affinity::{self, Thread};
+use crate::topology::{Topology, share};
 
 /// Below this much work, in multiply-adds, a region is not worth waking anyone: some 10 µs of one core.
 const PARALLEL_WORK: usize = 1 << 18;
 const TASKS_PER_THREAD: usize = 4;
 /// How long an idle worker spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(40);
+/// A worker with a task whose processor time stands still for so long is off its CPU.
+const LATE: Duration = Duration::from_micros(100);
 
 /// Threads that share the work of one backend.
 pub(crate) struct Pool {
@@ -35,27 +44,46 @@ pub(crate) struct Pool {
 }
 
 struct Shared {
-    /// Number of the region in the upper half, tasks not yet claimed in the lower.
-    tickets: OwnLine<AtomicU64>,
+    /// By node: number of the region in the upper half, tasks not yet claimed in the lower.
+    tickets: Vec<OwnLine<AtomicU64>>,
     /// Tasks not yet ended.
     pending: OwnLine<AtomicUsize>,
-    job: UnsafeCell<Job>,
+    job: OwnLine<UnsafeCell<Job>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     sleepers: AtomicUsize,
     bed: Mutex<()>,
     bell: Condvar,
     closing: AtomicBool,
-    /// CPUs that workers can choose from, if they can.
-    allowed: Option<Allowed>,
-    caller_cpu: AtomicUsize,
+    topology: Topology,
+    /// Threads of all nodes up to each.
+    ends: Vec<usize>,
+    caller_cpu: OwnLine<AtomicUsize>,
+    seats: Vec<OwnLine<Seat>>,
 }
+
+/// What the caller knows of a worker.
+struct Seat {
+    node: usize,
+    /// Its thread while it has a task, else one of the values below.
+    busy: AtomicI32,
+    /// Its processor time when the caller last looked, in ns.
+    seen: AtomicU64,
+}
+
+/// A seat's worker has no task.
+const IDLE: Thread = 0;
+/// It has one, and was brought to the caller's CPU.
+const BROUGHT: Thread = -1;
 
 /// Kept from sharing a cache line with what other threads write.
 #[repr(align(128))]
 struct OwnLine<T>(T);
 
 #[derive(Clone, Copy)]
-struct Job(*const (dyn Fn(usize) + Sync));
+struct Job {
+    task: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
 
 // SAFETY: `job` is written only while no task is claimed or claimable, read only between a claim and
 // the end of the claimed task, and points to a `Sync` closure; all else is atomic or locked.
@@ -66,23 +94,31 @@ unsafe impl Send for Shared {}
 impl Pool {
     /// A pool of `threads`, the caller included.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+        Self::on(Topology::detect(), threads)
+    }
+
+    fn on(topology: Topology, threads: usize) -> std::io::Result<Self> {
+        let homes = topology.homes(threads);
+        let seat = |&node| OwnLine(Seat { node, busy: AtomicI32::new(IDLE), seen: AtomicU64::new(0) });
         let shared = Arc::new(Shared {
-            tickets: OwnLine(AtomicU64::new(0)),
+            tickets: (0..topology.nodes()).map(|_| OwnLine(AtomicU64::new(0))).collect(),
             pending: OwnLine(AtomicUsize::new(0)),
-            job: UnsafeCell::new(Job(&|_| {})),
+            job: OwnLine(UnsafeCell::new(Job { task: &|_| {}, tasks: 0 })),
             panic: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
             bed: Mutex::new(()),
             bell: Condvar::new(),
             closing: AtomicBool::new(false),
-            allowed: Allowed::detect(),
-            caller_cpu: AtomicUsize::new(usize::MAX),
+            ends: (0..topology.nodes()).map(|node| homes.partition_point(|&home| home <= node)).collect(),
+            topology,
+            caller_cpu: OwnLine(AtomicUsize::new(usize::MAX)),
+            seats: homes.iter().skip(1).map(seat).collect(),
         });
         let mut pool = Self { shared, region: Mutex::new(()), workers: Vec::new() };
         for i in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let worker = std::thread::Builder::new().name(format!("baton-cpu-{i}"));
-            pool.workers.push(worker.spawn(move || shared.work())?);
+            pool.workers.push(worker.spawn(move || shared.work(&shared.seats[i - 1].0))?);
         }
         Ok(pool)
     }
@@ -141,54 +177,117 @@ impl Shared {
         // SAFETY: only the lifetime changes, and no use outlives this call (see the invariant).
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
         // SAFETY: the last region has ended and this one is not yet open, so nobody reads.
-        unsafe { *self.job.get() = Job(task) };
+        unsafe { *self.job.0.get() = Job { task, tasks: tasks as usize } };
         self.pending.0.store(tasks as usize, SeqCst);
-        if self.allowed.is_some() {
-            self.caller_cpu.store(affinity::current(), SeqCst);
+        let cpu = affinity::current();
+        self.caller_cpu.0.store(cpu, SeqCst);
+        for (node, tickets) in self.tickets.iter().enumerate() {
+            let number = (tickets.0.load(SeqCst) >> 32) as u32;
+            let tasks = share(&self.ends, tasks as usize, node).len();
+            tickets.0.store(u64::from(number.wrapping_add(1)) << 32 | tasks as u64, SeqCst);
         }
-        let number = (self.tickets.0.load(SeqCst) >> 32) as u32;
-        self.tickets.0.store(u64::from(number.wrapping_add(1)) << 32 | u64::from(tasks), SeqCst);
         if self.sleepers.load(SeqCst) > 0 {
             self.ring();
         }
-        while self.claim_and_run() {}
-        let start = Instant::now();
-        while self.pending.0.load(SeqCst) > 0 {
-            if start.elapsed() < SPIN { std::hint::spin_loop() } else { std::thread::yield_now() }
+        let node = self.topology.node_of(cpu);
+        while let Some(task) = self.claim(node) {
+            self.run_task(task);
+            self.pending.0.fetch_sub(1, SeqCst);
         }
+        self.wait();
         if let Some(panic) = lock(&self.panic).take() {
             resume_unwind(panic);
         }
     }
 
-    /// Runs one task if one is left.
-    fn claim_and_run(&self) -> bool {
-        let mut tickets = self.tickets.0.load(SeqCst);
-        let task = loop {
-            let unclaimed = tickets as u32;
-            if unclaimed == 0 {
-                return false;
+    /// A task of this node if one is left, else of another.
+    fn claim(&self, node: usize) -> Option<usize> {
+        let nodes = self.tickets.len();
+        (node..node + nodes).find_map(|node| {
+            let (node, tickets) = (node % nodes, &self.tickets[node % nodes].0);
+            let mut now = tickets.load(SeqCst);
+            loop {
+                let left = now as u32 as usize;
+                if left == 0 {
+                    return None;
+                }
+                match tickets.compare_exchange_weak(now, now - 1, SeqCst, SeqCst) {
+                    Ok(_) => {
+                        // SAFETY: a task of the current region is claimed and not ended, so its job is in place.
+                        let tasks = unsafe { (*self.job.0.get()).tasks };
+                        return Some(share(&self.ends, tasks, node).start + left - 1);
+                    }
+                    Err(other) => now = other,
+                }
             }
-            match self.tickets.0.compare_exchange_weak(tickets, tickets - 1, SeqCst, SeqCst) {
-                Ok(_) => break unclaimed as usize - 1,
-                Err(now) => tickets = now,
-            }
-        };
+        })
+    }
+
+    /// Runs a claimed task, which the caller of this then counts as ended.
+    fn run_task(&self, task: usize) {
         // SAFETY: a task of the current region is claimed and not ended, so its job is in place and alive.
-        let job = unsafe { &*(*self.job.get()).0 };
+        let job = unsafe { &*(*self.job.0.get()).task };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(task))) {
             lock(&self.panic).get_or_insert(panic);
         }
-        self.pending.0.fetch_sub(1, SeqCst);
-        true
+    }
+
+    /// Waits until every claimed task has ended.
+    fn wait(&self) {
+        let (start, mut late) = (Instant::now(), LATE);
+        while self.pending.0.load(SeqCst) > 0 {
+            let waited = start.elapsed();
+            if waited < SPIN {
+                std::hint::spin_loop();
+                continue;
+            }
+            if waited > late {
+                late = waited + LATE;
+                self.bring_a_late_worker();
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Moves a worker that has a task, but no CPU, to the caller's.
+    fn bring_a_late_worker(&self) {
+        for OwnLine(seat) in &self.seats {
+            let thread = seat.busy.load(SeqCst);
+            if thread <= IDLE || self.topology.cpus(seat.node).is_empty() {
+                continue;
+            }
+            let time = affinity::processor_time(thread).as_nanos() as u64;
+            if seat.seen.swap(time, SeqCst) == time {
+                affinity::confine(thread, [affinity::current()].into_iter());
+                if seat.busy.compare_exchange(thread, BROUGHT, SeqCst, SeqCst).is_err() {
+                    // It has ended the task meanwhile and does not know that it was moved.
+                    self.confine_to_home(thread, seat);
+                }
+                return;
+            }
+        }
+    }
+
+    fn confine_to_home(&self, thread: Thread, seat: &Seat) {
+        affinity::confine(thread, self.topology.cpus(seat.node).iter().copied());
     }
 
     /// The life of a worker.
-    fn work(&self) {
+    fn work(&self, seat: &Seat) {
+        let thread = affinity::this_thread();
+        if self.topology.nodes() > 1 {
+            self.confine_to_home(thread, seat);
+        }
         let mut idle_since = Instant::now();
         while !self.closing.load(SeqCst) {
-            self.leave_the_callers_cpu();
-            if self.claim_and_run() {
+            self.leave_the_callers_cpu(thread, seat);
+            if let Some(task) = self.claim(seat.node) {
+                seat.busy.store(thread, SeqCst);
+                self.run_task(task);
+                if seat.busy.swap(IDLE, SeqCst) == BROUGHT {
+                    self.confine_to_home(thread, seat);
+                }
+                self.pending.0.fetch_sub(1, SeqCst);
                 idle_since = Instant::now();
             } else if idle_since.elapsed() < SPIN {
                 std::hint::spin_loop();
@@ -199,13 +298,18 @@ impl Shared {
         }
     }
 
+    /// Whether a task is left to be claimed.
+    fn open(&self) -> bool {
+        self.tickets.iter().any(|tickets| tickets.0.load(SeqCst) as u32 > 0)
+    }
+
     /// Before work that the caller could do meanwhile.
-    fn leave_the_callers_cpu(&self) {
-        let Some(allowed) = &self.allowed else { return };
-        if self.tickets.0.load(SeqCst) as u32 > 0 {
+    fn leave_the_callers_cpu(&self, thread: Thread, seat: &Seat) {
+        if self.open() {
             let cpu = affinity::current();
-            if cpu == self.caller_cpu.load(SeqCst) {
-                allowed.leave(cpu);
+            if cpu == self.caller_cpu.0.load(SeqCst) {
+                let others = self.topology.cpus(seat.node).iter().copied().filter(|&other| other != cpu);
+                affinity::confine(thread, others);
             }
         }
     }
@@ -215,7 +319,7 @@ impl Shared {
     fn sleep(&self) {
         let mut bed = lock(&self.bed);
         self.sleepers.fetch_add(1, SeqCst);
-        while self.tickets.0.load(SeqCst) as u32 == 0 && !self.closing.load(SeqCst) {
+        while !self.open() && !self.closing.load(SeqCst) {
             bed = self.bell.wait(bed).unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, SeqCst);
@@ -285,6 +389,48 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn tasks_of_several_memory_nodes_run_exactly_once_whoever_comes() {
+        let cpus = affinity::allowed();
+        // The same CPUs, told to be two nodes; then three, one of them without a thread.
+        for (nodes, threads) in [(2, 2), (2, 4), (3, 2)] {
+            let all: Vec<String> = cpus.iter().map(ToString::to_string).collect();
+            let topology = Topology::new(&cpus, &vec![all.join(","); nodes]);
+            assert_eq!(topology.nodes(), nodes);
+            let pool = Pool::on(topology, threads).unwrap();
+            for tasks in [2, 3, 64] {
+                for _ in 0..50 {
+                    let runs: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                    pool.run(tasks, MUCH, |t| {
+                        runs[t].fetch_add(1, SeqCst);
+                    });
+                    assert!(runs.iter().all(|r| r.load(SeqCst) == 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_worker_that_holds_a_task_but_no_processor_is_brought_to_the_caller_and_goes_home() {
+        let pool = Pool::new(2).unwrap();
+        let seat = &pool.shared.seats[0].0;
+        let (caller, brought) = (std::thread::current().id(), AtomicBool::new(false));
+        // The worker sleeps, which to its processor time is the same as being taken off.
+        let met = std::sync::Barrier::new(2);
+        pool.run(2, MUCH, |_| {
+            met.wait();
+            if std::thread::current().id() != caller {
+                let start = Instant::now();
+                while !brought.load(SeqCst) && start.elapsed() < Duration::from_secs(60) {
+                    std::thread::sleep(Duration::from_millis(5));
+                    brought.store(seat.busy.load(SeqCst) == BROUGHT, SeqCst);
+                }
+            }
+        });
+        assert_eq!(brought.into_inner(), cfg!(target_os = "linux"));
+        assert_eq!(seat.busy.load(SeqCst), IDLE);
     }
 
     #[test]

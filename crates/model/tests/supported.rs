@@ -63,6 +63,8 @@ enum Judged {
     Peft,
     #[serde(rename = "judge")]
     Judge,
+    #[serde(rename = "emulated")]
+    Emulated,
     #[serde(rename = "not run")]
     NotRun,
 }

@@ -83,6 +83,7 @@ fn judged(word: &str) -> &str {
     match word {
         "golden" => "golden outputs of Hugging Face transformers",
         "conformance" => "the reference device, case by case",
+        "emulated" => "the reference device, case by case, in an emulator",
         "bits" => "the checkpoint it is made from, to the last bit",
         "library" => "the values that the format's own library gives",
         "peft" => "golden outputs of peft",

@@ -22,6 +22,8 @@ const GROUP: usize = 4;
 const TILE_ROWS: usize = 8;
 /// Rows of one task at most: their activations stay in cache while the panels pass.
 const TASK_ROWS: usize = 64;
+/// Steps in which places within a matrix are compared.
+const FRACTION: usize = 1 << 16;
 
 /// Rows that weights of any format can meet.
 #[derive(Clone, Copy)]
@@ -105,20 +107,21 @@ pub(crate) fn multiply(pool: &Pool, isa: Dispatch, (input, rows): (Prepared<'_>,
     let work = products.iter().map(|p| rows * p.weight.out_features * p.weight.in_features).sum();
     // Shared by panels; by rows too where panels are few.
     let chunk = pool.share(products.iter().map(|p| p.weight.panels()).sum(), work).next_multiple_of(2);
-    let chunks_of = |product: &Product<'_>| product.weight.panels().div_ceil(chunk);
-    let chunks: usize = products.iter().map(chunks_of).sum();
-    let task_rows = (pool.share(rows, work) * chunks).next_multiple_of(TILE_ROWS).clamp(TILE_ROWS, TASK_ROWS);
-    pool.run(chunks * rows.div_ceil(task_rows), work, |task| {
-        let (row, mut at) = (task / chunks * task_rows, task % chunks);
-        let mut products = products.iter();
-        let Product { weight, bias, out } = loop {
-            let product = products.next().expect("a chunk of some product");
-            match at.checked_sub(chunks_of(product)) {
-                None => break product,
-                Some(left) => at = left,
-            }
-        };
-        let (rows, panels) = (row..rows.min(row + task_rows), at * chunk..weight.panels().min((at + 1) * chunk));
+    // By panels first, and those of all products side by side, as they were packed: then a memory node has its share of each.
+    let mut chunks: Vec<(&Product<'_>, Range<usize>)> = Vec::new();
+    for product in products {
+        let panels = product.weight.panels();
+        chunks.extend((0..panels).step_by(chunk).map(|first| (product, first..panels.min(first + chunk))));
+    }
+    if products.len() > 1 {
+        chunks.sort_by_key(|(product, panels)| panels.start * FRACTION / product.weight.panels());
+    }
+    let task_rows = (pool.share(rows, work) * chunks.len()).next_multiple_of(TILE_ROWS).clamp(TILE_ROWS, TASK_ROWS);
+    let tiles = rows.div_ceil(task_rows);
+    pool.run(chunks.len() * tiles, work, |task| {
+        let (row, (product, panels)) = (task % tiles * task_rows, &chunks[task / tiles]);
+        let Product { weight, bias, out } = product;
+        let (rows, panels) = (row..rows.min(row + task_rows), panels.clone());
         let part = Part { input, first: 0, weight, bias: *bias, rows, panels };
         // SAFETY: tasks differ in the product, in rows or in panels, so their parts do not overlap.
         unsafe { part.run(isa, out) }
