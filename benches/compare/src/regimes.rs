@@ -25,9 +25,10 @@ const SHORT_OUTPUT: u32 = 8;
 /// Prompts of which the prefill figure is the median.
 const PREFILLS: usize = 3;
 
-/// Names of figures that tables and plots look for.
+/// The figure that is plotted.
 pub const DECODE: &str = "decode tok/s";
-pub const MEAN_TTFT: &str = "TTFT mean ms";
+/// That of two regimes.
+const MEAN_TTFT: &str = "TTFT mean ms";
 
 /// Puts a server through everything.
 pub async fn measure(server: &LocalServer, args: &Args, round: u64) -> Result<Vec<Figure>> {
@@ -90,7 +91,7 @@ impl Asker<'_> {
         let decode = all_decoding(&run)
             .with_context(|| format!("some of {streams} streams ended before others began; raise --output-len"))?;
         let report = Report::new(run, None, Objectives::default());
-        let regime = format!("{streams} streams");
+        let regime = if streams == 1 { "1 stream".to_owned() } else { format!("{streams} streams") };
         let figure = |(name, value)| Figure { regime: regime.clone(), name, value };
         let figures = [
             (DECODE, decode),

@@ -89,7 +89,7 @@ pub fn markdown(rows: &[Row]) -> String {
 pub fn svg(rows: &[Row]) -> Result<String> {
     let mut points: Vec<(usize, [f64; 2])> = Vec::new();
     for (regime, _, values) in figures(rows).into_iter().filter(|(_, figure, _)| *figure == DECODE) {
-        let streams = regime.strip_suffix(" streams").and_then(|n| n.parse().ok());
+        let streams = regime.split_once(" stream").and_then(|(n, _)| n.parse().ok());
         if let Some(streams) = streams.filter(|_| values.iter().all(|v| !v.is_empty())) {
             points.push((streams, values.each_ref().map(|v| median(v))));
         }

@@ -16,8 +16,8 @@ use crate::simd::{Kernel, LANES, Simd};
 const READ: usize = 1 << 30;
 /// What a thread reads at a time.
 const SHARE: usize = 4 << 20;
-/// Vectors of dot products per chain and task.
-const STEPS: usize = 1 << 20;
+/// Vectors of dot products per chain and task: below a millisecond, so that some run is left alone on a busy machine.
+const STEPS: usize = 1 << 17;
 /// How long each rate is looked for.
 const TIME: Duration = Duration::from_millis(700);
 /// Enough work for the pool to wake every thread.

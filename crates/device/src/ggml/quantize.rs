@@ -21,16 +21,17 @@ pub(super) fn int8_row(row: &[f32], blocks: &mut [[u8; 34]]) {
     }
 }
 
-/// Written without a call of `round`, so that it compiles to vector code: the largest number below a half, added with
-/// the sign of a number within ±127 before its fraction is cut off, rounds as that does.
 #[inline(always)]
 fn eight_bits(x: &[f32; 32], scale: f16, block: &mut [u8; 34]) {
-    const ALMOST_HALF: f32 = 0.499_999_97;
     let inverse = invert(scale.to_f32());
     block[..2].copy_from_slice(&scale.to_le_bytes());
     for (byte, v) in block[2..].iter_mut().zip(x) {
         let v = (v * inverse).clamp(-127.0, 127.0);
-        *byte = (v + ALMOST_HALF.copysign(v)) as i32 as i8 as u8;
+        let even = nearest(v);
+        let off = v - even;
+        // A half that went to the even side goes to the one away from zero.
+        let away = if off == 0.5f32.copysign(v) { 2.0 * off } else { 0.0 };
+        *byte = low_byte(even + away);
     }
 }
 
@@ -47,7 +48,11 @@ pub(super) fn q4_0(x: &[f32; 32], block: &mut [u8; 18]) {
     let largest = x.iter().copied().find(|v| v.abs() == most).unwrap_or(0.0);
     let scale = f16::from_f32(largest / -8.0);
     let inverse = invert(scale.to_f32());
-    let code = |v: f32| (v * inverse + 8.5).clamp(0.0, 15.0) as u8;
+    let code = |v: f32| {
+        let v = (v * inverse + 8.5).clamp(0.0, 15.0);
+        let nearest = nearest(v);
+        low_byte(if nearest > v { nearest - 1.0 } else { nearest })
+    };
     block[..2].copy_from_slice(&scale.to_le_bytes());
     for (i, byte) in block[2..].iter_mut().enumerate() {
         *byte = code(x[i]) | code(x[i + 16]) << 4;
@@ -75,7 +80,7 @@ pub(super) fn q4_k(x: &[f32; 256], block: &mut [u8; 144]) {
     let codes: [[u8; 32]; 8] = std::array::from_fn(|j| {
         let (scale, min) = (scale.to_f32() * f32::from(scales[j]), min.to_f32() * f32::from(mins[j]));
         let inverse = invert(scale);
-        groups[j].map(|v| code(v + min, inverse) as u8)
+        groups[j].map(|v| low_byte(code(v + min, inverse)))
     });
     for (pair, bytes) in codes.as_chunks::<2>().0.iter().zip(block[16..].as_chunks_mut::<32>().0) {
         *bytes = std::array::from_fn(|i| pair[0][i] | pair[1][i] << 4);
@@ -130,12 +135,26 @@ fn scale_and_minimum(x: &[f32; 32]) -> (f32, f32) {
     (best.0, -(low + best.1))
 }
 
-/// The nearest of the codes 0 to 15. Adding and taking off 1.5·2²³ rounds without a branch, so that this compiles to
-/// vector code.
+/// The nearest of the codes 0 to 15.
 #[inline(always)]
 fn code(value: f32, inverse: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0;
-    (value * inverse).clamp(0.0, 15.0) + ROUND - ROUND
+    nearest((value * inverse).clamp(0.0, 15.0))
+}
+
+/// 1.5·2²³: numbers near it are integers, whose low bits are those of what was added. No call and no cast does this in
+/// vector code on every machine.
+const ROUND: f32 = 12_582_912.0;
+
+/// The nearest integer, halves to even, of a small number.
+#[inline(always)]
+fn nearest(v: f32) -> f32 {
+    v + ROUND - ROUND
+}
+
+/// A small integer as a byte, in two's complement.
+#[inline(always)]
+fn low_byte(integer: f32) -> u8 {
+    (integer + ROUND).to_bits() as u8
 }
 
 /// Sums over a group, of eight terms at once.
@@ -198,6 +217,7 @@ mod tests {
 
     #[test]
     fn codes_are_rounded_as_round_does() {
+        // Halves among them.
         for (scale, values) in [(0.7, normal(1 << 14, 40.0)), (1.0, (-1300..1300).map(|i| i as f32 / 10.0).collect())] {
             let mut block = [0; 34];
             for x in values.as_chunks::<32>().0 {
