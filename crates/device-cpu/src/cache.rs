@@ -7,13 +7,14 @@
 
 use std::ops::Range;
 
-use baton_device::{AttentionBatch, KvDtype, KvSpec, LayerKv, Result, int8, saturating_f16};
+use baton_device::{AttentionBatch, KvDtype, KvSpec, LayerKv, Result, saturate_f16};
 use bytemuck::Pod;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::kernels::context::GROUP_LEN;
 use crate::memory::Floats;
-use crate::simd::{LANES, Simd};
+use crate::simd::{ALMOST_HALF, LANES, Simd};
 
 /// Positions of a block: a lane for each.
 pub(crate) const BLOCK: usize = LANES;
@@ -78,7 +79,7 @@ pub(crate) trait Element: Pod {
     fn scale(_: &[f32]) -> f32 {
         1.0
     }
-    /// Rounds `x`, a part of what has this scale.
+    /// Rounds `x`, at most [`PUT`] numbers of those that have this scale.
     fn round(x: &[f32], scale: f32, kept: &mut [Self]);
     /// 16 elements, without their scales.
     fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32;
@@ -97,7 +98,10 @@ impl Element for f32 {
 
 impl Element for f16 {
     fn round(x: &[f32], _: f32, kept: &mut [Self]) {
-        kept.iter_mut().zip(x).for_each(|(kept, x)| *kept = saturating_f16(*x));
+        let mut saturated = [0.0; PUT];
+        let saturated = &mut saturated[..x.len()];
+        saturated.iter_mut().zip(x).for_each(|(saturated, x)| *saturated = saturate_f16(*x));
+        kept.convert_from_f32_slice(saturated);
     }
 
     #[inline(always)]
@@ -118,12 +122,26 @@ impl Element for bf16 {
 }
 
 impl Element for i8 {
+    /// [`baton_device::int8::scale`], whose magnitudes are ordered as the integers that have their bits, in several maxima at once.
     fn scale(x: &[f32]) -> f32 {
-        int8::scale(x)
+        let (chunks, rest) = x.as_chunks::<LANES>();
+        let mut max = [0; LANES];
+        for chunk in chunks.iter().map(<[f32; LANES]>::as_slice).chain([rest]) {
+            for (max, x) in max.iter_mut().zip(chunk) {
+                *max = (x.to_bits() as i32 & i32::MAX).max(*max);
+            }
+        }
+        let max = f32::from_bits(max.into_iter().max().unwrap_or(0) as u32);
+        if max.is_finite() { max / 127.0 } else { f32::NAN }
     }
 
+    /// [`baton_device::int8::round`]: just below a half, added before the fraction is cut off, rounds halves away from zero.
     fn round(x: &[f32], scale: f32, kept: &mut [Self]) {
-        int8::round(x, scale, kept);
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        for (kept, x) in kept.iter_mut().zip(x) {
+            let x = x * inverse;
+            *kept = ((x + ALMOST_HALF.copysign(x)) as i8).max(-127);
+        }
     }
 
     #[inline(always)]
@@ -297,5 +315,27 @@ impl AttentionPlan {
     /// Positions that all rows attend to, together, where each sees at most `window`.
     pub(crate) fn context(&self, window: Option<usize>) -> usize {
         self.rows.iter().map(|r| (r.position + 1).min(window.unwrap_or(usize::MAX))).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_device::conformance::uniform;
+    use baton_device::int8;
+
+    use super::*;
+
+    #[test]
+    fn bytes_and_scales_are_those_of_the_device_crate() {
+        let halves: Vec<f32> = (0..255).map(|i| 0.5 * (i - 127) as f32).chain([127.0]).collect();
+        let odd = [vec![1.0, f32::NAN], vec![f32::NEG_INFINITY; 40], vec![0.0; 17], vec![1e-42, -1e-44]];
+        for x in (1..70).map(|len| uniform(len as u64, len, 3.0)).chain(odd).chain([halves]) {
+            let scale = i8::scale(&x);
+            assert_eq!(scale.to_bits(), int8::scale(&x).to_bits(), "{x:?}");
+            let (mut ours, mut theirs) = (vec![1; x.len()], vec![2; x.len()]);
+            i8::round(&x, scale, &mut ours);
+            int8::round(&x, scale, &mut theirs);
+            assert_eq!(ours, theirs, "{x:?}");
+        }
     }
 }

@@ -22,8 +22,13 @@ pub(crate) struct Floats {
 impl Floats {
     pub(crate) fn zeroed(len: usize, what: &'static str) -> Result<Self> {
         const PER_LINE: usize = LINE / size_of::<f32>();
-        let memory: Box<[f32]> = bytemuck::allocation::try_zeroed_slice_box(len.saturating_add(PER_LINE - 1))
+        let mut memory: Box<[f32]> = bytemuck::allocation::try_zeroed_slice_box(len.saturating_add(PER_LINE - 1))
             .map_err(|()| out_of_memory(len.saturating_mul(size_of::<f32>()), what))?;
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut memory);
+        let border = bytes.as_ptr().addr().wrapping_neg() % HUGE;
+        if let Some(pages) = bytes.get_mut(border..).filter(|pages| pages.len() >= HUGE) {
+            advise_huge_pages(pages);
+        }
         let start = memory.as_ptr().addr().wrapping_neg() % LINE / size_of::<f32>();
         Ok(Self { memory, start, len })
     }

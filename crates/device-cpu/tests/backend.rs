@@ -79,11 +79,12 @@ fn blocks_are_made_of_whole_ones_or_refused() {
 /// Positions that a sequence has not reached may hold what another one left, even infinities.
 #[test]
 fn what_lies_beyond_a_sequence_is_never_read() {
-    for isa in Isa::available() {
+    let each = Isa::available().into_iter().flat_map(|isa| KvDtype::ALL.map(|dtype| (isa, dtype)));
+    for (isa, dtype) in each {
         let b = CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) }).unwrap();
         let params = AttentionParams { heads: 2, kv_heads: 1, head_dim: 20, scale: 1.0, window: None, softcap: None };
         let layer = LayerKv::Full { kv_heads: 1, head_dim: 20 };
-        let spec = KvSpec { layers: vec![layer], dtype: KvDtype::F32, block_size: b.caps().kv_block_size };
+        let spec = KvSpec { layers: vec![layer], dtype, block_size: b.caps().kv_block_size };
         let mut cache = b.kv_cache(&spec, 2).unwrap();
         let mut attend = |len: usize, value: f32| {
             let mut out = b.tensor(len, 40).unwrap();
@@ -102,7 +103,7 @@ fn what_lies_beyond_a_sequence_is_never_read() {
             attend(30, poison);
             for len in [1, 5, 16, 18] {
                 let clean = attend(len, 0.5);
-                assert!(clean.iter().all(|v| (v - 0.5).abs() < 1e-6), "{isa}, {len} positions: {clean:?}");
+                assert!(clean.iter().all(|v| (v - 0.5).abs() < 1e-6), "{isa}, {dtype}, {len} positions: {clean:?}");
                 attend(30, poison);
             }
         }

@@ -275,6 +275,33 @@ proptest! {
     }
 }
 
+/// Contexts so long that threads share one, cut so that steps end on all sides of where it is shared.
+#[test]
+fn attention_to_long_contexts_does_not_depend_on_batch_chunks_or_threads() {
+    let (lens, cuts) = (vec![1300, 40, 600], vec![511, 13, 1, 90, 2, 700]);
+    for (same_isa, dtype) in backends_and_dtypes() {
+        let (lens, cuts) = (lens.clone(), cuts.clone());
+        for window in [None, Some(530)] {
+            let params = AttentionParams { heads: 3, kv_heads: 1, head_dim: 16, scale: 0.4, window, softcap: None };
+            let layer = LayerKv::Full { kv_heads: 1, head_dim: 16 };
+            let steps = Steps { lens: lens.clone(), cuts: cuts.clone(), seed: 5, layer, dtype };
+            let attended = steps.check(&same_isa, &[48, 16, 16], 48, |b, x, cache, plan, out| {
+                b.paged_attention(&x[0], &x[1], &x[2], cache, 0, plan, &params, out).unwrap();
+            });
+            attended.unwrap();
+        }
+        let kv_b = Stored::new(1, &[2 * (8 + 8), 32]);
+        let src =
+            HostLatent { kv_b: kv_b.tensor(), heads: 2, nope: 8, rope: 4, v: 8, rank: 32, format: WeightFormat::F32 };
+        let steps = Steps { lens, cuts, seed: 6, layer: LayerKv::Latent { rank: 32, rope: 4 }, dtype };
+        let attended = steps.check(&same_isa, &[2 * 12, 32, 4], 2 * 8, |b, x, cache, plan, out| {
+            let weight = b.latent_weight(&src).unwrap();
+            b.latent_attention(&x[0], &x[1], &x[2], &weight, cache, 0, plan, 0.3, out).unwrap();
+        });
+        attended.unwrap();
+    }
+}
+
 /// Some sequences and a way to cut them into steps.
 struct Steps {
     lens: Vec<usize>,
@@ -284,8 +311,6 @@ struct Steps {
     layer: LayerKv,
     dtype: KvDtype,
 }
-
-const BLOCKS_PER_SEQUENCE: usize = 8;
 
 impl Steps {
     /// Checks that batched sequences in chunks give, on any number of threads, the bits that each
@@ -320,7 +345,7 @@ impl Steps {
         };
         let cache = |b: &CpuBackend| {
             let spec = KvSpec { layers: vec![self.layer], dtype: self.dtype, block_size: b.caps().kv_block_size };
-            b.kv_cache(&spec, self.lens.len() * BLOCKS_PER_SEQUENCE).unwrap()
+            b.kv_cache(&spec, self.lens.len() * self.blocks_per_sequence()).unwrap()
         };
 
         let first = &same_isa[0];
@@ -349,6 +374,11 @@ impl Steps {
 
     /// Blocks of a sequence, scattered.
     fn table(&self, sequence: usize) -> Vec<u32> {
-        (0..BLOCKS_PER_SEQUENCE).map(|i| (i * self.lens.len() + sequence) as u32).rev().collect()
+        (0..self.blocks_per_sequence()).map(|i| (i * self.lens.len() + sequence) as u32).rev().collect()
+    }
+
+    /// Of 16 positions, the smallest that a backend has.
+    fn blocks_per_sequence(&self) -> usize {
+        self.lens.iter().max().expect("a sequence").div_ceil(16)
     }
 }

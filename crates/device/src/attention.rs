@@ -41,7 +41,7 @@ impl KvDtype {
     pub fn round(self, x: &mut [f32]) {
         match self {
             KvDtype::F32 => {}
-            KvDtype::F16 => x.iter_mut().for_each(|x| *x = saturating_f16(*x).to_f32()),
+            KvDtype::F16 => x.iter_mut().for_each(|x| *x = f16::from_f32(saturate_f16(*x)).to_f32()),
             KvDtype::BF16 => x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
             KvDtype::Int8 => {
                 let (scale, mut bytes) = (int8::scale(x), vec![0; x.len()]);
@@ -63,10 +63,10 @@ impl fmt::Display for KvDtype {
     }
 }
 
-/// The nearest f16, where numbers beyond the range become the largest.
-pub fn saturating_f16(x: f32) -> f16 {
-    let (low, high) = (f16::MIN.to_f32(), f16::MAX.to_f32());
-    f16::from_f32(if x.is_finite() { x.clamp(low, high) } else { x })
+/// Numbers beyond the range of f16 become its largest; what is not finite stays so.
+pub fn saturate_f16(x: f32) -> f32 {
+    let largest = f16::MAX.to_f32();
+    if x.is_finite() { x.clamp(-largest, largest) } else { x }
 }
 
 /// What one layer keeps for each cached token.

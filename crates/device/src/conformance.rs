@@ -75,6 +75,8 @@ pub enum Case {
         params: AttentionParams,
         /// How keys and values are kept.
         kv: KvDtype,
+        /// Positions that the longest sequence has more than usual.
+        history: usize,
     },
     /// [`LatentOps::latent_attention`] over several steps of a ragged batch.
     Latent {
@@ -92,6 +94,8 @@ pub enum Case {
         format: WeightFormat,
         /// How latents and rotated keys are kept.
         kv: KvDtype,
+        /// Positions that the longest sequence has more than usual.
+        history: usize,
     },
     /// [`MoeOps::fused_moe`].
     Moe {
@@ -146,6 +150,7 @@ pub fn cases() -> Vec<Case> {
         rank: 64,
         format: WeightFormat::Ggml(BlockFormat::Q4_0),
         kv: KvDtype::F32,
+        history: 0,
     });
     for (rows, cols, run) in [(1, 1, 1), (3, 37, 37), (5, 96, 32), (2, 128, 16), (17, 192, 192)] {
         cases.push(Case::Norm { rows, cols, run });
@@ -162,16 +167,31 @@ pub fn cases() -> Vec<Case> {
         let scale = (head_dim as f32).sqrt().recip();
         let full = AttentionParams { heads, kv_heads, head_dim, scale, window: None, softcap: None };
         for kv in KvDtype::ALL {
-            cases.push(Case::Attention { params: full, kv });
+            cases.push(Case::Attention { params: full, kv, history: 0 });
             // Windows of one token, within a block, across blocks, and longer than any context.
             for (window, softcap) in [(1, None), (7, Some(0.3)), (31, None), (65, Some(2.0)), (1000, Some(50.0))] {
-                cases.push(Case::Attention { params: AttentionParams { window: Some(window), softcap, ..full }, kv });
+                let params = AttentionParams { window: Some(window), softcap, ..full };
+                cases.push(Case::Attention { params, kv, history: 0 });
             }
         }
     }
+    for (kv, window) in KvDtype::ALL.into_iter().flat_map(|kv| [None, Some(90)].map(|window| (kv, window))) {
+        let params = AttentionParams { heads: 3, kv_heads: 1, head_dim: 16, scale: 0.25, window, softcap: None };
+        cases.push(Case::Attention { params, kv, history: LONG });
+    }
+    cases.push(Case::Latent {
+        heads: 3,
+        nope: 8,
+        rope: 4,
+        v: 8,
+        rank: 16,
+        format: F32,
+        kv: KvDtype::F16,
+        history: LONG,
+    });
     for (format, kv) in [F32, BF16, F16].into_iter().flat_map(|format| KvDtype::ALL.map(|kv| (format, kv))) {
-        cases.push(Case::Latent { heads: 3, nope: 7, rope: 6, v: 5, rank: 19, format, kv });
-        cases.push(Case::Latent { heads: 6, nope: 32, rope: 16, v: 32, rank: 64, format, kv });
+        cases.push(Case::Latent { heads: 3, nope: 7, rope: 6, v: 5, rank: 19, format, kv, history: 0 });
+        cases.push(Case::Latent { heads: 6, nope: 32, rope: 16, v: 32, rank: 64, format, kv, history: 0 });
     }
     for format in [F32, BF16, F16] {
         let groups = Some(GroupScore::TwoBest);
@@ -279,16 +299,16 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
             let inv_freq = (0..layout.dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
             let table = b.rope_table(&HostRope { inv_freq, scale: 1.25, max_positions: MAX_POSITIONS })?;
             let mut result = Vec::new();
-            for step in Ragged::new(b.caps().kv_block_size).steps() {
+            for step in Ragged::new(b.caps().kv_block_size, 0).steps() {
                 let mut x = activation(b, step.num_tokens(), layout.heads * layout.head_dim, 1)?;
                 b.rope(&mut x, layout, &table, &step.plan(b)?)?;
                 result.extend(outputs(b, &[&x])?);
             }
             Ok(result)
         }
-        Case::Attention { params, kv } => {
+        Case::Attention { params, kv, history } => {
             let AttentionParams { heads, kv_heads, head_dim, .. } = params;
-            over_steps(b, (LayerKv::Full { kv_heads, head_dim }, kv), |cache, plan, rows, seed| {
+            over_steps(b, (LayerKv::Full { kv_heads, head_dim }, kv), history, |cache, plan, rows, seed| {
                 let q = activation(b, rows, heads * head_dim, seed)?;
                 let k = activation(b, rows, kv_heads * head_dim, seed + 1)?;
                 let v = activation(b, rows, kv_heads * head_dim, seed + 2)?;
@@ -297,11 +317,11 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
                 outputs(b, &[&out])
             })
         }
-        Case::Latent { heads, nope, rope, v, rank, format, kv } => {
+        Case::Latent { heads, nope, rope, v, rank, format, kv, history } => {
             let kv_b = Source::new(format, vec![heads * (nope + v), rank], 1, (rank as f32).sqrt().recip());
             let weight = b.latent_weight(&HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format })?;
             let scale = ((nope + rope) as f32).sqrt().recip();
-            over_steps(b, (LayerKv::Latent { rank, rope }, kv), |cache, plan, rows, seed| {
+            over_steps(b, (LayerKv::Latent { rank, rope }, kv), history, |cache, plan, rows, seed| {
                 let q = activation(b, rows, heads * (nope + rope), seed)?;
                 let latent = activation(b, rows, rank, seed + 1)?;
                 let key = activation(b, rows, rope, seed + 2)?;
@@ -344,10 +364,14 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
 
 const MAX_POSITIONS: usize = 512;
 const NUM_BLOCKS: usize = 256;
+/// A history with which a context is longer than devices take it in one go.
+const LONG: usize = 520;
 
 /// Sequences of uneven lengths that advance by uneven steps, in blocks handed out out of order.
 struct Ragged {
     tables: Vec<Vec<u32>>,
+    /// Positions that the last sequence has more than the others' plan says.
+    history: usize,
 }
 
 struct Step<'a> {
@@ -355,19 +379,20 @@ struct Step<'a> {
 }
 
 impl Ragged {
-    fn new(block_size: usize) -> Self {
-        let per_sequence = MAX_POSITIONS / 4 / block_size.min(32) + 1;
+    fn new(block_size: usize, history: usize) -> Self {
+        let per_sequence = (MAX_POSITIONS / 4 + history) / block_size.min(32) + 1;
         let block = |s: usize, i: usize| ((s + i * 3) * 5 % NUM_BLOCKS) as u32;
-        Self { tables: (0..3).map(|s| (0..per_sequence).map(|i| block(s, i)).collect()).collect() }
+        Self { tables: (0..3).map(|s| (0..per_sequence).map(|i| block(s, i)).collect()).collect(), history }
     }
 
     /// Prefill of different lengths, then a mix of decode and chunks, then decode.
     fn steps(&self) -> Vec<Step<'_>> {
+        let more = self.history;
         let plans: [[(usize, usize); 3]; 4] = [
-            [(0, 1), (0, 17), (0, 70)],
-            [(1, 5), (17, 1), (70, 1)],
-            [(6, 1), (18, 33), (71, 1)],
-            [(7, 1), (51, 1), (72, 9)],
+            [(0, 1), (0, 17), (0, more + 70)],
+            [(1, 5), (17, 1), (more + 70, 1)],
+            [(6, 1), (18, 33), (more + 71, 1)],
+            [(7, 1), (51, 1), (more + 72, 9)],
         ];
         plans
             .into_iter()
@@ -396,12 +421,13 @@ impl Step<'_> {
 fn over_steps<B: Backend>(
     b: &B,
     (layer, dtype): (LayerKv, KvDtype),
+    history: usize,
     mut attend: impl FnMut(&mut B::KvCache, &B::AttentionPlan, usize, u64) -> Result<Vec<f32>>,
 ) -> Result<Vec<f32>> {
     let spec = KvSpec { layers: vec![layer; 2], dtype, block_size: b.caps().kv_block_size };
     let mut cache = b.kv_cache(&spec, NUM_BLOCKS)?;
     let mut result = Vec::new();
-    for (i, step) in Ragged::new(spec.block_size).steps().iter().enumerate() {
+    for (i, step) in Ragged::new(spec.block_size, history).steps().iter().enumerate() {
         result.extend(attend(&mut cache, &step.plan(b)?, step.num_tokens(), 10 * i as u64 + 10)?);
     }
     Ok(result)

@@ -22,7 +22,7 @@ mod reference;
 mod routing;
 
 pub use attention::{
-    AttentionBatch, AttentionParams, KvDtype, KvSpec, LayerKv, RopeLayout, SequenceSpan, saturating_f16,
+    AttentionBatch, AttentionParams, KvDtype, KvSpec, LayerKv, RopeLayout, SequenceSpan, saturate_f16,
 };
 pub use backend::{Activation, Backend, LatentOps, MoeOps, Rows};
 pub use caps::{Caps, Op, Requirements};

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane};
 use crate::isa::Dispatch;
-use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
+use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Rows, Source, Sums, Walk};
 use crate::kernels::latent::with_scratch;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
@@ -180,14 +180,22 @@ struct Stored<'a, E> {
 
 impl<'a, E: Element> Stored<'a, E> {
     /// The rows of some blocks where they lie.
-    fn rows(&self, blocks: &[u32]) -> Piece<'a, E, E> {
-        let blocks: [u32; PIECE] = std::array::from_fn(|b| blocks[b.min(blocks.len() - 1)]);
-        Piece {
+    fn rows(&self, blocks: [u32; PIECE]) -> Rows<'a, E, E> {
+        Rows {
             keys: blocks.map(|block| self.keys.block(block, self.head)),
-            key_scales: blocks.map(|block| self.keys.scales(block, self.head, 0)),
             values: blocks.map(|block| self.values.block(block, self.head)),
+        }
+    }
+
+    fn piece(&self, blocks: &[u32], next: &[u32]) -> Piece<'a, E, E> {
+        let filled = |blocks: &[u32]| std::array::from_fn(|b| blocks[b.min(blocks.len() - 1)]);
+        let blocks: [u32; PIECE] = filled(blocks);
+        Piece {
+            rows: self.rows(blocks),
+            key_scales: blocks.map(|block| self.keys.scales(block, self.head, 0)),
             value_scales: blocks.map(|block| self.values.scales(block, self.head, 0)),
             stride: self.values.width / LANES,
+            next: (!next.is_empty()).then(|| self.rows(filled(next))),
         }
     }
 }
@@ -196,8 +204,8 @@ impl<E: Element> Source for Stored<'_, E> {
     type Key = E;
     type Value = E;
 
-    fn piece(&mut self, _: Dispatch, blocks: &[u32]) -> Piece<'_, E, E> {
-        self.rows(blocks)
+    fn piece(&mut self, _: Dispatch, blocks: &[u32], next: &[u32]) -> Piece<'_, E, E> {
+        Stored::piece(self, blocks, next)
     }
 }
 
@@ -212,16 +220,18 @@ impl<E: Element> Source for Widened<'_, E> {
     type Key = f32;
     type Value = f32;
 
-    fn piece(&mut self, isa: Dispatch, blocks: &[u32]) -> Piece<'_, f32, f32> {
-        let Piece { keys, key_scales, values, value_scales, stride } = self.stored.rows(blocks);
+    fn piece(&mut self, isa: Dispatch, blocks: &[u32], next: &[u32]) -> Piece<'_, f32, f32> {
+        let Piece { rows, key_scales, value_scales, stride, .. } = self.stored.piece(blocks, next);
         let (key_rows, value_rows) = (self.stored.keys.width, BLOCK * stride);
         for b in 0..blocks.len() {
-            isa.run(Widen { from: keys[b], to: &mut self.keys[b * key_rows..][..key_rows] });
-            isa.run(Widen { from: values[b], to: &mut self.values[b * value_rows..][..value_rows] });
+            isa.run(Widen { from: rows.keys[b], to: &mut self.keys[b * key_rows..][..key_rows] });
+            isa.run(Widen { from: rows.values[b], to: &mut self.values[b * value_rows..][..value_rows] });
         }
-        let keys = std::array::from_fn(|b| &self.keys[b * key_rows..][..key_rows]);
-        let values = std::array::from_fn(|b| &self.values[b * value_rows..][..value_rows]);
-        Piece { keys, key_scales, values, value_scales, stride }
+        let rows = Rows {
+            keys: std::array::from_fn(|b| &self.keys[b * key_rows..][..key_rows]),
+            values: std::array::from_fn(|b| &self.values[b * value_rows..][..value_rows]),
+        };
+        Piece { rows, key_scales, value_scales, stride, next: None }
     }
 }
 

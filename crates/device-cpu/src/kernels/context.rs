@@ -174,8 +174,8 @@ impl Kernel for Finish<'_> {
 pub(crate) trait Source {
     type Key: Element;
     type Value: Element;
-    /// Lays out the rows of these blocks, at most [`PIECE`] of them.
-    fn piece(&mut self, isa: Dispatch, blocks: &[u32]) -> Piece<'_, Self::Key, Self::Value>;
+    /// Lays out the rows of these blocks, at most [`PIECE`] of them; `next` are those that will follow.
+    fn piece(&mut self, isa: Dispatch, blocks: &[u32], next: &[u32]) -> Piece<'_, Self::Key, Self::Value>;
 }
 
 /// Queries over some groups of a context, into `sums`.
@@ -201,9 +201,9 @@ impl Walk<'_> {
             let pieces = group * GROUP..(group + 1) * GROUP;
             let pieces = pieces.start.max(context.start / PIECE_LEN)..pieces.end.min(context.end.div_ceil(PIECE_LEN));
             for piece in pieces {
-                let blocks = &self.blocks[piece * PIECE..];
-                let rows = source.piece(isa, &blocks[..blocks.len().min(PIECE)]);
-                isa.run(Pass { queries: &self.queries, start: piece * PIECE_LEN, rows: &rows, sums });
+                let (blocks, next) = blocks_of(self.blocks, piece);
+                let rows = source.piece(isa, blocks, next);
+                isa.run(Pass { queries: &self.queries, start: piece * PIECE_LEN, piece: &rows, sums });
             }
             if group > first {
                 self.sums.merge(isa, std::iter::once(self.next.reborrow()));
@@ -212,16 +212,30 @@ impl Walk<'_> {
     }
 }
 
-/// The rows of a piece's blocks; where there are fewer blocks the last is repeated.
+/// Blocks of a piece, and of the one behind it.
+fn blocks_of(blocks: &[u32], piece: usize) -> (&[u32], &[u32]) {
+    let blocks = &blocks[piece * PIECE..];
+    let (blocks, next) = blocks.split_at(blocks.len().min(PIECE));
+    (blocks, &next[..next.len().min(PIECE)])
+}
+
+/// The rows of a piece's blocks.
 pub(crate) struct Piece<'a, K, V> {
-    /// `[width, 16]` each.
-    pub(crate) keys: [&'a [[K; LANES]]; PIECE],
+    pub(crate) rows: Rows<'a, K, V>,
     pub(crate) key_scales: [Option<&'a [f32; BLOCK]>; PIECE],
-    /// `[16, stride * 16]` each, whose first columns are the values.
-    pub(crate) values: [&'a [[V; LANES]]; PIECE],
     pub(crate) value_scales: [Option<&'a [f32; BLOCK]>; PIECE],
     /// Vectors of a row of values.
     pub(crate) stride: usize,
+    /// Those that follow, if they have to come from memory.
+    pub(crate) next: Option<Rows<'a, K, V>>,
+}
+
+/// Rows of the blocks of a piece; where there are fewer blocks one is repeated.
+pub(crate) struct Rows<'a, K, V> {
+    /// `[width, 16]` each.
+    pub(crate) keys: [&'a [[K; LANES]]; PIECE],
+    /// `[16, stride * 16]` each, whose first columns are the values.
+    pub(crate) values: [&'a [[V; LANES]]; PIECE],
 }
 
 /// Scores, then weights, of some queries for the positions of a piece.
@@ -232,7 +246,7 @@ struct Pass<'a, 's, K, V> {
     queries: &'a Queries<'a>,
     /// First position of the piece.
     start: usize,
-    rows: &'a Piece<'a, K, V>,
+    piece: &'a Piece<'a, K, V>,
     sums: &'a mut Sums<'s>,
 }
 
@@ -264,22 +278,23 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
     fn tile<S: Simd, const Q: usize, const N: usize>(&mut self, s: S, first: usize) -> usize {
         // Of the piece's positions those that each sees, those that any sees, and those that all see.
         let mut visible: [Range<usize>; Q] = std::array::from_fn(|_| 0..0);
-        let (mut any, mut all) = (PIECE_LEN..0, 0..PIECE_LEN);
-        for q in 0..Q {
-            let Range { start, end } = self.queries.visible(first + q);
-            visible[q] = start.saturating_sub(self.start)..end.saturating_sub(self.start).min(PIECE_LEN);
-            let Range { start, end } = visible[q];
+        let (mut first_seen, mut end_seen) = (PIECE_LEN, 0);
+        let mut all = 0..PIECE_LEN;
+        for (query, visible) in (first..).zip(&mut visible) {
+            let Range { start, end } = self.queries.visible(query);
+            let (start, end) = (start.saturating_sub(self.start), end.saturating_sub(self.start).min(PIECE_LEN));
             if start < end {
-                any = any.start.min(start)..any.end.max(end);
+                (first_seen, end_seen) = (first_seen.min(start), end_seen.max(end));
             }
             all = all.start.max(start)..all.end.min(end);
+            *visible = start..end;
         }
-        if any.is_empty() {
+        if first_seen >= end_seen {
             return Q;
         }
 
         let mut weights = [[[0.0; BLOCK]; PIECE]; Q];
-        let (mut block, end) = (any.start / BLOCK, any.end.div_ceil(BLOCK));
+        let (mut block, end) = (first_seen / BLOCK, end_seen.div_ceil(BLOCK));
         while block < end {
             if end - block >= N {
                 self.scores::<S, Q, N>(s, first, block, &mut weights);
@@ -313,6 +328,12 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
         Q
     }
 
+    /// The rows that the first tile brings nearer, each while it uses the one that lies there now.
+    #[inline(always)]
+    fn ahead(&self, first: usize) -> Option<&Rows<'_, K, V>> {
+        self.piece.next.as_ref().filter(|_| first == 0)
+    }
+
     /// Products of `Q` queries with the keys of `N` blocks, each a chain over the features.
     #[inline(always)]
     fn scores<S: Simd, const Q: usize, const N: usize>(
@@ -324,17 +345,21 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
     ) {
         let width = self.queries.width;
         let mut queries: [&[f32]; Q] = [&[]; Q];
-        for q in 0..Q {
-            queries[q] = &self.queries.data[(first + q) * width..][..width];
+        for (query, data) in (first..).zip(&mut queries) {
+            *data = &self.queries.data[query * width..][..width];
         }
         let mut columns: [&[[K; LANES]]; N] = [&[]; N];
-        for n in 0..N {
-            columns[n] = &self.rows.keys[block + n][..width];
+        for (column, keys) in columns.iter_mut().zip(&self.piece.rows.keys[block..]) {
+            *column = &keys[..width];
         }
+        let next = self.ahead(first);
         let mut acc = [[s.splat(0.0); N]; Q];
         for feature in 0..width {
             let mut column = [s.splat(0.0); N];
             for n in 0..N {
+                if let Some(next) = next {
+                    s.prefetch(&next.keys[block + n][feature]);
+                }
                 // SAFETY: every slice was cut to `width`.
                 column[n] = K::load(s, unsafe { columns[n].get_unchecked(feature) });
             }
@@ -359,7 +384,7 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
         let blocks = visible.start / BLOCK..visible.end.div_ceil(BLOCK);
         let inside = visible.start - blocks.start * BLOCK..visible.end - blocks.start * BLOCK;
         let scores = &mut scores[blocks.clone()];
-        for (scores, scales) in scores.iter_mut().zip(&self.rows.key_scales[blocks.clone()]) {
+        for (scores, scales) in scores.iter_mut().zip(&self.piece.key_scales[blocks.clone()]) {
             if let Some(scales) = scales {
                 s.store(s.mul(s.load(scores), s.load(scales)), scores);
             }
@@ -379,7 +404,7 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
         }
         fill_outside(scores, &inside, 0.0);
         let mut total = s.splat(0.0);
-        for (weights, scales) in scores.iter_mut().zip(&self.rows.value_scales[blocks]) {
+        for (weights, scales) in scores.iter_mut().zip(&self.piece.value_scales[blocks]) {
             total = s.add(total, s.load(weights));
             if let Some(scales) = scales {
                 s.store(s.mul(s.load(weights), s.load(scales)), weights);
@@ -433,21 +458,25 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
         positions: Range<usize>,
     ) -> usize {
         let mut acc = [[s.splat(0.0); N]; Q];
-        for q in 0..Q {
-            let mixed = &self.sums.mixed(first + q)[column..][..N];
-            for n in 0..N {
-                acc[q][n] = s.load(&mixed[n]);
+        for (query, acc) in (first..).zip(&mut acc) {
+            for (acc, mixed) in acc.iter_mut().zip(&self.sums.mixed(query)[column..][..N]) {
+                *acc = s.load(mixed);
             }
         }
-        for block in positions.start / BLOCK..positions.end.div_ceil(BLOCK) {
-            let within = positions.start.max(block * BLOCK) - block * BLOCK
-                ..positions.end.min((block + 1) * BLOCK) - block * BLOCK;
-            let rows = self.rows.values[block][within.start * self.rows.stride..].chunks_exact(self.rows.stride);
-            for (row, j) in rows.zip(within) {
-                let row = &row[column..][..N];
+        let (next, stride) = (self.ahead(first), self.piece.stride);
+        let blocks = self.piece.rows.values.iter().enumerate();
+        for (block, rows) in blocks.take(positions.end.div_ceil(BLOCK)).skip(positions.start / BLOCK) {
+            let start = block * BLOCK;
+            let within = positions.start.max(start) - start..positions.end.min(start + BLOCK) - start;
+            for (row, j) in rows[within.start * stride..].chunks_exact(stride).zip(within) {
                 let mut values = [s.splat(0.0); N];
-                for n in 0..N {
-                    values[n] = V::load(s, &row[n]);
+                for (value, row) in values.iter_mut().zip(&row[column..][..N]) {
+                    *value = V::load(s, row);
+                }
+                if let Some(next) = next {
+                    for row in &next.values[block][j * stride + column..][..N] {
+                        s.prefetch(row);
+                    }
                 }
                 for q in 0..Q {
                     let weight = s.splat(weights[q][block][j]);
@@ -457,10 +486,9 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
                 }
             }
         }
-        for q in 0..Q {
-            let mixed = &mut self.sums.mixed(first + q)[column..][..N];
-            for n in 0..N {
-                s.store(acc[q][n], &mut mixed[n]);
+        for (query, acc) in (first..).zip(acc) {
+            for (acc, mixed) in acc.into_iter().zip(&mut self.sums.mixed(query)[column..][..N]) {
+                s.store(acc, mixed);
             }
         }
         N

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane, rope_start};
 use crate::isa::Dispatch;
-use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
+use crate::kernels::context::{self, GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
 use crate::kernels::linear::{Part, Prepared};
 use crate::kernels::quantize::Quantized;
 use crate::pool::Pool;
@@ -261,7 +261,7 @@ impl Source for Latents<'_> {
     type Key = f32;
     type Value = f32;
 
-    fn piece(&mut self, isa: Dispatch, blocks: &[u32]) -> Piece<'_, f32, f32> {
+    fn piece(&mut self, isa: Dispatch, blocks: &[u32], _: &[u32]) -> Piece<'_, f32, f32> {
         let (plane, width) = (self.plane, self.plane.width);
         let mut values: [&[[f32; LANES]]; PIECE] = [&[]; PIECE];
         for (b, to) in self.values.chunks_exact_mut(width).enumerate() {
@@ -278,7 +278,8 @@ impl Source for Latents<'_> {
             isa.run(Transpose { rows, columns });
         }
         let keys = std::array::from_fn(|b| &self.keys[b * width..][..width]);
-        Piece { keys, key_scales: [None; PIECE], values, value_scales: [None; PIECE], stride: width / LANES }
+        let (rows, scales) = (context::Rows { keys, values }, [None; PIECE]);
+        Piece { rows, key_scales: scales, value_scales: scales, stride: width / LANES, next: None }
     }
 }
 
@@ -291,7 +292,7 @@ struct CachedBlock<'a> {
 
 impl CachedBlock<'_> {
     /// Each element times its scale.
-    fn widen<'t, E: Element>(self, isa: Dispatch, to: &'t mut [[f32; LANES]]) -> &'t [[f32; LANES]] {
+    fn widen<E: Element>(self, isa: Dispatch, to: &mut [[f32; LANES]]) -> &[[f32; LANES]] {
         let scales = [0, 1].map(|part| self.plane.scales(self.block, 0, part));
         isa.run(Widen { from: self.plane.block::<E>(self.block, 0), scales, split: self.rank_width / LANES, to });
         to
@@ -335,12 +336,11 @@ impl Kernel for Transpose<'_> {
         let vectors = self.rows.len() / LANES;
         for (vector, columns) in self.columns.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             let mut square = [s.splat(0.0); LANES];
-            for j in 0..LANES {
-                square[j] = s.load(&self.rows[j * vectors + vector]);
+            for (row, square) in self.rows.chunks_exact(vectors).zip(&mut square) {
+                *square = s.load(&row[vector]);
             }
-            let square = s.transpose(square);
-            for j in 0..LANES {
-                s.store(square[j], &mut columns[j]);
+            for (column, square) in columns.iter_mut().zip(s.transpose(square)) {
+                s.store(square, column);
             }
         }
     }

@@ -145,6 +145,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, x: &[T; LANES]) {
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(x.as_ptr().cast()))
+    }
+
+    #[inline(always)]
     fn load_i8(self, x: &[i8; LANES]) -> [__m256; 2] {
         intrinsic!({
             let x = _mm_loadu_si128(x.as_ptr().cast());
@@ -280,5 +285,15 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn to_f32(self, v: [__m256i; 2]) -> [__m256; 2] {
         intrinsic!([_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])])
+    }
+
+    #[inline(always)]
+    fn max(self, v: [__m256; 2]) -> f32 {
+        intrinsic!({
+            let max = _mm256_max_ps(v[0], v[1]);
+            let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
+            let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
+            _mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max)))
+        })
     }
 }

@@ -139,6 +139,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, x: &[T; LANES]) {
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(x.as_ptr().cast()))
+    }
+
+    #[inline(always)]
     fn load_i8(self, x: &[i8; LANES]) -> __m512 {
         intrinsic!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))))
     }
@@ -221,5 +226,38 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn to_f32(self, v: __m512i) -> __m512 {
         intrinsic!(_mm512_cvtepi32_ps(v))
+    }
+
+    #[inline(always)]
+    fn max(self, v: __m512) -> f32 {
+        intrinsic!(_mm512_reduce_max_ps(v))
+    }
+
+    #[inline(always)]
+    fn transpose(self, v: [__m512; LANES]) -> [__m512; LANES] {
+        let (mut pairs, mut fours, mut out) = (v, v, v);
+        intrinsic!({
+            for i in 0..8 {
+                pairs[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+                pairs[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+            }
+            for i in 0..8 {
+                // Of four vectors, lane c of each quarter.
+                let four = 4 * (i / 2) + i % 2;
+                let (a, b) = (_mm512_castps_pd(pairs[four]), _mm512_castps_pd(pairs[four + 2]));
+                fours[2 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+            for c in 0..4 {
+                let (a, b, x, y) = (fours[c], fours[c + 4], fours[c + 8], fours[c + 12]);
+                let (even_ab, even_xy) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(x, y));
+                let (odd_ab, odd_xy) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(x, y));
+                out[c] = _mm512_shuffle_f32x4::<0x88>(even_ab, even_xy);
+                out[c + 4] = _mm512_shuffle_f32x4::<0x88>(odd_ab, odd_xy);
+                out[c + 8] = _mm512_shuffle_f32x4::<0xdd>(even_ab, even_xy);
+                out[c + 12] = _mm512_shuffle_f32x4::<0xdd>(odd_ab, odd_xy);
+            }
+        });
+        out
     }
 }

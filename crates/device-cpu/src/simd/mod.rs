@@ -21,7 +21,7 @@ use half::{bf16, f16};
 
 /// The largest number below a half: added with the sign of a number before it is cut to an integer, it rounds halves
 /// away from zero.
-const ALMOST_HALF: f32 = 0.499_999_97;
+pub(crate) const ALMOST_HALF: f32 = 0.499_999_97;
 
 /// Lanes of a vector, on every instruction set.
 pub(crate) const LANES: usize = 16;
@@ -65,6 +65,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn add_exponent(self, v: Self::F32, n: Self::F32) -> Self::F32;
     /// Sums the lanes of each of four vectors.
     fn sums(self, v: [Self::F32; 4]) -> [f32; 4];
+
+    /// Brings what will be loaded soon into the second level of cache, where the instruction set can.
+    #[inline(always)]
+    fn prefetch<T>(self, _: &[T; LANES]) {}
 
     /// Small integers, widened.
     fn load_i8(self, x: &[i8; LANES]) -> Self::F32;
@@ -299,6 +303,32 @@ mod tests {
                 x[lane] = 100.0;
                 isa.dispatch().unwrap().run(Map { x: &mut x, f: Reduce });
                 assert_eq!(x[..6], [85.0, 16.0, 170.0, 0.0, 85.0, 100.0], "{isa}, lane {lane}");
+            }
+        }
+    }
+
+    struct Transpose<'a>(&'a mut [[f32; LANES]; LANES]);
+
+    impl Kernel for Transpose<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let mut v = [s.splat(0.0); LANES];
+            for (v, row) in v.iter_mut().zip(&*self.0) {
+                *v = s.load(row);
+            }
+            for (v, row) in s.transpose(v).into_iter().zip(self.0) {
+                s.store(v, row);
+            }
+        }
+    }
+
+    #[test]
+    fn a_transposed_square_has_its_lanes_where_its_vectors_were() {
+        for isa in Isa::available() {
+            let mut square = std::array::from_fn(|i| std::array::from_fn(|j| (LANES * i + j) as f32));
+            isa.dispatch().unwrap().run(Transpose(&mut square));
+            for (j, row) in square.iter().enumerate() {
+                assert_eq!(*row, std::array::from_fn(|i| (LANES * i + j) as f32), "{isa}");
             }
         }
     }
