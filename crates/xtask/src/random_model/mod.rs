@@ -271,8 +271,16 @@ mod tests {
             let options = LoadOptions { max_model_len: Some(16), ..LoadOptions::default() };
             let (mut runner, _) = load(Reference::new(), &Files::at(path).unwrap(), &options).unwrap();
             let tokens = vec![7, 300, 21];
-            let sequence =
-                SequenceStep { id: 0, num_computed: 0, tokens, block_table: vec![0], sample: None, adapter: None };
+            let sequence = SequenceStep {
+                id: 0,
+                num_computed: 0,
+                tokens,
+                draft: Vec::new(),
+                block_table: vec![0],
+                adapter: None,
+                sample: None,
+                propose: 0,
+            };
             runner.logits(&StepPlan { sequences: vec![sequence] }).unwrap()
         };
         for name in ["qwen2-0.5b", "r1-qwen-1.5b", "qwen3-moe-1b-active"] {
