@@ -69,8 +69,10 @@ pub fn ours(path: &Path) -> Feed {
             id: 1,
             num_computed,
             tokens: tokens.to_vec(),
+            draft: Vec::new(),
             block_table: block_table.clone(),
             sample: None,
+            propose: 0,
         };
         let logits = runner.logits(&StepPlan { sequences: vec![sequence] }).unwrap();
         logits[logits.len() - runner.spec().vocab_size..].to_vec()
