@@ -34,8 +34,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         max_model_len: Some(16),
         max_step_tokens: 16,
         max_step_sequences: 1,
-        max_lora_rank: 0,
         kv_cache: KvCacheSize::AtMost(64 << 20),
+        ..LoadOptions::default()
     };
     let files = Files::at(&path)?;
     for _ in 0..runs {
