@@ -74,6 +74,8 @@ fn step(runner: &mut ModelRunner<CpuBackend>, sequences: usize, start: usize, to
         id: s as u64,
         num_computed: start,
         tokens: (0..tokens).map(|i| ((s * 7919 + (start + i) * 104_729) % vocab) as u32).collect(),
+        draft: Vec::new(),
+        propose: 0,
         block_table: (0..blocks).map(|b| ((s * blocks + b) % available) as u32).collect(),
         sample: Some(SampleRequest {
             params: Arc::new(SamplingParams::greedy()),

@@ -69,6 +69,8 @@ pub fn ours(path: &Path) -> Feed {
             id: 1,
             num_computed,
             tokens: tokens.to_vec(),
+            draft: Vec::new(),
+            propose: 0,
             block_table: block_table.clone(),
             sample: None,
         };
