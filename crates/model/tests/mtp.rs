@@ -70,7 +70,7 @@ fn the_layer_is_no_part_of_the_digest_and_refused_where_there_is_none() {
     assert_eq!(without.digest, with.digest);
     assert!(without.weight_bytes < with.weight_bytes);
 
-    for case in ["deepseek-v3", "llama-rope3"] {
+    for case in ["deepseek-v2", "llama-rope3"] {
         let files = Files::folder(folder(case)).unwrap();
         let refusal = load(Reference::new(), &files, &LoadOptions { mtp: true, ..options() }).err().unwrap();
         assert!(matches!(&refusal, LoadError::Unsupported { .. }), "{refusal}");
