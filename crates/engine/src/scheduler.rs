@@ -17,7 +17,7 @@ use baton_model::{RunSpec, SampledToken, SequenceFailure, StepOutput, StepPlan};
 use crate::block::BlockId;
 use crate::block_manager::BlockManager;
 use crate::sequence::{Sequence, Start};
-use crate::speculate::lookup;
+use crate::speculate::{lookup, worth};
 use crate::{
     DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, SpeculationConfig,
     SpeculationStats,
@@ -172,11 +172,12 @@ impl Scheduler {
         // As at admission: a draft takes no block that a token may soon need.
         let spare = self.running.len();
         let mut sampling = plan.sequences.iter().filter(|step| step.sample.is_some()).count();
+        let worth = worth(sampling, plan.num_tokens());
         for step in plan.sequences.iter_mut().filter(|step| step.sample.is_some()) {
             let sequence = self.running.get_mut(&RequestId(step.id)).expect("what is planned is running");
             let most = speculation.num_speculative_tokens.min(sequence.max_drafts()).min(left.div_ceil(sampling));
             sampling -= 1;
-            let wanted = sequence.drafting.length(most);
+            let wanted = sequence.drafting.length(most, worth);
             let mut draft = match speculation.method {
                 _ if wanted == 0 => Vec::new(),
                 DraftMethod::Ngram { min, max } => lookup(&sequence.tokens, (min, max), wanted),
@@ -191,7 +192,7 @@ impl Scheduler {
             }
             step.propose = match speculation.method {
                 DraftMethod::Ngram { .. } => 0,
-                DraftMethod::Model => sequence.drafting.length(speculation.num_speculative_tokens),
+                DraftMethod::Model => sequence.drafting.length(speculation.num_speculative_tokens, worth),
             };
         }
     }

@@ -452,12 +452,13 @@ fn drafts_take_no_block_that_a_token_needs() {
             submit(&mut world, request(family, 9, 19));
         }
         world.run();
-        (world.core.stats().preemptions, world.control.steps())
+        world.core.stats()
     };
     // All three fit to the last block.
-    let ((preemptions, steps), (drafted_preemptions, drafted_steps)) = (run(world(21)), run(drafting_world(21)));
-    assert_eq!((preemptions, drafted_preemptions), (0, 0));
-    assert!(drafted_steps < steps);
+    assert_eq!(run(world(21)).preemptions, 0);
+    let stats = run(drafting_world(21));
+    assert_eq!(stats.preemptions, 0);
+    assert!(stats.speculation.unwrap().accepted_tokens > 5);
 }
 
 #[test]

@@ -94,7 +94,8 @@ impl Specs {
     }
 }
 
-/// Every tensor that a model of this config has. Routers and embeddings are never quantised.
+/// Every tensor that a model of this config has. Routers, embeddings and the input of the layer that predicts further
+/// tokens are never quantised.
 pub(crate) fn specs(config: &ModelConfig) -> Specs {
     let mut specs = Specs::default();
     decoder::outer_specs(config, &mut specs);
@@ -106,9 +107,11 @@ pub(crate) fn specs(config: &ModelConfig) -> Specs {
         }
     }
     if let Some(quantization) = &config.quantization {
+        let projection = mtp::projection(config);
         let quantizable = |spec: &&mut TensorSpec| match spec.role {
             Role::Linear => true,
-            Role::Float => spec.name != EMBEDDING_WEIGHT,
+            // Quantisers leave these two alone.
+            Role::Float => spec.name != EMBEDDING_WEIGHT && spec.module() != projection,
             Role::Router | Role::Vector => false,
         };
         for spec in specs.0.values_mut().filter(quantizable) {
