@@ -29,7 +29,7 @@ impl Reference {
                 kv_block_size: 8,
                 weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
-                byte_activations: false,
+                narrow_activations: BTreeSet::new(),
                 row_invariant: true,
             },
         }

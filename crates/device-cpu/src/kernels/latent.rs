@@ -12,8 +12,7 @@ use baton_device::{HostLatent, Result, Rows, WeightFormat};
 use crate::cache::{AttentionPlan, Plane, latent_width, rope_start};
 use crate::isa::Dispatch;
 use crate::kernels::attention::Attend;
-use crate::kernels::linear::{Part, Prepared};
-use crate::kernels::quantize::Quantized;
+use crate::kernels::linear::{Buffers, Part, Prepared};
 use crate::pool::Pool;
 use crate::tensor::{Target, Tensor, View};
 use crate::weight::Matrix;
@@ -97,9 +96,9 @@ pub(crate) fn attend(
         let rows = row..rows.min(row + row_chunk);
         let heads = head..heads.min(head + TASK_HEADS);
         let task = Task { pool, isa, q, weight, plane, plan, scale, rows, heads };
-        with_scratch(task.rows.len() * task.heads.len() * (width + rope_start(weight.rank)), |scratch, quantized| {
+        with_scratch(task.rows.len() * task.heads.len() * (width + rope_start(weight.rank)), |scratch, buffers| {
             // SAFETY: tasks differ in rows or in heads.
-            unsafe { task.run(scratch, quantized, out) };
+            unsafe { task.run(scratch, buffers, out) };
         });
     });
 }
@@ -120,7 +119,7 @@ struct Task<'a> {
 impl Task<'_> {
     /// # Safety
     /// Nobody else reads or writes these rows and heads of `out` meanwhile.
-    unsafe fn run(self, scratch: &mut [f32], quantized: &mut Quantized, out: &Target<'_>) {
+    unsafe fn run(self, scratch: &mut [f32], buffers: &mut Buffers, out: &Target<'_>) {
         let Task { pool, isa, q, weight, plane, plan, scale, .. } = self;
         let &Latent { nope, rope, v, rank, .. } = weight;
         let (rank_width, rows) = (rope_start(rank), self.rows.len());
@@ -139,7 +138,7 @@ impl Task<'_> {
                     (pool, isa),
                     nopes,
                     &weight.heads[head].absorb,
-                    quantized,
+                    buffers,
                     &Target::new(queries, plane.width),
                 )
             };
@@ -163,7 +162,7 @@ impl Task<'_> {
             let mixed = View { data: mixed, rows, stride: rank_width, start: 0, width: rank, index: None };
             let out = out.shifted(first, head * v);
             // SAFETY: the caller's obligation.
-            unsafe { multiply_here((pool, isa), mixed, &weight.heads[head].project, quantized, &out) };
+            unsafe { multiply_here((pool, isa), mixed, &weight.heads[head].project, buffers, &out) };
         }
     }
 }
@@ -176,24 +175,24 @@ unsafe fn multiply_here(
     engine: (&Pool, Dispatch),
     x: View<'_>,
     weight: &Matrix,
-    quantized: &mut Quantized,
+    buffers: &mut Buffers,
     out: &Target<'_>,
 ) {
-    let input = Prepared::new(engine, x, [weight], quantized);
+    let input = Prepared::new(engine, x, [weight], buffers);
     let part = Part { input, first: 0, weight, bias: None, rows: 0..x.rows, panels: 0..weight.panels() };
     // SAFETY: the caller's obligation.
     unsafe { part.run(engine.1, out) }
 }
 
 /// Memory of this thread for the length of a task; its contents are arbitrary.
-pub(crate) fn with_scratch(len: usize, f: impl FnOnce(&mut [f32], &mut Quantized)) {
+pub(crate) fn with_scratch(len: usize, f: impl FnOnce(&mut [f32], &mut Buffers)) {
     thread_local! {
-        static SCRATCH: RefCell<(Vec<f32>, Quantized)> = RefCell::default();
+        static SCRATCH: RefCell<(Vec<f32>, Buffers)> = RefCell::default();
     }
-    SCRATCH.with_borrow_mut(|(floats, quantized)| {
+    SCRATCH.with_borrow_mut(|(floats, buffers)| {
         if floats.len() < len {
             floats.resize(len, 0.0);
         }
-        f(&mut floats[..len], quantized);
+        f(&mut floats[..len], buffers);
     });
 }
