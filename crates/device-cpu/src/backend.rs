@@ -13,9 +13,8 @@ use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
 use crate::isa::{Dispatch, Isa};
 use crate::kernels::attention;
 use crate::kernels::latent::{self, Latent};
-use crate::kernels::linear::{Prepared, Product, multiply};
+use crate::kernels::linear::{Buffers, Prepared, Product, multiply};
 use crate::kernels::moe::{self, Experts};
-use crate::kernels::quantize::Quantized;
 use crate::kernels::rope::{Rope, Rotate};
 use crate::kernels::rows::{Add, Gated, RmsNorm, Scale, Softcap};
 use crate::memory::DEVICE;
@@ -42,7 +41,7 @@ pub struct CpuBackend {
 
 #[derive(Default)]
 struct Scratch {
-    quantized: Quantized,
+    input: Buffers,
     moe: moe::Scratch,
 }
 
@@ -73,7 +72,7 @@ impl CpuBackend {
             kv_dtypes: KvDtype::ALL.into(),
             weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
-            byte_activations: true,
+            narrow_activations: BlockFormat::ALL.map(Ggml).into_iter().chain(isa.has_pairs().then_some(BF16)).collect(),
             row_invariant: true,
         };
         Ok(Self { caps, isa, pool, scratch: Mutex::default() })
@@ -226,7 +225,7 @@ impl Backend for CpuBackend {
         let products: Vec<_> = group.iter_mut().map(|(linear, out)| Product::new(linear, x.rows(), out)).collect();
         let mut scratch = self.scratch();
         let weights = products.iter().map(|product| product.weight);
-        let input = Prepared::new((&self.pool, self.isa), x.view(), weights, &mut scratch.quantized);
+        let input = Prepared::new((&self.pool, self.isa), x.view(), weights, &mut scratch.input);
         multiply(&self.pool, self.isa, (input, x.rows()), &products);
         Ok(())
     }

@@ -4,9 +4,9 @@ use std::fmt;
 
 #[cfg(target_arch = "aarch64")]
 use crate::simd::neon::Neon;
-use crate::simd::{Kernel, portable::Portable};
+use crate::simd::{Kernel, PairKernel, portable::Portable};
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{avx2::Avx2, avx512::Avx512};
+use crate::simd::{avx2::Avx2, avx512::Avx512, avx512::Bf16};
 
 /// An instruction set that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -17,6 +17,8 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
     Avx512,
+    /// The same with BF16.
+    Avx512Bf16,
     /// aarch64.
     Neon,
     /// aarch64 with dot products of bytes.
@@ -24,7 +26,7 @@ pub enum Isa {
 }
 
 impl Isa {
-    const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::NeonDotprod];
+    const ALL: [Isa; 6] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Neon, Isa::NeonDotprod];
 
     /// The best that this machine has.
     pub fn detect() -> Isa {
@@ -44,6 +46,8 @@ impl Isa {
             Isa::Avx2 => Avx2::detect().map(Dispatch::Avx2),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Avx512::detect().map(Dispatch::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Bf16::detect().map(Dispatch::Avx512Bf16),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => Neon::detect().map(Dispatch::Neon),
             #[cfg(target_arch = "aarch64")]
@@ -60,6 +64,7 @@ impl fmt::Display for Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512-bf16",
             Isa::Neon => "neon",
             Isa::NeonDotprod => "neon-dotprod",
         })
@@ -74,6 +79,8 @@ pub(crate) enum Dispatch {
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(Bf16),
     #[cfg(target_arch = "aarch64")]
     Neon(Neon<false>),
     #[cfg(target_arch = "aarch64")]
@@ -89,10 +96,36 @@ impl Dispatch {
             Dispatch::Avx2(s) => s.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Dispatch::Avx512(s) => s.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Dispatch::Avx512Bf16(s) => s.base().run(kernel),
             #[cfg(target_arch = "aarch64")]
             Dispatch::Neon(s) => s.run(kernel),
             #[cfg(target_arch = "aarch64")]
             Dispatch::NeonDotprod(s) => s.run(kernel),
+        }
+    }
+
+    /// Whether it multiplies pairs of bf16.
+    pub(crate) fn has_pairs(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Dispatch::Avx512Bf16(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Runs a kernel that multiplies pairs of bf16.
+    ///
+    /// # Panics
+    /// If this instruction set does not.
+    pub(crate) fn run_pairs<K: PairKernel>(self, kernel: K) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Dispatch::Avx512Bf16(s) => s.run(kernel),
+            _ => {
+                let _ = kernel;
+                panic!("pairs of bf16 on an instruction set without them")
+            }
         }
     }
 }

@@ -6,11 +6,12 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use baton_device::Result;
+use half::bf16;
 
 use crate::backend::CpuBackend;
 use crate::isa::Dispatch;
 use crate::memory::weights;
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, PairDot, PairKernel, Simd};
 
 /// Memory that is read: far more than caches hold.
 const READ: usize = 1 << 30;
@@ -30,7 +31,9 @@ pub struct Limits {
     pub read_bytes: f64,
     /// Multiply-adds of bytes into 32-bit sums, as of weights in blocks.
     pub byte_mul_adds: f64,
-    /// Multiply-adds of f32, as of weights in floats.
+    /// Multiply-adds of bf16 into f32 sums, as of weights in bf16, where there is an instruction for it.
+    pub bf16_mul_adds: Option<f64>,
+    /// Multiply-adds of f32, as of other weights in floats.
     pub f32_mul_adds: f64,
 }
 
@@ -50,8 +53,9 @@ impl CpuBackend {
         let threads = self.pool().threads();
         let steps = (threads * STEPS * LANES) as f64 * accumulators(isa) as f64;
         let byte_mul_adds = 4.0 * steps / self.shortest(threads, |_| isa.run(DotBytes));
+        let bf16_mul_adds = isa.has_pairs().then(|| 2.0 * steps / self.shortest(threads, |_| isa.run_pairs(DotPairs)));
         let f32_mul_adds = steps / self.shortest(threads, |_| isa.run(DotFloats));
-        Ok(Limits { read_bytes, byte_mul_adds, f32_mul_adds })
+        Ok(Limits { read_bytes, byte_mul_adds, bf16_mul_adds, f32_mul_adds })
     }
 
     /// Seconds of the shortest run of `tasks` tasks.
@@ -121,6 +125,26 @@ impl Kernel for DotBytes {
     }
 }
 
+/// Independent chains of dot products of pairs.
+struct DotPairs;
+
+impl PairKernel for DotPairs {
+    #[inline(always)]
+    fn run<S: Simd, D: PairDot<S>>(self, s: S, pairs: D) {
+        let w = s.load_bytes(black_box(&[0; 4 * LANES]));
+        let x = *black_box(&[bf16::ONE; 2]);
+        let mut sums = [s.splat(*black_box(&0.0)); 16];
+        for _ in 0..STEPS {
+            for sum in &mut sums[..S::ACCUMULATORS] {
+                *sum = pairs.dot(*sum, w, &x);
+            }
+        }
+        for sum in sums {
+            black_box(s.sum(sum));
+        }
+    }
+}
+
 /// Independent chains of multiply-adds of floats.
 struct DotFloats;
 
@@ -149,8 +173,8 @@ mod tests {
     fn every_instruction_set_gives_rates_that_can_be_divided_by() {
         for isa in Isa::available() {
             let backend = CpuBackend::new(&CpuOptions { threads: 2, isa: Some(isa) }).unwrap();
-            let Limits { read_bytes, byte_mul_adds, f32_mul_adds } = backend.limits().unwrap();
-            for rate in [read_bytes, byte_mul_adds, f32_mul_adds] {
+            let Limits { read_bytes, byte_mul_adds, bf16_mul_adds, f32_mul_adds } = backend.limits().unwrap();
+            for rate in [read_bytes, byte_mul_adds, f32_mul_adds].into_iter().chain(bf16_mul_adds) {
                 assert!(rate.is_finite() && rate > 1e6, "{isa}: {rate}");
             }
         }

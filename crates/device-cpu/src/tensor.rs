@@ -77,6 +77,14 @@ impl<'a> View<'a> {
         }
     }
 
+    /// The rows that an index chooses from.
+    pub(crate) fn distinct(self) -> Self {
+        match self.index {
+            Some(_) => Self { rows: self.data.len() / self.stride, index: None, ..self },
+            None => self,
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn row(&self, r: usize) -> &'a [f32] {
         let r = self.index.map_or(r, |index| index[r] as usize);

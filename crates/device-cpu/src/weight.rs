@@ -1,7 +1,7 @@
 //! Linear weights, packed at load for the kernels of [`crate::kernels::linear`].
 //!
-//! Panel p holds output rows `16p..16p + 16`, rows beyond the last being zero. Floats: for each k the
-//! 16 weights of that column. Blocks of small integers: see [`crate::blocks`].
+//! Panel p holds output rows `16p..16p + 16`, rows beyond the last being zero. f32 and f16: for each k the
+//! 16 weights of that column; bf16: for each two k the 16 pairs, the last filled up with zeros. Blocks of small integers: see [`crate::blocks`].
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -47,7 +47,7 @@ pub(crate) struct Matrix {
 pub(crate) enum Packed {
     F32(Panels<f32>),
     F16(Panels<f16>),
-    BF16(Panels<bf16>),
+    BF16(Panels<Pair>),
     Blocks(Blocks),
 }
 
@@ -131,62 +131,78 @@ impl Matrix {
     }
 }
 
-/// A float format that weights are kept in.
+/// Consecutive columns of one row as they lie in a panel.
 pub(crate) trait Element: Pod + Send + Sync {
-    fn narrow(x: f32) -> Self;
-    fn widen(self) -> f32;
-    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32;
+    /// How many columns.
+    const COLUMNS: usize;
+    /// Up to as many values; those that are missing are 0.
+    fn narrow(x: &[f32]) -> Self;
+    /// Column `i` of them.
+    fn widen(self, i: usize) -> f32;
+    /// Column `i` of all rows of a panel.
+    fn load<S: Simd>(s: S, x: &[Self; LANES], i: usize) -> S::F32;
 }
 
 impl Element for f32 {
-    fn narrow(x: f32) -> Self {
-        x
+    const COLUMNS: usize = 1;
+
+    fn narrow(x: &[f32]) -> Self {
+        x[0]
     }
 
-    fn widen(self) -> f32 {
+    fn widen(self, _: usize) -> f32 {
         self
     }
 
     #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+    fn load<S: Simd>(s: S, x: &[Self; LANES], _: usize) -> S::F32 {
         s.load(x)
     }
 }
 
 impl Element for f16 {
-    fn narrow(x: f32) -> Self {
-        f16::from_f32(x)
+    const COLUMNS: usize = 1;
+
+    fn narrow(x: &[f32]) -> Self {
+        f16::from_f32(x[0])
     }
 
-    fn widen(self) -> f32 {
+    fn widen(self, _: usize) -> f32 {
         self.to_f32()
     }
 
     #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
+    fn load<S: Simd>(s: S, x: &[Self; LANES], _: usize) -> S::F32 {
         s.load_f16(x)
     }
 }
 
-impl Element for bf16 {
-    fn narrow(x: f32) -> Self {
-        bf16::from_f32(x)
+/// Two columns of a row, as dot products of bf16 take them.
+pub(crate) type Pair = [bf16; 2];
+
+impl Element for Pair {
+    const COLUMNS: usize = 2;
+
+    fn narrow(x: &[f32]) -> Self {
+        [bf16::from_f32(x[0]), x.get(1).map_or(bf16::ZERO, |x| bf16::from_f32(*x))]
     }
 
-    fn widen(self) -> f32 {
-        self.to_f32()
+    fn widen(self, i: usize) -> f32 {
+        self[i].to_f32()
     }
 
     #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F32 {
-        s.load_bf16(x)
+    fn load<S: Simd>(s: S, x: &[Self; LANES], i: usize) -> S::F32 {
+        let pairs = s.load_bytes(bytemuck::cast_ref(x));
+        if i == 0 { s.first_bf16(pairs) } else { s.second_bf16(pairs) }
     }
 }
 
 /// Panels of floats.
 pub(crate) struct Panels<T> {
     memory: Weights,
-    in_features: usize,
+    /// Elements of a row.
+    width: usize,
     element: PhantomData<T>,
 }
 
@@ -199,20 +215,28 @@ impl<T: Element> Panels<T> {
         Self::fill(pool, rows.div_ceil(LANES), in_features, |p, columns| {
             let rows = values(p * LANES..rows.min((p + 1) * LANES));
             interleave(columns, rows.len() / in_features, |lane, tile| {
-                rows[lane * in_features..][tile].iter().map(|x| T::narrow(*x))
+                let row = &rows[lane * in_features..][..in_features];
+                row[tile.start * T::COLUMNS..in_features.min(tile.end * T::COLUMNS)].chunks(T::COLUMNS).map(T::narrow)
             });
         })
     }
 
     /// Rows that are stored as `T` already.
     fn arrange(pool: &Pool, rows: &[u8], in_features: usize) -> Result<Self> {
-        let (size, row) = (size_of::<T>(), in_features * size_of::<T>());
+        let (size, row) = (size_of::<T>(), in_features * size_of::<T>() / T::COLUMNS);
         let rows: Vec<&[u8]> = rows.chunks_exact(row).collect();
         Self::fill(pool, rows.len().div_ceil(LANES), in_features, |p, columns| {
             let rows = &rows[p * LANES..rows.len().min((p + 1) * LANES)];
             interleave(columns, rows.len(), |lane, tile| {
-                let bytes = &rows[lane][tile.start * size..tile.end * size];
-                bytes.chunks_exact(size).map(bytemuck::pod_read_unaligned)
+                let bytes = &rows[lane][tile.start * size..row.min(tile.end * size)];
+                let whole = bytes.chunks_exact(size);
+                // A last column alone.
+                let rest = Some(whole.remainder()).filter(|rest| !rest.is_empty()).map(|rest| {
+                    let mut x = T::zeroed();
+                    bytemuck::bytes_of_mut(&mut x)[..rest.len()].copy_from_slice(rest);
+                    x
+                });
+                whole.map(bytemuck::pod_read_unaligned).chain(rest)
             });
         })
     }
@@ -223,22 +247,25 @@ impl<T: Element> Panels<T> {
         in_features: usize,
         fill: impl Fn(usize, &mut [[T; LANES]]) + Sync,
     ) -> Result<Self> {
-        let bytes = panels.saturating_mul(in_features).saturating_mul(LANES * size_of::<T>());
+        let width = in_features.div_ceil(T::COLUMNS);
+        let bytes = panels.saturating_mul(width).saturating_mul(LANES * size_of::<T>());
         let mut memory = weights(bytes)?;
         let columns: &mut [[T; LANES]] = bytemuck::cast_slice_mut(&mut memory);
-        pool.each(columns.chunks_exact_mut(in_features), bytes, fill);
-        Ok(Self { memory, in_features, element: PhantomData })
+        pool.each(columns.chunks_exact_mut(width), bytes, fill);
+        Ok(Self { memory, width, element: PhantomData })
     }
 
     /// The columns of one panel.
     #[inline(always)]
     pub(crate) fn panel(&self, p: usize) -> &[[T; LANES]] {
-        &bytemuck::cast_slice(&self.memory)[p * self.in_features..][..self.in_features]
+        &bytemuck::cast_slice(&self.memory)[p * self.width..][..self.width]
     }
 
     fn read_row(&self, panel: usize, lane: usize, out: &mut [f32]) {
-        for (out, column) in out.iter_mut().zip(self.panel(panel)) {
-            *out = column[lane].widen();
+        for (out, column) in out.chunks_mut(T::COLUMNS).zip(self.panel(panel)) {
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = column[lane].widen(i);
+            }
         }
     }
 }

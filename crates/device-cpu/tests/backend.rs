@@ -13,7 +13,7 @@ fn backend(threads: usize) -> CpuBackend {
 #[test]
 fn an_instruction_set_that_the_machine_lacks_is_refused_by_name() {
     let available = Isa::available();
-    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::NeonDotprod] {
+    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Neon, Isa::NeonDotprod] {
         match CpuBackend::new(&CpuOptions { threads: 1, isa: Some(isa) }) {
             Ok(backend) => {
                 assert!(available.contains(&isa));

@@ -32,8 +32,9 @@ pub struct Caps {
     pub weight_formats: BTreeSet<WeightFormat>,
     /// Operations offered beyond those that every backend has.
     pub ops: BTreeSet<Op>,
-    /// Whether activations that meet weights in blocks are quantised, as [`crate::int8`] says.
-    pub byte_activations: bool,
+    /// Formats whose weights meet activations that were made narrow: bytes for those in blocks, as [`crate::int8`] says,
+    /// bf16 for bf16. The others meet them in f32.
+    pub narrow_activations: BTreeSet<WeightFormat>,
     /// Whether a row's result is bit-identical whatever the other rows are.
     pub row_invariant: bool,
 }
@@ -81,7 +82,7 @@ mod tests {
             kv_dtypes: [KvDtype::F32, KvDtype::F16].into(),
             weight_formats: [WeightFormat::F32].into(),
             ops: [Op::PagedAttention].into(),
-            byte_activations: false,
+            narrow_activations: BTreeSet::new(),
             row_invariant: true,
         };
         let needs = Requirements {

@@ -30,7 +30,7 @@ impl Reference {
                 kv_dtypes: KvDtype::ALL.into(),
                 weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
-                byte_activations: false,
+                narrow_activations: BTreeSet::new(),
                 row_invariant: true,
             },
         }

@@ -36,7 +36,8 @@ pub(crate) struct Formats {
 
 impl Formats {
     /// The format of a matrix. What is stored quantised is kept as bf16 unless something else is asked
-    /// for, or as f32 where a device has no bf16; but blocks as they are.
+    /// for, or as f32 where a device has no bf16; but blocks as they are. Routers are f32: they are small, and a device
+    /// may make activations narrow for other formats, which can choose other experts.
     pub(crate) fn of(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
         let stored = || match &spec.encoding {
             None => checkpoint.dtype(&spec.name),
@@ -51,8 +52,7 @@ impl Formats {
                 None => float(),
             },
             Role::Float => float(),
-            Role::Router => stored().into(),
-            Role::Vector => WeightFormat::F32,
+            Role::Router | Role::Vector => WeightFormat::F32,
         }
     }
 }

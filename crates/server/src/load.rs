@@ -1,6 +1,7 @@
 //! From settings to a model in service: files, device, weights, tokenizer, fingerprint.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
@@ -219,7 +220,14 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         "auto" => format!("{} (auto)", caps.device),
         _ => caps.device.clone(),
     };
-    let bytes = caps.byte_activations && report.weight_formats.iter().any(|f| matches!(f, WeightFormat::Ggml(_)));
+    let narrow: BTreeSet<_> = report.weight_formats.iter().filter(|f| caps.narrow_activations.contains(f)).collect();
+    let activations =
+        match (narrow.contains(&WeightFormat::BF16), narrow.iter().any(|f| matches!(f, WeightFormat::Ggml(_)))) {
+            (false, false) => "f32",
+            (false, true) => "f32, int8 where they meet blocks",
+            (true, false) => "f32, bf16 where they meet bf16",
+            (true, true) => "f32, bf16 where they meet bf16, int8 where they meet blocks",
+        };
     let formats: Vec<String> = report.weight_formats.iter().map(ToString::to_string).collect();
     info!(
         model = name,
@@ -229,7 +237,7 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         threads = caps.threads,
         stored = %report.stored_dtype,
         weights = formats.join("+"),
-        activations = if bytes { "f32, int8 where they meet blocks" } else { "f32" },
+        activations,
         kv = %report.kv_dtype,
         weight_mib = report.weight_bytes >> 20,
         kv_mib = report.kv_bytes >> 20,

@@ -14,8 +14,7 @@ use half::{bf16, f16};
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane, rope_start};
 use crate::isa::Dispatch;
 use crate::kernels::context::{self, GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
-use crate::kernels::linear::{Part, Prepared};
-use crate::kernels::quantize::Quantized;
+use crate::kernels::linear::{Buffers, Part, Prepared};
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::{Target, Tensor, View};
@@ -106,20 +105,20 @@ pub(crate) fn attend(
     if groups == 1 || pool.threads() == 1 || tasks >= 2 * pool.threads() {
         return pool.run(tasks, work, |i| {
             let task = task(i);
-            with_scratch(task.absorbed() + task.sums() + task.scratch(), |scratch, quantized| {
+            with_scratch(task.absorbed() + task.sums() + task.scratch(), |scratch, buffers| {
                 let (queries, scratch) = scratch.split_at_mut(task.absorbed());
                 let (sums, scratch) = scratch.split_at_mut(task.sums());
-                task.absorb(queries, quantized);
+                task.absorb(queries, buffers);
                 task.walk(0..groups, queries, sums, scratch);
                 // SAFETY: tasks differ in rows or in heads.
-                unsafe { task.project(sums, scratch, quantized, out) };
+                unsafe { task.project(sums, scratch, buffers, out) };
             });
         });
     }
     // The queries of each task, and its sums group by group.
     let mut queries: Vec<_> = (0..tasks).map(|i| vec![0.0; task(i).absorbed()]).collect();
     pool.each(queries.iter_mut(), work, |i, queries| {
-        with_scratch(0, |_, quantized| task(i).absorb(queries, quantized));
+        with_scratch(0, |_, buffers| task(i).absorb(queries, buffers));
     });
     let mut sums: Vec<_> = (0..tasks).map(|i| vec![0.0; groups * task(i).sums()]).collect();
     let parts = sums.iter_mut().enumerate().flat_map(|(i, sums)| {
@@ -132,9 +131,9 @@ pub(crate) fn attend(
     });
     pool.each(sums.iter_mut(), work, |i, sums| {
         let task = task(i);
-        with_scratch(task.scratch(), |scratch, quantized| {
+        with_scratch(task.scratch(), |scratch, buffers| {
             // SAFETY: tasks differ in rows or in heads.
-            unsafe { task.project(sums, scratch, quantized, out) };
+            unsafe { task.project(sums, scratch, buffers, out) };
         });
     });
 }
@@ -172,7 +171,7 @@ impl Task<'_> {
         2 * PIECE * BLOCK * self.plane.width + self.sums()
     }
 
-    fn absorb(&self, queries: &mut [f32], quantized: &mut Quantized) {
+    fn absorb(&self, queries: &mut [f32], buffers: &mut Buffers) {
         let &Latent { nope, rope, rank, .. } = self.weight;
         let (rows, width, row_width) = (self.rows.len(), self.plane.width, self.heads.len() * self.plane.width);
         queries.fill(0.0);
@@ -184,7 +183,7 @@ impl Task<'_> {
             // SAFETY: this task alone has its queries.
             unsafe {
                 let target = &target.shifted(0, i * width);
-                multiply_here((self.pool, self.isa), nopes, &self.weight.heads[head].absorb, quantized, target);
+                multiply_here((self.pool, self.isa), nopes, &self.weight.heads[head].absorb, buffers, target);
             }
             for (row, queries) in self.rows.clone().zip(queries.chunks_exact_mut(row_width)) {
                 let query = &mut queries[i * width..][..width];
@@ -227,7 +226,7 @@ impl Task<'_> {
     ///
     /// # Safety
     /// Nobody else reads or writes these rows and heads of `out` meanwhile.
-    unsafe fn project(&self, sums: &mut [f32], scratch: &mut [f32], quantized: &mut Quantized, out: &Target<'_>) {
+    unsafe fn project(&self, sums: &mut [f32], scratch: &mut [f32], buffers: &mut Buffers, out: &Target<'_>) {
         let &Latent { v, rank, .. } = self.weight;
         let (rows, width) = (self.rows.len(), rope_start(rank));
         let mut groups = sums.chunks_exact_mut(self.sums()).map(|g| Sums::new(g, self.queries(), width));
@@ -240,7 +239,7 @@ impl Task<'_> {
             let mixed = View { data: mixed, rows, stride, start: i * width, width: rank, index: None };
             let out = out.shifted(self.rows.start, head * v);
             // SAFETY: the caller's obligation.
-            unsafe { multiply_here((self.pool, self.isa), mixed, &self.weight.heads[head].project, quantized, &out) };
+            unsafe { multiply_here((self.pool, self.isa), mixed, &self.weight.heads[head].project, buffers, &out) };
         }
     }
 }
@@ -354,26 +353,26 @@ unsafe fn multiply_here(
     engine: (&Pool, Dispatch),
     x: View<'_>,
     weight: &Matrix,
-    quantized: &mut Quantized,
+    buffers: &mut Buffers,
     out: &Target<'_>,
 ) {
-    let input = Prepared::new(engine, x, [weight], quantized);
+    let input = Prepared::new(engine, x, [weight], buffers);
     let part = Part { input, first: 0, weight, bias: None, rows: 0..x.rows, panels: 0..weight.panels() };
     // SAFETY: the caller's obligation.
     unsafe { part.run(engine.1, out) }
 }
 
 /// Memory of this thread for the length of a task, from a cache line's start on; its contents are arbitrary.
-pub(crate) fn with_scratch(len: usize, f: impl FnOnce(&mut [f32], &mut Quantized)) {
+pub(crate) fn with_scratch(len: usize, f: impl FnOnce(&mut [f32], &mut Buffers)) {
     thread_local! {
-        static SCRATCH: RefCell<(Vec<Line>, Quantized)> = RefCell::default();
+        static SCRATCH: RefCell<(Vec<Line>, Buffers)> = RefCell::default();
     }
-    SCRATCH.with_borrow_mut(|(lines, quantized)| {
+    SCRATCH.with_borrow_mut(|(lines, buffers)| {
         let needed = len.div_ceil(LANES);
         if lines.len() < needed {
             lines.resize(needed, Line::zeroed());
         }
-        f(&mut bytemuck::cast_slice_mut(&mut lines[..needed])[..len], quantized);
+        f(&mut bytemuck::cast_slice_mut(&mut lines[..needed])[..len], buffers);
     });
 }
 

@@ -1,7 +1,7 @@
 //! `y = x·Wᵀ + b` on packed weights.
 //!
 //! Order: an output is one lane of one accumulator that starts at 0, takes its products by ascending
-//! k (block formats: see [`super::blocks`]), then the bias. Tiles
+//! k (block formats: see [`super::blocks`]; bf16 where there is an instruction for it: [`super::pairs`]), then the bias. Tiles
 //! of `R` rows × `P` panels share loads; they change what is computed together, never the order.
 
 use std::ops::Range;
@@ -10,6 +10,7 @@ use baton_device::Rows;
 
 use crate::isa::Dispatch;
 use crate::kernels::blocks::BlockPart;
+use crate::kernels::pairs::{PairPart, Rounded};
 use crate::kernels::quantize::Quantized;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
@@ -25,30 +26,58 @@ const TASK_ROWS: usize = 64;
 /// Steps in which places within a matrix are compared.
 const FRACTION: usize = 1 << 16;
 
-/// Rows that weights of any format can meet.
+/// Memory for [`Prepared`].
+#[derive(Default)]
+pub(crate) struct Buffers {
+    bytes: Quantized,
+    pairs: Rounded,
+}
+
+/// Rows in the forms that weights of some formats meet.
 #[derive(Clone, Copy)]
 pub(crate) struct Prepared<'a> {
     floats: View<'a>,
     bytes: Option<&'a Quantized>,
+    pairs: Option<&'a Rounded>,
 }
 
 impl<'a> Prepared<'a> {
-    /// `x` for `weights`, quantised into `buffer` if one of them wants it.
+    /// `x` for `weights`: quantised if one of them is of blocks, rounded if one is multiplied in bf16. Rows that
+    /// occur more than once are so only once.
     pub(crate) fn new<'w>(
         (pool, isa): (&Pool, Dispatch),
         x: View<'a>,
         weights: impl IntoIterator<Item = &'w Matrix>,
-        buffer: &'a mut Quantized,
+        buffers: &'a mut Buffers,
     ) -> Self {
-        let mut quantise = false;
+        let (mut quantise, mut round) = (false, false);
         for weight in weights {
             assert_eq!(x.width, weight.in_features, "columns of the activation");
             quantise |= matches!(weight.data, Packed::Blocks(_));
+            round |= isa.has_pairs() && matches!(weight.data, Packed::BF16(_));
         }
+        let distinct = x.distinct();
         if quantise {
-            buffer.fill(pool, isa, x);
+            buffers.bytes.fill(pool, isa, distinct);
         }
-        Self { floats: x, bytes: quantise.then_some(buffer) }
+        if round {
+            buffers.pairs.fill(pool, isa, distinct);
+        }
+        Self { floats: x, bytes: quantise.then_some(&buffers.bytes), pairs: round.then_some(&buffers.pairs) }
+    }
+}
+
+/// Where rows of a part lie in what was prepared.
+#[derive(Clone, Copy)]
+pub(crate) struct RowNumbers<'a> {
+    first: usize,
+    index: Option<&'a [u32]>,
+}
+
+impl RowNumbers<'_> {
+    #[inline(always)]
+    pub(crate) fn get(self, r: usize) -> usize {
+        self.index.map_or(self.first + r, |index| index[self.first + r] as usize)
     }
 }
 
@@ -73,13 +102,15 @@ impl Part<'_> {
         let Part { input, first, weight, bias, rows, panels } = self;
         let out = PartOut { out, bias, out_features: weight.out_features };
         let x = input.floats.from(first);
-        match &weight.data {
-            Packed::F32(w) => isa.run(FloatPart { x, w, rows, panels, out }),
-            Packed::F16(w) => isa.run(FloatPart { x, w, rows, panels, out }),
-            Packed::BF16(w) => isa.run(FloatPart { x, w, rows, panels, out }),
-            Packed::Blocks(w) => {
+        let at = RowNumbers { first, index: input.floats.index };
+        match (&weight.data, input.pairs) {
+            (Packed::F32(w), _) => isa.run(FloatPart { x, w, rows, panels, out }),
+            (Packed::F16(w), _) => isa.run(FloatPart { x, w, rows, panels, out }),
+            (Packed::BF16(w), None) => isa.run(FloatPart { x, w, rows, panels, out }),
+            (Packed::BF16(w), Some(x)) => isa.run_pairs(PairPart { x, at, w, rows, panels, out }),
+            (Packed::Blocks(w), _) => {
                 let x = input.bytes.expect("the input was prepared for this weight");
-                isa.run(BlockPart { x, first, w, rows, panels, out });
+                isa.run(BlockPart { x, at, w, rows, panels, out });
             }
         }
     }
@@ -159,15 +190,15 @@ impl PartOut<'_> {
 }
 
 /// A kernel that computes tiles; the walk over a part is shared.
-trait Tiles {
+pub(super) trait Tiles<S: Simd> {
     /// Accumulators per row and panel.
     const COST: usize;
-    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize);
+    fn tile<const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize);
 }
 
 /// Covers a part with tiles as large as the registers allow.
 #[inline(always)]
-fn walk<S: Simd, T: Tiles>(s: S, tiles: &T, rows: Range<usize>, panels: Range<usize>) {
+pub(super) fn walk<S: Simd, T: Tiles<S>>(s: S, tiles: &T, rows: Range<usize>, panels: Range<usize>) {
     for first in panels.clone().step_by(GROUP) {
         let group = first..panels.end.min(first + GROUP);
         let mut row = rows.start;
@@ -189,19 +220,19 @@ fn walk<S: Simd, T: Tiles>(s: S, tiles: &T, rows: Range<usize>, panels: Range<us
 }
 
 #[inline(always)]
-fn strip<S: Simd, T: Tiles, const R: usize>(s: S, tiles: &T, row: usize, panels: Range<usize>) {
+fn strip<S: Simd, T: Tiles<S>, const R: usize>(s: S, tiles: &T, row: usize, panels: Range<usize>) {
     let mut panel = panels.start;
     while panel < panels.end {
         let left = panels.end - panel;
         let fits = |p: usize| left >= p && p * R * T::COST <= S::ACCUMULATORS;
         if fits(4) {
-            tiles.tile::<S, R, 4>(s, row, panel);
+            tiles.tile::<R, 4>(s, row, panel);
             panel += 4;
         } else if fits(2) {
-            tiles.tile::<S, R, 2>(s, row, panel);
+            tiles.tile::<R, 2>(s, row, panel);
             panel += 2;
         } else {
-            tiles.tile::<S, R, 1>(s, row, panel);
+            tiles.tile::<R, 1>(s, row, panel);
             panel += 1;
         }
     }
@@ -222,11 +253,11 @@ impl<T: Element> Kernel for FloatPart<'_, T> {
     }
 }
 
-impl<T: Element> Tiles for FloatPart<'_, T> {
+impl<S: Simd, T: Element> Tiles<S> for FloatPart<'_, T> {
     const COST: usize = 1;
 
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize) {
+    fn tile<const R: usize, const P: usize>(&self, s: S, row: usize, panel: usize) {
         let depth = self.x.width;
         let mut x: [&[f32]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
@@ -234,23 +265,44 @@ impl<T: Element> Tiles for FloatPart<'_, T> {
         }
         let mut w: [&[[T; LANES]]; P] = [&[]; P];
         for (p, w) in w.iter_mut().enumerate() {
-            *w = &self.w.panel(panel + p)[..depth];
+            *w = &self.w.panel(panel + p)[..depth.div_ceil(T::COLUMNS)];
         }
         let mut acc = [[s.splat(0.0); P]; R];
-        for k in 0..depth {
-            let mut column = [s.splat(0.0); P];
-            for p in 0..P {
-                // SAFETY: every slice was cut to `depth`.
-                column[p] = T::load(s, unsafe { w[p].get_unchecked(k) });
-            }
-            for r in 0..R {
-                // SAFETY: as above.
-                let x = s.splat(unsafe { *x[r].get_unchecked(k) });
-                for p in 0..P {
-                    acc[r][p] = s.mul_add(x, column[p], acc[r][p]);
-                }
+        for k in 0..depth / T::COLUMNS {
+            for i in 0..T::COLUMNS {
+                // SAFETY: every slice was cut to `depth` columns, of which this is one.
+                unsafe { add_column(s, (&x, &w), (k, i), &mut acc) };
             }
         }
+        for i in 0..depth % T::COLUMNS {
+            // SAFETY: as above.
+            unsafe { add_column(s, (&x, &w), (depth / T::COLUMNS, i), &mut acc) };
+        }
         self.out.put(s, row, panel, acc);
+    }
+}
+
+/// Adds the products of column `i` of element `k`.
+///
+/// # Safety
+/// `w` has the element and `x` the column.
+#[inline(always)]
+unsafe fn add_column<S: Simd, T: Element, const R: usize, const P: usize>(
+    s: S,
+    (x, w): (&[&[f32]; R], &[&[[T; LANES]]; P]),
+    (k, i): (usize, usize),
+    acc: &mut [[S::F32; P]; R],
+) {
+    let mut column = [s.splat(0.0); P];
+    for p in 0..P {
+        // SAFETY: the caller's obligation.
+        column[p] = T::load(s, unsafe { w[p].get_unchecked(k) }, i);
+    }
+    for r in 0..R {
+        // SAFETY: the caller's obligation.
+        let x = s.splat(unsafe { *x[r].get_unchecked(k * T::COLUMNS + i) });
+        for p in 0..P {
+            acc[r][p] = s.mul_add(x, column[p], acc[r][p]);
+        }
     }
 }

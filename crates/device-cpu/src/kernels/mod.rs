@@ -6,6 +6,7 @@ pub(crate) mod context;
 pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod moe;
+pub(crate) mod pairs;
 pub(crate) mod quantize;
 pub(crate) mod rope;
 pub(crate) mod rows;

@@ -5,8 +5,7 @@
 use baton_device::{Activation, HostExperts, Result, Routing, Rows, select_experts};
 
 use crate::isa::Dispatch;
-use crate::kernels::linear::{Part, Prepared};
-use crate::kernels::quantize::Quantized;
+use crate::kernels::linear::{Buffers, Part, Prepared};
 use crate::kernels::rows::{AddScaled, Gated};
 use crate::pool::Pool;
 use crate::simd::LANES;
@@ -63,8 +62,8 @@ pub(crate) struct Scratch {
     gate: Vec<f32>,
     up: Vec<f32>,
     down: Vec<f32>,
-    quantized: Quantized,
-    quantized_inner: Quantized,
+    input: Buffers,
+    inner: Buffers,
 }
 
 /// `out = Σ_e weight_e · down_e(silu(gate_e x) ⊙ up_e x)` for every row.
@@ -76,7 +75,7 @@ pub(crate) fn fused(
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
-    let Scratch { pairs, rows, runs, gate, up, down, quantized, quantized_inner } = scratch;
+    let Scratch { pairs, rows, runs, gate, up, down, input: input_buffers, inner: inner_buffers } = scratch;
     route(logits, &layer.routing, pairs);
     rows.clear();
     rows.extend(pairs.iter().map(|p| p.1));
@@ -94,7 +93,7 @@ pub(crate) fn fused(
     let work = pairs.len() * hidden * inner;
 
     let view = View { rows: rows.len(), index: Some(rows), ..x.view() };
-    let input = Prepared::new((pool, isa), view, [&shape.gate, &shape.up], quantized);
+    let input = Prepared::new((pool, isa), view, [&shape.gate, &shape.up], input_buffers);
     let (gates, ups) = (Target::new(gate, inner), Target::new(up, inner));
     let chunk = pool.share(shape.gate.panels() * runs.len(), 2 * work).clamp(1, shape.gate.panels());
     let chunks = shape.gate.panels().div_ceil(chunk);
@@ -117,7 +116,7 @@ pub(crate) fn fused(
     });
 
     let view = View { data: &gate[..], rows: pairs.len(), stride: inner, start: 0, width: inner, index: None };
-    let input = Prepared::new((pool, isa), view, [&shape.down], quantized_inner);
+    let input = Prepared::new((pool, isa), view, [&shape.down], inner_buffers);
     let downs = Target::new(down, hidden);
     let chunk = pool.share(shape.down.panels() * runs.len(), work).clamp(1, shape.down.panels());
     let chunks = shape.down.panels().div_ceil(chunk);

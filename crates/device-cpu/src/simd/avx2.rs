@@ -71,6 +71,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn first_bf16(self, [a, b]: [__m256i; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b)),])
+    }
+
+    #[inline(always)]
+    fn second_bf16(self, [a, b]: [__m256i; 2]) -> [__m256; 2] {
+        intrinsic!({
+            let high = _mm256_set1_epi32(-1 << 16);
+            [_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))]
+        })
+    }
+
+    #[inline(always)]
     fn store(self, v: [__m256; 2], out: &mut [f32; LANES]) {
         intrinsic!({
             _mm256_storeu_ps(out.as_mut_ptr(), v[0]);

@@ -1,10 +1,18 @@
-//! AVX-512: one register per vector, dot products of bytes by VNNI.
+//! AVX-512: one register per vector, dot products of bytes by VNNI and, where there is BF16, of its pairs.
 
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, PairDot, PairKernel, Simd};
+
+/// An intrinsic on values, or on memory that a reference of its exact size vouches for.
+macro_rules! intrinsic {
+    ($e:expr) => {
+        // SAFETY: `self` proves that the features are there (see `detect`).
+        unsafe { $e }
+    };
+}
 
 /// AVX-512 F, BW, VL, DQ and VNNI: Ice Lake, Zen 4 and later.
 #[derive(Clone, Copy)]
@@ -33,12 +41,50 @@ impl Avx512 {
     }
 }
 
-/// An intrinsic on values, or on memory that a reference of its exact size vouches for.
-macro_rules! intrinsic {
-    ($e:expr) => {
-        // SAFETY: `self` proves that the features are there (see `Avx512::detect`).
-        unsafe { $e }
-    };
+/// AVX-512 BF16 beside [`Avx512`]: Cooper Lake, Sapphire Rapids, Zen 4 and later.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16(Avx512);
+
+impl Bf16 {
+    /// `Some` if this machine has it.
+    pub(crate) fn detect() -> Option<Self> {
+        Avx512::detect().filter(|_| is_x86_feature_detected!("avx512bf16")).map(Self)
+    }
+
+    /// What all other kernels run with.
+    pub(crate) fn base(self) -> Avx512 {
+        self.0
+    }
+
+    /// Runs a kernel compiled for these features.
+    pub(crate) fn run<K: PairKernel>(self, kernel: K) {
+        #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+        fn enter<K: PairKernel>(pairs: Bf16, kernel: K) {
+            kernel.run(pairs.0, pairs);
+        }
+        // SAFETY: as in `Avx512::run`.
+        unsafe { enter(self, kernel) }
+    }
+}
+
+impl PairDot<Avx512> for Bf16 {
+    #[inline(always)]
+    fn dot(self, acc: __m512, w: __m512i, x: &[bf16; 2]) -> __m512 {
+        let x = i32::from(x[1].to_bits()) << 16 | i32::from(x[0].to_bits());
+        intrinsic!({
+            let x = _mm512_set1_epi32(x);
+            _mm512_dpbf16_ps(
+                acc,
+                std::mem::transmute::<__m512i, __m512bh>(w),
+                std::mem::transmute::<__m512i, __m512bh>(x),
+            )
+        })
+    }
+
+    #[inline(always)]
+    fn round(self, x: __m512) -> [bf16; LANES] {
+        intrinsic!(std::mem::transmute::<__m256bh, [bf16; LANES]>(_mm512_cvtneps_pbh(x)))
+    }
 }
 
 impl Simd for Avx512 {
@@ -70,6 +116,16 @@ impl Simd for Avx512 {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
         })
+    }
+
+    #[inline(always)]
+    fn first_bf16(self, pairs: __m512i) -> __m512 {
+        intrinsic!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)))
+    }
+
+    #[inline(always)]
+    fn second_bf16(self, pairs: __m512i) -> __m512 {
+        intrinsic!(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-1 << 16))))
     }
 
     #[inline(always)]

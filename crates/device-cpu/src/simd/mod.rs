@@ -32,6 +32,20 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, s: S);
 }
 
+/// Code that multiplies pairs of bf16 by an instruction that not every machine with a [`Simd`] has.
+pub(crate) trait PairKernel {
+    /// Runs with the instructions that `s` and `pairs` stand for.
+    fn run<S: Simd, D: PairDot<S>>(self, s: S, pairs: D);
+}
+
+/// The instructions for [`PairKernel`].
+pub(crate) trait PairDot<S: Simd>: Copy {
+    /// Adds to each lane the products of its pair of `w` with the pair `x`, the second first.
+    fn dot(self, acc: S::F32, w: S::Bytes, x: &[bf16; 2]) -> S::F32;
+    /// The nearest bf16, of two equally near the even one.
+    fn round(self, x: S::F32) -> [bf16; LANES];
+}
+
 /// An instruction set.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// 16 floats.
@@ -49,7 +63,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn splat(self, x: f32) -> Self::F32;
     fn load(self, x: &[f32; LANES]) -> Self::F32;
     fn load_f16(self, x: &[f16; LANES]) -> Self::F32;
+    #[allow(dead_code)] // for values that are not weights
     fn load_bf16(self, x: &[bf16; LANES]) -> Self::F32;
+    /// The first bf16 of each pair, widened.
+    fn first_bf16(self, pairs: Self::Bytes) -> Self::F32;
+    /// The second bf16 of each pair, widened.
+    fn second_bf16(self, pairs: Self::Bytes) -> Self::F32;
     fn store(self, v: Self::F32, out: &mut [f32; LANES]);
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;

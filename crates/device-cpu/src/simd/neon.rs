@@ -105,6 +105,22 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     }
 
     #[inline(always)]
+    fn first_bf16(self, pairs: Self::Bytes) -> Self::F32 {
+        from_fn(|i| {
+            let pairs = intrinsic!(vreinterpretq_u32_u8(pairs[i]));
+            intrinsic!(vreinterpretq_f32_u32(vshlq_n_u32::<16>(pairs)))
+        })
+    }
+
+    #[inline(always)]
+    fn second_bf16(self, pairs: Self::Bytes) -> Self::F32 {
+        from_fn(|i| {
+            let pairs = intrinsic!(vreinterpretq_u32_u8(pairs[i]));
+            intrinsic!(vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff_0000))))
+        })
+    }
+
+    #[inline(always)]
     fn store(self, v: Self::F32, out: &mut [f32; LANES]) {
         for (quarter, v) in out.as_chunks_mut::<4>().0.iter_mut().zip(v) {
             intrinsic!(vst1q_f32(quarter.as_mut_ptr(), v));

@@ -39,6 +39,16 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn first_bf16(self, pairs: Self::Bytes) -> Self::F32 {
+        from_fn(|i| f32::from_bits(u32::from_le_bytes([0, 0, pairs[4 * i], pairs[4 * i + 1]])))
+    }
+
+    #[inline(always)]
+    fn second_bf16(self, pairs: Self::Bytes) -> Self::F32 {
+        from_fn(|i| f32::from_bits(u32::from_le_bytes([0, 0, pairs[4 * i + 2], pairs[4 * i + 3]])))
+    }
+
+    #[inline(always)]
     fn store(self, v: Self::F32, out: &mut [f32; LANES]) {
         *out = v;
     }

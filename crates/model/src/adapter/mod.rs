@@ -178,10 +178,12 @@ impl<B: Backend> AdapterLoader<B> {
         Ok(Adapter::new(digest.finalize().into(), rank, bytes, weights))
     }
 
-    /// As stored, or f32 where the device lacks that.
+    /// As stored, or f32 where the device lacks that or would make activations narrow for it.
     fn format(&self, tensor: &HostTensor<'_>) -> WeightFormat {
         let stored = WeightFormat::from(tensor.dtype());
-        if self.backend.caps().weight_formats.contains(&stored) { stored } else { WeightFormat::F32 }
+        let caps = self.backend.caps();
+        let exact = caps.weight_formats.contains(&stored) && !caps.narrow_activations.contains(&stored);
+        if exact { stored } else { WeightFormat::F32 }
     }
 }
 

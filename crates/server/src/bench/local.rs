@@ -222,8 +222,14 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
 
 /// What the weights are multiplied as, and how many of that the machine does at most.
 fn peak(loaded: &Loaded, limits: &Limits) -> (&'static str, f64) {
-    let blocks = loaded.report.weight_formats.iter().any(|f| matches!(f, WeightFormat::Ggml(_)));
-    if blocks && loaded.caps.byte_activations { ("int8", limits.byte_mul_adds) } else { ("f32", limits.f32_mul_adds) }
+    let narrow = |wanted: fn(&WeightFormat) -> bool| {
+        loaded.report.weight_formats.intersection(&loaded.caps.narrow_activations).any(wanted)
+    };
+    match limits.bf16_mul_adds {
+        _ if narrow(|f| matches!(f, WeightFormat::Ggml(_))) => ("int8", limits.byte_mul_adds),
+        Some(rate) if narrow(|f| *f == WeightFormat::BF16) => ("bf16", rate),
+        _ => ("f32", limits.f32_mul_adds),
+    }
 }
 
 fn table(name: &str, loaded: &Loaded, limits: &Limits, results: &[(Test, Rates)]) -> String {
@@ -282,6 +288,7 @@ fn as_json(name: &str, loaded: &Loaded, limits: &Limits, results: &[(Test, Rates
         "limits": {
             "read_bytes_per_s": limits.read_bytes,
             "int8_mul_adds_per_s": limits.byte_mul_adds,
+            "bf16_mul_adds_per_s": limits.bf16_mul_adds,
             "f32_mul_adds_per_s": limits.f32_mul_adds,
             "peak": kind,
         },
