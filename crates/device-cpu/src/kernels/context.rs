@@ -335,6 +335,7 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
     }
 
     /// Products of `Q` queries with the keys of `N` blocks, each a chain over the features.
+    #[allow(clippy::needless_range_loop)] // iterators over sums would keep these in memory, not in registers
     #[inline(always)]
     fn scores<S: Simd, const Q: usize, const N: usize>(
         &self,
@@ -345,12 +346,12 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
     ) {
         let width = self.queries.width;
         let mut queries: [&[f32]; Q] = [&[]; Q];
-        for (query, data) in (first..).zip(&mut queries) {
-            *data = &self.queries.data[query * width..][..width];
+        for q in 0..Q {
+            queries[q] = &self.queries.data[(first + q) * width..][..width];
         }
         let mut columns: [&[[K; LANES]]; N] = [&[]; N];
-        for (column, keys) in columns.iter_mut().zip(&self.piece.rows.keys[block..]) {
-            *column = &keys[..width];
+        for n in 0..N {
+            columns[n] = &self.piece.rows.keys[block + n][..width];
         }
         let next = self.ahead(first);
         let mut acc = [[s.splat(0.0); N]; Q];
@@ -449,6 +450,7 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
     }
 
     /// The same for `N` vectors of columns from `column` on; returns `N`.
+    #[allow(clippy::needless_range_loop)] // as above
     #[inline(always)]
     fn stripe<S: Simd, const Q: usize, const N: usize>(
         &mut self,
@@ -458,25 +460,25 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
         positions: Range<usize>,
     ) -> usize {
         let mut acc = [[s.splat(0.0); N]; Q];
-        for (query, acc) in (first..).zip(&mut acc) {
-            for (acc, mixed) in acc.iter_mut().zip(&self.sums.mixed(query)[column..][..N]) {
-                *acc = s.load(mixed);
+        for q in 0..Q {
+            let mixed = &self.sums.mixed(first + q)[column..][..N];
+            for n in 0..N {
+                acc[q][n] = s.load(&mixed[n]);
             }
         }
         let (next, stride) = (self.ahead(first), self.piece.stride);
-        let blocks = self.piece.rows.values.iter().enumerate();
-        for (block, rows) in blocks.take(positions.end.div_ceil(BLOCK)).skip(positions.start / BLOCK) {
+        for block in positions.start / BLOCK..positions.end.div_ceil(BLOCK) {
             let start = block * BLOCK;
             let within = positions.start.max(start) - start..positions.end.min(start + BLOCK) - start;
-            for (row, j) in rows[within.start * stride..].chunks_exact(stride).zip(within) {
+            let rows = self.piece.rows.values[block][within.start * stride..].chunks_exact(stride);
+            for (row, j) in rows.zip(within) {
+                let row = &row[column..][..N];
                 let mut values = [s.splat(0.0); N];
-                for (value, row) in values.iter_mut().zip(&row[column..][..N]) {
-                    *value = V::load(s, row);
-                }
-                if let Some(next) = next {
-                    for row in &next.values[block][j * stride + column..][..N] {
-                        s.prefetch(row);
+                for n in 0..N {
+                    if let Some(next) = next {
+                        s.prefetch(&next.values[block][j * stride + column + n]);
                     }
+                    values[n] = V::load(s, &row[n]);
                 }
                 for q in 0..Q {
                     let weight = s.splat(weights[q][block][j]);
@@ -486,9 +488,10 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
                 }
             }
         }
-        for (query, acc) in (first..).zip(acc) {
-            for (acc, mixed) in acc.into_iter().zip(&mut self.sums.mixed(query)[column..][..N]) {
-                s.store(acc, mixed);
+        for q in 0..Q {
+            let mixed = &mut self.sums.mixed(first + q)[column..][..N];
+            for n in 0..N {
+                s.store(acc[q][n], &mut mixed[n]);
             }
         }
         N
