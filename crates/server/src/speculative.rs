@@ -80,6 +80,10 @@ impl std::str::FromStr for SpeculativeConfig {
         let object: Object = serde_json::from_str(text)
             .context("an object is taken, with method (ngram, mtp), num_speculative_tokens and, if wanted, prompt_lookup_max, prompt_lookup_min (ngram), disable_by_batch_size")?;
         ensure!((1..=MOST).contains(&object.num_speculative_tokens), "num_speculative_tokens must be from 1 to {MOST}");
+        ensure!(
+            object.method == Method::Ngram || object.num_speculative_tokens == 1,
+            "num_speculative_tokens must be 1 with mtp, which looks one token ahead"
+        );
         let (min, max) = object.lookup();
         ensure!(1 <= min && min <= max, "prompt_lookup_min ({min}) must be from 1 to prompt_lookup_max ({max})");
         let has_lookup = object.prompt_lookup_min.or(object.prompt_lookup_max).is_some();
@@ -137,6 +141,7 @@ mod tests {
             (r#"{"method": "ngram", "num_speculative_tokens": 17}"#, "16"),
             (r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 0}"#, "prompt_lookup_max"),
             (r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 0}"#, "prompt_lookup_min"),
+            (r#"{"method": "mtp", "num_speculative_tokens": 2}"#, "must be 1 with mtp"),
             (r#"{"method": "mtp", "num_speculative_tokens": 1, "prompt_lookup_max": 3}"#, "for ngram"),
         ] {
             let refusal = format!("{:#}", parse(text).unwrap_err());
