@@ -71,12 +71,15 @@ impl PairDot<Avx512> for Bf16 {
     #[inline(always)]
     fn dot(self, acc: __m512, w: __m512i, x: &[bf16; 2]) -> __m512 {
         let x = i32::from(x[1].to_bits()) << 16 | i32::from(x[0].to_bits());
-        intrinsic!(_mm512_dpbf16_ps(acc, std::mem::transmute(w), std::mem::transmute(_mm512_set1_epi32(x))))
+        intrinsic!({
+            let [w, x] = std::mem::transmute::<[__m512i; 2], [__m512bh; 2]>([w, _mm512_set1_epi32(x)]);
+            _mm512_dpbf16_ps(acc, w, x)
+        })
     }
 
     #[inline(always)]
     fn round(self, x: __m512) -> [bf16; LANES] {
-        intrinsic!(std::mem::transmute(_mm512_cvtneps_pbh(x)))
+        intrinsic!(std::mem::transmute::<__m256bh, [bf16; LANES]>(_mm512_cvtneps_pbh(x)))
     }
 }
 
