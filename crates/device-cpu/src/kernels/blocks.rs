@@ -7,14 +7,15 @@
 use std::ops::Range;
 
 use crate::blocks::{Blocks, ForFormat, Format, QUADS, with_format};
-use crate::kernels::linear::{PartOut, RowNumbers};
+use crate::kernels::linear::PartOut;
 use crate::kernels::quantize::Quantized;
 use crate::simd::{Kernel, Simd};
 
 /// A part of a product: some rows times some panels.
 pub(crate) struct BlockPart<'a> {
     pub(crate) x: &'a Quantized,
-    pub(crate) at: RowNumbers<'a>,
+    /// Row of `x` that is row 0 here.
+    pub(crate) first: usize,
     pub(crate) w: &'a Blocks,
     pub(crate) rows: Range<usize>,
     pub(crate) panels: Range<usize>,
@@ -60,34 +61,27 @@ impl BlockPart<'_> {
     fn tile<S: Simd, F: Format, const R: usize>(&self, s: S, row: usize, panel: usize) -> usize {
         let w = self.w.panel::<F>(panel);
         let mut acc = [s.splat(0.0); R];
-        let mut rows = [0; R];
-        for (r, number) in rows.iter_mut().enumerate() {
-            *number = self.at.get(row + r);
-            assert!(*number < self.x.rows(), "row {number} of {}", self.x.rows());
-        }
         for chunk in 0..self.w.chunks() {
-            let x = self.x.blocks(chunk);
+            let x = self.x.block::<R>(chunk, self.first + row);
             let quads = w.quads(s, chunk);
             for group in 0..F::GROUPS {
                 let (scale, min) = w.group(s, chunk, group);
                 // Which sum of the activations: of a half, or of all.
                 let sum = if F::GROUPS == 2 { group } else { 2 };
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    // SAFETY: checked above.
-                    let x = unsafe { x.row(rows[r]) };
                     let start = if F::SIGNED { S::SIGNED_SHIFT } else { F::OFFSET_SHIFT };
-                    let mut dot = s.shifted(&x.sums.negated[sum], start);
-                    let x_quads = x.bytes.as_chunks().0;
+                    let mut dot = s.shifted(&x.sums[r].negated[sum], start);
+                    let x_quads = x.bytes[r].as_chunks().0;
                     for j in group * QUADS / F::GROUPS..(group + 1) * QUADS / F::GROUPS {
                         dot = match F::SIGNED {
                             true => s.dot_signed(dot, quads[j], &x_quads[j]),
                             false => s.dot(dot, quads[j], &x_quads[j]),
                         };
                     }
-                    let scale = s.mul(scale, s.splat(x.scale));
+                    let scale = s.mul(scale, s.splat(x.scales[r]));
                     *acc = s.mul_add(s.to_f32(dot), scale, *acc);
                     if F::BLOCK.has_min() {
-                        *acc = s.mul_add(min, s.splat(x.sums.scaled[sum]), *acc);
+                        *acc = s.mul_add(min, s.splat(x.sums[r].scaled[sum]), *acc);
                     }
                 }
             }

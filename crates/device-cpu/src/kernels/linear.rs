@@ -42,8 +42,8 @@ pub(crate) struct Prepared<'a> {
 }
 
 impl<'a> Prepared<'a> {
-    /// `x` for `weights`: quantised if one of them is of blocks, rounded if one is multiplied in bf16. Rows that
-    /// occur more than once are so only once.
+    /// `x` for `weights`: quantised if one of them is of blocks, rounded, each distinct row once, if one is
+    /// multiplied in bf16.
     pub(crate) fn new<'w>(
         (pool, isa): (&Pool, Dispatch),
         x: View<'a>,
@@ -56,18 +56,17 @@ impl<'a> Prepared<'a> {
             quantise |= matches!(weight.data, Packed::Blocks(_));
             round |= isa.has_pairs() && matches!(weight.data, Packed::BF16(_));
         }
-        let distinct = x.distinct();
         if quantise {
-            buffers.bytes.fill(pool, isa, distinct);
+            buffers.bytes.fill(pool, isa, x);
         }
         if round {
-            buffers.pairs.fill(pool, isa, distinct);
+            buffers.pairs.fill(pool, isa, x.distinct());
         }
         Self { floats: x, bytes: quantise.then_some(&buffers.bytes), pairs: round.then_some(&buffers.pairs) }
     }
 }
 
-/// Where rows of a part lie in what was prepared.
+/// Where rows of a part lie among the distinct ones.
 #[derive(Clone, Copy)]
 pub(crate) struct RowNumbers<'a> {
     first: usize,
@@ -110,7 +109,7 @@ impl Part<'_> {
             (Packed::BF16(w), Some(x)) => isa.run_pairs(PairPart { x, at, w, rows, panels, out }),
             (Packed::Blocks(w), _) => {
                 let x = input.bytes.expect("the input was prepared for this weight");
-                isa.run(BlockPart { x, at, w, rows, panels, out });
+                isa.run(BlockPart { x, first, w, rows, panels, out });
             }
         }
     }

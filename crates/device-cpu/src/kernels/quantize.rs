@@ -1,6 +1,6 @@
 //! Activations for weights of block formats: each row in blocks of 32 signed bytes, as [`baton_device::int8`] says.
 //!
-//! Blocks lie by column first, then by row, so that a kernel finds those of a tile's rows close together.
+//! Blocks lie by column first, then by row, so that a kernel finds the block of the next row at a fixed distance.
 
 use baton_device::int8;
 
@@ -28,38 +28,11 @@ pub(crate) struct Sums {
     pub(crate) scaled: [f32; 3],
 }
 
-/// One block of every row.
-#[derive(Clone, Copy)]
-pub(crate) struct Blocks<'a> {
-    bytes: &'a [[i8; int8::BLOCK]],
-    scales: &'a [f32],
-    sums: &'a [Sums],
-}
-
-/// One block of a row.
-#[derive(Clone, Copy)]
-pub(crate) struct Block<'a> {
-    pub(crate) bytes: &'a [i8; int8::BLOCK],
-    pub(crate) scale: f32,
-    pub(crate) sums: &'a Sums,
-}
-
-impl<'a> Blocks<'a> {
-    /// That of row `r`.
-    ///
-    /// # Safety
-    /// There is such a row.
-    #[inline(always)]
-    pub(crate) unsafe fn row(self, r: usize) -> Block<'a> {
-        // SAFETY: each has one for every row.
-        unsafe {
-            Block {
-                bytes: self.bytes.get_unchecked(r),
-                scale: *self.scales.get_unchecked(r),
-                sums: self.sums.get_unchecked(r),
-            }
-        }
-    }
+/// One block of each of `R` rows.
+pub(crate) struct Block<'a, const R: usize> {
+    pub(crate) bytes: &'a [[i8; int8::BLOCK]; R],
+    pub(crate) scales: &'a [f32; R],
+    pub(crate) sums: &'a [Sums; R],
 }
 
 impl Quantized {
@@ -82,15 +55,15 @@ impl Quantized {
         });
     }
 
-    pub(crate) fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Block `block` of all rows.
+    /// Block `block` of rows `first..first + R`.
     #[inline(always)]
-    pub(crate) fn blocks(&self, block: usize) -> Blocks<'_> {
-        let rows = block * self.rows..(block + 1) * self.rows;
-        Blocks { bytes: &self.bytes[rows.clone()], scales: &self.scales[rows.clone()], sums: &self.sums[rows] }
+    pub(crate) fn block<const R: usize>(&self, block: usize, first: usize) -> Block<'_, R> {
+        let start = block * self.rows + first;
+        Block {
+            bytes: self.bytes[start..].first_chunk().expect("R rows"),
+            scales: self.scales[start..].first_chunk().expect("R rows"),
+            sums: self.sums[start..].first_chunk().expect("R rows"),
+        }
     }
 }
 
@@ -161,10 +134,9 @@ mod tests {
             for isa in Isa::available() {
                 let quantized = ours(isa, &values, 64);
                 for (i, block) in values.as_chunks().0.iter().enumerate() {
-                    let blocks = quantized.blocks(i % 2);
-                    let Sums { negated, scaled } = &blocks.sums[i / 2];
+                    let Block { bytes: [bytes], scales: [ours], sums: [Sums { negated, scaled }] } = quantized.block(i % 2, i / 2);
                     let (scale, expected) = int8::quantize(block);
-                    prop_assert_eq!((blocks.scales[i / 2], blocks.bytes[i / 2]), (scale, expected), "{}", isa);
+                    prop_assert_eq!((*ours, bytes), (scale, &expected), "{}", isa);
                     let sum = |bytes: &[i8]| bytes.iter().map(|&q| i32::from(q)).sum::<i32>();
                     let sums = [sum(&expected[..16]), sum(&expected[16..]), sum(&expected)];
                     prop_assert_eq!(*negated, sums.map(|sum| -sum));
@@ -178,12 +150,12 @@ mod tests {
     fn zeros_stay_zeros_and_what_is_not_finite_shows() {
         for isa in Isa::available() {
             let zeros = ours(isa, &[0.0; 32], 32);
-            let Blocks { bytes, scales, .. } = zeros.blocks(0);
-            assert_eq!((bytes, scales), ([[0; 32]].as_slice(), [0.0].as_slice()));
+            let block = zeros.block::<1>(0, 0);
+            assert_eq!((block.bytes, block.scales), (&[[0; 32]], &[0.0]));
             for (at, bad) in [(0, f32::NAN), (31, f32::INFINITY), (16, f32::NEG_INFINITY), (5, f32::NAN)] {
                 let mut row = [1.0; 32];
                 row[at] = bad;
-                assert!(ours(isa, &row, 32).blocks(0).scales[0].is_nan(), "{isa}: {bad} at {at}");
+                assert!(ours(isa, &row, 32).block::<1>(0, 0).scales[0].is_nan(), "{isa}: {bad} at {at}");
             }
         }
     }

@@ -72,12 +72,8 @@ impl PairDot<Avx512> for Bf16 {
     fn dot(self, acc: __m512, w: __m512i, x: &[bf16; 2]) -> __m512 {
         let x = i32::from(x[1].to_bits()) << 16 | i32::from(x[0].to_bits());
         intrinsic!({
-            let x = _mm512_set1_epi32(x);
-            _mm512_dpbf16_ps(
-                acc,
-                std::mem::transmute::<__m512i, __m512bh>(w),
-                std::mem::transmute::<__m512i, __m512bh>(x),
-            )
+            let [w, x] = std::mem::transmute::<[__m512i; 2], [__m512bh; 2]>([w, _mm512_set1_epi32(x)]);
+            _mm512_dpbf16_ps(acc, w, x)
         })
     }
 

@@ -63,7 +63,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn splat(self, x: f32) -> Self::F32;
     fn load(self, x: &[f32; LANES]) -> Self::F32;
     fn load_f16(self, x: &[f16; LANES]) -> Self::F32;
-    #[allow(dead_code)] // for values that are not weights
     fn load_bf16(self, x: &[bf16; LANES]) -> Self::F32;
     /// The first bf16 of each pair, widened.
     fn first_bf16(self, pairs: Self::Bytes) -> Self::F32;
