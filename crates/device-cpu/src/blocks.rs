@@ -25,6 +25,8 @@ use crate::simd::{Kernel, LANES, Simd};
 pub(crate) const CHUNK: usize = 32;
 /// Quads of a chunk.
 pub(crate) const QUADS: usize = 8;
+/// How far ahead of its use memory is asked for, in bytes.
+const AHEAD: usize = 4096;
 /// Four columns of 16 rows.
 pub(crate) type Quad = [u8; 4 * LANES];
 
@@ -328,6 +330,20 @@ pub(crate) struct Panel<'a, F> {
 }
 
 impl<F: Format> Panel<'_, F> {
+    /// Brings nearer what will be read after the chunks up to this one: of this panel, or of the next.
+    #[inline(always)]
+    pub(crate) fn prefetch<S: Simd>(&self, s: S, chunk: usize) {
+        for line in &self.codes[chunk * F::LINES..][..F::LINES] {
+            s.prefetch(line.as_ptr().wrapping_add(AHEAD));
+        }
+        if chunk.is_multiple_of(F::CHUNKS) {
+            let scales = &self.scales[chunk / F::CHUNKS * F::SCALE_BYTES..][..F::SCALE_BYTES];
+            for line in scales.chunks(size_of::<Quad>()) {
+                s.prefetch(line.as_ptr().wrapping_add(AHEAD));
+            }
+        }
+    }
+
     /// The codes of a chunk, below 128, or signed as [`Simd::signed`] makes them.
     #[inline(always)]
     pub(crate) fn quads<S: Simd>(&self, s: S, chunk: usize) -> [S::Bytes; QUADS] {

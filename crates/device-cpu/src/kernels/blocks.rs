@@ -60,9 +60,14 @@ impl BlockPart<'_> {
     #[inline(always)]
     fn tile<S: Simd, F: Format, const R: usize>(&self, s: S, row: usize, panel: usize) -> usize {
         let w = self.w.panel::<F>(panel);
+        // One row waits for memory anyhow; later rows find the panel in cache.
+        let first = R > 1 && row == self.rows.start;
         let mut acc = [s.splat(0.0); R];
         for chunk in 0..self.w.chunks() {
             let x = self.x.block::<R>(chunk, self.first + row);
+            if first {
+                w.prefetch(s, chunk);
+            }
             let quads = w.quads(s, chunk);
             for group in 0..F::GROUPS {
                 let (scale, min) = w.group(s, chunk, group);

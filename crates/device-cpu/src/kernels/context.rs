@@ -359,7 +359,7 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
             let mut column = [s.splat(0.0); N];
             for n in 0..N {
                 if let Some(next) = next {
-                    s.prefetch(&next.keys[block + n][feature]);
+                    s.prefetch(&raw const next.keys[block + n][feature]);
                 }
                 // SAFETY: every slice was cut to `width`.
                 column[n] = K::load(s, unsafe { columns[n].get_unchecked(feature) });
@@ -476,7 +476,7 @@ impl<K: Element, V: Element> Pass<'_, '_, K, V> {
                 let mut values = [s.splat(0.0); N];
                 for n in 0..N {
                     if let Some(next) = next {
-                        s.prefetch(&next.values[block][j * stride + column + n]);
+                        s.prefetch(&raw const next.values[block][j * stride + column + n]);
                     }
                     values[n] = V::load(s, &row[n]);
                 }

@@ -158,8 +158,8 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn prefetch<T>(self, x: &[T; LANES]) {
-        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(x.as_ptr().cast()))
+    fn prefetch<T>(self, x: *const T) {
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(x.cast()))
     }
 
     #[inline(always)]

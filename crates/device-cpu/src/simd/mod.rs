@@ -84,9 +84,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Sums the lanes of each of four vectors.
     fn sums(self, v: [Self::F32; 4]) -> [f32; 4];
 
-    /// Brings what will be loaded soon into the second level of cache, where the instruction set can.
+    /// Brings what will be loaded soon into the second level of cache, where the instruction set can. Any address
+    /// will do: one that cannot be read is passed over.
     #[inline(always)]
-    fn prefetch<T>(self, _: &[T; LANES]) {}
+    fn prefetch<T>(self, _: *const T) {}
 
     /// Small integers, widened.
     fn load_i8(self, x: &[i8; LANES]) -> Self::F32;
