@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 use crate::speculative::SpeculativeConfig;
 
 /// A secret: shown nowhere.
+/// Tokens of a step unless others are asked for: prompts are computed hardly faster in larger ones.
+pub const STEP_TOKENS: usize = 128;
+
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(#[serde(serialize_with = "redact")] pub String);
@@ -287,7 +290,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "BATON_MAX_NUM_SEQS", help_heading = "Engine")]
     pub max_num_seqs: Option<usize>,
 
-    /// Tokens computed in one step, prompts and outputs together [default: 512]
+    /// Tokens computed in one step, prompts and outputs together: few, so that running replies wait little for new prompts [default: 128, at least --max-num-seqs]
     #[arg(long, value_name = "TOKENS", env = "BATON_MAX_NUM_BATCHED_TOKENS", help_heading = "Engine")]
     pub max_num_batched_tokens: Option<usize>,
 
@@ -446,7 +449,8 @@ impl ServeArgs {
             Ok(value)
         };
         let max_num_seqs = positive("max-num-seqs", self.max_num_seqs.unwrap_or(64))?;
-        let max_num_batched_tokens = positive("max-num-batched-tokens", self.max_num_batched_tokens.unwrap_or(512))?;
+        let max_num_batched_tokens =
+            positive("max-num-batched-tokens", self.max_num_batched_tokens.unwrap_or(STEP_TOKENS.max(max_num_seqs)))?;
         ensure!(
             max_num_batched_tokens >= max_num_seqs,
             "--max-num-batched-tokens ({max_num_batched_tokens}) must be at least --max-num-seqs ({max_num_seqs}): \

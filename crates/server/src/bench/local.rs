@@ -19,7 +19,7 @@ use super::{count, length};
 use crate::{
     backend::{Device, Loaded},
     load, memory,
-    settings::{Dtype, KvCacheDtype, Quantize},
+    settings::{Dtype, KvCacheDtype, Quantize, STEP_TOKENS},
 };
 
 /// What `baton bench local` takes; letters are those of `llama-bench`.
@@ -29,7 +29,7 @@ pub struct LocalArgs {
     #[arg(value_name = "MODEL")]
     model: Option<String>,
 
-    /// Tokens of a prompt, computed in steps of 512; 0 for no prompts
+    /// Tokens of a prompt, computed in steps as by `baton serve`; 0 for no prompts
     #[arg(short = 'p', long, value_name = "N,N,…", value_delimiter = ',', default_value = "512", value_parser = length)]
     n_prompt: Vec<usize>,
 
@@ -69,9 +69,6 @@ pub struct LocalArgs {
     #[arg(long)]
     json: bool,
 }
-
-/// Tokens of a prompt that are computed in one step, as `baton serve` does.
-const STEP: usize = 512;
 
 /// One line: some sequences, each from `depth` tokens on.
 #[derive(Debug, Clone, Copy)]
@@ -137,7 +134,7 @@ pub fn main(args: &LocalArgs) -> Result<()> {
         dtype: args.dtype.stored(),
         quantization: args.quantize.map(Into::into),
         max_model_len: Some(longest),
-        max_step_tokens: STEP.max(streams),
+        max_step_tokens: STEP_TOKENS.max(streams),
         max_step_sequences: streams,
         kv_dtype: args.kv_cache_dtype.dtype(),
         kv_cache: KvCacheSize::AtMost(memory::available_bytes().map_or(u64::MAX, |free| free / 2)),
@@ -162,7 +159,12 @@ impl LocalArgs {
         let mut tests = Vec::new();
         for &depth in &self.n_depth {
             let some = |lengths: &[usize]| lengths.iter().copied().filter(|&n| n > 0).collect::<Vec<_>>();
-            tests.extend(some(&self.n_prompt).into_iter().map(|tokens| Test { streams: 1, depth, tokens, step: STEP }));
+            tests.extend(some(&self.n_prompt).into_iter().map(|tokens| Test {
+                streams: 1,
+                depth,
+                tokens,
+                step: STEP_TOKENS,
+            }));
             for tokens in some(&self.n_gen) {
                 tests.extend(self.streams.iter().map(|&streams| Test { streams, depth, tokens, step: 1 }));
             }
