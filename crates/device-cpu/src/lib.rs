@@ -6,6 +6,9 @@
 //! Hence no bit of a row depends on the other rows, on how a sequence is cut into steps, or on the
 //! number of threads; only the instruction set ([`Isa`]) may change bits.
 
+// Pairs of bf16 are multiplied on x86-64 alone.
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+
 mod affinity;
 mod backend;
 mod blocks;
