@@ -149,7 +149,7 @@ impl<'a> Setup<'a> {
 
 fn median_of(samples: &Value) -> Option<f64> {
     let samples: Vec<f64> = samples.as_array()?.iter().filter_map(Value::as_f64).collect();
-    (!samples.is_empty()).then(|| crate::table::median(&samples))
+    (!samples.is_empty()).then(|| baton_loadgen::median(&samples))
 }
 
 fn output(command: &mut Command) -> Result<String> {

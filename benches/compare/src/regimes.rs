@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use baton_loadgen::{Client, Endpoint, Form, Load, LocalServer, Mode, Objectives, Random, Report, Run, run};
+use baton_loadgen::{Client, Endpoint, Form, Load, LocalServer, Mode, Objectives, Random, Report, Run, median, run};
 use serde_json::{Value, json};
 
 use crate::Args;
@@ -128,7 +128,7 @@ impl Asker<'_> {
             rates.push(args.prefill_len as f64 / reply.first_token.as_secs_f64());
         }
         let regime = format!("prompt of {}", args.prefill_len);
-        Ok(Figure { regime, name: "prefill tok/s", value: crate::table::median(&rates) })
+        Ok(Figure { regime, name: "prefill tok/s", value: median(&rates) })
     }
 }
 

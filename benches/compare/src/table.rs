@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use anyhow::{Context, Result, ensure};
-use baton_loadgen::plot;
+use baton_loadgen::{median, plot};
 
 use crate::programs::Program;
 use crate::regimes::DECODE;
@@ -99,17 +99,6 @@ pub fn svg(rows: &[Row]) -> Result<String> {
     let x: Vec<String> = points.iter().map(|p| p.0.to_string()).collect();
     let lines = [0, 1].map(|i| (Program::ALL[i].name(), points.iter().map(|p| p.1[i]).collect::<Vec<f64>>()));
     Ok(plot::svg("Decoding (tok/s, all streams together)", "streams", &x, &lines))
-}
-
-/// The middle value, or the mean of both.
-///
-/// # Panics
-/// If there is none.
-pub fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len().is_multiple_of(2) { (sorted[middle - 1] + sorted[middle]) / 2.0 } else { sorted[middle] }
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ mod workload;
 
 pub use client::{CallError, Client, Reply, Target};
 pub use local::{LocalServer, free_port};
-pub use report::{Objectives, Quantiles, Report};
+pub use report::{Objectives, Quantiles, Report, median};
 pub use run::{Call, Live, Load, Planned, Run, run};
 pub use schedule::arrivals;
 pub use workload::{Endpoint, Form, Prompt, Random, Request, read_requests};

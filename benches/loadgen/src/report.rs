@@ -58,6 +58,16 @@ impl Quantiles {
     }
 }
 
+/// The middle one of some values, or the mean of both.
+///
+/// # Panics
+/// If there is none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    percentile(&sorted, 50.0)
+}
+
 /// As `numpy.percentile`: linear between the two nearest ranks.
 fn percentile(sorted: &[f64], p: f64) -> f64 {
     let rank = p / 100.0 * (sorted.len() - 1) as f64;

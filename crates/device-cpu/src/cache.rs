@@ -169,7 +169,7 @@ pub(crate) struct Plane {
     data: Floats,
     /// `[blocks, heads, parts, 16]` where elements are bytes, else empty.
     scales: Floats,
-    /// Runs of a row that have a scale each.
+    /// Runs of a row that have a scale each, 0 if elements have none.
     parts: usize,
 }
 
@@ -211,9 +211,8 @@ impl Plane {
     /// Scales of one part of the rows of one block of one head, `None` if elements have none.
     #[inline(always)]
     pub(crate) fn scales(&self, block: u32, head: usize, part: usize) -> Option<&[f32; BLOCK]> {
-        let scales = self.scales.as_chunks::<BLOCK>().0;
-        scales.get(..self.parts)?.get(part)?;
-        Some(&scales[(block as usize * self.heads + head) * self.parts + part])
+        let at = (block as usize * self.heads + head) * self.parts + part;
+        (self.parts > 0).then(|| &self.scales.as_chunks().0[at])
     }
 
     /// Writes the heads of one position, side by side in `x`, as a part of their rows that starts at feature `start`.
@@ -233,8 +232,8 @@ impl Plane {
             let block = block as usize * self.heads + head;
             let elements = &mut bytemuck::cast_slice_mut::<f32, E>(&mut self.data)[block * len..][..len];
             let scale = E::scale(x);
-            if let Some(scales) = self.scales.get_mut(block * self.parts * BLOCK..).filter(|_| self.parts > 0) {
-                scales[part * BLOCK + offset] = scale;
+            if self.parts > 0 {
+                self.scales[(block * self.parts + part) * BLOCK + offset] = scale;
             }
             for (first, x) in (start..).step_by(PUT).zip(x.chunks(PUT)) {
                 let kept = &mut kept[..x.len()];

@@ -84,9 +84,9 @@ impl<B: Backend> ModelRunner<B> {
         Ok(attention)
     }
 
-    /// Runs the layer that looks ahead over the step, drafts wanted or not, so that its cache covers every context, and drafts a token where
-    /// it is asked for: chosen as the real one will be, with the same random number, so that both agree as often as
-    /// their distributions do.
+    /// Runs the layer that looks ahead over the step, drafts wanted or not, so that its cache covers every context, and
+    /// drafts a token where it is asked for: chosen as the real one will be, with the same random number, so that both
+    /// agree as often as their distributions do.
     fn look_ahead(
         &mut self,
         plan: &StepPlan,

@@ -3,9 +3,8 @@
 mod common;
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
-use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadOptions, SamplingParams, load};
-use common::{adapted, all_logits_with, folder, generate_with, json, options, prompts};
+use common::{adapted, all_logits_with, exact_cpu, folder, generate_with, json, options, prompts};
 
 /// On logits and logprobs, absolute, as for models without adapter.
 const TOLERANCE: f64 = 1e-3;
@@ -63,11 +62,7 @@ macro_rules! goldens {
 }
 
 goldens!(reference, Reference::new());
-goldens!(cpu, cpu());
-
-fn cpu() -> CpuBackend {
-    CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap()
-}
+goldens!(cpu, exact_cpu());
 
 /// The rows of a GGUF file's q and k lie in another order than those of the checkpoint that adapters are made for.
 #[test]

@@ -6,7 +6,7 @@ mod common;
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, SamplingParams, load};
-use common::{CASES, all_logits, folder, generate, options, prompts, runner};
+use common::{CASES, all_logits, exact_cpu, folder, generate, options, prompts, runner};
 
 /// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
 const TOLERANCE: f64 = 1e-3;
@@ -144,7 +144,7 @@ fn dense_checkpoints_as_they_are_stored_stay_near_on_the_cpu() {
 }
 
 goldens!(reference, Reference::new);
-goldens!(cpu, cpu);
+goldens!(cpu, exact_cpu);
 
 fn cpu() -> CpuBackend {
     CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap()

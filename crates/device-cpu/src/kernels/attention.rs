@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane};
 use crate::isa::Dispatch;
-use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Rows, Source, Sums, Walk};
+use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Rows, Source, Sums, Walk, parts};
 use crate::kernels::latent::with_scratch;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
@@ -57,11 +57,7 @@ pub(crate) fn attend(
     }
     // The sums of each task, group by group.
     let mut sums: Vec<_> = (0..tasks).map(|i| vec![0.0; groups * task(i).sums()]).collect();
-    let parts = sums.iter_mut().enumerate().flat_map(|(i, sums)| {
-        let len = sums.len() / groups;
-        sums.chunks_exact_mut(len).enumerate().map(move |(group, sums)| (i, group, sums))
-    });
-    pool.each(parts, work, |_, (i, group, sums)| {
+    pool.each(parts(&mut sums, groups), work, |_, (i, group, sums)| {
         let task = task(i);
         with_scratch(task.scratch(), |scratch, _| task.walk(group..group + 1, sums, scratch));
     });
@@ -158,9 +154,7 @@ impl Task<'_> {
     unsafe fn finish(&self, sums: &mut [f32], out: &Target<'_>) {
         let width = self.params.head_dim;
         let row_width = self.group() * width;
-        let mut groups = sums.chunks_exact_mut(self.sums()).map(|g| Sums::new(g, self.queries(), self.values.width));
-        let mut sums = groups.next().expect("a context has a group");
-        sums.merge(self.isa, groups);
+        let mut sums = Sums::of_groups(self.isa, sums, self.queries(), self.values.width);
         for (i, row) in self.rows.clone().enumerate() {
             let start = self.kv_head * row_width;
             // SAFETY: the caller's obligation.

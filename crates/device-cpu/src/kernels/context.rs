@@ -110,8 +110,17 @@ impl<'a> Sums<'a> {
         self.part(queries)
     }
 
+    /// The sums of groups that lie one behind the other in `memory`, merged into the first.
+    pub(crate) fn of_groups(isa: Dispatch, memory: &'a mut [f32], queries: usize, width: usize) -> Self {
+        let mut groups =
+            memory.chunks_exact_mut(Self::floats(queries, width)).map(|group| Sums::new(group, queries, width));
+        let mut sums = groups.next().expect("a context has a group");
+        sums.merge(isa, groups);
+        sums
+    }
+
     /// Adds the sums of the groups that follow, in order.
-    pub(crate) fn merge<'s>(&mut self, isa: Dispatch, following: impl Iterator<Item = Sums<'s>>) {
+    fn merge<'s>(&mut self, isa: Dispatch, following: impl Iterator<Item = Sums<'s>>) {
         following.for_each(|next| isa.run(Merge { sums: self.reborrow(), next }));
     }
 
@@ -119,6 +128,15 @@ impl<'a> Sums<'a> {
     pub(crate) fn finish(&mut self, isa: Dispatch, first: usize, out: &mut [f32], width: usize) {
         isa.run(Finish { sums: self.reborrow(), first, out, width });
     }
+}
+
+/// The parts of tasks whose context is split: task, group, and where the sums go; each task has those of all its groups
+/// one behind the other.
+pub(crate) fn parts(sums: &mut [Vec<f32>], groups: usize) -> impl Iterator<Item = (usize, usize, &mut [f32])> {
+    sums.iter_mut().enumerate().flat_map(move |(task, sums)| {
+        let len = sums.len() / groups;
+        sums.chunks_exact_mut(len).enumerate().map(move |(group, sums)| (task, group, sums))
+    })
 }
 
 struct Merge<'a, 's> {

@@ -121,11 +121,7 @@ pub(crate) fn attend(
         with_scratch(0, |_, buffers| task(i).absorb(queries, buffers));
     });
     let mut sums: Vec<_> = (0..tasks).map(|i| vec![0.0; groups * task(i).sums()]).collect();
-    let parts = sums.iter_mut().enumerate().flat_map(|(i, sums)| {
-        let len = sums.len() / groups;
-        sums.chunks_exact_mut(len).enumerate().map(move |(group, sums)| (i, group, sums))
-    });
-    pool.each(parts, work, |_, (i, group, sums)| {
+    pool.each(context::parts(&mut sums, groups), work, |_, (i, group, sums)| {
         let task = task(i);
         with_scratch(task.scratch(), |scratch, _| task.walk(group..group + 1, &queries[i], sums, scratch));
     });
@@ -229,9 +225,7 @@ impl Task<'_> {
     unsafe fn project(&self, sums: &mut [f32], scratch: &mut [f32], buffers: &mut Buffers, out: &Target<'_>) {
         let &Latent { v, rank, .. } = self.weight;
         let (rows, width) = (self.rows.len(), rope_start(rank));
-        let mut groups = sums.chunks_exact_mut(self.sums()).map(|g| Sums::new(g, self.queries(), width));
-        let mut sums = groups.next().expect("a context has a group");
-        sums.merge(self.isa, groups);
+        let mut sums = Sums::of_groups(self.isa, sums, self.queries(), width);
         let mixed = &mut scratch[..self.queries() * width];
         sums.finish(self.isa, 0, mixed, width);
         for (i, head) in self.heads.clone().enumerate() {

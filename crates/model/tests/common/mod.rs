@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use baton_device::{Backend, DType, LatentOps, MoeOps, WeightFormat};
+use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
 use baton_model::{
     Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams,
     SequenceStep, StepPlan, load,
@@ -60,17 +61,19 @@ pub fn options() -> LoadOptions {
     }
 }
 
-/// Goldens are computed without rounding: so must be what is judged by them to the last digits.
-fn exact_dtype<B: Backend>(backend: &B) -> Option<DType> {
-    backend.caps().narrow_activations.contains(&WeightFormat::BF16).then_some(DType::F32)
+/// The CPU with its best instruction set of those that round no activation for bf16 weights. Goldens are computed without
+/// rounding: so must be what is judged by them to the last digits.
+pub fn exact_cpu() -> CpuBackend {
+    let cpu = |isa| CpuBackend::new(&CpuOptions { threads: 2, isa: Some(isa) }).unwrap();
+    let exact = |cpu: &CpuBackend| !cpu.caps().narrow_activations.contains(&WeightFormat::BF16);
+    Isa::available().into_iter().rev().map(cpu).find(exact).unwrap()
 }
 
 pub fn runner<B: Backend + LatentOps + MoeOps>(backend: B, case: &str) -> ModelRunner<B> {
     let files = Files::folder(folder(case)).unwrap();
     // Goldens of quantised weights are computed from their exact values, which f32 holds.
     let quantized = !json(folder(case).join("config.json"))["quantization_config"].is_null();
-    let dtype = if quantized { Some(DType::F32) } else { exact_dtype(&backend) };
-    let options = LoadOptions { dtype, ..options() };
+    let options = LoadOptions { dtype: quantized.then_some(DType::F32), ..options() };
     load(backend, &files, &options).unwrap_or_else(|e| panic!("{case}: {e}")).0
 }
 
@@ -80,7 +83,7 @@ pub fn adapted<B: Backend + LatentOps + MoeOps>(
     case: &str,
     adapters: &[&str],
 ) -> (ModelRunner<B>, Vec<Adapter>) {
-    let options = LoadOptions { max_lora_rank: 16, dtype: exact_dtype(&backend), ..options() };
+    let options = LoadOptions { max_lora_rank: 16, ..options() };
     let runner = load(backend, &Files::folder(folder(case)).unwrap(), &options).unwrap().0;
     let loader = runner.adapter_loader().unwrap();
     let load = |name: &&str| loader.load(&folder("lora").join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));

@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use baton_device::WeightFormat;
 use baton_device_cpu::Limits;
+use baton_loadgen::median;
 use baton_model::{KvCacheSize, LoadOptions, SampleRequest, SamplingParams, SequenceStep, StepPlan};
 use clap::Args;
 use serde_json::{Value, json};
@@ -113,12 +114,7 @@ struct Rates {
 
 impl Rates {
     fn median(&self) -> f64 {
-        let middle = self.tokens.len() / 2;
-        if self.tokens.len().is_multiple_of(2) {
-            (self.tokens[middle - 1] + self.tokens[middle]) / 2.0
-        } else {
-            self.tokens[middle]
-        }
+        median(&self.tokens)
     }
 }
 
