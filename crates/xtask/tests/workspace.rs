@@ -13,6 +13,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-oracle", &[], &["baton-device", "baton-model"]),
     ("baton-engine", &["baton-model"], &[]),
     ("baton-text", &[], &[]),
+    ("baton-handoff", &["baton-model", "baton-text"], &[]),
     ("baton-hub", &[], &[]),
     ("baton-http", &["baton-engine", "baton-text"], &["baton-loadgen"]),
     (
@@ -21,6 +22,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
             "baton-device",
             "baton-device-cpu",
             "baton-engine",
+            "baton-handoff",
             "baton-http",
             "baton-hub",
             "baton-loadgen",
@@ -35,7 +37,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
 ];
 
 /// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.
-const PLAIN: &[&str] = &["baton-device", "baton-device-cpu", "baton-hub", "baton-model", "baton-text"];
+const PLAIN: &[&str] = &["baton-device", "baton-device-cpu", "baton-handoff", "baton-hub", "baton-model", "baton-text"];
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
