@@ -1,11 +1,67 @@
 //! `handoff.json` as values. The format is described in `models/HANDOFF.md`.
+//!
+//! Invariant: a [`Manifest`] that was parsed fulfils every rule of the format; what it says of files is still only a claim.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use sha2::{Digest as _, Sha256};
 
-use crate::{Digest, PrecisionClass};
+use crate::strict::{self, shown};
+use crate::{Digest, Feature, MANIFEST, PrecisionClass, rules};
+
+/// What `format` says.
+pub const FORMAT: &str = "baton-handoff";
+/// The version that is read.
+pub const VERSION: u32 = 1;
+/// Longest manifest that is read, in bytes.
+pub const MAX_MANIFEST: u64 = 64 << 20;
+
+/// Why a manifest is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// More than is ever needed.
+    #[error("{name} has {bytes} bytes; at most {limit} are read")]
+    TooLarge {
+        /// The manifest or its signature.
+        name: String,
+        /// Its length.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// Not JSON, or not of the types of the format: a field too many, too few, or twice.
+    #[error("{MANIFEST} cannot be read: {reason}")]
+    Json {
+        /// What is wrong, and where.
+        reason: String,
+    },
+    /// Another format.
+    #[error("{MANIFEST} has the format \"{found}\"; only {FORMAT:?} is read")]
+    Format {
+        /// What it calls itself.
+        found: String,
+    },
+    /// Another version of the format.
+    #[error("{MANIFEST} has version {found} of its format; only version {VERSION} is read")]
+    Version {
+        /// The version.
+        found: u64,
+    },
+    /// Rules of the format are broken.
+    #[error("{MANIFEST} is refused: {}{}", problems.join("; "), and_more(*more))]
+    Invalid {
+        /// What is wrong, rule by rule.
+        problems: Vec<String>,
+        /// How many further ones there are.
+        more: usize,
+    },
+}
+
+fn and_more(more: usize) -> String {
+    if more == 0 { String::new() } else { format!("; and {more} more") }
+}
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,9 +76,10 @@ pub struct Manifest {
     /// SHA-256 over the lines `<sha256>  <name>\n` of all files in byte order of their names.
     pub generation: Digest,
     /// Every file of the bundle but the manifest and its signature, by name.
+    #[serde(deserialize_with = "strict::distinct")]
     pub files: BTreeMap<String, FileEntry>,
     /// Every tensor by name, if the trainer digested them.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "strict::distinct")]
     pub tensors: BTreeMap<String, TensorEntry>,
     /// How the weights were made.
     pub trained: Trained,
@@ -30,12 +87,58 @@ pub struct Manifest {
     pub computed: Computed,
     /// Features that a device must have.
     #[serde(default)]
-    pub requires: Vec<String>,
+    pub requires: Vec<Feature>,
     /// How far a device may be from the golden values, by class of its precision.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "strict::distinct")]
     pub tolerances: BTreeMap<PrecisionClass, Tolerances>,
     /// The golden cases.
     pub cases: Vec<Case>,
+}
+
+impl Manifest {
+    /// Reads a whole `handoff.json`.
+    ///
+    /// # Errors
+    /// The version first, then what is no JSON of the format, then every rule that is broken.
+    pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
+        let refused = |reason: &dyn ToString| ManifestError::Json { reason: shown(&reason.to_string()) };
+        let bytes = json.len() as u64;
+        if bytes > MAX_MANIFEST {
+            return Err(ManifestError::TooLarge { name: MANIFEST.into(), bytes, limit: MAX_MANIFEST });
+        }
+        strict::bound_values(json).map_err(|e| refused(&e))?;
+        let head: Head = serde_json::from_slice(json).map_err(|e| refused(&e))?;
+        if head.format != FORMAT {
+            return Err(ManifestError::Format { found: shown(&head.format) });
+        }
+        if head.version != u64::from(VERSION) {
+            return Err(ManifestError::Version { found: head.version });
+        }
+        let manifest = serde_json::from_slice(json).map_err(|e| refused(&e))?;
+        rules::check(&manifest)?;
+        Ok(manifest)
+    }
+
+    /// The generation that files give: SHA-256 of what `sha256sum` prints for them in byte order of their names.
+    pub fn generation_of(files: &BTreeMap<String, FileEntry>) -> Digest {
+        let mut hasher = Sha256::new();
+        for (name, file) in files {
+            hasher.update(format!("{}  {name}\n", file.sha256));
+        }
+        Digest(hasher.finalize().into())
+    }
+
+    /// Length of all files together.
+    pub fn total_bytes(&self) -> u64 {
+        self.files.values().fold(0, |sum, file| sum.saturating_add(file.bytes))
+    }
+}
+
+/// What every version has.
+#[derive(Deserialize)]
+struct Head {
+    format: String,
+    version: u64,
 }
 
 /// What was trained.
@@ -48,7 +151,7 @@ pub struct ModelFacts {
     #[serde(default)]
     pub license: Option<String>,
     /// Where it is from, passed through.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "strict::object")]
     pub lineage: Map<String, Value>,
 }
 
@@ -121,6 +224,19 @@ pub struct Tolerances {
     pub perplexity_ratio: f64,
 }
 
+impl Tolerances {
+    /// All of them with their names.
+    pub(crate) fn values(&self) -> [(&'static str, f64); 5] {
+        [
+            ("max_abs_logprob_diff", self.max_abs_logprob_diff),
+            ("mean_abs_logprob_diff", self.mean_abs_logprob_diff),
+            ("kl", self.kl),
+            ("top1_agreement", self.top1_agreement),
+            ("perplexity_ratio", self.perplexity_ratio),
+        ]
+    }
+}
+
 /// A golden case. Its ids are those of the prompt, and the trainer's greedy continuation behind them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -145,7 +261,7 @@ pub struct Case {
     #[serde(default)]
     pub logprobs: Vec<f64>,
     /// By position, that of the last id seen: the most likely next ids with their log-probabilities, best first.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "strict::distinct")]
     pub top: BTreeMap<u32, Vec<(u32, f64)>>,
 }
 
@@ -161,12 +277,13 @@ impl Case {
 #[serde(deny_unknown_fields)]
 pub struct Chat {
     /// As the chat API takes them.
+    #[serde(deserialize_with = "strict::array")]
     pub messages: Vec<Value>,
     /// As the chat API takes them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "strict::array")]
     pub tools: Vec<Value>,
     /// Further variables of the template.
-    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    #[serde(default, skip_serializing_if = "Map::is_empty", deserialize_with = "strict::object")]
     pub template_kwargs: Map<String, Value>,
     /// Whether the prompt ends where the model is to answer.
     #[serde(default = "yes")]
