@@ -86,7 +86,13 @@ async fn an_adapter_is_served_by_its_name_from_load_to_unload() {
     let one = server.get_with_key("/v1/models/first", "user").await.json();
     assert_eq!(one, list["data"][2]);
     assert_eq!((&one["owned_by"], &one["max_model_len"]), (&json!("local"), &json!(512)));
-    assert!(server.get("/metrics").await.body.contains("baton_lora_adapters{model_name=\"tiny\",engine=\"0\"} 1\n"));
+    assert!(
+        server
+            .get("/metrics")
+            .await
+            .body
+            .contains("baton_lora_adapters{model_name=\"tiny\",engine=\"0\",generation=\"0123456789ab\"} 1\n")
+    );
 
     let reply = unload(&server, "first").await;
     assert_eq!((reply.status, reply.body.as_str()), (200, "Success: LoRA adapter 'first' removed successfully."));

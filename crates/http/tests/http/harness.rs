@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
 use baton_engine::{EngineConfig, EngineHandle, RunSpec};
-use baton_http::{Adapters, Defaults, ModelCard, Service, ServiceConfig};
+use baton_http::{Adapters, Defaults, HandoffState, ModelCard, NewGeneration, Service, ServiceConfig, Surface};
 use baton_text::{TextFiles, TextModel, TokenizerFile};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,6 +22,9 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the mock model answers unless told otherwise.
 pub const REPLY: &str = "<think>\nadd them\n</think>\n\nHello, wörld 你好! 12 STOP 34";
+
+/// The digest of the model, unless there are several.
+pub const DIGEST: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
 /// The parts of `REPLY`.
 pub const REASONING: &str = "add them";
@@ -116,6 +119,7 @@ impl Setup {
             names: vec!["tiny".into(), "org/tiny".into()],
             created: 1_790_000_000,
             owned_by: "local".into(),
+            generation: DIGEST.into(),
             system_fingerprint: "fp_test".into(),
             defaults: self.defaults,
             load_report: br#"{"architecture":"mock"}"#.to_vec(),
@@ -123,10 +127,16 @@ impl Setup {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let serve = baton_http::serve(listener, service.clone(), shutdown.clone(), self.drain_timeout);
+        let serve = baton_http::serve(listener, service.clone(), Surface::All, shutdown.clone(), self.drain_timeout);
         let served = tokio::spawn(serve);
         (Server { addr, service, engine, text, control, shutdown, served }, card)
     }
+}
+
+/// A generation without adapters, of whose hand-off nobody asks.
+pub fn generation(engine: &EngineHandle, text: &Arc<TextModel>, card: ModelCard) -> NewGeneration {
+    let (adapters, handoff) = (Adapters::none(), HandoffState::default());
+    NewGeneration { engine: engine.clone(), text: text.clone(), card, adapters, handoff }
 }
 
 /// An HTTP reply.
@@ -220,7 +230,7 @@ impl Server {
     }
 
     pub fn install_with(&self, card: ModelCard, adapters: Adapters) {
-        self.service.install(self.engine.clone(), self.text.clone(), card, adapters);
+        self.service.install(NewGeneration { adapters, ..generation(&self.engine, &self.text, card) });
     }
 
     pub async fn connect(&self) -> TcpStream {

@@ -1,8 +1,8 @@
 //! The service through real sockets: engine on the mock runner, tokenizer and template of the bundled model.
 
 mod adapters;
-mod generation;
 mod harness;
 mod lifecycle;
 mod operations;
 mod refusals;
+mod replies;
