@@ -51,7 +51,7 @@ pub(super) async fn create(
     let (stream, include_usage) = (params.stream, params.include_usage);
     let format = ChatFormat {
         envelope: Envelope::new("chatcmpl", &target, stream && include_usage),
-        text: generation.text.clone(),
+        generation: Arc::clone(&generation),
         logprobs: params.logprobs.is_some(),
     };
     let job = Job {

@@ -43,7 +43,7 @@ pub(super) async fn create(
     let (stream, include_usage) = (params.stream, params.include_usage);
     let format = CompletionFormat {
         envelope: Envelope::new("cmpl", &target, stream && include_usage),
-        text: generation.text.clone(),
+        generation: Arc::clone(&generation),
         logprobs: params.logprobs.is_some(),
         several: prompts.len() > 1 || params.n > 1,
     };

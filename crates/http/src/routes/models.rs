@@ -46,10 +46,10 @@ pub(super) async fn one(
     let Path(id) = id.map_err(|_| ApiError::model_not_found())?;
     for (suffix, report) in REPORTS {
         if let Some(id) = id.strip_suffix(suffix) {
-            granted.require(Scope::Admin)?;
             if !surface.admin() {
                 return Err(ApiError::route_not_found());
             }
+            granted.require(Scope::Admin)?;
             let generation = service.serving()?;
             if !generation.has_name(Some(id)) {
                 return Err(ApiError::model_not_found());
@@ -58,10 +58,10 @@ pub(super) async fn one(
             return Ok(([(CONTENT_TYPE, json)], report(&generation)?).into_response());
         }
     }
-    granted.require(Scope::Inference)?;
     if !surface.inference() {
         return Err(ApiError::route_not_found());
     }
+    granted.require(Scope::Inference)?;
     let generation = service.serving()?;
     let adapter = generation.adapters.get(&id);
     if adapter.is_none() {
