@@ -6,15 +6,32 @@
 //! engine implements, and compared with the tolerances of the precision that is served. Invariant: a manifest is data
 //! from outside; nothing of it is believed before it is checked, and no check of one bundle touches another.
 
+mod determinism;
 mod digest;
+mod judge;
 mod manifest;
+mod numerics;
+mod parity;
 mod precision;
 mod replay;
+mod report;
+mod table;
+mod tolerances;
+mod words;
 
+pub use determinism::{Determinism, Found, Unequal, WayFinding, determinism};
 pub use digest::Digest;
+pub use judge::{Finding, Measure, Verdict, judge};
 pub use manifest::{Case, Chat, Computed, FileEntry, Manifest, ModelFacts, TensorEntry, Tolerances, Trained};
+pub use numerics::{
+    Bucket, ByPosition, CaseNote, Disagreement, Greedy, Largest, Numerics, Outcome, Parity, Perplexity, Top1,
+    check_vocabulary, replay_case, replay_cases,
+};
+pub use parity::{CaseFault, CaseParity, PositionParity, Value, compare_case, task};
 pub use precision::PrecisionClass;
 pub use replay::{Replay, ReplayError, Replayed, Score, Task, Way};
+pub use report::{BundleFacts, Check, CheckName, Column, Comparison, DeviceFacts, Report};
+pub use tolerances::tolerances_for;
 
 /// Name of the manifest in a bundle.
 pub const MANIFEST: &str = "handoff.json";
