@@ -7,29 +7,46 @@
 //! from outside; nothing of it is believed before it is checked, and no check of one bundle touches another.
 
 mod bundle;
+mod determinism;
 mod digest;
 mod feature;
+mod judge;
 mod manifest;
 mod names;
+mod numerics;
+mod parity;
 mod place;
 mod precision;
 mod replay;
+mod report;
 mod rules;
 mod signature;
 mod strict;
+mod table;
 mod tensors;
+mod tolerances;
+mod words;
 
 pub use bundle::{Bundle, BundleError, FileProblem, Integrity, Snapshot};
+pub use determinism::{Determinism, Found, Unequal, WayFinding, determinism};
 pub use digest::Digest;
 pub use feature::Feature;
+pub use judge::{Finding, Measure, Verdict, judge};
 pub use manifest::{
     Case, Chat, Computed, FORMAT, FileEntry, MAX_MANIFEST, Manifest, ManifestError, ModelFacts, TensorEntry,
     Tolerances, Trained, VERSION,
 };
+pub use numerics::{
+    Bucket, ByPosition, CaseNote, Disagreement, Greedy, Largest, Numerics, Outcome, Parity, Perplexity, Top1,
+    check_vocabulary, replay_case, replay_cases,
+};
+pub use parity::{CaseFault, CaseParity, PositionParity, Value, compare_case, task};
 pub use precision::PrecisionClass;
 pub use replay::{Replay, ReplayError, Replayed, Score, Task, Way};
+pub use report::{BundleFacts, Check, CheckName, Column, Comparison, DeviceFacts, Report};
 pub use signature::{KeyError, KeyId, SignatureStatus, TrustedKeys};
 pub use tensors::TensorProblem;
+pub use tolerances::tolerances_for;
 
 /// Name of the manifest in a bundle.
 pub const MANIFEST: &str = "handoff.json";

@@ -1,9 +1,13 @@
 //! The seam to whoever can run the model: sequences in, what the device computed out.
 
 use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
 
 /// How tasks are run. On a device whose rows do not depend on each other, no way changes a bit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Way {
     /// One after another.
     Alone,
@@ -15,6 +19,18 @@ pub enum Way {
     Cached,
     /// Several in a cache too small for them, so that they lose their place and are computed again.
     Preempted,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Alone => "alone",
+            Self::Batched => "batched",
+            Self::Chunked => "chunked",
+            Self::Cached => "cached",
+            Self::Preempted => "preempted",
+        })
+    }
 }
 
 /// A sequence to run.
@@ -46,7 +62,8 @@ pub struct Score {
 /// What became of a task.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Replayed {
-    /// One per id, if they were wanted.
+    /// One per id, if they were wanted. In [`Way::Cached`] ids that the cache saved may have none: the scores are then
+    /// those of the last ids.
     pub scores: Vec<Score>,
     /// Generated ids, the end token included.
     pub tokens: Vec<u32>,
