@@ -57,10 +57,11 @@ impl BlockManager {
         self.allocator.stats()
     }
 
-    /// Blocks of a prompt that another sequence could share. The last token is always computed, since
-    /// its logits are wanted.
-    pub fn shareable_blocks(&self, num_tokens: usize) -> usize {
-        if self.hasher.is_some() { (num_tokens - 1) / self.block_size } else { 0 }
+    /// Of the blocks of its first `num_tokens` tokens, how many the sequence could take from the cache. The last token
+    /// is always computed, since its logits are wanted.
+    pub fn shareable_blocks(&self, sequence: &Sequence, num_tokens: usize) -> usize {
+        let num_tokens = (num_tokens - 1).min(sequence.num_cacheable());
+        if self.hasher.is_some() { num_tokens / self.block_size } else { 0 }
     }
 
     /// Gives a sequence without blocks all that its known tokens need, from the cache as far as that
@@ -85,7 +86,7 @@ impl BlockManager {
     /// The published blocks of the longest prefix of the sequence.
     fn cached_prefix(&self, sequence: &mut Sequence) -> Vec<BlockId> {
         let mut cached = Vec::new();
-        for index in 0..self.shareable_blocks(sequence.tokens.len()) {
+        for index in 0..self.shareable_blocks(sequence, sequence.tokens.len()) {
             self.hash_up_to(sequence, index + 1);
             let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
             match self.allocator.lookup(&sequence.table.hashes[index], tokens) {

@@ -12,7 +12,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use baton_model::{RunError, Runner, SequenceOutput, SequenceStep, StepOutput, StepPlan};
+use baton_model::{
+    RunError, Runner, Score, ScoreRequest, SequenceFailure, SequenceOutput, SequenceStep, StepOutput, StepPlan,
+};
 
 use crate::handle::EngineConfig;
 use crate::scheduler::{RequestOutput, Scheduler};
@@ -135,6 +137,11 @@ fn guard<T>(work: impl FnOnce() -> Result<T, RunError>) -> Result<T, EngineFailu
 /// Whether the output answers the plan.
 fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepOutput, EngineFailure> {
     let known = |token: u32| (token as usize) < vocab_size;
+    let tells = |(wanted, score): (&ScoreRequest, &Score)| {
+        score.logprobs.len() == wanted.ids.len()
+            && score.top.len() == vocab_size.min(wanted.top as usize)
+            && score.top.iter().all(|&(token, _)| known(token))
+    };
     let answers = |step: &SequenceStep, result: &SequenceOutput| {
         let mut drafts = step.draft.iter();
         // Each token but the last is the draft in its place; a failure is the last.
@@ -147,9 +154,57 @@ fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepO
             && result.sampled.iter().flatten().all(|sampled| known(sampled.token))
             && result.proposed.len() <= step.propose
             && result.proposed.iter().all(|&token| known(token))
+            && match &result.scores {
+                Ok(scores) => scores.len() == step.scores.len() && step.scores.iter().zip(scores).all(tells),
+                Err(SequenceFailure::NonFiniteLogits) => !step.scores.is_empty(),
+            }
     };
     let answers = output.sequences.len() == plan.sequences.len()
         && plan.sequences.iter().zip(&output.sequences).all(|(step, result)| answers(step, result));
     let failure = || EngineFailure::DeviceFailed("the output of the step does not answer its plan".into());
     answers.then_some(output).ok_or_else(failure)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_that_does_not_answer_its_plan_fails_the_step() {
+        let wanted = ScoreRequest { row: 0, ids: vec![3], top: 2 };
+        let step = SequenceStep {
+            id: 7,
+            num_computed: 0,
+            tokens: vec![1],
+            draft: Vec::new(),
+            block_table: vec![0],
+            adapter: None,
+            sample: None,
+            propose: 0,
+            scores: vec![wanted],
+        };
+        let score = Score { logprobs: vec![-1.0], top: vec![(4, -0.5), (2, -0.6)] };
+        let output = SequenceOutput { scores: Ok(vec![score.clone()]), ..SequenceOutput::new(7) };
+        let answers = |step: &SequenceStep, output: &SequenceOutput| {
+            let plan = StepPlan { sequences: vec![step.clone()] };
+            check(&plan, StepOutput { sequences: vec![output.clone()] }, 10).is_ok()
+        };
+        let with = |scores| SequenceOutput { scores, ..output.clone() };
+        let failed = with(Err(SequenceFailure::NonFiniteLogits));
+        assert!(answers(&step, &output) && answers(&step, &failed));
+
+        let silent = SequenceStep { scores: Vec::new(), ..step.clone() };
+        assert!(answers(&silent, &SequenceOutput::new(7)));
+        assert!(!answers(&silent, &output) && !answers(&silent, &failed), "nothing was asked for");
+        assert!(!answers(&step, &SequenceOutput { id: 8, ..output.clone() }));
+        for scores in [
+            vec![],
+            vec![score.clone(), score.clone()],
+            vec![Score { logprobs: vec![], ..score.clone() }],
+            vec![Score { top: vec![(4, -0.5)], ..score.clone() }],
+            vec![Score { top: vec![(4, -0.5), (10, -0.6)], ..score }],
+        ] {
+            assert!(!answers(&step, &with(Ok(scores.clone()))), "{scores:?}");
+        }
+    }
 }

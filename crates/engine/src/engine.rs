@@ -1,6 +1,6 @@
 //! The engine thread: reads commands at its own pace, takes steps while there is work, sleeps when
 //! there is none, and hands events to the streams without ever waiting for a reader: what a stream
-//! buffers is bounded by its request's own `max_tokens`.
+//! buffers is bounded by what its request asked for: `max_tokens`, and the scores of its prompt.
 //!
 //! Invariant: whatever happens to the thread, every accepted request gets its `Finished` event.
 

@@ -196,7 +196,12 @@ pub(crate) fn check(request: &Request, spec: &RunSpec) -> Result<(), SubmitError
     if num_tokens > spec.max_model_len {
         return Err(SubmitError::TooLong { prompt, max_tokens, max_model_len: spec.max_model_len });
     }
-    if let Some(&id) = request.prompt.iter().find(|&&id| id as usize >= spec.vocab_size) {
+    let targets = request.prompt_scores.iter().flat_map(|scores| &scores.targets);
+    if let Some((&position, _)) = targets.clone().last().filter(|(position, _)| **position >= prompt) {
+        return Err(SubmitError::ScoreBeyondPrompt { position, prompt });
+    }
+    let mut ids = request.prompt.iter().chain(targets.flat_map(|(_, ids)| ids));
+    if let Some(&id) = ids.find(|&&id| id as usize >= spec.vocab_size) {
         return Err(SubmitError::TokenOutOfRange { id, vocab: spec.vocab_size });
     }
     // The last token generated is never computed.

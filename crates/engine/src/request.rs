@@ -1,8 +1,9 @@
 //! What goes into the engine and what comes out of it, as plain values.
 //!
-//! Every accepted request yields any number of [`OutputEvent::Token`] and then exactly one
-//! [`OutputEvent::Finished`], nothing after it.
+//! Every accepted request yields the [`OutputEvent::PromptScores`] that it asked for, any number of
+//! [`OutputEvent::Token`] and then exactly one [`OutputEvent::Finished`], nothing after it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use baton_model::{Adapter, SamplingParams};
@@ -37,10 +38,22 @@ pub struct Request {
     pub adapter: Option<Adapter>,
     /// Whose cached blocks the request may share: those computed with the same adapter.
     pub cache_scope: CacheScope,
+    /// What to tell of the prompt's own tokens.
+    pub prompt_scores: Option<PromptScores>,
+}
+
+/// What to tell of the distribution behind each token of a prompt, under the model alone. All of the prompt is computed
+/// for it: what is cached is not looked up.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PromptScores {
+    /// How many of the most likely ids are told at each position, at most.
+    pub top: u32,
+    /// Ids whose log-probabilities are told besides, by the position of the token they would follow.
+    pub targets: BTreeMap<usize, Vec<u32>>,
 }
 
 impl Request {
-    /// A request without stop tokens, deadline and adapter, in the common cache scope.
+    /// A request without stop tokens, deadline, adapter and scores, in the common cache scope.
     pub fn new(prompt: Vec<u32>, params: SamplingParams, max_tokens: u32) -> Self {
         Self {
             prompt,
@@ -50,6 +63,7 @@ impl Request {
             deadline: None,
             adapter: None,
             cache_scope: CacheScope::default(),
+            prompt_scores: None,
         }
     }
 }
@@ -83,13 +97,21 @@ pub enum SubmitError {
         /// Tokens of prompt and output together, at most.
         max_model_len: usize,
     },
-    /// A prompt token is not in the vocabulary.
+    /// A token of the prompt, or one whose scores are asked for, is not in the vocabulary.
     #[error("token id {id} is out of range; ids are below {vocab}")]
     TokenOutOfRange {
         /// The first such id.
         id: u32,
         /// The size of the vocabulary.
         vocab: usize,
+    },
+    /// [`PromptScores::targets`] names a position that is not in the prompt.
+    #[error("scores are asked for at position {position} of a prompt of {prompt} tokens")]
+    ScoreBeyondPrompt {
+        /// The last such position.
+        position: usize,
+        /// Tokens of the prompt.
+        prompt: usize,
     },
     /// Even alone the request could not finish in the cache.
     #[error("the request needs {needed_blocks} cache blocks, there are {total_blocks}")]
@@ -110,6 +132,8 @@ pub enum SubmitError {
 /// What a request yields.
 #[derive(Debug, Clone, PartialEq)]
 pub enum OutputEvent {
+    /// More positions of the prompt, in order; before the first token all of them, each once.
+    PromptScores(Vec<PositionScore>),
     /// The next token of the output. A stop token is not sent.
     Token {
         /// Its id.
@@ -128,6 +152,19 @@ pub enum OutputEvent {
         /// How long it took.
         timings: Timings,
     },
+}
+
+/// What follows one token of a prompt, and how likely. Log-probabilities are natural.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PositionScore {
+    /// Index of the token in the prompt.
+    pub position: usize,
+    /// The log-probability of the prompt's next token; `None` behind the last.
+    pub next: Option<f32>,
+    /// The most likely ids with their log-probabilities, best first.
+    pub top: Vec<(u32, f32)>,
+    /// The log-probabilities of the [`PromptScores::targets`] of this position, in their order.
+    pub targets: Vec<f32>,
 }
 
 /// Why a request ended.

@@ -217,7 +217,8 @@ impl Scheduler {
             let cached_tokens = sequence.num_computed;
             sequence.start = Some(Start { at: now, cached_tokens });
             self.left_queue += 1;
-            self.counters.prefix_query_tokens += sequence.prompt_len as u64;
+            let looked_up = if sequence.prompt_scores.is_some() { 0 } else { sequence.prompt_len };
+            self.counters.prefix_query_tokens += looked_up as u64;
             self.counters.prefix_hit_tokens += cached_tokens as u64;
         }
         Some(self.running.entry(sequence.id).or_insert(sequence))
@@ -248,6 +249,17 @@ impl Scheduler {
             self.counters.prompt_tokens_computed +=
                 end.min(sequence.prompt_len).saturating_sub(step.num_computed) as u64;
             sequence.num_computed = end;
+            match result.scores {
+                Ok(scores) if scores.is_empty() => {}
+                Ok(scores) => {
+                    let event = OutputEvent::PromptScores(sequence.take_scores(scores));
+                    outputs.push(RequestOutput { id, event });
+                }
+                Err(SequenceFailure::NonFiniteLogits) => {
+                    outputs.push(self.end_running(id, FinishReason::Error(EngineFailure::NonFiniteLogits), now));
+                    continue;
+                }
+            }
             if !result.sampled.is_empty() {
                 sequence.proposed = result.proposed;
                 outputs.extend(self.take_samples(id, &step.draft, result.sampled, now));
@@ -302,16 +314,19 @@ impl Scheduler {
         }
         match end {
             None => self.blocks.trim(sequence),
-            Some(reason) => {
-                let mut sequence = self.running.remove(&id).expect("found above");
-                match reason {
-                    FinishReason::Error(_) => self.unclean.extend(self.blocks.discard(&mut sequence)),
-                    _ => self.blocks.release(&mut sequence),
-                }
-                outputs.push(self.finish(sequence, reason, now));
-            }
+            Some(reason) => outputs.push(self.end_running(id, reason, now)),
         }
         outputs
+    }
+
+    /// Ends a sequence by what its step gave.
+    fn end_running(&mut self, id: RequestId, reason: FinishReason, now: Duration) -> RequestOutput {
+        let mut sequence = self.running.remove(&id).expect("what is planned is running until committed");
+        match reason {
+            FinishReason::Error(_) => self.unclean.extend(self.blocks.discard(&mut sequence)),
+            _ => self.blocks.release(&mut sequence),
+        }
+        self.finish(sequence, reason, now)
     }
 
     /// Ends a request at the client's wish. `None` if it has ended already.
@@ -416,6 +431,6 @@ fn shares_soon<'a>(
     mut running: impl Iterator<Item = &'a Sequence>,
     sequence: &Sequence,
 ) -> bool {
-    blocks.shareable_blocks(sequence.prompt_len) > 0
+    blocks.shareable_blocks(sequence, sequence.prompt_len) > 0
         && running.any(|other| other.group == sequence.group && other.num_pending() > 1)
 }

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Adapter, SampleRequest, SamplingParams, SequenceStep};
+use baton_model::{Adapter, SampleRequest, SamplingParams, Score, ScoreRequest, SequenceStep};
 
 use crate::block::BlockId;
 use crate::block_manager::BlockTable;
 use crate::speculate::Drafting;
-use crate::{CacheScope, Request, RequestId, Timings, Usage};
+use crate::{CacheScope, PositionScore, PromptScores, Request, RequestId, Timings, Usage};
 
 /// A request under way.
 pub(crate) struct Sequence {
@@ -28,6 +28,9 @@ pub(crate) struct Sequence {
     pub params: Arc<SamplingParams>,
     pub max_tokens: usize,
     pub stop_token_ids: Vec<u32>,
+    pub prompt_scores: Option<PromptScores>,
+    /// Positions of the prompt whose scores were told, from the first on.
+    pub num_scored: usize,
     /// A sequence that has not started by then never does.
     pub start_by: Option<Duration>,
     pub arrival: Duration,
@@ -61,6 +64,8 @@ impl Sequence {
             params: Arc::new(request.params),
             max_tokens: request.max_tokens as usize,
             stop_token_ids: request.stop_token_ids,
+            prompt_scores: request.prompt_scores,
+            num_scored: 0,
             start_by: request.deadline.map(|deadline| arrival.saturating_add(deadline)),
             arrival,
             start: None,
@@ -102,12 +107,46 @@ impl Sequence {
             adapter: self.adapter.clone(),
             draft: Vec::new(),
             propose: 0,
+            scores: self.score_requests(end),
             sample: (end == self.tokens.len()).then(|| SampleRequest {
                 params: self.params.clone(),
                 position: self.num_output() as u32,
                 history: if self.params.needs_history() { self.tokens.clone() } else { Vec::new() },
                 prompt_len: self.prompt_len,
             }),
+        }
+    }
+
+    /// What is to be told of positions up to `end`, and was not told before.
+    fn score_requests(&self, end: usize) -> Vec<ScoreRequest> {
+        let Some(PromptScores { top, targets }) = &self.prompt_scores else { return Vec::new() };
+        let prompt = &self.tokens[..self.prompt_len];
+        let request = |position: usize| {
+            let targets = targets.get(&position).into_iter().flatten();
+            let ids = prompt.get(position + 1).into_iter().chain(targets).copied().collect();
+            ScoreRequest { row: position - self.num_computed, ids, top: *top }
+        };
+        (self.num_computed.max(self.num_scored)..end.min(prompt.len())).map(request).collect()
+    }
+
+    /// The answers to `score_requests`, for the client.
+    pub fn take_scores(&mut self, scores: Vec<Score>) -> Vec<PositionScore> {
+        let first = self.num_scored;
+        self.num_scored += scores.len();
+        let told = |(position, Score { logprobs, top }): (usize, Score)| {
+            let mut targets = logprobs;
+            let next = (position + 1 < self.prompt_len).then(|| targets.remove(0));
+            PositionScore { position, next, top, targets }
+        };
+        (first..).zip(scores).map(told).collect()
+    }
+
+    /// Tokens that the prefix cache may spare: those whose scores are wanted and not told must be computed.
+    pub fn num_cacheable(&self) -> usize {
+        if self.prompt_scores.is_some() && self.num_scored < self.prompt_len {
+            self.num_scored
+        } else {
+            self.tokens.len()
         }
     }
 

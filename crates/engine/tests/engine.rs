@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
 use baton_engine::{
-    Adapter, Engine, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, Request,
-    RunSpec, SamplingParams, SubmitError, Usage, spawn,
+    Adapter, Engine, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, PromptScores,
+    Request, RunSpec, SamplingParams, SubmitError, Usage, spawn,
 };
 
 const MODEL: MockModel = MockModel::Hash { seed: 11, vocab_size: 500, end: Some((0, 20)) };
@@ -54,6 +54,7 @@ fn collect(mut stream: OutputStream) -> (Vec<u32>, FinishReason, Usage) {
     let mut tokens = Vec::new();
     loop {
         match stream.blocking_next().expect("a stream ends with `Finished`") {
+            OutputEvent::PromptScores(_) => panic!("no scores were asked for"),
             OutputEvent::Token { token, .. } => tokens.push(token),
             OutputEvent::Finished { reason, usage, .. } => {
                 assert_eq!(stream.blocking_next(), None, "nothing follows `Finished`");
@@ -243,6 +244,31 @@ fn logprobs_come_with_the_tokens_that_asked_for_them() {
     let mut stream = handle.submit(Request { params, ..request(0, 1) }).unwrap();
     let Some(OutputEvent::Token { token, logprob, top }) = stream.blocking_next() else { panic!("a token first") };
     assert_eq!((top.len(), top[0]), (3, (token, logprob)));
+}
+
+#[test]
+fn scores_of_a_prompt_come_before_its_first_token() {
+    let (handle, _engine, _) = start(EngineConfig::default());
+    // The same prompt before, so that its blocks are cached; longer than a step.
+    let prompt: Vec<u32> = (0..150).collect();
+    let plain = Request::new(prompt.clone(), SamplingParams::greedy(), 2);
+    assert_eq!(reason(handle.submit(plain.clone()).unwrap()), FinishReason::Length);
+    let wanted = PromptScores { top: 3, targets: [(4, vec![7, 499]), (149, vec![0])].into() };
+    let request = Request { prompt_scores: Some(wanted), ..plain };
+    let mut stream = handle.submit(request.clone()).unwrap();
+    let (mut scores, mut events) = (Vec::new(), 0);
+    let token = loop {
+        match stream.blocking_next().unwrap() {
+            OutputEvent::PromptScores(more) => scores.extend(more),
+            OutputEvent::Token { token, .. } => break token,
+            OutputEvent::Finished { reason, .. } => panic!("{reason:?} before a token"),
+        }
+        events += 1;
+    };
+    assert_eq!((scores, events), (MODEL.solo_scores(&request, 500), 3));
+    assert_eq!(token, MODEL.solo(&request)[0]);
+    let Some(OutputEvent::Token { .. }) = stream.blocking_next() else { panic!("the second token") };
+    assert!(matches!(stream.blocking_next(), Some(OutputEvent::Finished { usage, .. }) if usage.cached_tokens == 0));
 }
 
 #[test]

@@ -32,6 +32,7 @@ pub fn run(path: &Path) -> bool {
                 block_table: vec![0],
                 sample: Some(sample),
                 propose: 0,
+                scores: Vec::new(),
                 adapter: None,
             };
             runner.step(&StepPlan { sequences: vec![step] }).expect("a step within the limits");

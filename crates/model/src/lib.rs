@@ -36,6 +36,6 @@ pub use precision::{Conversion, Quantization};
 pub use runner::ModelRunner;
 pub use sampler::Sampler;
 pub use step::{
-    RunError, RunSpec, Runner, SampleRequest, SampledToken, SequenceFailure, SequenceOutput, SequenceStep, StepOutput,
-    StepPlan,
+    RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure, SequenceOutput,
+    SequenceStep, StepOutput, StepPlan,
 };

@@ -1,5 +1,5 @@
 //! The runner of a loaded model: packs a ragged batch, plans attention once, computes all layers,
-//! samples the rows that ask for it, and drafts what may follow where the model has a layer for it.
+//! scores and samples the rows that ask for it, and drafts what may follow where the model has a layer for it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use baton_device::{AttentionBatch, Backend, DeviceError, SequenceSpan};
 use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, Model, StepAdapters};
 use crate::loader::Slot;
-use crate::sampler::Sampler;
-use crate::step::{RunError, RunSpec, Runner, SequenceOutput, SequenceStep, StepOutput, StepPlan};
+use crate::sampler::{Sampler, score};
+use crate::step::{RunError, RunSpec, Runner, ScoreRequest, SequenceOutput, SequenceStep, StepOutput, StepPlan};
 
 /// A model on a device.
 pub struct ModelRunner<B: Backend> {
@@ -84,6 +84,29 @@ impl<B: Backend> ModelRunner<B> {
         Ok(attention)
     }
 
+    /// Scores the rows whose scores are asked for, some at a time, as many as may ever be sampled at once.
+    fn score(&mut self, plan: &StepPlan, outputs: &mut [SequenceOutput]) -> Result<(), DeviceError> {
+        let mut start = 0;
+        let mut scoring: Vec<(usize, u32, &ScoreRequest)> = Vec::new();
+        for (index, step) in plan.sequences.iter().enumerate() {
+            scoring.extend(step.scores.iter().map(|request| (index, (start + request.row) as u32, request)));
+            start += step.num_rows();
+        }
+        for group in scoring.chunks(self.spec.logit_rows()) {
+            let rows: Vec<u32> = group.iter().map(|(_, row, _)| *row).collect();
+            self.read_logits(&rows)?;
+            for ((index, _, request), logits) in group.iter().zip(self.logits.chunks_exact(self.spec.vocab_size)) {
+                let scores = &mut outputs[*index].scores;
+                match (score(logits, request), &mut *scores) {
+                    (Ok(score), Ok(scores)) => scores.push(score),
+                    (Err(failure), _) => *scores = Err(failure),
+                    (Ok(_), Err(_)) => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Runs the layer that looks ahead over the step, drafts wanted or not, so that its cache covers every context, and
     /// drafts a token where it is asked for: chosen as the real one will be, with the same random number, so that both
     /// agree as often as their distributions do.
@@ -149,6 +172,9 @@ impl<B: Backend> ModelRunner<B> {
                 "sequence {}: a token id",
                 s.id
             );
+            let scored =
+                |r: &ScoreRequest| r.row < s.tokens.len() && r.ids.iter().all(|&id| (id as usize) < spec.vocab_size);
+            assert!(s.scores.iter().all(scored), "sequence {}: scores of what is not there", s.id);
         }
     }
 }
@@ -209,11 +235,8 @@ impl<B: Backend> Runner for ModelRunner<B> {
             return Ok(StepOutput::default());
         }
         let attention = self.forward(plan)?;
-        let mut sequences: Vec<SequenceOutput> = plan
-            .sequences
-            .iter()
-            .map(|s| SequenceOutput { id: s.id, sampled: Vec::new(), proposed: Vec::new() })
-            .collect();
+        let mut sequences: Vec<SequenceOutput> = plan.sequences.iter().map(|s| SequenceOutput::new(s.id)).collect();
+        self.score(plan, &mut sequences)?;
 
         let mut end = 0;
         let sampling: Vec<Sampling<'_>> = plan

@@ -12,7 +12,7 @@
 use std::cmp::Ordering;
 
 use crate::philox::uniform;
-use crate::{SampleRequest, SampledToken, SamplingParams, SequenceFailure};
+use crate::{SampleRequest, SampledToken, SamplingParams, Score, ScoreRequest, SequenceFailure};
 
 /// A token that can be drawn, with its weight relative to the most likely one.
 type Candidate = (u32, f64);
@@ -31,7 +31,10 @@ impl Sampler {
         let (token, best) = self.choose(logits, request)?;
         let (logprob, top) = match request.params.logprobs {
             None => (0.0, Vec::new()),
-            Some(count) => logprobs(logits, logits[best as usize], token, count as usize),
+            Some(count) => {
+                let row = LogProbs::new(logits, best);
+                (row.of(token), row.top(count as usize))
+            }
         };
         Ok(SampledToken { token, logprob, top })
     }
@@ -217,19 +220,46 @@ fn draw(candidates: &[Candidate], u: f64) -> u32 {
     drawn.or(candidates.last()).expect("at least one candidate").0
 }
 
-/// The log-probability of `token` and the `count` most likely tokens with theirs, best first.
-fn logprobs(logits: &[f32], max: f32, token: u32, count: usize) -> (f32, Vec<(u32, f32)>) {
-    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    let normalizer = f64::from(max) + sum.ln();
-    let logprob = |id: u32| (f64::from(logits[id as usize]) - normalizer) as f32;
-
-    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    let count = count.min(ids.len());
-    if 0 < count && count < ids.len() {
-        ids.select_nth_unstable_by(count - 1, order);
+/// What a row says of the ids in question.
+pub(crate) fn score(logits: &[f32], request: &ScoreRequest) -> Result<Score, SequenceFailure> {
+    let (finite, best) = scan(logits);
+    if !finite {
+        return Err(SequenceFailure::NonFiniteLogits);
     }
-    ids.truncate(count);
-    ids.sort_unstable_by(order);
-    (logprob(token), ids.into_iter().map(|id| (id, logprob(id))).collect())
+    let row = LogProbs::new(logits, best);
+    Ok(Score { logprobs: request.ids.iter().map(|&id| row.of(id)).collect(), top: row.top(request.top as usize) })
+}
+
+/// Log-probabilities of a row that is finite.
+struct LogProbs<'a> {
+    logits: &'a [f32],
+    /// The logarithm of the sum of all exponentials.
+    normalizer: f64,
+}
+
+impl<'a> LogProbs<'a> {
+    /// `best`: where the largest logit is.
+    fn new(logits: &'a [f32], best: u32) -> Self {
+        let max = logits[best as usize];
+        let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+        Self { logits, normalizer: f64::from(max) + sum.ln() }
+    }
+
+    fn of(&self, id: u32) -> f32 {
+        (f64::from(self.logits[id as usize]) - self.normalizer) as f32
+    }
+
+    /// The `count` most likely ids, best first; of equals the smaller id.
+    fn top(&self, count: usize) -> Vec<(u32, f32)> {
+        let logit = |id: &u32| self.logits[*id as usize];
+        let order = |a: &u32, b: &u32| logit(b).total_cmp(&logit(a)).then(a.cmp(b));
+        let mut ids: Vec<u32> = (0..self.logits.len() as u32).collect();
+        let count = count.min(ids.len());
+        if 0 < count && count < ids.len() {
+            ids.select_nth_unstable_by(count - 1, order);
+        }
+        ids.truncate(count);
+        ids.sort_unstable_by(order);
+        ids.into_iter().map(|id| (id, self.of(id))).collect()
+    }
 }

@@ -45,6 +45,8 @@ pub struct SequenceStep {
     pub sample: Option<SampleRequest>,
     /// Drafts for the next step that a runner which can make them shall return, at most.
     pub propose: usize,
+    /// What to tell of the distributions behind some of `tokens`, besides a sample.
+    pub scores: Vec<ScoreRequest>,
 }
 
 impl SequenceStep {
@@ -79,6 +81,17 @@ impl SequenceStep {
         sampled.iter().flatten().for_each(|sampled| request.advance(sampled.token));
         Some(request)
     }
+}
+
+/// What to tell of the distribution behind one token, under the model alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ScoreRequest {
+    /// Index of the token in [`SequenceStep::tokens`].
+    pub row: usize,
+    /// Ids whose log-probabilities are wanted, below the width of the logits.
+    pub ids: Vec<u32>,
+    /// How many of the most likely ids are wanted.
+    pub top: u32,
 }
 
 /// How to choose the next token.
@@ -120,6 +133,24 @@ pub struct SequenceOutput {
     pub sampled: Vec<Result<SampledToken, SequenceFailure>>,
     /// Guesses at what follows, as many as [`SequenceStep::propose`] at most.
     pub proposed: Vec<u32>,
+    /// One entry per [`SequenceStep::scores`], in their order, unless one of these rows is not finite.
+    pub scores: Result<Vec<Score>, SequenceFailure>,
+}
+
+impl SequenceOutput {
+    /// Of a sequence that got nothing yet.
+    pub fn new(id: u64) -> Self {
+        Self { id, sampled: Vec::new(), proposed: Vec::new(), scores: Ok(Vec::new()) }
+    }
+}
+
+/// What one row of logits says.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Score {
+    /// The log-probability of each of [`ScoreRequest::ids`].
+    pub logprobs: Vec<f32>,
+    /// The most likely ids with their log-probabilities, best first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// A chosen token.

@@ -1,4 +1,4 @@
-//! A sequence gets bit-identical tokens and logprobs however it is computed: alone or in a batch, in
+//! A sequence gets bit-identical tokens, logprobs and scores of its prompt however it is computed: alone or in a batch, in
 //! one step or many, over a cached prefix or from nothing, preempted or not, with drafts right or wrong,
 //! whatever adapters its batch mates have. Through the runner, with a real paged cache, sampled and greedy.
 
@@ -8,11 +8,10 @@ use std::fmt;
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Adapter, Files, ModelRunner, Runner, SampledToken, SamplingParams, SequenceFailure, StepPlan, load};
+use baton_model::{Adapter, Files, ModelRunner, Runner, SamplingParams, SequenceFailure, StepPlan, load};
 use common::checkpoint::{Copy, Tensor, find};
 use common::{
-    MAX_DRAFT, Pool, Rng, Sequence, adapted, all_logits_with, generate, generate_with, options, prompts, step,
-    step_with_drafts,
+    MAX_DRAFT, Pool, Rng, Sequence, adapted, all_logits_with, alone, generate, options, prompts, step, step_with_drafts,
 };
 use half::bf16;
 
@@ -52,25 +51,27 @@ fn params(i: usize) -> SamplingParams {
     }
 }
 
-/// The golden prompts as sequences, each adapter in turn, with what each gives alone.
+/// The golden prompts as sequences, each adapter in turn and every second one scored, with what each gives alone.
 fn sequences<B: Backend + LatentOps + MoeOps>(
     runner: &mut ModelRunner<B>,
     adapters: &[Option<Adapter>],
     case: Case,
-) -> Vec<(Sequence, Solo)> {
+) -> Vec<(Sequence, Sequence)> {
     let solo = |(i, prompt): (usize, common::Prompt)| {
         let adapter = adapters[i % adapters.len()].as_ref();
-        let output = generate_with(runner, adapter, &prompt.ids, params(i), OUTPUT);
-        (Sequence::new(i as u64, &prompt.ids, params(i)).adapted(adapter), output)
+        let sequence = Sequence::new(i as u64, &prompt.ids, params(i)).adapted(adapter);
+        let sequence = if i % 2 == 0 { sequence.scored() } else { sequence };
+        (sequence.clone(), alone(runner, sequence, OUTPUT))
     };
     prompts(case.base).into_iter().enumerate().map(solo).collect()
 }
 
-type Solo = Vec<SampledToken>;
-
-fn assert_as_alone(sequences: &[Sequence], solo: &[Solo], what: &str) {
+fn assert_as_alone(sequences: &[Sequence], solo: &[Sequence], what: &str) {
     for (sequence, solo) in sequences.iter().zip(solo) {
-        assert_eq!(&sequence.output[..OUTPUT], solo, "{what}: sequence {}", sequence.id);
+        assert_eq!(sequence.output[..OUTPUT], solo.output[..OUTPUT], "{what}: sequence {}", sequence.id);
+        let expected = if sequence.score.is_some() { sequence.prompt_len } else { 0 };
+        assert_eq!(sequence.scores.len(), expected, "{what}: sequence {}", sequence.id);
+        assert!(sequence.scores == solo.scores, "{what}: scores of sequence {}", sequence.id);
     }
 }
 
@@ -173,7 +174,7 @@ fn drafted_is_plain<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
                 let samples = count > 0 && count == s.remaining();
                 let most = if samples { rng.below(MAX_DRAFT + 1).min(budget) } else { 0 };
                 // What comes next, but for about every fourth place.
-                let next = solo.iter().skip(done).take(most);
+                let next = solo.output.iter().skip(done).take(most);
                 let draft: Vec<u32> = next.map(|next| if rng.below(4) == 0 { 7 } else { next.token }).collect();
                 budget -= draft.len();
                 counts.push(count);
@@ -209,7 +210,7 @@ fn warm_prefix_is_cold<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, ca
             let remaining = warm[0].remaining();
             step(&mut runner, &mut pool, &mut warm, &[remaining]);
         }
-        let cold = generate_with(&mut runner, adapter, &ids, params(i), OUTPUT);
+        let cold = alone(&mut runner, Sequence::new(3, &ids, params(i)).adapted(adapter), OUTPUT);
         assert_as_alone(&warm, &[cold], &format!("{case}, {shared} tokens warm"));
     }
 }
@@ -271,6 +272,22 @@ fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: imp
     assert_eq!(next[0].output, solo);
 }
 
+/// The poison comes behind the first token that is scored, and before the last; what is sampled sees none of it.
+fn a_score_that_is_not_finite_fails_its_sequence_alone<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: Case) {
+    let copy = poisoned_by_token_7();
+    let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
+    let healthy = alone(&mut runner, Sequence::new(2, &[1, 2, 3, 4], params(1)).scored(), 1);
+    let mut pool = Pool::new(&runner);
+    let mut both =
+        [Sequence::new(1, &[5, 7, 6], params(0)).scored(), Sequence::new(2, &[1, 2, 3, 4], params(1)).scored()];
+    both.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len()));
+    // The faulty one is in the midst of its prompt, so that nothing is sampled that would tell.
+    let plan = StepPlan { sequences: vec![both[0].step(2), both[1].step(4)] };
+    let output = runner.step(&plan).unwrap().sequences;
+    assert_eq!((&output[0].sampled, &output[0].scores), (&vec![], &Err(SequenceFailure::NonFiniteLogits)));
+    assert_eq!(output[1].scores.as_ref(), Ok(&healthy.scores));
+}
+
 fn a_draft_that_is_not_finite_is_rejected_like_any_other<B: Backend + LatentOps + MoeOps>(
     make: impl Fn() -> B,
     _: Case,
@@ -278,8 +295,8 @@ fn a_draft_that_is_not_finite_is_rejected_like_any_other<B: Backend + LatentOps 
     let copy = poisoned_by_token_7();
     let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
     let prompt = [1, 2, 3, 4];
-    let solo = generate(&mut runner, &prompt, params(1), OUTPUT);
-    assert!(solo.iter().all(|sampled| sampled.token != 7));
+    let solo = alone(&mut runner, Sequence::new(1, &prompt, params(1)), OUTPUT);
+    assert!(solo.output.iter().all(|sampled| sampled.token != 7));
     let mut pool = Pool::new(&runner);
     let mut sequence = [Sequence::new(1, &prompt, params(1))];
     while sequence[0].output.len() < OUTPUT {
@@ -347,6 +364,7 @@ macro_rules! equalities {
             warm_prefix_is_cold,
             cleared_blocks_leave_nothing,
             a_failed_sequence_spares_its_batch,
+            a_score_that_is_not_finite_fails_its_sequence_alone,
             a_draft_that_is_not_finite_is_rejected_like_any_other,
         );
     };

@@ -5,8 +5,8 @@ mod common;
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, SamplingParams, load};
-use common::{CASES, all_logits, exact_cpu, folder, generate, options, prompts, runner};
+use baton_model::{Files, SamplingParams, ScoreRequest, load};
+use common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
 
 /// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
 const TOLERANCE: f64 = 1e-3;
@@ -67,6 +67,27 @@ fn prompt_logprobs_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, 
     }
 }
 
+/// One pass over `short` that scores each of its positions.
+fn prompt_scores_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+    let mut runner = runner(make(), case);
+    let prompt = prompts(case).into_iter().find(|p| p.short.is_some()).unwrap();
+    let short = prompt.short.as_ref().unwrap();
+    let request = |sequence: &Sequence, position: usize| {
+        let next = sequence.tokens.get(position + 1).copied();
+        ScoreRequest { row: position, ids: next.into_iter().collect(), top: 20 }
+    };
+    let sequence = Sequence { score: Some(request), ..Sequence::new(1, &prompt.ids, SamplingParams::greedy()) };
+    let scores = alone(&mut runner, sequence, 1).scores;
+    assert_eq!((scores.len(), scores.last().unwrap().logprobs.len()), (prompt.ids.len(), 0));
+    let logprobs: Vec<f32> = scores.iter().flat_map(|score| &score.logprobs).copied().collect();
+    close(&logprobs, &short.prompt_logprobs, &format!("{case}, scores of short"));
+    for (i, (score, expected)) in scores.iter().zip(&short.top20).enumerate() {
+        let logprobs = |ids: &[(u32, f64)]| ids.iter().map(|(_, logprob)| *logprob).collect::<Vec<_>>();
+        let top: Vec<f32> = score.top.iter().map(|(_, logprob)| *logprob).collect();
+        close(&top, &logprobs(expected), &format!("{case}, the likeliest at {i}"));
+    }
+}
+
 /// The bundled model: trained, so its answers have wide margins.
 fn bundled_model_answers_as_transformers_does<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
     let mut runner = runner(make(), "../abacus");
@@ -92,6 +113,7 @@ macro_rules! goldens {
                     last_logits_agree($make, $case);
                     greedy_continuations_are_equal($make, $case);
                     prompt_logprobs_agree($make, $case);
+                    prompt_scores_agree($make, $case);
                 }
             )*
 

@@ -8,8 +8,8 @@ use baton_model::{RunSpec, SamplingParams};
 use super::MockModel;
 use super::world::World;
 use crate::{
-    CacheScope, DraftMethod, EngineConfig, EngineFailure, FinishReason, Request, RequestId, SpeculationConfig,
-    SubmitError,
+    CacheScope, DraftMethod, EngineConfig, EngineFailure, FinishReason, PromptScores, Request, RequestId,
+    SpeculationConfig, SubmitError,
 };
 
 const BLOCK_SIZE: usize = 4;
@@ -35,6 +35,12 @@ fn world(num_blocks: usize) -> World {
 fn request(family: u32, prompt_len: u32, max_tokens: u32) -> Request {
     let prompt = (0..prompt_len).map(|i| (family * 31 + i * 7) % 100).collect();
     Request::new(prompt, SamplingParams::greedy(), max_tokens)
+}
+
+/// The request with scores of its prompt.
+fn scored(request: Request, top: u32, targets: &[(usize, &[u32])]) -> Request {
+    let targets = targets.iter().map(|(position, ids)| (*position, ids.to_vec())).collect();
+    Request { prompt_scores: Some(PromptScores { top, targets }), ..request }
 }
 
 fn submit(world: &mut World, request: Request) -> RequestId {
@@ -95,6 +101,10 @@ fn r7_what_could_never_finish_is_refused_with_the_reason() {
     assert_eq!(world.submit(vec![request(0, 1, 0)]), Err(SubmitError::MaxTokensZero));
     let foreign = Request { prompt: vec![99, 100], ..request(0, 1, 1) };
     assert_eq!(world.submit(vec![foreign]), Err(SubmitError::TokenOutOfRange { id: 100, vocab: 100 }));
+    let foreign = scored(request(0, 5, 1), 0, &[(2, &[99, 100])]);
+    assert_eq!(world.submit(vec![foreign]), Err(SubmitError::TokenOutOfRange { id: 100, vocab: 100 }));
+    let beyond = scored(request(0, 5, 1), 0, &[(4, &[1]), (5, &[1])]);
+    assert_eq!(world.submit(vec![beyond]), Err(SubmitError::ScoreBeyondPrompt { position: 5, prompt: 5 }));
 }
 
 #[test]
@@ -151,6 +161,20 @@ fn r13_blocks_that_no_sample_vouched_for_are_cleared_as_well() {
     world.run();
     assert_eq!(world.end(heir), &FinishReason::Length);
     assert_eq!(world.control.cleared_blocks().len(), 16 / BLOCK_SIZE);
+}
+
+#[test]
+fn r13_a_score_that_is_not_finite_fails_its_request_in_the_midst_of_the_prompt() {
+    let mut world = world(50);
+    let faulty = submit(&mut world, scored(request(0, 40, 20), 2, &[]));
+    let mate = submit(&mut world, scored(request(1, 40, 20), 2, &[]));
+    world.poison(faulty, 20);
+    (0..2).for_each(|_| world.step());
+    assert_eq!(world.end(faulty), &FinishReason::Error(EngineFailure::NonFiniteLogits));
+    assert_eq!(world.record(faulty).scores.len(), 16, "those of the step before");
+    world.run();
+    assert_eq!(world.end(mate), &FinishReason::Length);
+    assert_eq!(world.control.cleared_blocks().len(), 40 / BLOCK_SIZE);
 }
 
 #[test]
@@ -321,6 +345,42 @@ fn the_last_token_of_a_prompt_is_always_computed() {
         world.run();
         assert_eq!(world.cached_tokens(id), expected);
     }
+}
+
+#[test]
+fn a_scored_prompt_is_computed_whole_and_serves_others_from_the_cache() {
+    let mut world = world(50);
+    for _ in 0..2 {
+        let id = submit(&mut world, scored(request(0, 33, 1), 2, &[(3, &[7]), (32, &[8, 9])]));
+        world.run();
+        let scores = &world.record(id).scores;
+        assert_eq!((world.cached_tokens(id), scores.len()), (0, 33));
+        assert_eq!((scores[3].targets.len(), scores[32].targets.len(), scores[32].next), (1, 2, None));
+    }
+    assert_eq!(world.core.stats().prefix_query_tokens, 0);
+    let plain = submit(&mut world, request(0, 33, 1));
+    world.run();
+    assert_eq!(world.cached_tokens(plain), 32);
+}
+
+#[test]
+fn a_prompt_preempted_in_its_midst_goes_on_with_the_scores_that_were_not_told() {
+    let mut interrupted = 0;
+    for head_start in 0..16 {
+        // The first grows while the second is in the midst of its prompt, and takes its blocks.
+        let mut world = world(33);
+        submit(&mut world, request(0, 20, 80));
+        (0..head_start).for_each(|_| world.step());
+        let second = submit(&mut world, scored(request(1, 100, 5), 1, &[]));
+        while !world.core.is_idle() {
+            world.step();
+            let preempted = world.core.stats().preemptions > 0 && world.core.stats().waiting > 0;
+            interrupted += usize::from(preempted && (1..100).contains(&world.record(second).scores.len()));
+        }
+        assert_eq!(world.end(second), &FinishReason::Length);
+        assert_eq!(world.record(second).scores, world.record(second).solo_scores);
+    }
+    assert!(interrupted > 0);
 }
 
 #[test]

@@ -76,6 +76,14 @@ pub(crate) const ALL: &[Invariant] = &[
         },
     },
     Invariant {
+        name: "scores are those of the solo run",
+        check: scores_are_those_of_the_solo_run,
+        sabotage: |world| {
+            let record = world.journal.values_mut().find(|record| !record.scores.is_empty()).expect("scores are out");
+            record.scores[0].targets.push(0.0);
+        },
+    },
+    Invariant {
         name: "only the faulty fail",
         check: only_the_faulty_fail,
         sabotage: |world| {
@@ -224,6 +232,19 @@ fn tokens_are_those_of_the_solo_run(world: &World) -> Result<(), String> {
             }
             None => Ok(()),
         }
+    })
+}
+
+/// Each position once and in order, and all of them before the first token; none was found in the cache.
+fn scores_are_those_of_the_solo_run(world: &World) -> Result<(), String> {
+    world.journal.iter().try_for_each(|(id, record)| {
+        let (scores, solo) = (&record.scores, &record.solo_scores);
+        ensure(solo.starts_with(scores), || format!("{id:?} got {scores:?}, alone it gives {solo:?}"))?;
+        let ended = matches!(record.end, Some((FinishReason::Stop { .. } | FinishReason::Length, _)));
+        let complete = scores.len() == solo.len() || (record.tokens.is_empty() && !ended);
+        ensure(complete, || format!("{id:?} got {} of {} scores", scores.len(), solo.len()))?;
+        let cached = record.end.as_ref().map_or(0, |(_, usage)| usage.cached_tokens);
+        ensure(cached == 0 || solo.is_empty(), || format!("{id:?} was not computed whole"))
     })
 }
 

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_model::{
-    Adapter, RunError, RunSpec, Runner, SampleRequest, SampledToken, SequenceFailure, SequenceOutput, SequenceStep,
-    StepOutput, StepPlan,
+    Adapter, RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure,
+    SequenceOutput, SequenceStep, StepOutput, StepPlan,
 };
 use parking_lot::{Condvar, Mutex};
 
-use crate::Request;
+use crate::{PositionScore, PromptScores, Request};
 
 /// How long a hanging step waits for its release at most, so that a forgotten one ends a test.
 const MAX_HANG: Duration = Duration::from_secs(60);
@@ -82,6 +82,23 @@ impl MockModel {
         }
         tokens.split_off(prompt_len)
     }
+
+    /// The scores that a request gives alone, of all positions that it asks for.
+    pub fn solo_scores(&self, request: &Request, vocab_size: usize) -> Vec<PositionScore> {
+        let Some(PromptScores { top, targets }) = &request.prompt_scores else { return Vec::new() };
+        let mut context = self.empty_context(request.adapter.as_ref());
+        let position_score = |(position, &token)| {
+            context = Self::extend(context, token);
+            let targets = targets.get(&position).into_iter().flatten();
+            PositionScore {
+                position,
+                next: request.prompt.get(position + 1).map(|&next| logprob(context, next)),
+                top: likeliest(context, *top, vocab_size),
+                targets: targets.map(|&id| logprob(context, id)).collect(),
+            }
+        };
+        request.prompt.iter().enumerate().map(position_score).collect()
+    }
 }
 
 /// Everything that decides a token besides the context.
@@ -96,6 +113,17 @@ fn digest(request: &SampleRequest) -> u64 {
         .chain(request.history.iter().map(|&id| u64::from(id)))
         .chain([request.prompt_len as u64]);
     words.fold(1, mix)
+}
+
+/// A hash in place of a log-probability: it adds up to nothing, and tells contexts apart.
+fn logprob(context: u64, id: u32) -> f32 {
+    (mix(context, u64::from(id)) % 100_000) as f32 / -1000.0
+}
+
+/// As many ids as are told, in an order that is as good as any.
+fn likeliest(context: u64, top: u32, vocab_size: usize) -> Vec<(u32, f32)> {
+    let ids = (0..vocab_size.min(top as usize) as u64).map(|i| (context.wrapping_add(i) % vocab_size as u64) as u32);
+    ids.map(|id| (id, logprob(context, id))).collect()
 }
 
 /// A step of splitmix64.
@@ -240,6 +268,7 @@ impl MockRunner {
             assert!(!s.tokens.is_empty(), "a sequence without tokens in a step");
             assert!(s.draft.len() <= self.spec.max_draft_tokens, "too many drafts");
             assert!(s.draft.is_empty() || s.sample.is_some(), "drafts that no sample judges");
+            assert!(s.scores.iter().all(|score| score.row < s.tokens.len()), "scores of what is not computed");
             let end = s.num_computed + s.num_rows();
             assert!(end <= self.spec.max_model_len, "a sequence beyond the context");
             assert_eq!(s.block_table.len(), end.div_ceil(self.spec.block_size), "blocks do not match the positions");
@@ -285,9 +314,8 @@ impl MockRunner {
         }
     }
 
-    /// The context up to the last token and the first `drafts` drafts, as memory holds it; wrong if a slot is not what
-    /// this very context wrote.
-    fn read(&self, sequence: &SequenceStep, drafts: usize) -> Result<u64, SequenceFailure> {
+    /// The context of the first `end` positions, as memory holds it; wrong if a slot is not what this very context wrote.
+    fn read(&self, sequence: &SequenceStep, end: usize) -> Result<u64, SequenceFailure> {
         // As in a masked product, where 0 × NaN is NaN, what lies behind the last token matters too, but for drafts.
         for &block in &sequence.block_table {
             let start = block as usize * self.spec.block_size;
@@ -295,7 +323,6 @@ impl MockRunner {
                 return Err(SequenceFailure::NonFiniteLogits);
             }
         }
-        let end = sequence.num_computed + sequence.tokens.len() + drafts;
         let empty = self.model.empty_context(sequence.adapter.as_ref());
         (0..end).try_fold(empty, |expected, position| match self.slots[self.slot(sequence, position)] {
             Slot::Written { token, context } if context == MockModel::extend(expected, token) => Ok(context),
@@ -309,7 +336,8 @@ impl MockRunner {
         let (Some(mut request), Some(Ok(last))) = (sequence.request_behind(sampled), sampled.last()) else {
             return Vec::new();
         };
-        let Ok(context) = self.read(sequence, sampled.len() - 1) else { return Vec::new() };
+        let end = sequence.num_computed + sequence.tokens.len() + sampled.len() - 1;
+        let Ok(context) = self.read(sequence, end) else { return Vec::new() };
         let mut context = MockModel::extend(context, last.token);
         let next = |_| {
             let right = self.model.next_token(context, &request);
@@ -320,6 +348,14 @@ impl MockRunner {
             token
         };
         (0..sequence.propose).map(next).collect()
+    }
+
+    fn score(&self, sequence: &SequenceStep, request: &ScoreRequest) -> Result<Score, SequenceFailure> {
+        let context = self.read(sequence, sequence.num_computed + request.row + 1)?;
+        Ok(Score {
+            logprobs: request.ids.iter().map(|&id| logprob(context, id)).collect(),
+            top: likeliest(context, request.top, self.spec.vocab_size),
+        })
     }
 
     fn sample(&self, context: u64, request: &SampleRequest) -> SampledToken {
@@ -368,10 +404,12 @@ impl Runner for MockRunner {
             self.write(sequence, &state);
         }
         for sequence in &plan.sequences {
+            let known = sequence.num_computed + sequence.tokens.len();
             let sampled =
-                sequence.sample_along(|drafts, request| Ok(self.sample(self.read(sequence, drafts)?, request)));
+                sequence.sample_along(|drafts, request| Ok(self.sample(self.read(sequence, known + drafts)?, request)));
             let proposed = self.propose(sequence, &sampled);
-            output.sequences.push(SequenceOutput { id: sequence.id, sampled, proposed });
+            let scores = sequence.scores.iter().map(|request| self.score(sequence, request)).collect();
+            output.sequences.push(SequenceOutput { id: sequence.id, sampled, proposed, scores });
         }
         Ok(output)
     }

@@ -10,7 +10,8 @@ use super::MockModel;
 use super::invariants;
 use super::world::World;
 use crate::{
-    Adapter, CacheScope, DraftMethod, EngineConfig, EngineStats, FinishReason, Request, RequestId, SpeculationConfig,
+    Adapter, CacheScope, DraftMethod, EngineConfig, EngineStats, FinishReason, PromptScores, Request, RequestId,
+    SpeculationConfig,
 };
 
 const VOCAB_SIZE: u32 = 50;
@@ -64,6 +65,14 @@ pub(super) fn adapter(digest: u8) -> Adapter {
     Adapter::new([digest; 32], 1, 0, ())
 }
 
+fn random_scores(rng: &mut StdRng, prompt_len: usize) -> PromptScores {
+    let target = |rng: &mut StdRng| {
+        (rng.random_range(0..prompt_len), vec![rng.random_range(0..VOCAB_SIZE), rng.random_range(0..VOCAB_SIZE)])
+    };
+    let targets = (0..if prompt_len > 0 { 3 } else { 0 }).map(|_| target(rng)).collect();
+    PromptScores { top: rng.random_range(0..3), targets }
+}
+
 /// A prompt that starts like others, and its choices.
 fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<Request> {
     let longest = spec.max_model_len - 1;
@@ -77,6 +86,7 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
         deadline: rng.random_bool(0.3).then(|| Duration::from_millis(rng.random_range(0..200))),
         adapter: [None, None, Some(1), Some(2)][rng.random_range(0..4)].map(adapter),
         cache_scope: CacheScope(vec![rng.random_range(0..2)]),
+        prompt_scores: rng.random_bool(0.2).then(|| random_scores(rng, prompt.len())),
         ..Request::new(prompt, random_params(rng), max_tokens)
     };
     let choices = if rng.random_bool(0.3) { rng.random_range(2..5) } else { 1 };
@@ -170,7 +180,7 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
     }
 }
 
-/// A world in the middle of things: one request ended, another got a hit, some run, some wait.
+/// A world in the middle of things: of those that ended one got a hit and one its scores; some run, some wait.
 fn busy_world() -> World {
     let spec = RunSpec {
         vocab_size: VOCAB_SIZE as usize,
@@ -187,8 +197,8 @@ fn busy_world() -> World {
     let config = EngineConfig { speculation: Some(speculation), ..EngineConfig::default() };
     let mut world = World::new(spec, &config, model);
     let request = |max_tokens| Request::new((1..10).collect(), SamplingParams::default(), max_tokens);
-    for max_tokens in [2, 2] {
-        world.submit(vec![request(max_tokens)]).unwrap();
+    for prompt_scores in [None, None, Some(PromptScores::default())] {
+        world.submit(vec![Request { prompt_scores, ..request(2) }]).unwrap();
         world.run();
     }
     for _ in 0..5 {

@@ -12,7 +12,7 @@ use super::invariants;
 use super::{MockControl, MockModel, MockRunner};
 use crate::core::Core;
 use crate::scheduler::RequestOutput;
-use crate::{EngineConfig, FinishReason, OutputEvent, Request, RequestId, SubmitError, Usage};
+use crate::{EngineConfig, FinishReason, OutputEvent, PositionScore, Request, RequestId, SubmitError, Usage};
 
 /// See the head of the file.
 pub(crate) struct World {
@@ -38,6 +38,9 @@ pub(crate) struct Record {
     pub solo: Vec<u32>,
     /// What it got so far.
     pub tokens: Vec<u32>,
+    /// As `solo` and `tokens`, of the scores that it asked for.
+    pub solo_scores: Vec<PositionScore>,
+    pub scores: Vec<PositionScore>,
     /// When it was first part of a step.
     pub started: Option<Duration>,
     pub end: Option<(FinishReason, Usage)>,
@@ -112,6 +115,8 @@ impl World {
                 arrival: self.now,
                 solo: self.model.solo(&request),
                 tokens: Vec::new(),
+                solo_scores: self.model.solo_scores(&request, self.spec.vocab_size),
+                scores: Vec::new(),
                 started: None,
                 end: None,
                 events_after_end: 0,
@@ -207,6 +212,10 @@ impl World {
                 record.events_after_end += 1;
             }
             match event {
+                OutputEvent::PromptScores(scores) => {
+                    assert!(record.tokens.is_empty() && !scores.is_empty(), "scores come before tokens");
+                    record.scores.extend(scores);
+                }
                 OutputEvent::Token { token, .. } => record.tokens.push(token),
                 OutputEvent::Finished { reason, usage, .. } => record.end = Some((reason, usage)),
             }

@@ -138,8 +138,8 @@ impl Generation {
                     choice.stream.abort();
                 }
             }
-            // What the engine generated before it heard of the stop.
-            Some(OutputEvent::Token { .. }) => {}
+            // What the engine generated before it heard of the stop. Scores of the prompt are never asked for here.
+            Some(OutputEvent::Token { .. } | OutputEvent::PromptScores(_)) => {}
             Some(OutputEvent::Finished { reason, usage, timings }) => {
                 let (reason, completion_tokens) = match (choice.state, reason) {
                     (State::Stopped, _) => (Finish::Stop, choice.text.tokens().0),

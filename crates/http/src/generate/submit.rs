@@ -63,6 +63,7 @@ pub(crate) fn submit(service: &Service, served: &Arc<Served>, job: Job) -> Resul
                 deadline: service.config().queue_timeout,
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
+                prompt_scores: None,
             }
         });
         // If a later prompt is refused, the streams of the earlier ones are dropped, which aborts them.
@@ -154,6 +155,9 @@ fn refusal(error: &SubmitError, field: &str) -> ApiError {
             ApiError::cache_size(field, needed_blocks, total_blocks)
         }
         SubmitError::TokenOutOfRange { vocab, .. } => ApiError::out_of_range(field, format!("token ids below {vocab}")),
+        SubmitError::ScoreBeyondPrompt { prompt, .. } => {
+            ApiError::out_of_range(field, format!("positions below {prompt} for scores"))
+        }
         SubmitError::Draining => ApiError::draining(),
         SubmitError::EngineDown => ApiError::engine_down(),
         SubmitError::MaxTokensZero => ApiError::out_of_range("max_tokens", "at least 1"),

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use baton_device::{Backend, DType, LatentOps, MoeOps, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
 use baton_model::{
-    Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams,
-    SequenceStep, StepPlan, load,
+    Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams, Score,
+    ScoreRequest, SequenceStep, StepPlan, load,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -151,6 +151,10 @@ pub struct Sequence {
     pub params: Arc<SamplingParams>,
     pub adapter: Option<Adapter>,
     pub output: Vec<SampledToken>,
+    /// What is asked of each position of the prompt.
+    pub score: Option<fn(&Self, usize) -> ScoreRequest>,
+    /// What was told, from the first position on.
+    pub scores: Vec<Score>,
 }
 
 impl Sequence {
@@ -164,7 +168,19 @@ impl Sequence {
             params: Arc::new(params),
             adapter: None,
             output: Vec::new(),
+            score: None,
+            scores: Vec::new(),
         }
+    }
+
+    /// Asks for the next token, another that depends on the position, and the likeliest three.
+    pub fn scored(self) -> Self {
+        let request = |sequence: &Self, position: usize| {
+            let next = sequence.tokens[..sequence.prompt_len].get(position + 1).copied();
+            let ids = next.into_iter().chain([position as u32 % 200]).collect();
+            ScoreRequest { row: position - sequence.num_computed, ids, top: 3 }
+        };
+        Self { score: Some(request), ..self }
     }
 
     pub fn adapted(self, adapter: Option<&Adapter>) -> Self {
@@ -193,6 +209,10 @@ impl Sequence {
             adapter: self.adapter.clone(),
             sample,
             propose: 0,
+            scores: self.score.map_or(Vec::new(), |score| {
+                let positions = self.num_computed.max(self.scores.len())..end.min(self.prompt_len);
+                positions.map(|position| score(self, position)).collect()
+            }),
         }
     }
 }
@@ -256,6 +276,7 @@ pub fn step_with_drafts(
         assert_eq!(out.id, sequence.id);
         sequence.num_computed += count;
         assert_eq!(out.sampled.is_empty(), sequence.num_computed < sequence.tokens.len());
+        sequence.scores.extend(out.scores.unwrap());
         for sampled in out.sampled {
             let sampled = sampled.unwrap();
             // Behind the first, what was sampled before was a draft, which is computed.
@@ -279,14 +300,19 @@ pub fn generate_with(
     params: SamplingParams,
     count: usize,
 ) -> Vec<SampledToken> {
+    alone(runner, Sequence::new(1, prompt, params).adapted(adapter), count).output
+}
+
+/// Runs a sequence alone until `count` tokens are out, its prompt in one step.
+pub fn alone(runner: &mut dyn Runner, sequence: Sequence, count: usize) -> Sequence {
     let mut pool = Pool::new(runner);
-    let mut sequences = [Sequence::new(1, prompt, params).adapted(adapter)];
+    let mut sequences = [sequence];
     while sequences[0].output.len() < count {
         let remaining = sequences[0].remaining();
         step(runner, &mut pool, &mut sequences, &[remaining]);
     }
     let [sequence] = sequences;
-    sequence.output
+    sequence
 }
 
 /// The logits of all tokens of a prompt, computed in one step.

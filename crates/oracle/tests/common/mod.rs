@@ -73,6 +73,7 @@ pub fn ours(path: &Path) -> Feed {
             block_table: block_table.clone(),
             sample: None,
             propose: 0,
+            scores: Vec::new(),
         };
         let logits = runner.logits(&StepPlan { sequences: vec![sequence] }).unwrap();
         logits[logits.len() - runner.spec().vocab_size..].to_vec()

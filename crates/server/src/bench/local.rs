@@ -196,6 +196,7 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
                 }),
                 adapter: None,
                 propose: 0,
+                scores: Vec::new(),
             };
             loaded.runner.step(&StepPlan { sequences: (0..test.streams).map(sequence).collect() })?;
         }

@@ -280,6 +280,7 @@ mod tests {
                 adapter: None,
                 sample: None,
                 propose: 0,
+                scores: Vec::new(),
             };
             runner.logits(&StepPlan { sequences: vec![sequence] }).unwrap()
         };
