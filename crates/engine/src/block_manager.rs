@@ -1,8 +1,8 @@
 //! Block tables of sequences, and the prefix cache that lets them share.
 //!
-//! A full block is named by a keyed hash of all tokens up to its end, of their scope and of the adapter's
-//! digest; a later sequence that starts with the same tokens, in the same scope, with the same adapter or none,
-//! takes the block instead of computing it.
+//! A full block is named by a keyed hash of all tokens up to its end, of their scope, of the adapter's
+//! digest and of the engine's namespace; a later sequence that starts with the same tokens, in the same scope, with the
+//! same adapter or none, takes the block instead of computing it.
 //! The key is random per process, so names can be neither predicted nor forced to collide.
 //!
 //! Invariant: a published block was computed and its values are finite. The scheduler publishes a
@@ -43,10 +43,10 @@ pub(crate) struct BlockManager {
 }
 
 impl BlockManager {
-    /// `secret`: the key of the prefix cache; `None` for no cache.
-    pub fn new(num_blocks: usize, block_size: usize, secret: Option<[u8; 32]>) -> Self {
+    /// `hasher`: names the blocks of the prefix cache; `None` for no cache.
+    pub fn new(num_blocks: usize, block_size: usize, hasher: Option<BlockHasher>) -> Self {
         assert!(block_size > 0, "blocks hold at least one token");
-        Self { allocator: BlockAllocator::new(num_blocks), block_size, hasher: secret.map(BlockHasher::new) }
+        Self { allocator: BlockAllocator::new(num_blocks), block_size, hasher }
     }
 
     pub fn block_size(&self) -> usize {
@@ -194,24 +194,26 @@ impl BlockManager {
 }
 
 /// HMAC-SHA256 (RFC 2104) under the process's secret.
-struct BlockHasher {
+pub(crate) struct BlockHasher {
     /// SHA-256 after the key block of the inner and of the outer hash.
     inner: Sha256,
     outer: Sha256,
+    /// Part of every name.
+    namespace: Vec<u8>,
 }
 
 impl BlockHasher {
-    fn new(secret: [u8; 32]) -> Self {
+    pub fn new(secret: [u8; 32], namespace: &[u8]) -> Self {
         let keyed = |pad: u8| {
             let mut block = [pad; 64];
             block.iter_mut().zip(secret).for_each(|(byte, key)| *byte ^= key);
             Sha256::new_with_prefix(block)
         };
-        Self { inner: keyed(0x36), outer: keyed(0x5c) }
+        Self { inner: keyed(0x36), outer: keyed(0x5c), namespace: namespace.to_vec() }
     }
 
     /// Stands for the block before the first. Scopes, with and without adapter, and blocks are told apart by the
-    /// first byte.
+    /// first byte, namespace and scope by the length of the former.
     fn root(&self, adapter: Option<&[u8; 32]>, scope: &[u8]) -> BlockHash {
         self.mac(|hash| {
             match adapter {
@@ -221,6 +223,8 @@ impl BlockHasher {
                     hash.update(digest);
                 }
             }
+            hash.update((self.namespace.len() as u64).to_le_bytes());
+            hash.update(&self.namespace);
             hash.update(scope);
         })
     }
@@ -265,17 +269,21 @@ mod tests {
     fn the_mac_is_hmac_sha256() {
         // Expected: `hmac.new(bytes(range(32)), b"what do ya want", "sha256")` of Python.
         let key = std::array::from_fn(|i| i as u8);
-        let mac = BlockHasher::new(key).mac(|hash| hash.update(b"what do ya want"));
+        let mac = BlockHasher::new(key, b"").mac(|hash| hash.update(b"what do ya want"));
         let hex: String = mac.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, "6f21a7e969d25d6c8cec88e50cd5c6cd96e1ec8126ee3f43d6339895f7c25055");
     }
 
     #[test]
-    fn names_depend_on_adapter_scope_position_and_all_tokens_before() {
-        let hasher = BlockHasher::new([7; 32]);
+    fn names_depend_on_namespace_adapter_scope_position_and_all_tokens_before() {
+        let hasher = BlockHasher::new([7; 32], b"");
         let (a, b) = (hasher.root(None, b"a"), hasher.root(None, b"b"));
         // The adapter's digest as a scope is another thing than the adapter.
         let digest = [9; 32];
+        let named = |namespace, scope| {
+            let hasher = BlockHasher::new([7; 32], namespace);
+            hasher.block(&hasher.root(None, scope), &[1, 2])
+        };
         let names = [
             hasher.block(&hasher.root(Some(&digest), b"a"), &[1, 2]),
             hasher.block(&hasher.root(Some(&[8; 32]), b"a"), &[1, 2]),
@@ -284,7 +292,10 @@ mod tests {
             hasher.block(&b, &[1, 2]),
             hasher.block(&a, &[2, 1]),
             hasher.block(&hasher.block(&a, &[1, 2]), &[1, 2]),
-            BlockHasher::new([8; 32]).block(&a, &[1, 2]),
+            BlockHasher::new([8; 32], b"").block(&a, &[1, 2]),
+            named(b"one", b"a"),
+            named(b"two", b"a"),
+            named(b"on", b"ea"),
         ];
         let distinct: std::collections::BTreeSet<_> = names.iter().collect();
         assert_eq!(distinct.len(), names.len());

@@ -26,6 +26,8 @@ pub struct EngineConfig {
     pub max_queued: usize,
     /// Keep computed blocks for later requests with the same prefix.
     pub enable_prefix_caching: bool,
+    /// Part of the name of every cached block, whatever its scope: a digest of all that decides what is computed.
+    pub cache_namespace: Vec<u8>,
     /// Drafts, if there are to be any. They change no output.
     pub speculation: Option<SpeculationConfig>,
     /// Steps that may fail in a row before the engine gives up on the runner.
@@ -39,6 +41,7 @@ impl Default for EngineConfig {
             max_num_batched_tokens: 2048,
             max_queued: 1024,
             enable_prefix_caching: true,
+            cache_namespace: Vec::new(),
             speculation: None,
             max_failed_steps: 3,
         }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use baton_model::{RunSpec, SampledToken, SequenceFailure, StepOutput, StepPlan};
 
 use crate::block::BlockId;
-use crate::block_manager::BlockManager;
+use crate::block_manager::{BlockHasher, BlockManager};
 use crate::sequence::{Sequence, Start};
 use crate::speculate::{lookup, worth};
 use crate::{
@@ -55,6 +55,7 @@ impl Scheduler {
             num_speculative_tokens: speculation.num_speculative_tokens.min(spec.max_draft_tokens),
             ..speculation
         });
+        let hasher = config.enable_prefix_caching.then(|| BlockHasher::new(secret, &config.cache_namespace));
         let counters =
             EngineStats { speculation: speculation.as_ref().map(SpeculationStats::new), ..EngineStats::default() };
         Self {
@@ -62,7 +63,7 @@ impl Scheduler {
             max_num_seqs: config.max_num_seqs.min(spec.max_step_sequences).min(max_num_batched_tokens).max(1),
             max_num_batched_tokens,
             speculation,
-            blocks: BlockManager::new(spec.num_blocks, spec.block_size, config.enable_prefix_caching.then_some(secret)),
+            blocks: BlockManager::new(spec.num_blocks, spec.block_size, hasher),
             unclean: Vec::new(),
             running: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -373,7 +374,10 @@ impl Scheduler {
             FinishReason::Stop { .. } => finished.stop += 1,
             FinishReason::Length => finished.length += 1,
             FinishReason::Aborted => finished.aborted += 1,
-            FinishReason::Error(_) => finished.error += 1,
+            FinishReason::Error(ref failure) => {
+                finished.error += 1;
+                finished.non_finite_logits += u64::from(*failure == EngineFailure::NonFiniteLogits);
+            }
         }
         let event = OutputEvent::Finished { reason, usage: sequence.usage(), timings: sequence.timings(now) };
         RequestOutput { id: sequence.id, event }

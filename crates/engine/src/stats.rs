@@ -77,6 +77,8 @@ pub struct FinishedCounts {
     pub aborted: u64,
     /// With an [`crate::EngineFailure`].
     pub error: u64,
+    /// How many of `error` with [`crate::EngineFailure::NonFiniteLogits`].
+    pub non_finite_logits: u64,
 }
 
 impl FinishedCounts {

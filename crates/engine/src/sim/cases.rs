@@ -368,14 +368,14 @@ fn a_prompt_preempted_in_its_midst_goes_on_with_the_scores_that_were_not_told() 
     let mut interrupted = 0;
     for head_start in 0..16 {
         // The first grows while the second is in the midst of its prompt, and takes its blocks.
-        let mut world = world(26);
+        let mut world = world(33);
         submit(&mut world, request(0, 20, 80));
         (0..head_start).for_each(|_| world.step());
-        let second = submit(&mut world, scored(request(1, 72, 5), 1, &[]));
+        let second = submit(&mut world, scored(request(1, 100, 5), 1, &[]));
         while !world.core.is_idle() {
             world.step();
             let preempted = world.core.stats().preemptions > 0 && world.core.stats().waiting > 0;
-            interrupted += usize::from(preempted && (1..72).contains(&world.record(second).scores.len()));
+            interrupted += usize::from(preempted && (1..100).contains(&world.record(second).scores.len()));
         }
         assert_eq!(world.end(second), &FinishReason::Length);
         assert_eq!(world.record(second).scores, world.record(second).solo_scores);

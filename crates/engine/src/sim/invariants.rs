@@ -315,6 +315,9 @@ fn drafts_are_counted(world: &World) -> Result<(), String> {
 fn gauges_are_true(world: &World) -> Result<(), String> {
     let (stats, scheduler, records) = (world.core.stats(), world.core.scheduler(), world.journal.values());
     let ended = records.clone().filter(|record| record.end.is_some()).count() as u64;
+    let not_finite = FinishReason::Error(EngineFailure::NonFiniteLogits);
+    let not_finite = records.clone().filter(|r| r.end.as_ref().is_some_and(|(reason, _)| *reason == not_finite));
+    let not_finite = not_finite.count() as u64;
     let left_queue = records.clone().filter(|r| r.started.is_some() || r.end.is_some()).count() as u64;
     let generated: usize = records
         .map(|record| record.end.as_ref().map_or(record.tokens.len(), |(_, usage)| usage.completion_tokens))
@@ -326,6 +329,7 @@ fn gauges_are_true(world: &World) -> Result<(), String> {
         ("waiting", stats.waiting as u64, scheduler.waiting().len() as u64),
         ("used blocks", stats.blocks.used as u64, held.len() as u64),
         ("finished", stats.finished.total(), ended),
+        ("not finite", stats.finished.non_finite_logits, not_finite),
         ("generated tokens", stats.generated_tokens, generated as u64),
         ("left the queue", world.core.left_queue(), left_queue),
     ] {
