@@ -8,19 +8,23 @@
 
 mod determinism;
 mod digest;
+mod html;
 mod judge;
 mod manifest;
 mod numerics;
 mod parity;
+mod plots;
 mod precision;
 mod replay;
 mod report;
 mod table;
+mod text;
 mod tolerances;
 mod words;
 
 pub use determinism::{Determinism, Found, Unequal, WayFinding, determinism};
 pub use digest::Digest;
+pub use html::html;
 pub use judge::{Finding, Measure, Verdict, judge};
 pub use manifest::{Case, Chat, Computed, FileEntry, Manifest, ModelFacts, TensorEntry, Tolerances, Trained};
 pub use numerics::{
@@ -31,6 +35,7 @@ pub use parity::{CaseFault, CaseParity, PositionParity, Value, compare_case, tas
 pub use precision::PrecisionClass;
 pub use replay::{Replay, ReplayError, Replayed, Score, Task, Way};
 pub use report::{BundleFacts, Check, CheckName, Column, Comparison, DeviceFacts, Report};
+pub use text::{Mismatch, TextDifference, TextParity, text_parity};
 pub use tolerances::tolerances_for;
 
 /// Name of the manifest in a bundle.
