@@ -10,12 +10,14 @@ mod bundle;
 mod determinism;
 mod digest;
 mod feature;
+mod html;
 mod judge;
 mod manifest;
 mod names;
 mod numerics;
 mod parity;
 mod place;
+mod plots;
 mod precision;
 mod replay;
 mod report;
@@ -24,6 +26,7 @@ mod signature;
 mod strict;
 mod table;
 mod tensors;
+mod text;
 mod tolerances;
 mod words;
 
@@ -31,6 +34,7 @@ pub use bundle::{Bundle, BundleError, FileProblem, Integrity, Snapshot};
 pub use determinism::{Determinism, Found, Unequal, WayFinding, determinism};
 pub use digest::Digest;
 pub use feature::Feature;
+pub use html::html;
 pub use judge::{Finding, Measure, Verdict, judge};
 pub use manifest::{
     Case, Chat, Computed, FORMAT, FileEntry, MAX_MANIFEST, Manifest, ManifestError, ModelFacts, TensorEntry,
@@ -46,6 +50,7 @@ pub use replay::{Replay, ReplayError, Replayed, Score, Task, Way};
 pub use report::{BundleFacts, Check, CheckName, Column, Comparison, DeviceFacts, Report};
 pub use signature::{KeyError, KeyId, SignatureStatus, TrustedKeys};
 pub use tensors::TensorProblem;
+pub use text::{Mismatch, TextDifference, TextParity, text_parity};
 pub use tolerances::tolerances_for;
 
 /// Name of the manifest in a bundle.
