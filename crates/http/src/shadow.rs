@@ -177,6 +177,7 @@ impl Shadow {
             };
             match event {
                 Some(OutputEvent::Token { token, .. }) => tokens.push(token),
+                Some(OutputEvent::PromptScores(_)) => {}
                 Some(OutputEvent::Finished { reason: FinishReason::Error(failure), .. }) => {
                     return Err(match failure {
                         EngineFailure::NonFiniteLogits => Failure::NonFinite,

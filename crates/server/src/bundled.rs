@@ -11,14 +11,24 @@ macro_rules! embedded {
     };
 }
 
-/// Its files, so that a copied binary serves too.
+/// Its files, all that its bundle lists, so that a copied binary serves too and proves it.
 pub const FILES: &[(&str, &[u8])] = embedded![
+    "README.md",
     "config.json",
+    "eval.jsonl",
+    "eval_reference.jsonl",
     "generation_config.json",
+    "golden.json",
+    "handoff.json",
     "model.safetensors",
+    "prompts.jsonl",
     "special_tokens_map.json",
     "tokenizer.json",
-    "tokenizer_config.json"
+    "tokenizer_config.json",
+    "train/README.md",
+    "train/data.py",
+    "train/model.py",
+    "train/train.py"
 ];
 
 /// Its folder on disk: under the working directory, else beside the executable.

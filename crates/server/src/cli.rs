@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::{bench::BenchArgs, pull::PullArgs, quantize::QuantizeArgs, settings::ServeArgs};
+use crate::{bench::BenchArgs, handoff::verify::VerifyArgs, pull::PullArgs, quantize::QuantizeArgs, settings::ServeArgs};
 
 /// Serves language models that were trained somewhere else.
 #[derive(Debug, Parser)]
@@ -19,6 +19,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve a checkpoint over OpenAI-compatible HTTP
     Serve(Box<ServeArgs>),
+    /// Check that a bundle is what was handed over, and that devices compute what the trainer computed
+    Verify(Box<VerifyArgs>),
     /// Fetch a checkpoint into the cache that Hugging Face tools share, and print its folder
     Pull(PullArgs),
     /// Load an OpenAI-compatible server and measure what it gives, as `vllm bench serve` does

@@ -1,22 +1,23 @@
 //! From settings to a model in service: files, device, weights, tokenizer, fingerprint.
 
 use std::{
-    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, ensure};
-use baton_device::WeightFormat;
+use baton_handoff::Digest;
 use baton_hub::Target;
 use baton_model::{Adapter, Conversion, Files, GgufTokenizer, KvCacheSize, LoadOptions};
 use baton_text::{GgufVocab, TextFiles, TextModel, TokenizerFile};
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
 use tracing::info;
 
 use crate::{
     backend::{Device, Loaded},
-    bundled, memory, pull,
+    bundled,
+    handoff::{Handed, precision},
+    memory, pull,
     settings::{LoraModule, Settings},
     speculative::SpeculativeConfig,
 };
@@ -33,6 +34,10 @@ pub struct Model {
     pub adapters: Vec<(String, Adapter)>,
     /// The report of `loaded` as JSON.
     pub report: Vec<u8>,
+    /// Its bundle, as far as that can be judged without computing.
+    pub handed: Handed,
+    /// What is served: the bundle's generation, else a digest of weights, config, tokenizer and template.
+    pub generation: Digest,
     pub fingerprint: String,
 }
 
@@ -40,23 +45,40 @@ pub struct Model {
 pub fn load(settings: &Settings) -> Result<Model> {
     let (name, files) = files(settings.model.as_deref())?;
     let context = || format!("model {name}");
-    let (text, text_files) = text(&files, settings).with_context(context)?;
-    let device = Device::parse(&settings.device)?;
-    let loaded = device.load(settings.threads, &files, &options(settings)).with_context(context)?;
-    let vocab = loaded.runner.spec().vocab_size;
-    ensure!(
-        text.vocab_size() <= vocab,
-        "model {name}: the tokenizer has ids up to {}, the model's vocabulary ends at {vocab}",
-        text.vocab_size() - 1
-    );
-    let fingerprint = fingerprint(&loaded, &text_files);
+    let handed = Handed::open(&files, settings).with_context(context)?;
+    let Parts { text, text_files, loaded } = parts(&files, settings).with_context(context)?;
+    handed.loaded(&loaded.caps, settings.handoff).with_context(context)?;
+    let generation = handed.generation().unwrap_or_else(|| generation(&loaded, &text_files));
+    let fingerprint = fingerprint(&loaded, &text_files, &generation);
     announce(&name, settings, &loaded);
     let report = serde_json::to_vec_pretty(&loaded.report)?;
     if let Some(file) = &settings.load_report {
         fs::write(file, &report).with_context(|| format!("--load-report {}", file.display()))?;
     }
     let adapters = adapters(settings, &loaded)?;
-    Ok(Model { name, text, loaded, adapters, report, fingerprint })
+    Ok(Model { name, text, loaded, adapters, report, handed, generation, fingerprint })
+}
+
+/// What a checkpoint consists of once it is loaded.
+pub struct Parts {
+    pub text: TextModel,
+    /// What the text model was made of.
+    pub text_files: Vec<Vec<u8>>,
+    pub loaded: Loaded,
+}
+
+/// Loads tokenizer, template and weights.
+pub fn parts(files: &Files, settings: &Settings) -> Result<Parts> {
+    let (text, text_files) = text(files, settings)?;
+    let device = Device::parse(&settings.device)?;
+    let loaded = device.load(settings.threads, files, &options(settings))?;
+    let vocab = loaded.runner.spec().vocab_size;
+    ensure!(
+        text.vocab_size() <= vocab,
+        "the tokenizer has ids up to {}, the model's vocabulary ends at {vocab}",
+        text.vocab_size() - 1
+    );
+    Ok(Parts { text, text_files, loaded })
 }
 
 /// The adapters that the settings name.
@@ -195,23 +217,31 @@ impl OwnedTextFiles {
     }
 }
 
+/// The generation of a model without a bundle.
+fn generation(loaded: &Loaded, text: &[Vec<u8>]) -> Digest {
+    digest(std::iter::once(loaded.report.digest.as_bytes()).chain(text.iter().map(Vec::as_slice)))
+}
+
 /// Changes when something does that can change a token: weights and config (as far as the load report's
 /// digest covers them), tokenizer and template, device and instruction set, formats, the build.
-fn fingerprint(loaded: &Loaded, text: &[Vec<u8>]) -> String {
+fn fingerprint(loaded: &Loaded, text: &[Vec<u8>], generation: &Digest) -> String {
+    let (report, caps) = (&loaded.report, &loaded.caps);
+    let formats: Vec<String> = report.weight_formats.iter().map(ToString::to_string).collect();
+    let kv = report.kv_dtype.to_string();
+    let words = [&report.digest, &caps.device, &caps.isa, &kv, env!("CARGO_PKG_VERSION")].map(str::as_bytes);
+    let parts = std::iter::once(generation.0.as_slice()).chain(words).chain(text.iter().map(Vec::as_slice));
+    let digest = digest(parts.chain(formats.iter().map(String::as_bytes)));
+    digest.0[..6].iter().fold("fp_".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+}
+
+/// Of parts, told apart by their lengths.
+fn digest<'a>(parts: impl Iterator<Item = &'a [u8]>) -> Digest {
     let mut hash = Sha256::new();
-    let mut part = |bytes: &[u8]| {
-        hash.update((bytes.len() as u64).to_le_bytes());
-        hash.update(bytes);
-    };
-    part(loaded.report.digest.as_bytes());
-    text.iter().for_each(|bytes| part(bytes));
-    part(loaded.caps.device.as_bytes());
-    part(loaded.caps.isa.as_bytes());
-    loaded.report.weight_formats.iter().for_each(|f| part(f.to_string().as_bytes()));
-    part(loaded.report.kv_dtype.to_string().as_bytes());
-    part(env!("CARGO_PKG_VERSION").as_bytes());
-    let digest = hash.finalize();
-    digest[..6].iter().fold("fp_".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    Digest(hash.finalize().into())
 }
 
 fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
@@ -220,14 +250,6 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         "auto" => format!("{} (auto)", caps.device),
         _ => caps.device.clone(),
     };
-    let narrow: BTreeSet<_> = report.weight_formats.iter().filter(|f| caps.narrow_activations.contains(f)).collect();
-    let activations =
-        match (narrow.contains(&WeightFormat::BF16), narrow.iter().any(|f| matches!(f, WeightFormat::Ggml(_)))) {
-            (false, false) => "f32",
-            (false, true) => "f32, int8 where they meet blocks",
-            (true, false) => "f32, bf16 where they meet bf16",
-            (true, true) => "f32, bf16 where they meet bf16, int8 where they meet blocks",
-        };
     let formats: Vec<String> = report.weight_formats.iter().map(ToString::to_string).collect();
     info!(
         model = name,
@@ -237,7 +259,7 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         threads = caps.threads,
         stored = %report.stored_dtype,
         weights = formats.join("+"),
-        activations,
+        activations = precision::activations(report, caps),
         kv = %report.kv_dtype,
         weight_mib = report.weight_bytes >> 20,
         kv_mib = report.kv_bytes >> 20,

@@ -4,6 +4,7 @@ mod backend;
 mod bench;
 mod bundled;
 mod cli;
+mod handoff;
 mod load;
 mod memory;
 mod pull;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::{bench::BenchArgs, pull::PullArgs, quantize::QuantizeArgs};
+use crate::{bench::BenchArgs, handoff::verify::{self, VerifyArgs}, pull::PullArgs, quantize::QuantizeArgs};
 
 fn main() -> ExitCode {
     let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));
@@ -31,6 +32,10 @@ fn main() -> ExitCode {
         Some(("quantize", matches)) => {
             QuantizeArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| quantize::main(&args))
         }
+        Some(("verify", matches)) => match VerifyArgs::from_arg_matches(matches) {
+            Ok(args) => return verify::main(&args),
+            Err(error) => Err(error.into()),
+        },
         _ => unreachable!("clap refuses a missing or unknown command"),
     };
     match result {

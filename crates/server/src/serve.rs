@@ -5,7 +5,7 @@ use std::{io::IsTerminal, sync::Arc, time::SystemTime};
 use anyhow::{Context, Result, anyhow, ensure};
 use baton_engine::{Engine, EngineConfig, EngineHandle};
 use baton_http::{
-    AdapterRefusal, Adapters, ApiKey, Defaults, HandoffState, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
+    Admission, AdapterRefusal, Adapters, ApiKey, Defaults, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
 };
 use baton_model::AdapterError;
 use clap::ArgMatches;
@@ -18,9 +18,10 @@ use tracing::info;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    handoff::Gate,
     load::{self, Model},
     memory,
-    settings::{GenerationConfigUse, LogFormat, LoraModule, Secret, ServeArgs, Settings},
+    settings::{GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, Secret, ServeArgs, Settings},
     speculative::SpeculativeConfig,
 };
 
@@ -88,8 +89,20 @@ async fn serve(settings: Settings) -> Result<()> {
         // Nothing runs yet that could be waited for.
         () = stop.cancelled() => return Ok(()),
     };
-    let (handle, engine) = install(&service, model, &settings)?;
-    info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
+    let (handle, engine, gate) = install(&service, model, &settings)?;
+    tokio::spawn(async move {
+        let announce = || info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
+        // Where proof is required nobody is served before; where it is not, nobody waits for it.
+        let first = settings.handoff != HandoffPolicy::Require;
+        if first {
+            announce();
+        }
+        let gate = gate.prove().await;
+        if !first && gate.state().admission() == Admission::Passed {
+            announce();
+        }
+        gate.watch().await;
+    });
     running.await??;
     handle.shutdown();
     engine.join();
@@ -103,7 +116,7 @@ fn api_keys(flag: &str, keys: &[Secret]) -> Result<Vec<ApiKey>> {
     keys.iter().map(key).collect()
 }
 
-fn install(service: &Service, model: Model, settings: &Settings) -> Result<(EngineHandle, Engine)> {
+fn install(service: &Service, model: Model, settings: &Settings) -> Result<(EngineHandle, Engine, Gate)> {
     let generation = &model.loaded.report.generation_config;
     let eos_token_ids = generation.eos_token_ids.clone();
     let defaults = match settings.generation_config {
@@ -127,7 +140,7 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         names,
         created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         owned_by: "baton".into(),
-        generation: model.loaded.report.digest.clone(),
+        generation: model.generation.to_string(),
         system_fingerprint: model.fingerprint,
         defaults,
         load_report: model.report,
@@ -149,13 +162,15 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         max_queued: settings.max_queued_requests,
         enable_prefix_caching: settings.enable_prefix_caching,
         speculation: settings.speculative_config.as_ref().map(SpeculativeConfig::speculation),
+        cache_namespace: model.generation.0.to_vec(),
         ..EngineConfig::default()
     };
     let (handle, engine) = baton_engine::spawn(model.loaded.runner, config);
     let text = Arc::new(model.text);
-    let handoff = HandoffState::default();
-    service.install(NewGeneration { engine: handle.clone(), text, card, adapters, handoff });
-    Ok((handle, engine))
+    let device = (model.loaded.caps, &model.loaded.report);
+    let gate = Gate::new(model.handed, settings, device, handle.clone(), text.clone());
+    service.install(NewGeneration { engine: handle.clone(), text, card, adapters, handoff: gate.state() });
+    Ok((handle, engine, gate))
 }
 
 fn refusal(error: AdapterError) -> AdapterRefusal {

@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::speculative::SpeculativeConfig;
 
-/// A secret: shown nowhere.
 /// Tokens of a step unless others are asked for: prompts are computed hardly faster in larger ones.
 pub const STEP_TOKENS: usize = 128;
 
+/// A secret: shown nowhere.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(#[serde(serialize_with = "redact")] pub String);
@@ -129,6 +129,18 @@ impl From<Quantize> for Quantization {
 pub enum GenerationConfigUse {
     Auto,
     None,
+}
+
+/// What becomes of a model whose hand-off is not proven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HandoffPolicy {
+    /// It is not served: damaged files end the start, and `/ready` waits until golden cases have passed.
+    Require,
+    /// It is served, and the log and metrics say so.
+    Warn,
+    /// Nobody looks.
+    Off,
 }
 
 /// Form of log lines.
@@ -270,6 +282,18 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", env = "BATON_LOAD_REPORT", help_heading = "Model")]
     pub load_report: Option<PathBuf>,
 
+    /// What becomes of a model whose bundle (handoff.json beside it) is missing or not borne out by this device: require does not serve it, warn says so, off does not look [default: warn]
+    #[arg(long, value_enum, env = "BATON_HANDOFF", help_heading = "Hand-off")]
+    pub handoff: Option<HandoffPolicy>,
+
+    /// Public key file(s) of minisign, one of which must have signed the bundle
+    #[arg(long, value_name = "FILE", num_args = 1.., env = "BATON_TRUSTED_KEYS", value_delimiter = ',', help_heading = "Hand-off")]
+    pub trusted_keys: Option<Vec<PathBuf>>,
+
+    /// Seconds between golden cases replayed on idle steps while serving; 0 replays none [default: 60]
+    #[arg(long, value_name = "SECONDS", env = "BATON_CANARY_INTERVAL", help_heading = "Hand-off")]
+    pub canary_interval: Option<u64>,
+
     /// Take LoRA adapters, at start and while serving
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ENABLE_LORA", help_heading = "Adapters")]
     pub enable_lora: Option<bool>,
@@ -353,6 +377,10 @@ pub struct Settings {
     pub generation_config: GenerationConfigUse,
     pub chat_template: Option<PathBuf>,
     pub load_report: Option<PathBuf>,
+    pub handoff: HandoffPolicy,
+    pub trusted_keys: Vec<PathBuf>,
+    #[serde(serialize_with = "seconds")]
+    pub canary_interval: Duration,
     pub enable_lora: bool,
     pub lora_modules: Vec<LoraModule>,
     pub max_loras: usize,
@@ -488,6 +516,9 @@ impl ServeArgs {
             generation_config: self.generation_config.unwrap_or(GenerationConfigUse::Auto),
             chat_template: self.chat_template,
             load_report: self.load_report,
+            handoff: self.handoff.unwrap_or(HandoffPolicy::Warn),
+            trusted_keys: self.trusted_keys.unwrap_or_default(),
+            canary_interval: Duration::from_secs(self.canary_interval.unwrap_or(60)),
             enable_lora,
             lora_modules,
             max_loras: positive("max-loras", self.max_loras.unwrap_or(8))?,
