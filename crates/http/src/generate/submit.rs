@@ -64,6 +64,7 @@ pub(crate) fn submit(service: &Service, served: &Arc<Served>, job: Job) -> Resul
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
                 prompt_scores: None,
+                background: false,
             }
         });
         // If a later prompt is refused, the streams of the earlier ones are dropped, which aborts them.
