@@ -129,9 +129,10 @@ impl BlockManager {
         }
     }
 
-    /// Publishes the full computed blocks. Only for values known to be finite.
+    /// Publishes the full computed blocks, but for the background: it leaves nothing in the cache, so that of the
+    /// foreground's prefixes it never displaces more than it holds at a time. Only for values known to be finite.
     pub fn publish(&mut self, sequence: &mut Sequence) {
-        if self.hasher.is_none() {
+        if self.hasher.is_none() || sequence.id.is_background() {
             return;
         }
         let full = sequence.num_computed / self.block_size;

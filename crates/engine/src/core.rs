@@ -4,7 +4,7 @@
 //! Faults of the runner:
 //! - One sequence's logits are not finite: it fails, its blocks are cleared before the next step, its
 //!   batch mates go on.
-//! - A step fails, panics, or answers something else than was asked: every running sequence fails, every
+//! - A step fails, panics, or answers something else than was asked: every sequence that holds blocks fails, every
 //!   block that holds anything is cleared, and the engine goes on with those that wait.
 //! - Steps fail [`max_failed_steps`](crate::EngineConfig::max_failed_steps) times in a row, or blocks
 //!   cannot be cleared: the engine is down for good. Everything fails.
@@ -63,8 +63,8 @@ impl Core {
         self.down.as_ref()
     }
 
-    /// Requests that started, or ended without starting, so far.
-    pub fn left_queue(&self) -> u64 {
+    /// Requests that started, or ended without starting, so far: of the foreground, and of the background.
+    pub fn left_queue(&self) -> [u64; 2] {
         self.scheduler.left_queue()
     }
 

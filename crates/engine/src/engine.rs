@@ -53,7 +53,7 @@ pub fn spawn(runner: Box<dyn Runner>, config: EngineConfig) -> (EngineHandle, En
         max_queued: config.max_queued,
         epoch: Instant::now(),
         gate: Mutex::new(Gate::default()),
-        left_queue: AtomicU64::new(0),
+        left_queue: [const { AtomicU64::new(0) }; 2],
         stats: Mutex::new(EngineStats { alive: true, ..core.stats() }),
         step_started: Mutex::new(None),
         drained: watch::Sender::new(false),
@@ -171,7 +171,9 @@ impl EngineThread {
     }
 
     fn publish_stats(&self) {
-        self.shared.left_queue.store(self.core.left_queue(), Ordering::Release);
+        for (shared, left_queue) in self.shared.left_queue.iter().zip(self.core.left_queue()) {
+            shared.store(left_queue, Ordering::Release);
+        }
         *self.shared.stats.lock() = EngineStats {
             alive: self.stop.is_none(),
             dropped_events: self.dropped_events,

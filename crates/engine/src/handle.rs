@@ -22,7 +22,8 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Tokens of one step, at most. Never fewer sequences run than can each have a token of it.
     pub max_num_batched_tokens: usize,
-    /// Accepted requests that have not started, at most. A group with more choices is never accepted.
+    /// Accepted requests that have not started, at most; those of the background are counted apart, up to the same
+    /// number. A group with more choices is never accepted.
     pub max_queued: usize,
     /// Keep computed blocks for later requests with the same prefix.
     pub enable_prefix_caching: bool,
@@ -63,7 +64,7 @@ pub(crate) enum Command {
 /// One accepted request on its way to the engine.
 pub(crate) struct Submission {
     pub id: RequestId,
-    /// The first id of the group.
+    /// The first id of the group in its class.
     pub group: RequestId,
     pub request: Request,
     /// When it was accepted, since `Shared::epoch`.
@@ -78,8 +79,8 @@ pub(crate) struct Shared {
     /// Times in the engine are durations since this moment.
     pub epoch: Instant,
     pub gate: Mutex<Gate>,
-    /// How many accepted requests have started, or ended without starting.
-    pub left_queue: AtomicU64,
+    /// How many accepted requests have started, or ended without starting: of the foreground, and of the background.
+    pub left_queue: [AtomicU64; 2],
     pub stats: Mutex<EngineStats>,
     pub step_started: Mutex<Option<Instant>>,
     /// True once nothing is in flight and nothing new will come.
@@ -90,8 +91,8 @@ pub(crate) struct Shared {
 /// channel behind a `Drain`, or after the engine thread has emptied it for the last time.
 #[derive(Default)]
 pub(crate) struct Gate {
-    /// Requests accepted so far; the next id.
-    pub accepted: u64,
+    /// Requests accepted so far, of the foreground and of the background; the next ids of each.
+    pub accepted: [u64; 2],
     pub draining: bool,
     pub down: bool,
 }
@@ -128,18 +129,24 @@ impl EngineHandle {
         if gate.draining {
             return Err(SubmitError::Draining);
         }
-        let queued = (gate.accepted - self.shared.left_queue.load(Ordering::Acquire)) as usize;
-        let max_queued = self.shared.max_queued;
-        if queued + requests.len() > max_queued {
-            return Err(SubmitError::QueueFull { queued, max_queued });
+        for (class, (accepted, left_queue)) in gate.accepted.iter().zip(&self.shared.left_queue).enumerate() {
+            let new = requests.iter().filter(|request| usize::from(request.background) == class).count();
+            let queued = (accepted - left_queue.load(Ordering::Acquire)) as usize;
+            let max_queued = self.shared.max_queued;
+            if new > 0 && queued + new > max_queued {
+                return Err(SubmitError::QueueFull { queued, max_queued });
+            }
         }
 
-        let group = RequestId(gate.accepted);
+        let groups = gate.accepted;
         let arrival = self.shared.epoch.elapsed();
         let mut submissions = Vec::with_capacity(requests.len());
         let mut streams = Vec::with_capacity(requests.len());
-        for (request, id) in requests.into_iter().zip(group.0..) {
-            let id = RequestId(id);
+        for request in requests {
+            let (class, background) = (usize::from(request.background), request.background);
+            let group = RequestId::nth(groups[class], background);
+            let id = RequestId::nth(gate.accepted[class], background);
+            gate.accepted[class] += 1;
             let (sender, receiver) = unbounded_channel();
             submissions.push(Submission { id, group, request, arrival, events: sender });
             streams.push(OutputStream {
@@ -149,7 +156,6 @@ impl EngineHandle {
                 ended: AtomicBool::new(false),
             });
         }
-        gate.accepted += submissions.len() as u64;
         // The receiver outlives `down`, so a command sent under the gate is always read.
         self.commands.send(Command::Submit(submissions)).map_err(|_| SubmitError::EngineDown)?;
         Ok(streams)

@@ -8,10 +8,25 @@ use std::time::Duration;
 
 use baton_model::{Adapter, SamplingParams};
 
-/// The engine's own number for a request. Ids grow in the order of acceptance; strings that clients
-/// send are never keys.
+/// The engine's own number for a request; strings that clients send are never keys. Ids grow in the order of
+/// acceptance, and those of background requests are above all others: a smaller id goes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
+
+impl RequestId {
+    /// The smallest id of the background.
+    pub(crate) const BACKGROUND: Self = Self(1 << 63);
+
+    /// The `n`-th of its class.
+    pub(crate) fn nth(n: u64, background: bool) -> Self {
+        Self(if background { Self::BACKGROUND.0 + n } else { n })
+    }
+
+    /// Whether it is of a background request.
+    pub fn is_background(self) -> bool {
+        self >= Self::BACKGROUND
+    }
+}
 
 /// Whose cached blocks a request may share: tenant, salt and whatever else separates prefixes, as
 /// bytes that the caller makes unambiguous. They enter the hash of the first block, and through it
@@ -40,6 +55,9 @@ pub struct Request {
     pub cache_scope: CacheScope,
     /// What to tell of the prompt's own tokens.
     pub prompt_scores: Option<PromptScores>,
+    /// Advances only in steps in which nothing else is to be done, gives its blocks to whoever needs them, and leaves
+    /// none in the prefix cache.
+    pub background: bool,
 }
 
 /// What to tell of the distribution behind each token of a prompt, under the model alone. All of the prompt is computed
@@ -64,6 +82,7 @@ impl Request {
             adapter: None,
             cache_scope: CacheScope::default(),
             prompt_scores: None,
+            background: false,
         }
     }
 }
@@ -71,7 +90,7 @@ impl Request {
 /// Why a request was refused. Nothing of it stays in the engine.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// Too many accepted requests have not started yet; the choices of a group count each.
+    /// Too many accepted requests of this class have not started yet; the choices of a group count each.
     #[error("the queue is full: {queued} requests wait, at most {max_queued} may")]
     QueueFull {
         /// Requests that wait for their first step.

@@ -4,10 +4,15 @@
 //! A step is [`schedule`](Scheduler::schedule), the runner's work, and [`commit`](Scheduler::commit).
 //! Requests are added and aborted between steps only.
 //!
-//! Invariant: every running sequence has a smaller id than every waiting one. Ids follow the order of
-//! arrival, the first waiting is the next to be admitted, and the last admitted is the first to be
-//! preempted. So nobody is overtaken, and the earliest request always makes progress, alone in the
-//! whole cache if it must.
+//! There are two classes of sequences, foreground and background. A step is of one class: of the background only if
+//! nothing of the foreground runs or waits. Meanwhile background sequences keep their blocks, until the foreground needs
+//! them.
+//!
+//! Invariant: in each class every running sequence has a smaller id than every waiting one. Ids follow the order of
+//! arrival, those of the background behind all others; the first waiting is the next to be admitted, and the last
+//! admitted is the first to be preempted. So nobody is overtaken by its equals, and the earliest request always makes
+//! progress, alone in the whole cache if it must; and the steps of the foreground are what they would be without any
+//! background, but for the prefixes that the background's blocks displaced from the cache.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -38,12 +43,12 @@ pub(crate) struct Scheduler {
     blocks: BlockManager,
     /// Blocks that were taken back and may hold values that are not finite.
     unclean: Vec<BlockId>,
-    /// Sequences that hold blocks. Each is part of every step.
+    /// Sequences that hold blocks. Each is part of every step of its class.
     running: BTreeMap<RequestId, Sequence>,
     /// Sequences that hold nothing: new and preempted ones.
     waiting: BTreeMap<RequestId, Sequence>,
-    /// Requests that started, or ended without starting.
-    left_queue: u64,
+    /// Requests that started, or ended without starting: of the foreground, and of the background.
+    left_queue: [u64; 2],
     counters: EngineStats,
 }
 
@@ -67,14 +72,15 @@ impl Scheduler {
             unclean: Vec::new(),
             running: BTreeMap::new(),
             waiting: BTreeMap::new(),
-            left_queue: 0,
+            left_queue: [0; 2],
             counters,
         }
     }
 
-    /// Adds a request that the engine can finish. Its id is larger than all before.
+    /// Adds a request that the engine can finish. Its id is larger than all before in its class.
     pub fn add(&mut self, sequence: Sequence) {
-        debug_assert!(self.waiting.last_key_value().is_none_or(|(&last, _)| last < sequence.id));
+        let is_background = sequence.id.is_background();
+        debug_assert!(self.waiting.range(sequence.id..).all(|(id, _)| id.is_background() != is_background));
         self.waiting.insert(sequence.id, sequence);
     }
 
@@ -83,21 +89,22 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Requests that started, or ended without starting, so far.
-    pub fn left_queue(&self) -> u64 {
+    /// Requests that started, or ended without starting, so far: of the foreground, and of the background.
+    pub fn left_queue(&self) -> [u64; 2] {
         self.left_queue
     }
 
     /// Gauges and counters; what the scheduler does not know is left at zero.
     pub fn stats(&self) -> EngineStats {
-        let adapters = |sequences: &BTreeMap<RequestId, Sequence>| {
-            sequences.values().filter_map(|sequence| Some(*sequence.adapter.as_ref()?.digest())).collect()
-        };
+        let [running, waiting] = [&self.running, &self.waiting].map(|all| all.range(..RequestId::BACKGROUND));
+        let adapters = |(_, sequence): (_, &Sequence)| Some(*sequence.adapter.as_ref()?.digest());
+        let foreground = [running.clone().count(), waiting.clone().count()];
         EngineStats {
-            running: self.running.len(),
-            waiting: self.waiting.len(),
-            running_adapters: adapters(&self.running),
-            waiting_adapters: adapters(&self.waiting),
+            running: foreground[0],
+            waiting: foreground[1],
+            background: self.running.len() + self.waiting.len() - foreground.iter().sum::<usize>(),
+            running_adapters: running.filter_map(adapters).collect(),
+            waiting_adapters: waiting.filter_map(adapters).collect(),
             blocks: self.blocks.stats(),
             ..self.counters.clone()
         }
@@ -126,6 +133,8 @@ impl Scheduler {
     /// computed. So a sequence that decodes has n = 1, and one that just started, or was preempted, has
     /// as many tokens as budget and cache leave.
     ///
+    /// Of the class whose turn it is:
+    ///
     /// 1. Running sequences, earliest first, get what they miss of the budget. All but the latest miss
     ///    one token, since nobody is admitted before the latest has all it misses; so each gets some.
     ///    One that needs a block when there is none takes it from the latest, which waits again and
@@ -133,30 +142,34 @@ impl Scheduler {
     /// 2. Waiting sequences, earliest first, are admitted while budget, places and blocks last. The
     ///    first that cannot be admitted ends the step's plan: nobody passes it.
     /// 3. Drafts take what is left of budget and blocks, and nobody's place.
+    ///
+    /// In each of these the blocks of background sequences are there for the foreground, the latest's first.
     pub fn schedule(&mut self, now: Duration) -> StepPlan {
         let mut plan = StepPlan::default();
         let mut budget = self.max_num_batched_tokens;
         let block_size = self.blocks.block_size();
-        let preemptions = self.counters.preemptions;
+        let background = self.is_background_turn();
+        let of_class = |id: &RequestId| id.is_background() == background;
+        let mut preempted_own = false;
 
-        let earliest_first: Vec<RequestId> = self.running.keys().copied().collect();
+        let earliest_first: Vec<RequestId> = self.running.keys().copied().filter(of_class).collect();
         for id in earliest_first {
             // Gone if it was preempted, and then so were all after it.
             while let Some(sequence) = self.running.get_mut(&id) {
                 if self.blocks.grow(sequence) {
                     let n = sequence.num_pending().min(budget);
-                    debug_assert!(n > 0, "every running sequence is part of every step");
+                    debug_assert!(n > 0, "every running sequence is part of every step of its class");
                     plan.sequences.push(sequence.step(n, block_size));
                     budget -= n;
                     break;
                 }
-                self.preempt_latest();
+                preempted_own |= of_class(&self.preempt_latest());
             }
         }
 
-        // Blocks that a preemption just set free are for those that run.
-        while self.counters.preemptions == preemptions && budget > 0 {
-            let Some(sequence) = self.admit(now) else { break };
+        // Blocks that a preemption among equals just set free are for those that run.
+        while !preempted_own && budget > 0 && self.waiting.keys().next().is_some_and(of_class) {
+            let Some(sequence) = self.admit(plan.sequences.len(), now) else { break };
             let n = sequence.num_pending().min(budget);
             budget -= n;
             plan.sequences.push(sequence.step(n, block_size));
@@ -165,17 +178,24 @@ impl Scheduler {
         plan
     }
 
+    /// Whether the next step is of the background: there is nothing else.
+    pub fn is_background_turn(&self) -> bool {
+        let first = [&self.running, &self.waiting].map(|sequences| sequences.keys().next());
+        first.into_iter().flatten().all(|id| id.is_background())
+    }
+
     /// Adds drafts to the sequences of a step that sample, in equal parts of the rows that are left.
     fn add_drafts(&mut self, plan: &mut StepPlan) {
-        let Some(speculation) = &self.speculation else { return };
+        let Some(speculation) = self.speculation.clone() else { return };
         let rows = speculation.disable_by_batch_size.min(self.max_num_batched_tokens);
         let mut left = rows.saturating_sub(plan.num_tokens());
         // As at admission: a draft takes no block that a token may soon need.
-        let spare = self.running.len();
+        let spare = plan.sequences.len();
         let mut sampling = plan.sequences.iter().filter(|step| step.sample.is_some()).count();
         let worth = worth(sampling, plan.num_tokens());
         for step in plan.sequences.iter_mut().filter(|step| step.sample.is_some()) {
-            let sequence = self.running.get_mut(&RequestId(step.id)).expect("what is planned is running");
+            let id = RequestId(step.id);
+            let sequence = &self.running[&id];
             let most = speculation.num_speculative_tokens.min(sequence.max_drafts()).min(left.div_ceil(sampling));
             sampling -= 1;
             let wanted = sequence.drafting.length(most, worth);
@@ -184,7 +204,15 @@ impl Scheduler {
                 DraftMethod::Ngram { min, max } => lookup(&sequence.tokens, (min, max), wanted),
                 DraftMethod::Model => sequence.proposed.iter().take(wanted).copied().collect(),
             };
-            draft.truncate(self.blocks.grow_for_drafts(sequence, draft.len(), spare));
+            let room = loop {
+                let sequence = self.running.get_mut(&id).expect("what is planned is running");
+                let room = self.blocks.grow_for_drafts(sequence, draft.len(), spare);
+                if room == draft.len() || !self.preempt_background_for(id) {
+                    break room;
+                }
+            };
+            draft.truncate(room);
+            let sequence = &self.running[&id];
             if !draft.is_empty() {
                 left -= draft.len();
                 let end = sequence.tokens.len() + draft.len();
@@ -198,26 +226,27 @@ impl Scheduler {
         }
     }
 
-    /// Moves the earliest waiting sequence to the running ones, if it may start.
-    fn admit(&mut self, now: Duration) -> Option<&Sequence> {
-        if self.running.len() >= self.max_num_seqs {
+    /// Moves the earliest waiting sequence to the running ones, if it may start beside the `running` ones of its class.
+    fn admit(&mut self, running: usize, now: Duration) -> Option<&Sequence> {
+        if running >= self.max_num_seqs {
             return None;
         }
-        let mut entry = self.waiting.first_entry()?;
-        let sequence = entry.get_mut();
+        let (&id, sequence) = self.waiting.first_key_value()?;
         if shares_soon(&self.blocks, self.running.values(), sequence) {
             return None;
         }
         // Each running sequence may need one block within the next `block_size` steps. Without them to
         // spare, whoever is admitted now would soon be preempted again.
-        if !self.blocks.admit(sequence, self.running.len()) {
-            return None;
+        while !self.blocks.admit(self.waiting.get_mut(&id)?, running) {
+            if !self.preempt_background_for(id) {
+                return None;
+            }
         }
-        let mut sequence = entry.remove();
+        let mut sequence = self.waiting.remove(&id)?;
         if sequence.start.is_none() {
             let cached_tokens = sequence.num_computed;
             sequence.start = Some(Start { at: now, cached_tokens });
-            self.left_queue += 1;
+            self.left_queue[usize::from(id.is_background())] += 1;
             let looked_up = if sequence.prompt_scores.is_some() { 0 } else { sequence.prompt_len };
             self.counters.prefix_query_tokens += looked_up as u64;
             self.counters.prefix_hit_tokens += cached_tokens as u64;
@@ -231,12 +260,22 @@ impl Scheduler {
         std::mem::take(&mut self.unclean)
     }
 
-    /// Takes all blocks from the running sequence that came last. It is the first of the waiting then.
-    fn preempt_latest(&mut self) {
+    /// Takes all blocks from the running sequence that came last. It is the first of the waiting of its class then.
+    fn preempt_latest(&mut self) -> RequestId {
         let (id, mut sequence) = self.running.pop_last().expect("whoever lacks a block is running");
         self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
         self.waiting.insert(id, sequence);
-        self.counters.preemptions += 1;
+        self.counters.preemptions += u64::from(!id.is_background());
+        id
+    }
+
+    /// Takes the blocks of a background sequence, if there is one that has some and `id` is of the foreground.
+    fn preempt_background_for(&mut self, id: RequestId) -> bool {
+        let holds = !id.is_background() && self.running.keys().next_back().is_some_and(|last| last.is_background());
+        if holds {
+            self.preempt_latest();
+        }
+        holds
     }
 
     /// Takes the result of the planned step, entry by entry.
@@ -337,7 +376,7 @@ impl Scheduler {
         Some(self.finish(sequence, FinishReason::Aborted, now))
     }
 
-    /// Ends all running sequences after a step that failed as a whole, and forgets all cached blocks:
+    /// Ends all sequences that hold blocks after a step that failed as a whole, and forgets all cached blocks:
     /// nobody knows what the step left in the cache. The waiting ones have nothing there and go on.
     pub fn fail_running(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
         let mut outputs = Vec::new();
@@ -367,7 +406,7 @@ impl Scheduler {
     fn finish(&mut self, sequence: Sequence, reason: FinishReason, now: Duration) -> RequestOutput {
         debug_assert!(sequence.table.blocks().is_empty(), "an ended sequence holds no block");
         if sequence.start.is_none() {
-            self.left_queue += 1;
+            self.left_queue[usize::from(sequence.id.is_background())] += 1;
         }
         let finished = &mut self.counters.finished;
         match reason {
@@ -429,12 +468,14 @@ impl Scheduler {
     }
 }
 
-/// Whether a running choice of the same request still computes blocks that `sequence` will share.
+/// Whether a running choice of the same request still computes blocks that `sequence` will share. The background shares
+/// none of its own.
 fn shares_soon<'a>(
     blocks: &BlockManager,
     mut running: impl Iterator<Item = &'a Sequence>,
     sequence: &Sequence,
 ) -> bool {
-    blocks.shareable_blocks(sequence, sequence.prompt_len) > 0
+    !sequence.id.is_background()
+        && blocks.shareable_blocks(sequence, sequence.prompt_len) > 0
         && running.any(|other| other.group == sequence.group && other.num_pending() > 1)
 }

@@ -5,22 +5,25 @@ use std::time::Duration;
 
 use crate::SpeculationStats;
 
-/// A snapshot of the engine. Counters start at zero with the engine and never fall.
+/// A snapshot of the engine. Counters start at zero with the engine and never fall; unless they say otherwise they
+/// count foreground and background alike.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct EngineStats {
     /// Whether the engine takes steps. False once it was shut down or gave up on its device.
     pub alive: bool,
-    /// Gauge: sequences that hold cache blocks and advance with every step.
+    /// Gauge: foreground sequences that hold cache blocks and advance with every step.
     pub running: usize,
-    /// Gauge: sequences that wait for their first step or, preempted, for their next.
+    /// Gauge: foreground sequences that wait for their first step or, preempted, for their next.
     pub waiting: usize,
-    /// Digests of the adapters of sequences that run.
+    /// Gauge: background sequences, whether they hold blocks or wait.
+    pub background: usize,
+    /// Digests of the adapters of foreground sequences that run.
     pub running_adapters: BTreeSet<[u8; 32]>,
-    /// Digests of the adapters of sequences that wait.
+    /// Digests of the adapters of foreground sequences that wait.
     pub waiting_adapters: BTreeSet<[u8; 32]>,
     /// Gauges of the cache.
     pub blocks: BlockStats,
-    /// Counter: times a sequence lost its blocks to an earlier one.
+    /// Counter: times a foreground sequence lost its blocks to an earlier one.
     pub preemptions: u64,
     /// Counter: prompt tokens computed by steps, recomputation after a preemption included.
     pub prompt_tokens_computed: u64,
@@ -51,7 +54,7 @@ pub struct EngineStats {
 pub struct BlockStats {
     /// All blocks.
     pub total: usize,
-    /// Held by running sequences.
+    /// Held by sequences, also by those of the background that pause.
     pub used: usize,
     /// Held by nobody, kept for a later request with the same prefix, given up when needed.
     pub cached: usize,

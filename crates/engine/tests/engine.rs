@@ -130,6 +130,26 @@ fn r8_a_full_queue_refuses_at_once_counts_each_choice_and_an_abort_frees_the_pla
 }
 
 #[test]
+fn r8_the_background_fills_no_place_in_the_queue_of_the_foreground() {
+    let (handle, _engine, control) = start(EngineConfig { max_queued: 2, ..EngineConfig::default() });
+    let running = hang(&handle, &control);
+    let background = |family| Request { background: true, ..request(family, 3) };
+    let canaries = handle.submit_group(vec![background(1), background(2)]).unwrap();
+    let full = SubmitError::QueueFull { queued: 2, max_queued: 2 };
+    assert_eq!(handle.submit(background(3)).err(), Some(full.clone()));
+    let clients = [4, 5].map(|family| handle.submit(request(family, 3)).unwrap());
+    assert_eq!(handle.submit(request(6, 3)).err(), Some(full));
+    assert!(canaries.iter().all(|stream| stream.id().is_background()));
+
+    control.release();
+    for stream in clients.into_iter().chain(canaries).chain([running]) {
+        assert_eq!(reason(stream), FinishReason::Length);
+    }
+    let stats = handle.stats();
+    assert_eq!((stats.finished.length, stats.running, stats.waiting, stats.background), (5, 0, 0, 0));
+}
+
+#[test]
 fn r10_the_deadline_counts_from_submission() {
     let (handle, _engine, control) = start(EngineConfig::default());
     let running = hang(&handle, &control);

@@ -1,6 +1,9 @@
 //! What holds after every step, each under its name, and for each a sabotage that it notices.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::world::{Record, World};
+use crate::sequence::Sequence;
 use crate::{EngineFailure, FinishReason, RequestId};
 
 /// A named property of a [`World`].
@@ -55,6 +58,13 @@ pub(crate) const ALL: &[Invariant] = &[
         sabotage: |world| {
             let (id, _) = live(world).next().expect("something lives");
             world.record_mut(id).started = None;
+        },
+    },
+    Invariant {
+        name: "the background takes idle steps only",
+        check: the_background_takes_idle_steps_only,
+        sabotage: |world| {
+            world.last_step.plan.as_mut().expect("it stepped").sequences[0].id = RequestId::BACKGROUND.0;
         },
     },
     Invariant {
@@ -171,11 +181,12 @@ fn what_fits_is_scheduled(world: &World) -> Result<(), String> {
     let (record, running) = (world.record(head), step.running_before.len());
     let (max_num_seqs, max_num_batched_tokens) = world.core.scheduler().limits();
     let needed = (record.request.prompt.len() + record.tokens.len()).div_ceil(world.spec.block_size);
+    let preempted = step.running_before.iter().any(|id| world.core.scheduler().waiting().contains_key(id));
     // A block for each running sequence now, and one to spare for later.
     let fits = running < max_num_seqs
         && plan.sequences.iter().map(|step| step.tokens.len()).sum::<usize>() < max_num_batched_tokens
         && step.available_before >= needed + 2 * running
-        && world.core.stats().preemptions == step.preemptions_before;
+        && !preempted;
     let awaits_a_choice = step.running_before.iter().any(|&id| world.record(id).group == record.group);
     let passed = fits && !awaits_a_choice && record.end.is_none() && !step.planned().contains(&head);
     ensure(!passed, || format!("{head:?} fits and is not part of the step"))
@@ -194,16 +205,32 @@ fn who_runs_advances(world: &World) -> Result<(), String> {
     })
 }
 
+/// Among equals: the background has an order of its own.
 fn nobody_is_overtaken(world: &World) -> Result<(), String> {
-    let last_started = world.journal.iter().rev().find(|(_, record)| record.started.is_some()).map(|(&id, _)| id);
-    live(world).try_for_each(|(id, record)| {
-        ensure(record.started.is_some() || Some(id) > last_started, || format!("{id:?} was passed by {last_started:?}"))
-    })?;
     let scheduler = world.core.scheduler();
-    match (scheduler.running().last_key_value(), scheduler.waiting().first_key_value()) {
-        (Some((last, _)), Some((first, _))) => ensure(last < first, || format!("{last:?} runs, {first:?} waits")),
-        _ => Ok(()),
+    for background in [false, true] {
+        let of_class = |id: &RequestId| id.is_background() == background;
+        let started = world.journal.iter().filter(|(id, record)| of_class(id) && record.started.is_some());
+        let last_started = started.map(|(&id, _)| id).last();
+        live(world).filter(|(id, _)| of_class(id)).try_for_each(|(id, record)| {
+            let passed = record.started.is_none() && Some(id) <= last_started;
+            ensure(!passed, || format!("{id:?} was passed by {last_started:?}"))
+        })?;
+        let last_running = scheduler.running().keys().copied().filter(of_class).last();
+        let first_waiting = scheduler.waiting().keys().copied().find(of_class);
+        if let (Some(last), Some(first)) = (last_running, first_waiting) {
+            ensure(last < first, || format!("{last:?} runs, {first:?} waits"))?;
+        }
     }
+    Ok(())
+}
+
+/// What is left of the foreground after a step of the background was there before it.
+fn the_background_takes_idle_steps_only(world: &World) -> Result<(), String> {
+    let planned = world.last_step.planned();
+    let Some(id) = planned.iter().find(|id| id.is_background()) else { return Ok(()) };
+    let foreground = planned.iter().copied().chain(live(world).map(|(id, _)| id)).find(|id| !id.is_background());
+    ensure(foreground.is_none(), || format!("{id:?} is part of a step, and there was {foreground:?}"))
 }
 
 fn nothing_starts_past_its_deadline(world: &World) -> Result<(), String> {
@@ -262,18 +289,21 @@ fn only_the_faulty_fail(world: &World) -> Result<(), String> {
     })
 }
 
-/// A hit has a source: a request of the same scope and adapter that started before, with the same first tokens.
+/// A hit has a source: a foreground request of the same scope and adapter that started before, with the same first
+/// tokens.
 fn cached_tokens_are_of_the_same_scope_and_adapter(world: &World) -> Result<(), String> {
     world.journal.iter().try_for_each(|(id, record)| {
         let Some((_, usage)) = &record.end else { return Ok(()) };
         let prompt = &record.request.prompt;
         let cached = usage.cached_tokens;
         ensure(cached < prompt.len() && cached % world.spec.block_size == 0, || format!("{id:?} counts {usage:?}"))?;
-        let source = world.journal.range(..id).any(|(_, other)| {
+        let source = world.journal.iter().any(|(other_id, other)| {
             let (a, b) = (&other.request, &record.request);
             let same_scope = (&a.cache_scope, &a.adapter) == (&b.cache_scope, &b.adapter);
             let known = other.request.prompt.iter().chain(&other.tokens).take(cached);
-            same_scope && other.started.is_some() && known.eq(&prompt[..cached])
+            let first = record.started.is_none_or(|started| other.started <= Some(started));
+            let published = other_id != id && !other_id.is_background() && other.started.is_some() && first;
+            same_scope && published && known.eq(&prompt[..cached])
         });
         ensure(cached == 0 || source, || format!("{id:?} found {cached} tokens that nobody computed for it"))
     })
@@ -318,20 +348,26 @@ fn gauges_are_true(world: &World) -> Result<(), String> {
     let not_finite = FinishReason::Error(EngineFailure::NonFiniteLogits);
     let not_finite = records.clone().filter(|r| r.end.as_ref().is_some_and(|(reason, _)| *reason == not_finite));
     let not_finite = not_finite.count() as u64;
-    let left_queue = records.clone().filter(|r| r.started.is_some() || r.end.is_some()).count() as u64;
+    let left_queue = [false, true].map(|background| {
+        let class = world.journal.iter().filter(|(id, _)| id.is_background() == background);
+        class.filter(|(_, record)| record.started.is_some() || record.end.is_some()).count() as u64
+    });
     let generated: usize = records
         .map(|record| record.end.as_ref().map_or(record.tokens.len(), |(_, usage)| usage.completion_tokens))
         .sum();
-    let held: std::collections::BTreeSet<_> =
-        scheduler.running().values().flat_map(|sequence| sequence.table.blocks()).collect();
+    let foreground = |all: &BTreeMap<RequestId, Sequence>| all.keys().filter(|id| !id.is_background()).count() as u64;
+    let background = live(world).filter(|(id, _)| id.is_background()).count() as u64;
+    let held: BTreeSet<_> = scheduler.running().values().flat_map(|sequence| sequence.table.blocks()).collect();
     for (name, told, counted) in [
-        ("running", stats.running as u64, scheduler.running().len() as u64),
-        ("waiting", stats.waiting as u64, scheduler.waiting().len() as u64),
+        ("running", stats.running as u64, foreground(scheduler.running())),
+        ("waiting", stats.waiting as u64, foreground(scheduler.waiting())),
+        ("background", stats.background as u64, background),
         ("used blocks", stats.blocks.used as u64, held.len() as u64),
         ("finished", stats.finished.total(), ended),
         ("not finite", stats.finished.non_finite_logits, not_finite),
         ("generated tokens", stats.generated_tokens, generated as u64),
-        ("left the queue", world.core.left_queue(), left_queue),
+        ("left the foreground's queue", world.core.left_queue()[0], left_queue[0]),
+        ("left the background's queue", world.core.left_queue()[1], left_queue[1]),
     ] {
         ensure(told == counted, || format!("{name}: told {told}, counted {counted}"))?;
     }

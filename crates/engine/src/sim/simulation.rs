@@ -86,6 +86,7 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
         deadline: rng.random_bool(0.3).then(|| Duration::from_millis(rng.random_range(0..200))),
         adapter: [None, None, Some(1), Some(2)][rng.random_range(0..4)].map(adapter),
         cache_scope: CacheScope(vec![rng.random_range(0..2)]),
+        background: rng.random_bool(0.25),
         prompt_scores: rng.random_bool(0.2).then(|| random_scores(rng, prompt.len())),
         ..Request::new(prompt, random_params(rng), max_tokens)
     };
@@ -95,8 +96,15 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
         .collect()
 }
 
+/// What came of a run.
+struct Run {
+    stats: EngineStats,
+    /// See [`World`].
+    displaced: usize,
+}
+
 /// One whole run.
-fn simulate(seed: u64) -> EngineStats {
+fn simulate(seed: u64) -> Run {
     let mut rng = StdRng::seed_from_u64(seed);
     let rng = &mut rng;
     let mut world = random_world(rng);
@@ -117,7 +125,9 @@ fn simulate(seed: u64) -> EngineStats {
             }
         }
         if rng.random_bool(0.05) && !world.journal.is_empty() {
-            world.abort(RequestId(rng.random_range(0..world.journal.len() as u64)));
+            let nth = rng.random_range(0..world.journal.len());
+            let id = *world.journal.keys().nth(nth).expect("below the length");
+            world.abort(id);
         }
         if with_faults && rng.random_bool(0.02) {
             world.control.fail_steps(1);
@@ -132,7 +142,7 @@ fn simulate(seed: u64) -> EngineStats {
     }
     assert!(world.journal.values().all(|record| record.end.is_some()), "a request never ended");
     assert_eq!(world.core.stats().blocks.used, 0, "blocks are used and nothing runs");
-    world.core.stats()
+    Run { stats: world.core.stats(), displaced: world.displaced }
 }
 
 /// Seeds that failed once.
@@ -150,7 +160,7 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
     let mut runs = Vec::new();
     for seed in seeds().chain(REGRESSIONS) {
         match std::panic::catch_unwind(|| simulate(seed)) {
-            Ok(stats) => runs.push(stats),
+            Ok(run) => runs.push(run),
             Err(panic) => {
                 eprintln!("seed {seed} fails; replay it with BATON_SIM_SEEDS={seed}..{}", seed + 1);
                 std::panic::resume_unwind(panic);
@@ -161,9 +171,10 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
         return;
     }
     // Invariants that nothing ever strains prove nothing.
-    let count = |happened: fn(&EngineStats) -> bool| runs.iter().filter(|stats| happened(stats)).count();
+    let count = |happened: fn(&EngineStats) -> bool| runs.iter().filter(|run| happened(&run.stats)).count();
     for (what, count) in [
         ("preemption", count(|stats| stats.preemptions > 0)),
+        ("displaced background", runs.iter().filter(|run| run.displaced > 0).count()),
         ("prefix hit", count(|stats| stats.prefix_hit_tokens > 0)),
         ("failed step", count(|stats| stats.failed_steps > 0)),
         ("accepted draft", count(|stats| stats.speculation.as_ref().is_some_and(|s| s.accepted_tokens > 9))),
@@ -178,6 +189,51 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
     ] {
         assert!(count >= runs.len() / 20, "{what} happens in {count} of {} runs only", runs.len());
     }
+}
+
+/// What each step computed for the foreground, with the drafts it had; idle steps are empty.
+type Trace = Vec<Vec<(u64, usize, Vec<u32>, Vec<u32>)>>;
+
+/// One run without faults and without cached prefixes, which the background's blocks would displace. Whether there is a
+/// background decides nothing else about it.
+fn trace(seed: u64, with_background: bool) -> (Trace, EngineStats) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let rng = &mut rng;
+    let world = random_world(rng);
+    let config = EngineConfig { enable_prefix_caching: false, ..world.config.clone() };
+    let mut world =
+        World::new(world.spec, &config, MockModel::Hash { seed, vocab_size: VOCAB_SIZE, end: Some((END, 12)) });
+    let prefixes: Vec<Vec<u32>> = vec![(0..60).map(|_| rng.random_range(0..VOCAB_SIZE)).collect()];
+    let (arrivals, mut arrived, mut trace) = (rng.random_range(1..25), 0, Trace::new());
+    while arrived < arrivals || !world.core.is_idle() {
+        if arrived < arrivals && rng.random_bool(0.3) {
+            arrived += 1;
+            let mut group = random_group(rng, &world.spec, &prefixes);
+            group.iter_mut().for_each(|request| request.deadline = None);
+            if with_background || !group[0].background {
+                let _ = world.submit(group);
+            }
+        }
+        world.step();
+        let steps = world.last_step.plan.iter().flat_map(|plan| &plan.sequences);
+        let foreground = steps.filter(|step| !RequestId(step.id).is_background()).cloned();
+        trace.push(foreground.map(|step| (step.id, step.num_computed, step.tokens, step.draft)).collect());
+    }
+    let idle = trace.iter().rev().take_while(|step| step.is_empty()).count();
+    trace.truncate(trace.len() - idle);
+    (trace, world.core.stats())
+}
+
+#[test]
+fn steps_of_the_foreground_are_the_same_with_a_background_and_none_is_delayed() {
+    let (mut busy, mut drafted) = (0, 0);
+    for seed in 0..300 {
+        let ((with, stats), (without, _)) = (trace(seed, true), trace(seed, false));
+        assert!(with == without, "seed {seed}");
+        busy += usize::from(stats.step_tokens.count > with.iter().filter(|step| !step.is_empty()).count() as u64);
+        drafted += usize::from(with.iter().flatten().any(|(.., draft)| !draft.is_empty()));
+    }
+    assert!(busy > 100 && drafted > 100, "{busy} runs with steps of the background, {drafted} with drafts");
 }
 
 /// A world in the middle of things: of those that ended one got a hit and one its scores; some run, some wait.

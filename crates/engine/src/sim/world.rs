@@ -25,6 +25,8 @@ pub(crate) struct World {
     pub config: EngineConfig,
     /// Lengths of all drafts of steps that did not fail, and how much of each the client got.
     pub drafts: Vec<(usize, usize)>,
+    /// Times a background sequence lost its blocks to the foreground.
+    pub displaced: usize,
     model: MockModel,
     plans: Arc<Mutex<Option<StepPlan>>>,
 }
@@ -55,11 +57,12 @@ pub(crate) struct Record {
 pub(crate) struct LastStep {
     /// `None` if the runner was not called.
     pub plan: Option<StepPlan>,
+    /// Of the class whose turn it was.
     pub running_before: BTreeSet<RequestId>,
-    /// The first waiting one.
+    /// The first waiting one of this class.
     pub head_before: Option<RequestId>,
+    /// Blocks that this class could have.
     pub available_before: usize,
-    pub preemptions_before: u64,
 }
 
 /// Keeps the last plan.
@@ -97,18 +100,20 @@ impl World {
             last_step: LastStep::default(),
             config: config.clone(),
             drafts: Vec::new(),
+            displaced: 0,
             model,
             plans,
         }
     }
 
-    /// Submits the choices of a request, if the engine could finish them.
+    /// Submits the choices of a request, all of one class, if the engine could finish them.
     pub fn submit(&mut self, requests: Vec<Request>) -> Result<Vec<RequestId>, SubmitError> {
         requests.iter().try_for_each(|request| crate::handle::check(request, &self.spec))?;
-        let group = RequestId(self.journal.len() as u64);
-        let mut ids = Vec::new();
+        let mut ids: Vec<RequestId> = Vec::new();
         for request in requests {
-            let id = RequestId(self.journal.len() as u64);
+            let class = self.journal.keys().filter(|id| id.is_background() == request.background);
+            let id = RequestId::nth(class.count() as u64, request.background);
+            let group = *ids.first().unwrap_or(&id);
             let record = Record {
                 request: request.clone(),
                 group,
@@ -149,13 +154,16 @@ impl World {
     pub fn step(&mut self) {
         let (scheduler, stats) = (self.core.scheduler(), self.core.stats());
         let failed_before = stats.failed_steps;
+        let of_class = |id: &RequestId| id.is_background() == scheduler.is_background_turn();
+        let running = || scheduler.running().iter().filter(|(id, _)| of_class(id));
+        let held: BTreeSet<_> = running().flat_map(|(_, sequence)| sequence.table.blocks()).collect();
         self.last_step = LastStep {
             plan: None,
-            running_before: scheduler.running().keys().copied().collect(),
-            head_before: scheduler.waiting().keys().next().copied(),
-            available_before: stats.blocks.free + stats.blocks.cached,
-            preemptions_before: stats.preemptions,
+            running_before: running().map(|(&id, _)| id).collect(),
+            head_before: scheduler.waiting().keys().copied().find(of_class),
+            available_before: stats.blocks.total - held.len(),
         };
+        let holders: Vec<RequestId> = scheduler.running().keys().copied().collect();
         *self.plans.lock() = None;
         let now = self.now;
         let (mut outputs, plan) = self.core.plan(now);
@@ -164,10 +172,18 @@ impl World {
         }
         self.last_step.plan = self.plans.lock().take();
         let failed = self.core.stats().failed_steps > failed_before;
-        for id in self.last_step.planned() {
-            let record = self.record_mut(id);
-            record.started.get_or_insert(now);
-            record.faulty |= failed;
+        let planned = self.last_step.planned();
+        for &id in &planned {
+            self.record_mut(id).started.get_or_insert(now);
+        }
+        let waiting = self.core.scheduler().waiting();
+        let (preempted, held): (Vec<_>, Vec<_>) = holders.into_iter().partition(|id| waiting.contains_key(id));
+        if failed {
+            held.iter().chain(&planned).for_each(|&id| self.record_mut(id).faulty = true);
+        }
+        let of_the_background = |id: &RequestId| id.is_background();
+        if !planned.iter().all(of_the_background) {
+            self.displaced += preempted.iter().filter(|id| id.is_background()).count();
         }
         if self.core.down().is_some() {
             self.journal.values_mut().for_each(|record| record.faulty |= record.end.is_none());
