@@ -149,19 +149,19 @@ impl Generations {
 
     /// Serves this one from now on.
     pub fn install(&self, new: NewGeneration) -> Option<Retired> {
-        let mut state = self.0.write();
-        let old = state.serving.replace(Generation::new(new));
-        old.map(|old| state.retire(old))
+        let generation = Generation::new(new);
+        let old = self.0.write().serve(generation)?;
+        Some(Retired::new(&old))
     }
 
     /// Lets this one stand beside the one that serves, without traffic.
     pub fn stage(&self, new: NewGeneration) -> Result<(), TransitionError> {
+        let generation = Generation::new(new);
         let mut state = self.0.write();
         let serving = state.serving.as_ref().ok_or(TransitionError::NothingServed)?;
         if state.candidate.is_some() {
             return Err(TransitionError::CandidateExists);
         }
-        let generation = Generation::new(new);
         if generation.label() == serving.label() {
             return Err(TransitionError::SameGeneration);
         }
@@ -190,19 +190,25 @@ impl Generations {
 
     /// The candidate serves from now on.
     pub fn promote(&self) -> Result<Retired, TransitionError> {
-        let mut state = self.0.write();
-        let candidate = state.candidate.take().ok_or(TransitionError::NoCandidate)?;
-        candidate.generation.changes_role();
-        let old = state.serving.replace(candidate.generation).expect("a candidate stands beside one that serves");
-        Ok(state.retire(old))
+        let old = {
+            let mut state = self.0.write();
+            let candidate = state.candidate.take().ok_or(TransitionError::NoCandidate)?;
+            candidate.generation.changes_role();
+            state.serve(candidate.generation).expect("a candidate stands beside one that serves")
+        };
+        Ok(Retired::new(&old))
     }
 
     /// The candidate is gone from now on, and with it what it was answering unseen.
     pub fn withdraw(&self) -> Result<Retired, TransitionError> {
-        let mut state = self.0.write();
-        let candidate = state.candidate.take().ok_or(TransitionError::NoCandidate)?;
+        let candidate = {
+            let mut state = self.0.write();
+            let candidate = state.candidate.take().ok_or(TransitionError::NoCandidate)?;
+            state.retire(&candidate.generation);
+            candidate
+        };
         candidate.shadows.end();
-        Ok(state.retire(candidate.generation))
+        Ok(Retired::new(&candidate.generation))
     }
 
     /// What has happened since the last staging; `None` if nothing is served.
@@ -218,10 +224,17 @@ impl Generations {
 }
 
 impl State {
-    fn retire(&mut self, generation: Arc<Generation>) -> Retired {
+    /// Puts this one in the place of the one that serves, which is returned: what may be the end of it is not for those
+    /// to wait for who need the lock.
+    fn serve(&mut self, generation: Arc<Generation>) -> Option<Arc<Generation>> {
+        let old = self.serving.replace(generation)?;
+        self.retire(&old);
+        Some(old)
+    }
+
+    fn retire(&mut self, generation: &Arc<Generation>) {
         generation.changes_role();
         self.retired.retain(|retired| retired.strong_count() > 0);
-        self.retired.push(Arc::downgrade(&generation));
-        Retired::new(&generation)
+        self.retired.push(Arc::downgrade(generation));
     }
 }

@@ -1,5 +1,5 @@
-//! `POST /v1/load_lora_adapter` and `POST /v1/unload_lora_adapter`, as vLLM has them. Adapters
-//! belong to the generation that serves: the next one begins without.
+//! `POST /v1/load_lora_adapter` and `POST /v1/unload_lora_adapter`, as vLLM has them. Both are about the generation that
+//! serves; the next one has adapters of its own.
 
 use axum::extract::{Request, State};
 
