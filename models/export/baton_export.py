@@ -36,7 +36,7 @@ LIMITS = {"max_abs_logprob_diff", "mean_abs_logprob_diff", "kl", "top1_agreement
 # Logits this close to each other may come out in either order from decoding with a cache and from a single pass.
 NEAR_TIE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 # Positions inside each prompt whose likeliest tokens are stored.
-INSIDE = 3
+INSIDE = 8
 
 
 class Refused(Exception):
