@@ -30,13 +30,15 @@ from types import SimpleNamespace
 
 MANIFEST, SIGNATURE = "handoff.json", "handoff.json.minisig"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-CHAT = {"messages", "tools", "template_kwargs", "add_generation_prompt"}
+# Fields of a prompt, with the type of each.
+CHAT = {"messages": list, "tools": list, "template_kwargs": dict, "add_generation_prompt": bool}
+FIELDS = {"name": str, "max_new_tokens": int, "text": str, "ids": list, **CHAT}
 CLASSES = ("float32", "half", "int8", "int4")
 LIMITS = {"max_abs_logprob_diff", "mean_abs_logprob_diff", "kl", "top1_agreement", "perplexity_ratio"}
 # Logits this close to each other may come out in either order from decoding with a cache and from a single pass.
 NEAR_TIE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 # Positions inside each prompt whose likeliest tokens are stored.
-INSIDE = 3
+INSIDE = 8
 
 
 class Refused(Exception):
@@ -184,12 +186,19 @@ def checked_prompts(prompts):
         kinds = [kind for kind in ("messages", "text", "ids") if kind in prompt]
         if len(kinds) != 1:
             raise Refused(f"{name}: a prompt has one of messages, text and ids")
-        allowed = {"name", "max_new_tokens"} | (CHAT if kinds == ["messages"] else set(kinds))
+        allowed = {"name", "max_new_tokens", *(CHAT if kinds == ["messages"] else kinds)}
         if unknown := sorted(prompt.keys() - allowed):
             raise Refused(f"{name}: unknown field {unknown[0]}; a prompt of {kinds[0]} has {', '.join(sorted(allowed))}")
+        for field, value in prompt.items():
+            if type(value) is not FIELDS[field]:
+                raise Refused(f"{name}: {field} is not a JSON {FIELDS[field].__name__}")
         if name in names:
             raise Refused(f"two prompts are named {name}")
         names.add(name)
+        try:
+            json.dumps(prompt, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Refused(f"{name}: half of a surrogate pair is no text") from None
         yield name, prompt
 
 
@@ -361,11 +370,7 @@ def written(values):
 
 def write(folder, values, sign=None):
     """Writes `handoff.json`, signed by `sign(bytes, trusted comment)` if there is one."""
-    try:
-        content = written(values).encode()
-    except UnicodeEncodeError:
-        raise Refused("a prompt holds half of a surrogate pair, which is no text") from None
-    folder = Path(folder)
+    folder, content = Path(folder), written(values).encode()
     (folder / SIGNATURE).unlink(missing_ok=True)
     replace(folder / MANIFEST, content)
     if sign is not None:
@@ -460,7 +465,9 @@ def loaded(checkpoint, dtype, device):
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info[problem]:
             raise Refused(f"{checkpoint} does not fit its config.json: {problem.replace('_', ' ')}: {min(map(str, info[problem]))}")
-    return model.to(device=device, dtype=getattr(torch, dtype)), tokenizer
+    model = model.to(device)
+    # What stands for quantised weights is widened too; in narrow types a model keeps some of its own in float32.
+    return (model.float() if dtype == "float32" else model), tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------- minisign
@@ -597,6 +604,7 @@ def main():
     tolerances = read_tolerances(args.tolerances) if args.tolerances else None
     import torch
 
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, sums on a GPU have no fixed order
     torch.use_deterministic_algorithms(True)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,8 +1,11 @@
 //! Chores of the workspace, one file each: `cargo xtask CHORE`.
 
+mod long;
 mod random_model;
 mod readme;
 mod smoke;
+
+use std::path::Path;
 
 use clap::{Parser, Subcommand};
 
@@ -15,6 +18,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Chore {
+    /// Run the checks that take too long, or need too much, for `.ci/run`
+    Long(long::Args),
     /// Write a checkpoint with random weights, for measuring; large ones by `cargo run --release -p xtask -- random-model`
     RandomModel(random_model::Args),
     /// Write the README's tables of what is served
@@ -25,8 +30,14 @@ enum Chore {
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
+        Chore::Long(args) => long::main(&args),
         Chore::RandomModel(args) => random_model::main(&args),
         Chore::Readme => readme::main(),
         Chore::Smoke(args) => smoke::main(&args),
     }
+}
+
+/// The root of the repository.
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }

@@ -1,9 +1,11 @@
 //! The README's tables of what is served, written from `models/supported.toml`.
 
-use std::{fmt::Write, fs, path::Path};
+use std::{fmt::Write, fs};
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
+
+use crate::root;
 
 const BEGIN: &str = "<!-- from models/supported.toml by `cargo xtask readme`: -->\n";
 const END: &str = "<!-- end -->\n";
@@ -30,10 +32,6 @@ struct Entry {
     name: String,
     isa: Option<String>,
     judged: String,
-}
-
-fn root() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
 /// Writes the tables into the README.
