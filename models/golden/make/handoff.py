@@ -22,7 +22,7 @@ EXPORT = GOLDEN.parent / "export" / "baton_export.py"
 OUT = GOLDEN / "handoff"
 CONFIG = {
     **COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 506, "eos_token_id": 510,
-    "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 512,
+    "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 512,
 }
 USER = {"role": "user", "content": "What is the weather in Oslo?"}
 WEATHER = {"type": "function", "function": {
@@ -46,7 +46,7 @@ def main():
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
     ends = {key: CONFIG[key] for key in ("bos_token_id", "eos_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(ends) + "\n")
-    save_file(weights(11, CONFIG), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights(16, CONFIG), folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(GOLDEN / "tokenizers" / "llama3" / name, folder / name)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in PROMPTS))
