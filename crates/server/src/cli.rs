@@ -4,7 +4,9 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::{bench::BenchArgs, handoff::verify::VerifyArgs, pull::PullArgs, quantize::QuantizeArgs, settings::ServeArgs};
+use crate::{
+    bench::BenchArgs, handoff::verify::VerifyArgs, pull::PullArgs, quantize::QuantizeArgs, settings::ServeArgs,
+};
 
 /// Serves language models that were trained somewhere else.
 #[derive(Debug, Parser)]

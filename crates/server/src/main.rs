@@ -17,7 +17,12 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::{bench::BenchArgs, handoff::verify::{self, VerifyArgs}, pull::PullArgs, quantize::QuantizeArgs};
+use crate::{
+    bench::BenchArgs,
+    handoff::verify::{self, VerifyArgs},
+    pull::PullArgs,
+    quantize::QuantizeArgs,
+};
 
 fn main() -> ExitCode {
     let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));

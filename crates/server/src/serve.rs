@@ -5,7 +5,7 @@ use std::{io::IsTerminal, sync::Arc, time::SystemTime};
 use anyhow::{Context, Result, anyhow, ensure};
 use baton_engine::{Engine, EngineConfig, EngineHandle};
 use baton_http::{
-    Admission, AdapterRefusal, Adapters, ApiKey, Defaults, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
+    AdapterRefusal, Adapters, Admission, ApiKey, Defaults, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
 };
 use baton_model::AdapterError;
 use clap::ArgMatches;

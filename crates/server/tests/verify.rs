@@ -79,7 +79,8 @@ struct Fault {
 }
 
 const O_PROJ: &str = "model.layers.2.self_attn.o_proj.weight";
-const EXPERTS: [&str; 2] = ["model.layers.2.mlp.experts.1.up_proj.weight", "model.layers.2.mlp.experts.5.up_proj.weight"];
+const EXPERTS: [&str; 2] =
+    ["model.layers.2.mlp.experts.1.up_proj.weight", "model.layers.2.mlp.experts.5.up_proj.weight"];
 
 fn swapped(bundle: &Bundle) {
     bundle.tensors(EXPERTS, |[a, b]| a.swap_with_slice(b));
@@ -99,7 +100,13 @@ fn transposed(bundle: &Bundle) {
 }
 
 const FAULTS: &[Fault] = &[
-    Fault { name: "two tensors swapped", plant: swapped, tensors_anew: false, caught_by: "integrity", says: EXPERTS[1] },
+    Fault {
+        name: "two tensors swapped",
+        plant: swapped,
+        tensors_anew: false,
+        caught_by: "integrity",
+        says: EXPERTS[1],
+    },
     Fault {
         name: "two tensors swapped, digested anew",
         plant: swapped,
@@ -107,7 +114,13 @@ const FAULTS: &[Fault] = &[
         caught_by: "numerics",
         says: "logprob",
     },
-    Fault { name: "a matrix transposed", plant: transposed, tensors_anew: false, caught_by: "integrity", says: "ranspose" },
+    Fault {
+        name: "a matrix transposed",
+        plant: transposed,
+        tensors_anew: false,
+        caught_by: "integrity",
+        says: "ranspose",
+    },
     Fault {
         name: "a matrix transposed, digested anew",
         plant: transposed,

@@ -26,6 +26,8 @@ use crate::{CheckpointError, Conversion, FileError, Files, LoadError, Quantizati
 
 /// Endings of what stands beside the weights and is copied: configs, tokenizers, templates, licences.
 const COPIED: [&str; 7] = [".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "LICENSE"];
+/// Those of them that are not true of the new folder: its own are written, and a hand-off is of other weights.
+const NOT_COPIED: [&str; 3] = [INDEX, "config.json", "handoff.json"];
 /// Bytes of such a file, at most.
 const MAX_COPIED: u64 = 256 << 20;
 /// Elements that are widened at once.
@@ -159,7 +161,7 @@ fn quantized_config(files: &Files, format: BlockFormat, floats: &[&str]) -> Resu
 }
 
 fn copy_files(files: &Files, folder: &NewCheckpoint) -> Result<(), ExportError> {
-    let copied = |name: &String| COPIED.iter().any(|e| name.ends_with(e)) && name != INDEX && name != "config.json";
+    let copied = |name: &String| COPIED.iter().any(|e| name.ends_with(e)) && !NOT_COPIED.contains(&name.as_str());
     for name in files.names()?.into_iter().filter(copied) {
         let file = files.open(&name)?.ok_or_else(|| FileError::Missing { name: name.clone() })?;
         if file.len() > MAX_COPIED {

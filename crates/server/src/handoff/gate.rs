@@ -111,7 +111,8 @@ impl Gate {
 
     /// Replays a case at a time, until the engine ends.
     pub async fn watch(self) {
-        let Some(mut bundle) = self.bundle.filter(|bundle| !bundle.proven.is_empty() && !self.interval.is_zero()) else {
+        let Some(mut bundle) = self.bundle.filter(|bundle| !bundle.proven.is_empty() && !self.interval.is_zero())
+        else {
             return;
         };
         let mut next = 0;
@@ -122,7 +123,9 @@ impl Gate {
             }
             let context = context(&self.engine);
             let replayed = spawn_blocking(move || (bundle.drift(next, context), bundle)).await;
-            let Ok((drift, back)) = replayed else { return error!("a replay panicked; no more golden cases are replayed") };
+            let Ok((drift, back)) = replayed else {
+                return error!("a replay panicked; no more golden cases are replayed");
+            };
             bundle = back;
             next = (next + 1) % bundle.proven.len();
             // An engine that is down, or too busy, proves nothing.

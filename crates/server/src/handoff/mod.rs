@@ -2,7 +2,6 @@
 //! watched while it is served.
 
 mod gate;
-mod shared;
 pub mod precision;
 mod replay;
 pub mod verify;
@@ -12,8 +11,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use baton_device::{Caps, Op};
 use baton_handoff::{
-    Bundle, CheckName, Column, DeviceFacts, Digest, Feature, Manifest, Parity, Report, SignatureStatus,
-    Snapshot, TrustedKeys, judge, tolerances_for,
+    Bundle, CheckName, Column, DeviceFacts, Digest, Feature, Manifest, Parity, Report, SignatureStatus, Snapshot,
+    TrustedKeys, judge, tolerances_for,
 };
 use baton_model::{Files, LoadReport};
 use baton_text::TextModel;
@@ -88,7 +87,11 @@ impl Handed {
         let Self::Bundle(checked) = self else { return Ok(()) };
         checked.unchanged()?;
         let lacking = lacking(&checked.manifest.requires, caps);
-        ensure!(lacking.is_empty() || policy != HandoffPolicy::Require, "the device lacks what the bundle requires: {}", listed(&lacking));
+        ensure!(
+            lacking.is_empty() || policy != HandoffPolicy::Require,
+            "the device lacks what the bundle requires: {}",
+            listed(&lacking)
+        );
         Ok(())
     }
 
@@ -126,7 +129,8 @@ impl Checked {
     fn report(&self) -> Report {
         let mut report = Report::new(&self.manifest);
         let files = vec![format!("{} files", self.manifest.files.len())];
-        report.check(CheckName::Integrity, if self.problems.is_empty() { Ok(files) } else { Err(self.problems.clone()) });
+        report
+            .check(CheckName::Integrity, if self.problems.is_empty() { Ok(files) } else { Err(self.problems.clone()) });
         let signature = self.signature.to_string();
         report.set_signature(&signature);
         match (&self.signature, self.signature_wanted) {

@@ -27,7 +27,8 @@ pub fn served(report: &LoadReport, caps: &Caps, manifest: &Manifest) -> (Precisi
         KvDtype::Int8 => PrecisionClass::Int8,
     });
     let formats: Vec<String> = report.weight_formats.iter().map(ToString::to_string).collect();
-    let words = format!("weights {}, activations {}, cache {}", formats.join("+"), activations(report, caps), report.kv_dtype);
+    let words =
+        format!("weights {}, activations {}, cache {}", formats.join("+"), activations(report, caps), report.kv_dtype);
     (class, words)
 }
 

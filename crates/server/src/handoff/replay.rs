@@ -4,9 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_engine::{
     CacheScope, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, PositionScore,
-    PromptScores, Request, SamplingParams, SubmitError,
+    PromptScores, Request, SamplingParams, SharedRunner, SubmitError,
 };
-use super::shared::SharedRunner;
 use baton_handoff::{Replay, ReplayError, Replayed, Score, Task, Way};
 
 /// Tasks submitted together, at most.

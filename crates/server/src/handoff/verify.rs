@@ -1,16 +1,13 @@
 //! `baton verify`: is a bundle what was handed over, and do devices compute what the trainer computed?
 
-use std::{
-    path::PathBuf,
-    process::ExitCode,
-    str::FromStr,
-};
+use std::{path::PathBuf, process::ExitCode, str::FromStr};
 
+use baton_engine::SharedRunner;
 use anyhow::{Context, Result, bail, ensure};
-use super::shared::SharedRunner;
 use baton_handoff::{
     Bundle, BundleError, Case, CheckName, Comparison, DeviceFacts, FileProblem, Manifest, ManifestError, Outcome,
-    Parity, Report, TrustedKeys, Verdict, check_vocabulary, determinism, html, replay_cases, text_parity,
+    Parity, PrecisionClass, Report, TrustedKeys, Verdict, check_vocabulary, determinism, html, replay_cases,
+    text_parity,
 };
 use baton_model::{Files, LoadError};
 use clap::{Args, ValueEnum};
@@ -20,7 +17,7 @@ use super::{Checked, check_compatibility, column, ends, facts, listed, replay::D
 use crate::{
     backend::Device,
     load::{self, Parts},
-    pull,
+    memory, pull,
     settings::{Dtype, KvCacheDtype, Quantize, ServeArgs, Settings},
 };
 
@@ -143,28 +140,55 @@ fn verify(args: &VerifyArgs) -> Result<Report> {
     let manifest = bundle.manifest();
     let mut texts_checked = false;
     for device in &devices {
-        let settings = settings(args, device, (args.dtype, args.quantize))?;
+        let settings = settings(args, device, (args.dtype, args.quantize), args.kv_cache_dtype)?;
         let Some(mut subject) = Subject::load(&files, &settings, manifest, &mut report)? else { continue };
         if !texts_checked {
-            let now = chrono::Local::now().naive_local();
-            text_parity(&manifest.cases, &subject.text, now).enter(&mut report);
+            text_parity(&manifest.cases, &subject.text, chrono::Local::now().naive_local()).enter(&mut report);
             texts_checked = true;
         }
         let Some(outcomes) = subject.replay(manifest, &mut report)? else { continue };
         report.add_device(column(manifest, &subject.facts, &Parity::of(&manifest.cases, &outcomes)));
-        if *device != devices[0] {
-            continue;
+        if *device == devices[0] {
+            if args.determinism {
+                let (context, promised) = (subject.context, subject.row_invariant);
+                report.set_determinism(determinism(&manifest.cases, context, promised, &mut subject.replay)?);
+            }
+            if let Some(other) = &args.against {
+                report.set_comparison(compare(args, &files, &subject, &outcomes, other, manifest)?);
+            }
         }
-        if args.determinism {
-            let (context, promised) = (subject.context, subject.row_invariant);
-            report.set_determinism(determinism(&manifest.cases, context, promised, &mut subject.replay)?);
-        }
-        if let Some(other) = &args.against {
-            report.set_comparison(compare(args, &files, &subject, &outcomes, other, manifest)?);
+        let rounded = subject.facts.precision > PrecisionClass::Float32;
+        drop(subject);
+        if rounded && fits_exactly(manifest) {
+            add_exact(args, device, &files, manifest, &mut report)?;
         }
     }
     checked.unchanged()?;
     Ok(report)
+}
+
+/// Adds what the device computes when nothing is rounded: where it serves in less, a fault could hide in the rounding.
+fn add_exact(args: &VerifyArgs, device: &str, files: &Files, manifest: &Manifest, report: &mut Report) -> Result<()> {
+    let settings = settings(args, device, (Dtype::Float32, None), KvCacheDtype::Auto)?;
+    let Some(mut exact) = Subject::load(files, &settings, manifest, report)? else { return Ok(()) };
+    // Weights that are stored quantised, or golden values that were rounded, leave nothing exact.
+    if exact.facts.precision > PrecisionClass::Float32 {
+        return Ok(());
+    }
+    if let Some(outcomes) = exact.replay(manifest, report)? {
+        report.add_device(column(manifest, &exact.facts, &Parity::of(&manifest.cases, &outcomes)));
+    }
+    Ok(())
+}
+
+/// Whether all weights fit in memory in float32.
+fn fits_exactly(manifest: &Manifest) -> bool {
+    let elements = |shape: &[u64]| shape.iter().fold(1_u64, |product, side| product.saturating_mul(*side));
+    let listed = manifest.tensors.values().map(|tensor| elements(&tensor.shape));
+    let elements = listed.fold(0, u64::saturating_add);
+    // Where no tensors are listed, the checkpoint is taken to be in 16 bits.
+    let elements = if elements > 0 { elements } else { manifest.total_bytes() / 2 };
+    memory::available_bytes().is_none_or(|free| elements.saturating_mul(4) < free / 4 * 3)
 }
 
 /// Files and signature as the gate checks them, and tensors besides.
@@ -238,12 +262,17 @@ impl Subject {
 }
 
 /// Settings of `baton serve` that matter to what is computed.
-fn settings(args: &VerifyArgs, device: &str, (dtype, quantize): (Dtype, Option<Quantize>)) -> Result<Settings> {
+fn settings(
+    args: &VerifyArgs,
+    device: &str,
+    (dtype, quantize): (Dtype, Option<Quantize>),
+    kv_cache_dtype: KvCacheDtype,
+) -> Result<Settings> {
     ServeArgs {
         device: Some(device.to_owned()),
         dtype: Some(dtype),
         quantize,
-        kv_cache_dtype: Some(args.kv_cache_dtype),
+        kv_cache_dtype: Some(kv_cache_dtype),
         threads: args.threads,
         ..ServeArgs::default()
     }
@@ -277,7 +306,7 @@ fn compare(
     let device = args.devices.first().unwrap_or(&args.device);
     let context = || format!("--against {other}");
     let mut report = Report::new(manifest);
-    let settings = settings(args, device, precision)?;
+    let settings = settings(args, device, precision, args.kv_cache_dtype)?;
     let Some(mut against) = Subject::load(&files, &settings, manifest, &mut report).with_context(context)? else {
         bail!("--against {other}: {}", listed(&report.reasons()));
     };

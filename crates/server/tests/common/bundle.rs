@@ -121,7 +121,8 @@ impl Bundle {
 
     /// Runs `baton verify` on it.
     pub fn verify(&self, flags: &[&str]) -> Verdict {
-        let run = Command::new(env!("CARGO_BIN_EXE_baton")).arg("verify").arg(self.path()).arg("--json").args(flags).output();
+        let run =
+            Command::new(env!("CARGO_BIN_EXE_baton")).arg("verify").arg(self.path()).arg("--json").args(flags).output();
         let run = run.expect("baton runs");
         Verdict {
             code: run.status.code().expect("it ends by itself"),
@@ -166,7 +167,11 @@ fn places(file: &[u8]) -> BTreeMap<String, std::ops::Range<usize>> {
         let at = |i: usize| entry["data_offsets"][i].as_u64().expect("an offset") as usize;
         data + at(0)..data + at(1)
     };
-    header.iter().filter(|(name, _)| *name != "__metadata__").map(|(name, entry)| (name.clone(), place(entry))).collect()
+    header
+        .iter()
+        .filter(|(name, _)| *name != "__metadata__")
+        .map(|(name, entry)| (name.clone(), place(entry)))
+        .collect()
 }
 
 fn read_json(path: &Path) -> Value {
