@@ -89,7 +89,9 @@ fn replays_are_equal(name: &str) {
     let all = usize::MAX;
     let alone: Vec<Reply> = requests
         .iter()
-        .flat_map(|request| with_engine(&model, (all, all), |engine| one_by_one(engine, &[request.clone()])).0)
+        .flat_map(|request| {
+            with_engine(&model, (all, all), |engine| one_by_one(engine, std::slice::from_ref(request))).0
+        })
         .collect();
     for (request, reply) in requests.iter().zip(&alone) {
         let scored = if request.prompt_scores.is_some() { request.prompt.len() } else { 0 };
