@@ -12,6 +12,7 @@ mod handle;
 mod request;
 mod scheduler;
 mod sequence;
+mod shared;
 mod speculate;
 mod stats;
 
@@ -24,5 +25,6 @@ pub use request::{
     CacheScope, EngineFailure, FinishReason, OutputEvent, PositionScore, PromptScores, Request, RequestId, SubmitError,
     Timings, Usage,
 };
+pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};
 pub use stats::{BlockStats, EngineStats, FinishedCounts, StepTokens};

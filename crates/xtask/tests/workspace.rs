@@ -11,7 +11,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-device-cpu", &["baton-device"], &[]),
     ("baton-model", &["baton-device"], &["baton-device-cpu"]),
     ("baton-oracle", &[], &["baton-device", "baton-model"]),
-    ("baton-engine", &["baton-model"], &[]),
+    ("baton-engine", &["baton-model"], &["baton-device-cpu"]),
     ("baton-text", &[], &[]),
     ("baton-handoff", &["baton-model", "baton-text"], &[]),
     ("baton-hub", &[], &[]),

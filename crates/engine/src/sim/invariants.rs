@@ -211,12 +211,12 @@ fn nobody_is_overtaken(world: &World) -> Result<(), String> {
     for background in [false, true] {
         let of_class = |id: &RequestId| id.is_background() == background;
         let started = world.journal.iter().filter(|(id, record)| of_class(id) && record.started.is_some());
-        let last_started = started.map(|(&id, _)| id).last();
+        let last_started = started.map(|(&id, _)| id).next_back();
         live(world).filter(|(id, _)| of_class(id)).try_for_each(|(id, record)| {
             let passed = record.started.is_none() && Some(id) <= last_started;
             ensure(!passed, || format!("{id:?} was passed by {last_started:?}"))
         })?;
-        let last_running = scheduler.running().keys().copied().filter(of_class).last();
+        let last_running = scheduler.running().keys().copied().rfind(of_class);
         let first_waiting = scheduler.waiting().keys().copied().find(of_class);
         if let (Some(last), Some(first)) = (last_running, first_waiting) {
             ensure(last < first, || format!("{last:?} runs, {first:?} waits"))?;
