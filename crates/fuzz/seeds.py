@@ -8,6 +8,7 @@ Run by hand; the outputs are committed, beside inputs that a run found.
 
 import base64
 import contextlib
+import hashlib
 import json
 import struct
 import tempfile
@@ -223,9 +224,40 @@ def conversions():
         seed("tokenizer", file, config, "t" + file + "\n" + lines)
 
 
+def manifests():
+    signed = HERE.parent / "handoff/tests/data"
+    seed("manifest", "signed", *[(signed / name).read_bytes() for name in
+                                 ["signed/handoff.json", "signed/handoff.json.minisig", "first.pub"]], b"")
+    page = (MODELS / "HANDOFF.md").read_text()
+    seed("manifest", "page", page.split("```json\n")[1].split("```")[0], b"", b"", b"")
+
+    def sha256(raw):
+        return hashlib.sha256(raw).hexdigest()
+    raw = {"a": ("BF16", [2, 3], bytes(range(12))), "b": ("BF16", [3, 2], bytes(range(12, 24)))}
+    head, data = shard(raw).split(b"\n", 1)
+    weights = struct.pack("<Q", len(head)) + head + data
+    # Swapped, so that differences have to be explained.
+    tensors = {"a": ("BF16", [3, 2], raw["b"][2]), "b": ("BF16", [2, 3], raw["a"][2])}
+    tensors = {name: {"dtype": dtype, "shape": shape, "sha256": sha256(raw)} for name, (dtype, shape, raw) in tensors.items()}
+    files = {"model.safetensors": {"bytes": len(weights), "sha256": sha256(weights)}}
+    lines = "".join(f"{file['sha256']}  {name}\n" for name, file in sorted(files.items()))
+    case = {"name": "x", "chat": {"messages": [{"role": "user", "content": ""}], "tools": [{}], "template_kwargs": {"t": 1}},
+            "prompt": "", "prompt_ids": [1, 2], "greedy_ids": [3], "margins": [0.5], "logprobs": [-1, -2],
+            "top": {"0": [[1, -1.5], [2, -2]], "1": [[3, -0.5], [4, -1.5]]}}
+    bounds = {"max_abs_logprob_diff": 1, "mean_abs_logprob_diff": 1, "kl": 1, "top1_agreement": 1, "perplexity_ratio": 1}
+    seed("manifest", "tensors", compact({
+        "format": "baton-handoff", "version": 1, "model": {"name": "x", "license": "y", "lineage": {"a": [{"b": None}]}},
+        "generation": sha256(lines.encode()), "files": files, "tensors": tensors,
+        "trained": {"dtype": "bfloat16", "quantization": "fp8", "framework": "z", "commit": None},
+        "computed": {"dtype": "float32", "device": "cpu"}, "requires": ["fp8", "latent_attention"],
+        "tolerances": {"float32": bounds, "int4": bounds}, "cases": [case],
+    }), b"", b"", weights)
+
+
 checkpoints()
 gguf()
 configs()
 templates()
 tokenizers()
 conversions()
+manifests()

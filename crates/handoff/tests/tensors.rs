@@ -130,6 +130,17 @@ fn other_types_names_and_content_are_named() {
 }
 
 #[test]
+fn a_shape_without_bytes_costs_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let shape = vec![1u64 << 31, 1 << 31];
+    let mut manifest = common::write(folder.path(), &[("0.safetensors", &file(&[("w", "U8", shape.clone(), vec![])]))]);
+    manifest["tensors"]["w"] = json!({"dtype": "U8", "shape": shape, "sha256": Digest::of(b"other").to_string()});
+    fs::write(folder.path().join(MANIFEST), manifest.to_string()).unwrap();
+    let found = Bundle::open(&Files::Folder(folder.path().into())).unwrap().unwrap().verify_tensors(&|_| {});
+    assert!(matches!(found.as_slice(), [TensorProblem::Digest { .. }]), "{found:?}");
+}
+
+#[test]
 fn a_tensor_in_two_files_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let (first, second) = (file(&tensors()), file(&tensors()[..1]));

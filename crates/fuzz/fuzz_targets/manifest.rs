@@ -1,0 +1,11 @@
+//! What one input does is in `inputs`, where the replay test finds it too.
+#![no_main]
+
+#[path = "../inputs/manifest.rs"]
+mod input;
+#[path = "../inputs/parts.rs"]
+mod parts;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    input::run(data);
+});
