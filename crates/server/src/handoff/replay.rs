@@ -60,7 +60,8 @@ impl Replay for DeviceReplay {
             }
         }
         let config = EngineConfig { max_num_batched_tokens: step_tokens, ..EngineConfig::default() };
-        let (handle, engine) = baton_engine::spawn(self.runner.view(step_tokens, num_blocks), config);
+        let view = self.runner.view(step_tokens, num_blocks).map_err(|error| ReplayError::Failed(error.to_string()))?;
+        let (handle, engine) = baton_engine::spawn(view, config);
         let replayed = run(&handle, &self.ends, tasks, way, false);
         handle.shutdown();
         engine.join();
