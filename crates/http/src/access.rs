@@ -1,11 +1,11 @@
 //! Request ids, and one log line per request.
 //!
-//! The outermost layer: whatever is inside it answers, the reply carries an `x-request-id`, and when its last byte is
-//! handed over, or the client has left, one line says what happened. The line holds no text of prompt or output, no
+//! The outermost layer: whatever is inside it answers, the reply carries an `x-request-id`, and the generation that
+//! answers if there is one, and when its last byte is handed over, or the client has left, one line says what happened. The line holds no text of prompt or output, no
 //! header but the id, and the route as it is matched, not as it was sent.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
@@ -20,14 +20,17 @@ use crate::error::ErrorCode;
 use crate::service::Service;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// The digest of the generation that a request was given.
+const GENERATION: HeaderName = HeaderName::from_static("x-baton-generation");
 const MAX_REQUEST_ID_CHARS: usize = 128;
 
 /// Status in the log for a client that left before the reply began, as nginx writes it.
 const CLIENT_LEFT: u16 = 499;
 
-/// What the parts of the service add to a request's log line.
-#[derive(Default)]
+/// A request's id, and what the parts of the service add to its log line.
 pub(crate) struct AccessRecord {
+    request_id: HeaderValue,
+    generation: OnceLock<String>,
     prompt_tokens: AtomicU64,
     completion_tokens: AtomicU64,
     late: Mutex<Late>,
@@ -44,6 +47,22 @@ struct Late {
 }
 
 impl AccessRecord {
+    fn new(request_id: HeaderValue) -> Self {
+        let (generation, late) = (OnceLock::new(), Mutex::default());
+        Self { request_id, generation, prompt_tokens: 0.into(), completion_tokens: 0.into(), late }
+    }
+
+    /// The id under which the request is answered.
+    pub fn request_id(&self) -> &[u8] {
+        self.request_id.as_bytes()
+    }
+
+    /// The request is given the generation of this digest.
+    pub fn generation(&self, digest: &str) {
+        // A request picks once.
+        let _ = self.generation.set(digest.to_owned());
+    }
+
     /// Tokens of all prompts.
     pub fn prompt_tokens(&self, tokens: usize) {
         self.prompt_tokens.store(tokens as u64, Ordering::Relaxed);
@@ -78,7 +97,6 @@ impl AccessRecord {
 struct AccessLog {
     service: Service,
     record: Arc<AccessRecord>,
-    request_id: HeaderValue,
     method: Method,
     route: String,
     arrival: Instant,
@@ -91,11 +109,12 @@ impl Drop for AccessLog {
         self.service.metrics().requests.with_label_values(&[&self.route, &self.status.to_string()]).inc();
         tracing::info!(
             target: "baton_http::access",
-            request_id = self.request_id.to_str().unwrap_or_default(),
+            request_id = self.record.request_id.to_str().unwrap_or_default(),
             method = method_name(&self.method),
             route = %self.route,
             status = self.status,
             error = late.error,
+            generation = self.record.generation.get().map(|digest| &digest[..12]),
             prompt_tokens = self.record.prompt_tokens.load(Ordering::Relaxed),
             completion_tokens = self.record.completion_tokens.load(Ordering::Relaxed),
             first_token_ms = millis(late.first_token),
@@ -124,12 +143,11 @@ fn method_name(method: &Method) -> &str {
 
 /// The layer.
 pub(crate) async fn layer(State(service): State<Service>, mut request: Request, next: Next) -> Response {
-    let record = Arc::new(AccessRecord::default());
+    let record = Arc::new(AccessRecord::new(request_id(request.headers())));
     request.extensions_mut().insert(record.clone());
     let mut log = AccessLog {
         service,
         record,
-        request_id: request_id(request.headers()),
         method: request.method().clone(),
         route: request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned(),
         arrival: Instant::now(),
@@ -140,11 +158,15 @@ pub(crate) async fn layer(State(service): State<Service>, mut request: Request, 
     if let Some(&ErrorCode(code)) = response.extensions().get() {
         log.record.error(code);
     }
-    response.headers_mut().insert(REQUEST_ID, log.request_id.clone());
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, log.record.request_id.clone());
+    if let Some(digest) = log.record.generation.get() {
+        headers.insert(GENERATION, HeaderValue::try_from(digest).expect("hex is visible ASCII"));
+    }
     response.map(|body| Body::new(GuardedBody::new(body, log)))
 }
 
-/// The client's id if it is one, else one of our own. It is a label for people, never a key.
+/// The client's id if it is one, else one of our own. It is a label for people, and what decides between two generations; never a key.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let mut given = headers.get_all(REQUEST_ID).iter();
     let fits = |id: &&HeaderValue| {

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
 use crate::error::ApiError;
-use crate::service::ModelCard;
+use crate::generation::ModelCard;
 
 /// Longest name, in characters.
 const MAX_NAME: usize = 256;

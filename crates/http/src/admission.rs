@@ -31,6 +31,11 @@ impl Counter {
         Ticket(self.0.clone())
     }
 
+    /// How much is under way.
+    pub fn count(&self) -> usize {
+        *self.0.borrow()
+    }
+
     /// Waits until nothing is under way.
     pub async fn idle(&self) {
         // The sender lives in `self`, so this cannot fail.
@@ -64,7 +69,7 @@ impl Drop for Raised {
 pub(crate) async fn layer(State(service): State<Service>, request: Request, next: Next) -> Response {
     // The ticket first: a drain that begins after the check then waits for it.
     let ticket = service.in_flight().ticket();
-    if let Err(error) = service.served() {
+    if let Err(error) = service.takes_requests() {
         return error.into_response();
     }
     let guard = (Raised::new(&service.metrics().in_flight), ticket);

@@ -32,8 +32,14 @@ const PUBLIC: [&str; 10] = [
     "/version",
 ];
 
-/// Routes that change what is served.
-const ADMIN: [&str; 2] = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"];
+/// Routes that change what is served, or show how.
+const ADMIN: [&str; 5] = [
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/admin/generations",
+    "/admin/rollout",
+    "/admin/rollout/{command}",
+];
 
 /// The route that is open on a loopback address.
 const METRICS: &str = "/metrics";

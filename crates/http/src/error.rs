@@ -183,6 +183,43 @@ impl ApiError {
         Self::unavailable("model_loading", 2, "the model is still being loaded")
     }
 
+    /// The model is still being compared with what its trainer computed, and must pass first.
+    pub fn handoff_pending() -> Self {
+        Self::unavailable("handoff_pending", 2, "the hand-off of the model is still being verified")
+    }
+
+    /// The model came without a bundle to compare it with, and must have one.
+    pub fn handoff_absent() -> Self {
+        let message = "a hand-off is required (--handoff require), and the model has no handoff.json";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "handoff_absent", message)
+    }
+
+    /// The model does not compute what its trainer computed.
+    pub fn handoff_failed(reason: &str) -> Self {
+        let message = format!("the hand-off of the model has failed: {reason}");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "handoff_failed", message)
+    }
+
+    /// There is no report on a hand-off.
+    pub fn no_handoff(message: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, "handoff_not_found", message)
+    }
+
+    /// The server was not started with what the request needs; `message` says with what.
+    pub fn not_configured(message: &str) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, INVALID, "not_configured", message)
+    }
+
+    /// What is asked for does not go together with what is under way.
+    pub fn conflict(message: &str) -> Self {
+        Self::new(StatusCode::CONFLICT, INVALID, "conflict", message)
+    }
+
+    /// A rollout has failed; what served before serves on.
+    pub fn rollout_failed(message: &str) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "rollout_failed", message)
+    }
+
     /// The server is going down.
     pub fn draining() -> Self {
         Self { close: true, ..Self::unavailable("draining", 5, "the server is shutting down") }
@@ -227,6 +264,11 @@ impl ApiError {
         };
         let error = Object { message, r#type: self.kind, param: self.param.as_deref(), code: self.code };
         serde_json::to_vec(&Body { error }).expect("strings serialize")
+    }
+
+    /// Whether the generation is to blame, and not the request, the load or a drain.
+    pub fn is_breakdown(&self) -> bool {
+        self.status == StatusCode::INTERNAL_SERVER_ERROR || self.code == "engine_down"
     }
 
     /// The error's `code`.

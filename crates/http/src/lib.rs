@@ -1,13 +1,14 @@
 //! The OpenAI-compatible HTTP service.
 //!
 //! A request enters through [`serve`]'s accept loop and the layers in `routes`, becomes a checked request in
-//! `openai`, a generation in `generate`, and leaves as one JSON object or as server-sent events. Invariants: every
+//! `openai`, choices of a generation in `generate`, and leaves as one JSON object or as server-sent events. Invariants: every
 //! refusal is an OpenAI error object; nothing of a request is kept or logged but its id, route, counts and times, and
 //! the name of an adapter that an admin loads; a client that leaves ends its work in the engine, because everything of
 //! a request is owned by its response.
 //!
-//! Absent on purpose: any knowledge of models, devices and files. The service is given an engine, a text model and a
-//! way to load adapters, perhaps long after it began to answer probes.
+//! Absent on purpose: any knowledge of models, devices and files, and of how a hand-off is judged. The service is given
+//! generations, each an engine, a text model and a way to load adapters, the first perhaps long after it began to answer
+//! probes; whoever gives them says which serves, and is told what a rollout is judged by.
 
 mod access;
 mod adapters;
@@ -17,16 +18,27 @@ mod error;
 mod extract;
 mod fields;
 mod generate;
+mod generation;
+mod generations;
+mod handoff;
 mod json;
 mod metrics;
+mod observed;
 mod openai;
+mod rollout;
 mod routes;
 mod serve;
 mod service;
+mod shadow;
 mod sse;
 
 pub use adapters::{AdapterRefusal, Adapters};
 pub use auth::ApiKey;
-pub use routes::router;
+pub use generation::{Defaults, ModelCard, NewGeneration, Retired};
+pub use generations::{Traffic, TransitionError};
+pub use handoff::{Admission, HandoffState, Parity};
+pub use observed::{GenerationStats, Latencies, Observed, ShadowStats};
+pub use rollout::{COMMANDS, RolloutControl, RolloutRefusal};
+pub use routes::{Surface, router};
 pub use serve::serve;
-pub use service::{Defaults, ModelCard, Service, ServiceConfig};
+pub use service::{Service, ServiceConfig};

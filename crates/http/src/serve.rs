@@ -22,7 +22,7 @@ use tower::ServiceExt;
 
 use crate::admission::Counter;
 use crate::auth::OnLoopback;
-use crate::routes::router;
+use crate::routes::{Surface, router};
 use crate::service::Service;
 
 /// How long a request's head may take to arrive, idle time of the connection before it included.
@@ -44,11 +44,12 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub async fn serve(
     listener: TcpListener,
     service: Service,
+    surface: Surface,
     shutdown: CancellationToken,
     drain_timeout: Duration,
 ) -> io::Result<()> {
     let on_loopback = OnLoopback(listener.local_addr()?.ip().is_loopback());
-    let app = router(service.clone());
+    let app = router(service.clone(), surface);
     let connections = Counter::default();
     let close = CancellationToken::new();
     let drained = async {

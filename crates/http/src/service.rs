@@ -1,21 +1,22 @@
-//! What all routes share: configuration, the served model, the state of the drain.
+//! What all routes share: configuration, generations, the state of the drain.
 //!
 //! A service exists before its model: until [`Service::install`] it answers probes, and inference with 503.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use baton_engine::{Adapter, EngineHandle};
-use baton_text::TextModel;
-use parking_lot::RwLock;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::adapters::Adapters;
+use crate::access::AccessRecord;
 use crate::admission::Counter;
 use crate::auth::{ApiKey, Keys};
 use crate::error::ApiError;
-use crate::metrics::{HttpMetrics, ModelMetrics};
+use crate::generation::{Generation, NewGeneration, Retired};
+use crate::generations::{Generations, Pick, Traffic, TransitionError};
+use crate::metrics::HttpMetrics;
+use crate::observed::Observed;
+use crate::rollout::RolloutControl;
 
 /// Settings of the service.
 #[derive(Debug, Clone)]
@@ -56,75 +57,6 @@ impl Default for ServiceConfig {
     }
 }
 
-/// How a model presents itself.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModelCard {
-    /// Names under which it is served, at least one; the first is canonical.
-    pub names: Vec<String>,
-    /// Seconds since 1970.
-    pub created: u64,
-    /// Who owns it.
-    pub owned_by: String,
-    /// Changes if and only if the tokens may.
-    pub system_fingerprint: String,
-    /// The checkpoint's own parameters.
-    pub defaults: Defaults,
-    /// How the weights were loaded, as JSON.
-    pub load_report: Vec<u8>,
-}
-
-/// Parameters of `generation_config.json`: they hold where a request says nothing.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Defaults {
-    /// False means temperature 0.
-    pub do_sample: Option<bool>,
-    /// As in the request.
-    pub temperature: Option<f32>,
-    /// As in the request.
-    pub top_p: Option<f32>,
-    /// As in the request; 0 for all.
-    pub top_k: Option<u32>,
-    /// As in the request.
-    pub min_p: Option<f32>,
-    /// As in the request.
-    pub repetition_penalty: Option<f32>,
-    /// Tokens of a chat reply, if the request does not say.
-    pub max_new_tokens: Option<u32>,
-    /// Tokens that end an output, besides the tokenizer's own.
-    pub eos_token_ids: Vec<u32>,
-}
-
-/// A model that is ready.
-pub(crate) struct Served {
-    pub engine: EngineHandle,
-    pub text: Arc<TextModel>,
-    pub card: ModelCard,
-    pub adapters: Adapters,
-    pub metrics: Arc<ModelMetrics>,
-}
-
-/// What a request's `model` means.
-pub(crate) struct Target {
-    /// The name to answer under.
-    pub name: String,
-    pub system_fingerprint: String,
-    pub adapter: Option<Adapter>,
-}
-
-impl Served {
-    /// The model or adapter asked for, which must be served, or the model by its canonical name.
-    pub fn target(&self, asked: Option<&str>) -> Result<Target, ApiError> {
-        let name = asked.unwrap_or(&self.card.names[0]);
-        if self.card.names.iter().any(|served| served == name) {
-            let system_fingerprint = self.card.system_fingerprint.clone();
-            return Ok(Target { name: name.to_owned(), system_fingerprint, adapter: None });
-        }
-        let found = self.adapters.get(name).ok_or_else(ApiError::model_not_found)?;
-        let system_fingerprint = found.fingerprint(&self.card);
-        Ok(Target { name: name.to_owned(), system_fingerprint, adapter: Some(found.adapter) })
-    }
-}
-
 /// The service. Clones are the same service.
 #[derive(Clone)]
 pub struct Service(Arc<Shared>);
@@ -132,7 +64,8 @@ pub struct Service(Arc<Shared>);
 struct Shared {
     config: ServiceConfig,
     keys: Keys,
-    served: RwLock<Option<Arc<Served>>>,
+    generations: Generations,
+    rollout: OnceLock<Arc<dyn RolloutControl>>,
     metrics: HttpMetrics,
     in_flight: Counter,
     draining: CancellationToken,
@@ -148,7 +81,8 @@ impl Service {
         Self(Arc::new(Shared {
             keys: Keys::new(&config),
             config,
-            served: RwLock::new(None),
+            generations: Generations::default(),
+            rollout: OnceLock::new(),
             metrics: HttpMetrics::new(),
             in_flight: Counter::default(),
             draining: CancellationToken::new(),
@@ -158,15 +92,75 @@ impl Service {
         }))
     }
 
-    /// Serves this model from now on; requests under way stay with the one they began with.
+    /// Serves this generation from now on. Requests under way finish with the one they began with: the caller, who gets
+    /// it back, waits for them.
     ///
     /// # Panics
-    /// If the card has no name.
-    pub fn install(&self, engine: EngineHandle, text: Arc<TextModel>, card: ModelCard, adapters: Adapters) {
-        assert!(!card.names.is_empty(), "a model without a name");
-        let metrics = Arc::new(ModelMetrics::new(&card.names[0], engine.spec().max_model_len));
-        *self.0.served.write() = Some(Arc::new(Served { engine, text, card, adapters, metrics }));
-        tracing::info!(after_ms = self.0.started.elapsed().as_millis() as u64, "the service has a model");
+    /// If the card has no name, or its digest is none.
+    pub fn install(&self, new: NewGeneration) -> Option<Retired> {
+        let generation = new.card.generation.clone();
+        let old = self.0.generations.install(new);
+        tracing::info!(generation, after_ms = self.0.started.elapsed().as_millis() as u64, "the service has a model");
+        old
+    }
+
+    /// Lets a candidate stand beside the generation that serves, without traffic, and begins to count anew.
+    ///
+    /// # Errors
+    /// If nothing is served, if there is a candidate, or if it is what is served.
+    ///
+    /// # Panics
+    /// As [`install`](Self::install).
+    pub fn stage(&self, new: NewGeneration) -> Result<(), TransitionError> {
+        let generation = new.card.generation.clone();
+        self.0.generations.stage(new)?;
+        tracing::info!(generation, "candidate staged");
+        Ok(())
+    }
+
+    /// Gives the candidate this much of the traffic from now on.
+    ///
+    /// # Errors
+    /// If there is no candidate, or the share is not from 0 to 1.
+    pub fn set_traffic(&self, traffic: Traffic) -> Result<(), TransitionError> {
+        self.0.generations.set_traffic(traffic)?;
+        tracing::info!(?traffic, "the candidate's traffic is set");
+        Ok(())
+    }
+
+    /// What the candidate gets; `None` if there is none.
+    pub fn traffic(&self) -> Option<Traffic> {
+        self.0.generations.traffic()
+    }
+
+    /// Serves the candidate from now on, and gives back what served.
+    ///
+    /// # Errors
+    /// If there is no candidate.
+    pub fn promote(&self) -> Result<Retired, TransitionError> {
+        let old = self.0.generations.promote()?;
+        tracing::info!(retired = old.generation(), "candidate promoted");
+        Ok(old)
+    }
+
+    /// Takes the candidate away. Its requests finish; what it answers unseen is dropped.
+    ///
+    /// # Errors
+    /// If there is no candidate.
+    pub fn withdraw(&self) -> Result<Retired, TransitionError> {
+        let candidate = self.0.generations.withdraw()?;
+        tracing::info!(retired = candidate.generation(), "candidate withdrawn");
+        Ok(candidate)
+    }
+
+    /// What a rollout is judged by; `None` if nothing is served.
+    pub fn observed(&self) -> Option<Observed> {
+        self.0.generations.observed()
+    }
+
+    /// Lets admin routes command rollouts. The first control stays.
+    pub fn set_rollout(&self, control: Arc<dyn RolloutControl>) {
+        let _ = self.0.rollout.set(control);
     }
 
     /// Takes no new inference requests from now on, and is not ready.
@@ -174,23 +168,42 @@ impl Service {
         self.0.draining.cancel();
     }
 
-    /// The model, loaded or not, draining or not.
-    pub(crate) fn loaded(&self) -> Option<Arc<Served>> {
-        self.0.served.read().clone()
+    /// Which generations there are.
+    pub(crate) fn generations(&self) -> &Generations {
+        &self.0.generations
     }
 
-    /// The model, if it takes requests.
-    pub(crate) fn served(&self) -> Result<Arc<Served>, ApiError> {
-        if self.0.draining.is_cancelled() {
-            return Err(ApiError::draining());
-        }
-        self.loaded().ok_or_else(ApiError::model_loading)
+    pub(crate) fn rollout(&self) -> Option<&Arc<dyn RolloutControl>> {
+        self.0.rollout.get()
+    }
+
+    /// The generation that serves, draining or not.
+    pub(crate) fn serving(&self) -> Result<Arc<Generation>, ApiError> {
+        self.0.generations.serving().ok_or_else(ApiError::model_loading)
+    }
+
+    /// Whether anything new is taken up.
+    pub(crate) fn open(&self) -> Result<(), ApiError> {
+        if self.0.draining.is_cancelled() { Err(ApiError::draining()) } else { Ok(()) }
+    }
+
+    /// Whether there is a model for new inference requests.
+    pub(crate) fn takes_requests(&self) -> Result<(), ApiError> {
+        self.open()?;
+        self.serving()?.handoff.check()
+    }
+
+    /// The generation for a request that asks for this model, from now to its end.
+    pub(crate) fn pick(&self, record: &AccessRecord, asked: Option<&str>) -> Result<Pick, ApiError> {
+        let pick = self.0.generations.pick(record.request_id(), asked)?;
+        record.generation(&pick.generation.card.generation);
+        Ok(pick)
     }
 
     /// Whether inference would be taken: what `/ready` says.
     pub(crate) fn ready(&self) -> Result<(), ApiError> {
-        let served = self.served()?;
-        if served.engine.stats().alive { Ok(()) } else { Err(ApiError::engine_down()) }
+        self.open()?;
+        self.serving()?.ready()
     }
 
     pub(crate) fn config(&self) -> &ServiceConfig {
@@ -209,7 +222,7 @@ impl Service {
         &self.0.in_flight
     }
 
-    /// Ends all generations with an error when it is cancelled: the drain has lasted too long.
+    /// Ends all replies with an error when it is cancelled: the drain has lasted too long.
     pub(crate) fn kill_switch(&self) -> CancellationToken {
         self.0.kill_switch.clone()
     }

@@ -1,7 +1,7 @@
 //! Server-sent events: the body of a streamed reply.
 //!
 //! Pulled by the connection, so that a slow reader holds up nobody and nothing piles up here: each pull yields one
-//! event. Ends with `[DONE]` if and only if the generation has ended well; an error is an event of its own, and then
+//! event. Ends with `[DONE]` if and only if all choices have ended well; an error is an event of its own, and then
 //! the stream closes without `[DONE]`.
 
 use std::collections::VecDeque;
@@ -18,7 +18,7 @@ use hyper::body::Frame;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::error::ApiError;
-use crate::generate::{Event, Generation};
+use crate::generate::{Choices, Event};
 use crate::openai::shared::{Format, Piece};
 
 /// Headers of every event stream. The last keeps nginx from buffering it.
@@ -30,7 +30,7 @@ pub(crate) const HEADERS: [(HeaderName, &str); 3] = [
 
 /// The body of a streamed reply.
 pub(crate) struct EventStream<F> {
-    generation: Generation,
+    choices: Choices,
     format: F,
     include_usage: bool,
     frames: VecDeque<Bytes>,
@@ -42,17 +42,11 @@ pub(crate) struct EventStream<F> {
 
 impl<F: Format> EventStream<F> {
     /// A stream that begins with the choices in order, then `first`.
-    pub fn new(
-        generation: Generation,
-        format: F,
-        first: Option<Event>,
-        include_usage: bool,
-        keep_alive: Duration,
-    ) -> Self {
+    pub fn new(choices: Choices, format: F, first: Option<Event>, include_usage: bool, keep_alive: Duration) -> Self {
         let silence = Box::pin(sleep(keep_alive));
         let (frames, ended) = (VecDeque::new(), false);
-        let mut stream = Self { generation, format, include_usage, frames, ended, keep_alive, silence };
-        for index in 0..stream.generation.len() {
+        let mut stream = Self { choices, format, include_usage, frames, ended, keep_alive, silence };
+        for index in 0..stream.choices.len() {
             stream.write(&Piece::Open { index });
         }
         if let Some(event) = first {
@@ -83,7 +77,7 @@ impl<F: Format> EventStream<F> {
         match outcome {
             Ok(()) => {
                 if self.include_usage {
-                    self.write(&Piece::Usage(&self.generation.usage()));
+                    self.write(&Piece::Usage(&self.choices.usage()));
                 }
                 self.frames.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
             }
@@ -103,7 +97,7 @@ impl<F: Format> HttpBody for EventStream<F> {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = &mut *self;
         while this.frames.is_empty() && !this.ended {
-            match this.generation.poll_next(cx) {
+            match this.choices.poll_next(cx) {
                 Poll::Ready(Some(Ok(event))) => this.event(&event),
                 Poll::Ready(Some(Err(error))) => this.end(Err(error)),
                 Poll::Ready(None) => this.end(Ok(())),

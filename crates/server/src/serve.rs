@@ -4,7 +4,9 @@ use std::{io::IsTerminal, sync::Arc, time::SystemTime};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use baton_engine::{Engine, EngineConfig, EngineHandle};
-use baton_http::{AdapterRefusal, Adapters, ApiKey, Defaults, ModelCard, Service, ServiceConfig};
+use baton_http::{
+    AdapterRefusal, Adapters, ApiKey, Defaults, HandoffState, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
+};
 use baton_model::AdapterError;
 use clap::ArgMatches;
 use tokio::{
@@ -73,7 +75,8 @@ async fn serve(settings: Settings) -> Result<()> {
         queue_timeout: Some(settings.queue_timeout),
         ..ServiceConfig::default()
     });
-    let running = tokio::spawn(baton_http::serve(listener, service.clone(), stop.clone(), settings.drain_timeout));
+    let running =
+        tokio::spawn(baton_http::serve(listener, service.clone(), Surface::All, stop.clone(), settings.drain_timeout));
 
     let settings = Arc::new(settings);
     let loading = tokio::task::spawn_blocking({
@@ -124,6 +127,7 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         names,
         created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         owned_by: "baton".into(),
+        generation: model.loaded.report.digest.clone(),
         system_fingerprint: model.fingerprint,
         defaults,
         load_report: model.report,
@@ -148,7 +152,9 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         ..EngineConfig::default()
     };
     let (handle, engine) = baton_engine::spawn(model.loaded.runner, config);
-    service.install(handle.clone(), Arc::new(model.text), card, adapters);
+    let text = Arc::new(model.text);
+    let handoff = HandoffState::default();
+    service.install(NewGeneration { engine: handle.clone(), text, card, adapters, handoff });
     Ok((handle, engine))
 }
 

@@ -3,15 +3,18 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
+use baton_engine::{Adapter, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
 use baton_text::{ReasoningMarkers, ReasoningSplitter};
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
-use crate::generate::Generation;
+use crate::generate::Choices;
 use crate::generate::choice::ChoiceText;
+use crate::generation::{Generation, InUse};
+use crate::metrics::Meter;
 use crate::openai::params::Params;
-use crate::service::{Served, Service};
+use crate::service::Service;
+use crate::shadow::{Encode, Shadow};
 
 /// A request whose prompts are encoded.
 pub(crate) struct Job {
@@ -26,6 +29,8 @@ pub(crate) struct Job {
     pub field: &'static str,
     /// How to split the outputs.
     pub reasoning: Option<Reasoning>,
+    /// The candidate is to answer the first prompt as well, which this makes for it.
+    pub shadow: Option<(Shadow, Encode)>,
     /// When the request arrived.
     pub arrival: Instant,
     pub record: Arc<AccessRecord>,
@@ -39,11 +44,11 @@ pub(crate) struct Reasoning {
     pub starts_inside: bool,
 }
 
-/// Starts a generation: all choices of all prompts, or none.
-pub(crate) fn submit(service: &Service, served: &Arc<Served>, job: Job) -> Result<Generation, ApiError> {
-    let spec = served.engine.spec();
-    let (mut sampling, stop_token_ids) = resolve(&job.params, served)?;
-    let cache_scope = CacheScope(job.params.cache_salt.clone().unwrap_or_default().into_bytes());
+/// Starts all choices of all prompts, or none.
+pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<Choices, ApiError> {
+    let spec = generation.engine.spec();
+    let (mut sampling, stop_token_ids) = resolve(&job.params, &generation)?;
+    let cache_scope = generation.cache_scope(job.params.cache_salt.as_deref());
     let rooms = job.prompts.iter().map(|prompt| max_tokens(&job, prompt.len(), spec));
     let rooms = rooms.collect::<Result<Vec<_>, _>>()?;
     if let Some(&id) = job.prompts.iter().flatten().find(|&&id| id as usize >= spec.vocab_size) {
@@ -51,45 +56,65 @@ pub(crate) fn submit(service: &Service, served: &Arc<Served>, job: Job) -> Resul
     }
 
     let mut streams: Vec<OutputStream> = Vec::new();
-    let prompt_tokens = job.prompts.iter().map(Vec::len).collect();
+    let prompt_tokens: Vec<usize> = job.prompts.iter().map(Vec::len).collect();
+    let first_room = rooms[0];
     for (prompt, max_tokens) in job.prompts.into_iter().zip(rooms) {
         let choices = (0..job.params.n).map(|choice| {
             sampling.choice = choice;
             Request {
-                prompt: prompt.clone(),
-                params: sampling.clone(),
-                max_tokens,
                 stop_token_ids: stop_token_ids.clone(),
                 deadline: service.config().queue_timeout,
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
+                ..Request::new(prompt.clone(), sampling.clone(), max_tokens)
             }
         });
         // If a later prompt is refused, the streams of the earlier ones are dropped, which aborts them.
-        let group = served.engine.submit_group(choices.collect()).map_err(|error| {
-            served.metrics.rejected(&error);
+        let group = generation.engine.submit_group(choices.collect()).map_err(|error| {
+            generation.metrics.rejected(&error);
+            if error == SubmitError::EngineDown {
+                let stats = &mut generation.stats.lock();
+                stats.requests += 1;
+                stats.errors += 1;
+            }
             refusal(&error, job.field)
         })?;
         streams.extend(group);
     }
 
+    let witness = job.shadow.and_then(|(shadow, encode)| {
+        let request = shadow_request(&job.params, SamplingParams { choice: 0, ..sampling }, shadow.candidate())?;
+        let deadline = service.config().queue_timeout;
+        Some(shadow.start(encode, Request { max_tokens: first_room, deadline, ..request }))
+    });
     let text = || {
         let splitter = job.reasoning.clone().map(|r| ReasoningSplitter::new(r.markers, r.starts_inside));
-        let detokenizer = served.text.detokenizer(job.params.skip_special_tokens);
+        let detokenizer = generation.text.detokenizer(job.params.skip_special_tokens);
         ChoiceText::new(detokenizer, job.params.stop.clone(), splitter)
             .min_tokens(job.params.min_tokens)
             .include_stop(job.params.include_stop_str_in_output)
             .scored(job.params.logprobs.is_some())
     };
     let choices = streams.into_iter().map(|stream| (stream, text())).collect();
-    let meter = served.metrics.meter(job.arrival, job.record);
-    Ok(Generation::new(choices, prompt_tokens, job.params.n as usize, service.kill_switch(), meter))
+    let n = job.params.n as usize;
+    let meter = Meter::new(generation, job.arrival, job.record, &prompt_tokens, n);
+    Ok(Choices::new(choices, prompt_tokens.iter().sum(), n, service.kill_switch(), meter, witness))
+}
+
+/// What the candidate is asked, but for the prompt: sampled as for the client, ended by its own tokens.
+///
+/// Its vocabulary may be another, in which ids of the request mean nothing: then it is not asked.
+fn shadow_request(params: &Params, sampling: SamplingParams, candidate: &Generation) -> Option<Request> {
+    let (own, stop_token_ids) = resolve(params, candidate).ok()?;
+    let sampling = SamplingParams { suppressed_until_min: own.suppressed_until_min, ..sampling };
+    let cache_scope = candidate.cache_scope(params.cache_salt.as_deref());
+    Some(Request { stop_token_ids, cache_scope, ..Request::new(Vec::new(), sampling, 1) })
 }
 
 /// The request's values, else the checkpoint's, else OpenAI's; and the tokens that end an output.
-fn resolve(params: &Params, served: &Served) -> Result<(SamplingParams, Vec<u32>), ApiError> {
-    let defaults = &served.card.defaults;
-    let vocab = served.engine.spec().vocab_size;
+fn resolve(params: &Params, generation: &Generation) -> Result<(SamplingParams, Vec<u32>), ApiError> {
+    let defaults = &generation.card.defaults;
+    let vocab = generation.engine.spec().vocab_size;
     let in_vocab = |name: &str, id: u32| match (id as usize) < vocab {
         true => Ok(()),
         false => Err(ApiError::out_of_range(name, format!("token ids below {vocab}"))),
@@ -99,7 +124,7 @@ fn resolve(params: &Params, served: &Served) -> Result<(SamplingParams, Vec<u32>
 
     let mut ends = params.stop_token_ids.clone();
     if !params.ignore_eos {
-        ends.extend(defaults.eos_token_ids.iter().copied().chain(served.text.eos_token_id()));
+        ends.extend(defaults.eos_token_ids.iter().copied().chain(generation.text.eos_token_id()));
     }
     ends.sort_unstable();
     ends.dedup();

@@ -3,30 +3,22 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use baton_engine::{EngineStats, RunSpec, StepTokens};
-use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
 use crate::adapters::AdapterGauges;
+use crate::metrics::families::{Labelled, Values, family};
 
 /// The engine's metrics under these labels, and those of adapters if there can be any.
 pub(super) fn families(
-    labels: &[(&'static str, String)],
+    labels: &Labelled,
     stats: &EngineStats,
     spec: &RunSpec,
     adapters: Option<AdapterGauges>,
 ) -> Vec<MetricFamily> {
-    let labels = |more: &[(&str, &str)]| -> Vec<LabelPair> {
-        let given = labels.iter().map(|(name, value)| (*name, value.as_str()));
-        given.chain(more.iter().copied()).map(|(name, value)| label(name, value)).collect()
-    };
-    let gauges = |name: &str, help: &str, values: &[(&[(&str, &str)], f64)]| {
-        family(name, help, MetricType::GAUGE, values.iter().map(|(more, value)| gauge(labels(more), *value)).collect())
-    };
-    let gauge = |name: &str, help: &str, value: f64| gauges(name, help, &[(&[], value)]);
-    let counters = |name: &str, help: &str, values: &[(&[(&str, &str)], u64)]| {
-        let metrics = values.iter().map(|(more, value)| counter(labels(more), *value)).collect();
-        family(name, help, MetricType::COUNTER, metrics)
-    };
-    let counter = |name: &str, help: &str, value: u64| counters(name, help, &[(&[], value)]);
+    let gauge = |name: &str, help: &str, value: f64| labels.gauge(name, help, value);
+    let gauges = |name: &str, help: &str, values: &Values<f64>| labels.gauges(name, help, values);
+    let counter = |name: &str, help: &str, value: u64| labels.counter(name, help, value);
+    let counters = |name: &str, help: &str, values: &Values<u64>| labels.counters(name, help, values);
     let (waiting, blocks) = (stats.waiting as f64, &stats.blocks);
     let (block_size, num_blocks) = (spec.block_size.to_string(), spec.num_blocks.to_string());
     let cache = [("block_size", block_size.as_str()), ("num_gpu_blocks", num_blocks.as_str())];
@@ -50,7 +42,7 @@ pub(super) fn families(
             "vllm:iteration_tokens_total",
             "Tokens computed per step.",
             MetricType::HISTOGRAM,
-            vec![step_tokens(labels(&[]), &stats.step_tokens)],
+            vec![step_tokens(labels.with(&[]), &stats.step_tokens)],
         ),
         gauges("vllm:cache_config_info", "Settings of the cache, as labels.", &[(&cache, 1.0)]),
         gauge("baton_engine_alive", "1 while the engine takes steps.", f64::from(u8::from(stats.alive))),
@@ -104,38 +96,6 @@ pub(super) fn families(
         families.push(gauge("baton_lora_adapters", "Adapters that are served.", loaded as f64));
     }
     families
-}
-
-fn label(name: &str, value: &str) -> LabelPair {
-    let mut pair = LabelPair::default();
-    pair.set_name(name.to_owned());
-    pair.set_value(value.to_owned());
-    pair
-}
-
-fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) -> MetricFamily {
-    let mut family = MetricFamily::default();
-    family.set_name(name.to_owned());
-    family.set_help(help.to_owned());
-    family.set_field_type(kind);
-    family.set_metric(metrics);
-    family
-}
-
-fn gauge(labels: Vec<LabelPair>, value: f64) -> Metric {
-    let mut gauge = Gauge::default();
-    gauge.set_value(value);
-    let mut metric = Metric::from_label(labels);
-    metric.set_gauge(gauge);
-    metric
-}
-
-fn counter(labels: Vec<LabelPair>, value: u64) -> Metric {
-    let mut counter = Counter::default();
-    counter.set_value(value as f64);
-    let mut metric = Metric::from_label(labels);
-    metric.set_counter(counter);
-    metric
 }
 
 fn step_tokens(labels: Vec<LabelPair>, steps: &StepTokens) -> Metric {

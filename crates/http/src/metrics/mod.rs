@@ -1,22 +1,27 @@
 //! What `/metrics` shows.
 //!
-//! Three sources: the HTTP side counts its own requests ([`HttpMetrics`]), a served model has the histograms and
-//! counters of its requests ([`ModelMetrics`], fed by a [`Meter`] per request), and what the engine counts is read
-//! from its statistics at scrape time ([`engine::families`]). Names with `vllm:` are those of vLLM, so that its
-//! dashboards and scaling rules work; ours begin with `baton_`. No label takes its value from a request.
+//! The HTTP side counts its own requests ([`HttpMetrics`]); each generation has the histograms and counters of its
+//! requests ([`ModelMetrics`], fed by a [`Meter`] per request). What the engine counts, and what is known of a hand-off
+//! and of shadows, is read at scrape time. Both live generations are in the same families, told apart by a label; one
+//! that is retired vanishes, and so do its series. Names with `vllm:` are those of vLLM, so that its dashboards and
+//! scaling rules work; ours begin with `baton_`. No label takes its value from a request.
 
 mod engine;
+mod families;
+mod handoff;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_engine::{EngineFailure, EngineHandle, SubmitError, Timings};
+use baton_engine::{EngineFailure, SubmitError, Timings};
 use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
 
 use crate::access::AccessRecord;
-use crate::adapters::Adapters;
-use crate::service::Served;
+use crate::error::ApiError;
+use crate::generation::{Generation, InUse};
+use crate::generations::{All, Generations, Role};
+use crate::metrics::families::Labelled;
 
 /// Metrics of the service, model or not.
 pub(crate) struct HttpMetrics {
@@ -51,15 +56,29 @@ impl HttpMetrics {
         Self { registry, in_flight, requests, ready }
     }
 
-    /// The exposition, with the metrics of a model if there is one.
-    pub fn expose(&self, model: Option<&Served>) -> Vec<u8> {
+    /// The exposition, with the metrics of all generations that requests can get.
+    pub fn expose(&self, generations: &Generations) -> Vec<u8> {
         let mut families = self.registry.gather();
-        if let Some(served) = model {
-            families.extend(served.metrics.gather(&served.engine, &served.adapters));
+        let All { generations, shadow, .. } = generations.all();
+        for (role, generation) in generations.iter().filter(|(role, _)| *role != Role::Retired) {
+            merge(&mut families, generation.metrics.gather(generation, *role));
+            if let (Role::Candidate, Some(shadow)) = (role, &shadow) {
+                families.extend(handoff::shadow_families(&Labelled(&generation.metrics.labels), shadow));
+            }
         }
         let mut out = Vec::new();
         TextEncoder::new().encode(&families, &mut out).expect("memory takes all, and every family has metrics");
         out
+    }
+}
+
+/// Adds families to others, those of the same name together.
+fn merge(families: &mut Vec<MetricFamily>, more: Vec<MetricFamily>) {
+    for mut family in more {
+        match families.iter_mut().find(|known| known.name() == family.name()) {
+            Some(known) => known.mut_metric().extend(family.take_metric()),
+            None => families.push(family),
+        }
     }
 }
 
@@ -72,10 +91,10 @@ pub(crate) enum Ending {
     Error,
 }
 
-/// Metrics of one served model.
+/// Metrics of one generation.
 pub(crate) struct ModelMetrics {
     registry: Registry,
-    labels: [(&'static str, String); 2],
+    labels: [(&'static str, String); 3],
     success: IntCounterVec,
     rejections: IntCounterVec,
     corrupted: IntCounter,
@@ -103,10 +122,12 @@ const LATENCY_SECONDS: [f64; 21] = [
 ];
 
 impl ModelMetrics {
-    /// Metrics of a model by its canonical name, for contexts of at most `max_model_len` tokens.
-    pub fn new(model_name: &str, max_model_len: usize) -> Self {
+    /// Metrics of a model by its canonical name and its generation's label, for contexts of at most `max_model_len`
+    /// tokens.
+    pub fn new(model_name: &str, generation: &str, max_model_len: usize) -> Self {
         let registry = Registry::new();
-        let labels = [("model_name", model_name.to_owned()), ("engine", "0".to_owned())];
+        let labels = [("model_name", model_name), ("engine", "0"), ("generation", generation)];
+        let labels = labels.map(|(name, value)| (name, value.to_owned()));
         let opts = |name: &str, help: &str| {
             labels.iter().fold(Opts::new(name, help), |opts, (name, value)| opts.const_label(*name, value))
         };
@@ -164,9 +185,15 @@ impl ModelMetrics {
         }
     }
 
-    fn gather(&self, engine: &EngineHandle, adapters: &Adapters) -> Vec<MetricFamily> {
-        let (mut families, stats) = (self.registry.gather(), engine.stats());
-        families.extend(engine::families(&self.labels, &stats, engine.spec(), adapters.gauges(&stats)));
+    fn gather(&self, generation: &Generation, role: Role) -> Vec<MetricFamily> {
+        let (mut families, labels, stats) = (self.registry.gather(), Labelled(&self.labels), generation.engine.stats());
+        families.extend(engine::families(
+            &labels,
+            &stats,
+            generation.engine.spec(),
+            generation.adapters.gauges(&stats),
+        ));
+        families.extend(handoff::families(&labels, role, &generation.handoff.get()));
         families
     }
 
@@ -180,11 +207,6 @@ impl ModelMetrics {
         };
         self.rejections.with_label_values(&[reason]).inc();
     }
-
-    /// Watches one request.
-    pub fn meter(self: &Arc<Self>, arrival: Instant, record: Arc<AccessRecord>) -> Meter {
-        Meter { metrics: self.clone(), arrival, record, choices: Vec::new() }
-    }
 }
 
 /// 1, 2, 5, 10, 20, 50, … up to `max`.
@@ -193,9 +215,9 @@ fn one_two_five(max: usize) -> Vec<f64> {
     decades.flat_map(|decade| [1.0, 2.0, 5.0].map(|m| m * decade)).take_while(|edge| *edge <= max as f64).collect()
 }
 
-/// Measures one request. A choice that has not ended when the meter is dropped was aborted.
+/// Measures one request, and holds its generation. A choice that has not ended when the meter is dropped was aborted.
 pub(crate) struct Meter {
-    metrics: Arc<ModelMetrics>,
+    generation: InUse,
     arrival: Instant,
     record: Arc<AccessRecord>,
     choices: Vec<MeteredChoice>,
@@ -211,22 +233,31 @@ struct MeteredChoice {
 
 impl Meter {
     /// The engine has accepted all choices, `n` per prompt.
-    pub fn begin(&mut self, prompt_tokens: &[usize], n: usize) {
-        self.record.prompt_tokens(prompt_tokens.iter().sum());
+    pub fn new(
+        generation: InUse,
+        arrival: Instant,
+        record: Arc<AccessRecord>,
+        prompt_tokens: &[usize],
+        n: usize,
+    ) -> Self {
+        record.prompt_tokens(prompt_tokens.iter().sum());
+        generation.stats.lock().requests += 1;
         let choices = |&prompt_tokens: &usize| {
             vec![MeteredChoice { prompt_tokens, tokens: 0, last_token: None, ended: false }; n]
         };
-        self.choices = prompt_tokens.iter().flat_map(choices).collect();
+        let choices = prompt_tokens.iter().flat_map(choices).collect();
+        Self { generation, arrival, record, choices }
     }
 
     /// A choice has a token.
     pub fn token(&mut self, index: usize) {
         let (now, choice) = (Instant::now(), &mut self.choices[index]);
         match choice.last_token.replace(now) {
-            Some(last) => self.metrics.inter_token.observe((now - last).as_secs_f64()),
+            Some(last) => self.generation.metrics.inter_token.observe((now - last).as_secs_f64()),
             None => {
                 let ttft = now - self.arrival;
-                self.metrics.time_to_first_token.observe(ttft.as_secs_f64());
+                self.generation.metrics.time_to_first_token.observe(ttft.as_secs_f64());
+                self.generation.stats.lock().time_to_first_token.record(ttft);
                 self.record.first_token(ttft);
             }
         }
@@ -235,7 +266,7 @@ impl Meter {
 
     /// A choice is complete. `completion_tokens`: what the client is told.
     pub fn finished(&mut self, index: usize, ending: Ending, completion_tokens: usize, timings: &Timings) {
-        let metrics = &self.metrics;
+        let metrics = &self.generation.metrics;
         self.choices[index].tokens = completion_tokens;
         self.record.timings(timings.queue, timings.prefill, timings.decode);
         metrics.queue.observe(timings.queue.as_secs_f64());
@@ -244,7 +275,9 @@ impl Meter {
         metrics.inference.observe((timings.prefill + timings.decode).as_secs_f64());
         if completion_tokens > 1 {
             let intervals = u32::try_from(completion_tokens - 1).unwrap_or(u32::MAX);
-            metrics.per_output_token.observe((timings.decode / intervals).as_secs_f64());
+            let per_token = timings.decode / intervals;
+            metrics.per_output_token.observe(per_token.as_secs_f64());
+            self.generation.stats.lock().time_per_output_token.record(per_token);
         }
         self.end(index, ending);
     }
@@ -252,14 +285,16 @@ impl Meter {
     /// A choice has failed.
     pub fn failed(&mut self, index: usize, failure: &EngineFailure) {
         if *failure == EngineFailure::NonFiniteLogits {
-            self.metrics.corrupted.inc();
+            self.generation.metrics.corrupted.inc();
+            self.generation.stats.lock().non_finite += 1;
         }
         self.end(index, Ending::Error);
     }
 
     /// The request as a whole ends with this error.
-    pub fn error(&self, code: &'static str) {
-        self.record.error(code);
+    pub fn error(&self, error: &ApiError) {
+        self.record.error(error.code());
+        self.generation.stats.lock().errors += u64::from(error.is_breakdown());
     }
 
     fn end(&mut self, index: usize, ending: Ending) {
@@ -272,10 +307,11 @@ impl Meter {
             Ending::Abort => "abort",
             Ending::Error => "error",
         };
-        self.metrics.success.with_label_values(&[reason]).inc();
-        self.metrics.e2e.observe(self.arrival.elapsed().as_secs_f64());
-        self.metrics.prompt_tokens.observe(choice.prompt_tokens as f64);
-        self.metrics.generation_tokens.observe(choice.tokens as f64);
+        let metrics = &self.generation.metrics;
+        metrics.success.with_label_values(&[reason]).inc();
+        metrics.e2e.observe(self.arrival.elapsed().as_secs_f64());
+        metrics.prompt_tokens.observe(choice.prompt_tokens as f64);
+        metrics.generation_tokens.observe(choice.tokens as f64);
     }
 }
 

@@ -2,16 +2,17 @@
 
 use std::sync::Arc;
 
-use baton_text::{Segment, TextModel};
+use baton_text::Segment;
 use serde::Serialize;
 
 use crate::generate::{Output, Score};
+use crate::generation::Generation;
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
 
 /// Writes chat completions.
 pub(crate) struct ChatFormat {
     pub envelope: Envelope,
-    pub text: Arc<TextModel>,
+    pub generation: Arc<Generation>,
     /// Whether scores were asked for.
     pub logprobs: bool,
 }
@@ -81,7 +82,7 @@ struct Alternative {
 
 impl ChatFormat {
     fn alternative(&self, token: u32, logprob: f32) -> Alternative {
-        let bytes = self.text.token_bytes(token);
+        let bytes = self.generation.text.token_bytes(token);
         Alternative { token: String::from_utf8_lossy(&bytes).into_owned(), logprob: finite(logprob), bytes }
     }
 

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use baton_text::{Segment, TextModel};
+use baton_text::Segment;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::generate::{Output, Score};
+use crate::generation::Generation;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest, token_id};
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
 
@@ -83,7 +84,7 @@ fn ids(path: &str, items: &[Value]) -> Result<Prompt, ApiError> {
 /// Writes text completions.
 pub(crate) struct CompletionFormat {
     pub envelope: Envelope,
-    pub text: Arc<TextModel>,
+    pub generation: Arc<Generation>,
     /// Whether scores were asked for.
     pub logprobs: bool,
     /// Whether there are several choices, which then all have to be announced in order.
@@ -111,7 +112,7 @@ struct Logprobs {
 
 impl CompletionFormat {
     fn token(&self, id: u32) -> String {
-        String::from_utf8_lossy(&self.text.token_bytes(id)).into_owned()
+        String::from_utf8_lossy(&self.generation.text.token_bytes(id)).into_owned()
     }
 
     fn logprobs(&self, scores: &[Score]) -> Logprobs {

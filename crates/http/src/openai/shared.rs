@@ -1,13 +1,13 @@
-//! What the replies of chat and completions have in common, and the seam between a generation and its wire form.
+//! What the replies of chat and completions have in common, and the seam between choices and their wire form.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Serialize, Serializer};
 
 use crate::generate::{Output, Score};
-use crate::service::Target;
+use crate::generation::Target;
 
-/// How an endpoint writes a generation. Both forms are made of the same pieces, so that joined chunks equal the whole.
+/// How an endpoint writes choices. Both forms are made of the same pieces, so that joined chunks equal the whole.
 pub(crate) trait Format: Send + Sync + Unpin + 'static {
     /// Writes one chunk of a stream, or nothing if the format has none for this piece.
     fn chunk(&self, out: &mut Vec<u8>, piece: &Piece);

@@ -11,10 +11,12 @@ use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::extract;
 use crate::generate::{Job, respond, submit};
+use crate::generations::Pick;
 use crate::openai::completion::{CompletionFormat, CompletionRequest, DEFAULT_MAX_TOKENS, Prompt};
 use crate::openai::shared::Envelope;
 use crate::routes::warn;
 use crate::service::Service;
+use crate::shadow::Encode;
 
 pub(super) async fn create(
     State(service): State<Service>,
@@ -22,19 +24,26 @@ pub(super) async fn create(
     request: Request,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
-    let (config, served) = (service.config(), service.served()?);
+    let config = service.config();
     let body = extract::json(request, config).await?;
     let request = CompletionRequest::read(body.object, config.max_n, config.lenient)?;
-    let target = served.target(request.model.as_deref())?;
+    let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
 
-    let (text, prompts) = (served.text.clone(), request.prompts);
-    let prompts = service.text_work(move || encode(&text, prompts)).await?;
+    let prompts = request.prompts;
+    let shadow = shadow.map(|shadow| {
+        let prompt = prompts[0].clone();
+        let encode: Encode = Box::new(move |candidate| encode(&candidate.text, prompt));
+        (shadow, encode)
+    });
+    let model = Arc::clone(&generation);
+    let encode_all = move || prompts.into_iter().map(|prompt| encode(&model.text, prompt)).collect();
+    let prompts: Vec<_> = service.text_work(encode_all).await?;
 
     let params = request.params;
     let (stream, include_usage) = (params.stream, params.include_usage);
     let format = CompletionFormat {
         envelope: Envelope::new("cmpl", &target, stream && include_usage),
-        text: served.text.clone(),
+        generation: Arc::clone(&generation),
         logprobs: params.logprobs.is_some(),
         several: prompts.len() > 1 || params.n > 1,
     };
@@ -45,21 +54,21 @@ pub(super) async fn create(
         default_max_tokens: Some(DEFAULT_MAX_TOKENS),
         field: "prompt",
         reasoning: None,
+        shadow,
         arrival,
         record,
     };
-    let generation = submit(&service, &served, job)?;
-    let mut response = respond(generation, format, stream, include_usage, config.keep_alive).await?;
+    let choices = submit(&service, generation, job)?;
+    let mut response = respond(choices, format, stream, include_usage, config.keep_alive).await?;
     warn(&mut response, &request.ignored);
     Ok(response)
 }
 
-fn encode(text: &TextModel, prompts: Vec<Prompt>) -> Result<Vec<Vec<u32>>, ApiError> {
-    let encode = |prompt| match prompt {
+fn encode(text: &TextModel, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
+    match prompt {
         Prompt::Ids(ids) => Ok(ids),
         Prompt::Text(prompt) => {
             text.encode(&prompt, true).map_err(|_| ApiError::invalid("prompt", "the prompt cannot be tokenized"))
         }
-    };
-    prompts.into_iter().map(encode).collect()
+    }
 }

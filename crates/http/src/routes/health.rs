@@ -13,8 +13,8 @@ fn ok() -> Json<Value> {
 
 /// The process is worth keeping: fails only once the engine has stopped for good.
 pub(super) async fn live(State(service): State<Service>) -> Result<Json<Value>, ApiError> {
-    match service.loaded() {
-        Some(served) if !served.engine.stats().alive => Err(ApiError::engine_down()),
+    match service.serving() {
+        Ok(generation) if !generation.engine.stats().alive => Err(ApiError::engine_down()),
         _ => Ok(ok()),
     }
 }
@@ -26,7 +26,7 @@ pub(super) async fn ready(State(service): State<Service>) -> Result<Json<Value>,
 
 /// The model has been loaded.
 pub(super) async fn startup(State(service): State<Service>) -> Result<Json<Value>, ApiError> {
-    service.loaded().map(|_| ok()).ok_or_else(ApiError::model_loading)
+    service.serving().map(|_| ok())
 }
 
 pub(super) async fn version(State(service): State<Service>) -> Json<Value> {

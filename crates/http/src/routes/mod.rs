@@ -1,6 +1,7 @@
 //! The routes, and the layers around them.
 
 mod adapters;
+mod admin;
 mod chat;
 mod completions;
 mod health;
@@ -8,7 +9,7 @@ mod models;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::middleware::{from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
@@ -20,19 +21,36 @@ use crate::error::ApiError;
 use crate::service::Service;
 use crate::{access, admission, auth};
 
-/// All routes of a service. Every reply that is not 2xx is an error object.
-pub fn router(service: Service) -> Router {
+/// Which routes a listener shows. Probes, version and metrics are on every one; what is not shown does not exist there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Surface {
+    /// All routes.
+    All,
+    /// All but those that ask for the admin scope.
+    WithoutAdmin,
+    /// Those that ask for the admin scope.
+    AdminOnly,
+}
+
+impl Surface {
+    fn admin(self) -> bool {
+        self != Self::WithoutAdmin
+    }
+
+    fn inference(self) -> bool {
+        self != Self::AdminOnly
+    }
+}
+
+/// The routes of a service. Every reply that is not 2xx is an error object.
+pub fn router(service: Service, surface: Surface) -> Router {
     let inference = |route: MethodRouter<Service>| {
         // Only on the methods of the route: another one is refused as such, not as overload.
         route.route_layer(from_fn_with_state(service.clone(), admission::layer))
     };
-    let routes = Router::new()
-        .route("/v1/chat/completions", inference(post(chat::create)))
-        .route("/v1/completions", inference(post(completions::create)))
-        .route("/v1/models", get(models::list))
-        .route(auth::MODEL, get(models::one))
-        .route("/v1/load_lora_adapter", post(adapters::load))
-        .route("/v1/unload_lora_adapter", post(adapters::unload))
+    let mut routes = Router::new()
+        // An admin sees more of a model than others.
+        .route(auth::MODEL, get(models::one).layer(Extension(surface)))
         .route("/live", get(health::live))
         .route("/health/live", get(health::live))
         .route("/v2/health/live", get(health::live))
@@ -44,6 +62,20 @@ pub fn router(service: Service) -> Router {
         .route("/health/startup", get(health::startup))
         .route("/version", get(health::version))
         .route("/metrics", get(metrics));
+    if surface.inference() {
+        routes = routes
+            .route("/v1/chat/completions", inference(post(chat::create)))
+            .route("/v1/completions", inference(post(completions::create)))
+            .route("/v1/models", get(models::list));
+    }
+    if surface.admin() {
+        routes = routes
+            .route("/v1/load_lora_adapter", post(adapters::load))
+            .route("/v1/unload_lora_adapter", post(adapters::unload))
+            .route("/admin/generations", get(admin::generations))
+            .route("/admin/rollout", get(admin::status).post(admin::start))
+            .route("/admin/rollout/{command}", post(admin::command));
+    }
     wrap(routes, service)
 }
 
@@ -78,10 +110,9 @@ async fn no_plain_refusals(response: Response<Body>) -> Response {
 }
 
 async fn metrics(State(service): State<Service>) -> Response {
-    let served = service.loaded();
     let metrics = service.metrics();
     metrics.ready.set(i64::from(service.ready().is_ok()));
-    let text = metrics.expose(served.as_deref());
+    let text = metrics.expose(service.generations());
     ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

@@ -1,4 +1,4 @@
-//! `/v1/models`, one of them, and how it was loaded.
+//! `/v1/models`, one of them, and how it was loaded and handed over. All is said of the generation that serves.
 
 use axum::Json;
 use axum::extract::rejection::PathRejection;
@@ -10,24 +10,29 @@ use http::header::CONTENT_TYPE;
 use crate::adapters::ServedAdapter;
 use crate::auth::{Granted, Scope};
 use crate::error::ApiError;
+use crate::generation::Generation;
+use crate::handoff::Admission;
 use crate::openai::models::{ModelList, ModelObject};
-use crate::service::{Served, Service};
+use crate::routes::Surface;
+use crate::service::Service;
 
-/// Behind a model's id: how it was loaded.
-const LOAD_REPORT: &str = "/load-report";
+/// Behind a model's id: what only an admin sees of it.
+const REPORTS: [(&str, Report); 2] = [("/load-report", load_report), ("/handoff", handoff_report)];
 
-fn object<'a>(served: &'a Served, id: &'a str, adapter: Option<&ServedAdapter>) -> ModelObject<'a> {
-    let (card, max_model_len) = (&served.card, served.engine.spec().max_model_len);
+type Report = fn(&Generation) -> Result<Vec<u8>, ApiError>;
+
+fn object<'a>(generation: &'a Generation, id: &'a str, adapter: Option<&ServedAdapter>) -> ModelObject<'a> {
+    let (card, max_model_len) = (&generation.card, generation.engine.spec().max_model_len);
     let created = adapter.map_or(card.created, |adapter| adapter.created);
     let parent = adapter.map(|_| card.names[0].as_str());
     ModelObject { id, object: "model", created, owned_by: &card.owned_by, max_model_len, parent }
 }
 
 pub(super) async fn list(State(service): State<Service>) -> Result<Response, ApiError> {
-    let served = service.loaded().ok_or_else(ApiError::model_loading)?;
-    let adapters = served.adapters.all();
-    let models = served.card.names.iter().map(|name| object(&served, name, None));
-    let data = models.chain(adapters.iter().map(|(name, adapter)| object(&served, name, Some(adapter)))).collect();
+    let generation = service.serving()?;
+    let adapters = generation.adapters.all();
+    let models = generation.card.names.iter().map(|name| object(&generation, name, None));
+    let data = models.chain(adapters.iter().map(|(name, adapter)| object(&generation, name, Some(adapter)))).collect();
     Ok(Json(ModelList { object: "list", data }).into_response())
 }
 
@@ -35,27 +40,48 @@ pub(super) async fn list(State(service): State<Service>) -> Result<Response, Api
 pub(super) async fn one(
     State(service): State<Service>,
     Extension(granted): Extension<Granted>,
+    Extension(surface): Extension<Surface>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::model_not_found())?;
-    if let Some(id) = id.strip_suffix(LOAD_REPORT) {
-        granted.require(Scope::Admin)?;
-        return load_report(&service, id);
+    for (suffix, report) in REPORTS {
+        if let Some(id) = id.strip_suffix(suffix) {
+            if !surface.admin() {
+                return Err(ApiError::route_not_found());
+            }
+            granted.require(Scope::Admin)?;
+            let generation = service.serving()?;
+            if !generation.has_name(Some(id)) {
+                return Err(ApiError::model_not_found());
+            }
+            let json = HeaderValue::from_static("application/json");
+            return Ok(([(CONTENT_TYPE, json)], report(&generation)?).into_response());
+        }
+    }
+    if !surface.inference() {
+        return Err(ApiError::route_not_found());
     }
     granted.require(Scope::Inference)?;
-    let served = service.loaded().ok_or_else(ApiError::model_loading)?;
-    let adapter = served.adapters.get(&id);
+    let generation = service.serving()?;
+    let adapter = generation.adapters.get(&id);
     if adapter.is_none() {
-        served.target(Some(&id))?;
+        generation.target(Some(&id))?;
     }
-    Ok(Json(object(&served, &id, adapter.as_ref())).into_response())
+    Ok(Json(object(&generation, &id, adapter.as_ref())).into_response())
 }
 
-fn load_report(service: &Service, id: &str) -> Result<Response, ApiError> {
-    let served = service.loaded().ok_or_else(ApiError::model_loading)?;
-    if !served.card.names.iter().any(|name| name == id) {
-        return Err(ApiError::model_not_found());
-    }
-    let json = HeaderValue::from_static("application/json");
-    Ok(([(CONTENT_TYPE, json)], served.card.load_report.clone()).into_response())
+/// How its weights were loaded.
+fn load_report(generation: &Generation) -> Result<Vec<u8>, ApiError> {
+    Ok(generation.card.load_report.clone())
+}
+
+/// How it was judged against its trainer.
+fn handoff_report(generation: &Generation) -> Result<Vec<u8>, ApiError> {
+    let handoff = generation.handoff.get();
+    let none = || match handoff.admission {
+        Admission::Off => ApiError::no_handoff("hand-offs are not looked at (--handoff off)"),
+        Admission::Absent => ApiError::no_handoff("the model came without a bundle: there is no handoff.json"),
+        _ => ApiError::no_handoff("the hand-off is still being verified; there is no report yet"),
+    };
+    handoff.report.as_deref().map(<[u8]>::to_vec).ok_or_else(none)
 }

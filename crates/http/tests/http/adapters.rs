@@ -86,7 +86,13 @@ async fn an_adapter_is_served_by_its_name_from_load_to_unload() {
     let one = server.get_with_key("/v1/models/first", "user").await.json();
     assert_eq!(one, list["data"][2]);
     assert_eq!((&one["owned_by"], &one["max_model_len"]), (&json!("local"), &json!(512)));
-    assert!(server.get("/metrics").await.body.contains("baton_lora_adapters{model_name=\"tiny\",engine=\"0\"} 1\n"));
+    assert!(
+        server
+            .get("/metrics")
+            .await
+            .body
+            .contains("baton_lora_adapters{model_name=\"tiny\",engine=\"0\",generation=\"0123456789ab\"} 1\n")
+    );
 
     let reply = unload(&server, "first").await;
     assert_eq!((reply.status, reply.body.as_str()), (200, "Success: LoRA adapter 'first' removed successfully."));
@@ -182,12 +188,17 @@ async fn admin_routes_need_an_admin_key_which_is_good_for_nothing_else() {
     let body = json!({"lora_name": "x", "lora_path": "a"});
     let code = |reply: Reply| (reply.status, reply.error_code());
     let (unknown, foreign) = ((401, "invalid_api_key".to_owned()), (403, "insufficient_scope".to_owned()));
-    for path in [LOAD, UNLOAD] {
+    let commands = ["shadow", "share", "promote", "rollback", "nope"].map(|word| format!("/admin/rollout/{word}"));
+    let posts = [LOAD, UNLOAD, "/admin/rollout"].into_iter().chain(commands.iter().map(String::as_str));
+    for path in posts {
         assert_eq!(code(server.post(path, &body).await), unknown);
         assert_eq!(code(server.post_with_key(path, "other", &body).await), unknown);
         assert_eq!(code(server.post_with_key(path, "user", &body).await), foreign);
     }
-    for report in [REPORT, "/v1/models/org/tiny/load-report", "/v1/models/nope/load-report"] {
+    let reports = ["load-report", "handoff"]
+        .map(|report| ["tiny", "org/tiny", "org%2Ftiny", "nope"].map(|id| format!("/v1/models/{id}/{report}")));
+    let shown = ["/admin/generations", "/admin/rollout", REPORT].map(str::to_owned);
+    for report in &reports.into_iter().flatten().chain(shown).collect::<Vec<_>>() {
         assert_eq!(code(server.get(report).await), unknown);
         assert_eq!(code(server.get_with_key(report, "user").await), foreign);
     }
@@ -202,8 +213,17 @@ async fn without_keys_everybody_is_served_and_nobody_is_an_admin() {
     let (server, card) = Setup::default().start_loading().await;
     server.install_with(card, Adapters::new(2, mock_load(Arc::default())));
     assert_eq!(server.chat(json!({})).await.status, 200);
-    for reply in [server.post(LOAD, &json!({})).await, server.post(UNLOAD, &json!({})).await, server.get(REPORT).await]
-    {
+    let replies = [
+        server.post(LOAD, &json!({})).await,
+        server.post(UNLOAD, &json!({})).await,
+        server.get(REPORT).await,
+        server.get("/v1/models/tiny/handoff").await,
+        server.get("/admin/generations").await,
+        server.get("/admin/rollout").await,
+        server.post("/admin/rollout", &json!({})).await,
+        server.post("/admin/rollout/promote", &json!({})).await,
+    ];
+    for reply in replies {
         assert_eq!((reply.status, reply.error_code().as_str()), (401, "invalid_api_key"));
         assert!(reply.body.contains("--admin-api-key"));
     }

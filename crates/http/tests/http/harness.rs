@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
-use baton_engine::{EngineConfig, EngineHandle, RunSpec};
-use baton_http::{Adapters, Defaults, ModelCard, Service, ServiceConfig};
+use baton_engine::{Engine, EngineConfig, EngineHandle, RunSpec};
+use baton_http::{Adapters, Defaults, HandoffState, ModelCard, NewGeneration, Service, ServiceConfig, Surface};
 use baton_text::{TextFiles, TextModel, TokenizerFile};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,6 +22,9 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the mock model answers unless told otherwise.
 pub const REPLY: &str = "<think>\nadd them\n</think>\n\nHello, wörld 你好! 12 STOP 34";
+
+/// The digest of the model, unless there are several.
+pub const DIGEST: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
 /// The parts of `REPLY`.
 pub const REASONING: &str = "add them";
@@ -106,27 +109,73 @@ impl Setup {
     /// A server whose model is still to be installed.
     pub async fn start_loading(self) -> (Server, ModelCard) {
         let text = Arc::new(abacus());
-        let model =
-            MockModel::Script { reply: text.encode(&self.reply, false).unwrap(), end: text.eos_token_id().unwrap() };
+        let model = script(&text, &self.reply);
         let runner = MockRunner::new(self.spec, model);
         let control = runner.control();
         let (engine, _) = baton_engine::spawn(Box::new(runner), self.engine);
         let service = Service::new(self.config);
-        let card = ModelCard {
-            names: vec!["tiny".into(), "org/tiny".into()],
-            created: 1_790_000_000,
-            owned_by: "local".into(),
-            system_fingerprint: "fp_test".into(),
-            defaults: self.defaults,
-            load_report: br#"{"architecture":"mock"}"#.to_vec(),
-        };
+        let card = ModelCard { defaults: self.defaults, ..card(DIGEST, "fp_test") };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let serve = baton_http::serve(listener, service.clone(), shutdown.clone(), self.drain_timeout);
+        let serve = baton_http::serve(listener, service.clone(), Surface::All, shutdown.clone(), self.drain_timeout);
         let served = tokio::spawn(serve);
         (Server { addr, service, engine, text, control, shutdown, served }, card)
     }
+}
+
+/// How every model of the tests presents itself, but for these.
+pub fn card(digest: &str, fingerprint: &str) -> ModelCard {
+    ModelCard {
+        names: vec!["tiny".into(), "org/tiny".into()],
+        created: 1_790_000_000,
+        owned_by: "local".into(),
+        generation: digest.into(),
+        system_fingerprint: fingerprint.into(),
+        defaults: Defaults::default(),
+        load_report: br#"{"architecture":"mock"}"#.to_vec(),
+    }
+}
+
+/// A model that says this.
+pub fn script(text: &TextModel, reply: &str) -> MockModel {
+    MockModel::Script { reply: text.encode(reply, false).unwrap(), end: text.eos_token_id().unwrap() }
+}
+
+/// A model beside the one that the server started with.
+pub struct Other {
+    pub engine: EngineHandle,
+    pub thread: Engine,
+    pub text: Arc<TextModel>,
+    pub control: MockControl,
+    pub handoff: HandoffState,
+    pub digest: String,
+}
+
+impl Other {
+    /// The model of this number, and what the service is to be given of it.
+    pub fn new(number: u32, model: MockModel, config: EngineConfig, text: Arc<TextModel>) -> (Self, NewGeneration) {
+        let runner = MockRunner::new(Setup::default().spec, model);
+        let control = runner.control();
+        let (engine, thread) = baton_engine::spawn(Box::new(runner), config);
+        // The digits that labels show are the first.
+        let digest = format!("{number:012x}{:052x}", 0);
+        let new = generation(&engine, &text, card(&digest, &format!("fp_{number}")));
+        let handoff = new.handoff.clone();
+        (Self { engine, thread, text, control, handoff, digest }, new)
+    }
+
+    /// Says this.
+    pub fn saying(number: u32, reply: &str) -> (Self, NewGeneration) {
+        let text = Arc::new(abacus());
+        Self::new(number, script(&text, reply), EngineConfig::default(), text)
+    }
+}
+
+/// A generation without adapters, of whose hand-off nobody asks.
+pub fn generation(engine: &EngineHandle, text: &Arc<TextModel>, card: ModelCard) -> NewGeneration {
+    let (adapters, handoff) = (Adapters::none(), HandoffState::default());
+    NewGeneration { engine: engine.clone(), text: text.clone(), card, adapters, handoff }
 }
 
 /// An HTTP reply.
@@ -220,7 +269,7 @@ impl Server {
     }
 
     pub fn install_with(&self, card: ModelCard, adapters: Adapters) {
-        self.service.install(self.engine.clone(), self.text.clone(), card, adapters);
+        self.service.install(NewGeneration { adapters, ..generation(&self.engine, &self.text, card) });
     }
 
     pub async fn connect(&self) -> TcpStream {
@@ -229,10 +278,16 @@ impl Server {
 
     /// Sends bytes and reads until the server closes.
     pub async fn raw(&self, bytes: &[u8]) -> Reply {
-        let mut stream = self.connect().await;
-        // The server may answer and close before it has read everything.
-        let _ = stream.write_all(bytes).await;
-        read_all(stream).await
+        raw(self.addr, bytes).await
+    }
+
+    /// Shows routes on a listener of their own, and says where.
+    pub async fn listen(&self, surface: Surface) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let drain_timeout = Setup::default().drain_timeout;
+        tokio::spawn(baton_http::serve(listener, self.service.clone(), surface, self.shutdown.clone(), drain_timeout));
+        addr
     }
 
     pub async fn get(&self, path: &str) -> Reply {
@@ -282,6 +337,14 @@ impl Server {
     pub async fn blocks_are_free(&self) {
         self.until("all blocks free", |s| s.running == 0 && s.waiting == 0 && s.blocks.used == 0).await;
     }
+}
+
+/// Sends bytes to a listener and reads until it closes.
+pub async fn raw(addr: SocketAddr, bytes: &[u8]) -> Reply {
+    let mut stream = TcpStream::connect(addr).await.unwrap();
+    // The server may answer and close before it has read everything.
+    let _ = stream.write_all(bytes).await;
+    read_all(stream).await
 }
 
 pub const CHAT: &str = "/v1/chat/completions";

@@ -111,7 +111,7 @@ async fn r3_a_client_that_leaves_a_whole_reply_ends_its_work() {
     assert_eq!(server.engine.stats().finished.aborted, 2);
     let metrics = server.get("/metrics").await.body;
     assert!(
-        metrics.contains("vllm:request_success_total{engine=\"0\",finished_reason=\"abort\",model_name=\"tiny\"} 2")
+        metrics.contains("vllm:request_success_total{engine=\"0\",finished_reason=\"abort\",generation=\"0123456789ab\",model_name=\"tiny\"} 2")
     );
 }
 
@@ -157,7 +157,11 @@ async fn r13_values_that_are_not_finite_fail_their_request_only() {
     assert_eq!(good.json()["choices"], alone["choices"]);
     server.blocks_are_free().await;
     assert!(
-        server.get("/metrics").await.body.contains("vllm:corrupted_requests_total{engine=\"0\",model_name=\"tiny\"} 2")
+        server
+            .get("/metrics")
+            .await
+            .body
+            .contains("vllm:corrupted_requests_total{engine=\"0\",generation=\"0123456789ab\",model_name=\"tiny\"} 2")
     );
 }
 

@@ -39,6 +39,18 @@ async fn every_route_but_the_public_ones_needs_a_key() {
         ("GET", "/v1/models"),
         ("HEAD", "/v1/models"),
         ("GET", "/v1/models/tiny"),
+        ("GET", "/v1/models/tiny/load-report"),
+        ("GET", "/v1/models/tiny/handoff"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/v1/unload_lora_adapter"),
+        ("GET", "/admin/generations"),
+        ("GET", "/admin/rollout"),
+        ("POST", "/admin/rollout"),
+        ("POST", "/admin/rollout/shadow"),
+        ("POST", "/admin/rollout/share"),
+        ("POST", "/admin/rollout/promote"),
+        ("POST", "/admin/rollout/rollback"),
+        ("POST", "/admin/rollout/nope"),
         ("OPTIONS", CHAT),
         ("GET", "//v1/models"),
         ("GET", "/v1/../live"),
@@ -153,13 +165,13 @@ async fn metrics_have_every_name_with_both_labels_and_count_what_happened() {
         let sample = reply.body.lines().find(is_of).unwrap_or_else(|| panic!("no sample of {name}"));
         assert!(sample.contains("model_name=\"tiny\"") && sample.contains("engine=\"0\""), "{sample}");
     }
-    let labels = "{engine=\"0\",model_name=\"tiny\"}";
+    let labels = "{engine=\"0\",generation=\"0123456789ab\",model_name=\"tiny\"}";
     let value = |name: &str| {
         let start = format!("{name} ");
         let line = reply.body.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("{name}"));
         line[start.len()..].parse::<f64>().unwrap()
     };
-    let length = "vllm:request_success_total{engine=\"0\",finished_reason=\"length\",model_name=\"tiny\"}";
+    let length = "vllm:request_success_total{engine=\"0\",finished_reason=\"length\",generation=\"0123456789ab\",model_name=\"tiny\"}";
     assert_eq!(value(length), 2.0);
     for counted_once_per_choice in
         ["time_to_first_token_seconds", "e2e_request_latency_seconds", "request_prompt_tokens"]
@@ -184,7 +196,9 @@ async fn drafts_are_counted_as_vllm_counts_them_where_there_are_any() {
     assert_eq!(server.chat(json!({"max_tokens": 40})).await.status, 200);
     let metrics = server.get("/metrics").await.body;
     let value = |name: &str, more: &str| {
-        let start = format!("vllm:spec_decode_{name}_total{{model_name=\"tiny\",engine=\"0\"{more}}} ");
+        let start = format!(
+            "vllm:spec_decode_{name}_total{{model_name=\"tiny\",engine=\"0\",generation=\"0123456789ab\"{more}}} "
+        );
         let line = metrics.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("{start}"));
         line[start.len()..].parse::<u32>().unwrap()
     };

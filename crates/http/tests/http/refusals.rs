@@ -5,7 +5,9 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 
-use crate::harness::{CHAT, COMPLETIONS, Reply, Server, Setup, abacus_with, chat_body, read_all, request, with};
+use crate::harness::{
+    CHAT, COMPLETIONS, Reply, Server, Setup, abacus_with, chat_body, generation, read_all, request, with,
+};
 
 const CANARY: &str = "canary-7c1f";
 
@@ -276,12 +278,7 @@ async fn a_template_that_fails_or_never_ends_refuses_the_chat() {
     ];
     for (template, message) in cases {
         let (server, card) = Setup::default().start_loading().await;
-        server.service.install(
-            server.engine.clone(),
-            Arc::new(abacus_with(template)),
-            card,
-            baton_http::Adapters::none(),
-        );
+        server.service.install(generation(&server.engine, &Arc::new(abacus_with(template)), card));
         let reply = server.chat(json!({})).await;
         assert_refused(&reply, "invalid_value", Some("messages"), &template);
         assert!(reply.body.contains(message), "{reply:?}");

@@ -12,8 +12,9 @@ use crate::error::ApiError;
 use crate::generate::choice::{ChoiceText, Delta, Score};
 use crate::metrics::{Ending, Meter};
 use crate::openai::shared::{Finish, Usage};
+use crate::shadow::Witness;
 
-/// What happens to a generation. Each choice yields any number of `Text` and then one `Finish`.
+/// What happens to the choices. Each choice yields any number of `Text` and then one `Finish`.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Event {
     /// A choice has more text.
@@ -23,7 +24,7 @@ pub(crate) enum Event {
 }
 
 /// All choices of one request. Ends after every choice has finished, or with the first error, which ends all.
-pub(crate) struct Generation {
+pub(crate) struct Choices {
     choices: Vec<Choice>,
     unfinished: usize,
     /// The choice that is asked first, so that a fast one cannot starve the others.
@@ -35,6 +36,8 @@ pub(crate) struct Generation {
     /// The drain is over.
     killed: Pin<Box<WaitForCancellationFutureOwned>>,
     meter: Meter,
+    /// Tells the request's shadow of the first choice.
+    witness: Option<Witness>,
 }
 
 struct Choice {
@@ -51,19 +54,19 @@ enum State {
     Finished,
 }
 
-impl Generation {
-    /// `prompt_tokens`: of each prompt. The choices are `n` per prompt, in order.
+impl Choices {
+    /// `prompt_tokens`: of all prompts. The choices are `n` per prompt, in order.
     pub fn new(
         choices: Vec<(OutputStream, ChoiceText)>,
-        prompt_tokens: Vec<usize>,
+        prompt_tokens: usize,
         n: usize,
         kill_switch: CancellationToken,
-        mut meter: Meter,
+        meter: Meter,
+        witness: Option<Witness>,
     ) -> Self {
         let choices: Vec<_> =
             choices.into_iter().map(|(stream, text)| Choice { stream, text, state: State::Running }).collect();
-        let usage = Usage { prompt_tokens: prompt_tokens.iter().sum(), ..Usage::default() };
-        meter.begin(&prompt_tokens, n);
+        let usage = Usage { prompt_tokens, ..Usage::default() };
         Self {
             unfinished: choices.len(),
             choices,
@@ -73,6 +76,7 @@ impl Generation {
             n,
             killed: Box::pin(kill_switch.cancelled_owned()),
             meter,
+            witness,
         }
     }
 
@@ -131,6 +135,9 @@ impl Generation {
         match event {
             Some(OutputEvent::Token { token, logprob, top }) if choice.state == State::Running => {
                 self.meter.token(index);
+                if let (0, Some(witness)) = (index, &mut self.witness) {
+                    witness.token(token);
+                }
                 let (deltas, stopped) = choice.text.push(token, logprob, top);
                 self.events.extend(deltas.into_iter().map(|delta| Event::Text { index, delta }));
                 if stopped {
@@ -151,6 +158,11 @@ impl Generation {
                     (_, FinishReason::Aborted) => return Err(self.failed(index, EngineFailure::ShuttingDown)),
                 };
                 let choice = &mut self.choices[index];
+                if index == 0
+                    && let Some(witness) = self.witness.take()
+                {
+                    witness.finished(choice.state == State::Stopped, timings);
+                }
                 choice.state = State::Finished;
                 self.unfinished -= 1;
                 self.usage.completion_tokens += completion_tokens;
@@ -188,8 +200,9 @@ impl Generation {
 
     /// Ends all choices; the streams, dropped, abort what still runs.
     fn fail(&mut self, error: ApiError) -> ApiError {
-        self.meter.error(error.code());
+        self.meter.error(&error);
         self.choices.clear();
+        self.witness = None;
         self.events.clear();
         self.unfinished = 0;
         error

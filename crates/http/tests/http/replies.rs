@@ -1,10 +1,10 @@
-//! What a generation looks like on the wire, streamed and whole, chat and completions.
+//! What a reply looks like on the wire, streamed and whole, chat and completions.
 
 use async_openai::types::chat::{CreateChatCompletionResponse, CreateChatCompletionStreamResponse};
 use async_openai::types::completions::CreateCompletionResponse;
 use serde_json::{Value, json};
 
-use crate::harness::{CHAT, COMPLETIONS, CONTENT, REASONING, REPLY, Reply, Server, Setup, chat_body, with};
+use crate::harness::{CHAT, COMPLETIONS, CONTENT, REASONING, REPLY, Reply, Server, Setup, chat_body, generation, with};
 
 async fn server() -> Server {
     Setup::default().start().await
@@ -312,7 +312,7 @@ async fn sampling_parameters_reach_the_engine() {
     let runner = baton_engine::sim::MockRunner::new(spec, model);
     let (engine, _) = baton_engine::spawn(Box::new(runner), baton_engine::EngineConfig::default());
     let (server, card) = Setup::default().start_loading().await;
-    server.service.install(engine, std::sync::Arc::new(text), card, baton_http::Adapters::none());
+    server.service.install(generation(&engine, &std::sync::Arc::new(text), card));
     let generate = async |fields: Value| {
         let body = with(json!({"prompt": [9, 9], "seed": 5, "max_tokens": 8, "skip_special_tokens": false}), fields);
         let reply = server.post(COMPLETIONS, &body).await;
