@@ -16,7 +16,7 @@ use tracing::info;
 
 use crate::{
     backend::{Device, Loaded},
-    bundled, memory, pull,
+    bundled, generation, pull,
     settings::{LoraModule, Settings},
     speculative::SpeculativeConfig,
 };
@@ -27,6 +27,9 @@ const MAX_TEXT_FILE: u64 = 64 << 20;
 /// All of a model.
 pub struct Model {
     pub name: String,
+    pub files: Files,
+    /// Digest of its files.
+    pub generation: String,
     pub text: TextModel,
     pub loaded: Loaded,
     /// By the names that the settings give them.
@@ -36,13 +39,16 @@ pub struct Model {
     pub fingerprint: String,
 }
 
-/// Loads what the settings name.
-pub fn load(settings: &Settings) -> Result<Model> {
+/// Loads what the settings name, if its digest is accepted. Of the `free` bytes of memory a cache whose size is not set
+/// takes a quarter.
+pub fn load(settings: &Settings, free: Option<u64>, accept: &dyn Fn(&str) -> Result<()>) -> Result<Model> {
     let (name, files) = files(settings.model.as_deref())?;
     let context = || format!("model {name}");
+    let generation = generation::digest(&files).with_context(context)?;
+    accept(&generation)?;
     let (text, text_files) = text(&files, settings).with_context(context)?;
     let device = Device::parse(&settings.device)?;
-    let loaded = device.load(settings.threads, &files, &options(settings)).with_context(context)?;
+    let loaded = device.load(settings.threads, &files, &options(settings, free)).with_context(context)?;
     let vocab = loaded.runner.spec().vocab_size;
     ensure!(
         text.vocab_size() <= vocab,
@@ -56,7 +62,7 @@ pub fn load(settings: &Settings) -> Result<Model> {
         fs::write(file, &report).with_context(|| format!("--load-report {}", file.display()))?;
     }
     let adapters = adapters(settings, &loaded)?;
-    Ok(Model { name, text, loaded, adapters, report, fingerprint })
+    Ok(Model { name, files, generation, text, loaded, adapters, report, fingerprint })
 }
 
 /// The adapters that the settings name.
@@ -135,9 +141,9 @@ fn fetched(model: &str) -> Result<(String, Files)> {
     Ok((name, Files::folder(folder)?))
 }
 
-fn options(settings: &Settings) -> LoadOptions {
+fn options(settings: &Settings, free: Option<u64>) -> LoadOptions {
     // What cannot be known is not limited: the allocation itself then decides.
-    let quarter = memory::available_bytes().map_or(u64::MAX, |free| free / 4);
+    let quarter = free.map_or(u64::MAX, |free| free / 4);
     LoadOptions {
         dtype: settings.dtype.stored(),
         quantization: settings.quantize.map(Into::into),

@@ -4,19 +4,22 @@ mod backend;
 mod bench;
 mod bundled;
 mod cli;
+mod generation;
 mod load;
 mod memory;
 mod pull;
 mod quantize;
+mod rollout;
 mod serve;
 mod settings;
 mod speculative;
+mod state_dir;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::{bench::BenchArgs, pull::PullArgs, quantize::QuantizeArgs};
+use crate::{bench::BenchArgs, pull::PullArgs, quantize::QuantizeArgs, rollout::cli::RolloutArgs};
 
 fn main() -> ExitCode {
     let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));
@@ -31,6 +34,10 @@ fn main() -> ExitCode {
         Some(("quantize", matches)) => {
             QuantizeArgs::from_arg_matches(matches).map_err(Into::into).and_then(|args| quantize::main(&args))
         }
+        Some(("rollout", matches)) => match RolloutArgs::from_arg_matches(matches) {
+            Ok(args) => return rollout::cli::main(&args),
+            Err(error) => Err(error.into()),
+        },
         _ => unreachable!("clap refuses a missing or unknown command"),
     };
     match result {

@@ -3,15 +3,17 @@
 use std::{io::IsTerminal, sync::Arc, time::SystemTime};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use baton_engine::{Engine, EngineConfig, EngineHandle};
+use baton_device::Caps;
+use baton_engine::{Engine, EngineConfig};
 use baton_http::{
     AdapterRefusal, Adapters, ApiKey, Defaults, HandoffState, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
 };
-use baton_model::AdapterError;
+use baton_model::{AdapterError, Files, LoadReport};
 use clap::ArgMatches;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
+    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -20,8 +22,10 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     load::{self, Model},
     memory,
+    rollout::{self, Control, Held, Journal, NoGate, Serving},
     settings::{GenerationConfigUse, LogFormat, LoraModule, Secret, ServeArgs, Settings},
     speculative::SpeculativeConfig,
+    state_dir::StateDir,
 };
 
 /// Runs the command.
@@ -61,11 +65,18 @@ fn init_log(settings: &Settings) -> Result<()> {
 async fn serve(settings: Settings) -> Result<()> {
     // Signals first: one that comes while the model loads must find us listening.
     let stop = stop_on_signal()?;
-    let address = format!("{}:{}", settings.host, settings.port);
-    let listener = TcpListener::bind((settings.host.as_str(), settings.port))
-        .await
-        .with_context(|| format!("cannot listen on {address}"))?;
+    let journal = settings.state_dir.as_deref().map(StateDir::open).transpose()?.map(Journal::open).transpose()?;
+    let promoted = journal.as_ref().map(|journal| rollout::promoted(journal, &settings)).transpose()?.flatten();
+    let listener = listen(&settings.host, settings.port).await?;
     let address = listener.local_addr()?;
+    let surfaces = match settings.admin_port {
+        None => vec![(listener, Surface::All)],
+        Some(port) => {
+            let admin = listen(&settings.admin_host, port).await?;
+            info!(address = %admin.local_addr()?, "admin routes");
+            vec![(listener, Surface::WithoutAdmin), (admin, Surface::AdminOnly)]
+        }
+    };
     let service = Service::new(ServiceConfig {
         api_keys: api_keys("api-key", &settings.api_key)?,
         admin_api_keys: api_keys("admin-api-key", &settings.admin_api_key)?,
@@ -75,25 +86,75 @@ async fn serve(settings: Settings) -> Result<()> {
         queue_timeout: Some(settings.queue_timeout),
         ..ServiceConfig::default()
     });
-    let running =
-        tokio::spawn(baton_http::serve(listener, service.clone(), Surface::All, stop.clone(), settings.drain_timeout));
+    let mut running = JoinSet::new();
+    for (listener, surface) in surfaces {
+        running.spawn(baton_http::serve(listener, service.clone(), surface, stop.clone(), settings.drain_timeout));
+    }
 
     let settings = Arc::new(settings);
     let loading = tokio::task::spawn_blocking({
-        let settings = settings.clone();
-        move || load::load(&settings)
+        let (settings, promoted) = (settings.clone(), promoted.clone());
+        move || match &promoted {
+            None => load::load(&settings, memory::available_bytes(), &|_| Ok(())),
+            Some(promoted) => {
+                let model = Some(promoted.model.display().to_string());
+                let settings = Settings { model, ..(*settings).clone() };
+                load::load(&settings, memory::available_bytes(), &|generation| rollout::unchanged(promoted, generation))
+            }
+        }
     });
     let model = tokio::select! {
         model = loading => model??,
         // Nothing runs yet that could be waited for.
         () = stop.cancelled() => return Ok(()),
     };
-    let (handle, engine) = install(&service, model, &settings)?;
+    let names = promoted.as_ref().map(|promoted| promoted.names.clone());
+    let Generation { new, engine, files, report, .. } = prepare(model, &settings, names)?;
+    let serving = Serving {
+        model: promoted.map_or_else(|| rollout::base(&settings), |promoted| promoted.model.display().to_string()),
+        generation: new.card.generation.clone(),
+        names: new.card.names.clone(),
+        held: Held { weights: report.weight_bytes, cache: report.kv_bytes },
+        handle: new.engine.clone(),
+        engine,
+    };
+    drop(files);
+    service.install(new);
     info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
-    running.await??;
-    handle.shutdown();
-    engine.join();
+    match journal {
+        None => {
+            ended(running).await?;
+            serving.end();
+        }
+        Some(journal) => {
+            let gate = Arc::new(NoGate);
+            let start = rollout::Start { service: service.clone(), settings, journal, gate, serving };
+            let control = Control::start(start, tokio::runtime::Handle::current());
+            service.set_rollout(control.clone());
+            tokio::spawn({
+                let control = control.clone();
+                async move {
+                    stop.cancelled().await;
+                    control.drain();
+                }
+            });
+            ended(running).await?;
+            control.stop();
+        }
+    }
     info!("stopped");
+    Ok(())
+}
+
+async fn listen(host: &str, port: u16) -> Result<TcpListener> {
+    TcpListener::bind((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))
+}
+
+/// Waits for all listeners.
+async fn ended(mut running: JoinSet<std::io::Result<()>>) -> Result<()> {
+    while let Some(ended) = running.join_next().await {
+        ended??;
+    }
     Ok(())
 }
 
@@ -103,7 +164,17 @@ fn api_keys(flag: &str, keys: &[Secret]) -> Result<Vec<ApiKey>> {
     keys.iter().map(key).collect()
 }
 
-fn install(service: &Service, model: Model, settings: &Settings) -> Result<(EngineHandle, Engine)> {
+/// A model whose engine runs, and all that a service needs of it.
+pub struct Generation {
+    pub new: NewGeneration,
+    pub engine: Engine,
+    pub files: Files,
+    pub report: LoadReport,
+    pub caps: Caps,
+}
+
+/// Starts the engine of a model. Its names are the settings', else those given, else its own.
+pub fn prepare(model: Model, settings: &Settings, names: Option<Vec<String>>) -> Result<Generation> {
     let generation = &model.loaded.report.generation_config;
     let eos_token_ids = generation.eos_token_ids.clone();
     let defaults = match settings.generation_config {
@@ -120,14 +191,14 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         },
     };
     let names = match settings.served_model_name.as_slice() {
-        [] => vec![model.name],
+        [] => names.unwrap_or_else(|| vec![model.name]),
         names => names.to_vec(),
     };
     let card = ModelCard {
         names,
         created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         owned_by: "baton".into(),
-        generation: model.loaded.report.digest.clone(),
+        generation: model.generation,
         system_fingerprint: model.fingerprint,
         defaults,
         load_report: model.report,
@@ -153,9 +224,8 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
     };
     let (handle, engine) = baton_engine::spawn(model.loaded.runner, config);
     let text = Arc::new(model.text);
-    let handoff = HandoffState::default();
-    service.install(NewGeneration { engine: handle.clone(), text, card, adapters, handoff });
-    Ok((handle, engine))
+    let new = NewGeneration { engine: handle, text, card, adapters, handoff: HandoffState::default() };
+    Ok(Generation { new, engine, files: model.files, report: model.loaded.report, caps: model.loaded.caps })
 }
 
 fn refusal(error: AdapterError) -> AdapterRefusal {

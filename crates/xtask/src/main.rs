@@ -2,6 +2,7 @@
 
 mod random_model;
 mod readme;
+mod rollouts;
 mod smoke;
 
 use clap::{Parser, Subcommand};
@@ -19,6 +20,8 @@ enum Chore {
     RandomModel(random_model::Args),
     /// Write the README's tables of what is served
     Readme,
+    /// Roll a release server from one checkpoint to another and back, many times, under streams: failed and mixed requests, leaks
+    Rollouts(rollouts::Args),
     /// Start a release binary with the bundled model and load it: readiness, throughput, disconnects
     Smoke(smoke::Args),
 }
@@ -27,6 +30,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
         Chore::RandomModel(args) => random_model::main(&args),
         Chore::Readme => readme::main(),
+        Chore::Rollouts(args) => rollouts::main(&args),
         Chore::Smoke(args) => smoke::main(&args),
     }
 }
