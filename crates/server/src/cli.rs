@@ -5,7 +5,8 @@ use std::ffi::OsString;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    bench::BenchArgs, handoff::verify::VerifyArgs, pull::PullArgs, quantize::QuantizeArgs, settings::ServeArgs,
+    bench::BenchArgs, handoff::verify::VerifyArgs, pull::PullArgs, quantize::QuantizeArgs, rollout::cli::RolloutArgs,
+    settings::ServeArgs,
 };
 
 /// Serves language models that were trained somewhere else.
@@ -29,6 +30,8 @@ pub enum Command {
     Bench(Box<BenchArgs>),
     /// Save a checkpoint with its linear layers quantised, to be served without the original
     Quantize(QuantizeArgs),
+    /// Bring a new generation into service beside the one that serves, or take it back
+    Rollout(Box<RolloutArgs>),
 }
 
 /// Puts `serve` in front when nothing is said.

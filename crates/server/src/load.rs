@@ -17,7 +17,7 @@ use crate::{
     backend::{Device, Loaded},
     bundled,
     handoff::{Handed, precision},
-    memory, pull,
+    pull,
     settings::{LoraModule, Settings},
     speculative::SpeculativeConfig,
 };
@@ -41,14 +41,18 @@ pub struct Model {
     pub fingerprint: String,
 }
 
-/// Loads what the settings name.
-pub fn load(settings: &Settings) -> Result<Model> {
+/// Loads what the settings name, if its digest is accepted. Of the `free` bytes of memory a cache whose size is not set
+/// takes a quarter.
+pub fn load(settings: &Settings, free: Option<u64>, accept: &dyn Fn(&Digest) -> Result<()>) -> Result<Model> {
     let (name, files) = files(settings.model.as_deref())?;
     let context = || format!("model {name}");
     let handed = Handed::open(&files, settings).with_context(context)?;
-    let Parts { text, text_files, loaded } = parts(&files, settings).with_context(context)?;
+    // A bundle says what it is before its weights are loaded.
+    handed.generation().iter().try_for_each(accept)?;
+    let Parts { text, text_files, loaded } = parts(&files, settings, free).with_context(context)?;
     handed.loaded(&loaded.caps, settings.handoff).with_context(context)?;
     let generation = handed.generation().unwrap_or_else(|| generation(&loaded, &text_files));
+    accept(&generation)?;
     let fingerprint = fingerprint(&loaded, &text_files, &generation);
     announce(&name, settings, &loaded);
     let report = serde_json::to_vec_pretty(&loaded.report)?;
@@ -68,10 +72,10 @@ pub struct Parts {
 }
 
 /// Loads tokenizer, template and weights.
-pub fn parts(files: &Files, settings: &Settings) -> Result<Parts> {
+pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Parts> {
     let (text, text_files) = text(files, settings)?;
     let device = Device::parse(&settings.device)?;
-    let loaded = device.load(settings.threads, files, &options(settings))?;
+    let loaded = device.load(settings.threads, files, &options(settings, free))?;
     let vocab = loaded.runner.spec().vocab_size;
     ensure!(
         text.vocab_size() <= vocab,
@@ -157,9 +161,9 @@ fn fetched(model: &str) -> Result<(String, Files)> {
     Ok((name, Files::folder(folder)?))
 }
 
-fn options(settings: &Settings) -> LoadOptions {
+fn options(settings: &Settings, free: Option<u64>) -> LoadOptions {
     // What cannot be known is not limited: the allocation itself then decides.
-    let quarter = memory::available_bytes().map_or(u64::MAX, |free| free / 4);
+    let quarter = free.map_or(u64::MAX, |free| free / 4);
     LoadOptions {
         dtype: settings.dtype.stored(),
         quantization: settings.quantize.map(Into::into),

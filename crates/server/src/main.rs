@@ -9,9 +9,11 @@ mod load;
 mod memory;
 mod pull;
 mod quantize;
+mod rollout;
 mod serve;
 mod settings;
 mod speculative;
+mod state_dir;
 
 use std::process::ExitCode;
 
@@ -22,6 +24,7 @@ use crate::{
     handoff::verify::{self, VerifyArgs},
     pull::PullArgs,
     quantize::QuantizeArgs,
+    rollout::cli::RolloutArgs,
 };
 
 fn main() -> ExitCode {
@@ -39,6 +42,10 @@ fn main() -> ExitCode {
         }
         Some(("verify", matches)) => match VerifyArgs::from_arg_matches(matches) {
             Ok(args) => return verify::main(&args),
+            Err(error) => Err(error.into()),
+        },
+        Some(("rollout", matches)) => match RolloutArgs::from_arg_matches(matches) {
+            Ok(args) => return rollout::cli::main(&args),
             Err(error) => Err(error.into()),
         },
         _ => unreachable!("clap refuses a missing or unknown command"),

@@ -1,28 +1,32 @@
 //! `baton serve`, in boot order: settings, logs, address, service, model, engine; then SIGTERM, drain.
 
-use std::{io::IsTerminal, sync::Arc, time::SystemTime};
+use std::{io::IsTerminal, net::SocketAddr, sync::Arc, time::SystemTime};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use baton_engine::{Engine, EngineConfig, EngineHandle};
+use baton_engine::{Engine, EngineConfig};
 use baton_http::{
     AdapterRefusal, Adapters, Admission, ApiKey, Defaults, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
 };
-use baton_model::AdapterError;
+use baton_model::{AdapterError, LoadReport};
 use clap::ArgMatches;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
+    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    backend::Loaded,
     handoff::Gate,
     load::{self, Model},
     memory,
+    rollout::{self, Control, Held, Journal, Serving},
     settings::{GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, Secret, ServeArgs, Settings},
     speculative::SpeculativeConfig,
+    state_dir::StateDir,
 };
 
 /// Runs the command.
@@ -62,11 +66,18 @@ fn init_log(settings: &Settings) -> Result<()> {
 async fn serve(settings: Settings) -> Result<()> {
     // Signals first: one that comes while the model loads must find us listening.
     let stop = stop_on_signal()?;
-    let address = format!("{}:{}", settings.host, settings.port);
-    let listener = TcpListener::bind((settings.host.as_str(), settings.port))
-        .await
-        .with_context(|| format!("cannot listen on {address}"))?;
+    let journal = settings.state_dir.as_deref().map(StateDir::open).transpose()?.map(Journal::open).transpose()?;
+    let promoted = journal.as_ref().map(|journal| rollout::promoted(journal, &settings)).transpose()?.flatten();
+    let listener = listen(&settings.host, settings.port).await?;
     let address = listener.local_addr()?;
+    let surfaces = match settings.admin_port {
+        None => vec![(listener, Surface::All)],
+        Some(port) => {
+            let admin = listen(&settings.admin_host, port).await?;
+            info!(address = %admin.local_addr()?, "admin routes");
+            vec![(listener, Surface::WithoutAdmin), (admin, Surface::AdminOnly)]
+        }
+    };
     let service = Service::new(ServiceConfig {
         api_keys: api_keys("api-key", &settings.api_key)?,
         admin_api_keys: api_keys("admin-api-key", &settings.admin_api_key)?,
@@ -76,37 +87,88 @@ async fn serve(settings: Settings) -> Result<()> {
         queue_timeout: Some(settings.queue_timeout),
         ..ServiceConfig::default()
     });
-    let running =
-        tokio::spawn(baton_http::serve(listener, service.clone(), Surface::All, stop.clone(), settings.drain_timeout));
+    let mut running = JoinSet::new();
+    for (listener, surface) in surfaces {
+        running.spawn(baton_http::serve(listener, service.clone(), surface, stop.clone(), settings.drain_timeout));
+    }
 
     let settings = Arc::new(settings);
     let loading = tokio::task::spawn_blocking({
-        let settings = settings.clone();
-        move || load::load(&settings)
+        let (settings, promoted) = (settings.clone(), promoted.clone());
+        move || match &promoted {
+            None => load::load(&settings, memory::available_bytes(), &|_| Ok(())),
+            Some(promoted) => {
+                let model = Some(promoted.model.display().to_string());
+                let settings = Settings { model, ..(*settings).clone() };
+                load::load(&settings, memory::available_bytes(), &|generation| rollout::unchanged(promoted, generation))
+            }
+        }
     });
     let model = tokio::select! {
         model = loading => model??,
         // Nothing runs yet that could be waited for.
         () = stop.cancelled() => return Ok(()),
     };
-    let (handle, engine, gate) = install(&service, model, &settings)?;
-    tokio::spawn(async move {
-        let announce = || info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
-        // Where proof is required nobody is served before; where it is not, nobody waits for it.
-        let first = settings.handoff != HandoffPolicy::Require;
-        if first {
-            announce();
+    let names = promoted.as_ref().map(|promoted| promoted.names.clone());
+    let Generation { new, engine, report, gate } = prepare(model, &settings, names)?;
+    let serving = Serving {
+        model: promoted.map_or_else(|| rollout::base(&settings), |promoted| promoted.model.display().to_string()),
+        generation: new.card.generation.clone(),
+        names: new.card.names.clone(),
+        held: Held { weights: report.weight_bytes, cache: report.kv_bytes },
+        handle: new.engine.clone(),
+        engine,
+    };
+    service.install(new);
+    tokio::spawn(admit(gate, settings.handoff, address));
+    match journal {
+        None => {
+            ended(running).await?;
+            serving.end();
         }
-        let gate = gate.prove().await;
-        if !first && gate.state().admission() == Admission::Passed {
-            announce();
+        Some(journal) => {
+            let start = rollout::Start { service: service.clone(), settings, journal, serving };
+            let control = Control::start(start, tokio::runtime::Handle::current());
+            service.set_rollout(control.clone());
+            tokio::spawn({
+                let control = control.clone();
+                async move {
+                    stop.cancelled().await;
+                    control.drain();
+                }
+            });
+            ended(running).await?;
+            control.stop();
         }
-        gate.watch().await;
-    });
-    running.await??;
-    handle.shutdown();
-    engine.join();
+    }
     info!("stopped");
+    Ok(())
+}
+
+/// Has a generation proven and watched, and says when it is ready.
+async fn admit(gate: Gate, policy: HandoffPolicy, address: SocketAddr) {
+    let ready = || info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
+    // Where proof is required nobody is served before; where it is not, nobody waits for it.
+    let at_once = policy != HandoffPolicy::Require;
+    if at_once {
+        ready();
+    }
+    let gate = gate.prove().await;
+    if !at_once && gate.state().admission() == Admission::Passed {
+        ready();
+    }
+    gate.watch().await;
+}
+
+async fn listen(host: &str, port: u16) -> Result<TcpListener> {
+    TcpListener::bind((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))
+}
+
+/// Waits for all listeners.
+async fn ended(mut running: JoinSet<std::io::Result<()>>) -> Result<()> {
+    while let Some(ended) = running.join_next().await {
+        ended??;
+    }
     Ok(())
 }
 
@@ -116,7 +178,16 @@ fn api_keys(flag: &str, keys: &[Secret]) -> Result<Vec<ApiKey>> {
     keys.iter().map(key).collect()
 }
 
-fn install(service: &Service, model: Model, settings: &Settings) -> Result<(EngineHandle, Engine, Gate)> {
+/// A model whose engine runs, and all that a service needs of it.
+pub struct Generation {
+    pub new: NewGeneration,
+    pub engine: Engine,
+    pub report: LoadReport,
+    pub gate: Gate,
+}
+
+/// Starts the engine of a model. Its names are the settings', else those given, else its own.
+pub fn prepare(mut model: Model, settings: &Settings, names: Option<Vec<String>>) -> Result<Generation> {
     let generation = &model.loaded.report.generation_config;
     let eos_token_ids = generation.eos_token_ids.clone();
     let defaults = match settings.generation_config {
@@ -133,7 +204,7 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         },
     };
     let names = match settings.served_model_name.as_slice() {
-        [] => vec![model.name],
+        [] => names.unwrap_or_else(|| vec![model.name]),
         names => names.to_vec(),
     };
     let card = ModelCard {
@@ -145,7 +216,7 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         defaults,
         load_report: model.report,
     };
-    let adapters = match model.loaded.load_adapter {
+    let adapters = match model.loaded.load_adapter.take() {
         None => Adapters::none(),
         Some(load) => Adapters::new(settings.max_loras, move |folder| load(folder).map_err(refusal)),
     };
@@ -165,12 +236,12 @@ fn install(service: &Service, model: Model, settings: &Settings) -> Result<(Engi
         cache_namespace: model.generation.0.to_vec(),
         ..EngineConfig::default()
     };
-    let (handle, engine) = baton_engine::spawn(model.loaded.runner, config);
+    let Loaded { runner, report, caps, .. } = model.loaded;
+    let (handle, engine) = baton_engine::spawn(runner, config);
     let text = Arc::new(model.text);
-    let device = (model.loaded.caps, &model.loaded.report);
-    let gate = Gate::new(model.handed, settings, device, handle.clone(), text.clone());
-    service.install(NewGeneration { engine: handle.clone(), text, card, adapters, handoff: gate.state() });
-    Ok((handle, engine, gate))
+    let gate = Gate::new(model.handed, settings, (caps, &report), handle.clone(), text.clone());
+    let new = NewGeneration { engine: handle, text, card, adapters, handoff: gate.state() };
+    Ok(Generation { new, engine, report, gate })
 }
 
 fn refusal(error: AdapterError) -> AdapterRefusal {

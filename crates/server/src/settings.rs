@@ -234,9 +234,21 @@ pub struct ServeArgs {
     #[arg(long, value_name = "KEY", num_args = 1.., env = "BATON_API_KEY", hide_env_values = true, value_delimiter = ',', help_heading = "Service")]
     pub api_key: Option<Vec<Secret>>,
 
-    /// Key(s) for the routes that load and unload adapters and show load reports; without any, these are closed
+    /// Key(s) for the admin routes: adapters, load reports, generations and their rollout; without any, these are closed
     #[arg(long, value_name = "KEY", num_args = 1.., env = "BATON_ADMIN_API_KEY", hide_env_values = true, value_delimiter = ',', help_heading = "Service")]
     pub admin_api_key: Option<Vec<Secret>>,
+
+    /// Address of a listener for the admin routes alone; needs --admin-port [default: 127.0.0.1]
+    #[arg(long, env = "BATON_ADMIN_HOST", help_heading = "Service")]
+    pub admin_host: Option<String>,
+
+    /// Port of a listener for the admin routes, which the other one then does not have; 0 takes a free one [default: they are on the same]
+    #[arg(long, value_name = "PORT", env = "BATON_ADMIN_PORT", help_heading = "Service")]
+    pub admin_port: Option<u16>,
+
+    /// Folder for what must survive a restart, made if there is none: rollouts need it, and what one has promoted serves again [default: nothing survives]
+    #[arg(long, value_name = "DIR", env = "BATON_STATE_DIR", help_heading = "Service")]
+    pub state_dir: Option<PathBuf>,
 
     /// Answer unknown request fields with a warning header instead of 400
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_LENIENT", help_heading = "Service")]
@@ -356,7 +368,7 @@ pub struct ServeArgs {
 }
 
 /// Settings after precedence, defaults and checks.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Settings {
     pub model: Option<String>,
@@ -365,6 +377,10 @@ pub struct Settings {
     pub served_model_name: Vec<String>,
     pub api_key: Vec<Secret>,
     pub admin_api_key: Vec<Secret>,
+    pub admin_host: String,
+    /// `None`: the admin routes are on the one listener.
+    pub admin_port: Option<u16>,
+    pub state_dir: Option<PathBuf>,
     pub lenient: bool,
     pub body_limit_bytes: usize,
     pub max_n: u32,
@@ -498,6 +514,7 @@ impl ServeArgs {
         ensure!(max_lora_rank <= 512, "--max-lora-rank must be from 1 to 512");
         let max_n = self.max_n.unwrap_or(8);
         ensure!((1..=128).contains(&max_n), "--max-n must be from 1 to 128");
+        ensure!(self.admin_host.is_none() || self.admin_port.is_some(), "--admin-host needs --admin-port");
         Ok(Settings {
             model: self.model,
             host: self.host.unwrap_or_else(|| "127.0.0.1".into()),
@@ -505,6 +522,9 @@ impl ServeArgs {
             served_model_name: self.served_model_name.unwrap_or_default(),
             api_key: keys("api-key", self.api_key)?,
             admin_api_key: keys("admin-api-key", self.admin_api_key)?,
+            admin_host: self.admin_host.unwrap_or_else(|| "127.0.0.1".into()),
+            admin_port: self.admin_port,
+            state_dir: self.state_dir,
             lenient: self.lenient.unwrap_or(false),
             body_limit_bytes: positive("body-limit-bytes", self.body_limit_bytes.unwrap_or(8 << 20))?,
             max_n,
@@ -589,6 +609,7 @@ mod tests {
         assert!(refusal(&["--max-num-seqs", "0"], "").contains("--max-num-seqs"));
         assert!(refusal(&["--max-num-batched-tokens", "8"], "").contains("--max-num-batched-tokens (8)"));
         assert!(refusal(&["--dtype", "fp4"], "").contains("float32"));
+        assert!(refusal(&["--admin-host", "::1"], "").contains("--admin-port"));
         let kv = refusal(&["--kv-cache-dtype", "fp8"], "");
         assert!(["auto", "float32", "bfloat16", "float16", "int8"].iter().all(|name| kv.contains(name)), "{kv}");
         assert!(refusal(&[], "kv-cache-dtype = \"fp8\"").contains("int8"));

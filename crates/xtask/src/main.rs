@@ -3,6 +3,7 @@
 mod long;
 mod random_model;
 mod readme;
+mod rollouts;
 mod smoke;
 
 use std::path::Path;
@@ -24,6 +25,8 @@ enum Chore {
     RandomModel(random_model::Args),
     /// Write the README's tables of what is served
     Readme,
+    /// Roll a release server from one checkpoint to another and back, many times, under streams: failed and mixed requests, leaks
+    Rollouts(rollouts::Args),
     /// Start a release binary with the bundled model and load it: readiness, throughput, disconnects
     Smoke(smoke::Args),
 }
@@ -33,6 +36,7 @@ fn main() -> anyhow::Result<()> {
         Chore::Long(args) => long::main(&args),
         Chore::RandomModel(args) => random_model::main(&args),
         Chore::Readme => readme::main(),
+        Chore::Rollouts(args) => rollouts::main(&args),
         Chore::Smoke(args) => smoke::main(&args),
     }
 }

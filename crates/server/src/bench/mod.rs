@@ -156,7 +156,8 @@ enum Latency {
     E2el,
 }
 
-fn base_url(text: &str) -> Result<String, String> {
+/// An address without the path of a route.
+pub fn base_url(text: &str) -> Result<String, String> {
     let base = text.trim_end_matches('/');
     let host = base.strip_prefix("http://").filter(|host| !host.is_empty());
     host.ok_or("expected http://HOST:PORT; https is not spoken")?;

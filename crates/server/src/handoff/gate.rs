@@ -11,7 +11,8 @@ use anyhow::Result;
 use baton_device::Caps;
 use baton_engine::EngineHandle;
 use baton_handoff::{
-    CheckName, DeviceFacts, Outcome, Parity, Report, Verdict, check_vocabulary, replay_case, replay_cases, text_parity,
+    CheckName, DeviceFacts, Numerics, Outcome, Parity, Report, Verdict, check_vocabulary, replay_case, replay_cases,
+    text_parity,
 };
 use baton_http::{Admission, HandoffState};
 use baton_model::LoadReport;
@@ -30,6 +31,7 @@ pub struct Gate {
     engine: EngineHandle,
     text: Arc<TextModel>,
     state: HandoffState,
+    parity: Option<baton_http::Parity>,
 }
 
 struct Bundle {
@@ -61,12 +63,18 @@ impl Gate {
             }
         };
         let state = HandoffState::new(admission, required);
-        Self { policy: settings.handoff, interval: settings.canary_interval, bundle, engine, text, state }
+        let (policy, interval) = (settings.handoff, settings.canary_interval);
+        Self { policy, interval, bundle, engine, text, state, parity: None }
     }
 
     /// What the service shows and heeds.
     pub fn state(&self) -> HandoffState {
         self.state.clone()
+    }
+
+    /// What was measured, once it was.
+    pub fn parity(&self) -> Option<baton_http::Parity> {
+        self.parity
     }
 
     /// Runs all checks and admits the generation, or says why not.
@@ -90,9 +98,11 @@ impl Gate {
             return self;
         };
         let started = Instant::now();
-        let admission = match bundle.judge(&self.engine, &self.text, &self.state) {
+        let admission = match bundle.judge(&self.engine, &self.text) {
             Err(error) => Admission::Failed { reason: format!("{error:#}") },
-            Ok(report) => {
+            Ok((report, parity)) => {
+                self.parity = parity;
+                parity.into_iter().for_each(|parity| self.state.set_parity(parity));
                 self.state.set_report(serde_json::to_vec_pretty(&report).expect("a report is JSON"));
                 match report.verdict() {
                     Verdict::Pass => Admission::Passed,
@@ -146,7 +156,7 @@ fn context(engine: &EngineHandle) -> usize {
 }
 
 impl Bundle {
-    fn judge(&mut self, engine: &EngineHandle, text: &TextModel, state: &HandoffState) -> Result<Report> {
+    fn judge(&mut self, engine: &EngineHandle, text: &TextModel) -> Result<(Report, Option<baton_http::Parity>)> {
         let Self { checked, replay, caps, facts, proven } = self;
         let manifest = &checked.manifest;
         let mut report = checked.report();
@@ -154,17 +164,16 @@ impl Bundle {
         text_parity(&manifest.cases, text, chrono::Local::now().naive_local()).enter(&mut report);
         if let Err(reasons) = check_vocabulary(&manifest.cases, engine.spec().vocab_size) {
             report.check(CheckName::Numerics, Err(reasons));
-            return Ok(report);
+            return Ok((report, None));
         }
         *proven = replay_cases(&manifest.cases, context(engine), replay, &mut |_, _| true)?;
         let column = column(manifest, facts, &Parity::of(&manifest.cases, proven));
-        let numerics = &column.numerics;
-        if let Some(top1_agreement) = numerics.top1.agreement() {
-            let max_abs_logprob_diff = numerics.max_abs_logprob_diff;
-            state.set_parity(baton_http::Parity { max_abs_logprob_diff, kl: numerics.kl, top1_agreement });
-        }
+        let Numerics { max_abs_logprob_diff, kl, top1, .. } = &column.numerics;
+        let (max_abs_logprob_diff, kl) = (*max_abs_logprob_diff, *kl);
+        let parity =
+            top1.agreement().map(|top1_agreement| baton_http::Parity { max_abs_logprob_diff, kl, top1_agreement });
         report.add_device(column);
-        Ok(report)
+        Ok((report, parity))
     }
 
     /// How a case differs now from what was proven, if it does more than it may.

@@ -2,8 +2,8 @@
 
 use std::{path::PathBuf, process::ExitCode, str::FromStr};
 
-use baton_engine::SharedRunner;
 use anyhow::{Context, Result, bail, ensure};
+use baton_engine::SharedRunner;
 use baton_handoff::{
     Bundle, BundleError, Case, CheckName, Comparison, DeviceFacts, FileProblem, Manifest, ManifestError, Outcome,
     Parity, PrecisionClass, Report, TrustedKeys, Verdict, check_vocabulary, determinism, html, replay_cases,
@@ -225,7 +225,7 @@ struct Subject {
 impl Subject {
     /// `None` if it cannot be loaded, which is reported with every reason.
     fn load(files: &Files, settings: &Settings, manifest: &Manifest, report: &mut Report) -> Result<Option<Self>> {
-        let Parts { text, loaded, .. } = match load::parts(files, settings) {
+        let Parts { text, loaded, .. } = match load::parts(files, settings, memory::available_bytes()) {
             Ok(parts) => parts,
             Err(error) => {
                 let reasons = match error.downcast_ref::<LoadError>() {
