@@ -331,3 +331,27 @@ impl Snapshot {
         if changed.is_empty() { Ok(()) } else { Err(changed) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_file_exchanged_between_its_look_and_its_hash_is_refused_though_its_content_is_right() {
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/signed");
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", MANIFEST] {
+            fs::copy(format!("{data}/{name}"), folder.path().join(name)).unwrap();
+        }
+        let bundle = Bundle::open(&Files::Folder(folder.path().into())).unwrap().unwrap();
+        let (found, _) = bundle.place.scan();
+        let entry = &bundle.manifest.files["config.json"];
+        let compare = || bundle.compare("config.json", entry, found["config.json"], &mut [0; 64], &|_| {});
+        compare().unwrap();
+        fs::copy(format!("{data}/config.json"), folder.path().join("other")).unwrap();
+        fs::rename(folder.path().join("other"), folder.path().join("config.json")).unwrap();
+        assert!(matches!(compare(), Err(FileProblem::Changed { .. })));
+    }
+}
