@@ -28,7 +28,7 @@ pub use html::html;
 pub use judge::{Finding, Measure, Verdict, judge};
 pub use manifest::{Case, Chat, Computed, FileEntry, Manifest, ModelFacts, TensorEntry, Tolerances, Trained};
 pub use numerics::{
-    Bucket, ByPosition, CaseNote, Disagreement, Greedy, Largest, Numerics, Outcome, Parity, Perplexity, Top1,
+    Bucket, ByPosition, CaseNote, Disagreement, Greedy, Largest, Likely, Numerics, Outcome, Parity, Perplexity, Top1,
     check_vocabulary, replay_case, replay_cases,
 };
 pub use parity::{CaseFault, CaseParity, PositionParity, Value, compare_case, task};
