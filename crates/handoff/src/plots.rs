@@ -112,6 +112,7 @@ pub(crate) fn greedy(columns: &[Column]) -> String {
         let mut chart = ChartBuilder::on(area)
             .caption(title, CAPTION)
             .margin(8)
+            .margin_right(24)
             .x_label_area_size(24)
             .y_label_area_size(176)
             .build_cartesian_2d(0.0..1.0, shown.max(1) as f64..0.0)?;

@@ -1,6 +1,6 @@
 //! Figures over golden cases, and the judgement of them.
 
-mod common;
+mod device;
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use baton_handoff::{
     Case, CaseFault, Finding, Measure, Numerics, Outcome, Parity, PrecisionClass, Replay, ReplayError, Replayed, Score,
     Task, Tolerances, Verdict, Way, check_vocabulary, judge, replay_case, replay_cases, task,
 };
-use common::{Device, VOCAB, case, cases, computed, nothing};
+use device::{Device, VOCAB, case, cases, computed, nothing};
 use proptest::prelude::*;
 
 const CONTEXT: usize = 64;

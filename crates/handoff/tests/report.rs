@@ -1,12 +1,12 @@
 //! The report: what passes, and how it is shown.
 
-mod common;
+mod device;
 
 use baton_handoff::{
     CheckName, Column, Comparison, DeviceFacts, Manifest, Parity, PrecisionClass, Replayed, Report, Task, Tolerances,
     Verdict, Way, determinism, html, judge, replay_cases,
 };
-use common::{Device, cases, nothing};
+use device::{Device, cases, nothing};
 use serde_json::{Value, json};
 
 const HOSTILE: &str = "</title><script>alert('x')</script>\"><img src=x onerror=y>&amp;\u{1b}[2J\u{202e}\n";
