@@ -46,7 +46,7 @@ pub enum Measure {
     Kl,
     /// Part of the positions with room for it at which the best token is the trainer's.
     Top1Agreement,
-    /// The device's perplexity on the golden text, by the trainer's.
+    /// The device's perplexity on the golden text, by the trainer's. Too low is as wrong as too high.
     PerplexityRatio,
 }
 
@@ -105,6 +105,7 @@ pub fn judge(numerics: &Numerics, tolerances: &Tolerances) -> Vec<Finding> {
     };
     let at_most = |measured: f64, allowed: f64| measured <= allowed;
     let at_least = |measured: f64, allowed: f64| measured >= allowed;
+    let within_factor = |measured: f64, allowed: f64| measured.max(1.0 / measured) <= allowed && !measured.is_nan();
     let Numerics { top1, perplexity, .. } = numerics;
     let compared = |value: f64| (numerics.values > 0).then_some(value);
 
@@ -138,7 +139,7 @@ pub fn judge(numerics: &Numerics, tolerances: &Tolerances) -> Vec<Finding> {
             Measure::PerplexityRatio,
             (perplexity.tokens > 0).then_some(perplexity.ratio),
             tolerances.perplexity_ratio,
-            at_most,
+            within_factor,
             Vec::new(),
         ),
     ]

@@ -41,7 +41,7 @@ pub use manifest::{
     Tolerances, Trained, VERSION,
 };
 pub use numerics::{
-    Bucket, ByPosition, CaseNote, Disagreement, Greedy, Largest, Numerics, Outcome, Parity, Perplexity, Top1,
+    Bucket, ByPosition, CaseNote, Disagreement, Greedy, Largest, Likely, Numerics, Outcome, Parity, Perplexity, Top1,
     check_vocabulary, replay_case, replay_cases,
 };
 pub use parity::{CaseFault, CaseParity, PositionParity, Value, compare_case, task};

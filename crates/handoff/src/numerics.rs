@@ -11,11 +11,14 @@ use crate::parity::{self, CaseFault, CaseParity, Expected, compare_case};
 use crate::words::plain;
 use crate::{Case, Replay, ReplayError, Replayed, Way};
 
+/// Least probability of a [likely](Likely) token.
+const LIKELY: f64 = 0.01;
+
 /// What became of one case on a device.
 pub type Outcome = Result<Replayed, CaseFault>;
 
-/// Runs the cases one after another, as [`replay_case`] does. `progress` is called before each with its index and name, and may end the replay by
-/// returning `false`; the outcomes are then fewer than the cases.
+/// Runs the cases one after another, as [`replay_case`] does. `progress` is called before each with its index and name,
+/// and may end the replay by returning `false`; the outcomes are then fewer than the cases.
 ///
 /// # Errors
 /// The device failed. A case that it refuses, or computes without a finite result, is an outcome.
@@ -112,6 +115,7 @@ impl Parity {
     pub fn numerics(&self, top1_margin: f64) -> Numerics {
         let mut figures = Numerics { top1: Top1 { margin: top1_margin, ..Top1::default() }, ..Numerics::default() };
         let (mut sum, mut kl, mut surprise) = (0.0, 0.0, (0.0, 0.0));
+        let mut likely = Vec::new();
         let mut by_position: BTreeMap<u32, (f64, f64, usize)> = BTreeMap::new();
         for (name, compared) in &self.cases {
             let compared = match compared {
@@ -136,6 +140,7 @@ impl Parity {
                     let difference = value.difference();
                     figures.values += 1;
                     sum += difference;
+                    likely.extend((value.expected >= LIKELY.ln()).then_some(difference));
                     *here = (here.0 + difference, here.1.max(difference), here.2 + 1);
                     figures.histogram[bucket(difference)].count += 1;
                     if figures.largest.is_none() || difference > figures.max_abs_logprob_diff {
@@ -155,6 +160,9 @@ impl Parity {
         let mean = |sum: f64, of: usize| if of == 0 { 0.0 } else { sum / of as f64 };
         figures.mean_abs_logprob_diff = mean(sum, figures.values);
         figures.kl = mean(kl, figures.positions);
+        likely.sort_by(f64::total_cmp);
+        let p99 = likely.get((likely.len() * 99).div_ceil(100).saturating_sub(1)).copied().unwrap_or_default();
+        figures.likely = Likely { values: likely.len(), p99, max: likely.last().copied().unwrap_or_default() };
         figures.by_position = by_position
             .into_iter()
             .map(|(position, (sum, max, values))| ByPosition { position, mean: mean(sum, values), max, values })
@@ -186,6 +194,8 @@ pub struct Numerics {
     pub mean_abs_logprob_diff: f64,
     /// Where the largest is.
     pub largest: Option<Largest>,
+    /// Differences of likely tokens alone: rounding hardly moves these, and faults do.
+    pub likely: Likely,
     /// Mean over the positions of KL(trainer ‖ device), over the golden tokens and one bucket for all others.
     pub kl: f64,
     /// Agreement of the best token.
@@ -211,6 +221,7 @@ impl Default for Numerics {
             max_abs_logprob_diff: 0.0,
             mean_abs_logprob_diff: 0.0,
             largest: None,
+            likely: Likely::default(),
             kl: 0.0,
             top1: Top1::default(),
             greedy: Vec::new(),
@@ -269,6 +280,17 @@ impl fmt::Display for Largest {
         let case = plain(case);
         write!(f, "case {case}, position {position}, token {token}: {expected:.6} expected, {got:.6} computed")
     }
+}
+
+/// Differences of the tokens to which the trainer gives a probability of 1 % or more.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Likely {
+    /// Log-probabilities compared.
+    pub values: usize,
+    /// 99 % of the differences are not above this.
+    pub p99: f64,
+    /// The largest.
+    pub max: f64,
 }
 
 /// Agreement of the best token, where the trainer's margin allows a demand.

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use crate::{Case, Replayed, Task};
 
-/// Least probability of all tokens beside the k that are compared, as one. Golden values have six decimals and a device's
-/// are float32, so a mass below this is rounding, and its logarithm noise.
+/// Least probability of all tokens beside the k that are compared, as one. Golden values have six decimals and a
+/// device's are float32, so a mass below this is rounding, and its logarithm noise.
 const REST_FLOOR: f64 = 1e-5;
 
 /// What a device should compute of a case: what the trainer did, or another device.
@@ -160,7 +160,7 @@ pub enum CaseFault {
         context: usize,
     },
     /// NaN or infinity.
-    #[error("the device computed a value that is not finite{}", position.map(|p| format!(" at position {p}")).unwrap_or_default())]
+    #[error("the device computed a value that is not finite{}", at(*position))]
     NonFinite {
         /// The first such position, if the device can tell.
         position: Option<usize>,
@@ -176,6 +176,10 @@ pub enum CaseFault {
     /// The device refused the case.
     #[error("the device refused it: {0}")]
     Refused(String),
+}
+
+fn at(position: Option<usize>) -> String {
+    position.map(|position| format!(" at position {position}")).unwrap_or_default()
 }
 
 /// A log-probability on both sides, in nats.

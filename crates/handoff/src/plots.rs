@@ -21,6 +21,10 @@ const MAX_BARS: usize = 64;
 /// Characters of a name beside its bar.
 const MAX_NAME: usize = 24;
 
+/// Sizes of text: 1.24 to a pixel.
+const CAPTION: u32 = 18;
+const LABEL: (&str, u32) = ("sans-serif", 15);
+
 type Drawn = Result<(), Box<dyn Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -30,14 +34,14 @@ pub(crate) fn by_position(columns: &[Column]) -> String {
         let positions = columns.iter().flat_map(|column| &column.numerics.by_position);
         let last = positions.map(|at| at.position).max().unwrap_or_default();
         let mut chart = ChartBuilder::on(area)
-            .caption("|Δ logprob| by position: largest (thick) and mean (thin)", 15)
+            .caption("|Δ logprob| by position: largest (thick) and mean (thin)", CAPTION)
             .margin(8)
             .x_label_area_size(36)
             .y_label_area_size(56)
             .build_cartesian_2d(0.0..f64::from(last.max(1)), EXPONENTS.0..EXPONENTS.1)?;
         let mut mesh = chart.configure_mesh();
         mesh.x_desc("position").x_label_formatter(&|x| format!("{x:.0}")).y_label_formatter(&|y| format!("1e{y:.0}"));
-        mesh.light_line_style(TRANSPARENT).draw()?;
+        mesh.light_line_style(TRANSPARENT).label_style(LABEL).draw()?;
         for (index, column) in columns.iter().enumerate() {
             let colour = COLOURS[index % COLOURS.len()];
             let at = |value: fn(&crate::ByPosition) -> f64| {
@@ -50,7 +54,9 @@ pub(crate) fn by_position(columns: &[Column]) -> String {
                 .label(plain(&column.device.to_string()))
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
         }
-        chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(TRANSPARENT).draw()?;
+        let mut legend = chart.configure_series_labels();
+        legend.position(SeriesLabelPosition::UpperRight).label_font(LABEL);
+        legend.background_style(WHITE.mix(0.8)).border_style(TRANSPARENT).draw()?;
         Ok(())
     })
 }
@@ -64,7 +70,7 @@ pub(crate) fn histogram(columns: &[Column]) -> String {
         let last = columns.iter().flat_map(|column| column.numerics.histogram.last()).map(|b| b.exponent).max();
         let (first, last) = (f64::from(first.unwrap_or(-1)), f64::from(last.unwrap_or(0) + 1));
         let mut chart = ChartBuilder::on(area)
-            .caption("Log-probabilities by |Δ logprob|", 15)
+            .caption("Log-probabilities by |Δ logprob|", CAPTION)
             .margin(8)
             .x_label_area_size(36)
             .y_label_area_size(56)
@@ -72,7 +78,7 @@ pub(crate) fn histogram(columns: &[Column]) -> String {
         let mut mesh = chart.configure_mesh();
         mesh.x_desc("|Δ logprob| in nats; the first bar has all smaller ones").disable_x_mesh();
         mesh.x_label_formatter(&|x| format!("1e{x:.0}")).y_label_formatter(&|y| format!("{y:.0}"));
-        mesh.light_line_style(TRANSPARENT).draw()?;
+        mesh.light_line_style(TRANSPARENT).label_style(LABEL).draw()?;
         let width = 0.9 / columns.len().max(1) as f64;
         for (index, column) in columns.iter().enumerate() {
             let colour = COLOURS[index % COLOURS.len()];
@@ -85,7 +91,9 @@ pub(crate) fn histogram(columns: &[Column]) -> String {
                 .label(plain(&column.device.to_string()))
                 .legend(move |(x, y)| Rectangle::new([(x, y - 4), (x + 16, y + 4)], colour.filled()));
         }
-        chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(TRANSPARENT).draw()?;
+        let mut legend = chart.configure_series_labels();
+        legend.position(SeriesLabelPosition::UpperRight).label_font(LABEL);
+        legend.background_style(WHITE.mix(0.8)).border_style(TRANSPARENT).draw()?;
         Ok(())
     })
 }
@@ -102,18 +110,19 @@ pub(crate) fn greedy(columns: &[Column]) -> String {
             more => format!("Greedy tokens before the first that differs ({more} cases not shown)"),
         };
         let mut chart = ChartBuilder::on(area)
-            .caption(title, 15)
+            .caption(title, CAPTION)
             .margin(8)
+            .margin_right(24)
             .x_label_area_size(24)
             .y_label_area_size(176)
             .build_cartesian_2d(0.0..1.0, shown.max(1) as f64..0.0)?;
         let mut mesh = chart.configure_mesh();
         mesh.disable_y_mesh().y_labels(0).x_label_formatter(&|x| format!("{:.0} %", 100.0 * x));
-        mesh.light_line_style(TRANSPARENT).draw()?;
+        mesh.light_line_style(TRANSPARENT).label_style(LABEL).draw()?;
         let right = Pos::new(HPos::Right, VPos::Center);
         for (row, case) in cases.iter().take(shown).enumerate() {
             let (x, y) = chart.backend_coord(&(0.0, row as f64 + 0.5));
-            let style = ("sans-serif", 11).into_text_style(area).pos(right);
+            let style = LABEL.into_text_style(area).pos(right);
             area.draw_text(&shortened(case), &style, (x - 8, y))?;
         }
         let width = 0.8 / columns.len() as f64;

@@ -46,7 +46,7 @@ impl CheckName {
         Self::Comparison,
     ];
 
-    /// Whether a bundle that passes must have passed it. A signature is demanded by whoever trusts keys, by failing the check.
+    /// Whether it must have been run for a bundle to pass. Whoever demands a signature fails the check without one.
     const fn required(self) -> bool {
         !matches!(self, Self::Signature | Self::Determinism | Self::Comparison)
     }

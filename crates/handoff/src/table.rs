@@ -92,8 +92,13 @@ pub(crate) fn compared(comparison: &Comparison) -> Vec<Vec<String>> {
 }
 
 /// Figures that nothing is demanded of.
-fn counts(columns: &[&Numerics]) -> [Vec<String>; 4] {
+fn counts(columns: &[&Numerics]) -> [Vec<String>; 6] {
     [
+        row("largest |Δ| at", columns, |n| match &n.largest {
+            Some(largest) => format!("{}, position {}", largest.case, largest.position),
+            None => "-".into(),
+        }),
+        row("p99 of likely tokens", columns, |n| figure(n.likely.p99)),
         row("top-1 positions", columns, |n| format!("{} of {}", n.top1.considered, n.positions)),
         row("greedy tokens", columns, |n| {
             let (agreed, of) = n.greedy_total();

@@ -1,13 +1,14 @@
 //! Numbers and foreign text as people read them.
 
-/// A number with four significant digits.
+/// A number with at most five significant digits.
 pub(crate) fn figure(value: f64) -> String {
     let magnitude = value.abs();
     if value == 0.0 || !value.is_finite() || value == value.trunc() && magnitude < 1e6 {
         format!("{value}")
     } else if (1e-3..1e4).contains(&magnitude) {
-        let digits = (3 - magnitude.log10().floor() as i32).max(0) as usize;
-        format!("{value:.digits$}")
+        let digits = (4 - magnitude.log10().floor() as i32).max(0) as usize;
+        let text = format!("{value:.digits$}");
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
     } else {
         format!("{value:.2e}")
     }
@@ -33,13 +34,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_have_four_digits_and_whole_numbers_are_whole() {
+    fn figures_have_five_digits_at_most_and_no_zeros_behind() {
         for (value, text) in [
             (0.0, "0"),
             (1.0, "1"),
-            (0.123456, "0.1235"),
-            (1.000049, "1.000"),
-            (12.3456, "12.35"),
+            (0.123456, "0.12346"),
+            (0.003, "0.003"),
+            (1.0005, "1.0005"),
+            (1.000049, "1"),
+            (12.3456, "12.346"),
+            (2345.67, "2345.7"),
+            (9999.99, "10000"),
             (0.000123, "1.23e-4"),
             (123456.7, "1.23e5"),
             (f64::NAN, "NaN"),

@@ -1,9 +1,9 @@
 //! Determinism: every way against alone.
 
-mod common;
+mod device;
 
 use baton_handoff::{Found, Replay, ReplayError, Replayed, Task, Verdict, Way, determinism};
-use common::{Device, cases, nothing};
+use device::{Device, cases, nothing};
 
 const CONTEXT: usize = 64;
 

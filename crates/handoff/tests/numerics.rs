@@ -58,7 +58,7 @@ fn figures_are_those_of_a_computation_by_hand() {
     };
     let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-6, "{a} {b}");
     let ln2 = 2f64.ln();
-    let numerics = Parity::of(&[golden.clone()], &[Ok(replayed.clone())]).numerics(0.5);
+    let numerics = Parity::of(std::slice::from_ref(&golden), &[Ok(replayed.clone())]).numerics(0.5);
     assert_eq!((numerics.cases, numerics.positions, numerics.values), (1, 2, 4));
     near(numerics.max_abs_logprob_diff, ln2);
     near(numerics.mean_abs_logprob_diff, ln2 / 2.0);
@@ -69,6 +69,8 @@ fn figures_are_those_of_a_computation_by_hand() {
     assert_eq!((worst.position, worst.expected, worst.got), (2, 3, 5));
     near(worst.margin, ln2);
     assert_eq!(numerics.greedy_total(), (1, 2));
+    assert_eq!(numerics.likely.values, 4);
+    near(numerics.likely.p99, ln2);
     assert_eq!(numerics.perplexity.tokens, 3);
     near(numerics.perplexity.trainer, 2f64.exp());
     near(numerics.perplexity.device, 3f64.exp());
@@ -208,12 +210,13 @@ fn goldens_of_another_vocabulary_are_refused_by_name() {
 fn each_demand_can_fail_alone_and_nan_never_passes() {
     let good = measured(&cases(), nothing);
     type Spoil = fn(&mut Numerics, f64);
-    let spoils: [(Measure, Spoil, f64); 5] = [
+    let spoils: [(Measure, Spoil, f64); 6] = [
         (Measure::MaxAbsLogprobDiff, |n, x| n.max_abs_logprob_diff = x, 0.1),
         (Measure::MeanAbsLogprobDiff, |n, x| n.mean_abs_logprob_diff = x, 0.1),
         (Measure::Kl, |n, x| n.kl = x, 0.1),
         (Measure::Top1Agreement, |n, _| n.top1.agreed -= 1, 0.0),
         (Measure::PerplexityRatio, |n, x| n.perplexity.ratio = x, 1.1),
+        (Measure::PerplexityRatio, |n, x| n.perplexity.ratio = x, 0.9),
     ];
     for (measure, spoil, value) in spoils {
         for value in [value, f64::NAN] {
@@ -226,15 +229,26 @@ fn each_demand_can_fail_alone_and_nan_never_passes() {
 
 #[test]
 fn a_distribution_without_a_rest_costs_no_infinite_divergence() {
-    // The trainer's tokens have all the mass, as far as six decimals show, and the device's rounding is that of float32.
+    // The trainer's tokens have all the mass, as far as six decimals show; the device rounds to float32.
     let mut golden = case("sure", &[1], 0);
     for (expected, got) in [(-0.0, -0.0), (-0.0, -1.9e-6), (-1e-6, -0.0)] {
         golden.top = BTreeMap::from([(0, vec![(2, expected), (3, -16.5)])]);
         let score = Score { best: 2, best_logprob: got as f32, next: None, targets: vec![got as f32, -16.500_002] };
         let replayed = Replayed { scores: vec![score], ..Replayed::default() };
-        let numerics = Parity::of(&[golden.clone()], &[Ok(replayed)]).numerics(0.0);
+        let numerics = Parity::of(std::slice::from_ref(&golden), &[Ok(replayed)]).numerics(0.0);
         assert!((0.0..1e-6).contains(&numerics.kl), "{}", numerics.kl);
     }
+}
+
+#[test]
+fn likely_tokens_are_counted_apart() {
+    let mut golden = case("sure", &[1], 0);
+    golden.top = BTreeMap::from([(0, vec![(2, -0.01), (3, -4.6), (4, -4.7)])]); // 0.01 is between the last two
+    let score = Score { best: 2, best_logprob: -0.01, next: None, targets: vec![-0.01, -4.5, -9.0] };
+    let replayed = Replayed { scores: vec![score], ..Replayed::default() };
+    let numerics = Parity::of(&[golden], &[Ok(replayed)]).numerics(0.0);
+    assert_eq!((numerics.values, numerics.likely.values), (3, 2));
+    assert!((numerics.likely.max - 0.1).abs() < 1e-6 && (numerics.max_abs_logprob_diff - 4.3).abs() < 1e-6);
 }
 
 #[test]
@@ -303,7 +317,8 @@ proptest! {
         let outcome = |index: usize| {
             let mut replayed = computed(&task(&cases[index]));
             for (position, score) in replayed.scores.iter_mut().enumerate() {
-                score.targets.iter_mut().chain(&mut score.next).for_each(|x| *x += noise[index] / (position + 1) as f32);
+                let noise = noise[index] / (position + 1) as f32;
+                score.targets.iter_mut().chain(&mut score.next).for_each(|x| *x += noise);
             }
             Ok(replayed)
         };
@@ -321,11 +336,14 @@ proptest! {
     }
 
     #[test]
-    fn divergence_is_never_negative_nor_infinite(a in -30.0..0.0f64, b in -30.0..0.0f32, c in -30.0..0.0f64, d in -30.0..0.0f32) {
+    fn divergence_is_never_negative_nor_infinite(
+        a in -30.0..0.0f64, b in -30.0..0.0f32, c in -30.0..0.0f64, d in -30.0..0.0f32,
+    ) {
         let mut golden = case("any", &[1], 0);
         golden.top = BTreeMap::from([(0, vec![(2, a.max(c)), (3, a.min(c))])]);
         let score = Score { best: 2, best_logprob: b, next: None, targets: vec![b, d] };
-        let numerics = Parity::of(&[golden], &[Ok(Replayed { scores: vec![score], ..Replayed::default() })]).numerics(0.0);
+        let replayed = Replayed { scores: vec![score], ..Replayed::default() };
+        let numerics = Parity::of(&[golden], &[Ok(replayed)]).numerics(0.0);
         prop_assert!(numerics.kl >= 0.0 && numerics.kl.is_finite(), "{}", numerics.kl);
     }
 }

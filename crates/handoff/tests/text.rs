@@ -1,6 +1,6 @@
 //! Text parity on the golden tokenizers, whole and with a fault in one of their files.
 
-mod common;
+mod device;
 
 use std::path::Path;
 
@@ -59,7 +59,7 @@ fn cases(name: &str) -> Vec<Case> {
         chat,
         prompt: Some(prompt.as_str().expect("text").to_owned()),
         prompt_ids: ids(prompt_ids),
-        ..common::case("", &[0], 0)
+        ..device::case("", &[0], 0)
     };
     let chats = golden(name, "chat_golden.json");
     let chats = chats["cases"].as_array().expect("cases").iter().filter_map(|golden| {
