@@ -244,7 +244,7 @@ def manifests():
     case = {"name": "x", "chat": {"messages": [{"role": "user", "content": ""}], "tools": [{}], "template_kwargs": {"t": 1}},
             "prompt": "", "prompt_ids": [1, 2], "greedy_ids": [3], "margins": [0.5], "logprobs": [-1, -2],
             "top": {"0": [[1, -1.5], [2, -2]], "1": [[3, -0.5], [4, -1.5]]}}
-    bounds = {"max_abs_logprob_diff": 1, "mean_abs_logprob_diff": 1, "kl": 1, "top1_agreement": 1, "perplexity_ratio": 1}
+    bounds = {"max_abs_logprob_diff": 1, "mean_abs_logprob_diff": 1, "p99_abs_logprob_diff": 1, "kl": 1, "top1_agreement": 1, "perplexity_ratio": 1}
     seed("manifest", "tensors", compact({
         "format": "baton-handoff", "version": 1, "model": {"name": "x", "license": "y", "lineage": {"a": [{"b": None}]}},
         "generation": sha256(lines.encode()), "files": files, "tensors": tensors,

@@ -34,7 +34,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CHAT = {"messages": list, "tools": list, "template_kwargs": dict, "add_generation_prompt": bool}
 FIELDS = {"name": str, "max_new_tokens": int, "text": str, "ids": list, **CHAT}
 CLASSES = ("float32", "half", "int8", "int4")
-LIMITS = {"max_abs_logprob_diff", "mean_abs_logprob_diff", "kl", "top1_agreement", "perplexity_ratio"}
+LIMITS = {"max_abs_logprob_diff", "mean_abs_logprob_diff", "p99_abs_logprob_diff", "kl", "top1_agreement", "perplexity_ratio"}
 # Logits this close to each other may come out in either order from decoding with a cache and from a single pass.
 NEAR_TIE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 # Positions inside each prompt whose likeliest tokens are stored.

@@ -42,6 +42,8 @@ pub enum Measure {
     MaxAbsLogprobDiff,
     /// Mean |Δ logprob|, nats.
     MeanAbsLogprobDiff,
+    /// 99th percentile of |Δ logprob| of likely tokens, nats.
+    P99AbsLogprobDiff,
     /// Mean KL(trainer ‖ device), nats.
     Kl,
     /// Part of the positions with room for it at which the best token is the trainer's.
@@ -56,6 +58,7 @@ impl fmt::Display for Measure {
             Self::BrokenCases => "cases without a result",
             Self::MaxAbsLogprobDiff => "max |Δ logprob|",
             Self::MeanAbsLogprobDiff => "mean |Δ logprob|",
+            Self::P99AbsLogprobDiff => "p99 |Δ logprob| of likely",
             Self::Kl => "KL(trainer ‖ device)",
             Self::Top1Agreement => "top-1 agreement",
             Self::PerplexityRatio => "perplexity ratio",
@@ -106,7 +109,7 @@ pub fn judge(numerics: &Numerics, tolerances: &Tolerances) -> Vec<Finding> {
     let at_most = |measured: f64, allowed: f64| measured <= allowed;
     let at_least = |measured: f64, allowed: f64| measured >= allowed;
     let within_factor = |measured: f64, allowed: f64| measured.max(1.0 / measured) <= allowed && !measured.is_nan();
-    let Numerics { top1, perplexity, .. } = numerics;
+    let Numerics { likely, top1, perplexity, .. } = numerics;
     let compared = |value: f64| (numerics.values > 0).then_some(value);
 
     let mut broken: Vec<String> = numerics.broken.iter().map(ToString::to_string).collect();
@@ -130,6 +133,13 @@ pub fn judge(numerics: &Numerics, tolerances: &Tolerances) -> Vec<Finding> {
             Measure::MeanAbsLogprobDiff,
             compared(numerics.mean_abs_logprob_diff),
             tolerances.mean_abs_logprob_diff,
+            at_most,
+            Vec::new(),
+        ),
+        finding(
+            Measure::P99AbsLogprobDiff,
+            (likely.values > 0).then_some(likely.p99),
+            tolerances.p99_abs_logprob_diff,
             at_most,
             Vec::new(),
         ),

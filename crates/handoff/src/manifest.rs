@@ -216,20 +216,23 @@ pub struct Tolerances {
     pub max_abs_logprob_diff: f64,
     /// Mean difference of log-probabilities, in nats.
     pub mean_abs_logprob_diff: f64,
+    /// Difference that 99 of 100 log-probabilities keep to, of tokens to which the trainer gives 1 % or more, in nats.
+    pub p99_abs_logprob_diff: f64,
     /// Mean Kullback-Leibler divergence of the device's distribution from the trainer's, in nats.
     pub kl: f64,
     /// Part of the positions with room for it at which the best token must be the trainer's, 0 to 1.
     pub top1_agreement: f64,
-    /// Largest ratio of the device's perplexity on the golden text to the trainer's.
+    /// Largest ratio of the device's perplexity on the golden text to the trainer's, or of the trainer's to the device's.
     pub perplexity_ratio: f64,
 }
 
 impl Tolerances {
     /// All of them with their names.
-    pub(crate) fn values(&self) -> [(&'static str, f64); 5] {
+    pub(crate) fn values(&self) -> [(&'static str, f64); 6] {
         [
             ("max_abs_logprob_diff", self.max_abs_logprob_diff),
             ("mean_abs_logprob_diff", self.mean_abs_logprob_diff),
+            ("p99_abs_logprob_diff", self.p99_abs_logprob_diff),
             ("kl", self.kl),
             ("top1_agreement", self.top1_agreement),
             ("perplexity_ratio", self.perplexity_ratio),

@@ -131,9 +131,12 @@ impl Problems {
                     format!("tolerances of {class}: {field} is {value}, not a finite number from 0")
                 });
             }
-            let Tolerances { max_abs_logprob_diff: max, mean_abs_logprob_diff: mean, .. } = bounds;
+            let Tolerances { max_abs_logprob_diff: max, mean_abs_logprob_diff: mean, p99_abs_logprob_diff: p99, .. } = bounds;
             self.unless(mean <= max, || {
                 format!("tolerances of {class}: the mean difference {mean} exceeds the maximum {max}")
+            });
+            self.unless(p99 <= max, || {
+                format!("tolerances of {class}: the 99th percentile {p99} exceeds the maximum {max}")
             });
             self.unless(bounds.top1_agreement <= 1.0, || {
                 format!("tolerances of {class}: top1_agreement is {}, more than 1", bounds.top1_agreement)

@@ -83,6 +83,7 @@ pub(crate) fn compared(comparison: &Comparison) -> Vec<Vec<String>> {
         vec![String::new(), from.clone(), to.clone(), format!("{to} against {from}")],
         row("max |Δ logprob|", &sides, |n| figure(n.max_abs_logprob_diff)),
         row("mean |Δ logprob|", &sides, |n| figure(n.mean_abs_logprob_diff)),
+        row("p99 |Δ logprob| of likely", &sides, |n| figure(n.likely.p99)),
         row("KL", &sides, |n| figure(n.kl)),
         row("perplexity ratio", &sides, |n| figure(n.perplexity.ratio)),
         row("top-1 agreement", &sides, |n| n.top1.agreement().map_or_else(|| "-".into(), figure)),
@@ -92,13 +93,12 @@ pub(crate) fn compared(comparison: &Comparison) -> Vec<Vec<String>> {
 }
 
 /// Figures that nothing is demanded of.
-fn counts(columns: &[&Numerics]) -> [Vec<String>; 6] {
+fn counts(columns: &[&Numerics]) -> [Vec<String>; 5] {
     [
         row("largest |Δ| at", columns, |n| match &n.largest {
             Some(largest) => format!("{}, position {}", largest.case, largest.position),
             None => "-".into(),
         }),
-        row("p99 of likely tokens", columns, |n| figure(n.likely.p99)),
         row("top-1 positions", columns, |n| format!("{} of {}", n.top1.considered, n.positions)),
         row("greedy tokens", columns, |n| {
             let (agreed, of) = n.greedy_total();

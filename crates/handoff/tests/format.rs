@@ -143,6 +143,7 @@ const BREACHES: &[Breach] = &[
     (|m| m["tolerances"]["float32"]["mean_abs_logprob_diff"] = json!(-0.1), "mean_abs_logprob_diff is -0.1", Too),
     (|m| m["tolerances"]["float32"]["kl"] = Value::Null, "invalid type: null", Too),
     (|m| m["tolerances"]["int4"]["mean_abs_logprob_diff"] = json!(0.6), "the mean difference 0.6 exceeds the maximum 0.5", CannotSay),
+    (|m| m["tolerances"]["int4"]["p99_abs_logprob_diff"] = json!(0.7), "the 99th percentile 0.7 exceeds the maximum 0.5", CannotSay),
     (|m| m["tolerances"]["int4"]["top1_agreement"] = json!(1.1), "top1_agreement is 1.1, more than 1", Too),
     (|m| m["tolerances"]["int4"]["top1_agreement"] = json!(-0.1), "top1_agreement is -0.1", Too),
     (|m| m["tolerances"]["float32"]["perplexity_ratio"] = json!(0.99), "perplexity_ratio is 0.99, less than 1", Too),

@@ -210,9 +210,10 @@ fn goldens_of_another_vocabulary_are_refused_by_name() {
 fn each_demand_can_fail_alone_and_nan_never_passes() {
     let good = measured(&cases(), nothing);
     type Spoil = fn(&mut Numerics, f64);
-    let spoils: [(Measure, Spoil, f64); 6] = [
+    let spoils: [(Measure, Spoil, f64); 7] = [
         (Measure::MaxAbsLogprobDiff, |n, x| n.max_abs_logprob_diff = x, 0.1),
         (Measure::MeanAbsLogprobDiff, |n, x| n.mean_abs_logprob_diff = x, 0.1),
+        (Measure::P99AbsLogprobDiff, |n, x| n.likely.p99 = x, 0.1),
         (Measure::Kl, |n, x| n.kl = x, 0.1),
         (Measure::Top1Agreement, |n, _| n.top1.agreed -= 1, 0.0),
         (Measure::PerplexityRatio, |n, x| n.perplexity.ratio = x, 1.1),
@@ -297,6 +298,7 @@ fn a_coarser_class_is_allowed_no_less() {
         let (fine, coarse) = (pair[0], pair[1]);
         assert!(fine.max_abs_logprob_diff < coarse.max_abs_logprob_diff);
         assert!(fine.mean_abs_logprob_diff < coarse.mean_abs_logprob_diff);
+        assert!(fine.p99_abs_logprob_diff < coarse.p99_abs_logprob_diff);
         assert!(fine.kl < coarse.kl && fine.top1_agreement >= coarse.top1_agreement);
         assert!(
             fine.perplexity_ratio < coarse.perplexity_ratio && fine.mean_abs_logprob_diff < fine.max_abs_logprob_diff

@@ -86,18 +86,19 @@ fn case(k: usize) -> impl Strategy<Value = Case> {
 /// Classes that widen from one to the next.
 fn tolerances() -> impl Strategy<Value = BTreeMap<PrecisionClass, Tolerances>> {
     use PrecisionClass::{Float32, Half, Int4, Int8};
-    let steps = vec((0..=1_000i64, 0..=100i64, 0..=100i64, 0..=100i64, 0..=100i64), 4);
+    let steps = vec((0..=1_000i64, 0..=100i64, 0..=100i64, 0..=100i64, 0..=100i64, 0..=100i64), 4);
     (steps, vec(any::<bool>(), 4)).prop_map(|(steps, given)| {
-        let mut sum = [0; 5];
+        let mut sum = [0; 6];
         let mut all = BTreeMap::new();
         for ((class, step), given) in [Float32, Half, Int8, Int4].into_iter().zip(steps).zip(given) {
-            for (sum, step) in sum.iter_mut().zip([step.0, step.1, step.2, step.3, step.4]) {
+            for (sum, step) in sum.iter_mut().zip([step.0, step.1, step.2, step.3, step.4, step.5]) {
                 *sum += step;
             }
-            let [max, mean, kl, agreement, ratio] = sum.map(|n| n as f64 / 1e3);
+            let [max, mean, p99, kl, agreement, ratio] = sum.map(|n| n as f64 / 1e3);
             let bounds = Tolerances {
-                max_abs_logprob_diff: max.max(mean),
+                max_abs_logprob_diff: max.max(mean).max(p99),
                 mean_abs_logprob_diff: mean,
+                p99_abs_logprob_diff: p99,
                 kl,
                 top1_agreement: 1.0 - agreement,
                 perplexity_ratio: 1.0 + ratio,
