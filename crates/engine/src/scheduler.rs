@@ -289,20 +289,20 @@ impl Scheduler {
             self.counters.prompt_tokens_computed +=
                 end.min(sequence.prompt_len).saturating_sub(step.num_computed) as u64;
             sequence.num_computed = end;
-            match result.scores {
-                Ok(scores) if scores.is_empty() => {}
+            let sampled = match result.scores {
+                // Whatever was sampled came of the same values.
+                Err(failure) => vec![Err(failure)],
                 Ok(scores) => {
-                    let event = OutputEvent::PromptScores(sequence.take_scores(scores));
-                    outputs.push(RequestOutput { id, event });
+                    if !scores.is_empty() {
+                        let event = OutputEvent::PromptScores(sequence.take_scores(scores));
+                        outputs.push(RequestOutput { id, event });
+                    }
+                    result.sampled
                 }
-                Err(SequenceFailure::NonFiniteLogits) => {
-                    outputs.push(self.end_running(id, FinishReason::Error(EngineFailure::NonFiniteLogits), now));
-                    continue;
-                }
-            }
-            if !result.sampled.is_empty() {
+            };
+            if !sampled.is_empty() {
                 sequence.proposed = result.proposed;
-                outputs.extend(self.take_samples(id, &step.draft, result.sampled, now));
+                outputs.extend(self.take_samples(id, &step.draft, sampled, now));
             }
         }
         outputs
