@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use baton_engine::{Adapter, CacheScope, EngineHandle};
+use baton_engine::{Adapter, EngineHandle};
 use baton_text::TextModel;
 use parking_lot::Mutex;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -145,12 +145,6 @@ impl Generation {
     pub fn ready(&self) -> Result<(), ApiError> {
         self.handoff.check()?;
         if self.engine.stats().alive { Ok(()) } else { Err(ApiError::engine_down()) }
-    }
-
-    /// Blocks are shared within a generation and a client's own salt. The digest has a fixed length, so the two do not
-    /// run into each other.
-    pub fn cache_scope(&self, salt: Option<&str>) -> CacheScope {
-        CacheScope([self.card.generation.as_str(), salt.unwrap_or_default()].concat().into_bytes())
     }
 
     /// Requests that hold it.

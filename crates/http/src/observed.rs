@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-/// Upper bound of the first bucket; each further one is [`PER_OCTAVE`]th root of two wider.
+/// Upper bound of the first bucket; each further bound is higher by the fourth root of two.
 const FIRST_SECONDS: f64 = 1e-4;
 const PER_OCTAVE: f64 = 4.0;
 /// So the last one begins at 1.5 minutes.

@@ -175,20 +175,17 @@ impl Shadow {
                     continue;
                 }
             };
-            match event {
-                Some(OutputEvent::Token { token, .. }) => tokens.push(token),
-                Some(OutputEvent::PromptScores(_)) => {}
-                Some(OutputEvent::Finished { reason: FinishReason::Error(failure), .. }) => {
-                    return Err(match failure {
-                        EngineFailure::NonFiniteLogits => Failure::NonFinite,
-                        EngineFailure::QueueTimeout => Failure::Skipped,
-                        _ => Failure::Other,
-                    });
-                }
-                Some(OutputEvent::Finished { timings, .. }) => {
-                    return Ok(Output { tokens, cut: false, timings: Some(timings) });
-                }
-                None => return Err(Failure::Other),
+            let Some(event) = event else { return Err(Failure::Other) };
+            if let OutputEvent::Token { token, .. } = event {
+                tokens.push(token);
+            }
+            if let OutputEvent::Finished { reason, timings, .. } = event {
+                return match reason {
+                    FinishReason::Error(EngineFailure::NonFiniteLogits) => Err(Failure::NonFinite),
+                    FinishReason::Error(EngineFailure::QueueTimeout) => Err(Failure::Skipped),
+                    FinishReason::Error(_) => Err(Failure::Other),
+                    _ => Ok(Output { tokens, cut: false, timings: Some(timings) }),
+                };
             }
         }
     }

@@ -30,6 +30,10 @@ pub(crate) fn read(file: &str, json: &[u8]) -> Result<Tokenizer, TextError> {
         // Lengths are the server's affair; a tokenizer that was saved while training must not cut or fill prompts.
         tokenizer.with_truncation(None)?;
         tokenizer.with_padding(None);
+        // The cache of words is kept by each thread, and outlives the model: generations come and go.
+        let mut model = tokenizer.get_model().clone();
+        model.resize_cache(0);
+        tokenizer.with_model(model);
         Ok(tokenizer)
     };
     let tokenizer = guarded(read).map_err(refused)?;

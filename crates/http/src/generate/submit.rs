@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_engine::{Adapter, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
+use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
 use baton_text::{ReasoningMarkers, ReasoningSplitter};
 
 use crate::access::AccessRecord;
@@ -48,7 +48,7 @@ pub(crate) struct Reasoning {
 pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<Choices, ApiError> {
     let spec = generation.engine.spec();
     let (mut sampling, stop_token_ids) = resolve(&job.params, &generation)?;
-    let cache_scope = generation.cache_scope(job.params.cache_salt.as_deref());
+    let cache_scope = cache_scope(&job.params);
     let rooms = job.prompts.iter().map(|prompt| max_tokens(&job, prompt.len(), spec));
     let rooms = rooms.collect::<Result<Vec<_>, _>>()?;
     if let Some(&id) = job.prompts.iter().flatten().find(|&&id| id as usize >= spec.vocab_size) {
@@ -107,8 +107,12 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
 fn shadow_request(params: &Params, sampling: SamplingParams, candidate: &Generation) -> Option<Request> {
     let (own, stop_token_ids) = resolve(params, candidate).ok()?;
     let sampling = SamplingParams { suppressed_until_min: own.suppressed_until_min, ..sampling };
-    let cache_scope = candidate.cache_scope(params.cache_salt.as_deref());
+    let cache_scope = cache_scope(params);
     Some(Request { stop_token_ids, cache_scope, ..Request::new(Vec::new(), sampling, 1) })
+}
+
+fn cache_scope(params: &Params) -> CacheScope {
+    CacheScope(params.cache_salt.clone().unwrap_or_default().into_bytes())
 }
 
 /// The request's values, else the checkpoint's, else OpenAI's; and the tokens that end an output.

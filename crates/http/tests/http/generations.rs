@@ -74,7 +74,7 @@ async fn end(retired: Retired, other: Other) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r34_rollouts_under_load_fail_and_mix_nothing() {
-    const ROLLOUTS: u32 = 24;
+    const ROLLOUTS: u32 = 12;
     let (server, mut serving) = start().await;
     let (server, stop, replies) = (Arc::new(server), Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let mut clients = JoinSet::new();
