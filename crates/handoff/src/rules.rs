@@ -131,7 +131,9 @@ impl Problems {
                     format!("tolerances of {class}: {field} is {value}, not a finite number from 0")
                 });
             }
-            let Tolerances { max_abs_logprob_diff: max, mean_abs_logprob_diff: mean, p99_abs_logprob_diff: p99, .. } = bounds;
+            let Tolerances {
+                max_abs_logprob_diff: max, mean_abs_logprob_diff: mean, p99_abs_logprob_diff: p99, ..
+            } = bounds;
             self.unless(mean <= max, || {
                 format!("tolerances of {class}: the mean difference {mean} exceeds the maximum {max}")
             });
