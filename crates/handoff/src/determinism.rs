@@ -110,15 +110,16 @@ pub fn determinism(
     let cases: Vec<&Case> = cases.iter().filter(|case| case.ids().count() <= context).collect();
     let tasks: Vec<Task> = cases.iter().flat_map(|case| [parity::task(case), answered(case, context)]).collect();
     let names: Vec<&str> = cases.iter().flat_map(|case| [case.name.as_str(); 2]).collect();
-    let mut replay = |way| match device.replay(&tasks, way) {
+    let replay = |device: &mut dyn Replay, way| match device.replay(&tasks, way) {
         Ok(replayed) if replayed.len() == tasks.len() => Ok(replayed),
         Ok(replayed) => Err(ReplayError::Failed(format!("{} results of {} sequences", replayed.len(), tasks.len()))),
         Err(error) => Err(error),
     };
-    let alone = replay(Way::Alone)?;
+    let alone = replay(device, Way::Alone)?;
     let mut ways = Vec::new();
     for way in WAYS {
-        let got = replay(way)?;
+        let got = replay(device, way)?;
+        let not_exercised = device.not_exercised();
         let mut pairs = names.iter().zip(&tasks).zip(alone.iter().zip(&got));
         let unequal = pairs.find_map(|((case, task), (alone, got))| first_unequal(case, task.ids.len(), alone, got));
         let found = match unequal {
@@ -128,7 +129,7 @@ pub fn determinism(
             None if way == Way::Cached && got.iter().all(|replayed| replayed.cached_ids == 0) => {
                 Found::NotExercised("no id came from the prefix cache")
             }
-            None => Found::Equal,
+            None => not_exercised.map_or(Found::Equal, Found::NotExercised),
         };
         ways.push(WayFinding { way, found });
     }

@@ -94,4 +94,9 @@ pub trait Replay {
     /// # Errors
     /// The first task that failed; none is half done.
     fn replay(&mut self, tasks: &[Task], way: Way) -> Result<Vec<Replayed>, ReplayError>;
+
+    /// Why the last replay did not really go its way, if that can be told: too few sequences to push each other out, say.
+    fn not_exercised(&self) -> Option<&'static str> {
+        None
+    }
 }

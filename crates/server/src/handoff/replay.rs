@@ -37,12 +37,13 @@ impl Replay for IdleReplay {
 pub struct DeviceReplay {
     runner: SharedRunner,
     ends: Vec<u32>,
+    not_exercised: Option<&'static str>,
 }
 
 impl DeviceReplay {
     /// `ends`: the tokens that end the model's replies.
     pub fn new(runner: SharedRunner, ends: Vec<u32>) -> Self {
-        Self { runner, ends }
+        Self { runner, ends, not_exercised: None }
     }
 }
 
@@ -63,9 +64,15 @@ impl Replay for DeviceReplay {
         let view = self.runner.view(step_tokens, num_blocks).map_err(|error| ReplayError::Failed(error.to_string()))?;
         let (handle, engine) = baton_engine::spawn(view, config);
         let replayed = run(&handle, &self.ends, tasks, way, false);
+        let unmoved = way == Way::Preempted && handle.stats().preemptions == 0;
+        self.not_exercised = unmoved.then_some("the cases are too few or too short to push each other out of the cache");
         handle.shutdown();
         engine.join();
         replayed
+    }
+
+    fn not_exercised(&self) -> Option<&'static str> {
+        self.not_exercised
     }
 }
 
