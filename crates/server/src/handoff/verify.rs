@@ -314,8 +314,8 @@ fn compare(
     let theirs = replayed(&manifest.cases, against.context, &mut against.replay).with_context(context)?;
     let numerics = |outcomes: &[Outcome]| Parity::of(&manifest.cases, outcomes).numerics(EVERYWHERE);
     Ok(Comparison {
-        from: subject.facts.formats.clone(),
-        to: format!("{other}: {}", against.facts.formats),
+        from: format!("{} as given", subject.facts.precision),
+        to: other.to_owned(),
         a: numerics(outcomes),
         b: numerics(&theirs),
         between: Parity::between(&manifest.cases, outcomes, &theirs).numerics(EVERYWHERE),
