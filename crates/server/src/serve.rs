@@ -22,7 +22,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     load::{self, Model},
     memory,
-    rollout::{self, Control, Held, Journal, NoGate, Serving},
+    rollout::{self, Control, Journal, NoGate, Serving},
     settings::{GenerationConfigUse, LogFormat, LoraModule, Secret, ServeArgs, Settings},
     speculative::SpeculativeConfig,
     state_dir::StateDir,
@@ -94,12 +94,13 @@ async fn serve(settings: Settings) -> Result<()> {
     let settings = Arc::new(settings);
     let loading = tokio::task::spawn_blocking({
         let (settings, promoted) = (settings.clone(), promoted.clone());
-        move || match &promoted {
-            None => load::load(&settings, memory::available_bytes(), &|_| Ok(())),
-            Some(promoted) => {
-                let model = Some(promoted.model.display().to_string());
-                let settings = Settings { model, ..(*settings).clone() };
-                load::load(&settings, memory::available_bytes(), &|generation| rollout::unchanged(promoted, generation))
+        move || {
+            let free = memory::available_bytes();
+            match &promoted {
+                None => load::load(&settings, free, &|_| Ok(())),
+                Some(promoted) => load::load(&rollout::instead(&settings, promoted), free, &|generation| {
+                    rollout::unchanged(promoted, generation)
+                }),
             }
         }
     });
@@ -109,20 +110,16 @@ async fn serve(settings: Settings) -> Result<()> {
         () = stop.cancelled() => return Ok(()),
     };
     let names = promoted.as_ref().map(|promoted| promoted.names.clone());
-    let Generation { new, engine, files, report, .. } = prepare(model, &settings, names)?;
-    let serving = Serving {
-        model: promoted.map_or_else(|| rollout::base(&settings), |promoted| promoted.model.display().to_string()),
-        generation: new.card.generation.clone(),
-        names: new.card.names.clone(),
-        held: Held { weights: report.weight_bytes, cache: report.kv_bytes },
-        handle: new.engine.clone(),
-        engine,
+    let Generation { new, engine, report, .. } = prepare(model, &settings, names)?;
+    let model = promoted.map_or_else(|| rollout::base(&settings), |promoted| promoted.model.display().to_string());
+    let serving = Serving::new(model, &new, &report, engine);
+    let ready = || {
+        service.install(new);
+        info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
     };
-    drop(files);
-    service.install(new);
-    info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
     match journal {
         None => {
+            ready();
             ended(running).await?;
             serving.end();
         }
@@ -131,6 +128,7 @@ async fn serve(settings: Settings) -> Result<()> {
             let start = rollout::Start { service: service.clone(), settings, journal, gate, serving };
             let control = Control::start(start, tokio::runtime::Handle::current());
             service.set_rollout(control.clone());
+            ready();
             tokio::spawn({
                 let control = control.clone();
                 async move {

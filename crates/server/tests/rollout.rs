@@ -274,7 +274,15 @@ async fn streams_never_notice_rollouts_and_retired_generations_leave_nothing() {
     let threads = server.threads();
     let streams = Streams::start(server.address(), 8, &Arc::new(alone));
     for n in 0..5 {
-        server.roll_to([&b, &a][n % 2].path()).await;
+        let (next, after) = if n % 2 == 0 { (&b, &a) } else { (&a, &b) };
+        server.roll_to(next.path()).await;
+        // And one that is taken back while it answers.
+        server.command("", json!({"model": after.path()})).await;
+        server.until("standing").await;
+        server.command("/share", json!({"share": 0.5})).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.command("/rollback", json!({})).await;
+        server.until("rolled_back").await;
     }
     let (replies, generations) = streams.end();
     assert!(replies >= 8 && generations.len() == 2, "{replies} replies of {generations:?}");

@@ -86,6 +86,18 @@ pub struct Serving {
 }
 
 impl Serving {
+    /// What there is to know of a generation before a service has it.
+    pub fn new(model: String, new: &NewGeneration, report: &LoadReport, engine: Engine) -> Self {
+        Self {
+            model,
+            generation: new.card.generation.clone(),
+            names: new.card.names.clone(),
+            held: Held { weights: report.weight_bytes, cache: report.kv_bytes },
+            handle: new.engine.clone(),
+            engine,
+        }
+    }
+
     /// Ends the engine, and waits until it has.
     pub fn end(self) {
         self.handle.shutdown();
@@ -549,13 +561,6 @@ fn candidate(
         handoff: handoff.clone(),
         report,
     };
-    let serving = Serving {
-        model: path,
-        generation: new.card.generation.clone(),
-        names: new.card.names.clone(),
-        held: Held { weights: subject.report.weight_bytes, cache: subject.report.kv_bytes },
-        handle: new.engine.clone(),
-        engine,
-    };
+    let serving = Serving::new(path, &new, &subject.report, engine);
     Ok((Candidate { serving, new: Some(new), handoff, judged: false }, subject))
 }

@@ -19,7 +19,6 @@ use tracing::info;
 
 pub use control::{Control, NoGate, Serving, Start};
 pub use journal::{Journal, Promoted};
-pub use room::Held;
 
 use crate::{bundled, settings::Settings};
 
@@ -57,6 +56,11 @@ pub fn promoted(journal: &Journal, settings: &Settings) -> Result<Option<Promote
         promoted.rollout
     );
     Ok(Some(promoted.clone()))
+}
+
+/// The settings, with a promoted checkpoint in the place of the base.
+pub fn instead(settings: &Settings, promoted: &Promoted) -> Settings {
+    Settings { model: Some(promoted.model.display().to_string()), ..settings.clone() }
 }
 
 /// Whether a promoted checkpoint is still what was promoted.
