@@ -66,7 +66,8 @@ async fn serve(settings: Settings) -> Result<()> {
     // Signals first: one that comes while the model loads must find us listening.
     let stop = stop_on_signal()?;
     let journal = settings.state_dir.as_deref().map(StateDir::open).transpose()?.map(Journal::open).transpose()?;
-    let promoted = journal.as_ref().map(|journal| rollout::promoted(journal, &settings)).transpose()?.flatten();
+    let base = rollout::base(&settings, journal.as_ref());
+    let promoted = journal.as_ref().map(|journal| rollout::promoted(journal, &base)).transpose()?.flatten();
     let listener = listen(&settings.host, settings.port).await?;
     let address = listener.local_addr()?;
     let surfaces = match settings.admin_port {
@@ -111,7 +112,7 @@ async fn serve(settings: Settings) -> Result<()> {
     };
     let names = promoted.as_ref().map(|promoted| promoted.names.clone());
     let Generation { new, engine, report, .. } = prepare(model, &settings, names)?;
-    let model = promoted.map_or_else(|| rollout::base(&settings), |promoted| promoted.model.display().to_string());
+    let model = promoted.map_or_else(|| base.clone(), |promoted| promoted.model.display().to_string());
     let serving = Serving::new(model, &new, &report, engine);
     let ready = || {
         service.install(new);
@@ -125,7 +126,7 @@ async fn serve(settings: Settings) -> Result<()> {
         }
         Some(journal) => {
             let gate = Arc::new(NoGate);
-            let start = rollout::Start { service: service.clone(), settings, journal, gate, serving };
+            let start = rollout::Start { service: service.clone(), settings, base, journal, gate, serving };
             let control = Control::start(start, tokio::runtime::Handle::current());
             service.set_rollout(control.clone());
             ready();

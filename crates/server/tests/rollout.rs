@@ -376,6 +376,14 @@ async fn what_is_promoted_serves_after_a_restart_and_what_is_not_does_not() {
     assert_eq!(status["serving"]["model"], b.path());
     server.kill().await;
 
+    // So it does without its base.
+    let away = a.0.path().with_extension("away");
+    fs::rename(a.path(), &away).expect("another name");
+    let server = Server::start(a.path(), state.path(), &[]).await;
+    assert_eq!(server.serves(), of_b);
+    server.kill().await;
+    fs::rename(away, a.path()).expect("its name");
+
     // Of another base the journal says nothing.
     let other = Model::same_answers();
     let server = Server::start(other.path(), state.path(), &[]).await;

@@ -6,29 +6,23 @@
 //! with it is left, and its memory is free before the next rollout begins.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use baton_device::Caps;
-use baton_engine::{Engine, EngineHandle};
-use baton_http::{Admission, HandoffState, ModelCard, NewGeneration, Retired, RolloutControl, RolloutRefusal, Service};
-use baton_model::{Files, LoadReport};
-use baton_text::TextModel;
+use baton_http::{Admission, Retired, RolloutControl, RolloutRefusal, Service};
+use baton_model::Files;
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
 use tracing::{error, info, warn};
 
+use super::candidate::{self, Candidate, Gate, Serving};
 use super::journal::{Journal, JournalError};
 use super::plan::{Plan, PlanError};
 use super::policy::{Action, Command, Event, Phase, Refused, Rollouts, Started, Step, Transition, Verdict};
-use super::room::{self, Held};
-use super::{on_disk, status};
-use crate::load;
-use crate::serve::{self, Generation};
+use super::{on_disk, room, status};
 use crate::settings::Settings;
 
 /// How often both generations are looked at.
@@ -36,73 +30,15 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How long the end of the process waits for generations that are being freed.
 const LAST_WAIT: Duration = Duration::from_secs(10);
 
-/// A candidate that is loaded and computes, as the gate sees it. It is not served yet.
-#[expect(dead_code, reason = "the only gate yet admits everything")]
-pub struct Subject {
-    pub files: Files,
-    pub engine: EngineHandle,
-    pub text: Arc<TextModel>,
-    pub card: ModelCard,
-    pub report: LoadReport,
-    pub caps: Caps,
-    /// Where to leave admission, report and parity, for the time that it is served.
-    pub handoff: HandoffState,
-}
-
-/// Decides whether a candidate may be served.
-pub trait Gate: Send + Sync {
-    /// Judges it, on a thread that may block. An error is a refusal with its reason. When the engine is shut down
-    /// meanwhile, the rollout has been called off, and this should return.
-    fn judge(&self, subject: &Subject) -> Result<Verdict>;
-}
-
-/// Admits everything.
-pub struct NoGate;
-
-impl Gate for NoGate {
-    fn judge(&self, _: &Subject) -> Result<Verdict> {
-        Ok(Verdict { admitted: true, summary: "nobody asked for a hand-off".into(), parity: None })
-    }
-}
-
 /// What the control of rollouts begins with.
 pub struct Start {
     pub service: Service,
     pub settings: Arc<Settings>,
+    /// See [`super::base`].
+    pub base: String,
     pub journal: Journal,
     pub gate: Arc<dyn Gate>,
     pub serving: Serving,
-}
-
-/// A generation whose engine runs.
-pub struct Serving {
-    /// Where its checkpoint lies, or how it was asked for.
-    pub model: String,
-    pub generation: String,
-    pub names: Vec<String>,
-    pub held: Held,
-    pub handle: EngineHandle,
-    pub engine: Engine,
-}
-
-impl Serving {
-    /// What there is to know of a generation before a service has it.
-    pub fn new(model: String, new: &NewGeneration, report: &LoadReport, engine: Engine) -> Self {
-        Self {
-            model,
-            generation: new.card.generation.clone(),
-            names: new.card.names.clone(),
-            held: Held { weights: report.weight_bytes, cache: report.kv_bytes },
-            handle: new.engine.clone(),
-            engine,
-        }
-    }
-
-    /// Ends the engine, and waits until it has.
-    pub fn end(self) {
-        self.handle.shutdown();
-        self.engine.join();
-    }
 }
 
 /// The admin's side of the thread.
@@ -139,6 +75,7 @@ impl Control {
         let mut driver = Driver {
             service: start.service,
             settings: start.settings,
+            base: start.base,
             journal: start.journal,
             gate: start.gate,
             serving: Some(start.serving),
@@ -189,16 +126,6 @@ fn stopping() -> RolloutRefusal {
     RolloutRefusal::Conflict("the server is stopping".into())
 }
 
-/// The generation that is tried.
-struct Candidate {
-    serving: Serving,
-    /// Until the service has it.
-    new: Option<NewGeneration>,
-    handoff: HandoffState,
-    /// The gate has it.
-    judged: bool,
-}
-
 impl From<PlanError> for RolloutRefusal {
     fn from(PlanError { param, reason }: PlanError) -> Self {
         Self::Invalid { param, reason }
@@ -220,6 +147,7 @@ impl From<JournalError> for RolloutRefusal {
 struct Driver {
     service: Service,
     settings: Arc<Settings>,
+    base: String,
     journal: Journal,
     gate: Arc<dyn Gate>,
     runtime: tokio::runtime::Handle,
@@ -335,7 +263,7 @@ impl Driver {
     fn start(&mut self, body: Map<String, Value>) -> Result<(), RolloutRefusal> {
         let plan = Plan::parse(body)?;
         let (now, serving) = (self.epoch.elapsed(), self.serving.as_ref().expect("something serves"));
-        let started = Started { base: super::base(&self.settings), names: serving.names.clone(), plan };
+        let started = Started { base: self.base.clone(), names: serving.names.clone(), plan };
         let mut next = self.rollouts.clone();
         let mut step = next.start(started, now)?;
         // Now that no other candidate is there, its memory can be counted.
@@ -362,7 +290,7 @@ impl Driver {
         let (names, served) = (serving.names.clone(), serving.generation.clone());
         let (settings, gate, messages) = (self.settings.clone(), self.gate.clone(), self.messages.clone());
         let work = move || {
-            let loaded = catch_unwind(AssertUnwindSafe(|| candidate(&settings, &model, names, &served, free)));
+            let loaded = catch_unwind(AssertUnwindSafe(|| candidate::load(&settings, &model, names, &served, free)));
             let (candidate, subject) = match loaded {
                 Ok(Ok(loaded)) => loaded,
                 Ok(Err(error)) => return drop(messages.send(Message::LoadFailed { reason: format!("{error:#}") })),
@@ -527,40 +455,4 @@ fn only<T>(
 
 fn nothing(body: &Map<String, Value>) -> Result<(), PlanError> {
     body.keys().next().map_or(Ok(()), |name| Err(PlanError::new(name, "unknown field")))
-}
-
-/// Loads a candidate, and gives what its gate needs.
-fn candidate(
-    settings: &Settings,
-    model: &Path,
-    names: Vec<String>,
-    served: &str,
-    free: Option<u64>,
-) -> Result<(Candidate, Subject)> {
-    let path = model.display().to_string();
-    let settings = Settings {
-        model: Some(path.clone()),
-        // That file tells of the model that the server was started with.
-        load_report: None,
-        ..settings.clone()
-    };
-    let differs = |generation: &str| {
-        ensure!(generation != served, "generation {generation} is served already: nothing would change");
-        Ok(())
-    };
-    let model = load::load(&settings, free, &differs)?;
-    let generation = serve::prepare(model, &settings, Some(names))?;
-    let Generation { new, engine, files, report, caps } = generation;
-    let handoff = new.handoff.clone();
-    let subject = Subject {
-        files,
-        engine: new.engine.clone(),
-        text: new.text.clone(),
-        card: new.card.clone(),
-        caps,
-        handoff: handoff.clone(),
-        report,
-    };
-    let serving = Serving::new(path, &new, &subject.report, engine);
-    Ok((Candidate { serving, new: Some(new), handoff, judged: false }, subject))
 }
