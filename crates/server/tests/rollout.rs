@@ -72,8 +72,15 @@ impl Model {
     /// One that answers the same, but is another generation.
     fn same_answers() -> Self {
         let model = Self::copy();
-        fs::write(model.0.path().join("NOTES.md"), "The same weights, retold.").expect("a file");
+        model.retell();
         model
+    }
+
+    /// Says the same in other bytes.
+    fn retell(&self) {
+        let file = self.0.path().join("config.json");
+        let config = fs::read_to_string(&file).expect("a config");
+        fs::write(file, config + "\n").expect("a config");
     }
 
     fn path(&self) -> &str {
@@ -391,12 +398,11 @@ async fn what_is_promoted_serves_after_a_restart_and_what_is_not_does_not() {
     server.kill().await;
 
     // What was promoted has changed, then is gone: the start says how to go back, and that works.
-    let file = b.0.path().join("NOTES.md");
     for refused in ["has changed since rollout 2", "is gone"] {
         if refused == "is gone" {
             fs::remove_dir_all(b.path()).expect("a folder");
         } else {
-            fs::write(&file, "new").expect("a file");
+            b.retell();
         }
         let output = command(free_port().expect("a port"), a.path(), state.path(), &[]).output().expect("it runs");
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
