@@ -72,8 +72,15 @@ impl Model {
     /// One that answers the same, but is another generation.
     fn same_answers() -> Self {
         let model = Self::copy();
-        fs::write(model.0.path().join("NOTES.md"), "The same weights, retold.").expect("a file");
+        model.retell();
         model
+    }
+
+    /// Says the same in other bytes.
+    fn retell(&self) {
+        let file = self.0.path().join("config.json");
+        let config = fs::read_to_string(&file).expect("a config");
+        fs::write(file, config + "\n").expect("a config");
     }
 
     fn path(&self) -> &str {
@@ -274,7 +281,15 @@ async fn streams_never_notice_rollouts_and_retired_generations_leave_nothing() {
     let threads = server.threads();
     let streams = Streams::start(server.address(), 8, &Arc::new(alone));
     for n in 0..5 {
-        server.roll_to([&b, &a][n % 2].path()).await;
+        let (next, after) = if n % 2 == 0 { (&b, &a) } else { (&a, &b) };
+        server.roll_to(next.path()).await;
+        // And one that is taken back while it answers.
+        server.command("", json!({"model": after.path()})).await;
+        server.until("standing").await;
+        server.command("/share", json!({"share": 0.5})).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.command("/rollback", json!({})).await;
+        server.until("rolled_back").await;
     }
     let (replies, generations) = streams.end();
     assert!(replies >= 8 && generations.len() == 2, "{replies} replies of {generations:?}");
@@ -368,6 +383,14 @@ async fn what_is_promoted_serves_after_a_restart_and_what_is_not_does_not() {
     assert_eq!(status["serving"]["model"], b.path());
     server.kill().await;
 
+    // So it does without its base.
+    let away = a.0.path().with_extension("away");
+    fs::rename(a.path(), &away).expect("another name");
+    let server = Server::start(a.path(), state.path(), &[]).await;
+    assert_eq!(server.serves(), of_b);
+    server.kill().await;
+    fs::rename(away, a.path()).expect("its name");
+
     // Of another base the journal says nothing.
     let other = Model::same_answers();
     let server = Server::start(other.path(), state.path(), &[]).await;
@@ -375,12 +398,11 @@ async fn what_is_promoted_serves_after_a_restart_and_what_is_not_does_not() {
     server.kill().await;
 
     // What was promoted has changed, then is gone: the start says how to go back, and that works.
-    let file = b.0.path().join("NOTES.md");
     for refused in ["has changed since rollout 2", "is gone"] {
         if refused == "is gone" {
             fs::remove_dir_all(b.path()).expect("a folder");
         } else {
-            fs::write(&file, "new").expect("a file");
+            b.retell();
         }
         let output = command(free_port().expect("a port"), a.path(), state.path(), &[]).output().expect("it runs");
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
