@@ -23,7 +23,7 @@ use crate::{
     handoff::Gate,
     load::{self, Model},
     memory,
-    rollout::{self, Control, Held, Journal, Serving},
+    rollout::{self, Control, Journal, Serving},
     settings::{GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, Secret, ServeArgs, Settings},
     speculative::SpeculativeConfig,
     state_dir::StateDir,
@@ -67,7 +67,8 @@ async fn serve(settings: Settings) -> Result<()> {
     // Signals first: one that comes while the model loads must find us listening.
     let stop = stop_on_signal()?;
     let journal = settings.state_dir.as_deref().map(StateDir::open).transpose()?.map(Journal::open).transpose()?;
-    let promoted = journal.as_ref().map(|journal| rollout::promoted(journal, &settings)).transpose()?.flatten();
+    let base = rollout::base(&settings, journal.as_ref());
+    let promoted = journal.as_ref().map(|journal| rollout::promoted(journal, &base)).transpose()?.flatten();
     let listener = listen(&settings.host, settings.port).await?;
     let address = listener.local_addr()?;
     let surfaces = match settings.admin_port {
@@ -95,12 +96,13 @@ async fn serve(settings: Settings) -> Result<()> {
     let settings = Arc::new(settings);
     let loading = tokio::task::spawn_blocking({
         let (settings, promoted) = (settings.clone(), promoted.clone());
-        move || match &promoted {
-            None => load::load(&settings, memory::available_bytes(), &|_| Ok(())),
-            Some(promoted) => {
-                let model = Some(promoted.model.display().to_string());
-                let settings = Settings { model, ..(*settings).clone() };
-                load::load(&settings, memory::available_bytes(), &|generation| rollout::unchanged(promoted, generation))
+        move || {
+            let free = memory::available_bytes();
+            match &promoted {
+                None => load::load(&settings, free, &|_| Ok(())),
+                Some(promoted) => load::load(&rollout::instead(&settings, promoted), free, &|generation| {
+                    rollout::unchanged(promoted, generation)
+                }),
             }
         }
     });
@@ -111,25 +113,23 @@ async fn serve(settings: Settings) -> Result<()> {
     };
     let names = promoted.as_ref().map(|promoted| promoted.names.clone());
     let Generation { new, engine, report, gate } = prepare(model, &settings, names)?;
-    let serving = Serving {
-        model: promoted.map_or_else(|| rollout::base(&settings), |promoted| promoted.model.display().to_string()),
-        generation: new.card.generation.clone(),
-        names: new.card.names.clone(),
-        held: Held { weights: report.weight_bytes, cache: report.kv_bytes },
-        handle: new.engine.clone(),
-        engine,
+    let model = promoted.map_or_else(|| base.clone(), |promoted| promoted.model.display().to_string());
+    let (serving, policy) = (Serving::new(model, &new, &report, engine), settings.handoff);
+    let begin = || {
+        service.install(new);
+        tokio::spawn(admit(gate, policy, address));
     };
-    service.install(new);
-    tokio::spawn(admit(gate, settings.handoff, address));
     match journal {
         None => {
+            begin();
             ended(running).await?;
             serving.end();
         }
         Some(journal) => {
-            let start = rollout::Start { service: service.clone(), settings, journal, serving };
+            let start = rollout::Start { service: service.clone(), settings, base, journal, serving };
             let control = Control::start(start, tokio::runtime::Handle::current());
             service.set_rollout(control.clone());
+            begin();
             tokio::spawn({
                 let control = control.clone();
                 async move {

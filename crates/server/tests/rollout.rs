@@ -1,5 +1,7 @@
 //! Rollouts through the real binary: streams that notice nothing, rules that take a candidate back, restarts, refusals.
 
+mod common;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -16,6 +18,7 @@ use std::{
 };
 
 use baton_loadgen::{Client, LocalServer, Target, free_port};
+use common::bundle::{Bundle, models};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -72,8 +75,15 @@ impl Model {
     /// One that answers the same, but is another generation.
     fn same_answers() -> Self {
         let model = Self::copy();
-        fs::write(model.0.path().join("NOTES.md"), "The same weights, retold.").expect("a file");
+        model.retell();
         model
+    }
+
+    /// Says the same in other bytes.
+    fn retell(&self) {
+        let file = self.0.path().join("config.json");
+        let config = fs::read_to_string(&file).expect("a config");
+        fs::write(file, config + "\n").expect("a config");
     }
 
     fn path(&self) -> &str {
@@ -274,7 +284,15 @@ async fn streams_never_notice_rollouts_and_retired_generations_leave_nothing() {
     let threads = server.threads();
     let streams = Streams::start(server.address(), 8, &Arc::new(alone));
     for n in 0..5 {
-        server.roll_to([&b, &a][n % 2].path()).await;
+        let (next, after) = if n % 2 == 0 { (&b, &a) } else { (&a, &b) };
+        server.roll_to(next.path()).await;
+        // And one that is taken back while it answers.
+        server.command("", json!({"model": after.path()})).await;
+        server.until("standing").await;
+        server.command("/share", json!({"share": 0.5})).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.command("/rollback", json!({})).await;
+        server.until("rolled_back").await;
     }
     let (replies, generations) = streams.end();
     assert!(replies >= 8 && generations.len() == 2, "{replies} replies of {generations:?}");
@@ -368,6 +386,14 @@ async fn what_is_promoted_serves_after_a_restart_and_what_is_not_does_not() {
     assert_eq!(status["serving"]["model"], b.path());
     server.kill().await;
 
+    // So it does without its base.
+    let away = a.0.path().with_extension("away");
+    fs::rename(a.path(), &away).expect("another name");
+    let server = Server::start(a.path(), state.path(), &[]).await;
+    assert_eq!(server.serves(), of_b);
+    server.kill().await;
+    fs::rename(away, a.path()).expect("its name");
+
     // Of another base the journal says nothing.
     let other = Model::same_answers();
     let server = Server::start(other.path(), state.path(), &[]).await;
@@ -375,12 +401,11 @@ async fn what_is_promoted_serves_after_a_restart_and_what_is_not_does_not() {
     server.kill().await;
 
     // What was promoted has changed, then is gone: the start says how to go back, and that works.
-    let file = b.0.path().join("NOTES.md");
     for refused in ["has changed since rollout 2", "is gone"] {
         if refused == "is gone" {
             fs::remove_dir_all(b.path()).expect("a folder");
         } else {
-            fs::write(&file, "new").expect("a file");
+            b.retell();
         }
         let output = command(free_port().expect("a port"), a.path(), state.path(), &[]).output().expect("it runs");
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -525,4 +550,44 @@ async fn the_command_line_does_it_all_over_a_listener_of_its_own() {
     let output =
         Command::new(BATON).args(["rollout", "status", "--url", "http://127.0.0.1:9"]).output().expect("it runs");
     assert_eq!(output.status.code(), Some(2), "{output:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bundle_that_the_device_does_not_bear_out_never_gets_traffic_and_one_that_it_does_may_serve() {
+    let (a, state) = (Bundle::copy(&models("abacus")), TempDir::new().expect("a folder"));
+    let path = |bundle: &Bundle| bundle.path().to_str().expect("UTF-8").to_owned();
+    let server = Server::start(&path(&a), state.path(), &["--handoff", "require"]).await;
+    let before = server.serves();
+
+    let flipped = Bundle::copy(&models("abacus"));
+    flipped.edit("model.safetensors", |bytes| *bytes.last_mut().expect("weights") ^= 1);
+    server.command("", json!({"model": path(&flipped)})).await;
+    let status = server.until("failed").await;
+    assert!(status["rollout"]["reason"].as_str().expect("a reason").contains("model.safetensors"), "{status:#}");
+
+    let other = Bundle::copy(&models("abacus"));
+    other.bf16("model.layers.2.self_attn.o_proj.weight", |_, weight| weight * 2.0);
+    other.digest_anew(true);
+    server.command("", json!({"model": path(&other), "stages": [{"share": 1, "requests": 1}]})).await;
+    let status = server.until("rolled_back").await;
+    let reason = status["rollout"]["reason"].as_str().expect("a reason");
+    assert!(reason.starts_with("the gate does not admit it"), "{status:#}");
+    let kinds = status["transitions"].as_array().expect("a list").iter().map(|record| record["transition"].clone());
+    assert!(kinds.clone().all(|kind| kind != "admitted" && kind != "share"), "{status:#}");
+    assert_eq!(server.serves(), before);
+
+    // What is measured at the gate is what the plan's rules are about.
+    let retold = Bundle::copy(&models("abacus"));
+    retold.edit("README.md", |bytes| bytes.push(b'\n'));
+    retold.digest_anew(false);
+    for (rule, phase) in [(json!({"max_parity_kl": 1e-30}), "rolled_back"), (json!({"max_parity_kl": 0.1}), "standing")]
+    {
+        server.command("", json!({"model": path(&retold), "rules": rule})).await;
+        let status = server.until(phase).await;
+        let kl = &status["rollout"]["gate"]["parity"]["kl"];
+        assert!(kl.as_f64().is_some_and(|kl| kl.is_finite()), "{status:#}");
+    }
+    server.command("/promote", json!({})).await;
+    server.until("promoted").await;
+    assert_ne!(server.serves(), before);
 }

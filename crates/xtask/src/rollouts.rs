@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use baton_loadgen::{Client, LocalServer, Target, free_port, median};
+use baton_loadgen::{Client, LocalServer, Target, median};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -23,6 +23,9 @@ use tokio::task::JoinSet;
 const CHAT: &str = "/v1/chat/completions";
 const ROLLOUT: &str = "/admin/rollout";
 const ADMIN_KEY: &str = "soak";
+/// Rollouts before those that count, and without streams before memory is looked at.
+const WARM_UP: usize = 8;
+const QUIET: usize = 2;
 /// Questions that the streams ask.
 const QUESTIONS: u32 = 24;
 /// How long one transition may take.
@@ -117,33 +120,39 @@ async fn soak(
     streams: usize,
 ) -> Result<Value> {
     let admin = Client::new(Target { api_key: Some(ADMIN_KEY.into()), ..server.target().clone() });
-    // Once there and back first, so that what stays allocated is.
-    for model in [&models[1], &models[0]] {
-        rollout(&admin, model).await?;
-    }
-    let (resident, threads) = (server.resident_mib()?, threads(server)?);
-    let (seen, stop) = (Arc::new(Seen::default()), Arc::new(AtomicBool::new(false)));
-    let mut clients = JoinSet::new();
-    for number in 0..streams {
-        let (client, seen, stop, answers) = (server.client(), seen.clone(), stop.clone(), answers.clone());
-        clients.spawn(async move {
-            let mut n = number as u32;
-            while !stop.load(Relaxed) {
-                stream(&client, n % QUESTIONS, &answers, &seen).await;
-                n += 7;
-            }
-        });
-    }
-    let mut seconds: Vec<f64> = Vec::new();
-    for n in 0..count {
-        let start = Instant::now();
-        rollout(&admin, &models[(n + 1) % 2]).await.with_context(|| format!("rollout {n}"))?;
-        seconds.push(start.elapsed().as_secs_f64());
-    }
-    stop.store(true, Relaxed);
-    while let Some(ended) = clients.join_next().await {
-        ended?;
-    }
+    let under_streams = async |count: usize| {
+        let (seen, stop) = (Arc::new(Seen::default()), Arc::new(AtomicBool::new(false)));
+        let mut clients = JoinSet::new();
+        for number in 0..streams {
+            let (client, seen, stop, answers) = (server.client(), seen.clone(), stop.clone(), answers.clone());
+            clients.spawn(async move {
+                let mut n = number as u32;
+                while !stop.load(Relaxed) {
+                    stream(&client, n % QUESTIONS, &answers, &seen).await;
+                    n += 7;
+                }
+            });
+        }
+        let mut seconds: Vec<f64> = Vec::new();
+        for n in 0..count {
+            let start = Instant::now();
+            rollout(&admin, &models[(n + 1) % 2]).await.with_context(|| format!("rollout {n}"))?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+        stop.store(true, Relaxed);
+        while let Some(ended) = clients.join_next().await {
+            ended?;
+        }
+        // What was touched depends on what ran; of a generation that has just been loaded, nothing has.
+        for n in count..count + QUIET - count % 2 {
+            rollout(&admin, &models[(n + 1) % 2]).await?;
+        }
+        anyhow::Ok((seen, seconds, server.resident_mib()?))
+    };
+    // Once before, so that what stays allocated for good is.
+    let (_, _, resident) = under_streams(WARM_UP).await?;
+    let threads = threads(server)?;
+    let (seen, seconds, resident_after) = under_streams(count).await?;
     let used = |generations: &Value| -> u64 {
         let all = generations["data"].as_array().into_iter().flatten();
         all.filter_map(|generation| generation["kv_blocks"]["used"].as_u64()).sum()
@@ -162,7 +171,7 @@ async fn soak(
         "blocks_leaked": used(&generations),
         "threads_left": self::threads(server)?.saturating_sub(threads),
         "resident_mib_at_start": resident,
-        "resident_mib_at_end": server.resident_mib()?,
+        "resident_mib_at_end": resident_after,
         "seconds_per_rollout_mean": total / count.max(1) as f64,
         "seconds_per_rollout_median": median(&seconds),
     }))

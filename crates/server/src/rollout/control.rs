@@ -6,29 +6,23 @@
 //! with it is left, and its memory is free before the next rollout begins.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use baton_engine::{Engine, EngineHandle};
-use baton_handoff::Digest;
-use baton_http::{Admission, HandoffState, NewGeneration, Retired, RolloutControl, RolloutRefusal, Service};
+use baton_http::{Admission, Retired, RolloutControl, RolloutRefusal, Service};
 use baton_model::Files;
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
 use tracing::{error, info, warn};
 
+use super::candidate::{self, Candidate, Serving, verdict};
 use super::journal::{Journal, JournalError};
 use super::plan::{Plan, PlanError};
 use super::policy::{Action, Command, Event, Phase, Refused, Rollouts, Started, Step, Transition, Verdict};
-use super::room::{self, Held};
-use super::{on_disk, status};
-use crate::handoff::Gate;
-use crate::load;
-use crate::serve::{self, Generation};
+use super::{on_disk, room, status};
 use crate::settings::Settings;
 
 /// How often both generations are looked at.
@@ -40,27 +34,10 @@ const LAST_WAIT: Duration = Duration::from_secs(10);
 pub struct Start {
     pub service: Service,
     pub settings: Arc<Settings>,
+    /// See [`super::base`].
+    pub base: String,
     pub journal: Journal,
     pub serving: Serving,
-}
-
-/// A generation whose engine runs.
-pub struct Serving {
-    /// Where its checkpoint lies, or how it was asked for.
-    pub model: String,
-    pub generation: String,
-    pub names: Vec<String>,
-    pub held: Held,
-    pub handle: EngineHandle,
-    pub engine: Engine,
-}
-
-impl Serving {
-    /// Ends the engine, and waits until it has.
-    pub fn end(self) {
-        self.handle.shutdown();
-        self.engine.join();
-    }
 }
 
 /// The admin's side of the thread.
@@ -97,6 +74,7 @@ impl Control {
         let mut driver = Driver {
             service: start.service,
             settings: start.settings,
+            base: start.base,
             journal: start.journal,
             serving: Some(start.serving),
             runtime,
@@ -146,16 +124,6 @@ fn stopping() -> RolloutRefusal {
     RolloutRefusal::Conflict("the server is stopping".into())
 }
 
-/// The generation that is tried.
-struct Candidate {
-    serving: Serving,
-    /// Until the service has it.
-    new: Option<NewGeneration>,
-    handoff: HandoffState,
-    /// The gate has it.
-    judged: bool,
-}
-
 impl From<PlanError> for RolloutRefusal {
     fn from(PlanError { param, reason }: PlanError) -> Self {
         Self::Invalid { param, reason }
@@ -177,6 +145,7 @@ impl From<JournalError> for RolloutRefusal {
 struct Driver {
     service: Service,
     settings: Arc<Settings>,
+    base: String,
     journal: Journal,
     runtime: tokio::runtime::Handle,
     messages: Sender<Message>,
@@ -291,7 +260,7 @@ impl Driver {
     fn start(&mut self, body: Map<String, Value>) -> Result<(), RolloutRefusal> {
         let plan = Plan::parse(body)?;
         let (now, serving) = (self.epoch.elapsed(), self.serving.as_ref().expect("something serves"));
-        let started = Started { base: super::base(&self.settings), names: serving.names.clone(), plan };
+        let started = Started { base: self.base.clone(), names: serving.names.clone(), plan };
         let mut next = self.rollouts.clone();
         let mut step = next.start(started, now)?;
         // Now that no other candidate is there, its memory can be counted.
@@ -318,7 +287,7 @@ impl Driver {
         let (names, served) = (serving.names.clone(), serving.generation.clone());
         let (settings, runtime, messages) = (self.settings.clone(), self.runtime.clone(), self.messages.clone());
         let work = move || {
-            let loaded = catch_unwind(AssertUnwindSafe(|| candidate(&settings, &model, names, &served, free)));
+            let loaded = catch_unwind(AssertUnwindSafe(|| candidate::load(&settings, &model, names, &served, free)));
             let (candidate, gate) = match loaded {
                 Ok(Ok(loaded)) => loaded,
                 Ok(Err(error)) => return drop(messages.send(Message::LoadFailed { reason: format!("{error:#}") })),
@@ -489,50 +458,4 @@ fn only<T>(
 
 fn nothing(body: &Map<String, Value>) -> Result<(), PlanError> {
     body.keys().next().map_or(Ok(()), |name| Err(PlanError::new(name, "unknown field")))
-}
-
-/// What the gate found. A candidate that fails is not tried, whatever the policy: it has something better beside it.
-fn verdict(gate: &Gate) -> Verdict {
-    let (admitted, summary) = match gate.state().admission() {
-        Admission::Off => (true, "nobody asked for proof".to_owned()),
-        Admission::Absent => (true, "there is no handoff.json to prove".into()),
-        Admission::Passed => (true, "its golden cases are borne out".into()),
-        Admission::Failed { reason } => (false, reason),
-        Admission::Pending => (false, "it was not judged".into()),
-    };
-    Verdict { admitted, summary, parity: gate.parity() }
-}
-
-/// Loads a candidate, and gives its gate.
-fn candidate(
-    settings: &Settings,
-    model: &Path,
-    names: Vec<String>,
-    served: &str,
-    free: Option<u64>,
-) -> Result<(Candidate, Gate)> {
-    let path = model.display().to_string();
-    let settings = Settings {
-        model: Some(path.clone()),
-        // That file tells of the model that the server was started with.
-        load_report: None,
-        ..settings.clone()
-    };
-    let differs = |generation: &Digest| {
-        ensure!(generation.to_string() != served, "generation {generation} is served already: nothing would change");
-        Ok(())
-    };
-    let model = load::load(&settings, free, &differs)?;
-    let generation = serve::prepare(model, &settings, Some(names))?;
-    let Generation { new, engine, report, gate } = generation;
-    let serving = Serving {
-        model: path,
-        generation: new.card.generation.clone(),
-        names: new.card.names.clone(),
-        held: Held { weights: report.weight_bytes, cache: report.kv_bytes },
-        handle: new.engine.clone(),
-        engine,
-    };
-    let handoff = gate.state();
-    Ok((Candidate { serving, new: Some(new), handoff, judged: false }, gate))
 }

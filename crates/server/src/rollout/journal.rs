@@ -411,6 +411,25 @@ mod tests {
     }
 
     #[test]
+    fn what_the_disk_does_not_take_does_not_happen_or_is_written_before_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = open(dir.path()).unwrap();
+        rollout(&mut journal, "b", 3);
+        let (said, file) = (journal.ledger().clone(), dir.path().join(FILE));
+        let good = std::mem::replace(&mut journal.file, File::open(&file).unwrap());
+        journal.append(1, &[Transition::Promoted]).unwrap_err();
+        assert_eq!(*journal.ledger(), said);
+        journal.note(1, &[Transition::RolledBack { reason: "it is full".into() }]);
+        assert_eq!(journal.ledger().phase, Some(Phase::RollingBack));
+        journal.file = good;
+        journal.append(1, &[Transition::Retired]).unwrap();
+        let said = journal.ledger().clone();
+        drop(journal);
+        let journal = open(dir.path()).unwrap();
+        assert_eq!((journal.ledger(), said.phase), (&said, Some(Phase::RolledBack)));
+    }
+
+    #[test]
     fn two_servers_do_not_share_a_folder() {
         let dir = tempfile::tempdir().unwrap();
         let first = StateDir::open(dir.path()).unwrap();

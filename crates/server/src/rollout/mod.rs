@@ -4,45 +4,50 @@
 //! `policy` decides, as a state machine over values; `control` carries out, on a thread of its own that owns every
 //! generation's engine; `journal` remembers. Invariant: what serves after a restart is what served before it.
 
+mod candidate;
 pub mod cli;
 mod control;
 mod journal;
 mod plan;
 mod policy;
 mod room;
+mod rules;
 mod status;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use baton_handoff::Digest;
 use tracing::info;
 
-pub use control::{Control, Serving, Start};
+pub use candidate::Serving;
+pub use control::{Control, Start};
 pub use journal::{Journal, Promoted};
-pub use room::Held;
 
 use crate::{bundled, settings::Settings};
 
-/// What a base model is called in the journal: the path of what lies on disk, else the id it was asked for by.
-pub fn base(settings: &Settings) -> String {
-    match settings.model.as_deref() {
-        None => bundled::NAME.to_owned(),
-        Some(model) => on_disk(Path::new(model)).map_or_else(|| model.to_owned(), |path| path.display().to_string()),
-    }
+/// What the base model is called in the journal: the path of what lies on disk, else the id it was asked for by. A path that
+/// is gone is known if something was promoted in its place.
+pub fn base(settings: &Settings, journal: Option<&Journal>) -> String {
+    let Some(model) = settings.model.as_deref() else { return bundled::NAME.to_owned() };
+    let known = |path: &PathBuf| {
+        let promotions = journal.map(|journal| &journal.ledger().promotions);
+        promotions.is_some_and(|promotions| promotions.contains_key(&*path.to_string_lossy()))
+    };
+    let path = on_disk(Path::new(model)).or_else(|| std::path::absolute(model).ok().filter(known));
+    path.map_or_else(|| model.to_owned(), |path| path.display().to_string())
 }
 
 /// An absolute path of a checkpoint. Of a folder it is the one that links lead to, so that it goes on meaning what was
 /// loaded; a GGUF file is known by its name.
-fn on_disk(path: &Path) -> Option<std::path::PathBuf> {
+fn on_disk(path: &Path) -> Option<PathBuf> {
     if path.is_dir() { path.canonicalize().ok() } else { std::path::absolute(path).ok().filter(|path| path.is_file()) }
 }
 
-/// What serves instead of the model that the settings name, if the journal says so.
-pub fn promoted(journal: &Journal, settings: &Settings) -> Result<Option<Promoted>> {
-    let base = base(settings);
+/// What serves instead of the base model, if the journal says so.
+pub fn promoted(journal: &Journal, base: &str) -> Result<Option<Promoted>> {
     let promotions = &journal.ledger().promotions;
-    let Some(promoted) = promotions.get(&base) else {
+    let Some(promoted) = promotions.get(base) else {
         for (other, promoted) in promotions {
             let model = promoted.model.display();
             info!(base = other, %model, "the journal's promotion is of another base model and does not apply to {base}");
@@ -58,6 +63,11 @@ pub fn promoted(journal: &Journal, settings: &Settings) -> Result<Option<Promote
         promoted.rollout
     );
     Ok(Some(promoted.clone()))
+}
+
+/// The settings, with a promoted checkpoint in the place of the base.
+pub fn instead(settings: &Settings, promoted: &Promoted) -> Settings {
+    Settings { model: Some(promoted.model.display().to_string()), ..settings.clone() }
 }
 
 /// Whether a promoted checkpoint is still what was promoted.

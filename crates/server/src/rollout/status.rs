@@ -5,9 +5,10 @@ use std::time::Duration;
 use baton_http::{GenerationStats, Latencies, Observed, Traffic};
 use serde_json::{Value, json};
 
-use super::control::Serving;
+use super::candidate::Serving;
 use super::journal::Ledger;
-use super::policy::{Figures, Latency, Observation, Rollout, Rollouts};
+use super::policy::{Rollout, Rollouts};
+use super::rules::{Figures, Latency, Observation};
 
 /// What the policy looks at.
 pub fn observation(observed: &Observed, broken: Option<String>) -> Observation {

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::*;
 use crate::rollout::journal::{Ledger, Record};
+use crate::rollout::rules::{Figures, Latency};
 
 fn plan(value: serde_json::Value) -> Plan {
     let serde_json::Value::Object(body) = value else { panic!("an object") };
