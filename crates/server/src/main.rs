@@ -28,6 +28,7 @@ use crate::{
 };
 
 fn main() -> ExitCode {
+    memory::keep_mappings();
     let matches = cli::Cli::command().get_matches_from(cli::with_default_command(std::env::args_os()));
     let result = match matches.subcommand() {
         Some(("serve", matches)) => serve::main(matches),

@@ -1,4 +1,4 @@
-//! How much memory is free, for sizing the cache.
+//! How much memory is free, for sizing the cache; and that what a generation had is given back when it goes.
 
 use std::fs;
 
@@ -25,6 +25,32 @@ pub fn resident_bytes() -> Option<u64> {
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
+
+/// Bytes from which on an allocation is a mapping of its own.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const MAPPED: libc::c_int = 1 << 20;
+
+/// Keeps large allocations mappings of their own, so that freed ones go back to the system. glibc would take them for the
+/// sizes of everyday allocations once the first has been freed, and keep what follows: a process that loads one
+/// generation after another would grow to several times their size.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn keep_mappings() {
+    // SAFETY: it sets a number of the allocator's, under the allocator's own lock.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED) };
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn keep_mappings() {}
+
+/// Gives free pages between what is still in use back to the system.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn trim() {
+    // SAFETY: it moves nothing that is in use, and takes the allocator's own locks.
+    unsafe { libc::malloc_trim(0) };
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn trim() {}
 
 #[cfg(test)]
 mod tests {

@@ -65,7 +65,8 @@ impl Replay for DeviceReplay {
         let (handle, engine) = baton_engine::spawn(view, config);
         let replayed = run(&handle, &self.ends, tasks, way, false);
         let unmoved = way == Way::Preempted && handle.stats().preemptions == 0;
-        self.not_exercised = unmoved.then_some("the cases are too few or too short to push each other out of the cache");
+        self.not_exercised =
+            unmoved.then_some("the cases are too few or too short to push each other out of the cache");
         handle.shutdown();
         engine.join();
         replayed

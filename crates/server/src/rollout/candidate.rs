@@ -11,6 +11,7 @@ use baton_model::LoadReport;
 use super::policy::Verdict;
 use super::room::Held;
 use crate::handoff::Gate;
+use crate::memory;
 use crate::serve::{self, Generation};
 use crate::settings::Settings;
 
@@ -54,6 +55,7 @@ impl Serving {
     pub fn end(self) {
         self.handle.shutdown();
         self.engine.join();
+        memory::trim();
     }
 }
 
