@@ -230,7 +230,10 @@ fn faults_from_before_the_digests_are_caught_by_the_check_that_is_for_them() {
         let details = verdict.details(fault.caught_by);
         assert!(details.contains(fault.says), "{}: {details}", fault.name);
     }
-    println!("{table}");
+    #[allow(clippy::print_stdout)] // for the record of faults
+    {
+        println!("{table}");
+    }
 }
 
 /// A tiny model with yarn, the values of its golden prompt made into a manifest.
@@ -272,6 +275,7 @@ fn a_missing_yarn_factor_is_caught() {
     });
     bundle.digest_anew(false);
     let verdict = bundle.verify(&EXACT);
+    #[allow(clippy::print_stdout)] // for the record of faults
     println!("{}", row("yarn missing from the config", &verdict));
     assert_eq!((verdict.code, verdict.failed()), (1, vec!["numerics"]), "{:#}", verdict.report);
 }

@@ -36,20 +36,20 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub struct Args {
     /// The binary to start
     #[arg(long, default_value = "target/release/baton")]
-    binary: PathBuf,
+    pub binary: PathBuf,
     /// Rollouts to make
     #[arg(long, default_value_t = 1000)]
-    count: usize,
+    pub count: usize,
     /// Streams at any time
     #[arg(long, default_value_t = 16)]
-    streams: usize,
+    pub streams: usize,
     /// Checkpoint that serves first
-    model_a: PathBuf,
+    pub model_a: PathBuf,
     /// Checkpoint that takes over, and gives back
-    model_b: PathBuf,
+    pub model_b: PathBuf,
     /// Further flags for `baton serve`
     #[arg(last = true)]
-    serve_flags: Vec<String>,
+    pub serve_flags: Vec<String>,
 }
 
 /// Runs the chore.

@@ -57,6 +57,16 @@ pub(super) fn families(
             ],
         ),
         counter("baton_dropped_events_total", "Events whose client had left.", stats.dropped_events),
+        gauge(
+            "baton_background_requests",
+            "Replays of golden cases that wait for idle steps.",
+            stats.background as f64,
+        ),
+        counter(
+            "baton_non_finite_logits_total",
+            "Sequences that ended because the model computed NaN or infinity.",
+            stats.finished.non_finite_logits,
+        ),
         counter("baton_failed_steps_total", "Steps that failed as a whole.", stats.failed_steps),
     ];
     if let Some(drafts) = &stats.speculation {

@@ -99,6 +99,8 @@ impl Gate {
         };
         let started = Instant::now();
         let admission = match bundle.judge(&self.engine, &self.text) {
+            // Whoever shut it down has no use for it any more.
+            Err(_) if !self.engine.stats().alive => return self,
             Err(error) => Admission::Failed { reason: format!("{error:#}") },
             Ok((report, parity)) => {
                 self.parity = parity;
@@ -192,5 +194,74 @@ impl Bundle {
         let failed: Vec<String> =
             findings.iter().filter(|f| f.verdict == Verdict::Fail).map(ToString::to_string).collect();
         Ok((!failed.is_empty()).then(|| format!("case {:?}: {}", case.name, failed.join("; "))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use baton_engine::EngineConfig;
+    use baton_model::{Files, RunError, RunSpec, Runner, StepOutput, StepPlan};
+
+    use super::*;
+    use crate::{
+        bundled,
+        load::{self, Parts},
+        settings::ServeArgs,
+    };
+
+    /// A device whose memory goes bad when it is told to.
+    struct Drifting {
+        runner: Box<dyn Runner>,
+        bad: Arc<AtomicBool>,
+    }
+
+    impl Runner for Drifting {
+        fn spec(&self) -> &RunSpec {
+            self.runner.spec()
+        }
+
+        fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+            let mut output = self.runner.step(plan)?;
+            if self.bad.load(Ordering::Relaxed) {
+                let scores = output.sequences.iter_mut().filter_map(|sequence| sequence.scores.as_mut().ok());
+                scores.flatten().flat_map(|score| &mut score.logprobs).for_each(|logprob| *logprob += 1e-6);
+            }
+            Ok(output)
+        }
+
+        fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
+            self.runner.clear_blocks(blocks)
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_device_that_no_longer_gives_the_same_bits_is_taken_out_of_service() {
+        let args = ServeArgs { handoff: Some(HandoffPolicy::Require), ..ServeArgs::default() };
+        let settings = Settings { canary_interval: Duration::from_millis(1), ..args.resolve().unwrap() };
+        let files = Files::Embedded(bundled::FILES);
+        let handed = Handed::open(&files, &settings).unwrap();
+        let Parts { text, loaded, .. } = load::parts(&files, &settings, None).unwrap();
+        let bad = Arc::new(AtomicBool::new(false));
+        let runner = Box::new(Drifting { runner: loaded.runner, bad: bad.clone() });
+        let (engine, thread) = baton_engine::spawn(runner, EngineConfig::default());
+
+        let device = (loaded.caps, &loaded.report);
+        let gate = Gate::new(handed, &settings, device, engine.clone(), Arc::new(text)).prove().await;
+        let state = gate.state();
+        assert_eq!(state.admission(), Admission::Passed);
+        let watching = tokio::spawn(gate.watch());
+        sleep(Duration::from_millis(200)).await;
+        assert_eq!(state.admission(), Admission::Passed, "the same bits as long as nothing happens");
+        bad.store(true, Ordering::Relaxed);
+        while state.admission() == Admission::Passed {
+            sleep(Duration::from_millis(5)).await;
+        }
+        let Admission::Failed { reason } = state.admission() else { panic!("{:?}", state.admission()) };
+        assert!(reason.contains("other bits"), "{reason}");
+        engine.shutdown();
+        watching.await.unwrap();
+        thread.join();
     }
 }

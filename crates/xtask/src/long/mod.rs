@@ -1,6 +1,7 @@
 //! The checks that take too long, or need too much, for `.ci/run`: a file and a line of [`CHECKS`] each.
 
 mod export;
+mod rollouts;
 
 use std::{path::Path, time::Instant};
 
@@ -9,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 /// A check: its name, and what fails if it does. It may keep what it needs in the folder, which is its own and stays.
 type Check = (&'static str, fn(&Path) -> Result<()>);
 
-const CHECKS: &[Check] = &[("export", export::check)];
+const CHECKS: &[Check] = &[("export", export::check), ("rollouts", rollouts::check)];
 
 /// Arguments of the chore.
 #[derive(clap::Args)]
