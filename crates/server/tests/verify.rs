@@ -206,6 +206,12 @@ fn row(name: &str, verdict: &Verdict) -> String {
     format!("| {name} | {} | {} |\n", verdict.failed().join(", "), columns.collect::<Vec<_>>().join(" | "))
 }
 
+/// With `--nocapture`, the record of faults.
+#[allow(clippy::print_stdout)]
+fn record(lines: &str) {
+    println!("{lines}");
+}
+
 /// The merge that makes a token of the first golden prompt.
 fn without_a_merge(bundle: &Bundle) {
     bundle.edit("tokenizer.json", |bytes| {
@@ -230,10 +236,7 @@ fn faults_from_before_the_digests_are_caught_by_the_check_that_is_for_them() {
         let details = verdict.details(fault.caught_by);
         assert!(details.contains(fault.says), "{}: {details}", fault.name);
     }
-    #[allow(clippy::print_stdout)] // for the record of faults
-    {
-        println!("{table}");
-    }
+    record(&table);
 }
 
 /// A tiny model with yarn, the values of its golden prompt made into a manifest.
@@ -275,8 +278,7 @@ fn a_missing_yarn_factor_is_caught() {
     });
     bundle.digest_anew(false);
     let verdict = bundle.verify(&EXACT);
-    #[allow(clippy::print_stdout)] // for the record of faults
-    println!("{}", row("yarn missing from the config", &verdict));
+    record(&row("yarn missing from the config", &verdict));
     assert_eq!((verdict.code, verdict.failed()), (1, vec!["numerics"]), "{:#}", verdict.report);
 }
 
