@@ -30,31 +30,20 @@ const GUARD: Duration = Duration::from_secs(60);
 /// Questions that streams ask.
 const QUESTIONS: usize = 6;
 
-/// A copy of the bundled model, to be changed.
-struct Model(TempDir);
+/// A copy of the bundled model without its bundle, to be changed.
+struct Model(Bundle);
 
 impl Model {
     fn copy() -> Self {
-        let (from, to) =
-            (Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus"), TempDir::new().expect("a folder"));
-        for name in
-            ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        {
-            fs::copy(from.join(name), to.path().join(name)).expect(name);
-        }
-        Self(to)
+        let model = Bundle::copy(&models("abacus"));
+        fs::remove_file(model.file("handoff.json")).expect("it was there");
+        Self(model)
     }
 
     /// With other bytes in one tensor.
     fn changed(tensor: &str, change: impl FnOnce(&mut [u8])) -> Self {
         let model = Self::copy();
-        let file = model.0.path().join("model.safetensors");
-        let mut bytes = fs::read(&file).expect("weights");
-        let header = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
-        let index: Value = serde_json::from_slice(&bytes[8..8 + header]).expect("a header");
-        let at = |end: usize| index[tensor]["data_offsets"][end].as_u64().expect(tensor) as usize + 8 + header;
-        change(&mut bytes[at(0)..at(1)]);
-        fs::write(&file, bytes).expect("weights");
+        model.0.tensors([tensor], |[bytes]| change(bytes));
         model
     }
 
@@ -81,9 +70,7 @@ impl Model {
 
     /// Says the same in other bytes.
     fn retell(&self) {
-        let file = self.0.path().join("config.json");
-        let config = fs::read_to_string(&file).expect("a config");
-        fs::write(file, config + "\n").expect("a config");
+        self.0.edit("config.json", |config| config.push(b'\n'));
     }
 
     fn path(&self) -> &str {
