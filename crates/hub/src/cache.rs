@@ -3,7 +3,7 @@
 //! ```text
 //! models--org--name/blobs/<etag>                 a file's bytes; <etag>.incomplete while it is fetched
 //!                  /refs/<revision>              the commit
-//!                  /snapshots/<commit>/<file>    a link to ../../blobs/<etag>
+//!                  /snapshots/<commit>/<file>    a link to ../../blobs/<etag>, one more ../ for each folder in its name
 //!                  /.baton/<commit>.json         ours: sizes and digests of the snapshot's files
 //!                  /.staging/<commit>/           ours: a snapshot before it is renamed into place
 //! .locks/models--org--name/<etag>.lock           held while a blob is fetched, theirs and ours
@@ -12,6 +12,7 @@
 //! A directory that is not on a hub has the same layout in a cache of our own, under the SHA-256 of its URL.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Write},
     os::unix::fs::symlink,
@@ -22,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Event, HubError, Options, Progress, Snapshot, Target,
+    Event, HubError, Options, Progress, Snapshot, Target, bundle,
     error::at,
     fetch::{self, hex},
     listing, names,
@@ -137,10 +138,16 @@ impl Folder {
             at(&staging, fs::remove_dir_all(&staging))?;
         }
         at(&staging, fs::create_dir_all(&staging))?;
+        let mut folders = BTreeSet::new();
         for (file, blob) in &files {
             let link = staging.join(&file.name);
-            at(&link, symlink(Path::new("../../blobs").join(blob), &link))?;
+            folders.extend(Path::new(&file.name).ancestors().skip(1).map(Path::to_owned));
+            at(&link, fs::create_dir_all(link.parent().expect("below staging")))?;
+            let up = "../".repeat(2 + file.name.matches('/').count());
+            at(&link, symlink(format!("{up}blobs/{blob}"), &link))?;
         }
+        let sync = |top: &Path| folders.iter().try_for_each(|f| at(top.join(f), sync_folder(&top.join(f))));
+        sync(&staging)?;
         let record = Record { files: files.into_iter().map(|(file, _)| file).collect() };
         write_atomically(&self.record(commit), &serde_json::to_vec_pretty(&record).expect("plain values"))?;
 
@@ -149,14 +156,14 @@ impl Folder {
         at(&parent, fs::create_dir_all(&parent))?;
         if snapshot.exists() {
             // Another tool began it. The record lists all files, so until the last one is there it is incomplete.
-            for entry in at(&staging, fs::read_dir(&staging))? {
-                let link = at(&staging, entry)?;
-                at(&snapshot, fs::rename(link.path(), snapshot.join(link.file_name())))?;
+            for file in &record.files {
+                let link = snapshot.join(&file.name);
+                at(&link, fs::create_dir_all(link.parent().expect("below the snapshot")))?;
+                at(&link, fs::rename(staging.join(&file.name), &link))?;
             }
-            at(&staging, fs::remove_dir(&staging))?;
-            at(&snapshot, sync_folder(&snapshot))?;
+            at(&staging, fs::remove_dir_all(&staging))?;
+            sync(&snapshot)?;
         } else {
-            at(&staging, sync_folder(&staging))?;
             at(&snapshot, fs::rename(&staging, &snapshot))?;
         }
         at(&parent, sync_folder(&parent))?;
@@ -187,6 +194,14 @@ fn check_recorded(folder: &Path, record: &Record) -> Option<String> {
 
 /// What a snapshot of another tool lacks: such tools fetch file by file, so a folder alone says little.
 fn check_foreign(folder: &Path) -> Option<String> {
+    if let Ok(manifest) = fs::read(folder.join(bundle::MANIFEST)) {
+        let Ok(Ok(promised)) = bundle::parse(&manifest) else {
+            return Some(format!("{} is damaged", bundle::MANIFEST));
+        };
+        let whole = |name: &str, size| fs::metadata(folder.join(name)).is_ok_and(|m| m.is_file() && m.len() == size);
+        let missing = promised.into_iter().find(|(name, promise)| !whole(name, promise.size));
+        return missing.map(|(name, _)| format!("{name} is missing"));
+    }
     let there = |name: &str| fs::metadata(folder.join(name)).is_ok_and(|m| m.is_file() && m.len() > 0);
     let shards = match fs::read(folder.join(names::INDEX)) {
         Ok(index) => match listing::shards(&index) {

@@ -156,7 +156,7 @@ pub enum HubError {
     Size {
         /// The file.
         file: String,
-        /// From the listing.
+        /// From the listing, or from the bundle's `handoff.json`.
         expected: u64,
         /// From the answer; `None` if it ran on beyond the expected size.
         actual: Option<u64>,
@@ -166,9 +166,9 @@ pub enum HubError {
     Digest {
         /// The file.
         file: String,
-        /// From the hub.
+        /// From the hub, or from the bundle's `handoff.json`.
         expected: String,
-        /// Of the bytes that came.
+        /// Of the bytes that came, or of the file that the hub lists.
         actual: String,
     },
     /// The file on the server is no longer the one that was listed.

@@ -1,6 +1,7 @@
 //! From a listing to blobs: several files at once, each resumed where it stopped, checked, synced, then renamed.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom, Write},
@@ -55,11 +56,10 @@ impl Fetch<'_> {
         let mut queue: Vec<&RemoteFile> = absent().collect();
         queue.sort_by_key(|f| std::cmp::Reverse(f.size));
         let run = Run { stop: AtomicBool::new(false), here: AtomicU64::new(present_bytes) };
-        let mut digests = self.parallel(&queue, &run)?;
+        let mut digests: BTreeMap<String, String> = self.parallel(&queue, &run)?.into_iter().collect();
         at(&blobs, sync_folder(&blobs))?;
         let fetched = files.iter().zip(present).map(|(file, present)| {
-            let mut take = || digests.iter().position(|d| d.0 == file.name).map(|i| digests.swap_remove(i).1);
-            let sha256 = present.or_else(&mut take).expect("present or fetched");
+            let sha256 = present.or_else(|| digests.remove(&file.name)).expect("present or fetched");
             Fetched { name: file.name.clone(), size: file.size, sha256 }
         });
         Ok((fetched.collect(), needed))
@@ -139,11 +139,13 @@ impl Fetch<'_> {
             }
         }
         let digest = hex(partial.hasher);
-        let (expected, actual) = match file.git_id() {
-            Some(id) => (Some(id), at(&path, git_id(&path, file.size))?),
-            None => (file.sha256.as_deref(), digest.clone()),
-        };
-        if let Some(expected) = expected.filter(|e| **e != actual) {
+        let mut digests = vec![(file.sha256.as_deref(), digest.clone())];
+        if let Some(id) = file.git_id() {
+            digests.push((Some(id), at(&path, git_id(&path, file.size))?));
+        }
+        let wrong =
+            digests.into_iter().find_map(|(expected, actual)| Some((expected.filter(|e| **e != actual)?, actual)));
+        if let Some((expected, actual)) = wrong {
             at(&path, fs::remove_file(&path))?;
             return Err(HubError::Digest { file: file.name.clone(), expected: expected.into(), actual });
         }

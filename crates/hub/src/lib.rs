@@ -8,9 +8,12 @@
 //!   size and digest were checked and its bytes synced; the folder of links is renamed into place last.
 //! - **One revision is pinned first**, to a commit, and every file comes from that commit.
 //! - **Names, digests and sizes from a server are not trusted**: they are checked before they become a path or a
-//!   length. Only formats that cannot carry code are fetched.
+//!   length. Weights are fetched in formats that cannot carry code only.
+//! - **A bundle is fetched whole.** Where there is a `handoff.json`, exactly the files that it lists come, each with the
+//!   size and digest that it promises; else only names that are known to belong to a checkpoint.
 //! - **The token goes to the configured hub only**, also when that redirects.
 
+mod bundle;
 mod cache;
 mod client;
 mod directory;

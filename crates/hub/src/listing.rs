@@ -13,13 +13,13 @@ const MAX_SHARDS: usize = 10_000;
 /// A file to be fetched.
 #[derive(Debug, Clone)]
 pub(crate) struct RemoteFile {
-    /// Plain and at the top.
+    /// Plain; with folders only if a bundle lists it.
     pub(crate) name: String,
     /// Bytes.
     pub(crate) size: u64,
     /// Its blob's name: hexadecimal digits.
     pub(crate) blob: String,
-    /// Published by the hub.
+    /// Published by the hub, or promised by the bundle that it belongs to.
     pub(crate) sha256: Option<String>,
     /// `ETag` or `Last-Modified`, where there is no digest.
     pub(crate) validator: Option<String>,
@@ -44,18 +44,8 @@ impl RemoteFile {
 pub(crate) struct Listing {
     /// Hexadecimal digits.
     pub(crate) commit: String,
-    /// Weights, config and whatever else is wanted.
+    /// All of a bundle, else weights, config and whatever else is wanted.
     pub(crate) files: Vec<RemoteFile>,
-}
-
-impl Listing {
-    /// Takes files whose names were checked.
-    pub(crate) fn new(commit: String, files: Vec<RemoteFile>) -> Result<Self, HubError> {
-        if let Some(file) = files.iter().find(|f| f.size == 0) {
-            return Err(HubError::Empty { file: file.name.clone() });
-        }
-        Ok(Listing { commit, files })
-    }
 }
 
 /// The shards that an index names, each a plain safetensors name. The outer error says why it is no index.

@@ -21,14 +21,14 @@ pub(crate) const TOKENIZERS: &[&str] = &[
     "vocab.json",
 ];
 
-/// Files besides config and weights. An allow-list: whatever else a repository holds (pickles, Python, ONNX) stays there.
+/// Files besides config and weights where nobody listed them. An allow-list: whatever else a repository holds (pickles,
+/// Python, ONNX) stays there.
 pub(crate) const OPTIONAL: &[&str] = &[
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "cl100k_base.tiktoken",
     "generation_config.json",
-    "handoff.json",
     "hf_quant_config.json",
     "merges.txt",
     "o200k_base.tiktoken",
@@ -45,20 +45,38 @@ pub(crate) const OPTIONAL: &[&str] = &[
 
 /// No file system takes more in one name, and no checkpoint needs it.
 const MAX_NAME_BYTES: usize = 255;
+/// The most parts that the name of a bundle's file has.
+const MAX_LISTED_PARTS: usize = 8;
+/// Endings of formats that run code when they are read. No loader of ours reads them; others that share the cache do.
+const CODE: &[&str] = &[".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"];
 
-/// Refuses a file name that is not plain and relative; true if it lies at the top, false if in a subfolder.
-pub(crate) fn check_file(name: &str) -> Result<bool, HubError> {
-    let reason = match components(name) {
-        Ok(count) => return Ok(count == 1),
-        Err(reason) => reason,
-    };
-    Err(HubError::Name { name: name.chars().take(100).collect(), reason })
+/// Refuses a file name that is not plain and relative; gives the number of its parts, 1 for a file at the top.
+pub(crate) fn check_file(name: &str) -> Result<usize, HubError> {
+    components(name).map_err(|reason| HubError::Name { name: excerpt(name), reason })
+}
+
+/// Refuses a name that no file of a bundle has, or only one that can carry code into whoever loads it.
+pub(crate) fn check_listed(name: &str) -> Result<(), HubError> {
+    let refused = |reason| Err(HubError::Name { name: excerpt(name), reason });
+    if check_file(name)? > MAX_LISTED_PARTS {
+        return refused("it has more than 8 parts");
+    }
+    let lower = name.to_ascii_lowercase();
+    if CODE.iter().any(|ending| lower.ends_with(ending)) {
+        return refused("files of that format run code when they are read; a bundle has .safetensors or .gguf");
+    }
+    Ok(())
+}
+
+/// As much of a foreign text as a message shows.
+pub(crate) fn excerpt(text: &str) -> String {
+    text.chars().take(100).collect()
 }
 
 /// Refuses a shard's name that is not plain, in a subfolder, or not safetensors.
 pub(crate) fn check_shard(name: &str) -> Result<(), HubError> {
-    let refused = |reason| Err(HubError::Name { name: name.chars().take(100).collect(), reason });
-    if !check_file(name)? {
+    let refused = |reason| Err(HubError::Name { name: excerpt(name), reason });
+    if check_file(name)? > 1 {
         return refused("a shard lies beside its index");
     }
     if !name.ends_with(".safetensors") {
@@ -106,6 +124,11 @@ fn is_hex(text: &str, digits: usize) -> bool {
     text.len() == digits && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
+/// A file's name below a URL: each part encoded.
+pub(crate) fn encode_parts(name: &str) -> String {
+    name.split('/').map(encode).collect::<Vec<_>>().join("/")
+}
+
 /// Percent-encodes all but the unreserved characters of RFC 3986, for one path segment.
 pub(crate) fn encode(segment: &str) -> String {
     let mut encoded = String::with_capacity(segment.len());
@@ -124,8 +147,8 @@ mod tests {
 
     #[test]
     fn only_plain_relative_names_pass() {
-        assert!(check_file("model-00001-of-00002.safetensors").unwrap());
-        assert!(!check_file("original/params.json").unwrap());
+        assert_eq!(check_file("model-00001-of-00002.safetensors").unwrap(), 1);
+        assert_eq!(check_file("original/params.json").unwrap(), 2);
         let long = "x".repeat(300);
         for name in ["", "/", "/x", "../x", "a/../../x", "a/..", "./x", "a//b", "a/", "x\0", "x\n", "a\\b", &long] {
             assert!(matches!(check_file(name), Err(HubError::Name { .. })), "{name:?}");
@@ -152,7 +175,8 @@ mod tests {
     }
 
     #[test]
-    fn a_revision_becomes_one_segment() {
+    fn a_revision_becomes_one_segment_and_a_file_keeps_its_parts() {
+        assert_eq!(encode_parts("train/a b.py"), "train/a%20b.py");
         assert_eq!(encode("refs/pr/1 é"), "refs%2Fpr%2F1%20%C3%A9");
     }
 }

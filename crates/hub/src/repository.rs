@@ -1,6 +1,6 @@
 //! A model of a hub: `/api/models/ID/revision/REVISION` pins the commit, `/ID/resolve/COMMIT/FILE` has the files.
 //!
-//! Mirrors may list names alone; sizes and digests then come from the headers of each file.
+//! If there is a bundle's manifest, it says which files are fetched. Mirrors may list names alone; sizes and digests then come from the headers of each file.
 
 use std::collections::BTreeMap;
 
@@ -9,6 +9,7 @@ use ureq::http::header;
 
 use crate::{
     HubError,
+    bundle::{self, Promise},
     client::{self, Client, LINKED_ETAG, LINKED_SIZE},
     error::shown,
     listing::{self, Listing, RemoteFile},
@@ -52,56 +53,110 @@ pub(crate) fn list(client: &Client<'_>, endpoint: &str, id: &str, revision: &str
     let mut files = BTreeMap::new();
     for sibling in answer.siblings {
         // Every name is checked, also of files that are not wanted: a listing that lies is not used at all.
-        if names::check_file(&sibling.rfilename)? {
-            files.insert(sibling.rfilename.clone(), sibling);
-        }
+        names::check_file(&sibling.rfilename)?;
+        files.insert(sibling.rfilename.clone(), sibling);
     }
-    let file_url = |name: &str| format!("{endpoint}/{id}/resolve/{commit}/{}", names::encode(name));
-
-    let target = || format!("{id}@{revision}");
-    if !files.contains_key(names::CONFIG) {
-        return Err(HubError::Missing { target: target(), files: vec![names::CONFIG.into()] });
-    }
-    let mut wanted: Vec<String> = vec![names::CONFIG.into()];
-    wanted.extend(names::OPTIONAL.iter().filter(|n| files.contains_key(**n)).map(|n| n.to_string()));
-    if files.contains_key(names::INDEX) {
-        let index = client.document(&file_url(names::INDEX), listing::MAX_INDEX_BYTES)?;
-        let not_an_index = |reason| HubError::Answer { url: file_url(names::INDEX), reason };
-        wanted.push(names::INDEX.into());
-        wanted.extend(listing::shards(&index).map_err(not_an_index)??);
-    } else if files.contains_key(names::SINGLE) {
-        wanted.push(names::SINGLE.into());
-    } else {
-        let is_weights =
-            |n: &&String| [".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5"].iter().any(|e| n.ends_with(e));
-        let found = files.keys().find(is_weights).map_or("nothing like it".into(), |n| format!("it has {n}"));
-        return Err(HubError::NoWeights { target: target(), found });
-    }
-    let missing: Vec<String> = wanted.iter().filter(|n| !files.contains_key(*n)).cloned().collect();
-    if !missing.is_empty() {
-        return Err(HubError::Missing { target: target(), files: missing });
-    }
-    let files = wanted.iter().map(|name| remote(client, &files[name], file_url(name)));
-    Listing::new(commit.clone(), files.collect::<Result<_, _>>()?)
+    let repository = Repository {
+        client,
+        target: format!("{id}@{revision}"),
+        base: format!("{endpoint}/{id}/resolve/{commit}"),
+        files,
+    };
+    let files =
+        if repository.files.contains_key(bundle::MANIFEST) { repository.listed()? } else { repository.known()? };
+    Ok(Listing { commit, files })
 }
 
-fn remote(client: &Client<'_>, sibling: &Sibling, url: String) -> Result<RemoteFile, HubError> {
-    let name = sibling.rfilename.clone();
-    let (blob, size) = match sibling {
-        Sibling { lfs: Some(lfs), .. } => (lfs.sha256.clone(), lfs.size),
-        Sibling { blob_id: Some(id), size: Some(size), .. } => (id.clone(), *size),
-        _ => described(client, &url)?,
-    };
-    // The digest of an LFS file is its SHA-256, any other's git's SHA-1.
-    let well_formed = if sibling.lfs.is_some() { names::is_sha256(&blob) } else { names::is_commit(&blob) };
-    if !well_formed {
-        return Err(HubError::Answer {
-            url,
-            reason: format!("the digest of {name} is not 40 or 64 hexadecimal digits"),
-        });
+/// A model at a commit.
+struct Repository<'a> {
+    client: &'a Client<'a>,
+    /// As it was asked for.
+    target: String,
+    /// Without a final slash.
+    base: String,
+    /// All that it has, by name.
+    files: BTreeMap<String, Sibling>,
+}
+
+impl Repository<'_> {
+    fn url(&self, name: &str) -> String {
+        format!("{}/{}", self.base, names::encode_parts(name))
     }
-    let sha256 = names::is_sha256(&blob).then(|| blob.clone());
-    Ok(RemoteFile { name, size, blob, sha256, validator: None, url })
+
+    /// The files of a bundle.
+    fn listed(&self) -> Result<Vec<RemoteFile>, HubError> {
+        let promised = bundle::read(self.client, &self.url(bundle::MANIFEST))?;
+        if !bundle::has_weights(&promised) {
+            return Err(self.no_weights("its handoff.json lists none".into()));
+        }
+        self.all_there(promised.keys())?;
+        let mut files =
+            promised.iter().map(|(name, promise)| self.remote(name, Some(promise))).collect::<Result<Vec<_>, _>>()?;
+        if self.files.contains_key(bundle::SIGNATURE) {
+            files.push(self.remote(bundle::SIGNATURE, None)?);
+        }
+        Ok(files)
+    }
+
+    /// The files of a checkpoint that nobody lists.
+    fn known(&self) -> Result<Vec<RemoteFile>, HubError> {
+        let has = |name: &str| self.files.contains_key(name);
+        if !has(names::CONFIG) {
+            return Err(HubError::Missing { target: self.target.clone(), files: vec![names::CONFIG.into()] });
+        }
+        let mut wanted: Vec<String> = vec![names::CONFIG.into()];
+        wanted.extend(names::OPTIONAL.iter().filter(|n| has(n)).map(|n| n.to_string()));
+        if has(names::INDEX) {
+            let url = self.url(names::INDEX);
+            let index = self.client.document(&url, listing::MAX_INDEX_BYTES)?;
+            wanted.push(names::INDEX.into());
+            wanted.extend(listing::shards(&index).map_err(|reason| HubError::Answer { url, reason })??);
+        } else if has(names::SINGLE) {
+            wanted.push(names::SINGLE.into());
+        } else {
+            let endings = [".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5"];
+            let is_weights = |n: &&String| !n.contains('/') && endings.iter().any(|e| n.ends_with(e));
+            let found = self.files.keys().find(is_weights);
+            return Err(self.no_weights(found.map_or("nothing like it".into(), |n| format!("it has {n}"))));
+        }
+        self.all_there(&wanted)?;
+        wanted.iter().map(|name| self.remote(name, None)).collect()
+    }
+
+    fn no_weights(&self, found: String) -> HubError {
+        HubError::NoWeights { target: self.target.clone(), found }
+    }
+
+    fn all_there<'n>(&self, names: impl IntoIterator<Item = &'n String>) -> Result<(), HubError> {
+        let missing: Vec<String> = names.into_iter().filter(|n| !self.files.contains_key(*n)).cloned().collect();
+        if missing.is_empty() { Ok(()) } else { Err(HubError::Missing { target: self.target.clone(), files: missing }) }
+    }
+
+    /// A file that is there, and is what a bundle promises.
+    fn remote(&self, name: &str, promise: Option<&Promise>) -> Result<RemoteFile, HubError> {
+        let (url, sibling) = (self.url(name), &self.files[name]);
+        let (blob, size) = match sibling {
+            Sibling { lfs: Some(lfs), .. } => (lfs.sha256.clone(), lfs.size),
+            Sibling { blob_id: Some(id), size: Some(size), .. } => (id.clone(), *size),
+            _ => described(self.client, &url)?,
+        };
+        // The digest of an LFS file is its SHA-256, any other's git's SHA-1.
+        let well_formed = if sibling.lfs.is_some() { names::is_sha256(&blob) } else { names::is_commit(&blob) };
+        if !well_formed {
+            return Err(HubError::Answer {
+                url,
+                reason: format!("the digest of {name} is not 40 or 64 hexadecimal digits"),
+            });
+        }
+        let published = names::is_sha256(&blob).then_some(blob.as_str());
+        match promise {
+            Some(promise) => promise.compare(name, size, published)?,
+            None if size == 0 => return Err(HubError::Empty { file: name.into() }),
+            None => {}
+        }
+        let sha256 = promise.map(|p| p.sha256.as_str()).or(published).map(str::to_owned);
+        Ok(RemoteFile { name: name.into(), size, blob, sha256, validator: None, url })
+    }
 }
 
 /// Digest and size of a file from its headers.

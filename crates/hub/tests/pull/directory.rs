@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Serves `files` under `/models/tiny/` with an ETag, changed by `change`.
-fn serve(files: Vec<File>, change: impl Fn(&Request, Reply) -> Reply + Send + Sync + 'static) -> Server {
+pub fn serve(files: Vec<File>, change: impl Fn(&Request, Reply) -> Reply + Send + Sync + 'static) -> Server {
     Server::start(move |request| {
         let file = request.path.strip_prefix("/models/tiny/").and_then(|n| files.iter().find(|f| f.name == n));
         let reply = match file {
@@ -24,7 +24,7 @@ fn serve(files: Vec<File>, change: impl Fn(&Request, Reply) -> Reply + Send + Sy
     })
 }
 
-fn url(server: &Server) -> String {
+pub fn url(server: &Server) -> String {
     format!("{}/models/tiny", server.url())
 }
 

@@ -22,7 +22,7 @@ fn lying(change: impl Fn(&mut serde_json::Value) + Send + Sync + 'static) -> Ser
 }
 
 /// Nothing but the lock was written.
-fn assert_untouched(cache: &Cache) {
+pub fn assert_untouched(cache: &Cache) {
     let names = |folder: &Path| -> Vec<_> {
         let entries = fs::read_dir(folder).into_iter().flatten();
         entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -81,7 +81,9 @@ pub fn honest(files: &[File], request: &Request) -> Reply {
     if request.path.starts_with(&format!("/api/models/{ID}/revision/")) {
         return Reply::new(200, listing(files).to_string());
     }
-    let name = request.path.split('?').next().unwrap().rsplit('/').next().unwrap();
+    let path = request.path.split('?').next().unwrap();
+    let resolved = format!("/{ID}/resolve/{COMMIT}/");
+    let name = path.strip_prefix(&resolved).or_else(|| path.strip_prefix("/cdn/")).unwrap_or_default();
     match files.iter().find(|f| f.name == name) {
         Some(file) if file.lfs && !request.path.starts_with("/cdn/") => {
             Reply::new(302, "").with("Location", format!("/cdn/{name}"))
@@ -171,8 +173,7 @@ impl Cache {
 
 /// A snapshot holds exactly these files, byte for byte.
 pub fn assert_holds(snapshot: &Snapshot, files: &[File]) {
-    let mut names: Vec<_> =
-        fs::read_dir(&snapshot.folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names = names_below(&snapshot.folder, "");
     names.sort();
     let mut expected: Vec<_> = files.iter().map(|f| f.name.to_owned()).collect();
     expected.sort();
@@ -180,4 +181,16 @@ pub fn assert_holds(snapshot: &Snapshot, files: &[File]) {
     for file in files {
         assert!(fs::read(snapshot.folder.join(file.name)).unwrap() == file.bytes, "{} differs", file.name);
     }
+}
+
+fn names_below(folder: &Path, prefix: &str) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
+    let names = entries.flat_map(|entry| {
+        let name = format!("{prefix}{}", entry.file_name().into_string().unwrap());
+        match entry.file_type().unwrap().is_dir() {
+            true => names_below(&entry.path(), &format!("{name}/")),
+            false => vec![name],
+        }
+    });
+    names.collect()
 }

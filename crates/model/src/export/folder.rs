@@ -95,6 +95,11 @@ impl NewCheckpoint {
         File::create_new(&path).and_then(write).map_err(|source| ExportError::Write { path, source })
     }
 
+    /// Where it is for now.
+    pub fn path(&self) -> &Path {
+        &self.partial
+    }
+
     /// Writes the tensors, each as what `content` hands to its writer, then puts the folder in its place. `progress` is
     /// told the bytes written and those to be written.
     ///
@@ -102,6 +107,16 @@ impl NewCheckpoint {
     /// If a tensor gets another number of bytes than it has.
     pub fn write_tensors(
         mut self,
+        progress: &dyn Fn(u64, u64),
+        content: impl FnMut(&NewTensor, &mut dyn FnMut(&[u8]) -> Result<(), ExportError>) -> Result<(), ExportError>,
+    ) -> Result<(), ExportError> {
+        self.write_weights(progress, content)?;
+        self.finish()
+    }
+
+    /// Writes the tensors, and leaves the folder where it is.
+    pub(super) fn write_weights(
+        &mut self,
         progress: &dyn Fn(u64, u64),
         mut content: impl FnMut(&NewTensor, &mut dyn FnMut(&[u8]) -> Result<(), ExportError>) -> Result<(), ExportError>,
     ) -> Result<(), ExportError> {
@@ -133,11 +148,11 @@ impl NewCheckpoint {
         if shards.len() > 1 {
             self.write_file(INDEX, &index(&names, &shards, total))?;
         }
-        self.finish()
+        Ok(())
     }
 
     /// Puts the folder in its place.
-    fn finish(self) -> Result<(), ExportError> {
+    pub(super) fn finish(self) -> Result<(), ExportError> {
         if self.target.symlink_metadata().is_ok() {
             return Err(ExportError::Exists { path: self.target.clone() });
         }

@@ -26,7 +26,7 @@ use crate::{CheckpointError, Conversion, FileError, Files, LoadError, Quantizati
 
 /// Endings of what stands beside the weights and is copied: configs, tokenizers, templates, licences.
 const COPIED: [&str; 7] = [".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "LICENSE"];
-/// Those of them that are not true of the new folder: its own are written, and a hand-off is of other weights.
+/// Those of them that are not true of the new folder: its own are written. No ending is that of a hand-off's signature.
 const NOT_COPIED: [&str; 3] = [INDEX, "config.json", "handoff.json"];
 /// Bytes of such a file, at most.
 const MAX_COPIED: u64 = 256 << 20;
@@ -66,6 +66,9 @@ pub enum ExportError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The caller's part was not added to the folder.
+    #[error(transparent)]
+    Completing(Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl From<CheckpointError> for ExportError {
@@ -87,8 +90,8 @@ pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
 
 /// Writes the checkpoint of `files` to a new folder `out`, its linear layers quantised (see
 /// [`LoadOptions::quantization`](crate::LoadOptions)), everything else as stored. What was stored in another quantised
-/// form and is no linear layer becomes bf16. `progress` is told the bytes written and those to be written. Gives what
-/// the conversions cost.
+/// form and is no linear layer becomes bf16. `progress` is told the bytes written and those to be written; `complete` adds
+/// what only the finished files tell, before they are seen under their name. Gives what the conversions cost.
 ///
 /// # Panics
 /// If the format cannot be made.
@@ -97,6 +100,7 @@ pub fn quantize(
     quantization: Quantization,
     out: &Path,
     progress: &dyn Fn(u64, u64),
+    complete: impl FnOnce(&NewCheckpoint) -> Result<(), Box<dyn std::error::Error + Send + Sync>>,
 ) -> Result<Vec<Conversion>, ExportError> {
     let format = quantization.format();
     assert!(format.can_be_made(), "{format} is read, never made");
@@ -117,14 +121,14 @@ pub fn quantize(
         _ => as_stored(formats.of(spec, &checkpoint, backend.caps())),
     };
     let tensors = specs.values().map(|spec| NewTensor::new(spec.name.clone(), &spec.shape, kept(spec))).collect();
-    let folder = NewCheckpoint::create(out, tensors)?;
+    let mut folder = NewCheckpoint::create(out, tensors)?;
     let floats: BTreeSet<&str> =
         specs.values().filter(|s| s.role == Role::Float).filter_map(|s| s.module().rsplit('.').next()).collect();
     folder.write_file("config.json", &quantized_config(files, format, &Vec::from_iter(floats))?)?;
     copy_files(files, &folder)?;
 
     let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
-    folder.write_tensors(progress, |tensor, write| {
+    folder.write_weights(progress, |tensor, write| {
         let spec = &specs[tensor.name()];
         if spec.role == Role::Vector {
             return write(loader.map(&spec.name)?.host().stored().expect("vectors are never quantised"));
@@ -138,6 +142,8 @@ pub fn quantize(
         }
         Ok(loader.record(matrix)?)
     })?;
+    complete(&folder).map_err(ExportError::Completing)?;
+    folder.finish()?;
     Ok(loader.conversions)
 }
 

@@ -190,7 +190,8 @@ pub fn trusted_keys(files: &[PathBuf]) -> Result<TrustedKeys> {
     Ok(keys)
 }
 
-fn listed(problems: &[String]) -> String {
+/// The first of the problems, and how many more there are.
+pub fn listed(problems: &[String]) -> String {
     let more = problems.len().saturating_sub(LISTED);
     let list = problems.iter().take(LISTED).map(String::as_str).collect::<Vec<_>>().join("; ");
     if more > 0 { format!("{list}; and {more} more") } else { list }
