@@ -38,7 +38,7 @@ const CASES: [&str; 11] = [
 const PROMPT: [u32; 6] = [1, 2, 3, 50, 4, 5];
 
 fn saved(case: &str, format: impl Into<Quantization>, out: &Path) -> Result<usize, ExportError> {
-    Ok(quantize(&Files::folder(folder(case)).unwrap(), format.into(), out, &|_, _| {})?.len())
+    Ok(quantize(&Files::folder(folder(case)).unwrap(), format.into(), out, &|_, _| {}, |_| Ok(()))?.len())
 }
 
 /// Logits on both backends, and the report.
@@ -80,7 +80,8 @@ fn int8_blocks_have_one_scale_along_a_row_whatever_they_were() {
     let temp = tempfile::tempdir().unwrap();
     let (first, second) = (temp.path().join("q8"), temp.path().join("int8"));
     saved("qwen2-tied", BlockFormat::Q8_0, &first).unwrap();
-    let converted = quantize(&Files::folder(&first).unwrap(), Quantization::Int8, &second, &|_, _| {}).unwrap();
+    let converted =
+        quantize(&Files::folder(&first).unwrap(), Quantization::Int8, &second, &|_, _| {}, |_| Ok(())).unwrap();
     let tensors = read_tensors(&fs::read(second.join("model.safetensors")).unwrap());
     let linear: Vec<_> = tensors.iter().filter(|t| t.dtype == "U8").collect();
     assert!(linear.len() == converted.len() && converted.iter().all(|c| c.max_abs_error > 0.0));
@@ -102,7 +103,7 @@ fn what_is_no_linear_layer_and_what_stands_beside_the_weights_is_kept() {
     let out = temp.path().join("saved");
     let steps = Cell::new((0, 0));
     let progress = |done, total| steps.set((done, total));
-    quantize(&Files::folder(copy.path()).unwrap(), BlockFormat::Q8_0.into(), &out, &progress).unwrap();
+    quantize(&Files::folder(copy.path()).unwrap(), BlockFormat::Q8_0.into(), &out, &progress, |_| Ok(())).unwrap();
     let saved = read_tensors(&fs::read(out.join("model.safetensors")).unwrap());
     let original = read_tensors(&copy.read("model.safetensors"));
     assert_eq!(saved.len(), original.len());
@@ -124,7 +125,7 @@ fn a_saved_checkpoint_can_be_widened_and_quantised_again() {
     let temp = tempfile::tempdir().unwrap();
     let (first, second) = (temp.path().join("q8"), temp.path().join("q4"));
     saved("llama-256", BlockFormat::Q8_0, &first).unwrap();
-    quantize(&Files::folder(&first).unwrap(), BlockFormat::Q4_0.into(), &second, &|_, _| {}).unwrap();
+    quantize(&Files::folder(&first).unwrap(), BlockFormat::Q4_0.into(), &second, &|_, _| {}, |_| Ok(())).unwrap();
     assert!(served(&first, Some(BlockFormat::Q4_0.into())).0 == served(&second, None).0);
     let wide = LoadOptions { dtype: Some(DType::F32), ..options() };
     assert!(load(Reference::new(), &Files::folder(&first).unwrap(), &wide).is_ok());
@@ -137,7 +138,8 @@ fn what_cannot_be_saved_leaves_nothing_behind() {
     // 24 columns, which no format divides.
     let error = saved("deepseek-v3", BlockFormat::Q8_0, &out).unwrap_err().to_string();
     assert!(error.contains("cannot be kept as Q8_0"), "{error}");
-    let error = quantize(&Files::Gguf("any.gguf".into()), BlockFormat::Q8_0.into(), &out, &|_, _| {}).unwrap_err();
+    let error =
+        quantize(&Files::Gguf("any.gguf".into()), BlockFormat::Q8_0.into(), &out, &|_, _| {}, |_| Ok(())).unwrap_err();
     assert!(matches!(error, ExportError::Gguf));
     // Found only when the tensor is converted.
     let copy = Copy::of("llama-256");
@@ -146,7 +148,7 @@ fn what_cannot_be_saved_leaves_nothing_behind() {
         weight.data[10..12].copy_from_slice(&[0x7f, 0x7f]);
     });
     let files = Files::folder(copy.path()).unwrap();
-    let error = quantize(&files, BlockFormat::Q4_K.into(), &out, &|_, _| {}).unwrap_err().to_string();
+    let error = quantize(&files, BlockFormat::Q4_K.into(), &out, &|_, _| {}, |_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("which Q4_K cannot hold"), "{error}");
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
     fs::write(&out, "mine").unwrap();
