@@ -9,15 +9,17 @@ use serde::Serialize;
 
 use crate::parity::{self, CaseFault, CaseParity, Expected, compare_case};
 use crate::words::plain;
-use crate::{Case, Replay, ReplayError, Replayed, Way};
+use crate::{Case, Replay, ReplayError, Replayed, Task, Way};
 
+/// Cases that run at once, at most: enough to fill steps, and few that wait where only idle steps are taken.
+const TOGETHER: usize = 8;
 /// Least probability of a [likely](Likely) token.
 const LIKELY: f64 = 0.01;
 
 /// What became of one case on a device.
 pub type Outcome = Result<Replayed, CaseFault>;
 
-/// Runs the cases one after another, as [`replay_case`] does. `progress` is called before each with its index and name,
+/// Runs the cases in their order, several at once: what they give is what [`replay_case`] gives, sooner. `progress` is called before each with its index and name,
 /// and may end the replay by returning `false`; the outcomes are then fewer than the cases.
 ///
 /// # Errors
@@ -29,11 +31,28 @@ pub fn replay_cases(
     progress: &mut dyn FnMut(usize, &str) -> bool,
 ) -> Result<Vec<Outcome>, ReplayError> {
     let mut outcomes = Vec::with_capacity(cases.len());
-    for (index, case) in cases.iter().enumerate() {
-        if !progress(index, &case.name) {
+    for group in cases.chunks(TOGETHER) {
+        let done = outcomes.len();
+        let wanted = group.iter().enumerate().take_while(|(index, case)| progress(done + index, &case.name)).count();
+        let group = &group[..wanted];
+        let tasks: Vec<Task> = group.iter().map(parity::task).collect();
+        let replayed = match tasks.iter().all(|task| task.ids.len() <= context) {
+            true => device.replay(&tasks, Way::Batched),
+            false => Err(ReplayError::Unfit("a case is too long".into())),
+        };
+        match replayed {
+            Ok(replayed) if replayed.len() == wanted => outcomes.extend(replayed.into_iter().map(Ok)),
+            Err(failed @ ReplayError::Failed(_)) => return Err(failed),
+            // One by one it shows which of them it was.
+            _ => {
+                for case in group {
+                    outcomes.push(replay_case(case, context, device)?);
+                }
+            }
+        }
+        if wanted < TOGETHER {
             break;
         }
-        outcomes.push(replay_case(case, context, device)?);
     }
     Ok(outcomes)
 }

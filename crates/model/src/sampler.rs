@@ -233,6 +233,7 @@ pub(crate) fn score(logits: &[f32], request: &ScoreRequest) -> Result<Score, Seq
 /// Log-probabilities of a row that is finite.
 struct LogProbs<'a> {
     logits: &'a [f32],
+    best: u32,
     /// The logarithm of the sum of all exponentials.
     normalizer: f64,
 }
@@ -242,7 +243,7 @@ impl<'a> LogProbs<'a> {
     fn new(logits: &'a [f32], best: u32) -> Self {
         let max = logits[best as usize];
         let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-        Self { logits, normalizer: f64::from(max) + sum.ln() }
+        Self { logits, best, normalizer: f64::from(max) + sum.ln() }
     }
 
     fn of(&self, id: u32) -> f32 {
@@ -251,11 +252,16 @@ impl<'a> LogProbs<'a> {
 
     /// The `count` most likely ids, best first; of equals the smaller id.
     fn top(&self, count: usize) -> Vec<(u32, f32)> {
+        match count {
+            0 => return Vec::new(),
+            1 => return vec![(self.best, self.of(self.best))],
+            _ => {}
+        }
         let logit = |id: &u32| self.logits[*id as usize];
         let order = |a: &u32, b: &u32| logit(b).total_cmp(&logit(a)).then(a.cmp(b));
         let mut ids: Vec<u32> = (0..self.logits.len() as u32).collect();
         let count = count.min(ids.len());
-        if 0 < count && count < ids.len() {
+        if count < ids.len() {
             ids.select_nth_unstable_by(count - 1, order);
         }
         ids.truncate(count);

@@ -30,13 +30,20 @@ pub fn resident_bytes() -> Option<u64> {
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const MAPPED: libc::c_int = 1 << 20;
 
-/// Keeps large allocations mappings of their own, so that freed ones go back to the system. glibc would take them for the
-/// sizes of everyday allocations once the first has been freed, and keep what follows: a process that loads one
-/// generation after another would grow to several times their size.
+/// Heaps that threads share. Threads of a generation come and go with it; in heaps of their own they would leave holes.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const HEAPS: libc::c_int = 2;
+
+/// Keeps large allocations mappings of their own, so that freed ones go back to the system, and small ones in few heaps.
+/// glibc would take the large for the sizes of everyday allocations once the first has been freed, and keep what follows: a
+/// process that loads one generation after another would grow to several times their size.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 pub fn keep_mappings() {
-    // SAFETY: it sets a number of the allocator's, under the allocator's own lock.
-    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED) };
+    // SAFETY: both set a number of the allocator's, under the allocator's own lock, before there are other threads.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED);
+        libc::mallopt(libc::M_ARENA_MAX, HEAPS);
+    }
 }
 
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]

@@ -225,7 +225,16 @@ struct Subject {
 impl Subject {
     /// `None` if it cannot be loaded, which is reported with every reason.
     fn load(files: &Files, settings: &Settings, manifest: &Manifest, report: &mut Report) -> Result<Option<Self>> {
-        let Parts { text, loaded, .. } = match load::parts(files, settings, memory::available_bytes()) {
+        let mut parts = load::parts(files, settings, memory::available_bytes());
+        if let Err(error) = &parts
+            && let Some(LoadError::CacheTooSmall { .. }) = error.downcast_ref()
+        {
+            // Where memory does not hold the model's whole context, that of the cases will do.
+            let longest = manifest.cases.iter().map(|case| case.ids().count()).max();
+            let settings = Settings { max_model_len: longest.map(|ids| ids + 1), ..settings.clone() };
+            parts = load::parts(files, &settings, memory::available_bytes());
+        }
+        let Parts { text, loaded, .. } = match parts {
             Ok(parts) => parts,
             Err(error) => {
                 let reasons = match error.downcast_ref::<LoadError>() {
