@@ -1,7 +1,7 @@
 //! What is rounded on the way to the numbers that are served, beyond what the trainer's golden values were.
 
 use baton_device::{Caps, KvDtype, WeightFormat};
-use baton_handoff::{Manifest, PrecisionClass};
+use baton_handoff::{Feature, Manifest, PrecisionClass};
 use baton_model::LoadReport;
 
 /// The class, and the formats that make it so in words.
@@ -12,6 +12,10 @@ pub fn served(report: &LoadReport, caps: &Caps, manifest: &Manifest) -> (Precisi
     };
     let lossy = report.conversions.iter().filter(|conversion| conversion.max_abs_error > 0.0);
     class = lossy.map(|conversion| of_weights(conversion.to)).fold(class, PrecisionClass::max);
+    // Golden values of weights before they were quantised: whatever the device widens them to, they were.
+    if manifest.trained.quantization.is_none() {
+        class = manifest.requires.iter().map(|feature| of_stored(*feature)).fold(class, PrecisionClass::max);
+    }
     for format in &report.weight_formats {
         if caps.narrow_activations.contains(format) {
             class = class.max(of_activations(*format));
@@ -30,6 +34,15 @@ pub fn served(report: &LoadReport, caps: &Caps, manifest: &Manifest) -> (Precisi
     let words =
         format!("weights {}, activations {}, cache {}", formats.join("+"), activations(report, caps), report.kv_dtype);
     (class, words)
+}
+
+/// By the form in which a checkpoint has its weights.
+fn of_stored(feature: Feature) -> PrecisionClass {
+    match feature {
+        Feature::Int8 | Feature::Fp8 => PrecisionClass::Int8,
+        Feature::Int4 | Feature::Mxfp4 => PrecisionClass::Int4,
+        _ => PrecisionClass::Float32,
+    }
 }
 
 fn of_weights(format: WeightFormat) -> PrecisionClass {
