@@ -4,9 +4,10 @@
 //! [`OutputEvent::Token`] and then exactly one [`OutputEvent::Finished`], nothing after it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Adapter, SamplingParams};
+use baton_model::{Adapter, Grammar, SamplingParams};
 
 /// The engine's own number for a request; strings that clients send are never keys. Ids grow in the order of
 /// acceptance, and those of background requests are above all others: a smaller id goes first.
@@ -55,6 +56,10 @@ pub struct Request {
     pub cache_scope: CacheScope,
     /// What to tell of the prompt's own tokens.
     pub prompt_scores: Option<PromptScores>,
+    /// What the output must be.
+    pub grammar: Option<Arc<dyn Grammar>>,
+    /// Who goes first of those that wait and stays longest of those that run: the lower value, then who came first.
+    pub priority: i32,
     /// Advances only in steps in which nothing else is to be done, gives its blocks to whoever needs them, and leaves
     /// none in the prefix cache.
     pub background: bool,
@@ -82,6 +87,8 @@ impl Request {
             adapter: None,
             cache_scope: CacheScope::default(),
             prompt_scores: None,
+            grammar: None,
+            priority: 0,
             background: false,
         }
     }

@@ -11,6 +11,8 @@ use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Serialize;
 
+use crate::json;
+
 /// Longest message on the wire, in characters.
 const MAX_MESSAGE_CHARS: usize = 300;
 
@@ -245,8 +247,13 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", "the server failed internally")
     }
 
-    /// The error object.
+    /// The error object as text.
     pub fn to_json(&self) -> Vec<u8> {
+        json::write(&self.object())
+    }
+
+    /// The error object.
+    pub fn object(&self) -> impl Serialize + '_ {
         #[derive(Serialize)]
         struct Body<'a> {
             error: Object<'a>,
@@ -263,7 +270,7 @@ impl ApiError {
             None => &self.message,
         };
         let error = Object { message, r#type: self.kind, param: self.param.as_deref(), code: self.code };
-        serde_json::to_vec(&Body { error }).expect("strings serialize")
+        Body { error }
     }
 
     /// Whether the generation is to blame, and not the request, the load or a drain.

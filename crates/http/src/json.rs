@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use serde::Serialize;
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
@@ -16,6 +17,11 @@ const MAX_DEPTH: usize = 64;
 
 /// Values in one request: about 20 MB as a tree. Enough for a prompt of 250,000 token ids.
 pub(crate) const MAX_VALUES: usize = 1 << 18;
+
+/// The text of a value that always has one.
+pub(crate) fn write(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("writing plain data into memory cannot fail")
+}
 
 /// Parses a request body, which must be an object. `budget` is how many values it may have; what it has is taken off.
 pub(crate) fn parse_object(bytes: &[u8], budget: &mut usize) -> Result<Map<String, Value>, ApiError> {

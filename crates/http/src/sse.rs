@@ -1,8 +1,7 @@
 //! Server-sent events: the body of a streamed reply.
 //!
 //! Pulled by the connection, so that a slow reader holds up nobody and nothing piles up here: each pull yields one
-//! event. Ends with `[DONE]` if and only if all choices have ended well; an error is an event of its own, and then
-//! the stream closes without `[DONE]`.
+//! event. What an event says is the format's business; each says in its own way whether a stream has ended well.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -15,6 +14,7 @@ use bytes::Bytes;
 use http::HeaderName;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use hyper::body::Frame;
+use serde::Serialize;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::error::ApiError;
@@ -28,12 +28,41 @@ pub(crate) const HEADERS: [(HeaderName, &str); 3] = [
     (HeaderName::from_static("x-accel-buffering"), "no"),
 ];
 
+/// Events that wait to be sent, one to a frame.
+#[derive(Default)]
+pub(crate) struct Events(VecDeque<Bytes>);
+
+impl Events {
+    /// An event without a name.
+    pub fn data(&mut self, data: &impl Serialize) {
+        self.push(b"", data);
+    }
+
+    /// An event of this name.
+    pub fn named(&mut self, name: &str, data: &impl Serialize) {
+        self.push(format!("event: {name}\n").as_bytes(), data);
+    }
+
+    /// An event whose data is this text, of one line.
+    pub fn text(&mut self, text: &[u8]) {
+        self.0.push_back([b"data: ", text, b"\n\n"].concat().into());
+    }
+
+    fn push(&mut self, head: &[u8], data: &impl Serialize) {
+        let mut frame = Vec::with_capacity(256);
+        frame.extend_from_slice(head);
+        frame.extend_from_slice(b"data: ");
+        serde_json::to_writer(&mut frame, data).expect("writing plain data into memory cannot fail");
+        frame.extend_from_slice(b"\n\n");
+        self.0.push_back(frame.into());
+    }
+}
+
 /// The body of a streamed reply.
 pub(crate) struct EventStream<F> {
     choices: Choices,
     format: F,
-    include_usage: bool,
-    frames: VecDeque<Bytes>,
+    events: Events,
     ended: bool,
     keep_alive: Duration,
     /// When a comment is due, if nothing else is sent before.
@@ -42,10 +71,9 @@ pub(crate) struct EventStream<F> {
 
 impl<F: Format> EventStream<F> {
     /// A stream that begins with the choices in order, then `first`.
-    pub fn new(choices: Choices, format: F, first: Option<Event>, include_usage: bool, keep_alive: Duration) -> Self {
+    pub fn new(choices: Choices, format: F, first: Option<Event>, keep_alive: Duration) -> Self {
         let silence = Box::pin(sleep(keep_alive));
-        let (frames, ended) = (VecDeque::new(), false);
-        let mut stream = Self { choices, format, include_usage, frames, ended, keep_alive, silence };
+        let mut stream = Self { choices, format, events: Events::default(), ended: false, keep_alive, silence };
         for index in 0..stream.choices.len() {
             stream.write(&Piece::Open { index });
         }
@@ -65,29 +93,16 @@ impl<F: Format> EventStream<F> {
     }
 
     fn write(&mut self, piece: &Piece) {
-        let mut json = Vec::with_capacity(256);
-        self.format.chunk(&mut json, piece);
-        if !json.is_empty() {
-            self.frames.push_back(frame(&json));
-        }
+        self.format.events(&mut self.events, piece);
     }
 
     fn end(&mut self, outcome: Result<(), ApiError>) {
         self.ended = true;
         match outcome {
-            Ok(()) => {
-                if self.include_usage {
-                    self.write(&Piece::Usage(&self.choices.usage()));
-                }
-                self.frames.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
-            }
-            Err(error) => self.frames.push_back(frame(&error.to_json())),
+            Ok(()) => self.write(&Piece::End(&self.choices.usage())),
+            Err(error) => self.write(&Piece::Error(&error)),
         }
     }
-}
-
-fn frame(json: &[u8]) -> Bytes {
-    [b"data: ", json, b"\n\n"].concat().into()
 }
 
 impl<F: Format> HttpBody for EventStream<F> {
@@ -96,18 +111,18 @@ impl<F: Format> HttpBody for EventStream<F> {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = &mut *self;
-        while this.frames.is_empty() && !this.ended {
+        while this.events.0.is_empty() && !this.ended {
             match this.choices.poll_next(cx) {
                 Poll::Ready(Some(Ok(event))) => this.event(&event),
                 Poll::Ready(Some(Err(error))) => this.end(Err(error)),
                 Poll::Ready(None) => this.end(Ok(())),
                 Poll::Pending => {
                     std::task::ready!(this.silence.as_mut().poll(cx));
-                    this.frames.push_back(Bytes::from_static(b": keep-alive\n\n"));
+                    this.events.0.push_back(Bytes::from_static(b": keep-alive\n\n"));
                 }
             }
         }
-        let next = this.frames.pop_front();
+        let next = this.events.0.pop_front();
         if next.is_some() {
             this.silence.as_mut().reset(Instant::now() + this.keep_alive);
         }

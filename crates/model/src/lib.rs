@@ -8,6 +8,7 @@ mod adapter;
 mod arch;
 mod checkpoint;
 mod config;
+mod constraint;
 mod cost;
 mod export;
 mod gguf;
@@ -27,6 +28,7 @@ pub use config::{
     Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,
     QuantizationConfig, RopeConfig, RopeScaling,
 };
+pub use constraint::{Constraint, ConstraintError, Grammar, StepMasks, TokenMask};
 pub use cost::StepCost;
 pub use export::{ExportError, NewCheckpoint, NewTensor, quantize, tensor_shapes};
 pub use gguf::GgufTokenizer;

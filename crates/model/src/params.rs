@@ -24,6 +24,10 @@ pub struct SamplingParams {
     pub suppressed_until_min: Vec<u32>,
     /// See `suppressed_until_min`; 0 for none.
     pub min_tokens: u32,
+    /// The only ids that can be chosen, besides end tokens of a grammar; `None` for all.
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// Sequences of ids that the output never completes; each has at least one.
+    pub bad_words: Vec<Vec<u32>>,
     /// Seed of the generator. The random number of a token depends on (seed, choice, position) alone.
     pub seed: u64,
     /// Index among the `n` choices of one request.
@@ -46,6 +50,8 @@ impl Default for SamplingParams {
             logit_bias: Vec::new(),
             suppressed_until_min: Vec::new(),
             min_tokens: 0,
+            allowed_token_ids: None,
+            bad_words: Vec::new(),
             seed: 0,
             choice: 0,
             logprobs: None,

@@ -23,6 +23,20 @@ pub enum Segment {
     Reasoning(String),
     /// Part of its answer.
     Content(String),
+    /// Begins the next call of a tool.
+    Call {
+        /// The call's number in the output, from 0.
+        index: usize,
+        /// The tool's name, whole.
+        name: String,
+    },
+    /// Part of the arguments of a call that has begun.
+    Arguments {
+        /// As the call's.
+        index: usize,
+        /// Part of their JSON text.
+        text: String,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,6 +189,7 @@ mod tests {
                     reasoning.push_str(&text);
                 }
                 Segment::Content(text) => content.push_str(&text),
+                Segment::Call { .. } | Segment::Arguments { .. } => panic!("no tool is known here"),
             }
         }
         (reasoning, content)

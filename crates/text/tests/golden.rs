@@ -176,6 +176,7 @@ fn split(model: &TextModel, chat: &ChatInput, rendered: &str, output: &[u32]) ->
         match segment {
             Segment::Reasoning(text) => joined[0].push_str(&text),
             Segment::Content(text) => joined[1].push_str(&text),
+            Segment::Call { .. } | Segment::Arguments { .. } => panic!("no tool is known here"),
         }
     }
     joined

@@ -15,12 +15,15 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-text", &[], &[]),
     ("baton-handoff", &["baton-model", "baton-text"], &[]),
     ("baton-hub", &[], &[]),
-    ("baton-http", &["baton-engine", "baton-text"], &["baton-loadgen"]),
+    ("baton-encoder", &[], &[]),
+    ("baton-grammar", &["baton-model"], &[]),
+    ("baton-http", &["baton-engine", "baton-grammar", "baton-text"], &["baton-loadgen"]),
     (
         "baton",
         &[
             "baton-device",
             "baton-device-cpu",
+            "baton-encoder",
             "baton-engine",
             "baton-handoff",
             "baton-http",

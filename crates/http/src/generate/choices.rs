@@ -212,7 +212,7 @@ impl Choices {
 impl From<Finish> for Ending {
     fn from(reason: Finish) -> Self {
         match reason {
-            Finish::Stop => Self::Stop,
+            Finish::Stop | Finish::ToolCalls => Self::Stop,
             Finish::Length => Self::Length,
         }
     }

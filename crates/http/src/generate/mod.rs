@@ -4,12 +4,14 @@
 //! requests, [`Choices`] merge their outputs, and [`respond`] writes them. Dropping the choices at any point aborts what is
 //! left of them in the engine.
 
+mod chat;
 mod choice;
 mod choices;
 mod respond;
 mod submit;
 
+pub(crate) use chat::{StartedChat, start_chat};
 pub(crate) use choice::{Delta, Score};
 pub(crate) use choices::{Choices, Event};
-pub(crate) use respond::{Output, respond};
+pub(crate) use respond::{Call, Output, respond};
 pub(crate) use submit::{Job, Reasoning, submit};

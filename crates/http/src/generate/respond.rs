@@ -19,23 +19,30 @@ use crate::sse::{self, EventStream};
 pub(crate) struct Output {
     pub reasoning: String,
     pub content: String,
+    pub calls: Vec<Call>,
     pub scores: Vec<Score>,
     pub reason: Finish,
+}
+
+/// A call of a tool.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub name: String,
+    /// As the model wrote them: JSON, unless it was cut off.
+    pub arguments: String,
 }
 
 /// The reply to a request. The head of a stream is held until there is something to say, so that a request that
 /// fails at once still gets its status, but no longer than the keep-alive interval.
 pub(crate) async fn respond<F: Format>(
     mut choices: Choices,
-    format: F,
+    mut format: F,
     stream: bool,
-    include_usage: bool,
     keep_alive: Duration,
 ) -> Result<Response, ApiError> {
     if !stream {
         let outputs = collect(&mut choices).await?;
-        let mut body = Vec::new();
-        format.whole(&mut body, &outputs, &choices.usage());
+        let body = format.whole(&outputs, &choices.usage());
         let json = HeaderValue::from_static("application/json");
         return Ok(([(CONTENT_TYPE, json)], body).into_response());
     }
@@ -43,13 +50,18 @@ pub(crate) async fn respond<F: Format>(
         Ok(Some(event)) => Some(event?),
         Ok(None) | Err(_) => None,
     };
-    let body = Body::new(EventStream::new(choices, format, first, include_usage, keep_alive));
+    let body = Body::new(EventStream::new(choices, format, first, keep_alive));
     Ok((sse::HEADERS, body).into_response())
 }
 
 async fn collect(choices: &mut Choices) -> Result<Vec<Output>, ApiError> {
-    let empty =
-        || Output { reasoning: String::new(), content: String::new(), scores: Vec::new(), reason: Finish::Length };
+    let empty = || Output {
+        reasoning: String::new(),
+        content: String::new(),
+        calls: Vec::new(),
+        scores: Vec::new(),
+        reason: Finish::Length,
+    };
     let mut outputs: Vec<_> = (0..choices.len()).map(|_| empty()).collect();
     while let Some(event) = choices.next().await {
         match event? {
@@ -58,6 +70,8 @@ async fn collect(choices: &mut Choices) -> Result<Vec<Output>, ApiError> {
                 match segment {
                     Segment::Reasoning(text) => output.reasoning += &text,
                     Segment::Content(text) => output.content += &text,
+                    Segment::Call { name, .. } => output.calls.push(Call { name, arguments: String::new() }),
+                    Segment::Arguments { index, text } => output.calls[index].arguments += &text,
                 }
                 output.scores.extend(scores);
             }

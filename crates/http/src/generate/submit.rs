@@ -146,8 +146,8 @@ fn resolve(params: &Params, generation: &Generation) -> Result<(SamplingParams, 
         suppressed_until_min: if params.min_tokens > 0 { ends.clone() } else { Vec::new() },
         min_tokens: params.min_tokens,
         seed: params.seed.unwrap_or_else(rand::random),
-        choice: 0,
         logprobs: params.logprobs,
+        ..SamplingParams::default()
     };
     Ok((sampling, ends))
 }

@@ -5,9 +5,13 @@ use std::sync::Arc;
 use baton_text::Segment;
 use serde::Serialize;
 
-use crate::generate::{Output, Score};
+use crate::generate::{Call, Output, Score};
 use crate::generation::Generation;
+use crate::json;
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
+use crate::sse::Events;
+
+const CHUNK: &str = "chat.completion.chunk";
 
 /// Writes chat completions.
 pub(crate) struct ChatFormat {
@@ -28,10 +32,33 @@ struct Choice<'a> {
 #[derive(Serialize)]
 struct Message<'a> {
     role: &'static str,
-    content: &'a str,
+    /// `None` where only tools are called.
+    content: Option<&'a str>,
     refusal: Option<()>,
     #[serde(flatten)]
     reasoning: Option<Reasoning<'a>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall<'a>>,
+}
+
+/// A call, or a part of one.
+#[derive(Serialize)]
+struct ToolCall<'a> {
+    /// Of a part: which call it belongs to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    r#type: Option<&'static str>,
+    function: Function<'a>,
+}
+
+#[derive(Serialize)]
+struct Function<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
 }
 
 /// Reasoning by DeepSeek's name and by the newer one.
@@ -57,6 +84,8 @@ struct Delta<'a> {
     content: Option<&'a str>,
     #[serde(flatten)]
     reasoning: Option<Reasoning<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[ToolCall<'a>; 1]>,
 }
 
 /// Every generated token's score, reasoning and markers included, except those of a stop token or string.
@@ -100,11 +129,17 @@ impl ChatFormat {
     }
 }
 
+/// A call, whole or its beginning: ids do not depend on how a reply is sent.
+fn tool_call<'a>(id: String, name: &'a str, arguments: &'a str) -> ToolCall<'a> {
+    let function = Function { name: Some(name), arguments };
+    ToolCall { index: None, id: Some(id), r#type: Some("function"), function }
+}
+
 impl Format for ChatFormat {
-    fn chunk(&self, out: &mut Vec<u8>, piece: &Piece) {
+    fn events(&mut self, out: &mut Events, piece: &Piece) {
         let choice = match *piece {
             Piece::Open { index } => {
-                let delta = Delta { role: Some("assistant"), content: Some(""), reasoning: None };
+                let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
                 self.chunk_choice(index, delta, &[])
             }
             Piece::Text { index, segment, scores } => {
@@ -114,6 +149,15 @@ impl Format for ChatFormat {
                         let reasoning = Reasoning { reasoning_content: text, reasoning: text };
                         Delta { reasoning: Some(reasoning), ..Delta::default() }
                     }
+                    Segment::Call { index: call, name } => {
+                        let begun = tool_call(self.envelope.call_id(index, *call), name, "");
+                        Delta { tool_calls: Some([ToolCall { index: Some(*call), ..begun }]), ..Delta::default() }
+                    }
+                    Segment::Arguments { index, text } => {
+                        let function = Function { name: None, arguments: text };
+                        let part = ToolCall { index: Some(*index), id: None, r#type: None, function };
+                        Delta { tool_calls: Some([part]), ..Delta::default() }
+                    }
                 };
                 self.chunk_choice(index, delta, scores)
             }
@@ -121,26 +165,29 @@ impl Format for ChatFormat {
                 let choice = self.chunk_choice(index, Delta::default(), scores);
                 ChunkChoice { finish_reason: Some(reason), ..choice }
             }
-            Piece::Usage(usage) => {
-                let usage = self.envelope.usage(Some(usage));
-                return Reply::<ChunkChoice>::write(out, &self.envelope, "chat.completion.chunk", &[], usage);
-            }
+            Piece::End(usage) => return self.envelope.end::<ChunkChoice>(out, CHUNK, usage),
+            Piece::Error(error) => return out.data(&error.object()),
         };
-        Reply::write(out, &self.envelope, "chat.completion.chunk", &[choice], self.envelope.usage(None));
+        out.data(&Reply::new(&self.envelope, CHUNK, &[choice], self.envelope.usage(None)));
     }
 
-    fn whole(&self, out: &mut Vec<u8>, outputs: &[Output], usage: &Usage) {
+    fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8> {
         let choices = outputs.iter().enumerate().map(|(index, output)| {
-            let Output { reasoning, content, scores, reason } = output;
+            let Output { reasoning, content, calls, scores, reason } = output;
             let reasoning = (!reasoning.is_empty()).then_some(Reasoning { reasoning_content: reasoning, reasoning });
+            let content = (calls.is_empty() || !content.is_empty()).then_some(content.as_str());
+            let calls = calls.iter().enumerate();
+            let tool_calls = calls
+                .map(|(call, Call { name, arguments })| tool_call(self.envelope.call_id(index, call), name, arguments));
+            let tool_calls = tool_calls.collect();
             Choice {
                 index,
-                message: Message { role: "assistant", content, refusal: None, reasoning },
+                message: Message { role: "assistant", content, refusal: None, reasoning, tool_calls },
                 logprobs: self.logprobs.then(|| self.logprobs(scores)),
                 finish_reason: *reason,
             }
         });
         let choices: Vec<_> = choices.collect();
-        Reply::write(out, &self.envelope, "chat.completion", &choices, Some(Some(usage)));
+        json::write(&Reply::new(&self.envelope, "chat.completion", &choices, Some(Some(usage))))
     }
 }

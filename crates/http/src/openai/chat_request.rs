@@ -11,6 +11,8 @@ use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
 #[derive(Debug)]
 pub(crate) struct ChatRequest {
     pub model: Option<String>,
+    /// The field that holds the messages.
+    pub field: &'static str,
     /// As the template takes them.
     pub messages: Vec<Value>,
     pub add_generation_prompt: bool,
@@ -46,7 +48,16 @@ impl ChatRequest {
         }
         let params = params.checked()?;
         let ignored = refuse_rest(fields, lenient)?;
-        Ok(Self { model, messages, add_generation_prompt, continue_final_message, template_kwargs, params, ignored })
+        Ok(Self {
+            model,
+            field: "messages",
+            messages,
+            add_generation_prompt,
+            continue_final_message,
+            template_kwargs,
+            params,
+            ignored,
+        })
     }
 }
 

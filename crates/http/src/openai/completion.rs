@@ -10,8 +10,10 @@ use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::generate::{Output, Score};
 use crate::generation::Generation;
+use crate::json;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest, token_id};
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
+use crate::sse::Events;
 
 /// Most prompts of one request.
 pub(crate) const MAX_PROMPTS: usize = 64;
@@ -136,25 +138,26 @@ impl CompletionFormat {
 const OBJECT: &str = "text_completion";
 
 impl Format for CompletionFormat {
-    fn chunk(&self, out: &mut Vec<u8>, piece: &Piece) {
+    fn events(&mut self, out: &mut Events, piece: &Piece) {
         let (index, text, scores, finish_reason): (_, &str, &[Score], _) = match *piece {
             Piece::Open { .. } if !self.several => return,
             Piece::Open { index } => (index, "", &[], None),
             Piece::Text { index, segment: Segment::Reasoning(text) | Segment::Content(text), scores } => {
                 (index, text, scores, None)
             }
-            Piece::Finish { index, reason, scores } => (index, "", scores, Some(reason)),
-            Piece::Usage(usage) => {
-                let usage = self.envelope.usage(Some(usage));
-                return Reply::<Choice>::write(out, &self.envelope, OBJECT, &[], usage);
+            Piece::Text { segment: Segment::Call { .. } | Segment::Arguments { .. }, .. } => {
+                unreachable!("the text of a completion is not split")
             }
+            Piece::Finish { index, reason, scores } => (index, "", scores, Some(reason)),
+            Piece::End(usage) => return self.envelope.end::<Choice>(out, OBJECT, usage),
+            Piece::Error(error) => return out.data(&error.object()),
         };
         let logprobs = (!scores.is_empty()).then(|| self.logprobs(scores));
         let choice = Choice { index, text, logprobs, finish_reason };
-        Reply::write(out, &self.envelope, OBJECT, &[choice], self.envelope.usage(None));
+        out.data(&Reply::new(&self.envelope, OBJECT, &[choice], self.envelope.usage(None)));
     }
 
-    fn whole(&self, out: &mut Vec<u8>, outputs: &[Output], usage: &Usage) {
+    fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8> {
         let choices = outputs.iter().enumerate().map(|(index, output)| Choice {
             index,
             // A completion is not split: all of it is content.
@@ -163,7 +166,7 @@ impl Format for CompletionFormat {
             finish_reason: Some(output.reason),
         });
         let choices: Vec<_> = choices.collect();
-        Reply::write(out, &self.envelope, OBJECT, &choices, Some(Some(usage)));
+        json::write(&Reply::new(&self.envelope, OBJECT, &choices, Some(Some(usage))))
     }
 }
 

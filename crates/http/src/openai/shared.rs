@@ -4,19 +4,21 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Serialize, Serializer};
 
+use crate::error::ApiError;
 use crate::generate::{Output, Score};
 use crate::generation::Target;
+use crate::sse::Events;
 
 /// How an endpoint writes choices. Both forms are made of the same pieces, so that joined chunks equal the whole.
-pub(crate) trait Format: Send + Sync + Unpin + 'static {
-    /// Writes one chunk of a stream, or nothing if the format has none for this piece.
-    fn chunk(&self, out: &mut Vec<u8>, piece: &Piece);
-    /// Writes the whole reply.
-    fn whole(&self, out: &mut Vec<u8>, outputs: &[Output], usage: &Usage);
+pub(crate) trait Format: Send + Unpin + 'static {
+    /// Writes the events that a piece makes, perhaps none.
+    fn events(&mut self, out: &mut Events, piece: &Piece);
+    /// The whole reply.
+    fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8>;
 }
 
 /// A piece of a streamed reply, in the order in which they come: all `Open`, then `Text` and one `Finish` per choice,
-/// then `Usage` if asked for.
+/// then `End`; or `Error` instead of what is missing.
 pub(crate) enum Piece<'a> {
     /// A choice exists.
     Open { index: usize },
@@ -25,17 +27,21 @@ pub(crate) enum Piece<'a> {
     /// A choice is complete; scores of tokens that showed no text.
     Finish { index: usize, reason: Finish, scores: &'a [Score] },
     /// All choices are complete.
-    Usage(&'a Usage),
+    End(&'a Usage),
+    /// The reply ends here, incomplete.
+    Error(&'a ApiError),
 }
 
 /// Why a choice is complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Finish {
     /// The model ended it, or a stop string or token did.
     Stop,
     /// It has as many tokens as it may.
     Length,
+    /// It ended well and calls tools.
+    ToolCalls,
 }
 
 /// What all chunks of a reply repeat.
@@ -63,6 +69,20 @@ impl Envelope {
         }
     }
 
+    /// Ends a stream that went well. `C` is the type of its choices.
+    pub fn end<C: Serialize>(&self, out: &mut Events, object: &'static str, usage: &Usage) {
+        if self.include_usage {
+            out.data(&Reply::<C>::new(self, object, &[], Some(Some(usage))));
+        }
+        out.text(b"[DONE]");
+    }
+
+    /// The id of a choice's call, the same however the reply is sent.
+    pub fn call_id(&self, choice: usize, call: usize) -> String {
+        let unique = self.id.rsplit('-').next().unwrap_or_default();
+        format!("call_{unique}{choice:02x}{call:02x}")
+    }
+
     /// The `usage` of a chunk: absent, null or there.
     pub fn usage<'a>(&self, usage: Option<&'a Usage>) -> Option<Option<&'a Usage>> {
         self.include_usage.then_some(usage)
@@ -83,17 +103,15 @@ pub(crate) struct Reply<'a, C> {
 }
 
 impl<'a, C: Serialize> Reply<'a, C> {
-    /// Writes a reply or chunk.
-    pub fn write(
-        out: &mut Vec<u8>,
+    /// A reply or chunk.
+    pub fn new(
         envelope: &'a Envelope,
         object: &'static str,
         choices: &'a [C],
         usage: Option<Option<&'a Usage>>,
-    ) {
+    ) -> Self {
         let Envelope { id, created, model, system_fingerprint, .. } = envelope;
-        let reply = Self { id, object, created: *created, model, system_fingerprint, choices, usage };
-        serde_json::to_writer(out, &reply).expect("writing plain data into memory cannot fail");
+        Self { id, object, created: *created, model, system_fingerprint, choices, usage }
     }
 }
 

@@ -59,7 +59,7 @@ pub(super) async fn create(
         record,
     };
     let choices = submit(&service, generation, job)?;
-    let mut response = respond(choices, format, stream, include_usage, config.keep_alive).await?;
+    let mut response = respond(choices, format, stream, config.keep_alive).await?;
     warn(&mut response, &request.ignored);
     Ok(response)
 }

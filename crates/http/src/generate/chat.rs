@@ -1,0 +1,71 @@
+//! A chat, in whatever dialect it was asked for: from messages to choices under way.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use baton_text::{ChatInput, TextError, TextModel};
+use chrono::NaiveDateTime;
+
+use crate::access::AccessRecord;
+use crate::error::ApiError;
+use crate::generate::{Choices, Job, Reasoning, submit};
+use crate::generation::{Generation, Target};
+use crate::generations::Pick;
+use crate::openai::chat_request::ChatRequest;
+use crate::service::Service;
+use crate::shadow::Encode;
+
+/// A chat that the engine has accepted.
+pub(crate) struct StartedChat {
+    pub choices: Choices,
+    pub generation: Arc<Generation>,
+    pub target: Target,
+}
+
+/// Renders, encodes and submits a chat, or does nothing.
+pub(crate) async fn start_chat(
+    service: &Service,
+    record: Arc<AccessRecord>,
+    arrival: Instant,
+    request: ChatRequest,
+) -> Result<StartedChat, ApiError> {
+    let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
+    let chat = ChatInput {
+        messages: request.messages.into(),
+        tools: None,
+        add_generation_prompt: request.add_generation_prompt,
+        continue_final_message: request.continue_final_message,
+        kwargs: request.template_kwargs,
+    };
+    let (field, now) = (request.field, chrono::Local::now().naive_local());
+    let shadow = shadow.map(|shadow| {
+        let chat = chat.clone();
+        let encode: Encode = Box::new(move |candidate| Ok(encode(&candidate.text, &chat, field, now)?.0));
+        (shadow, encode)
+    });
+    let model = Arc::clone(&generation);
+    let (prompt, starts_inside) = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+
+    let job = Job {
+        prompts: vec![prompt],
+        params: request.params,
+        adapter: target.adapter.clone(),
+        default_max_tokens: generation.card.defaults.max_new_tokens,
+        field,
+        reasoning: generation.text.reasoning_markers().map(|markers| Reasoning { markers, starts_inside }),
+        shadow,
+        arrival,
+        record,
+    };
+    let model = Arc::clone(&generation);
+    let choices = submit(service, generation, job)?;
+    Ok(StartedChat { choices, generation: model, target })
+}
+
+/// The prompt's ids, and whether it ends inside reasoning.
+fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<(Vec<u32>, bool), ApiError> {
+    let refuse = |error: TextError| ApiError::invalid(field, error.to_string());
+    let rendered = text.render_chat(chat, now).map_err(refuse)?;
+    let prompt = text.encode_chat(&rendered).map_err(refuse)?;
+    Ok((prompt, text.prompt_opens_reasoning(chat, &rendered)))
+}
