@@ -131,6 +131,38 @@ pub enum GenerationConfigUse {
     None,
 }
 
+/// How the model writes calls of tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[value(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
+pub enum ToolCallParser {
+    /// As its chat template writes them.
+    Auto,
+    /// Not at all.
+    None,
+    DeepseekV3,
+    DeepseekV31,
+    Hermes,
+    Llama3Json,
+    Mistral,
+}
+
+impl ToolCallParser {
+    /// The text model with calls written so.
+    pub fn applied(self, text: TextModel) -> Result<TextModel> {
+        let syntax = match self {
+            ToolCallParser::Auto => return Ok(text),
+            ToolCallParser::None => None,
+            ToolCallParser::DeepseekV3 => Some(ToolSyntax::DeepseekV3),
+            ToolCallParser::DeepseekV31 => Some(ToolSyntax::DeepseekV31),
+            ToolCallParser::Hermes => Some(ToolSyntax::Hermes),
+            ToolCallParser::Llama3Json => Some(ToolSyntax::Llama3Json),
+            ToolCallParser::Mistral => Some(ToolSyntax::Mistral),
+        };
+        text.with_tool_syntax(syntax).context("--tool-call-parser")
+    }
+}
+
 /// What becomes of a model whose hand-off is not proven.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -290,6 +322,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", env = "BATON_CHAT_TEMPLATE", help_heading = "Model")]
     pub chat_template: Option<PathBuf>,
 
+    /// How the model writes calls of tools: auto reads it off the chat template, none calls none, the others are vLLM's names [default: auto]
+    #[arg(long, value_enum, env = "BATON_TOOL_CALL_PARSER", help_heading = "Model")]
+    pub tool_call_parser: Option<ToolCallParser>,
+
     /// Write what was loaded, and what each conversion of precision cost, to this file as JSON
     #[arg(long, value_name = "FILE", env = "BATON_LOAD_REPORT", help_heading = "Model")]
     pub load_report: Option<PathBuf>,
@@ -392,6 +428,7 @@ pub struct Settings {
     pub max_model_len: Option<usize>,
     pub generation_config: GenerationConfigUse,
     pub chat_template: Option<PathBuf>,
+    pub tool_call_parser: ToolCallParser,
     pub load_report: Option<PathBuf>,
     pub handoff: HandoffPolicy,
     pub trusted_keys: Vec<PathBuf>,
@@ -535,6 +572,7 @@ impl ServeArgs {
             max_model_len: self.max_model_len,
             generation_config: self.generation_config.unwrap_or(GenerationConfigUse::Auto),
             chat_template: self.chat_template,
+            tool_call_parser: self.tool_call_parser.unwrap_or(ToolCallParser::Auto),
             load_report: self.load_report,
             handoff: self.handoff.unwrap_or(HandoffPolicy::Warn),
             trusted_keys: self.trusted_keys.unwrap_or_default(),
