@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 use baton_device::{BlockFormat, DType, KvDtype};
 use baton_model::Quantization;
+use baton_text::{TextModel, ToolSyntax};
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
@@ -148,18 +149,24 @@ pub enum ToolCallParser {
 }
 
 impl ToolCallParser {
-    /// The text model with calls written so.
-    pub fn applied(self, text: TextModel) -> Result<TextModel> {
-        let syntax = match self {
-            ToolCallParser::Auto => return Ok(text),
-            ToolCallParser::None => None,
+    /// The syntax that is asked for, if one is.
+    fn syntax(self) -> Option<ToolSyntax> {
+        match self {
+            ToolCallParser::Auto | ToolCallParser::None => None,
             ToolCallParser::DeepseekV3 => Some(ToolSyntax::DeepseekV3),
             ToolCallParser::DeepseekV31 => Some(ToolSyntax::DeepseekV31),
             ToolCallParser::Hermes => Some(ToolSyntax::Hermes),
             ToolCallParser::Llama3Json => Some(ToolSyntax::Llama3Json),
             ToolCallParser::Mistral => Some(ToolSyntax::Mistral),
-        };
-        text.with_tool_syntax(syntax).context("--tool-call-parser")
+        }
+    }
+
+    /// The text model with calls written so.
+    pub fn applied(self, text: TextModel) -> Result<TextModel> {
+        match self {
+            ToolCallParser::Auto => Ok(text),
+            parser => text.with_tool_syntax(parser.syntax()).context("--tool-call-parser"),
+        }
     }
 }
 
@@ -654,6 +661,19 @@ mod tests {
         assert!(refusal(&["--lora-modules", "a=b"], "").contains("--enable-lora"));
         assert!(refusal(&["--enable-lora", "--lora-modules", "a"], "").contains("NAME=PATH"));
         assert!(refusal(&["--enable-lora", "--max-lora-rank", "513"], "").contains("--max-lora-rank"));
+    }
+
+    #[test]
+    fn parsers_of_tool_calls_go_by_their_syntaxes_names() {
+        for syntax in ToolSyntax::ALL {
+            let parser = parse(&["--tool-call-parser", syntax.name()], "").unwrap().0.tool_call_parser;
+            let file = format!("tool-call-parser = \"{}\"", syntax.name());
+            assert_eq!(parse(&[], &file).unwrap().0.tool_call_parser, parser);
+            assert_eq!(parser.syntax(), Some(syntax));
+        }
+        assert_eq!(parse(&[], "").unwrap().0.tool_call_parser, ToolCallParser::Auto);
+        let refusal = format!("{:#}", parse(&["--tool-call-parser", "qwen"], "").unwrap_err());
+        assert!(["auto", "none", "hermes"].iter().all(|name| refusal.contains(name)), "{refusal}");
     }
 
     #[test]

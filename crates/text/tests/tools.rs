@@ -95,7 +95,8 @@ fn a_syntax_can_be_given_if_the_vocabulary_has_its_tokens() {
     assert_eq!(with("gemma", Some(ToolSyntax::Hermes)).unwrap().tool_syntax(), Ok(ToolSyntax::Hermes));
     assert_eq!(with("deepseek", Some(ToolSyntax::DeepseekV3)).unwrap().tool_syntax(), Ok(ToolSyntax::DeepseekV3));
     assert_eq!(abacus().with_tool_syntax(None).unwrap().tool_syntax(), Err(TextError::NoToolSyntax));
-    for (syntax, token) in [(ToolSyntax::Mistral, "[TOOL_CALLS]"), (ToolSyntax::DeepseekV31, "<｜tool▁call▁begin｜>")] {
+    for (syntax, token) in [(ToolSyntax::Mistral, "[TOOL_CALLS]"), (ToolSyntax::DeepseekV31, "<｜tool▁call▁begin｜>")]
+    {
         let refused = with("gemma", Some(syntax)).unwrap_err();
         assert_eq!(refused, TextError::ToolSyntax { syntax: syntax.name(), token });
     }

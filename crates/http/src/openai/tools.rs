@@ -1,7 +1,6 @@
 //! `tools`, `tool_choice` and `parallel_tool_calls`: which tools a chat may call, and how.
 //!
-//! Every dialect ends in [`Tools`], which holds nothing unchecked: names are plain and unique, and a choice names tools
-//! that are there. What the tools' schemas mean is judged where a grammar is made of them.
+//! [`Tools`] holds nothing unchecked: names are plain and unique, and a choice names tools that are there. What the tools' schemas mean is judged where a grammar is made of them.
 
 use serde_json::{Map, Value, json};
 
@@ -52,7 +51,7 @@ pub(crate) struct Tools {
 
 impl Tool {
     /// Reads an object with `name`, `description`, `parameters` and `strict`, and refuses what else it has.
-    pub fn read(mut fields: Fields) -> Result<Self, ApiError> {
+    fn read(mut fields: Fields) -> Result<Self, ApiError> {
         let name = fields.string("name")?;
         let tool = Self {
             name: fields.required("name", name)?,
@@ -93,11 +92,6 @@ impl Tools {
         let (choice, allowed) = choice(fields)?;
         let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
         Self { all, allowed, choice, parallel }.checked()
-    }
-
-    /// The tools of another dialect.
-    pub fn new(all: Vec<Tool>, choice: ToolChoice, parallel: bool) -> Result<Self, ApiError> {
-        Self { all, allowed: None, choice, parallel }.checked()
     }
 
     fn checked(self) -> Result<Self, ApiError> {

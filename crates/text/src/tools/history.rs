@@ -92,7 +92,8 @@ fn shorten(id: &mut Value) {
         return;
     }
     // FNV-1a: it must only tell the ids of one chat apart.
-    let mut hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mut hash =
+        text.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let digits = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
     let digit = |_| {
         let digit = digits[(hash % 62) as usize];

@@ -276,7 +276,7 @@ impl ToolSplitter {
         if head.ends_with(begin) {
             // The call that began has come to nothing; this may be one.
             self.held.truncate(self.held.len() - begin.len());
-            self.release();
+            self.release_visible();
             self.held += begin;
             self.state = State::Opened;
         } else if head.len() > MAX_HEAD_BYTES {
@@ -287,7 +287,7 @@ impl ToolSplitter {
 
     /// What is held is no call, and `c` neither.
     fn no_call(&mut self, c: char) {
-        self.release();
+        self.release_visible();
         self.in_array = false;
         self.state = State::Outside;
         self.step(c);
@@ -357,6 +357,13 @@ impl ToolSplitter {
             Some(Segment::Arguments { index, text }) if *index == last => text.push_str(part),
             _ => self.out.push(Segment::Arguments { index: last, text: part.to_owned() }),
         }
+    }
+
+    /// Releases what is held, but for the white space at its end.
+    fn release_visible(&mut self) {
+        let space = self.held.split_off(self.held.trim_end().len());
+        self.release();
+        self.held = space;
     }
 
     fn release(&mut self) {

@@ -62,9 +62,9 @@ fn split(syntax: ToolSyntax, text: &str) -> Split {
 /// A call in a syntax, and what stands before, between and behind calls of one answer.
 fn write(syntax: ToolSyntax, calls: &[(&str, &str)]) -> String {
     let texts = calls.iter().map(|(name, arguments)| match syntax {
-        DeepseekV3 => format!(
-            "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
-        ),
+        DeepseekV3 => {
+            format!("<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>")
+        }
         DeepseekV31 => format!("<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"),
         Hermes => format!("<tool_call>\n{{\"name\": \"{name}\", \"arguments\": {arguments}}}\n</tool_call>"),
         Llama3Json => format!("{{\"name\": \"{name}\", \"parameters\": {arguments}}}"),
@@ -291,10 +291,44 @@ fn an_unending_head_is_not_held_for_ever() {
 /// Pieces of which answers are made, most of them traps.
 fn fragment() -> impl Strategy<Value = String> {
     let literal = prop::sample::select(vec![
-        "<tool_call>", "</tool_call>", "<tool", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>",
-        "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "```json\n", "\n```", "function", "[TOOL_CALLS]", "[ARGS]",
-        "[CALL_ID]", "<|python_tag|>", "{", "}", "[", "]", ";", ",", ":", " ", "\n", "\"", "\\", "add", "no-op", "é",
-        "\"name\": ", "\"add\"", "\"arguments\": ", "\"parameters\": ", "{}", "null", "12", "{\"a\": \"}\"}", "text",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁calls▁end｜>",
+        "```json\n",
+        "\n```",
+        "function",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[CALL_ID]",
+        "<|python_tag|>",
+        "{",
+        "}",
+        "[",
+        "]",
+        ";",
+        ",",
+        ":",
+        " ",
+        "\n",
+        "\"",
+        "\\",
+        "add",
+        "no-op",
+        "é",
+        "\"name\": ",
+        "\"add\"",
+        "\"arguments\": ",
+        "\"parameters\": ",
+        "{}",
+        "null",
+        "12",
+        "{\"a\": \"}\"}",
+        "text",
     ]);
     let whole = (prop::sample::select(&ToolSyntax::ALL[..]), prop::sample::select(&TRICKY[..]))
         .prop_map(|(syntax, arguments)| write(syntax, &[("add", arguments)]));
