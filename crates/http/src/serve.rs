@@ -199,7 +199,7 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: T
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT)
             .serve_connection(stream, answer);
-        drive(connection, http2::Connection::graceful_shutdown, under_way.idle_for(HEAD_TIMEOUT), close).await
+        drive(connection, http2::Connection::graceful_shutdown, Some(&under_way), close).await
     } else {
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -207,7 +207,7 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: T
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEAD_BYTES)
             .serve_connection(stream, answer);
-        drive(connection, http1::Connection::graceful_shutdown, pending(), close).await
+        drive(connection, http1::Connection::graceful_shutdown, None, close).await
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection ended early");
@@ -215,17 +215,21 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: T
 }
 
 /// Lets a connection run. Once it is idle or is to close it takes no new requests; what it has taken goes on until the
-/// connection is to close, and a little longer.
+/// connection is to close, and a little longer. Only a connection whose requests are counted is ever found idle.
 async fn drive<C: Future<Output = hyper::Result<()>>>(
     connection: C,
     take_no_more: impl Fn(Pin<&mut C>),
-    idle: impl Future<Output = ()>,
+    under_way: Option<&Counter>,
     close: CancellationToken,
 ) -> hyper::Result<()> {
+    let idle_for = async |limit| match under_way {
+        Some(under_way) => under_way.idle_for(limit).await,
+        None => pending().await,
+    };
     let mut connection = pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => return ended,
-        () = idle => {}
+        () = idle_for(HEAD_TIMEOUT) => {}
         () = close.cancelled() => {}
     }
     take_no_more(connection.as_mut());
@@ -235,6 +239,8 @@ async fn drive<C: Future<Output = hyper::Result<()>>>(
     };
     tokio::select! {
         ended = connection => ended,
+        // A client that has not even begun to speak does not say good-bye.
+        () = idle_for(LAST_WORDS) => Ok(()),
         () = last_words => Ok(()),
     }
 }

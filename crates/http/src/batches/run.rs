@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::auth::{OnBehalfOf, Owner};
-use crate::batches::batch::{BatchError, BatchObject, NewBatch, Status};
+use crate::batches::batch::{BatchError, BatchObject, Counts, NewBatch, Status};
 use crate::batches::input::{Line, Lines, check};
 use crate::batches::results::{Outcome, Results};
 use crate::batches::{Batches, Entry};
@@ -284,7 +284,17 @@ impl Run {
             _ => ("storage_error", "the server could not read or write the files of the batch"),
         };
         let error = BatchError { code: code.into(), message: message.into(), param: None, line: None };
+        // What was answered can be had all the same, if the disk still gives it.
+        let (files, id, batch, owner) =
+            (self.files.clone(), self.id.clone(), self.entry.batch.clone(), self.entry.owner);
+        let counts = blocking(move || {
+            let results = Results::open(files, &batch)?;
+            results.publish(&id, &batch, owner)?;
+            Ok(results.counts(0))
+        });
+        let counts = counts.await.unwrap_or_default();
         let failed = self.change(move |batch| {
+            batch.counts = Counts { total: batch.counts.total, ..counts };
             batch.errors = vec![error];
             batch.enter(Status::Failed);
         });

@@ -2,6 +2,7 @@
 
 mod adapters;
 mod admin;
+mod batches;
 mod generations;
 mod handoff;
 mod harness;
