@@ -72,7 +72,8 @@ async fn every_line_is_answered_exactly_once_though_the_server_is_killed_twice()
             let question = format!("What is {i} + 286?");
             let messages = json!([{"role": "user", "content": question}]);
             let body = json!({"temperature": 0, "max_tokens": 200, "messages": messages});
-            let line = json!({"custom_id": format!("{i}"), "method": "POST", "url": "/v1/chat/completions", "body": body});
+            let line =
+                json!({"custom_id": format!("{i}"), "method": "POST", "url": "/v1/chat/completions", "body": body});
             line.to_string() + "\n"
         })
         .collect();
@@ -95,12 +96,14 @@ async fn every_line_is_answered_exactly_once_though_the_server_is_killed_twice()
     let answered = server.metric("vllm:request_success_total").await.expect("a metric") as u64;
     assert!(answered <= LINES as u64 - second, "the last process answered {answered} after {second} were done");
 
-    let output = get(&server, &format!("/v1/files/{}/content", batch["output_file_id"].as_str().expect("a file"))).await;
+    let output =
+        get(&server, &format!("/v1/files/{}/content", batch["output_file_id"].as_str().expect("a file"))).await;
     let mut answers = BTreeMap::new();
     for line in output.lines() {
         let line: Value = serde_json::from_str(line).expect("JSON");
         let id: usize = line["custom_id"].as_str().and_then(|id| id.parse().ok()).expect("one of ours");
-        let content = line["response"]["body"]["choices"][0]["message"]["content"].as_str().expect("an answer").to_owned();
+        let content =
+            line["response"]["body"]["choices"][0]["message"]["content"].as_str().expect("an answer").to_owned();
         assert!(answers.insert(id, content).is_none(), "{id} is answered twice");
     }
     assert!(answers.keys().copied().eq(0..LINES), "every line has its answer");
