@@ -130,7 +130,7 @@ fn patterns(fields: &mut Fields<'_>, name: &str, what: &str, accept: impl Fn(f64
         None => &empty,
         Some(Value::Object(map)) if map.len() <= MAX_ENTRIES => map,
         Some(_) => {
-            fields.forbid(format!("{name} is not an object of at most {MAX_ENTRIES} entries"));
+            fields.refuse(format!("{name} is not an object of at most {MAX_ENTRIES} entries"));
             &empty
         }
     };
@@ -142,8 +142,8 @@ fn patterns(fields: &mut Fields<'_>, name: &str, what: &str, accept: impl Fn(f64
         };
         match (Pattern::regex(&anchored), value.as_f64().filter(|value| accept(*value))) {
             (Ok(pattern), Some(value)) => patterns.push((pattern, value)),
-            (Err(reason), _) => fields.forbid(format!("{name}: {reason}")),
-            (_, None) => fields.forbid(format!("{name} has a value that is not {what}")),
+            (Err(reason), _) => fields.refuse(format!("{name}: {reason}")),
+            (_, None) => fields.refuse(format!("{name} has a value that is not {what}")),
         }
     }
     patterns
@@ -156,14 +156,14 @@ fn targets(fields: &mut Fields<'_>) -> Targets {
         Some(value) => match names(value) {
             Some(names) => Targets::Names(names),
             None => {
-                fields.forbid(format!(
+                fields.refuse(format!(
                     "target_modules is not \"all-linear\", a regular expression, or a list of 1 to {MAX_ENTRIES} names"
                 ));
                 Targets::All
             }
         },
         None => {
-            fields.forbid("target_modules is missing");
+            fields.refuse("target_modules is missing");
             Targets::All
         }
     }
@@ -178,7 +178,7 @@ fn excluded(fields: &mut Fields<'_>) -> Option<Vec<String>> {
         Some(value) => {
             let names = names(value);
             if names.is_none() {
-                fields.forbid(format!("exclude_modules is not a list of at most {MAX_ENTRIES} names"));
+                fields.refuse(format!("exclude_modules is not a list of at most {MAX_ENTRIES} names"));
             }
             names
         }
@@ -200,7 +200,7 @@ fn layers(fields: &mut Fields<'_>) -> Option<Vec<usize>> {
         one => number(one).map(|n| vec![n]),
     };
     if layers.is_none() {
-        fields.forbid("layers_to_transform is not a layer's number or a list of them");
+        fields.refuse("layers_to_transform is not a layer's number or a list of them");
     }
     layers
 }

@@ -28,11 +28,11 @@ pub(super) fn llama(
     let num_kv_heads = fields.size_or("num_key_value_heads", num_heads, HEADS);
     if !num_heads.is_multiple_of(num_kv_heads) {
         fields
-            .forbid(format!("num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"));
+            .refuse(format!("num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"));
     }
     let head_dim = fields.optional_size("head_dim", HEAD_DIM).unwrap_or_else(|| {
         if !hidden_size.is_multiple_of(num_heads) {
-            fields.forbid(format!(
+            fields.refuse(format!(
                 "hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and head_dim is missing"
             ));
         }
@@ -106,7 +106,7 @@ pub(super) fn windows(fields: &mut Fields<'_>, architecture: Architecture, num_l
         }
         Llama | Qwen3Moe | DeepseekV2 | DeepseekV3 => {
             if window.is_some() {
-                fields.forbid(format!("sliding_window is in use; {} has full attention only", architecture.name()));
+                fields.refuse(format!("sliding_window is in use; {} has full attention only", architecture.name()));
             }
             vec![false; num_layers]
         }
@@ -118,13 +118,13 @@ pub(super) fn windows(fields: &mut Fields<'_>, architecture: Architecture, num_l
         // Where it decides nothing, it may say the same in other words.
         Some(types) => {
             if types.iter().any(|slides| *slides != (window.is_some() && by_rule[0])) {
-                fields.forbid(format!("layer_types names other layers than {} has", architecture.name()));
+                fields.refuse(format!("layer_types names other layers than {} has", architecture.name()));
             }
             by_rule
         }
     };
     if free && window.is_none() && slides.contains(&true) {
-        fields.forbid("some layers have sliding attention, but no sliding_window is in use");
+        fields.refuse("some layers have sliding attention, but no sliding_window is in use");
     }
     slides.into_iter().map(|slides| window.filter(|_| slides)).collect()
 }
@@ -139,7 +139,7 @@ fn layer_types(fields: &mut Fields<'_>, num_layers: usize) -> Option<Vec<bool>> 
     let list = fields.get("layer_types")?.as_array();
     let types = list.and_then(|types| types.iter().map(slides).collect::<Option<Vec<_>>>());
     if types.as_ref().is_none_or(|types| types.len() != num_layers) {
-        fields.forbid(format!(
+        fields.refuse(format!(
             "layer_types is not a list of full_attention or sliding_attention for each of {num_layers} layers"
         ));
         return None;
@@ -177,7 +177,7 @@ pub(super) fn moe(
     };
     let num_experts = fields.size(experts_field, EXPERTS);
     if num_experts * num_layers > TOTAL_EXPERTS {
-        fields.forbid(format!("{num_layers} layers of {num_experts} experts are more than {TOTAL_EXPERTS} experts"));
+        fields.refuse(format!("{num_layers} layers of {num_experts} experts are more than {TOTAL_EXPERTS} experts"));
     }
     let top_k = fields.size("num_experts_per_tok", EXPERTS);
     let shares = Routing { top_k, scoring: Scoring::Softmax, groups: None, norm_topk_prob: true, scaling_factor: 1.0 };
@@ -196,7 +196,7 @@ pub(super) fn moe(
     };
     let eligible = check_groups(fields, num_experts, routing.groups);
     if top_k > eligible {
-        fields.forbid(format!("num_experts_per_tok {top_k} exceeds the {eligible} experts that can be chosen"));
+        fields.refuse(format!("num_experts_per_tok {top_k} exceeds the {eligible} experts that can be chosen"));
     }
     let width = if architecture == Architecture::Mixtral { "intermediate_size" } else { "moe_intermediate_size" };
     let has_shared = matches!(architecture, Architecture::DeepseekV2 | Architecture::DeepseekV3);
@@ -215,7 +215,7 @@ fn sparse_layers(fields: &mut Fields<'_>, num_layers: usize) -> Vec<bool> {
     let dense: Vec<usize> = match fields.get("mlp_only_layers") {
         None => Vec::new(),
         Some(list) => serde_json::from_value(list.clone()).unwrap_or_else(|_| {
-            fields.forbid("mlp_only_layers is not a list of layer numbers");
+            fields.refuse("mlp_only_layers is not a list of layer numbers");
             Vec::new()
         }),
     };
@@ -260,9 +260,9 @@ fn check_groups(fields: &mut Fields<'_>, experts: usize, groups: Option<Groups>)
     let Some(Groups { count, kept, score }) = groups else { return experts };
     let least = if score == GroupScore::TwoBest { 2 } else { 1 };
     if !experts.is_multiple_of(count) || experts / count < least {
-        fields.forbid(format!("{experts} experts cannot be split into {count} groups of at least {least}"));
+        fields.refuse(format!("{experts} experts cannot be split into {count} groups of at least {least}"));
     } else if kept > count {
-        fields.forbid(format!("topk_group {kept} exceeds n_group {count}"));
+        fields.refuse(format!("topk_group {kept} exceeds n_group {count}"));
     }
     kept.min(count) * (experts / count)
 }

@@ -47,7 +47,7 @@ impl<'a> Fields<'a> {
         let size = value.as_u64().and_then(|v| usize::try_from(v).ok()).filter(|v| range.contains(v));
         if size.is_none() {
             let (low, high) = range.into_inner();
-            self.forbid(format!("{}{name} is {}, not an integer from {low} to {high}", self.path, short(value)));
+            self.refuse(format!("{}{name} is {}, not an integer from {low} to {high}", self.path, short(value)));
         }
         size
     }
@@ -57,7 +57,7 @@ impl<'a> Fields<'a> {
         let value = self.get(name)?;
         let number = value.as_f64().filter(|v| v.is_finite() && accept(*v));
         if number.is_none() {
-            self.forbid(format!("{}{name} is {}, not {what}", self.path, short(value)));
+            self.refuse(format!("{}{name} is {}, not {what}", self.path, short(value)));
         }
         number
     }
@@ -73,7 +73,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn flag(&mut self, name: &str, default: bool) -> bool {
         let Some(value) = self.get(name) else { return default };
         value.as_bool().unwrap_or_else(|| {
-            self.forbid(format!("{}{name} is {}, not true or false", self.path, short(value)));
+            self.refuse(format!("{}{name} is {}, not true or false", self.path, short(value)));
             default
         })
     }
@@ -81,7 +81,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn text(&mut self, name: &str) -> Option<&'a str> {
         let value = self.get(name)?;
         if !value.is_string() {
-            self.forbid(format!("{}{name} is {}, not a string", self.path, short(value)));
+            self.refuse(format!("{}{name} is {}, not a string", self.path, short(value)));
         }
         value.as_str()
     }
@@ -90,7 +90,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn only(&mut self, name: &str, supported: &[Value]) {
         if let Some(value) = self.get(name).filter(|v| !supported.contains(v)) {
             let supported = supported.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
-            self.forbid(format!("{}{name} is {}; supported: {supported}", self.path, short(value)));
+            self.refuse(format!("{}{name} is {}; supported: {supported}", self.path, short(value)));
         }
     }
 
@@ -103,14 +103,14 @@ impl<'a> Fields<'a> {
             one => id(one).map(|id| vec![id]),
         };
         if ids.is_none() {
-            self.forbid(format!("{}{name} is {}, not a token id or a list of them", self.path, short(value)));
+            self.refuse(format!("{}{name} is {}, not a token id or a list of them", self.path, short(value)));
         }
         ids
     }
 
     fn require(&mut self, name: &str) {
         if self.get(name).is_none() {
-            self.forbid(format!("{}{name} is missing", self.path));
+            self.refuse(format!("{}{name} is missing", self.path));
         }
     }
 }

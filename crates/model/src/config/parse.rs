@@ -62,7 +62,7 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         Family::Deepseek(c) => c.qk_rope_head_dim,
     };
     if rope_dim % 2 != 0 {
-        fields.forbid(format!("the rotary width {rope_dim} is odd; pairs of columns are rotated"));
+        fields.refuse(format!("the rotary width {rope_dim} is odd; pairs of columns are rotated"));
     }
     let rope = match &mut family {
         Family::Llama(own) if architecture == Architecture::Gemma3 => {
@@ -117,13 +117,13 @@ fn architecture(fields: &mut Fields<'_>) -> Option<Architecture> {
             found
         }
         Some(_) => {
-            fields.forbid(format!("architectures must be a list of one name; supported: {}", supported()));
+            fields.refuse(format!("architectures must be a list of one name; supported: {}", supported()));
             None
         }
         None => {
             let found = Architecture::ALL.into_iter().find(|a| model_type == Some(a.model_type()));
             match model_type {
-                None => fields.forbid(format!("architectures and model_type are missing; supported: {}", supported())),
+                None => fields.refuse(format!("architectures and model_type are missing; supported: {}", supported())),
                 Some(_) => fields.only("model_type", &Architecture::ALL.map(|a| json!(a.model_type()))),
             }
             found

@@ -56,7 +56,7 @@ impl QuantizationConfig {
 pub(super) fn parse(fields: &mut Fields<'_>) -> Option<QuantizationConfig> {
     let value = fields.get("quantization_config")?;
     let Some(map) = value.as_object() else {
-        fields.forbid("quantization_config is not an object");
+        fields.refuse("quantization_config is not an object");
         return None;
     };
     let mut own = Fields::new(map, "quantization_config.");
@@ -69,7 +69,7 @@ pub(super) fn parse(fields: &mut Fields<'_>) -> Option<QuantizationConfig> {
         GGML => ggml(&mut own),
         _ => {
             let name: String = method.chars().take(40).collect();
-            own.forbid(format!(
+            own.refuse(format!(
                 "quantization_config.quant_method {name:?} is not supported; supported: {}",
                 METHODS.join(", ")
             ));
@@ -123,7 +123,7 @@ fn block(fields: &mut Fields<'_>, name: &str) -> Option<[usize; 2]> {
     match edges.as_deref() {
         Some(&[rows, cols]) => Some([rows, cols]),
         _ => {
-            fields.forbid(format!("quantization_config.{name} is not a pair of integers from 1 to {MAX_GROUP}"));
+            fields.refuse(format!("quantization_config.{name} is not a pair of integers from 1 to {MAX_GROUP}"));
             None
         }
     }
@@ -141,7 +141,7 @@ fn names(fields: &mut Fields<'_>, name: &str) -> Option<Vec<String>> {
     let value = fields.get(name)?;
     let list = value.as_array().and_then(|l| l.iter().map(|v| v.as_str().map(str::to_owned)).collect());
     if list.is_none() {
-        fields.forbid(format!("quantization_config.{name} is not a list of names"));
+        fields.refuse(format!("quantization_config.{name} is not a list of names"));
     }
     list
 }
@@ -199,7 +199,7 @@ fn ggml(fields: &mut Fields<'_>) -> Parsed {
         fields.only(name, &names_of_formats);
         let stated = fields.text(name);
         if stated.is_none() {
-            fields.forbid(format!("quantization_config.{name} is missing"));
+            fields.refuse(format!("quantization_config.{name} is missing"));
         }
         BlockFormat::ALL.into_iter().find(|format| Some(format.name()) == stated)
     };
@@ -216,14 +216,14 @@ fn compressed_tensors(fields: &mut Fields<'_>) -> Parsed {
     fields.only("sparsity_config", &[json!({}), json!({"format": "dense"})]);
     let format = fields.text("format");
     let Some(list) = fields.get("config_groups").and_then(Value::as_object).filter(|g| !g.is_empty()) else {
-        fields.forbid("quantization_config.config_groups is not an object with a group");
+        fields.refuse("quantization_config.config_groups is not an object with a group");
         return None;
     };
     let mut activations = Vec::new();
     let mut groups = Vec::new();
     for group in list.values() {
         let Some(map) = group.as_object() else {
-            fields.forbid("quantization_config.config_groups holds something else than groups");
+            fields.refuse("quantization_config.config_groups holds something else than groups");
             continue;
         };
         let mut own = Fields::new(map, "quantization_config.config_groups.*.");
@@ -257,7 +257,7 @@ fn patterns(fields: &mut Fields<'_>, names: &[String]) -> Vec<Pattern> {
     let mut parse = |name: &String| match Pattern::parse(name) {
         Ok(pattern) => Some(pattern),
         Err(reason) => {
-            fields.forbid(format!("quantization_config: {reason}"));
+            fields.refuse(format!("quantization_config: {reason}"));
             None
         }
     };
@@ -267,7 +267,7 @@ fn patterns(fields: &mut Fields<'_>, names: &[String]) -> Vec<Pattern> {
 /// How the weights of one group are stored.
 fn group_encoding(fields: &mut Fields<'_>, format: &str) -> Option<Encoding> {
     let Some(map) = fields.get("weights").and_then(Value::as_object) else {
-        fields.forbid("quantization_config.config_groups has a group without weights");
+        fields.refuse("quantization_config.config_groups has a group without weights");
         return None;
     };
     let input_scale = fields.get("input_activations").is_some_and(|a| a["dynamic"] == json!(false));
@@ -287,7 +287,7 @@ fn weights(fields: &mut Fields<'_>, map: &Map<String, Value>, format: &str, inpu
         "mxfp4-pack-quantized" => ("float", &[json!(4)]),
         _ => {
             let format: String = format.chars().take(40).collect();
-            fields.forbid(format!(
+            fields.refuse(format!(
                 "quantization_config.format {format:?} is not supported; supported: int-quantized, float-quantized, \
                  naive-quantized, pack-quantized, mxfp4-pack-quantized"
             ));
@@ -321,16 +321,16 @@ fn weights(fields: &mut Fields<'_>, map: &Map<String, Value>, format: &str, inpu
             fields.only("strategy", &[json!("tensor"), json!("channel"), json!("group")]);
             let (bits, group, per_tensor) = (num_bits, block[1], block == [0, 0]);
             if per_tensor && zero_points {
-                fields.forbid("quantization_config: packed zero points of whole tensors are not supported");
+                fields.refuse("quantization_config: packed zero points of whole tensors are not supported");
             }
             Some(Encoding::Packed(Packed { bits, group, per_tensor, zero_points, ordered }))
         }
         _ => {
             if ordered {
-                fields.forbid("quantization_config: actorder by group is supported in pack-quantized only");
+                fields.refuse("quantization_config: actorder by group is supported in pack-quantized only");
             }
             if is_float && zero_points {
-                fields.forbid("quantization_config: float weights with zero points are not supported");
+                fields.refuse("quantization_config: float weights with zero points are not supported");
             }
             let codes = if is_float { Codes::E4M3 } else { Codes::I8 };
             let partial = strategy == "block";

@@ -171,7 +171,7 @@ fn parse_object(
         None => &empty,
         Some(Value::Object(map)) => map,
         Some(_) => {
-            fields.forbid(format!("{name} is not an object"));
+            fields.refuse(format!("{name} is not an object"));
             &empty
         }
     };
@@ -192,7 +192,7 @@ fn scaling(fields: &mut Fields<'_>, present: bool, max_positions: usize) -> Rope
         Some("default") => RopeScaling::None,
         None if !present => RopeScaling::None,
         None => {
-            fields.forbid("the rope scaling names no rope_type; supported: default, linear, llama3, yarn");
+            fields.refuse("the rope scaling names no rope_type; supported: default, linear, llama3, yarn");
             RopeScaling::None
         }
         Some("linear") => RopeScaling::Linear { factor: factor(fields) },
@@ -200,7 +200,7 @@ fn scaling(fields: &mut Fields<'_>, present: bool, max_positions: usize) -> Rope
             let low_freq_factor = fields.number("low_freq_factor", "a positive number", positive);
             let high_freq_factor = fields.number("high_freq_factor", "a positive number", positive);
             if fields.reasons.is_empty() && low_freq_factor >= high_freq_factor {
-                fields.forbid("rope scaling llama3 needs low_freq_factor below high_freq_factor");
+                fields.refuse("rope scaling llama3 needs low_freq_factor below high_freq_factor");
             }
             RopeScaling::Llama3 {
                 factor: factor(fields),

@@ -161,7 +161,7 @@ impl Reader<'_> {
         for (key, supported) in FIXED {
             match self.get(key) {
                 Some(value) if value.as_f64() != Some(supported) => {
-                    self.forbid(key, format_args!(" is {value}; supported: {supported}"));
+                    self.refuse(key, format_args!(" is {value}; supported: {supported}"));
                 }
                 _ => {}
             }
@@ -204,7 +204,7 @@ impl Reader<'_> {
                 Some(other) => {
                     let other = other.map_or_else(|v| v.to_string(), |v| v.to_string());
                     let supported = format!("{GATING_SOFTMAX} (softmax), {GATING_SIGMOID} (sigmoid)");
-                    self.forbid("expert_gating_func", format_args!(" is {other}; supported: {supported}"));
+                    self.refuse("expert_gating_func", format_args!(" is {other}; supported: {supported}"));
                     Architecture::DeepseekV3
                 }
             },
@@ -225,14 +225,14 @@ impl Reader<'_> {
             }
             (Architecture::Gemma2, Some(_)) => match self.config.remove("sliding_window_pattern") {
                 Some(pattern) if pattern != 2 => {
-                    self.forbid("attention.sliding_window_pattern", format_args!(" is {pattern}; supported: 2"));
+                    self.refuse("attention.sliding_window_pattern", format_args!(" is {pattern}; supported: 2"));
                 }
                 _ => {}
             },
             (Architecture::Gemma2, None) => {}
             (Architecture::Qwen2 | Architecture::Qwen3, Some(window)) => {
                 let reason = format_args!(" is {window}, but nothing says which layers have it");
-                self.forbid("attention.sliding_window", reason);
+                self.refuse("attention.sliding_window", reason);
             }
             (_, Some(_)) => {}
             (_, None) => self.set("sliding_window", Json::Null),
@@ -251,11 +251,11 @@ impl Reader<'_> {
         let factor = rope.get("factor").and_then(Json::as_f64).unwrap_or(0.0);
         let latent = matches!(architecture, Architecture::DeepseekV2 | Architecture::DeepseekV3);
         if attention != 1.0 && (kind != "yarn" || latent) {
-            self.forbid("rope.scaling.attn_factor", format_args!(" is {attention}; supported: 1"));
+            self.refuse("rope.scaling.attn_factor", format_args!(" is {attention}; supported: 1"));
         }
         if let Some(multiplier) = log_multiplier.filter(|_| !latent) {
             let reason = format_args!(" is {multiplier}; supported with deepseek2 alone");
-            self.forbid("rope.scaling.yarn_log_multiplier", reason);
+            self.refuse("rope.scaling.yarn_log_multiplier", reason);
         }
         if kind == "none" || (kind == "linear" && factor == 0.0) {
             return;
@@ -288,7 +288,7 @@ impl Reader<'_> {
         let width = of("head_dim").or_else(divided);
         for key in ["attention.value_length", "rope.dimension_count"] {
             if let Some(value) = self.get(key).filter(|v| v.as_u64() != width) {
-                self.forbid(key, format_args!(" is {value}; only the width of a head is supported"));
+                self.refuse(key, format_args!(" is {value}; only the width of a head is supported"));
             }
         }
     }
@@ -308,7 +308,7 @@ impl Reader<'_> {
                 self.set("qk_rope_head_dim", rope);
                 self.set("v_head_dim", value);
             }
-            _ => self.forbid(
+            _ => self.refuse(
                 "attention.key_length",
                 ", attention.value_length and rope.dimension_count must be there, the last below the first",
             ),
@@ -326,7 +326,7 @@ impl Reader<'_> {
             Architecture::DeepseekV2 | Architecture::DeepseekV3 => (EXPERT_FIELDS[2], false),
             _ => {
                 if let Some(experts) = self.get(EXPERT_COUNT).filter(|v| *v != 0) {
-                    self.forbid(EXPERT_COUNT, format_args!(" is {experts}; {} is dense", architecture.name()));
+                    self.refuse(EXPERT_COUNT, format_args!(" is {experts}; {} is dense", architecture.name()));
                 }
                 return;
             }
@@ -342,7 +342,7 @@ impl Reader<'_> {
         match architecture {
             Architecture::DeepseekV2 => {
                 if norm != false {
-                    self.forbid(
+                    self.refuse(
                         "expert_weights_norm",
                         format_args!(" is {norm}; with softmax only false is supported"),
                     );
@@ -357,10 +357,10 @@ impl Reader<'_> {
             }
             _ => {
                 if let Some(scale) = scale.filter(|v| *v != 1.0) {
-                    self.forbid("expert_weights_scale", format_args!(" is {scale}; supported: 1"));
+                    self.refuse("expert_weights_scale", format_args!(" is {scale}; supported: 1"));
                 }
                 if architecture == Architecture::Mixtral && norm != true {
-                    self.forbid("expert_weights_norm", format_args!(" is {norm}; supported: true"));
+                    self.refuse("expert_weights_norm", format_args!(" is {norm}; supported: true"));
                 }
             }
         }

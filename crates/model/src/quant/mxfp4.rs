@@ -38,7 +38,7 @@ impl Mxfp4 {
             return Err(CheckpointError::NotFinite { tensor, element: at, value: f32::NAN });
         }
         if let Some(at) = exponents.iter().position(|e| *e > LARGEST) {
-            return Err(parts.forbid("weight_scale", format!("exponent {at} is {}, beyond f32", exponents[at])));
+            return Err(parts.refuse("weight_scale", format!("exponent {at} is {}, beyond f32", exponents[at])));
         }
         Ok(Box::new(Rows { codes: parts.take("weight_packed"), exponents, cols }))
     }

@@ -62,7 +62,7 @@ impl Packed {
         };
         if stated != [rows as i64, cols as i64] {
             return Err(
-                parts.forbid("weight_shape", format!("it states {stated:?}, the config asks for [{rows}, {cols}]"))
+                parts.refuse("weight_shape", format!("it states {stated:?}, the config asks for [{rows}, {cols}]"))
             );
         }
         let mut scales = parts.floats("weight_scale")?;

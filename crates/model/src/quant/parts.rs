@@ -96,7 +96,7 @@ impl Parts {
         let indices = self.words(suffix);
         match indices.iter().position(|g| *g as usize >= groups) {
             None => Ok(indices),
-            Some(column) => Err(self.forbid(
+            Some(column) => Err(self.refuse(
                 suffix,
                 format!("column {column} belongs to group {}, there are {groups}", indices[column] as i32),
             )),
