@@ -213,6 +213,23 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, "handoff_not_found", message)
     }
 
+    /// Nothing of this kind is kept under this id for this key.
+    pub fn stored_not_found(kind: &str) -> Self {
+        let message = format!("there is no such {kind}, or it is another key's");
+        Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
+    }
+
+    /// There is no room for what is to be kept.
+    pub fn storage_full(message: &str) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, "storage_full", message)
+    }
+
+    /// So many at once are not taken.
+    pub fn too_many(message: &str) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", message);
+        Self { retry: Retry::After(60), ..error }
+    }
+
     /// The server was not started with what the request needs; `message` says with what.
     pub fn not_configured(message: &str) -> Self {
         Self::new(StatusCode::BAD_REQUEST, INVALID, "not_configured", message)
@@ -251,6 +268,16 @@ impl ApiError {
     /// Our own fault.
     pub fn internal() -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", "the server failed internally")
+    }
+
+    /// The field that is to blame.
+    pub fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    /// What is said to people.
+    pub fn message(&self) -> &str {
+        &self.message
     }
 
     /// The error object as text.
