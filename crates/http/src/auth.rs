@@ -10,8 +10,9 @@ use std::fmt;
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http::HeaderMap;
 use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderName};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
@@ -41,6 +42,8 @@ const ADMIN: [&str; 5] = [
     "/admin/rollout/{command}",
 ];
 
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
 /// The route that is open on a loopback address.
 const METRICS: &str = "/metrics";
 
@@ -65,9 +68,29 @@ pub(crate) struct Granted {
     admin: bool,
     /// The key is one of ours, of whatever scope.
     known: bool,
+    owner: Owner,
+}
+
+/// Whose something is: of everybody who sends this key, or of everybody who needs none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Owner(Option<[u8; 32]>);
+
+impl Owner {
+    /// Whether it is the same.
+    pub fn is(&self, other: &Self) -> bool {
+        match (self.0, other.0) {
+            (Some(ours), Some(theirs)) => ours.ct_eq(&theirs).into(),
+            (ours, theirs) => ours.is_none() && theirs.is_none(),
+        }
+    }
 }
 
 impl Granted {
+    /// Whose the things are that the request makes.
+    pub fn owner(self) -> Owner {
+        self.owner
+    }
+
     /// `Ok` if the scope is granted.
     pub fn require(self, scope: Scope) -> Result<(), ApiError> {
         let granted = match scope {
@@ -124,17 +147,21 @@ impl Keys {
             let (scheme, key) = value.as_bytes().split_at_checked(7)?;
             scheme.eq_ignore_ascii_case(b"bearer ").then_some(key.trim_ascii())
         });
-        let [inference, admin] = match bearer {
-            None => [false; 2],
+        // Where the clients of Anthropic's API put it.
+        let sent = bearer.or_else(|| headers.get(X_API_KEY).map(|value| value.as_bytes().trim_ascii()));
+        let (digest, [inference, admin]) = match sent {
+            None => (None, [false; 2]),
             Some(key) => {
                 let digest: [u8; 32] = Sha256::digest(key).into();
                 let found = |keys: &[[u8; 32]]| -> bool {
                     keys.iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&digest)).into()
                 };
-                [found(&self.inference), found(&self.admin)]
+                (Some(digest), [found(&self.inference), found(&self.admin)])
             }
         };
-        Granted { inference: inference || self.inference.is_empty(), admin, known: inference || admin }
+        let known = inference || admin;
+        let owner = Owner(digest.filter(|_| known));
+        Granted { inference: inference || self.inference.is_empty(), admin, known, owner }
     }
 }
 

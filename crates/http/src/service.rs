@@ -16,6 +16,7 @@ use crate::generation::{Generation, NewGeneration, Retired};
 use crate::generations::{Generations, Pick, Traffic, TransitionError};
 use crate::metrics::HttpMetrics;
 use crate::observed::Observed;
+use crate::responses::ResponseStore;
 use crate::rollout::RolloutControl;
 
 /// Settings of the service.
@@ -37,6 +38,8 @@ pub struct ServiceConfig {
     pub queue_timeout: Option<Duration>,
     /// A stream that has nothing to send sends a comment this often.
     pub keep_alive: Duration,
+    /// Where responses are kept that are to be stored; `None`: none is.
+    pub responses: Option<Arc<ResponseStore>>,
     /// What `/version` says.
     pub version: String,
 }
@@ -52,6 +55,7 @@ impl Default for ServiceConfig {
             max_n: 8,
             queue_timeout: Some(Duration::from_secs(600)),
             keep_alive: Duration::from_secs(15),
+            responses: None,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

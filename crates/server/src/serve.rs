@@ -5,7 +5,8 @@ use std::{io::IsTerminal, net::SocketAddr, sync::Arc, time::SystemTime};
 use anyhow::{Context, Result, anyhow, ensure};
 use baton_engine::{Engine, EngineConfig};
 use baton_http::{
-    AdapterRefusal, Adapters, Admission, ApiKey, Defaults, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
+    AdapterRefusal, Adapters, Admission, ApiKey, Defaults, ModelCard, NewGeneration, ResponseStore, Service,
+    ServiceConfig, Surface,
 };
 use baton_model::{AdapterError, LoadReport};
 use clap::ArgMatches;
@@ -79,6 +80,11 @@ async fn serve(settings: Settings) -> Result<()> {
             vec![(listener, Surface::WithoutAdmin), (admin, Surface::AdminOnly)]
         }
     };
+    // The folder is this process's alone, since the journal is open.
+    let responses = settings.state_dir.as_deref().map(|folder| {
+        let folder = folder.join("responses");
+        ResponseStore::open(&folder).map(Arc::new).with_context(|| format!("--state-dir: {}", folder.display()))
+    });
     let service = Service::new(ServiceConfig {
         api_keys: api_keys("api-key", &settings.api_key)?,
         admin_api_keys: api_keys("admin-api-key", &settings.admin_api_key)?,
@@ -86,6 +92,7 @@ async fn serve(settings: Settings) -> Result<()> {
         lenient: settings.lenient,
         max_n: settings.max_n,
         queue_timeout: Some(settings.queue_timeout),
+        responses: responses.transpose()?,
         ..ServiceConfig::default()
     });
     let mut running = JoinSet::new();

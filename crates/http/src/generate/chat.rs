@@ -1,5 +1,6 @@
 //! A chat, in whatever dialect it was asked for: from messages to choices under way.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -27,16 +28,10 @@ pub(crate) async fn start_chat(
     service: &Service,
     record: Arc<AccessRecord>,
     arrival: Instant,
-    request: ChatRequest,
+    mut request: ChatRequest,
 ) -> Result<StartedChat, ApiError> {
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
-    let chat = ChatInput {
-        messages: request.messages.into(),
-        tools: None,
-        add_generation_prompt: request.add_generation_prompt,
-        continue_final_message: request.continue_final_message,
-        kwargs: request.template_kwargs,
-    };
+    let chat = input(&mut request);
     let (field, now) = (request.field, chrono::Local::now().naive_local());
     let shadow = shadow.map(|shadow| {
         let chat = chat.clone();
@@ -60,6 +55,29 @@ pub(crate) async fn start_chat(
     let model = Arc::clone(&generation);
     let choices = submit(service, generation, job)?;
     Ok(StartedChat { choices, generation: model, target })
+}
+
+/// How many tokens a chat's prompt has. Nothing is generated.
+pub(crate) async fn count_chat(
+    service: &Service,
+    record: &AccessRecord,
+    mut request: ChatRequest,
+) -> Result<usize, ApiError> {
+    let Pick { generation, .. } = service.pick(record, request.model.as_deref())?;
+    let chat = input(&mut request);
+    let (field, now) = (request.field, chrono::Local::now().naive_local());
+    service.text_work(move || Ok(encode(&generation.text, &chat, field, now)?.0.len())).await
+}
+
+/// What the template takes of a request, out of it.
+fn input(request: &mut ChatRequest) -> ChatInput {
+    ChatInput {
+        messages: mem::take(&mut request.messages).into(),
+        tools: None,
+        add_generation_prompt: request.add_generation_prompt,
+        continue_final_message: request.continue_final_message,
+        kwargs: mem::take(&mut request.template_kwargs),
+    }
 }
 
 /// The prompt's ids, and whether it ends inside reasoning.

@@ -2,6 +2,7 @@
 
 mod adapters;
 mod admin;
+mod anthropic;
 mod generations;
 mod handoff;
 mod harness;
@@ -9,4 +10,6 @@ mod lifecycle;
 mod operations;
 mod refusals;
 mod replies;
+mod responses;
 mod shadow;
+mod stored;
