@@ -33,6 +33,13 @@ impl TokenMask {
         self.words[id as usize / 32] |= 1 << (id % 32);
     }
 
+    /// Allows an id no longer.
+    pub fn forbid(&mut self, id: u32) {
+        if let Some(word) = self.words.get_mut(id as usize / 32) {
+            *word &= !(1 << (id % 32));
+        }
+    }
+
     /// Whether an id is allowed.
     pub fn allows(&self, id: u32) -> bool {
         self.words.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)

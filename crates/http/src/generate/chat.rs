@@ -9,10 +9,11 @@ use chrono::NaiveDateTime;
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
-use crate::generate::{Choices, Job, Reasoning, submit};
+use crate::generate::{Choices, Job, Reasoning, ToolCalls, submit};
 use crate::generation::{Generation, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
+use crate::openai::tools::Tools;
 use crate::service::Service;
 use crate::shadow::Encode;
 
@@ -31,6 +32,7 @@ pub(crate) async fn start_chat(
     mut request: ChatRequest,
 ) -> Result<StartedChat, ApiError> {
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
+    let tools = tool_calls(&generation.text, &request.tools)?;
     let chat = input(&mut request);
     let (field, now) = (request.field, chrono::Local::now().naive_local());
     let shadow = shadow.map(|shadow| {
@@ -48,6 +50,7 @@ pub(crate) async fn start_chat(
         default_max_tokens: generation.card.defaults.max_new_tokens,
         field,
         reasoning: generation.text.reasoning_markers().map(|markers| Reasoning { markers, starts_inside }),
+        tools,
         shadow,
         arrival,
         record,
@@ -73,11 +76,21 @@ pub(crate) async fn count_chat(
 fn input(request: &mut ChatRequest) -> ChatInput {
     ChatInput {
         messages: mem::take(&mut request.messages).into(),
-        tools: None,
+        tools: request.tools.for_template(),
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message,
         kwargs: mem::take(&mut request.template_kwargs),
     }
+}
+
+/// How to find the calls that the request allows; `None` if it allows none.
+fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
+    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
+    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
 }
 
 /// The prompt's ids, and whether it ends inside reasoning.

@@ -14,4 +14,4 @@ pub(crate) use chat::{StartedChat, count_chat, start_chat};
 pub(crate) use choice::{Delta, Score};
 pub(crate) use choices::{Choices, Event};
 pub(crate) use respond::{Call, Output, respond, stream};
-pub(crate) use submit::{Job, Reasoning, submit};
+pub(crate) use submit::{Job, Reasoning, ToolCalls, submit};

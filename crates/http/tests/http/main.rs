@@ -13,3 +13,4 @@ mod replies;
 mod responses;
 mod shadow;
 mod stored;
+mod tools;
