@@ -61,6 +61,43 @@ pub(crate) enum Scope {
     Any,
 }
 
+/// Whose something is: all who send the same key are one. It goes to disk as a digest, from which no key can be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct Owner([u8; 32]);
+
+impl Owner {
+    /// Those who send no key that is known, where none is asked for.
+    pub const ANYONE: Self = Self([0; 32]);
+
+    /// The sender of the key of this SHA-256 digest.
+    #[cfg(test)]
+    pub const fn of_digest(digest: [u8; 32]) -> Self {
+        Self(digest)
+    }
+}
+
+impl From<Owner> for String {
+    fn from(owner: Owner) -> Self {
+        owner.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl TryFrom<String> for Owner {
+    type Error = &'static str;
+
+    fn try_from(hex: String) -> Result<Self, Self::Error> {
+        let refusal = "an owner is 64 hexadecimal digits";
+        let digit = |digit: u8| char::from(digit).to_digit(16).ok_or(refusal);
+        let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
+        let bytes: Vec<u8> = pairs
+            .iter()
+            .map(|&[high, low]| Ok((digit(high)? << 4 | digit(low)?) as u8))
+            .collect::<Result<_, Self::Error>>()?;
+        bytes.try_into().ok().filter(|_| rest.is_empty()).map(Self).ok_or(refusal)
+    }
+}
+
 /// What the sender of a request may do. Set on every request by the layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Granted {
@@ -71,22 +108,8 @@ pub(crate) struct Granted {
     owner: Owner,
 }
 
-/// Whose something is: of everybody who sends this key, or of everybody who needs none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Owner(Option<[u8; 32]>);
-
-impl Owner {
-    /// Whether it is the same.
-    pub fn is(&self, other: &Self) -> bool {
-        match (self.0, other.0) {
-            (Some(ours), Some(theirs)) => ours.ct_eq(&theirs).into(),
-            (ours, theirs) => ours.is_none() && theirs.is_none(),
-        }
-    }
-}
-
 impl Granted {
-    /// Whose the things are that the request makes.
+    /// Whose the request is, and what it asks to be kept.
     pub fn owner(self) -> Owner {
         self.owner
     }
@@ -128,6 +151,10 @@ impl fmt::Debug for ApiKey {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OnLoopback(pub bool);
 
+/// Set on a request that the service itself makes, in place of a key: whose it is. What it may do is what the key may now.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OnBehalfOf(pub Owner);
+
 /// Digests of the accepted keys.
 pub(crate) struct Keys {
     /// None: no key is asked for.
@@ -149,25 +176,27 @@ impl Keys {
         });
         // Where the clients of Anthropic's API put it.
         let sent = bearer.or_else(|| headers.get(X_API_KEY).map(|value| value.as_bytes().trim_ascii()));
-        let (digest, [inference, admin]) = match sent {
-            None => (None, [false; 2]),
-            Some(key) => {
-                let digest: [u8; 32] = Sha256::digest(key).into();
-                let found = |keys: &[[u8; 32]]| -> bool {
-                    keys.iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&digest)).into()
-                };
-                (Some(digest), [found(&self.inference), found(&self.admin)])
-            }
+        self.grant_to(sent.map_or(Owner::ANYONE, |key| Owner(Sha256::digest(key).into())))
+    }
+
+    /// What the sender of the key of this digest may do.
+    fn grant_to(&self, sender: Owner) -> Granted {
+        let found = |keys: &[[u8; 32]]| -> bool {
+            keys.iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&sender.0)).into()
         };
+        let [inference, admin] = [found(&self.inference), found(&self.admin)];
         let known = inference || admin;
-        let owner = Owner(digest.filter(|_| known));
+        let owner = if known { sender } else { Owner::ANYONE };
         Granted { inference: inference || self.inference.is_empty(), admin, known, owner }
     }
 }
 
 /// The layer.
 pub(crate) async fn layer(State(service): State<Service>, mut request: Request, next: Next) -> Response {
-    let granted = service.keys().grant(request.headers());
+    let granted = match request.extensions().get() {
+        Some(&OnBehalfOf(owner)) => service.keys().grant_to(owner),
+        None => service.keys().grant(request.headers()),
+    };
     let on_loopback = matches!(request.extensions().get(), Some(OnLoopback(true)));
     let scope = match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
         Some(route) if PUBLIC.contains(&route) => None,

@@ -203,6 +203,23 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, "handoff_not_found", message)
     }
 
+    /// Nothing of this kind is kept under this id for this key.
+    pub fn stored_not_found(kind: &str) -> Self {
+        let message = format!("there is no such {kind}, or it is another key's");
+        Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
+    }
+
+    /// There is no room for what is to be kept.
+    pub fn storage_full(message: &str) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, "storage_full", message)
+    }
+
+    /// So many at once are not taken.
+    pub fn too_many(message: &str) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", message);
+        Self { retry: Retry::After(60), ..error }
+    }
+
     /// The server was not started with what the request needs; `message` says with what.
     pub fn not_configured(message: &str) -> Self {
         Self::new(StatusCode::BAD_REQUEST, INVALID, "not_configured", message)
@@ -214,10 +231,10 @@ impl ApiError {
         Self::bad_request("not_configured", param, message)
     }
 
-    /// There is no such response, or it is somebody else's.
-    pub fn response_not_found(param: &str) -> Self {
-        let error = Self::new(StatusCode::NOT_FOUND, INVALID, "response_not_found", "there is no such response");
-        Self { param: Some(param.into()), ..error }
+    /// The response that a conversation is to go on from is not kept, or it is another key's.
+    pub fn previous_not_found() -> Self {
+        let param = "previous_response_id";
+        Self::bad_request("previous_response_not_found", param, "there is no such response, or it is another key's")
     }
 
     /// What is asked for does not go together with what is under way.

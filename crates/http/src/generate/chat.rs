@@ -10,7 +10,7 @@ use chrono::NaiveDateTime;
 use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::generate::{Choices, Job, Reasoning, ToolCalls, submit};
-use crate::generation::{Generation, Target};
+use crate::generation::{Generation, InUse, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
 use crate::openai::tools::Tools;
@@ -37,14 +37,15 @@ pub(crate) async fn start_chat(
     let (field, now) = (request.field, chrono::Local::now().naive_local());
     let shadow = shadow.map(|shadow| {
         let chat = chat.clone();
-        let encode: Encode = Box::new(move |candidate| Ok(encode(&candidate.text, &chat, field, now)?.0));
+        let encode: Encode = Box::new(move |candidate| Ok(encode(&candidate.text, &chat, field, now)?.ids));
         (shadow, encode)
     });
     let model = Arc::clone(&generation);
-    let (prompt, starts_inside) = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let starts_inside = prompt.opens_reasoning;
 
     let job = Job {
-        prompts: vec![prompt],
+        prompts: vec![prompt.ids],
         params: request.params,
         adapter: target.adapter.clone(),
         default_max_tokens: generation.card.defaults.max_new_tokens,
@@ -60,19 +61,28 @@ pub(crate) async fn start_chat(
     Ok(StartedChat { choices, generation: model, target })
 }
 
-/// How many tokens a chat's prompt has. Nothing is generated.
-pub(crate) async fn count_chat(
+/// A chat's prompt, made and not answered.
+pub(crate) struct RenderedChat {
+    pub prompt: ChatPrompt,
+    pub generation: InUse,
+    pub target: Target,
+}
+
+/// Renders and encodes a chat as [`start_chat`] does, and nothing more.
+pub(crate) async fn render_chat(
     service: &Service,
     record: &AccessRecord,
     mut request: ChatRequest,
-) -> Result<usize, ApiError> {
-    let Pick { generation, .. } = service.pick(record, request.model.as_deref())?;
-    let chat = input(&mut request);
-    let (field, now) = (request.field, chrono::Local::now().naive_local());
-    service.text_work(move || Ok(encode(&generation.text, &chat, field, now)?.0.len())).await
+) -> Result<RenderedChat, ApiError> {
+    let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
+    let (chat, field, now) = (input(&mut request), request.field, chrono::Local::now().naive_local());
+    let model = Arc::clone(&generation);
+    let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    record.prompt_tokens(prompt.ids.len());
+    Ok(RenderedChat { prompt, generation, target })
 }
 
-/// What the template takes of a request, out of it.
+/// What the template is given, taken out of the request.
 fn input(request: &mut ChatRequest) -> ChatInput {
     ChatInput {
         messages: mem::take(&mut request.messages).into(),
@@ -93,10 +103,18 @@ fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiE
     Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
 }
 
-/// The prompt's ids, and whether it ends inside reasoning.
-fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<(Vec<u32>, bool), ApiError> {
+/// The prompt that a chat becomes.
+pub(crate) struct ChatPrompt {
+    pub text: String,
+    pub ids: Vec<u32>,
+    /// It ends inside reasoning.
+    pub opens_reasoning: bool,
+}
+
+fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<ChatPrompt, ApiError> {
     let refuse = |error: TextError| ApiError::invalid(field, error.to_string());
     let rendered = text.render_chat(chat, now).map_err(refuse)?;
-    let prompt = text.encode_chat(&rendered).map_err(refuse)?;
-    Ok((prompt, text.prompt_opens_reasoning(chat, &rendered)))
+    let ids = text.encode_chat(&rendered).map_err(refuse)?;
+    let opens_reasoning = text.prompt_opens_reasoning(chat, &rendered);
+    Ok(ChatPrompt { text: rendered, ids, opens_reasoning })
 }

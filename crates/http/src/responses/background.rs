@@ -5,14 +5,16 @@ use std::sync::atomic::Ordering;
 
 use serde_json::Value;
 
+use crate::auth::Owner;
 use crate::generate::Choices;
 use crate::responses::reply::ResponseFormat;
-use crate::responses::store::{Record, ResponseStore};
+use crate::responses::store::{Record, Responses};
 
 /// Lets a response run to its end, whoever leaves, and gives the object as it begins. `guard` lives until the last
 /// record is on disk.
 pub(crate) fn run(
-    store: &Arc<ResponseStore>,
+    store: &Arc<Responses>,
+    owner: Owner,
     record: Record,
     mut format: ResponseFormat,
     mut choices: Choices,
@@ -21,7 +23,7 @@ pub(crate) fn run(
     let (id, queued) = (format.id().to_owned(), format.in_state("queued"));
     // In this order: what is not final and does not run has failed.
     let running = store.begin(&id);
-    store.put(Record { response: queued.clone(), ..record.clone() }, ());
+    store.put(owner, Record { response: queued.clone(), ..record.clone() }, ());
     let store = store.clone();
     tokio::spawn(async move {
         let response = loop {
@@ -37,7 +39,7 @@ pub(crate) fn run(
             }
         };
         drop(choices);
-        let written = store.put(Record { response, ..record }, guard);
+        let written = store.put(owner, Record { response, ..record }, guard);
         store.ended(&id);
         let _ = written.await;
     });

@@ -4,16 +4,17 @@
 //! whole reply would have been.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
+use crate::files::now;
 use crate::generate::Choices;
 use crate::generation::Generation;
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Usage};
 use crate::responses::assembly::{Assembly, Out, unique};
 use crate::responses::request::{Keeping, Shown};
+use crate::responses::store::PREFIX;
 use crate::sse::Events;
 
 /// Takes a response's final object, once.
@@ -36,7 +37,7 @@ impl ResponseFormat {
         let defaults = &generation.card.defaults;
         let mut object = Map::new();
         let mut set = |name: &str, value: Value| object.insert(name.into(), value);
-        set("id", format!("resp_{}", unique(&envelope)).into());
+        set("id", format!("{PREFIX}{}", unique(&envelope)).into());
         set("object", "response".into());
         set("created_at", envelope.created.into());
         set("completed_at", Value::Null);
@@ -164,10 +165,6 @@ impl ResponseFormat {
 /// The `error` of a response that has failed.
 pub(super) fn failure(message: &str) -> Value {
     json!({"code": "server_error", "message": message})
-}
-
-pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// A number as the client wrote it, not as the nearest `f32` would look in `f64`.

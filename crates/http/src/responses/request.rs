@@ -6,6 +6,7 @@ use crate::dialect::{Known, Translation, word};
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::openai::chat_request::ChatRequest;
+use crate::openai::metadata;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params};
 use crate::responses::input;
 use crate::service::ServiceConfig;
@@ -123,7 +124,7 @@ impl ResponseRequest {
         echo.insert("max_output_tokens".into(), max_output_tokens.into());
         // Only tools that the server runs count, and there are none.
         echo.insert("max_tool_calls".into(), fields.count("max_tool_calls", 1)?.into());
-        echo.insert("metadata".into(), metadata(&mut fields)?);
+        echo.insert("metadata".into(), metadata::read(&mut fields)?.unwrap_or_default().into());
         echo.insert("parallel_tool_calls".into(), parallel(&mut fields, &mut chat)?.into());
         let (reasoning, summary) = reasoning(&mut fields, &mut chat)?;
         echo.insert("reasoning".into(), reasoning);
@@ -187,23 +188,6 @@ fn logprobs(fields: &mut Fields) -> Result<(bool, i64), ApiError> {
         }
         top => Ok((wanted, top)),
     }
-}
-
-/// Most pairs of `metadata`, longest name and value in characters, as OpenAI has them.
-const MAX_METADATA: (usize, usize, usize) = (16, 64, 512);
-
-fn metadata(fields: &mut Fields) -> Result<Value, ApiError> {
-    let pairs = fields.object("metadata")?.map(Fields::into_rest).unwrap_or_default();
-    let (count, name, value) = MAX_METADATA;
-    let fits = |(key, text): (&String, &Value)| {
-        key.chars().count() <= name && text.as_str().is_some_and(|text| text.chars().count() <= value)
-    };
-    if pairs.len() > count || !pairs.iter().all(fits) {
-        let accepted =
-            format!("an object of at most {count} strings of at most {value} characters, with names of at most {name}");
-        return Err(ApiError::out_of_range("metadata", accepted));
-    }
-    Ok(pairs.into())
 }
 
 fn parallel(fields: &mut Fields, chat: &mut Translation) -> Result<bool, ApiError> {

@@ -1,39 +1,36 @@
-//! Responses that are kept: one file each in a folder, and what still runs.
+//! Responses that are kept: records of a folder, and what still runs.
 //!
-//! A record is complete or absent: it is written beside its place and moved there. It is seen from the moment it is
-//! given here, before the disk has it. Only whoever sent the same key sees it; for everybody else it does not exist. When
-//! there is too much, the oldest leave. What was still running when a process ended has failed, and is shown so.
+//! A record is seen from the moment it is given here, before the disk has it. When there is too much, the oldest leave.
+//! What was still running when a process ended has failed, and is shown so.
 
 use std::collections::{HashMap, VecDeque};
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Owner;
 use crate::error::ApiError;
-use crate::json;
 use crate::responses::reply::failure;
+use crate::store::{Folder, is_id};
 
 /// Most responses that are kept, and the most bytes that they may have together.
 const MAX_RECORDS: usize = 10_000;
 const MAX_BYTES: u64 = 1 << 30;
 
-const PREFIX: &str = "resp_";
-const SUFFIX: &str = ".json";
+/// What ids of responses begin with.
+pub(crate) const PREFIX: &str = "resp_";
 
 /// A response, and the conversation that it is a part of.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Record {
-    pub owner: Owner,
     /// The object as it is sent.
     pub response: Value,
     /// Items of the conversation before the request's own.
@@ -60,22 +57,26 @@ impl Record {
 }
 
 /// See the head of the file.
-pub struct ResponseStore {
-    folder: PathBuf,
-    /// What is on disk, oldest first, with its bytes; what is on its way there.
+#[derive(Debug)]
+pub(crate) struct Responses {
+    folder: Folder,
     shelf: Mutex<Shelf>,
+    /// The folder is changed by one at a time.
+    changing: Arc<Semaphore>,
     running: Mutex<HashMap<String, Arc<Running>>>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Shelf {
+    /// What is on disk, oldest first, with its bytes.
     kept: VecDeque<(String, u64)>,
     bytes: u64,
-    pending: HashMap<String, Arc<Record>>,
+    /// What is on its way there.
+    pending: HashMap<String, (Owner, Arc<Record>)>,
 }
 
 /// A response in the background.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Running {
     /// It has output.
     pub started: AtomicBool,
@@ -85,166 +86,121 @@ pub(crate) struct Running {
     pub ended: CancellationToken,
 }
 
-impl ResponseStore {
-    /// The responses in a folder, which is made if there is none. Nobody else may write there.
-    ///
-    /// # Errors
-    /// If the folder cannot be made or read.
-    pub fn open(folder: &Path) -> io::Result<Self> {
-        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+impl Responses {
+    /// The responses of a folder.
+    pub fn open(folder: Folder) -> io::Result<Self> {
         let mut found = Vec::new();
-        for entry in fs::read_dir(folder)? {
-            let entry = entry?;
-            let (name, about) = (entry.file_name(), entry.metadata()?);
-            let id = name.to_str().and_then(|name| name.strip_suffix(SUFFIX)).filter(|id| is_id(id));
-            match id {
-                Some(id) => found.push((about.modified()?, id.to_owned(), about.len())),
-                // Was being written when the process ended.
-                None if about.is_file() => fs::remove_file(entry.path())?,
-                None => {}
-            }
+        for name in folder.names()? {
+            let Some(id) = name.strip_suffix(".json").filter(|id| is_id(PREFIX, id)) else { continue };
+            let about = fs::metadata(folder.beside(id, "json"))?;
+            found.push((about.modified()?, id.to_owned(), about.len()));
         }
         found.sort();
         let kept: VecDeque<_> = found.into_iter().map(|(_, id, bytes)| (id, bytes)).collect();
         let bytes = kept.iter().map(|(_, bytes)| bytes).sum();
         let shelf = Mutex::new(Shelf { kept, bytes, pending: HashMap::new() });
-        Ok(Self { folder: folder.to_owned(), shelf, running: Mutex::default() })
+        Ok(Self { folder, shelf, changing: Arc::new(Semaphore::new(1)), running: Mutex::default() })
     }
 
     /// Keeps a record under its response's id, in the place of an older one. It can be seen at once; whoever wants it to
     /// be on disk waits for what is returned. `guard` lives until then.
-    pub(crate) fn put(self: &Arc<Self>, record: Record, guard: impl Send + 'static) -> JoinHandle<()> {
+    pub fn put(self: &Arc<Self>, owner: Owner, record: Record, guard: impl Send + 'static) -> JoinHandle<()> {
         let id = record.response["id"].as_str().unwrap_or_default().to_owned();
         let record = Arc::new(record);
-        self.shelf.lock().pending.insert(id.clone(), record.clone());
-        let store = self.clone();
-        spawn_blocking(move || {
-            if let Err(error) = store.write(&id, &record) {
-                store.shelf.lock().pending.remove(&id);
+        self.shelf.lock().pending.insert(id.clone(), (owner, record.clone()));
+        let responses = self.clone();
+        tokio::spawn(async move {
+            let _guard = guard;
+            let Ok(_turn) = responses.changing.clone().acquire_owned().await else { return };
+            let written = spawn_blocking(move || {
+                responses.write(&id, owner, &record).inspect_err(|_| {
+                    responses.shelf.lock().pending.remove(&id);
+                })
+            });
+            if let Ok(Err(error)) = written.await {
                 tracing::error!(%error, "a response could not be kept");
             }
-            drop(guard);
         })
     }
 
-    fn write(&self, id: &str, record: &Arc<Record>) -> io::Result<()> {
-        let bytes = json::write(&**record);
-        let beside = self.folder.join(format!("{id}.{:016x}.new", rand::random::<u64>()));
-        let written = (|| {
-            let mut file = File::options().write(true).create_new(true).mode(0o600).open(&beside)?;
-            file.write_all(&bytes)?;
-            file.sync_all()
-        })();
-        let shelf = &mut *self.shelf.lock();
+    fn write(&self, id: &str, owner: Owner, record: &Arc<Record>) -> io::Result<()> {
         // It may have been deleted meanwhile, or given anew.
-        let current = shelf.pending.get(id).is_some_and(|pending| Arc::ptr_eq(pending, record));
-        if written.is_err() || !current {
-            let _ = fs::remove_file(&beside);
-            return written;
+        let current = |shelf: &Shelf| shelf.pending.get(id).is_some_and(|(_, pending)| Arc::ptr_eq(pending, record));
+        if !current(&self.shelf.lock()) {
+            return Ok(());
         }
-        fs::rename(&beside, self.file(id))?;
-        shelf.pending.remove(id);
+        self.folder.put(id, owner, &**record)?;
+        let bytes = fs::metadata(self.folder.beside(id, "json"))?.len();
+        let shelf = &mut *self.shelf.lock();
+        if current(shelf) {
+            shelf.pending.remove(id);
+        }
         shelf.forget(id);
-        shelf.kept.push_back((id.to_owned(), bytes.len() as u64));
-        shelf.bytes += bytes.len() as u64;
+        shelf.kept.push_back((id.to_owned(), bytes));
+        shelf.bytes += bytes;
         while shelf.kept.len() > MAX_RECORDS || shelf.bytes > MAX_BYTES {
             let Some((oldest, bytes)) = shelf.kept.pop_front() else { break };
             shelf.bytes -= bytes;
-            let _ = fs::remove_file(self.file(&oldest));
+            self.folder.remove(&oldest)?;
         }
         Ok(())
     }
 
-    /// The record of this id, as it stands, if it is this owner's. `param`: the field that holds the id.
-    pub(crate) async fn get(self: &Arc<Self>, id: &str, owner: &Owner, param: &str) -> Result<Record, ApiError> {
-        let missing = || ApiError::response_not_found(param);
-        if !is_id(id) {
-            return Err(missing());
-        }
+    /// The record of this id, as it stands, if it is this owner's.
+    pub async fn get(self: &Arc<Self>, id: &str, owner: Owner) -> Result<Option<Record>, ApiError> {
+        // Before the record: what has ended meanwhile has its last record.
         let running = self.running(id);
         let pending = self.shelf.lock().pending.get(id).cloned();
-        let mut record = match pending {
-            Some(record) => (*record).clone(),
+        let record = match pending {
+            Some((of, record)) => (of == owner).then(|| (*record).clone()),
             None => {
-                let file = self.file(id);
-                let read = spawn_blocking(move || {
-                    let bytes = fs::read(file).ok()?;
-                    serde_json::from_slice::<Record>(&bytes)
-                        .inspect_err(|error| tracing::error!(%error, "a kept response cannot be read"))
-                        .ok()
-                });
-                read.await.map_err(|_| ApiError::internal())?.ok_or_else(missing)?
+                let (responses, id) = (self.clone(), id.to_owned());
+                let read = spawn_blocking(move || responses.folder.get::<Record>(&id, owner)).await;
+                read.map_err(|_| ApiError::internal())?.map_err(unusable)?
             }
         };
-        if !record.owner.is(owner) {
-            return Err(missing());
-        }
-        if !record.is_final() {
-            match running {
-                Some(running) if running.started.load(Ordering::Relaxed) => {
-                    record.response["status"] = "in_progress".into();
-                }
-                Some(_) => {}
-                None => {
-                    record.response["status"] = "failed".into();
-                    record.response["error"] = failure("the server ended before the response was complete");
-                }
-            }
-        }
-        Ok(record)
+        Ok(record.map(|record| as_it_stands(record, running.as_deref())))
     }
 
-    /// Deletes the record of this id, if it is this owner's, and ends it if it runs.
-    pub(crate) async fn delete(self: &Arc<Self>, id: &str, owner: &Owner) -> Result<(), ApiError> {
-        self.get(id, owner, "response_id").await?;
+    /// Deletes the record of this id and ends it if it runs; false if there is none of this owner.
+    pub async fn delete(self: &Arc<Self>, id: &str, owner: Owner) -> Result<bool, ApiError> {
+        if self.get(id, owner).await?.is_none() {
+            return Ok(false);
+        }
         if let Some(running) = self.running(id) {
             running.cancel.cancel();
             running.ended.cancelled().await;
         }
-        let (store, id) = (self.clone(), id.to_owned());
+        let _turn = self.changing.acquire().await.map_err(|_| ApiError::internal())?;
+        let (responses, id) = (self.clone(), id.to_owned());
         let removed = spawn_blocking(move || {
-            let mut shelf = store.shelf.lock();
-            shelf.pending.remove(&id);
-            shelf.forget(&id);
-            match fs::remove_file(store.file(&id)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
-            }
+            let pending = {
+                let shelf = &mut *responses.shelf.lock();
+                shelf.forget(&id);
+                shelf.pending.remove(&id).is_some()
+            };
+            Ok(responses.folder.remove(&id)? || pending)
         });
-        let removed = removed.await.map_err(|_| ApiError::internal())?;
-        removed.map_err(|error| {
-            tracing::error!(%error, "a kept response cannot be deleted");
-            ApiError::internal()
-        })
+        removed.await.map_err(|_| ApiError::internal())?.map_err(unusable)
     }
 
     /// Says that a response runs in the background. Whoever runs it calls [`ended`](Self::ended) in the end.
-    pub(crate) fn begin(&self, id: &str) -> Arc<Running> {
+    pub fn begin(&self, id: &str) -> Arc<Running> {
         let running = Arc::new(Running::default());
         self.running.lock().insert(id.to_owned(), running.clone());
         running
     }
 
     /// A response in the background has ended, and its record has been given.
-    pub(crate) fn ended(&self, id: &str) {
+    pub fn ended(&self, id: &str) {
         if let Some(running) = self.running.lock().remove(id) {
             running.ended.cancel();
         }
     }
 
     /// The response of this id, if it runs in the background.
-    pub(crate) fn running(&self, id: &str) -> Option<Arc<Running>> {
+    pub fn running(&self, id: &str) -> Option<Arc<Running>> {
         self.running.lock().get(id).cloned()
-    }
-
-    fn file(&self, id: &str) -> PathBuf {
-        self.folder.join(format!("{id}{SUFFIX}"))
-    }
-}
-
-impl std::fmt::Debug for ResponseStore {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.debug_struct("ResponseStore").field("folder", &self.folder).finish_non_exhaustive()
     }
 }
 
@@ -258,8 +214,21 @@ impl Shelf {
     }
 }
 
-/// Whether a text is an id as we make them; nothing else may become a path.
-fn is_id(text: &str) -> bool {
-    let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-    text.strip_prefix(PREFIX).is_some_and(|unique| unique.len() == 32 && unique.bytes().all(hex))
+/// A record says of a response that is not complete only that it was begun.
+fn as_it_stands(mut record: Record, running: Option<&Running>) -> Record {
+    match running {
+        _ if record.is_final() => {}
+        Some(running) if running.started.load(Ordering::Relaxed) => record.response["status"] = "in_progress".into(),
+        Some(_) => {}
+        None => {
+            record.response["status"] = "failed".into();
+            record.response["error"] = failure("the server ended before the response was complete");
+        }
+    }
+    record
+}
+
+fn unusable(error: io::Error) -> ApiError {
+    tracing::error!(%error, "the state folder cannot be used");
+    ApiError::internal()
 }

@@ -12,7 +12,7 @@ use crate::access::AccessRecord;
 use crate::anthropic::{MessageFormat, MessageRequest};
 use crate::error::ApiError;
 use crate::extract;
-use crate::generate::{StartedChat, count_chat, respond, start_chat};
+use crate::generate::{StartedChat, render_chat, respond, start_chat};
 use crate::openai::shared::Envelope;
 use crate::routes::warn;
 use crate::service::Service;
@@ -45,6 +45,6 @@ pub(super) async fn count_tokens(
     let config = service.config();
     let mut body = extract::json(request, config).await?;
     let MessageRequest { chat, .. } = MessageRequest::read(body.object, config, &mut body.values_left, true)?;
-    let input_tokens = count_chat(&service, &record, chat).await?;
-    Ok(Json(json!({"input_tokens": input_tokens})))
+    let rendered = render_chat(&service, &record, chat).await?;
+    Ok(Json(json!({"input_tokens": rendered.prompt.ids.len()})))
 }

@@ -4,26 +4,24 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Json;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Extension, Path, RawQuery, Request, State};
+use axum::extract::{Extension, Path, Request, State};
 use axum::response::{IntoResponse, Response};
+use http::Uri;
 use serde_json::{Value, json};
 
 use crate::access::AccessRecord;
 use crate::auth::Granted;
+use crate::dialect::word;
 use crate::error::ApiError;
 use crate::extract;
 use crate::fields::Fields;
 use crate::generate::{StartedChat, start_chat, stream};
+use crate::openai::list::{Page, Paging};
 use crate::openai::shared::Envelope;
-use crate::responses::{Keeping, Record, ResponseFormat, ResponseRequest, ResponseStore, run_in_background};
+use crate::responses::{Keeping, Record, ResponseFormat, ResponseRequest, Responses, run_in_background};
 use crate::routes::warn;
 use crate::service::Service;
-
-type Id = Result<Path<String>, PathRejection>;
-
-/// What is said of an id in a path.
-const ID: &str = "response_id";
+use crate::store::Store;
 
 pub(super) async fn create(
     State(service): State<Service>,
@@ -35,7 +33,7 @@ pub(super) async fn create(
     let config = service.config();
     let mut body = extract::json(request, config).await?;
     let mut fields = Fields::new(body.object);
-    let store = config.responses.as_ref();
+    let store = config.store.as_ref().map(Store::responses);
     let keeping = Keeping::read(&mut fields, store.is_some())?;
     let history = match (store, &keeping.previous) {
         (Some(store), Some(previous)) => history(store, previous, granted).await?,
@@ -49,17 +47,18 @@ pub(super) async fn create(
     let envelope = Envelope::new("resp", &target, false);
     let mut format = ResponseFormat::new(envelope, generation, shown, &keeping);
 
-    let record = Record { owner: granted.owner(), response: Value::Null, history, input };
+    let owner = granted.owner();
+    let record = Record { response: Value::Null, history, input };
     // A drain waits for what is to be kept.
     let ticket = service.in_flight().ticket();
     let mut response = match store.filter(|_| keeping.store) {
         Some(store) if keeping.background => {
-            Json(run_in_background(store, record, format, choices, ticket)).into_response()
+            Json(run_in_background(store, owner, record, format, choices, ticket)).into_response()
         }
         store => {
             if let Some(store) = store.cloned() {
                 format = format.keep(Box::new(move |response| {
-                    store.put(Record { response: response.clone(), ..record }, ticket);
+                    store.put(owner, Record { response: response.clone(), ..record }, ticket);
                 }));
             }
             match streamed {
@@ -73,107 +72,97 @@ pub(super) async fn create(
 }
 
 /// The conversation up to a response, which must be complete.
-async fn history(store: &Arc<ResponseStore>, previous: &str, granted: Granted) -> Result<Vec<Value>, ApiError> {
-    let param = "previous_response_id";
-    let record = store.get(previous, &granted.owner(), param).await?;
+async fn history(store: &Arc<Responses>, previous: &str, granted: Granted) -> Result<Vec<Value>, ApiError> {
+    let record = store.get(previous, granted.owner()).await?.ok_or_else(ApiError::previous_not_found)?;
     match record.response["status"].as_str() {
         Some("completed" | "incomplete") => Ok(record.conversation()),
-        _ => Err(ApiError::invalid(param, "the previous response is not complete")),
+        _ => Err(ApiError::invalid("previous_response_id", "the previous response is not complete")),
     }
 }
 
-fn store(service: &Service) -> Result<&Arc<ResponseStore>, ApiError> {
-    let message = "no responses are kept here: the server was started without --state-dir";
-    service.config().responses.as_ref().ok_or_else(|| ApiError::not_configured(message))
+fn not_found() -> ApiError {
+    ApiError::stored_not_found("response")
 }
 
-fn id(id: Id) -> Result<String, ApiError> {
-    id.map(|Path(id)| id).map_err(|_| ApiError::response_not_found(ID))
+/// The responses of the service, and the one of a path.
+async fn find<'a>(service: &'a Service, granted: Granted, id: &str) -> Result<(&'a Arc<Responses>, Record), ApiError> {
+    let store = service.store()?.responses();
+    let record = store.get(id, granted.owner()).await?;
+    Ok((store, record.ok_or_else(not_found)?))
 }
 
 pub(super) async fn one(
     State(service): State<Service>,
     Extension(granted): Extension<Granted>,
-    RawQuery(query): RawQuery,
-    path: Id,
+    uri: Uri,
+    Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let store = store(&service)?;
-    if value(query.as_deref(), "stream").is_some_and(|stream| stream != "false") {
+    let mut query = Fields::of_query(&uri)?;
+    if query.bool("stream")?.unwrap_or(false) {
         return Err(ApiError::unsupported("stream"));
     }
-    let record = store.get(&id(path)?, &granted.owner(), ID).await?;
+    refuse_rest(query)?;
+    let (_, record) = find(&service, granted, &id).await?;
     Ok(Json(record.response))
+}
+
+/// What may be included is there, or not at all; padding is not done.
+fn refuse_rest(mut query: Fields) -> Result<(), ApiError> {
+    for name in ["include", "include[]", "include_obfuscation"] {
+        query.take(name);
+    }
+    query.finish()
 }
 
 pub(super) async fn delete(
     State(service): State<Service>,
     Extension(granted): Extension<Granted>,
-    path: Id,
+    Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let (store, id) = (store(&service)?, id(path)?);
-    store.delete(&id, &granted.owner()).await?;
-    Ok(Json(json!({"id": id, "object": "response", "deleted": true})))
+    match service.store()?.responses().delete(&id, granted.owner()).await? {
+        true => Ok(Json(json!({"id": id, "object": "response", "deleted": true}))),
+        false => Err(not_found()),
+    }
 }
 
 pub(super) async fn cancel(
     State(service): State<Service>,
     Extension(granted): Extension<Granted>,
-    path: Id,
+    Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let (store, id) = (store(&service)?, id(path)?);
-    let record = store.get(&id, &granted.owner(), ID).await?;
+    let (store, record) = find(&service, granted, &id).await?;
     if record.response["background"] != true {
-        return Err(ApiError::invalid(ID, "only responses that were made with background: true can be cancelled"));
+        let message = "only responses that were made with background: true can be cancelled";
+        return Err(ApiError::invalid("response_id", message));
     }
     let Some(running) = store.running(&id) else { return Ok(Json(record.response)) };
     running.cancel.cancel();
     running.ended.cancelled().await;
-    Ok(Json(store.get(&id, &granted.owner(), ID).await?.response))
+    let (_, record) = find(&service, granted, &id).await?;
+    Ok(Json(record.response))
 }
 
-/// Most items of a page, and how many it has if the request does not say.
-const MAX_PAGE: usize = 100;
+/// Items of a page, and of the longest, as OpenAI has it.
 const PAGE: usize = 20;
+const LONGEST_PAGE: usize = 100;
 
 /// The items that a response answers, those of the conversation before it included.
 pub(super) async fn input_items(
     State(service): State<Service>,
     Extension(granted): Extension<Granted>,
-    RawQuery(query): RawQuery,
-    path: Id,
-) -> Result<Json<Value>, ApiError> {
-    let (store, id) = (store(&service)?, id(path)?);
-    let query = query.as_deref();
-    let limit = match value(query, "limit").map(str::parse) {
-        None => PAGE,
-        Some(Ok(limit)) if (1..=MAX_PAGE).contains(&limit) => limit,
-        Some(_) => return Err(ApiError::out_of_range("limit", format!("between 1 and {MAX_PAGE}"))),
-    };
-    let ascending = match value(query, "order") {
-        None | Some("desc") => false,
-        Some("asc") => true,
-        Some(_) => return Err(ApiError::out_of_range("order", "asc or desc")),
-    };
-    let Record { history, input, .. } = store.get(&id, &granted.owner(), ID).await?;
+    uri: Uri,
+    Path(id): Path<String>,
+) -> Result<Json<Page<Value>>, ApiError> {
+    let mut query = Fields::of_query(&uri)?;
+    let paging = Paging::read(&mut query, PAGE, LONGEST_PAGE)?;
+    let ascending = word(&mut query, "order", &["desc", "asc"])? == Some("asc");
+    refuse_rest(query)?;
+    let (_, Record { history, input, .. }) = find(&service, granted, &id).await?;
     let mut items = [history, input].concat();
     if !ascending {
         items.reverse();
     }
-    let start = match value(query, "after") {
-        None => 0,
-        Some(after) => {
-            let at = items.iter().position(|item| item["id"] == after);
-            at.ok_or_else(|| ApiError::out_of_range("after", "the id of an item"))? + 1
-        }
-    };
-    let page: Vec<_> = items[start..].iter().take(limit).collect();
-    let end = |item: Option<&&Value>| item.map_or(Value::Null, |item| item["id"].clone());
-    let (first, last, has_more) = (end(page.first()), end(page.last()), start + page.len() < items.len());
-    Ok(Json(json!({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more})))
-}
-
-/// A field of a query. None of ours needs escapes.
-fn value<'a>(query: Option<&'a str>, name: &str) -> Option<&'a str> {
-    let pairs = query?.split('&').filter_map(|pair| pair.split_once('='));
-    pairs.into_iter().find(|(given, _)| *given == name).map(|(_, value)| value)
+    static NO_ID: String = String::new();
+    let page = paging.page(items, |item| if let Value::String(id) = &item["id"] { id } else { &NO_ID })?;
+    Ok(Json(page))
 }

@@ -1,10 +1,9 @@
 //! Responses that are kept: conversations, the background, whose they are, and what a restart leaves.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use baton_http::{ApiKey, ResponseStore, ServiceConfig};
+use baton_http::{ApiKey, ServiceConfig, Store, StoreLimits};
 use serde_json::{Value, json};
 
 use crate::harness::{PATIENCE, Reply, Server, Setup, request};
@@ -15,8 +14,9 @@ async fn start(folder: &Path) -> Server {
 }
 
 async fn start_with(folder: &Path, setup: Setup) -> Server {
-    let responses = Some(Arc::new(ResponseStore::open(folder).unwrap()));
-    let config = ServiceConfig { responses, ..setup.config };
+    let limits = StoreLimits { file_bytes: 1 << 20, total_bytes: 1 << 20 };
+    let store = Some(Store::open(folder, limits).unwrap());
+    let config = ServiceConfig { store, ..setup.config };
     Setup { config, ..setup }.start().await
 }
 
@@ -54,7 +54,7 @@ async fn what_was_kept_is_given_back_after_a_restart_until_it_is_deleted() {
     let streamed = serde_json::from_str::<Value>(last.trim()).unwrap()["response"].clone();
     assert_eq!(first.get(&path(&streamed, "")).await.json(), streamed);
     let not_kept = post(&first, json!({"store": false})).await;
-    assert_eq!(first.get(&path(&not_kept, "")).await.error_code(), "response_not_found");
+    assert_eq!(first.get(&path(&not_kept, "")).await.error_code(), "not_found");
     // A drain waits for what is being written.
     first.shutdown.cancel();
     first.served.await.unwrap().unwrap();
@@ -67,9 +67,9 @@ async fn what_was_kept_is_given_back_after_a_restart_until_it_is_deleted() {
     let deleted = call(&second, "DELETE", &path(&kept, "")).await;
     assert_eq!(deleted.json(), json!({"id": kept["id"], "object": "response", "deleted": true}));
     for gone in [call(&second, "DELETE", &path(&kept, "")).await, second.get(&path(&kept, "")).await] {
-        assert_eq!((gone.status, gone.error_code().as_str()), (404, "response_not_found"));
+        assert_eq!((gone.status, gone.error_code().as_str()), (404, "not_found"));
     }
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the streamed one");
+    assert_eq!(std::fs::read_dir(folder.path().join("responses")).unwrap().count(), 1, "the streamed one");
 }
 
 #[tokio::test]
@@ -103,7 +103,7 @@ async fn a_response_goes_on_from_the_previous_one() {
     assert_eq!(again["usage"]["input_tokens"], third["usage"]["input_tokens"]);
     for id in [first["id"].as_str().unwrap(), "resp_1", "../lock", ""] {
         let reply = server.post(RESPONSES, &body(json!({"previous_response_id": id}))).await;
-        assert_eq!((reply.status, reply.error_code().as_str()), (404, "response_not_found"), "{id}");
+        assert_eq!((reply.status, reply.error_code().as_str()), (400, "previous_response_not_found"), "{id}");
         assert_eq!(reply.json()["error"]["param"], "previous_response_id");
     }
 }
@@ -122,13 +122,15 @@ async fn only_the_key_that_made_a_response_sees_it() {
     };
     for (method, rest) in [("GET", ""), ("GET", "/input_items"), ("POST", "/cancel"), ("DELETE", "")] {
         let reply = server.raw(&with_key(method, rest)).await;
-        assert_eq!((reply.status, reply.error_code().as_str()), (404, "response_not_found"), "{method} {rest}");
+        assert_eq!((reply.status, reply.error_code().as_str()), (404, "not_found"), "{method} {rest}");
         assert_eq!(call(&server, method, &path(&made, rest)).await.status, 401);
     }
     let going_on = body(json!({"previous_response_id": made["id"]}));
-    assert_eq!(server.post_with_key(RESPONSES, "theirs", &going_on).await.status, 404);
+    assert_eq!(server.post_with_key(RESPONSES, "theirs", &going_on).await.error_code(), "previous_response_not_found");
     assert_eq!(server.post_with_key(RESPONSES, "ours", &going_on).await.status, 200);
-    let files = std::fs::read_dir(folder.path()).unwrap().map(|file| std::fs::read_to_string(file.unwrap().path()));
+    let files = std::fs::read_dir(folder.path().join("responses"))
+        .unwrap()
+        .map(|file| std::fs::read_to_string(file.unwrap().path()));
     assert!(files.map(Result::unwrap).all(|text| !text.contains("ours")), "keys are digests on disk");
 }
 
@@ -185,16 +187,16 @@ async fn what_a_restart_interrupted_has_failed() {
         server.control.hang();
         let queued = post(&server, json!({"background": true})).await;
         crate::harness::eventually("it is on disk", || {
-            std::fs::read_dir(folder.path())
+            std::fs::read_dir(folder.path().join("responses"))
                 .unwrap()
                 .any(|f| f.unwrap().path().extension().is_some_and(|e| e == "json"))
         })
         .await;
         queued
     };
-    std::fs::write(folder.path().join("resp_half.new"), "{").unwrap();
+    std::fs::write(folder.path().join("responses/resp_half.new"), "{").unwrap();
     let server = start(folder.path()).await;
     let failed = server.get(&path(&interrupted, "")).await.json();
     assert_eq!((&failed["status"], &failed["error"]["code"]), (&json!("failed"), &json!("server_error")));
-    assert!(!folder.path().join("resp_half.new").exists());
+    assert!(!folder.path().join("responses/resp_half.new").exists());
 }
