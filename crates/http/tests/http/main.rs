@@ -4,6 +4,7 @@ mod adapters;
 mod admin;
 mod anthropic;
 mod batches;
+mod dialect_tools;
 mod generations;
 mod handoff;
 mod harness;
