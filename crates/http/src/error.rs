@@ -170,6 +170,10 @@ impl ApiError {
         Self { close: true, ..error }
     }
 
+    fn never(self) -> Self {
+        Self { retry: Retry::Never, ..self }
+    }
+
     fn unavailable(code: &'static str, after: u32, message: &str) -> Self {
         let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, code, message);
         Self { retry: Retry::After(after), ..error }
@@ -178,6 +182,12 @@ impl ApiError {
     /// The queue is full, or the request waited in it too long.
     pub fn overloaded() -> Self {
         Self::unavailable("overloaded", 1, "the server is at its limit; try again later")
+    }
+
+    /// The request had a deadline, which is over.
+    pub fn deadline_exceeded() -> Self {
+        let message = "the request was not done by its deadline_ms";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_exceeded", message).never()
     }
 
     /// No model is loaded yet.
@@ -234,7 +244,7 @@ impl ApiError {
 
     /// The engine failed this request and would do so each time.
     pub fn engine_always(message: &str) -> Self {
-        Self { retry: Retry::Never, ..Self::engine(message) }
+        Self::engine(message).never()
     }
 
     /// The engine takes no steps any more.

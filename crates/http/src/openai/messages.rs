@@ -16,7 +16,8 @@ pub(crate) fn read(fields: &mut Fields, budget: &mut usize) -> Result<Vec<Value>
     if messages.is_empty() {
         return Err(ApiError::out_of_range("messages", "an array of at least one message"));
     }
-    messages.into_iter().enumerate().map(|(i, m)| message(Fields::of(format!("messages[{i}]"), m)?, budget)).collect()
+    let read = |(i, value)| message(fields.item(format!("messages[{i}]"), value)?, budget);
+    messages.into_iter().enumerate().map(read).collect()
 }
 
 const ROLES: &str = "system, developer, user, assistant or tool";
@@ -79,7 +80,7 @@ fn content(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     };
     let mut texts = Vec::with_capacity(parts.len());
     for (i, part) in parts.into_iter().enumerate() {
-        let mut part = Fields::of(format!("{path}[{i}]"), part)?;
+        let mut part = fields.item(format!("{path}[{i}]"), part)?;
         let kind = part.string("type")?;
         match part.required("type", kind)?.as_str() {
             "text" => {}
@@ -96,7 +97,7 @@ fn tool_calls(fields: &mut Fields, budget: &mut usize) -> Result<Option<Value>, 
     let Some(calls) = fields.array("tool_calls")?.filter(|calls| !calls.is_empty()) else { return Ok(None) };
     let path = fields.path("tool_calls");
     let call = |(i, call)| {
-        let mut call = Fields::of(format!("{path}[{i}]"), call)?;
+        let mut call = fields.item(format!("{path}[{i}]"), call)?;
         let id = call.string("id")?;
         let id = call.required("id", id)?;
         match call.string("type")?.as_deref() {

@@ -6,7 +6,10 @@
 pub(crate) mod chat;
 pub(crate) mod chat_request;
 pub(crate) mod completion;
+pub(crate) mod lists;
 pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod shared;
+pub(crate) mod thinking;
+pub(crate) mod tokens;

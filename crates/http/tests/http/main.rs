@@ -7,6 +7,8 @@ mod handoff;
 mod harness;
 mod lifecycle;
 mod operations;
+mod params;
 mod refusals;
 mod replies;
+mod rules;
 mod shadow;
