@@ -3,16 +3,17 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_text::{ChatInput, TextError};
+use baton_text::{ChatInput, TextError, TextModel};
 use chrono::NaiveDateTime;
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
-use crate::generate::{Choices, Encoding, Job, Reasoning, bad_words, submit};
-use crate::generation::{Generation, Target};
+use crate::generate::{Choices, Encoding, Job, Reasoning, ToolCalls, bad_words, submit};
+use crate::generation::{Generation, InUse, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
 use crate::openai::thinking::Effort;
+use crate::openai::tools::Tools;
 use crate::service::Service;
 use crate::shadow::Encode;
 
@@ -31,39 +32,29 @@ pub(crate) async fn start_chat(
     mut request: ChatRequest,
 ) -> Result<StartedChat, ApiError> {
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
-    let chat = ChatInput {
-        messages: request.messages.into(),
-        tools: None,
-        add_generation_prompt: request.add_generation_prompt,
-        continue_final_message: request.continue_final_message,
-        kwargs: request.template_kwargs,
-    };
-    let default_max_tokens = generation.card.defaults.max_new_tokens;
-    let how = How {
-        field: request.field,
-        now: chrono::Local::now().naive_local(),
-        effort: request.effort,
-        // The template has written what belongs there.
-        encoding: Encoding::new(&request.params, false, default_max_tokens),
-    };
+    let tools = tool_calls(&generation.text, &request.tools)?;
+    let how = How::new(&request, &generation);
+    let chat = input(&mut request);
     let shadow = shadow.map(|shadow| {
         let chat = chat.clone();
-        let encode: Encode = Box::new(move |candidate| Ok(encode(candidate, chat, how)?.0));
+        let encode: Encode = Box::new(move |candidate| Ok(encode(candidate, chat, how)?.ids));
         (shadow, encode)
     });
     let (model, words) = (Arc::clone(&generation), std::mem::take(&mut request.params.bad_words));
     let work = move || Ok((encode(&model, chat, how)?, bad_words(&model.text, &words)?));
-    let ((prompt, starts_inside), bad_words) = service.text_work(work).await?;
+    let (prompt, bad_words) = service.text_work(work).await?;
+    let starts_inside = prompt.opens_reasoning;
 
     let job = Job {
-        prompts: vec![prompt],
+        prompts: vec![prompt.ids],
         params: request.params,
         echoes: Vec::new(),
         bad_words,
         adapter: target.adapter.clone(),
-        default_max_tokens,
+        default_max_tokens: generation.card.defaults.max_new_tokens,
         field: how.field,
         reasoning: generation.text.reasoning_markers().map(|markers| Reasoning { markers, starts_inside }),
+        tools,
         shadow,
         arrival,
         record,
@@ -71,6 +62,49 @@ pub(crate) async fn start_chat(
     let model = Arc::clone(&generation);
     let choices = submit(service, generation, job)?;
     Ok(StartedChat { choices, generation: model, target })
+}
+
+/// How to find the calls that the request allows; `None` if it allows none.
+fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
+    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
+    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
+}
+
+/// A chat's prompt, made and not answered.
+pub(crate) struct RenderedChat {
+    pub prompt: ChatPrompt,
+    pub generation: InUse,
+    pub target: Target,
+}
+
+/// Renders and encodes a chat as [`start_chat`] does, and nothing more.
+pub(crate) async fn render_chat(
+    service: &Service,
+    record: &AccessRecord,
+    mut request: ChatRequest,
+) -> Result<RenderedChat, ApiError> {
+    let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
+    tool_calls(&generation.text, &request.tools)?;
+    let how = How::new(&request, &generation);
+    let (chat, model) = (input(&mut request), Arc::clone(&generation));
+    let prompt = service.text_work(move || encode(&model, chat, how)).await?;
+    record.prompt_tokens(prompt.ids.len());
+    Ok(RenderedChat { prompt, generation, target })
+}
+
+/// What the template is given, taken out of the request.
+fn input(request: &mut ChatRequest) -> ChatInput {
+    ChatInput {
+        messages: std::mem::take(&mut request.messages).into(),
+        tools: request.tools.for_template(),
+        add_generation_prompt: request.add_generation_prompt,
+        continue_final_message: request.continue_final_message,
+        kwargs: std::mem::take(&mut request.template_kwargs),
+    }
 }
 
 /// How a chat becomes its prompt.
@@ -83,14 +117,30 @@ struct How {
     encoding: Encoding,
 }
 
-/// The prompt's ids, and whether it ends inside reasoning.
-fn encode(generation: &Generation, mut chat: ChatInput, how: How) -> Result<(Vec<u32>, bool), ApiError> {
+impl How {
+    fn new(request: &ChatRequest, generation: &Generation) -> Self {
+        // No special tokens of the tokenizer: the template has written what belongs there.
+        let encoding = Encoding::new(&request.params, false, generation.card.defaults.max_new_tokens);
+        Self { field: request.field, now: chrono::Local::now().naive_local(), effort: request.effort, encoding }
+    }
+}
+
+/// The prompt that a chat becomes.
+pub(crate) struct ChatPrompt {
+    pub text: String,
+    pub ids: Vec<u32>,
+    /// It ends inside reasoning.
+    pub opens_reasoning: bool,
+}
+
+fn encode(generation: &Generation, mut chat: ChatInput, how: How) -> Result<ChatPrompt, ApiError> {
     let (text, refuse) = (&generation.text, |error: TextError| ApiError::invalid(how.field, error.to_string()));
     if let Some(effort) = how.effort {
         let word = effort.word(|word| text.chat_template_has(word));
         chat.kwargs.entry("reasoning_effort").or_insert_with(|| word.into());
     }
     let rendered = text.render_chat(&chat, how.now).map_err(refuse)?;
-    let (prompt, _) = how.encoding.ids(generation, &rendered).map_err(refuse)?;
-    Ok((prompt, text.prompt_opens_reasoning(&chat, &rendered)))
+    let (ids, _) = how.encoding.ids(generation, &rendered).map_err(refuse)?;
+    let opens_reasoning = text.prompt_opens_reasoning(&chat, &rendered);
+    Ok(ChatPrompt { text: rendered, ids, opens_reasoning })
 }

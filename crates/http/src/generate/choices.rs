@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use baton_engine::{EngineFailure, FinishReason, OutputEvent, OutputStream};
-use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::error::ApiError;
@@ -44,8 +43,6 @@ pub(crate) struct Choices {
     prompts_only: bool,
     /// The drain is over.
     killed: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// When all must have finished.
-    deadline: Option<Pin<Box<Sleep>>>,
     meter: Meter,
     /// Tells the request's shadow of the first choice.
     witness: Option<Witness>,
@@ -62,7 +59,8 @@ struct Choice {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
-    /// It ends for a reason that the engine does not know: that has been told to stop, its last event is awaited.
+    /// It ends for a reason that the engine does not know, such as a stop string or the only call that is wanted: the
+    /// engine has been told, its last event is awaited.
     Ending(Finish),
     Finished,
 }
@@ -91,7 +89,6 @@ impl Choices {
             prompts,
             prompts_only: false,
             killed: Box::pin(kill_switch.cancelled_owned()),
-            deadline: None,
             meter,
             witness,
         }
@@ -105,12 +102,6 @@ impl Choices {
     /// Generates nothing.
     pub fn prompts_only(self, prompts_only: bool) -> Self {
         Self { prompts_only, ..self }
-    }
-
-    /// Fails what has not finished at this time.
-    pub fn deadline(self, deadline: Option<std::time::Instant>) -> Self {
-        let sleep = |at| Box::pin(sleep_until(Instant::from_std(at)));
-        Self { deadline: deadline.map(sleep), ..self }
     }
 
     /// Number of choices.
@@ -172,9 +163,6 @@ impl Choices {
             if self.killed.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Some(Err(self.fail(ApiError::draining()))));
             }
-            if self.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
-                return Poll::Ready(Some(Err(self.fail(ApiError::deadline_exceeded()))));
-            }
             let (index, event) = ready!(self.poll_choices(cx));
             if let Err(error) = self.take(index, event) {
                 return Poll::Ready(Some(Err(self.fail(error))));
@@ -230,7 +218,7 @@ impl Choices {
             Some(OutputEvent::Token { .. } | OutputEvent::PromptScores(_)) => {}
             Some(OutputEvent::Finished { reason, usage, timings }) => {
                 let told = match (choice.state, reason) {
-                    (State::Ending(reason), _) => (reason, choice.text.tokens().0),
+                    (State::Ending(reason), _) => (choice.text.reason(reason), choice.text.tokens().0),
                     (_, FinishReason::Error(failure)) => return Err(self.failed(index, failure)),
                     (_, FinishReason::Aborted) => return Err(self.failed(index, EngineFailure::ShuttingDown)),
                     _ if self.prompts_only => (Finish::Length, 0),
@@ -282,7 +270,7 @@ impl Choices {
         let stop_token = stop_token.map(|token| (token, prompt.first_stop(token).filter(|_| none_before)));
         let (deltas, stopped) = choice.text.finish(stop_token);
         self.events.extend(deltas.into_iter().map(|delta| Event::Text { index, delta }));
-        if stopped { Finish::Stop } else { reason }
+        self.choices[index].text.reason(if stopped { Finish::Stop } else { reason })
     }
 
     fn failed(&mut self, index: usize, failure: EngineFailure) -> ApiError {
@@ -294,6 +282,10 @@ impl Choices {
             EngineFailure::Panicked => ApiError::internal(),
             EngineFailure::ShuttingDown => ApiError::draining(),
             EngineFailure::QueueTimeout => ApiError::overloaded(),
+            EngineFailure::DeadlineExceeded => ApiError::deadline_exceeded(),
+            EngineFailure::GrammarFailed(_) => {
+                ApiError::engine_always("the grammar of the output reached a limit of its parser")
+            }
         }
     }
 

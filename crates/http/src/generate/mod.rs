@@ -11,9 +11,9 @@ mod prompt;
 mod respond;
 mod submit;
 
-pub(crate) use chat::{StartedChat, start_chat};
+pub(crate) use chat::{RenderedChat, StartedChat, render_chat, start_chat};
 pub(crate) use choice::{Delta, Score, Tokens};
 pub(crate) use choices::{Choices, Event};
 pub(crate) use prompt::{Echo, Encoding, Told, bad_words};
 pub(crate) use respond::{Call, Output, respond};
-pub(crate) use submit::{Job, Reasoning, submit};
+pub(crate) use submit::{Job, Reasoning, ToolCalls, submit};

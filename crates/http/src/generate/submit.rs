@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
-use baton_text::{ReasoningMarkers, ReasoningSplitter};
+use baton_text::{ReasoningMarkers, ReasoningSplitter, ToolSplitter, ToolSyntax};
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
@@ -33,6 +33,8 @@ pub(crate) struct Job {
     pub field: &'static str,
     /// How to split the outputs.
     pub reasoning: Option<Reasoning>,
+    /// How to find calls of tools in them.
+    pub tools: Option<ToolCalls>,
     /// The candidate is to answer the first prompt as well, which this makes for it.
     pub shadow: Option<(Shadow, Encode)>,
     /// When the request arrived.
@@ -48,6 +50,19 @@ pub(crate) struct Reasoning {
     pub starts_inside: bool,
 }
 
+/// How to find the calls of tools in an output.
+#[derive(Clone)]
+pub(crate) struct ToolCalls {
+    pub syntax: ToolSyntax,
+    /// The tools that may be called.
+    pub names: Arc<[String]>,
+    /// The output ends with its first call.
+    pub single: bool,
+}
+
+/// What is added to the priority of a request that nobody waits for, so that it comes behind all others.
+const BATCH_PRIORITY: i32 = 1 << 20;
+
 /// Starts all choices of all prompts, or none.
 pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<Choices, ApiError> {
     let spec = generation.engine.spec();
@@ -60,6 +75,11 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
     }
 
     sampling.bad_words = job.bad_words;
+    let priority = match job.params.priority {
+        // Within the batch, not before others.
+        asked if job.record.of_batch() => BATCH_PRIORITY.saturating_add(asked.max(-BATCH_PRIORITY / 2)),
+        asked => asked,
+    };
     let mut streams: Vec<OutputStream> = Vec::new();
     let prompt_tokens: Vec<usize> = job.prompts.iter().map(Vec::len).collect();
     let first_room = rooms[0];
@@ -73,8 +93,9 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
                 deadline: service.config().queue_timeout,
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
+                time_limit: job.params.deadline.map(|deadline| deadline.saturating_sub(job.arrival.elapsed())),
                 prompt_scores: prompt.request(&job.params).filter(|_| choice == 0),
-                priority: job.params.priority,
+                priority,
                 ..Request::new(prompt.ids.clone(), sampling.clone(), max_tokens)
             }
         });
@@ -99,8 +120,15 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
     });
     let text = || {
         let splitter = job.reasoning.clone().map(|r| ReasoningSplitter::new(r.markers, r.starts_inside));
-        let detokenizer = generation.text.detokenizer(job.params.skip_special_tokens);
+        let skip = job.params.skip_special_tokens;
+        let (detokenizer, tools) = match &job.tools {
+            None => (generation.text.detokenizer(skip), None),
+            Some(ToolCalls { syntax, names, single }) => {
+                (generation.text.tool_detokenizer(skip), Some(ToolSplitter::new(*syntax, names.clone(), *single)))
+            }
+        };
         ChoiceText::new(detokenizer, job.params.stop.clone(), splitter)
+            .tools(tools)
             .min_tokens(job.params.min_tokens)
             .include_stop(job.params.include_stop_str_in_output)
             .scored(job.params.logprobs.is_some())
@@ -108,11 +136,10 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
             .hide_reasoning(job.params.hide_reasoning)
     };
     let choices = streams.into_iter().map(|stream| (stream, text())).collect();
-    let deadline = job.params.deadline.map(|deadline| job.arrival + deadline);
     let meter = Meter::new(generation, job.arrival, job.record, &prompt_tokens, per_prompt as usize);
     let choices = Choices::new(choices, told, service.kill_switch(), meter, witness);
     let prompts_only = job.params.max_tokens == Some(0);
-    Ok(choices.told(job.params.n as usize).prompts_only(prompts_only).deadline(deadline))
+    Ok(choices.told(job.params.n as usize).prompts_only(prompts_only))
 }
 
 /// What the candidate is asked, but for the prompt: sampled as for the client, ended by its own tokens.

@@ -7,6 +7,7 @@ use crate::fields::Fields;
 use crate::openai::messages;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
 use crate::openai::thinking::{self, Effort};
+use crate::openai::tools::Tools;
 
 /// A chat request within every range that does not depend on the model.
 #[derive(Debug)]
@@ -21,6 +22,7 @@ pub(crate) struct ChatRequest {
     pub template_kwargs: Map<String, Value>,
     /// How hard to think, in the template's own word, if `template_kwargs` does not say.
     pub effort: Option<Effort>,
+    pub tools: Tools,
     pub params: Params,
     /// Fields that are without effect only because the server is lenient.
     pub ignored: Vec<String>,
@@ -32,7 +34,8 @@ impl ChatRequest {
         let mut fields = Fields::new(body).lenient(lenient);
         let model = fields.string("model")?;
         let messages = messages::read(&mut fields, budget)?;
-        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
+        let in_prefix = messages::end_in_prefix(&messages);
+        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(in_prefix);
         let add_generation_prompt = fields.bool("add_generation_prompt")?.unwrap_or(!continue_final_message);
         if continue_final_message && add_generation_prompt {
             let message = "continue_final_message cannot be combined with add_generation_prompt";
@@ -41,6 +44,7 @@ impl ChatRequest {
         let thinking = thinking::thinking(&mut fields)?;
         let effort = Effort::read(&mut fields, "reasoning_effort")?;
         let template_kwargs = template_kwargs(&mut fields, thinking, effort)?;
+        let tools = Tools::read(&mut fields)?;
 
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = logprobs(&mut fields)?;
@@ -62,6 +66,7 @@ impl ChatRequest {
             continue_final_message,
             template_kwargs,
             effort: effort.filter(|effort| *effort != Effort::None),
+            tools,
             params,
             ignored,
         })

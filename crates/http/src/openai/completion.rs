@@ -8,7 +8,7 @@ use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::generate::{Output, Score, Tokens};
 use crate::json;
-use crate::openai::lists::token_id;
+use crate::openai::list_params::token_id;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
 use crate::openai::tokens::{PromptParts, TokenStyle};

@@ -16,13 +16,21 @@ pub(crate) fn read(fields: &mut Fields, budget: &mut usize) -> Result<Vec<Value>
     if messages.is_empty() {
         return Err(ApiError::out_of_range("messages", "an array of at least one message"));
     }
-    let read = |(i, value)| message(fields.item(format!("messages[{i}]"), value)?, budget);
+    let last = messages.len() - 1;
+    let read = |(i, value)| message(fields.item(format!("messages[{i}]"), value)?, i == last, budget);
     messages.into_iter().enumerate().map(read).collect()
 }
 
+/// Whether the last message is to be continued, in DeepSeek's word for it.
+pub(crate) fn end_in_prefix(messages: &[Value]) -> bool {
+    messages.last().is_some_and(|message| message.get(PREFIX).is_some())
+}
+
+const PREFIX: &str = "prefix";
+
 const ROLES: &str = "system, developer, user, assistant or tool";
 
-fn message(mut fields: Fields, budget: &mut usize) -> Result<Value, ApiError> {
+fn message(mut fields: Fields, is_last: bool, budget: &mut usize) -> Result<Value, ApiError> {
     let role = fields.string("role")?;
     let role = match fields.required("role", role)?.as_str() {
         "system" | "developer" => "system",
@@ -33,7 +41,7 @@ fn message(mut fields: Fields, budget: &mut usize) -> Result<Value, ApiError> {
     };
     let mut out = Map::new();
     out.insert("role".into(), role.into());
-    let content = content(&mut fields)?;
+    let mut content = content(&mut fields)?;
     let name = fields.string("name")?;
 
     let mut may_be_empty = false;
@@ -42,6 +50,8 @@ fn message(mut fields: Fields, budget: &mut usize) -> Result<Value, ApiError> {
         let reasoning = reasoning.or(fields.string("reasoning")?);
         let calls = tool_calls(&mut fields, budget)?;
         may_be_empty = calls.is_some();
+        // Some templates write the calls only of a message without content, and clients send the empty one for it.
+        content = content.filter(|content| !(may_be_empty && content.is_empty()));
         // What clients send back of our replies and others', without meaning for the template.
         for echoed in ["refusal", "annotations"] {
             fields.take(echoed);
@@ -53,6 +63,13 @@ fn message(mut fields: Fields, budget: &mut usize) -> Result<Value, ApiError> {
         if let Some(calls) = calls {
             out.insert("tool_calls".into(), calls);
         }
+    }
+    if fields.bool(PREFIX)?.unwrap_or(false) {
+        if role != "assistant" || !is_last {
+            let message = "prefix is for the last message, if that is the assistant's";
+            return Err(ApiError::invalid(&fields.path(PREFIX), message));
+        }
+        out.insert(PREFIX.into(), true.into());
     }
     if role == "tool" {
         let id = fields.string("tool_call_id")?;

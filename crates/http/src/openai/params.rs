@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::error::ApiError;
 use crate::fields::Fields;
-use crate::openai::lists;
+use crate::openai::list_params;
 
 /// Longest deadline: a day.
 const MAX_DEADLINE_MS: i64 = 24 * 60 * 60 * 1000;
@@ -139,12 +139,12 @@ impl Params {
             repetition_penalty: fields.number("repetition_penalty", 0.01..=10.0)?,
             presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
             frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
-            logit_bias: lists::logit_bias(fields)?,
-            bad_words: lists::bad_words(fields)?,
-            allowed_token_ids: lists::allowed_token_ids(fields)?,
+            logit_bias: list_params::logit_bias(fields)?,
+            bad_words: list_params::bad_words(fields)?,
+            allowed_token_ids: list_params::allowed_token_ids(fields)?,
             seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64),
-            stop: lists::stop(fields)?,
-            stop_token_ids: lists::stop_token_ids(fields)?,
+            stop: list_params::stop(fields)?,
+            stop_token_ids: list_params::stop_token_ids(fields)?,
             min_tokens: fields.count("min_tokens", 0)?.unwrap_or(0),
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
             include_stop_str_in_output: fields.bool("include_stop_str_in_output")?.unwrap_or(false),

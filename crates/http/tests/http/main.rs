@@ -2,13 +2,18 @@
 
 mod adapters;
 mod admin;
+mod batches;
 mod generations;
 mod handoff;
 mod harness;
 mod lifecycle;
 mod operations;
+mod origins;
 mod params;
 mod refusals;
 mod replies;
 mod rules;
 mod shadow;
+mod tokens;
+mod tools;
+mod wires;

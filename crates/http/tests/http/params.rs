@@ -328,6 +328,22 @@ async fn reasoning_of_earlier_turns_reaches_the_template_by_both_names() {
 }
 
 #[tokio::test]
+async fn a_prefix_is_continued_as_a_final_message_is() {
+    let server = server().await;
+    let prompt = async |last: Value, fields: Value| {
+        let messages = json!([{"role": "user", "content": "Count."}, last]);
+        let fields = with(fields, json!({"messages": messages, "return_token_ids": true}));
+        ids(&ok(&server.chat(fields).await)["prompt_token_ids"])
+    };
+    let message = json!({"role": "assistant", "content": "One, two"});
+    let prefix = with(message.clone(), json!({"prefix": true}));
+    let continued = prompt(prefix, json!({})).await;
+    assert!(server.text.decode(&continued, false).ends_with("One, two"));
+    assert_eq!(continued, prompt(message.clone(), json!({"continue_final_message": true})).await);
+    assert_ne!(continued, prompt(message, json!({})).await);
+}
+
+#[tokio::test]
 async fn a_request_is_not_answered_beyond_its_deadline() {
     let server = Setup { reply: "a".repeat(400), ..Setup::default() }.start().await;
     server.control.delay_steps(Duration::from_millis(20));

@@ -333,6 +333,8 @@ async fn sampling_parameters_reach_the_engine() {
         json!({"frequency_penalty": -0.5}),
         json!({"logit_bias": {"7": 5}}),
         json!({"min_tokens": 2}),
+        json!({"bad_words": ["two words"]}),
+        json!({"allowed_token_ids": [5, 6, 7]}),
     ] {
         assert_ne!(generate(fields.clone()).await, plain, "{fields}");
     }
