@@ -166,6 +166,10 @@ impl ApiError {
         Self { close: true, ..error }
     }
 
+    fn never(self) -> Self {
+        Self { retry: Retry::Never, ..self }
+    }
+
     fn unavailable(code: &'static str, after: u32, message: &str) -> Self {
         let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, code, message);
         Self { retry: Retry::After(after), ..error }
@@ -179,7 +183,7 @@ impl ApiError {
     /// The request was not done within its own `deadline_ms`.
     pub fn deadline_exceeded() -> Self {
         let message = "the request was not done within its deadline_ms";
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_exceeded", message)
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_exceeded", message).never()
     }
 
     /// No model is loaded yet.
@@ -265,7 +269,7 @@ impl ApiError {
 
     /// The engine failed this request and would do so each time.
     pub fn engine_always(message: &str) -> Self {
-        Self { retry: Retry::Never, ..Self::engine(message) }
+        Self::engine(message).never()
     }
 
     /// The engine takes no steps any more.

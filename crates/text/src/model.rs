@@ -73,6 +73,8 @@ pub struct TextModel {
     eos: Option<u32>,
     template: Option<ChatTemplate>,
     tool_template: Option<ChatTemplate>,
+    /// The words between quotes in the template.
+    template_words: HashSet<String>,
     markers: Option<ReasoningMarkers>,
     syntax: Option<ToolSyntax>,
     /// Ids of its markers that are tokens.
@@ -117,9 +119,11 @@ impl TextModel {
 
         let compile =
             |source: &Option<String>| source.as_ref().map(|s| ChatTemplate::new(s, config.special.clone())).transpose();
+        let template_words = config.template.as_deref().map(quoted_words).unwrap_or_default();
         let syntax = config.tool_template.as_deref().or(config.template.as_deref());
         let syntax = syntax.and_then(|t| ToolSyntax::detect(t, |token| tokenizer.token_to_id(token).is_some()));
         let model = Self {
+            template_words,
             vocab: Arc::new(vocab),
             around,
             eos,
@@ -218,6 +222,11 @@ impl TextModel {
         self.template.is_some()
     }
 
+    /// Whether the chat template compares or writes this word as a string of its own.
+    pub fn chat_template_has(&self, word: &str) -> bool {
+        self.template_words.contains(word)
+    }
+
     /// Renders a chat to the prompt's text. `now` is the wall-clock time that a template may write into it.
     ///
     /// # Errors
@@ -281,6 +290,12 @@ fn converted_tokenizer(
     debug_assert!(added.all(|token| placed(token).map(u64::from) == token["id"].as_u64()));
     config.name_tokens(named);
     Ok((tokenizer, Some(add_bos)))
+}
+
+/// What stands between two quotes and is one short word.
+fn quoted_words(template: &str) -> HashSet<String> {
+    let is_word = |text: &&str| (1..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric());
+    template.split(['"', '\'']).filter(is_word).map(str::to_owned).collect()
 }
 
 const OPEN: &str = "<think>";

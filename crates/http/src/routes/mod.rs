@@ -152,11 +152,12 @@ async fn metrics(State(service): State<Service>) -> Response {
 }
 
 /// Names the parameters that were ignored because the server is lenient.
-fn warn(response: &mut Response, ignored: &[String]) {
+pub(crate) fn warn(response: &mut Response, ignored: &[String]) {
     if ignored.is_empty() {
         return;
     }
-    let printable = |name: &&String| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && name.len() <= 64;
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'[' | b']');
+    let printable = |name: &&String| name.bytes().all(plain) && name.len() <= 64;
     let names: Vec<_> = ignored.iter().filter(printable).take(32).map(String::as_str).collect();
     let text = format!("299 baton \"ignored parameters: {}\"", names.join(", "));
     if let Ok(value) = HeaderValue::try_from(text) {
