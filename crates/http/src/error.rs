@@ -180,6 +180,12 @@ impl ApiError {
         Self::unavailable("overloaded", 1, "the server is at its limit; try again later")
     }
 
+    /// The request was not done within its own `deadline_ms`.
+    pub fn deadline_exceeded() -> Self {
+        let message = "the request was not done within its deadline_ms";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_exceeded", message)
+    }
+
     /// No model is loaded yet.
     pub fn model_loading() -> Self {
         Self::unavailable("model_loading", 2, "the model is still being loaded")
@@ -205,6 +211,23 @@ impl ApiError {
     /// There is no report on a hand-off.
     pub fn no_handoff(message: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, INVALID, "handoff_not_found", message)
+    }
+
+    /// Nothing of this kind is kept under this id for this key.
+    pub fn stored_not_found(kind: &str) -> Self {
+        let message = format!("there is no such {kind}, or it is another key's");
+        Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
+    }
+
+    /// There is no room for what is to be kept.
+    pub fn storage_full(message: &str) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, "storage_full", message)
+    }
+
+    /// So many at once are not taken.
+    pub fn too_many(message: &str) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", message);
+        Self { retry: Retry::After(60), ..error }
     }
 
     /// The server was not started with what the request needs; `message` says with what.
@@ -245,6 +268,16 @@ impl ApiError {
     /// Our own fault.
     pub fn internal() -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", "the server failed internally")
+    }
+
+    /// The field that is to blame.
+    pub fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    /// What is said to people.
+    pub fn message(&self) -> &str {
+        &self.message
     }
 
     /// The error object as text.

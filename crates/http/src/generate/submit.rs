@@ -56,6 +56,9 @@ pub(crate) struct ToolCalls {
     pub single: bool,
 }
 
+/// What is added to the priority of a request that nobody waits for, so that it comes behind all others.
+const BATCH_PRIORITY: i32 = 1 << 20;
+
 /// Starts all choices of all prompts, or none.
 pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<Choices, ApiError> {
     let spec = generation.engine.spec();
@@ -78,6 +81,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
                 deadline: service.config().queue_timeout,
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
+                priority: if job.record.of_batch() { BATCH_PRIORITY } else { 0 },
                 ..Request::new(prompt.clone(), sampling.clone(), max_tokens)
             }
         });

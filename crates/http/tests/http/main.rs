@@ -2,12 +2,16 @@
 
 mod adapters;
 mod admin;
+mod batches;
 mod generations;
 mod handoff;
 mod harness;
 mod lifecycle;
 mod operations;
+mod origins;
 mod refusals;
 mod replies;
 mod shadow;
+mod tokens;
 mod tools;
+mod wires;
