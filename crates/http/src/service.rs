@@ -71,6 +71,7 @@ struct Shared {
     draining: CancellationToken,
     kill_switch: CancellationToken,
     text_work: Semaphore,
+    grammar_work: Semaphore,
     started: Instant,
 }
 
@@ -88,6 +89,7 @@ impl Service {
             draining: CancellationToken::new(),
             kill_switch: CancellationToken::new(),
             text_work: Semaphore::new(cores),
+            grammar_work: Semaphore::new(cores.div_ceil(2)),
             started: Instant::now(),
         }))
     }
@@ -232,7 +234,22 @@ impl Service {
         &self,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let _permit = self.0.text_work.acquire().await.map_err(|_| ApiError::internal())?;
-        tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
+        off_thread(&self.0.text_work, work).await
     }
+
+    /// As [`text_work`](Self::text_work), for grammars: however many are asked for, texts do not wait for them.
+    pub(crate) async fn grammar_work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        off_thread(&self.0.grammar_work, work).await
+    }
+}
+
+async fn off_thread<T: Send + 'static>(
+    permits: &Semaphore,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let _permit = permits.acquire().await.map_err(|_| ApiError::internal())?;
+    tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
 }

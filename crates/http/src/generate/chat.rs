@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_grammar::Thinking;
 use baton_text::{ChatInput, TextError, TextModel};
 use chrono::NaiveDateTime;
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
-use crate::generate::{Choices, Job, Reasoning, submit};
+use crate::generate::{Choices, Job, Reasoning, compile, submit};
 use crate::generation::{Generation, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
@@ -44,7 +45,16 @@ pub(crate) async fn start_chat(
         (shadow, encode)
     });
     let model = Arc::clone(&generation);
-    let (prompt, starts_inside) = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let (prompt, place) = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+
+    let markers = generation.text.reasoning_markers();
+    let thinking = markers.as_ref().filter(|_| place != Place::Behind).map(|markers| Thinking {
+        open: markers.open_id,
+        close: markers.close_id,
+        starts_inside: place == Place::Inside,
+        budget: request.thinking_budget.map(|tokens| tokens as usize),
+    });
+    let grammar = compile(service, &generation, &request.params, request.structured, thinking).await?;
 
     let job = Job {
         prompts: vec![prompt],
@@ -52,7 +62,8 @@ pub(crate) async fn start_chat(
         adapter: target.adapter.clone(),
         default_max_tokens: generation.card.defaults.max_new_tokens,
         field,
-        reasoning: generation.text.reasoning_markers().map(|markers| Reasoning { markers, starts_inside }),
+        reasoning: markers.map(|markers| Reasoning { markers, starts_inside: place == Place::Inside }),
+        grammar,
         shadow,
         arrival,
         record,
@@ -62,10 +73,26 @@ pub(crate) async fn start_chat(
     Ok(StartedChat { choices, generation: model, target })
 }
 
-/// The prompt's ids, and whether it ends inside reasoning.
-fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<(Vec<u32>, bool), ApiError> {
+/// Where an output begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Before any reasoning.
+    Before,
+    /// In reasoning that the prompt has opened.
+    Inside,
+    /// Behind reasoning that the prompt has closed.
+    Behind,
+}
+
+/// The prompt's ids, and where it ends.
+fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<(Vec<u32>, Place), ApiError> {
     let refuse = |error: TextError| ApiError::invalid(field, error.to_string());
     let rendered = text.render_chat(chat, now).map_err(refuse)?;
     let prompt = text.encode_chat(&rendered).map_err(refuse)?;
-    Ok((prompt, text.prompt_opens_reasoning(chat, &rendered)))
+    let place = match text.reasoning_markers() {
+        Some(_) if text.prompt_opens_reasoning(chat, &rendered) => Place::Inside,
+        Some(markers) if rendered.trim_end().ends_with(&markers.close) => Place::Behind,
+        _ => Place::Before,
+    };
+    Ok((prompt, place))
 }

@@ -7,11 +7,13 @@
 mod chat;
 mod choice;
 mod choices;
+mod grammar;
 mod respond;
 mod submit;
 
 pub(crate) use chat::{StartedChat, start_chat};
 pub(crate) use choice::{Delta, Score};
 pub(crate) use choices::{Choices, Event};
+pub(crate) use grammar::compile;
 pub(crate) use respond::{Call, Output, respond};
 pub(crate) use submit::{Job, Reasoning, submit};

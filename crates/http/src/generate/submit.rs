@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
+use baton_grammar::Grammar;
 use baton_text::{ReasoningMarkers, ReasoningSplitter};
 
 use crate::access::AccessRecord;
@@ -29,6 +30,8 @@ pub(crate) struct Job {
     pub field: &'static str,
     /// How to split the outputs.
     pub reasoning: Option<Reasoning>,
+    /// What the outputs must be.
+    pub grammar: Option<Arc<dyn Grammar>>,
     /// The candidate is to answer the first prompt as well, which this makes for it.
     pub shadow: Option<(Shadow, Encode)>,
     /// When the request arrived.
@@ -66,6 +69,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
                 deadline: service.config().queue_timeout,
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
+                grammar: job.grammar.clone(),
                 ..Request::new(prompt.clone(), sampling.clone(), max_tokens)
             }
         });
@@ -82,7 +86,9 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
         streams.extend(group);
     }
 
-    let witness = job.shadow.and_then(|(shadow, encode)| {
+    // A grammar is made for one vocabulary; the candidate's may be another.
+    let shadow = job.shadow.filter(|_| job.grammar.is_none());
+    let witness = shadow.and_then(|(shadow, encode)| {
         let request = shadow_request(&job.params, SamplingParams { choice: 0, ..sampling }, shadow.candidate())?;
         let deadline = service.config().queue_timeout;
         Some(shadow.start(encode, Request { max_tokens: first_room, deadline, ..request }))

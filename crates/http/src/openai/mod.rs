@@ -10,3 +10,4 @@ pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod shared;
+pub(crate) mod structured;

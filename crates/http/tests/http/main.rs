@@ -10,3 +10,4 @@ mod operations;
 mod refusals;
 mod replies;
 mod shadow;
+mod structured;

@@ -73,7 +73,6 @@ async fn bad_parameters_are_refused_by_name_on_both_endpoints() {
         ("model", json!(5), "invalid_type"),
         ("unheard_of", json!(CANARY), "unknown_parameter"),
         ("tools", json!([{"type": "function"}]), "unsupported_parameter"),
-        ("response_format", json!({"type": "json_object"}), "unsupported_parameter"),
         ("suffix", json!(CANARY), "unsupported_parameter"),
         ("echo", json!(true), "unsupported_parameter"),
         ("best_of", json!(3), "unsupported_parameter"),
