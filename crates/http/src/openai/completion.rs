@@ -13,6 +13,7 @@ use crate::generation::Generation;
 use crate::json;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest, token_id};
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
+use crate::openai::structured::Structured;
 use crate::sse::Events;
 
 /// Most prompts of one request.
@@ -27,6 +28,8 @@ pub(crate) struct CompletionRequest {
     pub model: Option<String>,
     pub prompts: Vec<Prompt>,
     pub params: Params,
+    /// The form that the outputs must have.
+    pub structured: Option<Structured>,
     /// Fields that are without effect only because the server is lenient.
     pub ignored: Vec<String>,
 }
@@ -41,8 +44,8 @@ pub(crate) enum Prompt {
 }
 
 impl CompletionRequest {
-    /// Reads the body.
-    pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool) -> Result<Self, ApiError> {
+    /// Reads the body. `budget`: JSON values that may still be read, for documents inside strings.
+    pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool, budget: &mut usize) -> Result<Self, ApiError> {
         let mut fields = Fields::new(body);
         let model = fields.string("model")?;
         let prompt = fields.take("prompt");
@@ -50,8 +53,9 @@ impl CompletionRequest {
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = fields.integer("logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|top| top as u32);
         let params = params.checked()?;
+        let structured = Structured::read(&mut fields, budget)?;
         let ignored = refuse_rest(fields, lenient)?;
-        Ok(Self { model, prompts, params, ignored })
+        Ok(Self { model, prompts, params, structured, ignored })
     }
 }
 

@@ -12,4 +12,5 @@ pub(crate) mod metadata;
 pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod shared;
+pub(crate) mod structured;
 pub(crate) mod tools;

@@ -184,7 +184,6 @@ const UNSUPPORTED: &[&str] = &[
     "echo",
     "function_call",
     "functions",
-    "grammar",
     "guided_choice",
     "guided_grammar",
     "guided_json",
@@ -199,14 +198,11 @@ const UNSUPPORTED: &[&str] = &[
     "prediction",
     "priority",
     "prompt_logprobs",
-    "response_format",
     "return_token_ids",
     "return_tokens_as_token_ids",
     "spaces_between_special_tokens",
     "store",
-    "structured_outputs",
     "suffix",
-    "thinking_token_budget",
     "tool_choice",
     "tools",
     "truncate_prompt_tokens",
@@ -228,9 +224,6 @@ fn is_neutral(name: &str, value: &Value) -> bool {
         ("modalities", Value::Array(kinds)) => kinds.len() == 1 && kinds[0] == "text",
         ("parallel_tool_calls", value) => value.is_boolean(),
         ("priority", value) => value == 0,
-        ("response_format", Value::Object(format)) => {
-            format.len() == 1 && format.get("type").is_some_and(|t| t == "text")
-        }
         ("suffix", value) => value == "",
         ("tool_choice", value) => value == "none" || value == "auto",
         ("function_call", value) => value == "none" || value == "auto",

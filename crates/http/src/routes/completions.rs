@@ -10,7 +10,7 @@ use baton_text::TextModel;
 use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::extract;
-use crate::generate::{Job, respond, submit};
+use crate::generate::{Job, compile, respond, submit};
 use crate::generations::Pick;
 use crate::openai::completion::{CompletionFormat, CompletionRequest, DEFAULT_MAX_TOKENS, Prompt};
 use crate::openai::shared::Envelope;
@@ -25,8 +25,8 @@ pub(super) async fn create(
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
     let config = service.config();
-    let body = extract::json(request, config).await?;
-    let request = CompletionRequest::read(body.object, config.max_n, config.lenient)?;
+    let mut body = extract::json(request, config).await?;
+    let request = CompletionRequest::read(body.object, config.max_n, config.lenient, &mut body.values_left)?;
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
 
     let prompts = request.prompts;
@@ -40,6 +40,7 @@ pub(super) async fn create(
     let prompts: Vec<_> = service.text_work(encode_all).await?;
 
     let params = request.params;
+    let grammar = compile(&service, &generation, &params, request.structured, None).await?;
     let (stream, include_usage) = (params.stream, params.include_usage);
     let format = CompletionFormat {
         envelope: Envelope::new("cmpl", &target, stream && include_usage),
@@ -55,6 +56,7 @@ pub(super) async fn create(
         field: "prompt",
         reasoning: None,
         tools: None,
+        grammar,
         shadow,
         arrival,
         record,

@@ -12,6 +12,7 @@ mod origins;
 mod refusals;
 mod replies;
 mod shadow;
+mod structured;
 mod tokens;
 mod tools;
 mod wires;
