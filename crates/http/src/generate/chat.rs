@@ -1,5 +1,6 @@
 //! A chat, in whatever dialect it was asked for: from messages to choices under way.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -97,11 +98,11 @@ pub(crate) async fn render_chat(
 /// What the template is given, taken out of the request.
 fn input(request: &mut ChatRequest) -> ChatInput {
     ChatInput {
-        messages: std::mem::take(&mut request.messages).into(),
+        messages: mem::take(&mut request.messages).into(),
         tools: request.tools.for_template(),
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message,
-        kwargs: std::mem::take(&mut request.template_kwargs),
+        kwargs: mem::take(&mut request.template_kwargs),
     }
 }
 

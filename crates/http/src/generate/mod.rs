@@ -16,6 +16,6 @@ pub(crate) use chat::{RenderedChat, StartedChat, render_chat, start_chat};
 pub(crate) use choice::{Delta, Score};
 pub(crate) use choices::{Choices, Event};
 pub(crate) use grammar::compile;
-pub(crate) use respond::{Call, Output, respond};
+pub(crate) use respond::{Call, Output, respond, stream};
 pub(crate) use submit::{Job, Reasoning, submit};
 pub(crate) use tools::ToolCalls;

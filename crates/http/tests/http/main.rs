@@ -2,7 +2,9 @@
 
 mod adapters;
 mod admin;
+mod anthropic;
 mod batches;
+mod dialect_tools;
 mod generations;
 mod handoff;
 mod harness;
@@ -11,7 +13,9 @@ mod operations;
 mod origins;
 mod refusals;
 mod replies;
+mod responses;
 mod shadow;
+mod stored;
 mod structured;
 mod tokens;
 mod tools;
