@@ -6,11 +6,12 @@
 //! serves no more lives on until the last such request has ended.
 
 use std::ops::Deref;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use baton_engine::{Adapter, EngineHandle};
+use baton_grammar::{Compiler, Limits, Token, Vocabulary};
 use baton_text::TextModel;
 use parking_lot::Mutex;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -95,6 +96,7 @@ pub(crate) struct Generation {
     pub handoff: HandoffState,
     pub metrics: ModelMetrics,
     pub stats: Mutex<GenerationStats>,
+    compiler: OnceLock<Compiler>,
     in_flight: Counter,
     /// When it took the role that it has, in seconds since 1970.
     since: AtomicU64,
@@ -123,7 +125,21 @@ impl Generation {
         let ended = CancellationToken::new();
         let _ends = ended.clone().drop_guard();
         let (stats, in_flight, since) = (Mutex::default(), Counter::default(), AtomicU64::new(now()));
-        Arc::new(Self { engine, text, card, adapters, handoff, metrics, stats, in_flight, since, ended, _ends })
+        let compiler = OnceLock::new();
+        Arc::new(Self {
+            engine,
+            text,
+            card,
+            adapters,
+            handoff,
+            metrics,
+            stats,
+            compiler,
+            in_flight,
+            since,
+            ended,
+            _ends,
+        })
     }
 
     /// The digest's first digits.
@@ -146,6 +162,18 @@ impl Generation {
         let found = self.adapters.get(name).ok_or_else(ApiError::model_not_found)?;
         let system_fingerprint = found.fingerprint(&self.card);
         Ok(Target { name: name.to_owned(), system_fingerprint, adapter: Some(found.adapter) })
+    }
+
+    /// What compiles grammars for its vocabulary. The first call takes as long as sorting the vocabulary some times.
+    pub fn compiler(&self) -> &Compiler {
+        let token = |id| match self.text.is_control(id) {
+            true => Token::Control(self.text.token_text(id)),
+            false => Token::Text(self.text.token_bytes(id)),
+        };
+        // Ids beyond the logits cannot be chosen.
+        let size = self.text.vocab_size().min(self.engine.spec().vocab_size);
+        let vocabulary = || Vocabulary::new((0..size as u32).map(token));
+        self.compiler.get_or_init(|| Compiler::new(vocabulary(), Limits::default()))
     }
 
     /// Whether requests would be answered: its hand-off allows it and its engine runs.

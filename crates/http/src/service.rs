@@ -91,6 +91,7 @@ struct Shared {
     kill_switch: CancellationToken,
     text_work: Semaphore,
     disk_work: Semaphore,
+    grammar_work: Semaphore,
     started: Instant,
 }
 
@@ -109,6 +110,7 @@ impl Service {
             kill_switch: CancellationToken::new(),
             text_work: Semaphore::new(cores),
             disk_work: Semaphore::new(DISK_WORK),
+            grammar_work: Semaphore::new(cores.div_ceil(2)),
             started: Instant::now(),
         }))
     }
@@ -258,8 +260,7 @@ impl Service {
         &self,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let _permit = self.0.text_work.acquire().await.map_err(|_| ApiError::internal())?;
-        tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
+        off_thread(&self.0.text_work, work).await
     }
 
     /// Where requests keep what must outlive the process.
@@ -281,4 +282,20 @@ impl Service {
             ApiError::internal()
         })
     }
+
+    /// As [`text_work`](Self::text_work), for grammars: however many are asked for, texts do not wait for them.
+    pub(crate) async fn grammar_work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        off_thread(&self.0.grammar_work, work).await
+    }
+}
+
+async fn off_thread<T: Send + 'static>(
+    permits: &Semaphore,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let _permit = permits.acquire().await.map_err(|_| ApiError::internal())?;
+    tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
 }

@@ -11,6 +11,7 @@ use crate::json;
 use crate::openai::list_params::token_id;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
+use crate::openai::structured::Structured;
 use crate::openai::tokens::{PromptParts, TokenStyle};
 use crate::sse::Events;
 
@@ -29,6 +30,8 @@ pub(crate) struct CompletionRequest {
     pub model: Option<String>,
     pub prompts: Vec<Prompt>,
     pub params: Params,
+    /// The form that the outputs must have.
+    pub structured: Option<Structured>,
     /// Fields that are without effect only because the server is lenient.
     pub ignored: Vec<String>,
 }
@@ -43,8 +46,8 @@ pub(crate) enum Prompt {
 }
 
 impl CompletionRequest {
-    /// Reads the body.
-    pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool) -> Result<Self, ApiError> {
+    /// Reads the body. `budget`: JSON values that may still be read, for documents inside strings.
+    pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool, budget: &mut usize) -> Result<Self, ApiError> {
         let mut fields = Fields::new(body).lenient(lenient);
         let model = fields.string("model")?;
         let prompt = fields.take("prompt");
@@ -58,8 +61,9 @@ impl CompletionRequest {
             return Err(ApiError::out_of_range(if params.best_of.is_some() { "best_of" } else { "n" }, accepted));
         }
         let params = params.checked()?;
+        let structured = Structured::read(&mut fields, budget)?;
         let ignored = refuse_rest(fields, lenient)?;
-        Ok(Self { model, prompts, params, ignored })
+        Ok(Self { model, prompts, params, structured, ignored })
     }
 }
 

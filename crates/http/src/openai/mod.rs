@@ -13,6 +13,7 @@ pub(crate) mod metadata;
 pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod shared;
+pub(crate) mod structured;
 pub(crate) mod thinking;
 pub(crate) mod tokens;
 pub(crate) mod tools;

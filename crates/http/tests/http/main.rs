@@ -18,6 +18,7 @@ mod responses;
 mod rules;
 mod shadow;
 mod stored;
+mod structured;
 mod tokens;
 mod tools;
 mod wires;
