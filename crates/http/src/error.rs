@@ -176,6 +176,12 @@ impl ApiError {
         Self::unavailable("overloaded", 1, "the server is at its limit; try again later")
     }
 
+    /// The request was not done within its own `deadline_ms`.
+    pub fn deadline_exceeded() -> Self {
+        let message = "the request was not done within its deadline_ms";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_exceeded", message)
+    }
+
     /// No model is loaded yet.
     pub fn model_loading() -> Self {
         Self::unavailable("model_loading", 2, "the model is still being loaded")

@@ -1,6 +1,5 @@
 //! A chat, in whatever dialect it was asked for: from messages to choices under way.
 
-use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -61,6 +60,16 @@ pub(crate) async fn start_chat(
     Ok(StartedChat { choices, generation: model, target })
 }
 
+/// How to find the calls that the request allows; `None` if it allows none.
+fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
+    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
+    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
+}
+
 /// A chat's prompt, made and not answered.
 pub(crate) struct RenderedChat {
     pub prompt: ChatPrompt,
@@ -75,6 +84,7 @@ pub(crate) async fn render_chat(
     mut request: ChatRequest,
 ) -> Result<RenderedChat, ApiError> {
     let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
+    tool_calls(&generation.text, &request.tools)?;
     let (chat, field, now) = (input(&mut request), request.field, chrono::Local::now().naive_local());
     let model = Arc::clone(&generation);
     let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
@@ -85,22 +95,12 @@ pub(crate) async fn render_chat(
 /// What the template is given, taken out of the request.
 fn input(request: &mut ChatRequest) -> ChatInput {
     ChatInput {
-        messages: mem::take(&mut request.messages).into(),
+        messages: std::mem::take(&mut request.messages).into(),
         tools: request.tools.for_template(),
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message,
-        kwargs: mem::take(&mut request.template_kwargs),
+        kwargs: std::mem::take(&mut request.template_kwargs),
     }
-}
-
-/// How to find the calls that the request allows; `None` if it allows none.
-fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
-    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
-    if names.is_empty() {
-        return Ok(None);
-    }
-    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
-    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
 }
 
 /// The prompt that a chat becomes.

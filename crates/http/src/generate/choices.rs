@@ -209,6 +209,10 @@ impl Choices {
             EngineFailure::Panicked => ApiError::internal(),
             EngineFailure::ShuttingDown => ApiError::draining(),
             EngineFailure::QueueTimeout => ApiError::overloaded(),
+            EngineFailure::DeadlineExceeded => ApiError::deadline_exceeded(),
+            EngineFailure::GrammarFailed(_) => {
+                ApiError::engine_always("the grammar of the output reached a limit of its parser")
+            }
         }
     }
 
