@@ -1,5 +1,6 @@
 //! A chat, in whatever dialect it was asked for: from messages to choices under way.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -60,16 +61,6 @@ pub(crate) async fn start_chat(
     Ok(StartedChat { choices, generation: model, target })
 }
 
-/// How to find the calls that the request allows; `None` if it allows none.
-fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
-    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
-    if names.is_empty() {
-        return Ok(None);
-    }
-    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
-    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
-}
-
 /// A chat's prompt, made and not answered.
 pub(crate) struct RenderedChat {
     pub prompt: ChatPrompt,
@@ -95,12 +86,22 @@ pub(crate) async fn render_chat(
 /// What the template is given, taken out of the request.
 fn input(request: &mut ChatRequest) -> ChatInput {
     ChatInput {
-        messages: std::mem::take(&mut request.messages).into(),
+        messages: mem::take(&mut request.messages).into(),
         tools: request.tools.for_template(),
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message,
-        kwargs: std::mem::take(&mut request.template_kwargs),
+        kwargs: mem::take(&mut request.template_kwargs),
     }
+}
+
+/// How to find the calls that the request allows; `None` if it allows none.
+fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
+    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
+    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
 }
 
 /// The prompt that a chat becomes.
