@@ -8,12 +8,13 @@
 //!
 //! Absent on purpose: any knowledge of models, devices and files, and of how a hand-off is judged. The service is given
 //! generations, each an engine, a text model and a way to load adapters, the first perhaps long after it began to answer
-//! probes; whoever gives them says which serves, and is told what a rollout is judged by.
+//! probes, or an encoder instead; whoever gives them says which serves, and is told what a rollout is judged by.
 
 mod access;
 mod adapters;
 mod admission;
 mod auth;
+mod encoder;
 mod error;
 mod extract;
 mod fields;
@@ -27,6 +28,7 @@ mod observed;
 mod openai;
 mod rollout;
 mod routes;
+mod scoring;
 mod serve;
 mod service;
 mod shadow;
@@ -34,6 +36,9 @@ mod sse;
 
 pub use adapters::{AdapterRefusal, Adapters};
 pub use auth::ApiKey;
+pub use encoder::{
+    EncoderEngine, EncoderFailure, EncoderRefusal, EncoderReply, EncoderSpec, EncoderStats, EncoderTask, NewEncoder,
+};
 pub use generation::{Defaults, ModelCard, NewGeneration, Retired};
 pub use generations::{Traffic, TransitionError};
 pub use handoff::{Admission, HandoffState, Parity};

@@ -6,7 +6,9 @@
 pub(crate) mod chat;
 pub(crate) mod chat_request;
 pub(crate) mod completion;
+pub(crate) mod embedding;
 pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod params;
+pub(crate) mod rerank;
 pub(crate) mod shared;

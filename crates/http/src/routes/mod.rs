@@ -4,8 +4,10 @@ mod adapters;
 mod admin;
 mod chat;
 mod completions;
+mod embeddings;
 mod health;
 mod models;
+mod rerank;
 
 use axum::Router;
 use axum::body::Body;
@@ -66,6 +68,12 @@ pub fn router(service: Service, surface: Surface) -> Router {
         routes = routes
             .route("/v1/chat/completions", inference(post(chat::create)))
             .route("/v1/completions", inference(post(completions::create)))
+            .route("/v1/embeddings", inference(post(embeddings::create)))
+            .route("/rerank", inference(post(rerank::rerank)))
+            .route("/v1/rerank", inference(post(rerank::rerank)))
+            .route("/v2/rerank", inference(post(rerank::rerank)))
+            .route("/score", inference(post(rerank::score)))
+            .route("/v1/score", inference(post(rerank::score)))
             .route("/v1/models", get(models::list));
     }
     if surface.admin() {
@@ -112,7 +120,7 @@ async fn no_plain_refusals(response: Response<Body>) -> Response {
 async fn metrics(State(service): State<Service>) -> Response {
     let metrics = service.metrics();
     metrics.ready.set(i64::from(service.ready().is_ok()));
-    let text = metrics.expose(service.generations());
+    let text = metrics.expose(service.generations(), service.encoder().map(AsRef::as_ref));
     ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

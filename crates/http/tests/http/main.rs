@@ -2,6 +2,7 @@
 
 mod adapters;
 mod admin;
+mod encoders;
 mod generations;
 mod handoff;
 mod harness;
