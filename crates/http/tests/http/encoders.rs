@@ -331,7 +331,7 @@ async fn probes_models_and_metrics_know_an_encoder() {
     assert_eq!(server.get("/v1/models/other").await.error_code(), "model_not_found");
     let metrics = server.get("/metrics").await.body;
     for line in
-        ["baton_ready 1", r#"vllm:prompt_tokens_total{engine="0",generation="0123456789ab",model_name="tiny"} 7"#]
+        ["baton_ready 1", r#"vllm:prompt_tokens_total{model_name="tiny",engine="0",generation="0123456789ab"} 7"#]
     {
         assert!(metrics.contains(line), "{line}: {metrics}");
     }
