@@ -3,7 +3,7 @@
 //!
 //! Faults of the runner:
 //! - One sequence's logits are not finite: it fails, its blocks are cleared before the next step, its
-//!   batch mates go on.
+//!   batch mates go on. So it is if its grammar fails, but for the blocks: their values are sound.
 //! - A step fails, panics, or answers something else than was asked: every sequence that holds blocks fails, every
 //!   block that holds anything is cleared, and the engine goes on with those that wait.
 //! - Steps fail [`max_failed_steps`](crate::EngineConfig::max_failed_steps) times in a row, or blocks
@@ -12,10 +12,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use baton_model::{
-    RunError, Runner, Score, ScoreRequest, SequenceFailure, SequenceOutput, SequenceStep, StepOutput, StepPlan,
-};
+use baton_model::{RunError, Runner, Score, ScoreRequest, SequenceOutput, SequenceStep, StepOutput, StepPlan};
 
+use crate::constrain::MaskPool;
 use crate::handle::EngineConfig;
 use crate::scheduler::{RequestOutput, Scheduler};
 use crate::sequence::Sequence;
@@ -25,6 +24,7 @@ use crate::{EngineFailure, EngineStats, Request, RequestId};
 pub(crate) struct Core {
     runner: Box<dyn Runner>,
     scheduler: Scheduler,
+    masks: MaskPool,
     max_failed_steps: u32,
     failed_in_a_row: u32,
     /// Why there are no more steps.
@@ -32,10 +32,10 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// `secret`: the key of the prefix cache.
-    pub fn new(runner: Box<dyn Runner>, config: &EngineConfig, secret: [u8; 32]) -> Self {
+    /// `secret`: the key of the prefix cache. `masks`: where those of grammars are computed.
+    pub fn new(runner: Box<dyn Runner>, config: &EngineConfig, secret: [u8; 32], masks: MaskPool) -> Self {
         let scheduler = Scheduler::new(runner.spec(), config, secret);
-        Self { runner, scheduler, max_failed_steps: config.max_failed_steps, failed_in_a_row: 0, down: None }
+        Self { runner, scheduler, masks, max_failed_steps: config.max_failed_steps, failed_in_a_row: 0, down: None }
     }
 
     /// Adds an accepted request. `group` is the id of the first choice of its request.
@@ -73,7 +73,7 @@ impl Core {
         self.scheduler.stats()
     }
 
-    /// Ends what waited too long and plans the next step. The plan is empty only if nothing is left to do.
+    /// Ends what waited or took too long and plans the next step. The plan is empty only if nothing is left to do.
     pub fn plan(&mut self, now: Duration) -> (Vec<RequestOutput>, StepPlan) {
         let expired = self.scheduler.expire(now);
         (expired, self.scheduler.schedule(now))
@@ -87,6 +87,12 @@ impl Core {
         {
             tracing::error!(%failure, "cache blocks cannot be cleared");
             return self.give_up(failure, clock());
+        }
+        // First, so that they are computed beside the step.
+        for step in &plan.sequences {
+            if let Some(job) = self.scheduler.mask_job(step) {
+                self.masks.start(job);
+            }
         }
         let result = guard(|| self.runner.step(plan));
         match result.and_then(|output| check(plan, output, self.runner.spec().vocab_size)) {
@@ -156,7 +162,7 @@ fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepO
             && result.proposed.iter().all(|&token| known(token))
             && match &result.scores {
                 Ok(scores) => scores.len() == step.scores.len() && step.scores.iter().zip(scores).all(tells),
-                Err(SequenceFailure::NonFiniteLogits) => !step.scores.is_empty(),
+                Err(_) => !step.scores.is_empty(),
             }
     };
     let answers = output.sequences.len() == plan.sequences.len()
@@ -167,6 +173,8 @@ fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepO
 
 #[cfg(test)]
 mod tests {
+    use baton_model::SequenceFailure;
+
     use super::*;
 
     #[test]

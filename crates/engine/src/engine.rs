@@ -19,10 +19,14 @@ use rand::rngs::OsRng;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
+use crate::constrain::MaskPool;
 use crate::core::Core;
 use crate::handle::{Command, EngineConfig, EngineHandle, Gate, Shared};
 use crate::scheduler::RequestOutput;
 use crate::{EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, Timings, Usage};
+
+/// Threads that compute masks of grammars, at most: they take cores from the forward pass.
+const MAX_MASK_THREADS: usize = 2;
 
 /// The engine thread, to be joined.
 pub struct Engine {
@@ -47,7 +51,8 @@ pub fn spawn(runner: Box<dyn Runner>, config: EngineConfig) -> (EngineHandle, En
     let mut secret = [0; 32];
     OsRng.try_fill_bytes(&mut secret).expect("the system gives random numbers");
     let spec = runner.spec().clone();
-    let core = Core::new(runner, &config, secret);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let core = Core::new(runner, &config, secret, MaskPool::new(cores.min(MAX_MASK_THREADS)));
     let shared = Arc::new(Shared {
         spec,
         max_queued: config.max_queued,

@@ -6,6 +6,7 @@
 
 mod block;
 mod block_manager;
+mod constrain;
 mod core;
 mod engine;
 mod handle;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Adapter, Grammar, SamplingParams};
+use baton_model::{Adapter, ConstraintError, Grammar, SamplingParams, SequenceFailure};
 
 /// The engine's own number for a request; strings that clients send are never keys. Ids grow in the order of
 /// acceptance, and those of background requests are above all others: a smaller id goes first.
@@ -50,6 +50,9 @@ pub struct Request {
     /// How long the request may wait for its first step; past that it ends with
     /// [`EngineFailure::QueueTimeout`]. Once started it is no longer looked at.
     pub deadline: Option<Duration>,
+    /// How long the request may take from its submission to its last token; past that it ends before the next step with
+    /// [`EngineFailure::DeadlineExceeded`], started or not.
+    pub time_limit: Option<Duration>,
     /// Changes the model for this request, which keeps it to its end.
     pub adapter: Option<Adapter>,
     /// Whose cached blocks the request may share: those computed with the same adapter.
@@ -76,7 +79,7 @@ pub struct PromptScores {
 }
 
 impl Request {
-    /// A request without stop tokens, deadline, adapter and scores, in the common cache scope.
+    /// A request without stop tokens, deadlines, adapter, scores and grammar, in the common cache scope.
     pub fn new(prompt: Vec<u32>, params: SamplingParams, max_tokens: u32) -> Self {
         Self {
             prompt,
@@ -84,6 +87,7 @@ impl Request {
             max_tokens,
             stop_token_ids: Vec::new(),
             deadline: None,
+            time_limit: None,
             adapter: None,
             cache_scope: CacheScope::default(),
             prompt_scores: None,
@@ -227,6 +231,21 @@ pub enum EngineFailure {
     /// The request waited longer than its deadline allows, and never started.
     #[error("the request waited in the queue past its deadline")]
     QueueTimeout,
+    /// The request was not done within its [`Request::time_limit`].
+    #[error("the request was not done within its time limit")]
+    DeadlineExceeded,
+    /// The request's grammar cannot be followed any further. What it gave so far obeys it.
+    #[error("the grammar of the output failed: {0}")]
+    GrammarFailed(String),
+}
+
+impl From<SequenceFailure> for EngineFailure {
+    fn from(failure: SequenceFailure) -> Self {
+        match failure {
+            SequenceFailure::NonFiniteLogits => Self::NonFiniteLogits,
+            SequenceFailure::Grammar(ConstraintError(why)) => Self::GrammarFailed(why),
+        }
+    }
 }
 
 /// Tokens of one request.

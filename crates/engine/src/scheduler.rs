@@ -8,25 +8,26 @@
 //! nothing of the foreground runs or waits. Meanwhile background sequences keep their blocks, until the foreground needs
 //! them.
 //!
-//! Invariant: in each class every running sequence has a smaller id than every waiting one. Ids follow the order of
-//! arrival, those of the background behind all others; the first waiting is the next to be admitted, and the last
-//! admitted is the first to be preempted. So nobody is overtaken by its equals, and the earliest request always makes
-//! progress, alone in the whole cache if it must; and the steps of the foreground are what they would be without any
-//! background, but for the prefixes that the background's blocks displaced from the cache.
+//! Invariant: of each class the first by [`Rank`] (priority, then arrival) of those that wait is the next to be admitted,
+//! and the last of those that run is the first to be preempted. So nobody is overtaken by its equals, and the first of
+//! all always makes progress, alone in the whole cache if it must: behind it whoever has a worse priority waits as long
+//! as better ones keep coming. Nobody who runs is preempted for one who waits. And the steps of the foreground are
+//! what they would be without any background, but for the prefixes that the background's blocks displaced from the
+//! cache.
+
+mod commit;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use baton_model::{RunSpec, SampledToken, SequenceFailure, StepOutput, StepPlan};
+use baton_model::{RunSpec, SequenceStep, StepPlan};
 
 use crate::block::BlockId;
 use crate::block_manager::{BlockHasher, BlockManager};
-use crate::sequence::{Sequence, Start};
+use crate::constrain::MaskJob;
+use crate::sequence::{Rank, Sequence, Start};
 use crate::speculate::{lookup, worth};
-use crate::{
-    DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, SpeculationConfig,
-    SpeculationStats,
-};
+use crate::{DraftMethod, EngineConfig, EngineStats, OutputEvent, RequestId, SpeculationConfig, SpeculationStats};
 
 /// An event for the client of one request.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,7 +47,7 @@ pub(crate) struct Scheduler {
     /// Sequences that hold blocks. Each is part of every step of its class.
     running: BTreeMap<RequestId, Sequence>,
     /// Sequences that hold nothing: new and preempted ones.
-    waiting: BTreeMap<RequestId, Sequence>,
+    waiting: BTreeMap<Rank, Sequence>,
     /// Requests that started, or ended without starting: of the foreground, and of the background.
     left_queue: [u64; 2],
     counters: EngineStats,
@@ -80,8 +81,9 @@ impl Scheduler {
     /// Adds a request that the engine can finish. Its id is larger than all before in its class.
     pub fn add(&mut self, sequence: Sequence) {
         let is_background = sequence.id.is_background();
-        debug_assert!(self.waiting.range(sequence.id..).all(|(id, _)| id.is_background() != is_background));
-        self.waiting.insert(sequence.id, sequence);
+        let is_later = |other: &Sequence| other.id < sequence.id || other.id.is_background() != is_background;
+        debug_assert!(self.waiting.values().all(is_later));
+        self.waiting.insert(sequence.rank(), sequence);
     }
 
     /// Whether there is nothing to do.
@@ -96,8 +98,10 @@ impl Scheduler {
 
     /// Gauges and counters; what the scheduler does not know is left at zero.
     pub fn stats(&self) -> EngineStats {
-        let [running, waiting] = [&self.running, &self.waiting].map(|all| all.range(..RequestId::BACKGROUND));
-        let adapters = |(_, sequence): (_, &Sequence)| Some(*sequence.adapter.as_ref()?.digest());
+        let is_foreground = |sequence: &&Sequence| !sequence.id.is_background();
+        let running = self.running.values().filter(is_foreground);
+        let waiting = self.waiting.values().filter(is_foreground);
+        let adapters = |sequence: &Sequence| Some(*sequence.adapter.as_ref()?.digest());
         let foreground = [running.clone().count(), waiting.clone().count()];
         EngineStats {
             running: foreground[0],
@@ -108,14 +112,6 @@ impl Scheduler {
             blocks: self.blocks.stats(),
             ..self.counters.clone()
         }
-    }
-
-    /// Ends the requests that should have started by now and have not.
-    pub fn expire(&mut self, now: Duration) -> Vec<RequestOutput> {
-        let overdue = self.waiting.extract_if(.., |_, sequence| sequence.is_overdue(now)).map(|(_, sequence)| sequence);
-        let overdue: Vec<Sequence> = overdue.collect();
-        let reason = FinishReason::Error(EngineFailure::QueueTimeout);
-        overdue.into_iter().map(|sequence| self.finish(sequence, reason.clone(), now)).collect()
     }
 
     /// Plans a step, after `expire(now)`. It is empty only if the scheduler is idle.
@@ -135,15 +131,15 @@ impl Scheduler {
     ///
     /// Of the class whose turn it is:
     ///
-    /// 1. Running sequences, earliest first, get what they miss of the budget. All but the latest miss
-    ///    one token, since nobody is admitted before the latest has all it misses; so each gets some.
-    ///    One that needs a block when there is none takes it from the latest, which waits again and
-    ///    later computes from its tokens what it lost.
-    /// 2. Waiting sequences, earliest first, are admitted while budget, places and blocks last. The
+    /// 1. Running sequences, first by rank, get the blocks that they miss. If there are too few, the last by rank
+    ///    gives its own up, waits again and later computes from its tokens what it lost.
+    /// 2. They get what they miss of the budget. All but one miss one token, since nobody is admitted before the
+    ///    latest has all it misses, and that one goes last; so each gets some.
+    /// 3. Waiting sequences, first by rank, are admitted while budget, places and blocks last. The
     ///    first that cannot be admitted ends the step's plan: nobody passes it.
-    /// 3. Drafts take what is left of budget and blocks, and nobody's place.
+    /// 4. Drafts take what is left of budget and blocks, and nobody's place.
     ///
-    /// In each of these the blocks of background sequences are there for the foreground, the latest's first.
+    /// In each of these the blocks of background sequences are there for the foreground, the last's first.
     pub fn schedule(&mut self, now: Duration) -> StepPlan {
         let mut plan = StepPlan::default();
         let mut budget = self.max_num_batched_tokens;
@@ -152,23 +148,29 @@ impl Scheduler {
         let of_class = |id: &RequestId| id.is_background() == background;
         let mut preempted_own = false;
 
-        let earliest_first: Vec<RequestId> = self.running.keys().copied().filter(of_class).collect();
-        for id in earliest_first {
+        let mut ranks: Vec<Rank> =
+            self.running.values().map(Sequence::rank).filter(|rank| of_class(&rank.id)).collect();
+        ranks.sort_unstable();
+        for rank in &ranks {
             // Gone if it was preempted, and then so were all after it.
-            while let Some(sequence) = self.running.get_mut(&id) {
+            while let Some(sequence) = self.running.get_mut(&rank.id) {
                 if self.blocks.grow(sequence) {
-                    let n = sequence.num_pending().min(budget);
-                    debug_assert!(n > 0, "every running sequence is part of every step of its class");
-                    plan.sequences.push(sequence.step(n, block_size));
-                    budget -= n;
                     break;
                 }
-                preempted_own |= of_class(&self.preempt_latest());
+                preempted_own |= of_class(&self.preempt_last());
             }
+        }
+        let mut running: Vec<&Sequence> = ranks.iter().filter_map(|rank| self.running.get(&rank.id)).collect();
+        running.sort_by_key(|sequence| sequence.num_pending() > 1);
+        for sequence in running {
+            let n = sequence.num_pending().min(budget);
+            debug_assert!(n > 0, "every running sequence is part of every step of its class");
+            plan.sequences.push(sequence.step(n, block_size));
+            budget -= n;
         }
 
         // Blocks that a preemption among equals just set free are for those that run.
-        while !preempted_own && budget > 0 && self.waiting.keys().next().is_some_and(of_class) {
+        while !preempted_own && budget > 0 && self.waiting.keys().next().is_some_and(|rank| of_class(&rank.id)) {
             let Some(sequence) = self.admit(plan.sequences.len(), now) else { break };
             let n = sequence.num_pending().min(budget);
             budget -= n;
@@ -180,7 +182,7 @@ impl Scheduler {
 
     /// Whether the next step is of the background: there is nothing else.
     pub fn is_background_turn(&self) -> bool {
-        let first = [&self.running, &self.waiting].map(|sequences| sequences.keys().next());
+        let first = [self.running.keys().next(), self.waiting.keys().next().map(|rank| &rank.id)];
         first.into_iter().flatten().all(|id| id.is_background())
     }
 
@@ -226,23 +228,24 @@ impl Scheduler {
         }
     }
 
-    /// Moves the earliest waiting sequence to the running ones, if it may start beside the `running` ones of its class.
+    /// Moves the first waiting sequence to the running ones, if it may start beside the `running` ones of its class.
     fn admit(&mut self, running: usize, now: Duration) -> Option<&Sequence> {
         if running >= self.max_num_seqs {
             return None;
         }
-        let (&id, sequence) = self.waiting.first_key_value()?;
+        let (&rank, sequence) = self.waiting.first_key_value()?;
+        let id = rank.id;
         if shares_soon(&self.blocks, self.running.values(), sequence) {
             return None;
         }
         // Each running sequence may need one block within the next `block_size` steps. Without them to
         // spare, whoever is admitted now would soon be preempted again.
-        while !self.blocks.admit(self.waiting.get_mut(&id)?, running) {
+        while !self.blocks.admit(self.waiting.get_mut(&rank)?, running) {
             if !self.preempt_background_for(id) {
                 return None;
             }
         }
-        let mut sequence = self.waiting.remove(&id)?;
+        let mut sequence = self.waiting.remove(&rank)?;
         if sequence.start.is_none() {
             let cached_tokens = sequence.num_computed;
             sequence.start = Some(Start { at: now, cached_tokens });
@@ -260,166 +263,34 @@ impl Scheduler {
         std::mem::take(&mut self.unclean)
     }
 
-    /// Takes all blocks from the running sequence that came last. It is the first of the waiting of its class then.
-    fn preempt_latest(&mut self) -> RequestId {
-        let (id, mut sequence) = self.running.pop_last().expect("whoever lacks a block is running");
+    /// The running sequence that is the first to lose its blocks.
+    fn last(&self) -> Option<&Sequence> {
+        self.running.values().max_by_key(|sequence| sequence.rank())
+    }
+
+    /// Takes all blocks from the last running sequence, which waits then.
+    fn preempt_last(&mut self) -> RequestId {
+        let id = self.last().expect("whoever lacks a block is running").id;
+        let mut sequence = self.running.remove(&id).expect("it was just found");
         self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
-        self.waiting.insert(id, sequence);
+        self.waiting.insert(sequence.rank(), sequence);
         self.counters.preemptions += u64::from(!id.is_background());
         id
     }
 
     /// Takes the blocks of a background sequence, if there is one that has some and `id` is of the foreground.
     fn preempt_background_for(&mut self, id: RequestId) -> bool {
-        let holds = !id.is_background() && self.running.keys().next_back().is_some_and(|last| last.is_background());
+        let holds = !id.is_background() && self.last().is_some_and(|last| last.id.is_background());
         if holds {
-            self.preempt_latest();
+            self.preempt_last();
         }
         holds
     }
 
-    /// Takes the result of the planned step, entry by entry.
-    pub fn commit(&mut self, plan: &StepPlan, output: StepOutput, now: Duration) -> Vec<RequestOutput> {
-        let mut outputs = Vec::new();
-        self.counters.step_tokens.observe(plan.num_tokens());
-        for (step, result) in plan.sequences.iter().zip(output.sequences) {
-            let id = RequestId(step.id);
-            let sequence = self.running.get_mut(&id).expect("what is planned is running until committed");
-            let end = step.num_computed + step.tokens.len();
-            self.counters.prompt_tokens_computed +=
-                end.min(sequence.prompt_len).saturating_sub(step.num_computed) as u64;
-            sequence.num_computed = end;
-            let sampled = match result.scores {
-                // Whatever was sampled came of the same values.
-                Err(failure) => vec![Err(failure)],
-                Ok(scores) => {
-                    if !scores.is_empty() {
-                        let event = OutputEvent::PromptScores(sequence.take_scores(scores));
-                        outputs.push(RequestOutput { id, event });
-                    }
-                    result.sampled
-                }
-            };
-            if !sampled.is_empty() {
-                sequence.proposed = result.proposed;
-                outputs.extend(self.take_samples(id, &step.draft, sampled, now));
-            }
-        }
-        outputs
-    }
-
-    /// Takes what was sampled for a sequence, token by token: each is judged as if it had come alone, and what was
-    /// sampled behind an end is forgotten.
-    fn take_samples(
-        &mut self,
-        id: RequestId,
-        draft: &[u32],
-        sampled: Vec<Result<SampledToken, SequenceFailure>>,
-        now: Duration,
-    ) -> Vec<RequestOutput> {
-        let mut outputs = Vec::new();
-        let mut end = None;
-        let sequence = self.running.get_mut(&id).expect("what is planned is running until committed");
-        let known = sequence.tokens.len();
-        for sampled in sampled {
-            let Ok(SampledToken { token, logprob, top }) = sampled else {
-                end = Some(FinishReason::Error(EngineFailure::NonFiniteLogits));
-                break;
-            };
-            // A sample behind a draft: it was accepted, and is computed.
-            sequence.num_computed = sequence.tokens.len();
-            self.blocks.publish(sequence);
-            sequence.tokens.push(token);
-            sequence.first_token_at.get_or_insert(now);
-            self.counters.generated_tokens += 1;
-
-            let stop = sequence.stop_token_ids.contains(&token).then_some(FinishReason::Stop { token });
-            if stop.is_none() {
-                outputs.push(RequestOutput { id, event: OutputEvent::Token { token, logprob, top } });
-            }
-            let length = (sequence.num_output() >= sequence.max_tokens).then_some(FinishReason::Length);
-            end = stop.or(length);
-            if end.is_some() {
-                break;
-            }
-        }
-        if draft.is_empty() {
-            sequence.drafting.without();
-        } else {
-            let accepted =
-                draft.iter().zip(&sequence.tokens[known..]).take_while(|(draft, token)| draft == token).count();
-            sequence.drafting.judged(draft.len(), accepted);
-            let stats = self.counters.speculation.as_mut().expect("there are drafts");
-            stats.observe(draft.len(), accepted);
-        }
-        match end {
-            None => self.blocks.trim(sequence),
-            Some(reason) => outputs.push(self.end_running(id, reason, now)),
-        }
-        outputs
-    }
-
-    /// Ends a sequence by what its step gave.
-    fn end_running(&mut self, id: RequestId, reason: FinishReason, now: Duration) -> RequestOutput {
-        let mut sequence = self.running.remove(&id).expect("what is planned is running until committed");
-        match reason {
-            FinishReason::Error(_) => self.unclean.extend(self.blocks.discard(&mut sequence)),
-            _ => self.blocks.release(&mut sequence),
-        }
-        self.finish(sequence, reason, now)
-    }
-
-    /// Ends a request at the client's wish. `None` if it has ended already.
-    pub fn abort(&mut self, id: RequestId, now: Duration) -> Option<RequestOutput> {
-        let mut sequence = self.running.remove(&id).or_else(|| self.waiting.remove(&id))?;
-        self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
-        Some(self.finish(sequence, FinishReason::Aborted, now))
-    }
-
-    /// Ends all sequences that hold blocks after a step that failed as a whole, and forgets all cached blocks:
-    /// nobody knows what the step left in the cache. The waiting ones have nothing there and go on.
-    pub fn fail_running(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
-        let mut outputs = Vec::new();
-        while let Some((_, mut sequence)) = self.running.pop_first() {
-            self.unclean.extend(self.blocks.discard(&mut sequence));
-            outputs.push(self.finish(sequence, FinishReason::Error(failure.clone()), now));
-        }
-        self.unclean.extend(self.blocks.forget_cached());
-        self.counters.failed_steps += 1;
-        outputs
-    }
-
-    /// Ends everything.
-    pub fn fail_all(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
-        let all =
-            std::mem::take(&mut self.running).into_values().chain(std::mem::take(&mut self.waiting).into_values());
-        let all: Vec<Sequence> = all.collect();
-        all.into_iter()
-            .map(|mut sequence| {
-                self.blocks.release(&mut sequence);
-                self.finish(sequence, FinishReason::Error(failure.clone()), now)
-            })
-            .collect()
-    }
-
-    /// The last event of a sequence that is neither running nor waiting any more and holds no block.
-    fn finish(&mut self, sequence: Sequence, reason: FinishReason, now: Duration) -> RequestOutput {
-        debug_assert!(sequence.table.blocks().is_empty(), "an ended sequence holds no block");
-        if sequence.start.is_none() {
-            self.left_queue[usize::from(sequence.id.is_background())] += 1;
-        }
-        let finished = &mut self.counters.finished;
-        match reason {
-            FinishReason::Stop { .. } => finished.stop += 1,
-            FinishReason::Length => finished.length += 1,
-            FinishReason::Aborted => finished.aborted += 1,
-            FinishReason::Error(ref failure) => {
-                finished.error += 1;
-                finished.non_finite_logits += u64::from(*failure == EngineFailure::NonFiniteLogits);
-            }
-        }
-        let event = OutputEvent::Finished { reason, usage: sequence.usage(), timings: sequence.timings(now) };
-        RequestOutput { id: sequence.id, event }
+    /// The work of making the masks of a planned step; `None` where it needs none.
+    pub fn mask_job(&mut self, step: &SequenceStep) -> Option<MaskJob> {
+        let masks = step.sample.as_ref()?.masks.clone()?;
+        self.running.get_mut(&RequestId(step.id))?.mask_job(&step.draft, masks)
     }
 }
 
@@ -434,8 +305,8 @@ impl Scheduler {
         &self.running
     }
 
-    pub fn waiting(&self) -> &BTreeMap<RequestId, Sequence> {
-        &self.waiting
+    pub fn waiting(&self) -> BTreeMap<RequestId, &Sequence> {
+        self.waiting.values().map(|sequence| (sequence.id, sequence)).collect()
     }
 
     pub fn check_blocks(&self) -> Result<(), String> {

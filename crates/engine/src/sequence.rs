@@ -4,16 +4,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Adapter, SampleRequest, SamplingParams, Score, ScoreRequest, SequenceStep};
+use baton_model::{Adapter, SampleRequest, SamplingParams, Score, ScoreRequest, SequenceStep, StepMasks};
 
 use crate::block::BlockId;
 use crate::block_manager::BlockTable;
+use crate::constrain::{Constrained, MaskJob};
 use crate::speculate::Drafting;
-use crate::{CacheScope, PositionScore, PromptScores, Request, RequestId, Timings, Usage};
+use crate::{CacheScope, EngineFailure, PositionScore, PromptScores, Request, RequestId, Timings, Usage};
 
 /// A request under way.
 pub(crate) struct Sequence {
     pub id: RequestId,
+    pub priority: i32,
     /// The id of the first choice of its request.
     pub group: RequestId,
     /// Prompt, then output.
@@ -28,11 +30,15 @@ pub(crate) struct Sequence {
     pub params: Arc<SamplingParams>,
     pub max_tokens: usize,
     pub stop_token_ids: Vec<u32>,
+    /// `None` without a grammar.
+    pub constrained: Option<Constrained>,
     pub prompt_scores: Option<PromptScores>,
     /// Positions of the prompt whose scores were told, from the first on.
     pub num_scored: usize,
     /// A sequence that has not started by then never does.
     pub start_by: Option<Duration>,
+    /// A sequence that has not ended by then is ended.
+    pub end_by: Option<Duration>,
     pub arrival: Duration,
     /// Set by the first step.
     pub start: Option<Start>,
@@ -50,10 +56,19 @@ pub(crate) struct Start {
     pub cached_tokens: usize,
 }
 
+/// Who goes first of those that wait, and stays longest of those that run: the smaller one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    pub is_background: bool,
+    pub priority: i32,
+    pub id: RequestId,
+}
+
 impl Sequence {
     pub fn new(id: RequestId, group: RequestId, request: Request, arrival: Duration) -> Self {
         Self {
             id,
+            priority: request.priority,
             group,
             prompt_len: request.prompt.len(),
             tokens: request.prompt,
@@ -63,16 +78,22 @@ impl Sequence {
             adapter: request.adapter,
             params: Arc::new(request.params),
             max_tokens: request.max_tokens as usize,
+            constrained: request.grammar.map(|grammar| Constrained::new(grammar, request.stop_token_ids.clone())),
             stop_token_ids: request.stop_token_ids,
             prompt_scores: request.prompt_scores,
             num_scored: 0,
             start_by: request.deadline.map(|deadline| arrival.saturating_add(deadline)),
+            end_by: request.time_limit.map(|limit| arrival.saturating_add(limit)),
             arrival,
             start: None,
             first_token_at: None,
             drafting: Drafting::new(),
             proposed: Vec::new(),
         }
+    }
+
+    pub fn rank(&self) -> Rank {
+        Rank { is_background: self.id.is_background(), priority: self.priority, id: self.id }
     }
 
     /// Tokens generated so far.
@@ -85,9 +106,19 @@ impl Sequence {
         self.tokens.len() - self.num_computed
     }
 
-    /// Whether it should have started by now and has not.
-    pub fn is_overdue(&self, now: Duration) -> bool {
-        self.start.is_none() && self.start_by.is_some_and(|start_by| start_by <= now)
+    /// Why it must end before the next step, if it should have started or ended by now.
+    pub fn overdue(&self, now: Duration) -> Option<EngineFailure> {
+        let passed = |time: Option<Duration>| time.is_some_and(|time| time <= now);
+        if self.start.is_none() && passed(self.start_by) {
+            return Some(EngineFailure::QueueTimeout);
+        }
+        passed(self.end_by).then_some(EngineFailure::DeadlineExceeded)
+    }
+
+    /// The work of making the masks of a step with these drafts; `None` without a grammar.
+    pub fn mask_job(&mut self, draft: &[u32], masks: StepMasks) -> Option<MaskJob> {
+        let output = &self.tokens[self.prompt_len..];
+        Some(self.constrained.as_mut()?.job(output, draft, masks))
     }
 
     /// Drafts that could still become output: behind them one more token is sampled.
@@ -113,6 +144,7 @@ impl Sequence {
                 position: self.num_output() as u32,
                 history: if self.params.needs_history() { self.tokens.clone() } else { Vec::new() },
                 prompt_len: self.prompt_len,
+                masks: self.constrained.as_ref().map(|_| StepMasks::default()),
             }),
         }
     }

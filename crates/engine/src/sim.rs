@@ -6,10 +6,16 @@ mod background;
 #[cfg(test)]
 mod cases;
 #[cfg(test)]
+mod grammars;
+#[cfg(test)]
 mod invariants;
 mod mock;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod toy;
+#[cfg(test)]
+mod urgency;
 #[cfg(test)]
 mod world;
 

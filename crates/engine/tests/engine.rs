@@ -1,7 +1,9 @@
 //! The engine on its own thread, through its public API: what clients, drains and faults do to it.
 //! Loops that wait for the thread end by themselves; a guard fails them long after they should have.
 
+use std::panic::panic_any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
@@ -9,6 +11,7 @@ use baton_engine::{
     Adapter, Engine, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, PromptScores,
     Request, RunSpec, SamplingParams, SubmitError, Usage, spawn,
 };
+use baton_model::{Constraint, ConstraintError, Grammar, TokenMask};
 
 const MODEL: MockModel = MockModel::Hash { seed: 11, vocab_size: 500, end: Some((0, 20)) };
 
@@ -309,4 +312,101 @@ fn an_adapter_is_kept_by_its_requests_and_free_when_the_last_has_ended() {
         assert_eq!(collect(stream).0, expected);
     }
     eventually(|| Arc::strong_count(&weights) == 1);
+}
+
+/// The output is one id, again and again, of which so many are out that the request ends; or its parser panics.
+#[derive(Debug, Default)]
+struct Monotony {
+    id: u32,
+    panics: bool,
+    masks: Arc<AtomicUsize>,
+}
+
+struct Monotonous {
+    id: u32,
+    panics: bool,
+    masks: Arc<AtomicUsize>,
+}
+
+impl Grammar for Monotony {
+    fn begin(&self, _: &[u32]) -> Box<dyn Constraint> {
+        Box::new(Monotonous { id: self.id, panics: self.panics, masks: self.masks.clone() })
+    }
+}
+
+impl Constraint for Monotonous {
+    fn accept(&mut self, token: u32) -> Result<(), ConstraintError> {
+        assert_eq!(token, self.id);
+        Ok(())
+    }
+
+    fn masks(&mut self, _: &[u32]) -> Result<Vec<Option<TokenMask>>, ConstraintError> {
+        if self.panics {
+            panic_any(());
+        }
+        self.masks.fetch_add(1, Ordering::Relaxed);
+        Ok(vec![Some(TokenMask::only(500, [self.id]))])
+    }
+}
+
+#[test]
+fn masks_are_computed_while_the_step_computes() {
+    let (handle, _engine, control) = start(EngineConfig::default());
+    control.hang();
+    let masks = Arc::default();
+    let grammar = Monotony { id: 7, masks: Arc::clone(&masks), ..Monotony::default() };
+    let stream = handle.submit(Request { grammar: Some(Arc::new(grammar)), ..request(0, 5) }).unwrap();
+    eventually(|| masks.load(Ordering::Relaxed) == 1);
+    assert!(handle.stats().step_under_way.is_some(), "the step has not ended");
+    control.release();
+    assert_eq!(collect(stream).0, [7; 5]);
+    assert_eq!(masks.load(Ordering::Relaxed), 5);
+}
+
+#[test]
+fn a_grammar_that_panics_fails_its_request_alone_and_the_next_is_served() {
+    let (handle, _engine, _) = start(EngineConfig::default());
+    let constrained = |id, panics| {
+        let grammar = Monotony { id, panics, ..Monotony::default() };
+        handle.submit(Request { grammar: Some(Arc::new(grammar)), ..request(id, 5) }).unwrap()
+    };
+    for _ in 0..4 {
+        let streams = [constrained(3, true), constrained(4, false)];
+        let [(none, failure, _), (tokens, reason, _)] = streams.map(collect);
+        assert!(matches!(failure, FinishReason::Error(EngineFailure::GrammarFailed(_))), "{failure:?}");
+        assert_eq!((none, tokens, reason), (vec![], vec![4; 5], FinishReason::Length));
+    }
+}
+
+#[test]
+fn a_grammar_is_kept_by_its_requests_and_free_when_the_last_has_ended() {
+    let (handle, _engine, control) = start(EngineConfig::default());
+    let grammar: Arc<dyn Grammar> = Arc::new(Monotony { id: 5, ..Monotony::default() });
+    let first = hang(&handle, &control);
+    let streams = [3, 900]
+        .map(|max_tokens| handle.submit(Request { grammar: Some(grammar.clone()), ..request(1, max_tokens) }).unwrap());
+    assert!(Arc::strong_count(&grammar) > 1);
+    control.release();
+    let [finished, dropped] = streams;
+    assert_eq!(collect(finished).0, [5; 3]);
+    drop(dropped);
+    collect(first);
+    eventually(|| Arc::strong_count(&grammar) == 1);
+}
+
+#[test]
+fn a_time_limit_counts_from_submission_to_the_last_token() {
+    let (handle, _engine, control) = start(EngineConfig::default());
+    control.delay_steps(Duration::from_millis(2));
+    let limited = |limit| {
+        let request = Request { stop_token_ids: Vec::new(), ..request(1, 3000) };
+        handle.submit(Request { time_limit: Some(limit), ..request }).unwrap()
+    };
+    let before = Instant::now();
+    let (tokens, reason, usage) = collect(limited(Duration::from_millis(40)));
+    assert!(before.elapsed() >= Duration::from_millis(40));
+    assert_eq!(reason, FinishReason::Error(EngineFailure::DeadlineExceeded));
+    assert_eq!(usage.completion_tokens, tokens.len());
+    assert!(tokens.len() <= 20, "a step takes two milliseconds at least");
+    assert_eq!(collect(limited(Duration::ZERO)).1, FinishReason::Error(EngineFailure::DeadlineExceeded));
 }

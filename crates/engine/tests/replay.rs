@@ -1,17 +1,66 @@
-//! Requests of real checkpoints give the same bits alone, in a batch, in chunks, over cached prefixes, preempted, and in
-//! the background: tokens, log-probabilities and scores of the prompt. Each time another engine on the same loaded model.
+//! Requests of real checkpoints give the same bits alone, in a batch, in chunks, over cached prefixes, preempted, with
+//! drafts, and in the background: tokens, log-probabilities and scores of the prompt, grammars or not. Each time another
+//! engine on the same loaded model.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_engine::{
-    EngineConfig, EngineHandle, EngineStats, FinishReason, OutputEvent, OutputStream, PositionScore, PromptScores,
-    Request, SamplingParams, SharedRunner, spawn,
+    DraftMethod, EngineConfig, EngineHandle, EngineStats, FinishReason, OutputEvent, OutputStream, PositionScore,
+    PromptScores, Request, SamplingParams, SharedRunner, SpeculationConfig, spawn,
 };
-use baton_model::{Files, KvCacheSize, LoadOptions, load};
+use baton_model::{Constraint, ConstraintError, Files, Grammar, KvCacheSize, LoadOptions, TokenMask, load};
 
 /// Tokens of each reply.
 const OUTPUT: u32 = 40;
+
+/// Ids above all that it may choose.
+const VOCAB_SIZE: u32 = 190;
+
+/// No token is followed by one of its own residue class modulo 3, and every fifth is free.
+#[derive(Debug, Clone, Default)]
+struct Restless {
+    last: u32,
+    taken: u32,
+}
+
+impl Grammar for Restless {
+    fn begin(&self, _: &[u32]) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}
+
+impl Restless {
+    fn allows(&self, id: u32) -> bool {
+        self.taken.is_multiple_of(5) || (id < VOCAB_SIZE && id % 3 != self.last % 3)
+    }
+
+    fn after(&self, token: u32) -> Self {
+        Self { last: token, taken: self.taken + 1 }
+    }
+}
+
+impl Constraint for Restless {
+    fn accept(&mut self, token: u32) -> Result<(), ConstraintError> {
+        assert!(self.allows(token), "{token} after {}", self.last);
+        *self = self.after(token);
+        Ok(())
+    }
+
+    fn masks(&mut self, draft: &[u32]) -> Result<Vec<Option<TokenMask>>, ConstraintError> {
+        let states = std::iter::once(self.clone()).chain(draft.iter().scan(self.clone(), |state, &token| {
+            let allowed = state.allows(token);
+            *state = state.after(token);
+            allowed.then(|| state.clone())
+        }));
+        let mask = |state: Restless| {
+            let ids = (0..VOCAB_SIZE).filter(|id| state.allows(*id));
+            (!state.taken.is_multiple_of(5)).then(|| TokenMask::only(VOCAB_SIZE as usize, ids))
+        };
+        Ok(states.map(mask).collect())
+    }
+}
 
 /// What a client got.
 #[derive(Debug, PartialEq)]
@@ -27,21 +76,32 @@ fn model(name: &str) -> SharedRunner {
         max_model_len: Some(256),
         max_step_tokens: 256,
         max_step_sequences: 8,
+        max_draft_tokens: 3,
         kv_cache: KvCacheSize::AtMost(1 << 26),
         ..LoadOptions::default()
     };
     SharedRunner::new(Box::new(load(backend, &Files::folder(folder).unwrap(), &options).unwrap().0))
 }
 
-/// Greedy and sampled, scored and not, some with a common beginning.
+/// Greedy and sampled, scored and not, free and restrained, some with a common beginning.
 fn requests() -> Vec<Request> {
     let request = |i: u32| {
         let prompt = (0..30 + 17 * i).map(|position| (position * 7 + if position < 40 { 3 } else { i }) % 190);
         let temperature = if i.is_multiple_of(2) { 0.0 } else { 0.9 };
-        let params = SamplingParams { temperature, seed: i.into(), logprobs: Some(0), ..SamplingParams::default() };
+        let bad_words = if i > 3 { vec![vec![7], vec![3, 5], vec![90, 91, 92]] } else { Vec::new() };
+        let allowed_token_ids = (i == 5).then(|| (20..VOCAB_SIZE).collect());
+        let params = SamplingParams {
+            temperature,
+            seed: i.into(),
+            logprobs: Some(0),
+            bad_words,
+            allowed_token_ids,
+            ..SamplingParams::default()
+        };
         let scores = PromptScores { top: 4, targets: [(0, vec![5]), (29, vec![1, 180])].into() };
         let prompt_scores = (i % 3 < 2).then_some(scores);
-        Request { prompt_scores, ..Request::new(prompt.collect(), params, OUTPUT) }
+        let grammar = (i.is_multiple_of(2) || i == 5).then(|| Arc::new(Restless::default()) as Arc<dyn Grammar>);
+        Request { prompt_scores, grammar, ..Request::new(prompt.collect(), params, OUTPUT) }
     };
     (0..6).map(request).collect()
 }
@@ -64,10 +124,11 @@ fn reply(mut stream: OutputStream) -> Reply {
 fn with_engine<T>(
     model: &SharedRunner,
     (max_step_tokens, num_blocks): (usize, usize),
+    speculation: Option<SpeculationConfig>,
     work: impl FnOnce(&EngineHandle) -> T,
 ) -> (T, EngineStats) {
     let runner = model.view(max_step_tokens, num_blocks).unwrap();
-    let (handle, engine) = spawn(runner, EngineConfig::default());
+    let (handle, engine) = spawn(runner, EngineConfig { speculation, ..EngineConfig::default() });
     let result = work(&handle);
     let stats = handle.stats();
     handle.shutdown();
@@ -90,7 +151,7 @@ fn replays_are_equal(name: &str) {
     let alone: Vec<Reply> = requests
         .iter()
         .flat_map(|request| {
-            with_engine(&model, (all, all), |engine| one_by_one(engine, std::slice::from_ref(request))).0
+            with_engine(&model, (all, all), None, |engine| one_by_one(engine, std::slice::from_ref(request))).0
         })
         .collect();
     for (request, reply) in requests.iter().zip(&alone) {
@@ -99,16 +160,16 @@ fn replays_are_equal(name: &str) {
     }
 
     let equal = |replies: Vec<Reply>, how: &str| assert!(replies == alone, "{name}, {how}");
-    let (replies, stats) = with_engine(&model, (all, all), |engine| together(engine, &requests));
+    let (replies, stats) = with_engine(&model, (all, all), None, |engine| together(engine, &requests));
     equal(replies, "batched");
     assert!(stats.step_tokens.count < u64::from(OUTPUT) * 6);
 
-    let (replies, stats) = with_engine(&model, (7, all), |engine| together(engine, &requests));
+    let (replies, stats) = with_engine(&model, (7, all), None, |engine| together(engine, &requests));
     equal(replies, "in chunks");
     assert!(stats.step_tokens.sum / 7 <= stats.step_tokens.count);
 
     let ((cold, warm), stats) =
-        with_engine(&model, (all, all), |engine| (one_by_one(engine, &requests), one_by_one(engine, &requests)));
+        with_engine(&model, (all, all), None, |engine| (one_by_one(engine, &requests), one_by_one(engine, &requests)));
     equal(cold, "cold");
     equal(warm, "warm");
     assert!(stats.prefix_hit_tokens > 0);
@@ -116,13 +177,20 @@ fn replays_are_equal(name: &str) {
     // Room for the longest alone.
     let longest = requests.iter().map(|request| request.prompt.len() + OUTPUT as usize).max().unwrap();
     let num_blocks = longest.div_ceil(model.spec().block_size) + 1;
-    let (replies, stats) = with_engine(&model, (16, num_blocks), |engine| together(engine, &requests));
+    let (replies, stats) = with_engine(&model, (16, num_blocks), None, |engine| together(engine, &requests));
     equal(replies, "in a tight cache");
     assert!(stats.preemptions > 0, "{name}: nobody was preempted");
 
+    let method = DraftMethod::Ngram { min: 1, max: 3 };
+    let speculation = SpeculationConfig { method, num_speculative_tokens: 3, disable_by_batch_size: 32 };
+    let (replies, stats) = with_engine(&model, (all, all), Some(speculation), |engine| together(engine, &requests));
+    equal(replies, "with drafts");
+    let drafts = stats.speculation.unwrap();
+    assert!(drafts.accepted_tokens > 0 && drafts.draft_tokens > drafts.accepted_tokens, "{name}: {drafts:?}");
+
     let background: Vec<Request> =
         requests.iter().map(|request| Request { background: true, ..request.clone() }).collect();
-    let ((front, back), _) = with_engine(&model, (16, num_blocks), |engine| {
+    let ((front, back), _) = with_engine(&model, (16, num_blocks), None, |engine| {
         let back = engine.submit_group(background).unwrap();
         (together(engine, &requests), back.into_iter().map(reply).collect())
     });

@@ -23,7 +23,8 @@ pub fn run(path: &Path) -> bool {
         Ok((mut runner, _)) => {
             let last = runner.spec().vocab_size as u32 - 1;
             let tokens = vec![0, last];
-            let sample = SampleRequest { params: Arc::default(), position: 0, history: Vec::new(), prompt_len: 2 };
+            let sample =
+                SampleRequest { params: Arc::default(), position: 0, history: Vec::new(), prompt_len: 2, masks: None };
             let step = SequenceStep {
                 id: 1,
                 num_computed: 0,

@@ -2,6 +2,7 @@
 //!
 //! A service exists before its model: until [`Service::install`] it answers probes, and inference with 503.
 
+use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::access::AccessRecord;
 use crate::admission::Counter;
 use crate::auth::{ApiKey, Keys};
+use crate::cors::Origin;
 use crate::encoder::{Encoder, NewEncoder};
 use crate::error::ApiError;
 use crate::generation::{Generation, NewGeneration, Retired};
@@ -18,6 +20,11 @@ use crate::generations::{Generations, Pick, Traffic, TransitionError};
 use crate::metrics::HttpMetrics;
 use crate::observed::Observed;
 use crate::rollout::RolloutControl;
+use crate::store::Store;
+use crate::tls::Tls;
+
+/// Accesses to the disk at once, at most.
+const DISK_WORK: usize = 8;
 
 /// Settings of the service.
 #[derive(Debug, Clone)]
@@ -40,6 +47,14 @@ pub struct ServiceConfig {
     pub keep_alive: Duration,
     /// What `/version` says.
     pub version: String,
+    /// Whose pages may use the service from a browser; none: nobody's.
+    pub allowed_origins: Vec<Origin>,
+    /// Where requests may keep what must outlive the process; `None`: nowhere.
+    pub store: Option<Store>,
+    /// Encrypts every connection.
+    pub tls: Option<Tls>,
+    /// Speak HTTP/2 too.
+    pub http2: bool,
 }
 
 impl Default for ServiceConfig {
@@ -54,6 +69,10 @@ impl Default for ServiceConfig {
             queue_timeout: Some(Duration::from_secs(600)),
             keep_alive: Duration::from_secs(15),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            allowed_origins: Vec::new(),
+            store: None,
+            tls: None,
+            http2: false,
         }
     }
 }
@@ -74,6 +93,7 @@ struct Shared {
     draining: CancellationToken,
     kill_switch: CancellationToken,
     text_work: Semaphore,
+    disk_work: Semaphore,
     started: Instant,
 }
 
@@ -92,6 +112,7 @@ impl Service {
             draining: CancellationToken::new(),
             kill_switch: CancellationToken::new(),
             text_work: Semaphore::new(cores),
+            disk_work: Semaphore::new(DISK_WORK),
             started: Instant::now(),
         }))
     }
@@ -187,6 +208,11 @@ impl Service {
         self.0.draining.cancel();
     }
 
+    /// Cancelled when it drains.
+    pub(crate) fn draining(&self) -> &CancellationToken {
+        &self.0.draining
+    }
+
     /// Which generations there are.
     pub(crate) fn generations(&self) -> &Generations {
         &self.0.generations
@@ -270,5 +296,25 @@ impl Service {
     ) -> Result<T, ApiError> {
         let _permit = self.0.text_work.acquire().await.map_err(|_| ApiError::internal())?;
         tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
+    }
+
+    /// Where requests keep what must outlive the process.
+    pub(crate) fn store(&self) -> Result<&Store, ApiError> {
+        let none = || ApiError::not_configured("this server keeps nothing for later; start it with --state-dir");
+        self.0.config.store.as_ref().ok_or_else(none)
+    }
+
+    /// Runs work on the disk off the threads that serve; no more than a few at once. What the system refuses is logged,
+    /// and the client is told that it is our fault. It is carried out even if the client leaves.
+    pub(crate) async fn disk_work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let _permit = self.0.disk_work.acquire().await.map_err(|_| ApiError::internal())?;
+        let done = tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?;
+        done.map_err(|error| {
+            tracing::error!(%error, "the state folder cannot be used");
+            ApiError::internal()
+        })
     }
 }

@@ -182,7 +182,9 @@ impl Shadow {
             if let OutputEvent::Finished { reason, timings, .. } = event {
                 return match reason {
                     FinishReason::Error(EngineFailure::NonFiniteLogits) => Err(Failure::NonFinite),
-                    FinishReason::Error(EngineFailure::QueueTimeout) => Err(Failure::Skipped),
+                    FinishReason::Error(EngineFailure::QueueTimeout | EngineFailure::DeadlineExceeded) => {
+                        Err(Failure::Skipped)
+                    }
                     FinishReason::Error(_) => Err(Failure::Other),
                     _ => Ok(Output { tokens, cut: false, timings: Some(timings) }),
                 };

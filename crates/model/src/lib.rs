@@ -7,6 +7,7 @@
 mod adapter;
 mod arch;
 mod checkpoint;
+mod choosable;
 mod config;
 mod constraint;
 mod cost;

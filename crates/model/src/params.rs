@@ -24,9 +24,9 @@ pub struct SamplingParams {
     pub suppressed_until_min: Vec<u32>,
     /// See `suppressed_until_min`; 0 for none.
     pub min_tokens: u32,
-    /// The only ids that can be chosen, besides end tokens of a grammar; `None` for all.
+    /// The only ids that can be chosen, where a grammar leaves one of them; `None` for all.
     pub allowed_token_ids: Option<Vec<u32>>,
-    /// Sequences of ids that the output never completes; each has at least one.
+    /// Sequences of ids that the output never completes while it can choose something else; each has at least one.
     pub bad_words: Vec<Vec<u32>>,
     /// Seed of the generator. The random number of a token depends on (seed, choice, position) alone.
     pub seed: u64,
@@ -65,8 +65,17 @@ impl SamplingParams {
         Self { temperature: 0.0, ..Self::default() }
     }
 
+    /// Whether single logits are changed before one is chosen.
+    pub(crate) fn changes_logits(&self) -> bool {
+        !self.logit_bias.is_empty() || self.has_penalties()
+    }
+
     /// Whether the sampler must see the sequence's tokens.
     pub fn needs_history(&self) -> bool {
+        self.has_penalties() || self.bad_words.iter().any(|word| word.len() > 1)
+    }
+
+    fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 }

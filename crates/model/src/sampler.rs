@@ -1,8 +1,9 @@
 //! From one row of logits to a token.
 //!
-//! Steps, in this order: logit_bias, repetition penalty, presence and frequency penalties, suppression
-//! of end tokens before `min_tokens`, temperature, top_k, top_p, min_p; then one draw. All in f64, so
-//! that rounding decides no cut. Logprobs are taken before every step: they are the model's own.
+//! Steps, in this order: logit_bias, repetition penalty, presence and frequency penalties, what is refused
+//! ([`crate::choosable`]: grammar, `allowed_token_ids`, `bad_words`, `min_tokens`), temperature, top_k, top_p, min_p;
+//! then one draw. All in f64, so that rounding decides no cut. Logprobs are taken before every step: they are the
+//! model's own.
 //!
 //! The draw inverts the cumulative distribution over the kept tokens by ascending id, with the
 //! request's own random number ([`crate::philox`]). So a token depends on its row of logits, its
@@ -11,8 +12,9 @@
 
 use std::cmp::Ordering;
 
+use crate::choosable::choosable;
 use crate::philox::uniform;
-use crate::{SampleRequest, SampledToken, SamplingParams, Score, ScoreRequest, SequenceFailure};
+use crate::{SampleRequest, SampledToken, SamplingParams, Score, ScoreRequest, SequenceFailure, TokenMask};
 
 /// A token that can be drawn, with its weight relative to the most likely one.
 type Candidate = (u32, f64);
@@ -46,33 +48,41 @@ impl Sampler {
         if !finite {
             return Err(SequenceFailure::NonFiniteLogits);
         }
-        if params.temperature == 0.0 && !changes_logits(request) {
-            return Ok((best, best));
+        let mask = choosable(logits.len(), request)?;
+        if params.temperature == 0.0 && !params.changes_logits() {
+            let token = match &mask {
+                Some(mask) if !mask.allows(best) => first_max_allowed(logits, mask),
+                _ => best,
+            };
+            return Ok((token, best));
         }
-        self.select(logits, request);
+        self.select(logits, mask.as_ref(), request);
         Ok((draw(&self.candidates, uniform(params.seed, params.choice, request.position)), best))
     }
 
     /// The probability of every token, after all steps. Logits may be -inf, for tokens ruled out.
-    pub fn probabilities(&mut self, logits: &[f32], request: &SampleRequest) -> Vec<f64> {
-        self.select(logits, request);
+    pub fn probabilities(&mut self, logits: &[f32], request: &SampleRequest) -> Result<Vec<f64>, SequenceFailure> {
+        self.select(logits, choosable(logits.len(), request)?.as_ref(), request);
         let total: f64 = self.candidates.iter().map(|c| c.1).sum();
         let mut probabilities = vec![0.0; logits.len()];
         for (id, weight) in &self.candidates {
             probabilities[*id as usize] = weight / total;
         }
-        probabilities
+        Ok(probabilities)
     }
 
-    /// Leaves in `candidates` the tokens that can be drawn, by ascending id; at least one.
-    fn select(&mut self, logits: &[f32], request: &SampleRequest) {
+    /// Leaves in `candidates` the tokens that can be drawn, by ascending id; at least one. All are of the mask.
+    fn select(&mut self, logits: &[f32], mask: Option<&TokenMask>, request: &SampleRequest) {
         let Self { processed, selection, candidates } = self;
         processed.clear();
         processed.extend(logits.iter().map(|&l| f64::from(l)));
         penalize(processed, request);
+        if let Some(mask) = mask {
+            rule_out(processed, mask);
+        }
 
         let SamplingParams { temperature, top_k, top_p, min_p, .. } = *request.params;
-        let (best, max) = first_max(processed);
+        let (best, max) = first_max(processed, mask.and_then(|mask| mask.ids().next()).unwrap_or(0));
         candidates.clear();
         if temperature > 0.0 {
             let threshold = kth_largest(processed, top_k as usize, selection);
@@ -115,19 +125,60 @@ fn scan(logits: &[f32]) -> (bool, u32) {
     (finite.into_iter().all(|f| f), best as u32)
 }
 
-fn first_max(logits: &[f64]) -> (u32, f64) {
-    let mut best = (0, f64::NEG_INFINITY);
+/// The bit of each lane in a word of a mask. Comparing with constants compiles to vector code, shifting by lane does not.
+const BITS: [u32; 32] = {
+    let mut bits = [0; 32];
+    let mut lane = 0;
+    while lane < 32 {
+        bits[lane] = 1 << lane;
+        lane += 1;
+    }
+    bits
+};
+
+/// The first of the largest logits that the mask allows, of finite ones. As in [`scan`], maxima side by side.
+fn first_max_allowed(logits: &[f32], mask: &TokenMask) -> u32 {
+    let mut max = [f32::NEG_INFINITY; 32];
+    let mut raise = |chunk: &[f32], word: u32| {
+        for ((&l, &bit), max) in chunk.iter().zip(&BITS).zip(&mut max) {
+            let l = if word & bit != 0 { l } else { f32::NEG_INFINITY };
+            *max = if l > *max { l } else { *max };
+        }
+    };
+    let (chunks, rest) = logits.as_chunks::<32>();
+    for (chunk, &word) in chunks.iter().zip(mask.words()).filter(|(_, word)| **word != 0) {
+        raise(chunk, word);
+    }
+    raise(rest, mask.words().get(chunks.len()).copied().unwrap_or(0));
+
+    let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let words = (0u32..).step_by(32).zip(logits.chunks(32).zip(mask.words()));
+    let first = words.filter(|(_, (_, word))| **word != 0).find_map(|(start, (chunk, word))| {
+        let lane = chunk.iter().zip(&BITS).position(|(&l, bit)| l == max && word & bit != 0)?;
+        Some(start + lane as u32)
+    });
+    first.unwrap_or(0)
+}
+
+/// Only what the mask allows keeps its logit.
+fn rule_out(logits: &mut [f64], mask: &TokenMask) {
+    let words = mask.words().iter().copied().chain(std::iter::repeat(0));
+    for (chunk, word) in logits.chunks_mut(32).zip(words).filter(|(_, word)| *word != u32::MAX) {
+        for (l, bit) in chunk.iter_mut().zip(&BITS) {
+            *l = if word & bit != 0 { *l } else { f64::NEG_INFINITY };
+        }
+    }
+}
+
+/// The first of the largest logits, or `otherwise` if there is none above -inf.
+fn first_max(logits: &[f64], otherwise: u32) -> (u32, f64) {
+    let mut best = (otherwise, f64::NEG_INFINITY);
     for (id, &l) in (0u32..).zip(logits) {
         if l > best.1 {
             best = (id, l);
         }
     }
     best
-}
-
-fn changes_logits(request: &SampleRequest) -> bool {
-    let params = &*request.params;
-    !params.logit_bias.is_empty() || params.needs_history() || request.position < params.min_tokens
 }
 
 /// Every step that changes single logits. Ids outside the vocabulary have no logit to change.
@@ -151,13 +202,6 @@ fn penalize(logits: &mut [f64], request: &SampleRequest) {
         for (id, count) in occurrences(request.history.get(request.prompt_len..).unwrap_or_default()) {
             if let Some(l) = logits.get_mut(id as usize) {
                 *l -= presence + frequency * count as f64;
-            }
-        }
-    }
-    if request.position < params.min_tokens {
-        for &id in &params.suppressed_until_min {
-            if let Some(l) = logits.get_mut(id as usize) {
-                *l = f64::NEG_INFINITY;
             }
         }
     }

@@ -9,7 +9,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use crate::{Adapter, SamplingParams};
+use crate::{Adapter, ConstraintError, SamplingParams, StepMasks};
 
 /// Work of one step. Sequence ids are distinct.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -56,7 +56,7 @@ impl SequenceStep {
     }
 
     /// The rule of acceptance: `sample(n, request)` chooses the token behind the last known one and the first `n`
-    /// drafts, from n = 0 on, as long as each choice is the draft in its place.
+    /// drafts, from n = 0 on, as long as each choice is the draft in its place and masks reach.
     pub fn sample_along(
         &self,
         mut sample: impl FnMut(usize, &SampleRequest) -> Result<SampledToken, SequenceFailure>,
@@ -69,16 +69,22 @@ impl SequenceStep {
                 Some(Ok(last)) if last.token == draft => request.to_mut().advance(draft),
                 _ => break,
             }
+            if request.masks.as_ref().is_some_and(|masks| !masks.reach()) {
+                break;
+            }
             sampled.push(sample(n, &request));
         }
         sampled
     }
 
-    /// The request for the token behind those that were sampled; `None` if none was, or one failed.
+    /// The request for the token behind those that were sampled, whatever a grammar says of it; `None` if none was
+    /// sampled, or one failed.
     pub fn request_behind(&self, sampled: &[Result<SampledToken, SequenceFailure>]) -> Option<SampleRequest> {
         sampled.last()?.as_ref().ok()?;
         let mut request = self.sample.clone()?;
         sampled.iter().flatten().for_each(|sampled| request.advance(sampled.token));
+        // Those of the step are for its drafts, and what was sampled last is none of them.
+        request.masks = None;
         Some(request)
     }
 }
@@ -105,12 +111,17 @@ pub struct SampleRequest {
     pub history: Vec<u32>,
     /// How many of `history` are prompt.
     pub prompt_len: usize,
+    /// What a grammar allows behind the known tokens and behind each draft; `None` without a grammar.
+    pub masks: Option<StepMasks>,
 }
 
 impl SampleRequest {
     /// The request for the token behind `token`, which was chosen.
     pub fn advance(&mut self, token: u32) {
         self.position += 1;
+        if let Some(masks) = &mut self.masks {
+            masks.advance();
+        }
         if self.params.needs_history() {
             self.history.push(token);
         }
@@ -129,7 +140,8 @@ pub struct StepOutput {
 pub struct SequenceOutput {
     /// As in the plan.
     pub id: u64,
-    /// Empty if no sample was asked for, else one token more than drafts were accepted. A failure is the last.
+    /// Empty if no sample was asked for, else at least one: each but the last is the draft in its place. A failure is the
+    /// last.
     pub sampled: Vec<Result<SampledToken, SequenceFailure>>,
     /// Guesses at what follows, as many as [`SequenceStep::propose`] at most.
     pub proposed: Vec<u32>,
@@ -166,11 +178,14 @@ pub struct SampledToken {
 }
 
 /// Why one sequence of a step failed; its batch mates are untouched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SequenceFailure {
     /// The model's logits hold NaN or infinity.
     #[error("the model computed logits that are not finite")]
     NonFiniteLogits,
+    /// The grammar of its output cannot be followed any further.
+    #[error("the grammar of the output failed: {0}")]
+    Grammar(#[from] ConstraintError),
 }
 
 /// A failure of the whole step.

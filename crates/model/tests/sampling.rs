@@ -5,12 +5,12 @@ mod common;
 
 use std::sync::Arc;
 
-use baton_model::{SampleRequest, Sampler, SamplingParams, SequenceFailure};
+use baton_model::{ConstraintError, SampleRequest, Sampler, SamplingParams, SequenceFailure, StepMasks, TokenMask};
 use common::{Rng, folder, json};
 use serde_json::Value;
 
 fn request(params: SamplingParams) -> SampleRequest {
-    SampleRequest { params: Arc::new(params), position: 0, history: Vec::new(), prompt_len: 0 }
+    SampleRequest { params: Arc::new(params), position: 0, history: Vec::new(), prompt_len: 0, masks: None }
 }
 
 fn golden_request(case: &Value) -> SampleRequest {
@@ -34,6 +34,7 @@ fn golden_request(case: &Value) -> SampleRequest {
         position: output.len() as u32,
         prompt_len: prompt.len(),
         history: [prompt, output].concat(),
+        masks: None,
     }
 }
 
@@ -46,7 +47,7 @@ fn probabilities_are_those_of_transformers() {
         let vector = case["vector"].as_str().unwrap();
         let logit = |v: &Value| v.as_f64().map_or(f32::NEG_INFINITY, |v| v as f32);
         let logits: Vec<f32> = golden["vectors"][vector].as_array().unwrap().iter().map(logit).collect();
-        let mut actual = sampler.probabilities(&logits, &golden_request(case));
+        let mut actual = sampler.probabilities(&logits, &golden_request(case)).unwrap();
         let mut expected: Vec<f64> = serde_json::from_value(case["probs"].clone()).unwrap();
         if vector == "ties" {
             // Which of several equal logits top_p keeps is an accident of the sort.
@@ -65,7 +66,7 @@ fn draws_follow_the_probabilities() {
     let logits = [1.0, -2.0, 0.5, 3.0, 2.5, -30.0];
     let mut sampler = Sampler::default();
     let params = SamplingParams { temperature: 1.5, ..SamplingParams::default() };
-    let probabilities = sampler.probabilities(&logits, &request(params.clone()));
+    let probabilities = sampler.probabilities(&logits, &request(params.clone())).unwrap();
     let (mut counts, draws) = ([0; 6], 40_000);
     for position in 0..draws {
         let request = SampleRequest { position, ..request(params.clone()) };
@@ -96,7 +97,7 @@ fn a_drawn_token_is_never_one_that_was_cut() {
             ..SamplingParams::default()
         };
         let request = request(params);
-        let probabilities = sampler.probabilities(&logits, &request);
+        let probabilities = sampler.probabilities(&logits, &request).unwrap();
         let token = sampler.sample(&logits, &request).unwrap().token;
         assert!(probabilities[token as usize] > 0.0, "case {case}");
     }
@@ -112,7 +113,7 @@ fn the_nucleus_is_the_one_that_sorting_gives() {
         let logits: Vec<f32> = (0..1000).map(|_| rng.below(spread * 100) as f32 / 300.0).collect();
         let top_p = [0.05, 0.5, 0.9, 0.999][rng.below(4)];
         let params = SamplingParams { top_p, ..SamplingParams::default() };
-        let kept = sampler.probabilities(&logits, &request(params));
+        let kept = sampler.probabilities(&logits, &request(params)).unwrap();
 
         let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
@@ -215,4 +216,152 @@ fn logits_that_are_not_finite_fail_and_nothing_panics() {
     }
     let everything = SamplingParams { min_tokens: 1, suppressed_until_min: vec![0, 1, 2], ..SamplingParams::default() };
     assert!(sampler.sample(&[1.0, 3.0, 2.0], &request(everything)).unwrap().token < 3);
+}
+
+/// A request with everything that can refuse an id, some of it more often than not.
+fn refusing_request(rng: &mut Rng, vocab_size: usize) -> (SampleRequest, Option<TokenMask>) {
+    let mut ids =
+        |most: usize| -> Vec<u32> { (0..rng.below(most + 1)).map(|_| rng.below(vocab_size + 3) as u32).collect() };
+    let allowed = ids(vocab_size / 2);
+    let suppressed = ids(4);
+    let bad_words: Vec<Vec<u32>> = (0..4).map(|_| ids(3)).filter(|word| !word.is_empty()).collect();
+    let (prompt, mut output) = (ids(5), ids(3));
+    // So that bad words are often all but complete.
+    if let Some(word) = bad_words.first() {
+        output.extend(&word[..word.len() - 1]);
+    }
+    let inside = |id: &u32| (*id as usize) < vocab_size;
+    let mut mask = TokenMask::only(vocab_size, ids(vocab_size).into_iter().filter(inside));
+    mask.allow(rng.below(vocab_size) as u32);
+    let mask = (rng.below(2) == 0).then_some(mask);
+    let params = SamplingParams {
+        temperature: [0.0, 0.8][rng.below(2)],
+        top_k: [0, 1, 5][rng.below(3)],
+        top_p: [1.0, 0.6][rng.below(2)],
+        min_p: [0.0, 0.2][rng.below(2)],
+        presence_penalty: [0.0, 0.5][rng.below(2)],
+        logit_bias: if rng.below(3) == 0 { vec![(rng.below(vocab_size) as u32, 100.0)] } else { vec![] },
+        allowed_token_ids: (rng.below(2) == 0).then_some(allowed),
+        bad_words,
+        min_tokens: 4,
+        suppressed_until_min: suppressed,
+        seed: rng.below(1000) as u64,
+        logprobs: Some(1),
+        ..SamplingParams::default()
+    };
+    let masks = mask.clone().map(|mask| {
+        let masks = StepMasks::default();
+        masks.set(Ok(vec![Some(mask)]));
+        masks
+    });
+    let position = output.len() as u32;
+    let (prompt_len, history) = (prompt.len(), [prompt, output].concat());
+    (SampleRequest { params: Arc::new(params), position, history, prompt_len, masks }, mask)
+}
+
+/// What may be chosen, rule by rule and id by id: the judge of the bits.
+fn naively_choosable(vocab_size: usize, request: &SampleRequest, mask: Option<&TokenMask>) -> Vec<u32> {
+    let (params, output) = (&request.params, &request.history[request.prompt_len..]);
+    let completes = |id: u32| params.bad_words.iter().any(|word| [output, &[id]].concat().ends_with(word));
+    let rules: [&dyn Fn(u32) -> bool; 4] = [
+        &|id| mask.is_none_or(|mask| mask.allows(id)),
+        &|id| params.allowed_token_ids.as_ref().is_none_or(|ids| ids.contains(&id)),
+        &|id| !completes(id),
+        &|id| request.position >= params.min_tokens || !params.suppressed_until_min.contains(&id),
+    ];
+    rules.iter().fold((0..vocab_size as u32).collect(), |left: Vec<u32>, rule| {
+        let followed: Vec<u32> = left.iter().copied().filter(|&id| rule(id)).collect();
+        if followed.is_empty() { left } else { followed }
+    })
+}
+
+#[test]
+fn what_is_refused_is_as_good_as_not_in_the_vocabulary() {
+    let mut rng = Rng(11);
+    let mut sampler = Sampler::default();
+    let mut narrowed = 0;
+    for case in 0..4000 {
+        let vocab_size = [1, 20, 33, 64, 150][rng.below(5)];
+        // Few values, so that maxima tie.
+        let logits: Vec<f32> = (0..vocab_size).map(|_| rng.below(12) as f32 / 2.0 - 3.0).collect();
+        let (request, mask) = refusing_request(&mut rng, vocab_size);
+        let choosable = naively_choosable(vocab_size, &request, mask.as_ref());
+        narrowed += usize::from(choosable.len() < vocab_size);
+
+        // The same request of a model that has nothing but what may be chosen, in the same order.
+        let place = |id: &u32| choosable.binary_search(id).ok().map(|place| place as u32);
+        let params = SamplingParams {
+            logit_bias: request.params.logit_bias.iter().filter_map(|(id, bias)| Some((place(id)?, *bias))).collect(),
+            allowed_token_ids: None,
+            bad_words: Vec::new(),
+            min_tokens: 0,
+            ..(*request.params).clone()
+        };
+        let elsewhere = |ids: &[u32]| ids.iter().map(|id| place(id).unwrap_or(u32::MAX)).collect::<Vec<_>>();
+        let history = elsewhere(&request.history);
+        let twin = SampleRequest { params: Arc::new(params), history, masks: None, ..request.clone() };
+        let few: Vec<f32> = choosable.iter().map(|&id| logits[id as usize]).collect();
+
+        let expected = sampler.sample(&few, &twin).unwrap().token;
+        let sampled = sampler.sample(&logits, &request).unwrap();
+        assert_eq!(sampled.token, choosable[expected as usize], "case {case}: {request:?}");
+        let expected = sampler.probabilities(&few, &twin).unwrap();
+        let actual = sampler.probabilities(&logits, &request).unwrap();
+        let of_choosable: Vec<f64> = choosable.iter().map(|&id| actual[id as usize]).collect();
+        assert_eq!(of_choosable, expected, "case {case}: {request:?}");
+
+        // The logprobs know nothing of it.
+        let plain = SampleRequest {
+            masks: None,
+            ..self::request(SamplingParams { logprobs: Some(1), ..SamplingParams::greedy() })
+        };
+        assert_eq!(sampled.top, sampler.sample(&logits, &plain).unwrap().top);
+    }
+    assert!(narrowed > 3000, "{narrowed} cases refuse something");
+}
+
+#[test]
+fn a_grammar_wins_over_everything_that_would_leave_nothing() {
+    let mut sampler = Sampler::default();
+    let end = SamplingParams {
+        allowed_token_ids: Some(vec![0, 1]),
+        bad_words: vec![vec![2]],
+        min_tokens: 9,
+        suppressed_until_min: vec![2],
+        ..SamplingParams::greedy()
+    };
+    for temperature in [0.0, 1.0] {
+        let masks = StepMasks::default();
+        masks.set(Ok(vec![Some(TokenMask::only(4, [2]))]));
+        let params = SamplingParams { temperature, ..end.clone() };
+        let request = SampleRequest { masks: Some(masks), ..request(params) };
+        assert_eq!(sampler.sample(&[9.0, 1.0, -5.0, 2.0], &request).unwrap().token, 2);
+    }
+}
+
+#[test]
+fn a_bad_word_is_not_completed_and_its_beginning_is_free() {
+    let mut sampler = Sampler::default();
+    let params = SamplingParams { bad_words: vec![vec![3, 1], vec![2]], ..SamplingParams::greedy() };
+    assert!(params.needs_history());
+    let logits = [0.0, 5.0, 6.0, 4.0];
+    // In the prompt it counts for nothing.
+    for (history, prompt_len, token) in [(vec![3], 0, 3), (vec![3], 1, 1), (vec![3, 0], 0, 1), (vec![], 0, 1)] {
+        let request = SampleRequest { history, prompt_len, ..request(params.clone()) };
+        assert_eq!(sampler.sample(&logits, &request).unwrap().token, token, "{request:?}");
+    }
+}
+
+#[test]
+fn a_grammar_that_fails_or_allows_nothing_the_model_has_fails_its_sequence() {
+    let mut sampler = Sampler::default();
+    let failed = Err(ConstraintError("no".into()));
+    for masks in [failed, Ok(vec![Some(TokenMask::only(100, [70]))]), Ok(vec![Some(TokenMask::from_words(vec![]))])] {
+        let step = StepMasks::default();
+        step.set(masks);
+        let request = SampleRequest { masks: Some(step), ..request(SamplingParams::greedy()) };
+        let failure = sampler.sample(&[1.0, 2.0], &request).unwrap_err();
+        assert!(matches!(failure, SequenceFailure::Grammar(_)), "{failure}");
+        assert!(sampler.probabilities(&[1.0, 2.0], &request).is_err());
+    }
 }

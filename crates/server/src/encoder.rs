@@ -27,7 +27,7 @@ use tracing::{info, warn};
 
 use crate::{
     load,
-    settings::{Dtype, HandoffPolicy, KvCacheDtype, Settings},
+    settings::{Dtype, HandoffPolicy, KvCacheDtype, Settings, ToolCallParser},
 };
 
 /// Bytes of a config file that are read.
@@ -126,6 +126,8 @@ fn refuse(settings: &Settings) -> Result<()> {
         ("kv-cache-memory-bytes", settings.kv_cache_memory_bytes.is_some(), "they have no KV cache"),
         ("speculative-config", settings.speculative_config.is_some(), "they generate nothing"),
         ("enable-lora", settings.enable_lora, "they take no adapters"),
+        ("chat-template", settings.chat_template.is_some(), "they read no chats"),
+        ("tool-call-parser", settings.tool_call_parser != ToolCallParser::Auto, "they call no tools"),
         ("handoff require", settings.handoff == HandoffPolicy::Require, "there are no bundles of them"),
         ("trusted-keys", !settings.trusted_keys.is_empty(), "there are no bundles of them"),
         ("threads", settings.threads != 0, "they compute on all cores, or as many as RAYON_NUM_THREADS says"),

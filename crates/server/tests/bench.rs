@@ -212,6 +212,18 @@ fn without_usage_the_chunks_are_counted_and_the_result_says_so() {
     assert_eq!((&result["total_input_tokens"], &result["total_output_tokens"]), (&12.into(), &12.into()));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fields_of_the_extra_body_are_sent_and_take_the_place_of_others() {
+    let server = start(&[]).await;
+    let lengths = |extra: &str| {
+        let (code, result, _) = saved(&server.target().base, &[SMALL, &["--extra-body", extra]].concat());
+        assert_eq!(result["extra_body"], serde_json::from_str::<Value>(extra).expect("JSON"));
+        (code, result["total_output_tokens"].as_u64(), result["failed"].as_u64())
+    };
+    assert_eq!(lengths(r#"{"max_tokens": 3}"#), (Some(0), Some(8 * 3), Some(0)));
+    assert_eq!(lengths(r#"{"temperature": -1}"#), (Some(1), Some(0), Some(8)));
+}
+
 #[test]
 fn an_interrupt_reports_what_was_measured_until_then() {
     let (arrived, third) = mpsc::channel();
@@ -250,6 +262,7 @@ fn wrong_values_are_refused_with_what_is_accepted() {
         (&["--base-url", "https://host"], "https is not spoken"),
         (&["--base-url", "http://host/v1"], "without the /v1"),
         (&["--dataset-name", "custom"], "--dataset-path"),
+        (&["--extra-body", "[1]"], "a JSON object"),
         (&["--sweep", "1,x"], "1 to 10000000"),
         (&["--sweep", "1", "--max-concurrency", "2"], "cannot be used with"),
     ] {

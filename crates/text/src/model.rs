@@ -12,7 +12,7 @@ use crate::config::TextConfig;
 use crate::convert::Converted;
 use crate::template::{ChatInput, ChatTemplate};
 use crate::vocab::{MAX_TOKEN_ID, Vocab};
-use crate::{Detokenizer, ReasoningMarkers, TextError, library, sentencepiece, tiktoken};
+use crate::{Detokenizer, ReasoningMarkers, TextError, ToolSyntax, library, sentencepiece, tiktoken};
 
 /// Raw files of a checkpoint that concern text.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +74,9 @@ pub struct TextModel {
     template: Option<ChatTemplate>,
     tool_template: Option<ChatTemplate>,
     markers: Option<ReasoningMarkers>,
+    syntax: Option<ToolSyntax>,
+    /// Ids of its markers that are tokens.
+    tool_tokens: Arc<[u32]>,
 }
 
 impl TextModel {
@@ -114,15 +117,34 @@ impl TextModel {
 
         let compile =
             |source: &Option<String>| source.as_ref().map(|s| ChatTemplate::new(s, config.special.clone())).transpose();
-        Ok(Self {
+        let syntax = config.tool_template.as_deref().or(config.template.as_deref());
+        let syntax = syntax.and_then(|t| ToolSyntax::detect(t, |token| tokenizer.token_to_id(token).is_some()));
+        let model = Self {
             vocab: Arc::new(vocab),
             around,
             eos,
             template: compile(&config.template)?,
             tool_template: compile(&config.tool_template)?,
             markers,
+            syntax: None,
+            tool_tokens: Arc::default(),
             tokenizer: Arc::new(tokenizer),
-        })
+        };
+        model.with_tool_syntax(syntax)
+    }
+
+    /// The model with calls of tools written so, whatever its template says; `None`: it calls none.
+    ///
+    /// # Errors
+    /// [`TextError::ToolSyntax`] if it lacks a token for that.
+    pub fn with_tool_syntax(self, syntax: Option<ToolSyntax>) -> Result<Self, TextError> {
+        let missing = syntax.and_then(|s| Some((s, s.missing_token(|token| self.token_id(token).is_some())?)));
+        if let Some((syntax, token)) = missing {
+            return Err(TextError::ToolSyntax { syntax: syntax.name(), token });
+        }
+        let markers = syntax.into_iter().flat_map(ToolSyntax::markers);
+        let tool_tokens = markers.filter_map(|marker| self.token_id(marker)).collect();
+        Ok(Self { syntax, tool_tokens, ..self })
     }
 
     /// Ids of a text. `add_special_tokens`: with BOS and EOS where transformers' `tokenizer.encode(text)` writes them.
@@ -156,6 +178,11 @@ impl TextModel {
         Detokenizer::new(self.vocab.clone(), self.tokenizer.clone(), skip_special_tokens)
     }
 
+    /// A detokenizer for an output in which tools may be called: the markers of calls are never skipped.
+    pub fn tool_detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
+        self.detokenizer(skip_special_tokens).keeping(self.tool_tokens.clone())
+    }
+
     /// Highest id + 1, to be checked against the rows of the embedding.
     pub fn vocab_size(&self) -> usize {
         self.vocab.len()
@@ -164,6 +191,11 @@ impl TextModel {
     /// Id of a token by its text in the vocabulary.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)
+    }
+
+    /// A token as the vocabulary writes it; `None` for an id outside of it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
     }
 
     /// The exact bytes that a token stands for, perhaps part of a character; empty for an id outside the vocabulary.
@@ -191,8 +223,21 @@ impl TextModel {
     /// # Errors
     /// [`TextError::NoChatTemplate`], or what the template says or fails on; see [`TextError`].
     pub fn render_chat(&self, chat: &ChatInput, now: NaiveDateTime) -> Result<String, TextError> {
-        let for_tools = self.tool_template.as_ref().filter(|_| chat.has_tools());
-        for_tools.or(self.template.as_ref()).ok_or(TextError::NoChatTemplate)?.render(chat, now)
+        self.template(chat.has_tools()).ok_or(TextError::NoChatTemplate)?.render(chat, now)
+    }
+
+    /// How the model calls tools, of which its template tells it.
+    ///
+    /// # Errors
+    /// [`TextError::NoToolSyntax`] or [`TextError::ToolsNotShown`] if it cannot be made to.
+    pub fn tool_syntax(&self) -> Result<ToolSyntax, TextError> {
+        let syntax = self.syntax.ok_or(TextError::NoToolSyntax)?;
+        let shown = self.template(true).is_some_and(ChatTemplate::shows_tools);
+        shown.then_some(syntax).ok_or(TextError::ToolsNotShown)
+    }
+
+    fn template(&self, for_tools: bool) -> Option<&ChatTemplate> {
+        self.tool_template.as_ref().filter(|_| for_tools).or(self.template.as_ref())
     }
 
     /// The tokens around reasoning: `Some` if the vocabulary has `<think>` and `</think>` and the chat template knows

@@ -446,7 +446,7 @@ fn a_preempted_request_reports_what_was_cached_when_it_started() {
 }
 
 /// A world in which the runner proposes up to five drafts, about two thirds of which are right.
-fn drafting_world(num_blocks: usize) -> World {
+pub(super) fn drafting_world(num_blocks: usize) -> World {
     let model = MockModel::Hash { seed: 3, vocab_size: 100, end: None };
     let speculation =
         SpeculationConfig { method: DraftMethod::Model, num_speculative_tokens: 5, disable_by_batch_size: 16 };

@@ -1,6 +1,7 @@
 //! What holds after every step, each under its name, and for each a sabotage that it notices.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use super::world::{Record, World};
 use crate::sequence::Sequence;
@@ -56,8 +57,18 @@ pub(crate) const ALL: &[Invariant] = &[
         name: "nobody is overtaken",
         check: nobody_is_overtaken,
         sabotage: |world| {
-            let (id, _) = live(world).next().expect("something lives");
-            world.record_mut(id).started = None;
+            let (id, _) = live(world).last().expect("something waits");
+            world.record_mut(id).request.priority = -1;
+            world.last_step.holders.clear();
+        },
+    },
+    Invariant {
+        name: "the last are preempted",
+        check: the_last_are_preempted,
+        sabotage: |world| {
+            let (id, _) = live(world).last().expect("something waits");
+            world.record_mut(id).request.priority = -1;
+            world.last_step.holders.insert(id);
         },
     },
     Invariant {
@@ -75,6 +86,16 @@ pub(crate) const ALL: &[Invariant] = &[
             let record = world.journal.values_mut().next().expect("something lives");
             record.request.deadline = Some(now);
             record.started = Some(record.arrival + now);
+        },
+    },
+    Invariant {
+        name: "nothing advances past its time limit",
+        check: nothing_advances_past_its_time_limit,
+        sabotage: |world| {
+            let id = *world.last_step.planned().first().expect("it stepped");
+            let now = world.now;
+            let record = world.record_mut(id);
+            record.request.time_limit = Some(now - record.arrival);
         },
     },
     Invariant {
@@ -199,30 +220,33 @@ fn who_runs_advances(world: &World) -> Result<(), String> {
     let (planned, scheduler) = (world.last_step.planned(), world.core.scheduler());
     world.last_step.running_before.iter().try_for_each(|id| {
         let preempted = scheduler.waiting().contains_key(id);
+        let late = matches!(world.record(*id).end, Some((FinishReason::Error(EngineFailure::DeadlineExceeded), _)));
         // After a step that failed, even the preempted may have been ended.
-        let excused = preempted || world.core.down().is_some();
+        let excused = preempted || late || world.core.down().is_some();
         ensure(planned.contains(id) || excused, || format!("{id:?} ran and is not part of the step"))
     })
 }
 
-/// Among equals: the background has an order of its own.
+/// Among equals: the background has an order of its own. Whoever a step admitted goes before all who wait.
 fn nobody_is_overtaken(world: &World) -> Result<(), String> {
+    let step = &world.last_step;
+    let admitted = step.planned().into_iter().filter(|id| !step.holders.contains(id));
+    let Some(last) = admitted.map(|id| world.record(id).rank(id)).max() else { return Ok(()) };
+    let waiting = world.core.scheduler().waiting().into_keys().map(|id| world.record(id).rank(id));
+    let first = waiting.filter(|rank| rank.is_background == last.is_background).min();
+    ensure(first.is_none_or(|first| last < first), || format!("{last:?} was admitted, {first:?} waits"))
+}
+
+/// Among equals as well, and across classes: the background is behind everybody.
+fn the_last_are_preempted(world: &World) -> Result<(), String> {
     let scheduler = world.core.scheduler();
-    for background in [false, true] {
-        let of_class = |id: &RequestId| id.is_background() == background;
-        let started = world.journal.iter().filter(|(id, record)| of_class(id) && record.started.is_some());
-        let last_started = started.map(|(&id, _)| id).next_back();
-        live(world).filter(|(id, _)| of_class(id)).try_for_each(|(id, record)| {
-            let passed = record.started.is_none() && Some(id) <= last_started;
-            ensure(!passed, || format!("{id:?} was passed by {last_started:?}"))
-        })?;
-        let last_running = scheduler.running().keys().copied().rfind(of_class);
-        let first_waiting = scheduler.waiting().keys().copied().find(of_class);
-        if let (Some(last), Some(first)) = (last_running, first_waiting) {
-            ensure(last < first, || format!("{last:?} runs, {first:?} waits"))?;
-        }
-    }
-    Ok(())
+    let waiting = scheduler.waiting();
+    let (preempted, others): (Vec<_>, Vec<_>) = world.last_step.holders.iter().partition(|id| waiting.contains_key(id));
+    let rank = |id: &RequestId| world.record(*id).rank(*id);
+    let first = preempted.into_iter().map(rank).min();
+    let last = others.into_iter().filter(|id| scheduler.running().contains_key(id)).map(rank).max();
+    let Some((first, last)) = first.zip(last) else { return Ok(()) };
+    ensure(last < first, || format!("{first:?} was preempted, {last:?} runs"))
 }
 
 /// What is left of the foreground after a step of the background was there before it.
@@ -240,6 +264,14 @@ fn nothing_starts_past_its_deadline(world: &World) -> Result<(), String> {
     })
 }
 
+fn nothing_advances_past_its_time_limit(world: &World) -> Result<(), String> {
+    world.last_step.planned().into_iter().try_for_each(|id| {
+        let record = world.record(id);
+        let in_time = record.request.time_limit.is_none_or(|limit| world.now < record.arrival + limit);
+        ensure(in_time, || format!("{id:?} was part of a step at {:?}", world.now))
+    })
+}
+
 fn tokens_are_those_of_the_solo_run(world: &World) -> Result<(), String> {
     world.journal.iter().try_for_each(|(id, record)| {
         let (tokens, solo) = (&record.tokens, &record.solo);
@@ -254,8 +286,9 @@ fn tokens_are_those_of_the_solo_run(world: &World) -> Result<(), String> {
             }
             Some((reason, usage)) => {
                 ensure(usage.completion_tokens == tokens.len(), || format!("{id:?} counts {usage:?}"))?;
-                let complete = *reason != FinishReason::Length || tokens.len() == solo.len();
-                ensure(complete, || format!("{id:?} ended after {} of {} tokens", tokens.len(), solo.len()))
+                let max_tokens = record.request.max_tokens as usize;
+                let complete = *reason != FinishReason::Length || tokens.len() == max_tokens;
+                ensure(complete, || format!("{id:?} ended after {} of {max_tokens} tokens", tokens.len()))
             }
             None => Ok(()),
         }
@@ -276,10 +309,18 @@ fn scores_are_those_of_the_solo_run(world: &World) -> Result<(), String> {
 }
 
 fn only_the_faulty_fail(world: &World) -> Result<(), String> {
+    let passed = |record: &Record, time: Option<Duration>| time.is_some_and(|time| record.arrival + time <= world.now);
     world.journal.iter().try_for_each(|(id, record)| match &record.end {
         Some((FinishReason::Error(EngineFailure::QueueTimeout), _)) => {
-            let overdue = record.request.deadline.is_some_and(|deadline| record.arrival + deadline <= world.now);
+            let overdue = passed(record, record.request.deadline);
             ensure(overdue && record.started.is_none(), || format!("{id:?} timed out"))
+        }
+        Some((FinishReason::Error(EngineFailure::DeadlineExceeded), _)) => {
+            ensure(passed(record, record.request.time_limit), || format!("{id:?} exceeded no deadline"))
+        }
+        Some((FinishReason::Error(EngineFailure::GrammarFailed(_)), _)) => {
+            let fails = record.solo.len() < record.request.max_tokens as usize;
+            ensure(fails && record.tokens == record.solo, || format!("{id:?} failed to follow its grammar"))
         }
         Some((FinishReason::Error(failure), _)) => {
             ensure(record.faulty, || format!("{id:?} failed without a fault: {failure}"))
@@ -355,11 +396,12 @@ fn gauges_are_true(world: &World) -> Result<(), String> {
     let generated: usize = records
         .map(|record| record.end.as_ref().map_or(record.tokens.len(), |(_, usage)| usage.completion_tokens))
         .sum();
-    let foreground = |all: &BTreeMap<RequestId, Sequence>| all.keys().filter(|id| !id.is_background()).count() as u64;
+    let foreground = |all: BTreeMap<RequestId, &Sequence>| all.keys().filter(|id| !id.is_background()).count() as u64;
+    let holders = scheduler.running().iter().map(|(&id, sequence)| (id, sequence)).collect();
     let background = live(world).filter(|(id, _)| id.is_background()).count() as u64;
     let held: BTreeSet<_> = scheduler.running().values().flat_map(|sequence| sequence.table.blocks()).collect();
     for (name, told, counted) in [
-        ("running", stats.running as u64, foreground(scheduler.running())),
+        ("running", stats.running as u64, foreground(holders)),
         ("waiting", stats.waiting as u64, foreground(scheduler.waiting())),
         ("background", stats.background as u64, background),
         ("used blocks", stats.blocks.used as u64, held.len() as u64),

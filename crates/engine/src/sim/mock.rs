@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_model::{
     Adapter, RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure,
-    SequenceOutput, SequenceStep, StepOutput, StepPlan,
+    SequenceOutput, SequenceStep, StepOutput, StepPlan, TokenMask,
 };
 use parking_lot::{Condvar, Mutex};
 
@@ -53,8 +53,9 @@ impl MockModel {
         }
     }
 
-    fn next_token(&self, context: u64, request: &SampleRequest) -> u32 {
-        match self {
+    /// What a mask refuses gives way to the next larger id that it allows, or to the smallest.
+    fn next_token(&self, context: u64, request: &SampleRequest, mask: Option<&TokenMask>) -> u32 {
+        let token = match self {
             Self::Hash { vocab_size, end, .. } => {
                 let hash = mix(context, digest(request));
                 match end {
@@ -63,22 +64,30 @@ impl MockModel {
                 }
             }
             Self::Script { reply, end } => reply.get(request.position as usize).copied().unwrap_or(*end),
-        }
+        };
+        let Some(mask) = mask else { return token };
+        mask.ids().find(|id| *id >= token).or(mask.ids().next()).expect("a mask allows something")
     }
 
     /// The first `max_tokens` tokens that a request gives, stop tokens or not, when it runs alone, without paging, batching
-    /// or chunks: the judge of everything the engine does.
+    /// or chunks: the judge of everything the engine does. Fewer if its grammar fails.
     pub fn solo(&self, request: &Request) -> Vec<u32> {
         let params = Arc::new(request.params.clone());
         let (mut tokens, prompt_len) = (request.prompt.clone(), request.prompt.len());
         let empty = self.empty_context(request.adapter.as_ref());
         let mut context = tokens.iter().fold(empty, |context, &token| Self::extend(context, token));
+        let mut constraint = request.grammar.as_ref().map(|grammar| grammar.begin(&request.stop_token_ids));
         for position in 0..request.max_tokens {
             let history = if params.needs_history() { tokens.clone() } else { Vec::new() };
-            let request = SampleRequest { params: params.clone(), position, history, prompt_len };
-            let token = self.next_token(context, &request);
+            let request = SampleRequest { params: params.clone(), position, history, prompt_len, masks: None };
+            let Ok(mask) = constraint.as_mut().map(|constraint| constraint.masks(&[])).transpose() else { break };
+            let mask = mask.and_then(|masks| masks.into_iter().next().flatten());
+            let token = self.next_token(context, &request, mask.as_ref());
             context = Self::extend(context, token);
             tokens.push(token);
+            if constraint.as_mut().is_some_and(|constraint| constraint.accept(token).is_err()) {
+                break;
+            }
         }
         tokens.split_off(prompt_len)
     }
@@ -110,6 +119,8 @@ fn digest(request: &SampleRequest) -> u64 {
         .chain([u64::from(p.top_k), u64::from(p.min_tokens), p.seed, u64::from(p.choice), u64::from(request.position)])
         .chain(p.logit_bias.iter().flat_map(|&(id, bias)| [u64::from(id), u64::from(bias.to_bits())]))
         .chain(p.suppressed_until_min.iter().map(|&id| u64::from(id)))
+        .chain(p.allowed_token_ids.iter().flatten().map(|&id| u64::from(id)))
+        .chain(p.bad_words.iter().flatten().map(|&id| u64::from(id)))
         .chain(request.history.iter().map(|&id| u64::from(id)))
         .chain([request.prompt_len as u64]);
     words.fold(1, mix)
@@ -127,7 +138,7 @@ fn likeliest(context: u64, top: u32, vocab_size: usize) -> Vec<(u32, f32)> {
 }
 
 /// A step of splitmix64.
-fn mix(state: u64, word: u64) -> u64 {
+pub(super) fn mix(state: u64, word: u64) -> u64 {
     let mut z = (state ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -340,7 +351,7 @@ impl MockRunner {
         let Ok(context) = self.read(sequence, end) else { return Vec::new() };
         let mut context = MockModel::extend(context, last.token);
         let next = |_| {
-            let right = self.model.next_token(context, &request);
+            let right = self.model.next_token(context, &request, None);
             let wrong = mix(context, 1).is_multiple_of(3);
             let token = if wrong { (right + 1) % self.spec.vocab_size as u32 } else { right };
             request.advance(token);
@@ -358,12 +369,18 @@ impl MockRunner {
         })
     }
 
-    fn sample(&self, context: u64, request: &SampleRequest) -> SampledToken {
-        let token = self.model.next_token(context, request);
-        let Some(count) = request.params.logprobs else { return SampledToken { token, logprob: 0.0, top: Vec::new() } };
+    fn sample(&self, context: u64, request: &SampleRequest) -> Result<SampledToken, SequenceFailure> {
+        let mask = match &request.masks {
+            Some(masks) => masks.wait()?,
+            None => None,
+        };
+        let token = self.model.next_token(context, request, mask.as_ref());
+        let Some(count) = request.params.logprobs else {
+            return Ok(SampledToken { token, logprob: 0.0, top: Vec::new() });
+        };
         let vocab_size = self.spec.vocab_size as u32;
         let top = (0..count.min(vocab_size)).map(|i| ((token + i) % vocab_size, -0.5 - i as f32)).collect();
-        SampledToken { token, logprob: -0.5, top }
+        Ok(SampledToken { token, logprob: -0.5, top })
     }
 }
 
@@ -406,7 +423,7 @@ impl Runner for MockRunner {
         for sequence in &plan.sequences {
             let known = sequence.num_computed + sequence.tokens.len();
             let sampled =
-                sequence.sample_along(|drafts, request| Ok(self.sample(self.read(sequence, known + drafts)?, request)));
+                sequence.sample_along(|drafts, request| self.sample(self.read(sequence, known + drafts)?, request));
             let proposed = self.propose(sequence, &sampled);
             let scores = sequence.scores.iter().map(|request| self.score(sequence, request)).collect();
             output.sequences.push(SequenceOutput { id: sequence.id, sampled, proposed, scores });

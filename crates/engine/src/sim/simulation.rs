@@ -1,17 +1,19 @@
 //! Seeded runs: everything that can happen to an engine, in an order that the seed decides.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{RunSpec, SamplingParams};
+use baton_model::{Grammar, RunSpec, SamplingParams};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::MockModel;
 use super::invariants;
-use super::world::World;
+use super::toy::ToyGrammar;
+use super::world::{Record, World};
 use crate::{
-    Adapter, CacheScope, DraftMethod, EngineConfig, EngineStats, FinishReason, PromptScores, Request, RequestId,
-    SpeculationConfig,
+    Adapter, CacheScope, DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, PromptScores, Request,
+    RequestId, SpeculationConfig,
 };
 
 const VOCAB_SIZE: u32 = 50;
@@ -37,7 +39,8 @@ fn random_world(rng: &mut StdRng) -> World {
         speculation: rng.random_bool(0.7).then(|| random_speculation(rng)),
         ..EngineConfig::default()
     };
-    World::new(spec, &config, MockModel::Hash { seed: rng.random(), vocab_size: VOCAB_SIZE, end: Some((END, 12)) })
+    let model = MockModel::Hash { seed: rng.random(), vocab_size: VOCAB_SIZE, end: Some((END, 12)) };
+    World::with_mask_threads([0, 2][rng.random_range(0..2)], spec, &config, model)
 }
 
 fn random_speculation(rng: &mut StdRng) -> SpeculationConfig {
@@ -73,6 +76,12 @@ fn random_scores(rng: &mut StdRng, prompt_len: usize) -> PromptScores {
     PromptScores { top: rng.random_range(0..3), targets }
 }
 
+/// A grammar, perhaps one that fails.
+fn random_grammar(rng: &mut StdRng) -> Arc<dyn Grammar> {
+    let fails_after = rng.random_bool(0.1).then(|| rng.random_range(0..20));
+    Arc::new(ToyGrammar { seed: rng.random(), vocab_size: VOCAB_SIZE, fails_after })
+}
+
 /// A prompt that starts like others, and its choices.
 fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<Request> {
     let longest = spec.max_model_len - 1;
@@ -87,6 +96,9 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
         adapter: [None, None, Some(1), Some(2)][rng.random_range(0..4)].map(adapter),
         cache_scope: CacheScope(vec![rng.random_range(0..2)]),
         background: rng.random_bool(0.25),
+        grammar: rng.random_bool(0.3).then(|| random_grammar(rng)),
+        priority: [0, 0, 0, -1, 1][rng.random_range(0..5)],
+        time_limit: rng.random_bool(0.1).then(|| Duration::from_millis(rng.random_range(0..400))),
         prompt_scores: rng.random_bool(0.2).then(|| random_scores(rng, prompt.len())),
         ..Request::new(prompt, random_params(rng), max_tokens)
     };
@@ -101,6 +113,7 @@ struct Run {
     stats: EngineStats,
     /// See [`World`].
     displaced: usize,
+    journal: Vec<Record>,
 }
 
 /// One whole run.
@@ -142,7 +155,7 @@ fn simulate(seed: u64) -> Run {
     }
     assert!(world.journal.values().all(|record| record.end.is_some()), "a request never ended");
     assert_eq!(world.core.stats().blocks.used, 0, "blocks are used and nothing runs");
-    Run { stats: world.core.stats(), displaced: world.displaced }
+    Run { stats: world.core.stats(), displaced: world.displaced, journal: world.journal.into_values().collect() }
 }
 
 /// Seeds that failed once.
@@ -172,6 +185,13 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
     }
     // Invariants that nothing ever strains prove nothing.
     let count = |happened: fn(&EngineStats) -> bool| runs.iter().filter(|run| happened(&run.stats)).count();
+    let records = |happened: fn(&Record) -> bool| runs.iter().filter(|run| run.journal.iter().any(happened)).count();
+    fn failure(record: &Record) -> Option<&EngineFailure> {
+        match &record.end {
+            Some((FinishReason::Error(failure), _)) => Some(failure),
+            _ => None,
+        }
+    }
     for (what, count) in [
         ("preemption", count(|stats| stats.preemptions > 0)),
         ("displaced background", runs.iter().filter(|run| run.displaced > 0).count()),
@@ -184,6 +204,9 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
         ),
         ("stop token", count(|stats| stats.finished.stop > 0)),
         ("length", count(|stats| stats.finished.length > 0)),
+        ("grammar", records(|record| record.request.grammar.is_some() && record.tokens.len() > 9)),
+        ("grammar that failed", records(|record| matches!(failure(record), Some(EngineFailure::GrammarFailed(_))))),
+        ("time limit", records(|record| failure(record) == Some(&EngineFailure::DeadlineExceeded))),
         ("abort", count(|stats| stats.finished.aborted > 0)),
         ("failure", count(|stats| stats.finished.error > 0)),
     ] {
@@ -209,7 +232,7 @@ fn trace(seed: u64, with_background: bool) -> (Trace, EngineStats) {
         if arrived < arrivals && rng.random_bool(0.3) {
             arrived += 1;
             let mut group = random_group(rng, &world.spec, &prefixes);
-            group.iter_mut().for_each(|request| request.deadline = None);
+            group.iter_mut().for_each(|request| (request.deadline, request.time_limit) = (None, None));
             if with_background || !group[0].background {
                 let _ = world.submit(group);
             }

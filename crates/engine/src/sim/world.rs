@@ -10,8 +10,10 @@ use parking_lot::Mutex;
 
 use super::invariants;
 use super::{MockControl, MockModel, MockRunner};
+use crate::constrain::MaskPool;
 use crate::core::Core;
 use crate::scheduler::RequestOutput;
+use crate::sequence::Rank;
 use crate::{EngineConfig, FinishReason, OutputEvent, PositionScore, Request, RequestId, SubmitError, Usage};
 
 /// See the head of the file.
@@ -57,6 +59,8 @@ pub(crate) struct Record {
 pub(crate) struct LastStep {
     /// `None` if the runner was not called.
     pub plan: Option<StepPlan>,
+    /// Of both classes.
+    pub holders: BTreeSet<RequestId>,
     /// Of the class whose turn it was.
     pub running_before: BTreeSet<RequestId>,
     /// The first waiting one of this class.
@@ -88,11 +92,16 @@ impl Runner for Recorder {
 
 impl World {
     pub fn new(spec: RunSpec, config: &EngineConfig, model: MockModel) -> Self {
+        Self::with_mask_threads(0, spec, config, model)
+    }
+
+    /// As `new`, with threads that compute masks: they decide no output, and so a seed still replays a run.
+    pub fn with_mask_threads(threads: usize, spec: RunSpec, config: &EngineConfig, model: MockModel) -> Self {
         let inner = MockRunner::new(spec.clone(), model.clone());
         let (control, plans) = (inner.control(), Arc::default());
         let runner = Recorder { inner, plans: Arc::clone(&plans) };
         Self {
-            core: Core::new(Box::new(runner), config, [42; 32]),
+            core: Core::new(Box::new(runner), config, [42; 32], MaskPool::new(threads)),
             control,
             spec,
             now: Duration::ZERO,
@@ -160,10 +169,10 @@ impl World {
         self.last_step = LastStep {
             plan: None,
             running_before: running().map(|(&id, _)| id).collect(),
-            head_before: scheduler.waiting().keys().copied().find(of_class),
+            head_before: scheduler.waiting().into_keys().filter(of_class).min_by_key(|id| self.record(*id).rank(*id)),
+            holders: scheduler.running().keys().copied().collect(),
             available_before: stats.blocks.total - held.len(),
         };
-        let holders: Vec<RequestId> = scheduler.running().keys().copied().collect();
         *self.plans.lock() = None;
         let now = self.now;
         let (mut outputs, plan) = self.core.plan(now);
@@ -177,7 +186,8 @@ impl World {
             self.record_mut(id).started.get_or_insert(now);
         }
         let waiting = self.core.scheduler().waiting();
-        let (preempted, held): (Vec<_>, Vec<_>) = holders.into_iter().partition(|id| waiting.contains_key(id));
+        let (preempted, held): (Vec<_>, Vec<_>) =
+            self.last_step.holders.iter().copied().partition(|id| waiting.contains_key(id));
         if failed {
             held.iter().chain(&planned).for_each(|&id| self.record_mut(id).faulty = true);
         }
@@ -264,6 +274,12 @@ impl World {
     /// Prompt tokens that the request found in the cache.
     pub fn cached_tokens(&self, id: RequestId) -> usize {
         self.record(id).end.as_ref().expect("the request has ended").1.cached_tokens
+    }
+}
+
+impl Record {
+    pub fn rank(&self, id: RequestId) -> Rank {
+        Rank { is_background: id.is_background(), priority: self.request.priority, id }
     }
 }
 

@@ -1,5 +1,6 @@
 //! A chat, in whatever dialect it was asked for: from messages to choices under way.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -8,10 +9,11 @@ use chrono::NaiveDateTime;
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
-use crate::generate::{Choices, Job, Reasoning, submit};
-use crate::generation::{Generation, Target};
+use crate::generate::{Choices, Job, Reasoning, ToolCalls, submit};
+use crate::generation::{Generation, InUse, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
+use crate::openai::tools::Tools;
 use crate::service::Service;
 use crate::shadow::Encode;
 
@@ -27,32 +29,29 @@ pub(crate) async fn start_chat(
     service: &Service,
     record: Arc<AccessRecord>,
     arrival: Instant,
-    request: ChatRequest,
+    mut request: ChatRequest,
 ) -> Result<StartedChat, ApiError> {
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
-    let chat = ChatInput {
-        messages: request.messages.into(),
-        tools: None,
-        add_generation_prompt: request.add_generation_prompt,
-        continue_final_message: request.continue_final_message,
-        kwargs: request.template_kwargs,
-    };
+    let tools = tool_calls(&generation.text, &request.tools)?;
+    let chat = input(&mut request);
     let (field, now) = (request.field, chrono::Local::now().naive_local());
     let shadow = shadow.map(|shadow| {
         let chat = chat.clone();
-        let encode: Encode = Box::new(move |candidate| Ok(encode(&candidate.text, &chat, field, now)?.0));
+        let encode: Encode = Box::new(move |candidate| Ok(encode(&candidate.text, &chat, field, now)?.ids));
         (shadow, encode)
     });
     let model = Arc::clone(&generation);
-    let (prompt, starts_inside) = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let starts_inside = prompt.opens_reasoning;
 
     let job = Job {
-        prompts: vec![prompt],
+        prompts: vec![prompt.ids],
         params: request.params,
         adapter: target.adapter.clone(),
         default_max_tokens: generation.card.defaults.max_new_tokens,
         field,
         reasoning: generation.text.reasoning_markers().map(|markers| Reasoning { markers, starts_inside }),
+        tools,
         shadow,
         arrival,
         record,
@@ -62,10 +61,61 @@ pub(crate) async fn start_chat(
     Ok(StartedChat { choices, generation: model, target })
 }
 
-/// The prompt's ids, and whether it ends inside reasoning.
-fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<(Vec<u32>, bool), ApiError> {
+/// A chat's prompt, made and not answered.
+pub(crate) struct RenderedChat {
+    pub prompt: ChatPrompt,
+    pub generation: InUse,
+    pub target: Target,
+}
+
+/// Renders and encodes a chat as [`start_chat`] does, and nothing more.
+pub(crate) async fn render_chat(
+    service: &Service,
+    record: &AccessRecord,
+    mut request: ChatRequest,
+) -> Result<RenderedChat, ApiError> {
+    let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
+    tool_calls(&generation.text, &request.tools)?;
+    let (chat, field, now) = (input(&mut request), request.field, chrono::Local::now().naive_local());
+    let model = Arc::clone(&generation);
+    let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    record.prompt_tokens(prompt.ids.len());
+    Ok(RenderedChat { prompt, generation, target })
+}
+
+/// What the template is given, taken out of the request.
+fn input(request: &mut ChatRequest) -> ChatInput {
+    ChatInput {
+        messages: mem::take(&mut request.messages).into(),
+        tools: request.tools.for_template(),
+        add_generation_prompt: request.add_generation_prompt,
+        continue_final_message: request.continue_final_message,
+        kwargs: mem::take(&mut request.template_kwargs),
+    }
+}
+
+/// How to find the calls that the request allows; `None` if it allows none.
+fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
+    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
+    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
+}
+
+/// The prompt that a chat becomes.
+pub(crate) struct ChatPrompt {
+    pub text: String,
+    pub ids: Vec<u32>,
+    /// It ends inside reasoning.
+    pub opens_reasoning: bool,
+}
+
+fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<ChatPrompt, ApiError> {
     let refuse = |error: TextError| ApiError::invalid(field, error.to_string());
     let rendered = text.render_chat(chat, now).map_err(refuse)?;
-    let prompt = text.encode_chat(&rendered).map_err(refuse)?;
-    Ok((prompt, text.prompt_opens_reasoning(chat, &rendered)))
+    let ids = text.encode_chat(&rendered).map_err(refuse)?;
+    let opens_reasoning = text.prompt_opens_reasoning(chat, &rendered);
+    Ok(ChatPrompt { text: rendered, ids, opens_reasoning })
 }

@@ -11,7 +11,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use crate::error::ApiError;
 use crate::generate::choice::{ChoiceText, Delta, Score};
 use crate::metrics::{Ending, Meter};
-use crate::openai::shared::{Finish, Usage};
+use crate::openai::shared::{Finish, Piece, Usage};
 use crate::shadow::Witness;
 
 /// What happens to the choices. Each choice yields any number of `Text` and then one `Finish`.
@@ -19,8 +19,22 @@ use crate::shadow::Witness;
 pub(crate) enum Event {
     /// A choice has more text.
     Text { index: usize, delta: Delta },
-    /// A choice is complete.
-    Finish { index: usize, reason: Finish, scores: Vec<Score> },
+    /// A choice is complete; `matched`: which stop string ended it.
+    Finish { index: usize, reason: Finish, matched: Option<usize>, scores: Vec<Score> },
+}
+
+impl Event {
+    /// What is written of it.
+    pub fn piece(&self) -> Piece<'_> {
+        match self {
+            Self::Text { index, delta } => {
+                Piece::Text { index: *index, segment: &delta.segment, scores: &delta.scores }
+            }
+            Self::Finish { index, reason, matched, scores } => {
+                Piece::Finish { index: *index, reason: *reason, matched: *matched, scores }
+            }
+        }
+    }
 }
 
 /// All choices of one request. Ends after every choice has finished, or with the first error, which ends all.
@@ -49,7 +63,7 @@ struct Choice {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
-    /// A stop string was found: the engine has been told, its last event is awaited.
+    /// A stop string was found, or the only call that is wanted: the engine has been told, its last event is awaited.
     Stopped,
     Finished,
 }
@@ -149,7 +163,7 @@ impl Choices {
             Some(OutputEvent::Token { .. } | OutputEvent::PromptScores(_)) => {}
             Some(OutputEvent::Finished { reason, usage, timings }) => {
                 let (reason, completion_tokens) = match (choice.state, reason) {
-                    (State::Stopped, _) => (Finish::Stop, choice.text.tokens().0),
+                    (State::Stopped, _) => (choice.text.reason(Finish::Stop), choice.text.tokens().0),
                     (_, FinishReason::Stop { token }) => {
                         (self.finish(index, Some(token), Finish::Stop), usage.completion_tokens)
                     }
@@ -171,8 +185,8 @@ impl Choices {
                     self.usage.cached_tokens += usage.cached_tokens;
                 }
                 self.meter.finished(index, reason.into(), completion_tokens, &timings);
-                let scores = choice.text.remaining_scores();
-                self.events.push_back(Event::Finish { index, reason, scores });
+                let (matched, scores) = (choice.text.matched(), choice.text.remaining_scores());
+                self.events.push_back(Event::Finish { index, reason, matched, scores });
             }
             None => return Err(ApiError::engine_down()),
         }
@@ -183,7 +197,7 @@ impl Choices {
     fn finish(&mut self, index: usize, stop_token: Option<u32>, reason: Finish) -> Finish {
         let (deltas, stopped) = self.choices[index].text.finish(stop_token);
         self.events.extend(deltas.into_iter().map(|delta| Event::Text { index, delta }));
-        if stopped { Finish::Stop } else { reason }
+        self.choices[index].text.reason(if stopped { Finish::Stop } else { reason })
     }
 
     fn failed(&mut self, index: usize, failure: EngineFailure) -> ApiError {
@@ -195,6 +209,10 @@ impl Choices {
             EngineFailure::Panicked => ApiError::internal(),
             EngineFailure::ShuttingDown => ApiError::draining(),
             EngineFailure::QueueTimeout => ApiError::overloaded(),
+            EngineFailure::DeadlineExceeded => ApiError::deadline_exceeded(),
+            EngineFailure::GrammarFailed(_) => {
+                ApiError::engine_always("the grammar of the output reached a limit of its parser")
+            }
         }
     }
 

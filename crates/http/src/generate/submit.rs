@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
-use baton_text::{ReasoningMarkers, ReasoningSplitter};
+use baton_text::{ReasoningMarkers, ReasoningSplitter, ToolSplitter, ToolSyntax};
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
@@ -29,6 +29,8 @@ pub(crate) struct Job {
     pub field: &'static str,
     /// How to split the outputs.
     pub reasoning: Option<Reasoning>,
+    /// How to find calls of tools in them.
+    pub tools: Option<ToolCalls>,
     /// The candidate is to answer the first prompt as well, which this makes for it.
     pub shadow: Option<(Shadow, Encode)>,
     /// When the request arrived.
@@ -43,6 +45,19 @@ pub(crate) struct Reasoning {
     /// The prompt ends inside reasoning.
     pub starts_inside: bool,
 }
+
+/// How to find the calls of tools in an output.
+#[derive(Clone)]
+pub(crate) struct ToolCalls {
+    pub syntax: ToolSyntax,
+    /// The tools that may be called.
+    pub names: Arc<[String]>,
+    /// The output ends with its first call.
+    pub single: bool,
+}
+
+/// What is added to the priority of a request that nobody waits for, so that it comes behind all others.
+const BATCH_PRIORITY: i32 = 1 << 20;
 
 /// Starts all choices of all prompts, or none.
 pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<Choices, ApiError> {
@@ -66,6 +81,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
                 deadline: service.config().queue_timeout,
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
+                priority: if job.record.of_batch() { BATCH_PRIORITY } else { 0 },
                 ..Request::new(prompt.clone(), sampling.clone(), max_tokens)
             }
         });
@@ -89,8 +105,15 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
     });
     let text = || {
         let splitter = job.reasoning.clone().map(|r| ReasoningSplitter::new(r.markers, r.starts_inside));
-        let detokenizer = generation.text.detokenizer(job.params.skip_special_tokens);
+        let skip = job.params.skip_special_tokens;
+        let (detokenizer, tools) = match &job.tools {
+            None => (generation.text.detokenizer(skip), None),
+            Some(ToolCalls { syntax, names, single }) => {
+                (generation.text.tool_detokenizer(skip), Some(ToolSplitter::new(*syntax, names.clone(), *single)))
+            }
+        };
         ChoiceText::new(detokenizer, job.params.stop.clone(), splitter)
+            .tools(tools)
             .min_tokens(job.params.min_tokens)
             .include_stop(job.params.include_stop_str_in_output)
             .scored(job.params.logprobs.is_some())
@@ -133,9 +156,8 @@ fn resolve(params: &Params, generation: &Generation) -> Result<(SamplingParams, 
     ends.sort_unstable();
     ends.dedup();
 
-    let default_temperature = if defaults.do_sample == Some(false) { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
     let sampling = SamplingParams {
-        temperature: params.temperature.unwrap_or(default_temperature),
+        temperature: params.temperature.unwrap_or_else(|| defaults.temperature()),
         top_k: params.top_k.or(defaults.top_k).unwrap_or(0),
         top_p: params.top_p.or(defaults.top_p).unwrap_or(1.0),
         min_p: params.min_p.or(defaults.min_p).unwrap_or(0.0),

@@ -6,6 +6,7 @@ use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::openai::messages;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
+use crate::openai::tools::Tools;
 
 /// A chat request within every range that does not depend on the model.
 #[derive(Debug)]
@@ -18,6 +19,7 @@ pub(crate) struct ChatRequest {
     pub add_generation_prompt: bool,
     pub continue_final_message: bool,
     pub template_kwargs: Map<String, Value>,
+    pub tools: Tools,
     pub params: Params,
     /// Fields that are without effect only because the server is lenient.
     pub ignored: Vec<String>,
@@ -36,6 +38,7 @@ impl ChatRequest {
             return Err(ApiError::invalid("continue_final_message", message));
         }
         let template_kwargs = template_kwargs(&mut fields)?;
+        let tools = Tools::read(&mut fields)?;
 
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = logprobs(&mut fields)?;
@@ -55,6 +58,7 @@ impl ChatRequest {
             add_generation_prompt,
             continue_final_message,
             template_kwargs,
+            tools,
             params,
             ignored,
         })

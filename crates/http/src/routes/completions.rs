@@ -54,6 +54,7 @@ pub(super) async fn create(
         default_max_tokens: Some(DEFAULT_MAX_TOKENS),
         field: "prompt",
         reasoning: None,
+        tools: None,
         shadow,
         arrival,
         record,

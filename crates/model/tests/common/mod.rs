@@ -199,6 +199,7 @@ impl Sequence {
             position: (self.tokens.len() - self.prompt_len) as u32,
             history: if self.params.needs_history() { self.tokens.clone() } else { Vec::new() },
             prompt_len: self.prompt_len,
+            masks: None,
         });
         SequenceStep {
             id: self.id,

@@ -193,6 +193,7 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
                     position: 0,
                     history: Vec::new(),
                     prompt_len: 1,
+                    masks: None,
                 }),
                 adapter: None,
                 propose: 0,

@@ -112,6 +112,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "T")]
     temperature: Option<f64>,
 
+    /// A JSON object whose fields every body has besides, in place of what is sent otherwise: {"response_format": …}
+    #[arg(long, value_name = "JSON", value_parser = object)]
+    extra_body: Option<Map<String, Value>>,
+
     /// Limits in milliseconds that a good call keeps: any of ttft:MS tpot:MS e2el:MS
     #[arg(long, value_name = "NAME:MS", num_args = 1.., value_parser = objective)]
     goodput: Vec<(Latency, Duration)>,
@@ -180,6 +184,10 @@ fn count(text: &str) -> Result<usize, String> {
 
 fn positive(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|&x: &f64| x > 0.0).ok_or_else(|| "expected a number above 0, or inf".into())
+}
+
+fn object(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text).map_err(|_| "expected a JSON object".into())
 }
 
 fn objective(text: &str) -> Result<(Latency, Duration), String> {
@@ -303,6 +311,7 @@ impl BenchArgs {
             extra.push(("ignore_eos", json!(true)));
         }
         extra.extend(self.temperature.map(|t| ("temperature", json!(t))));
+        extra.extend(self.extra_body.iter().flatten().map(|(name, value)| (name.as_str(), value.clone())));
         let times = arrivals(requests.len(), self.request_rate, self.burstiness, seed);
         let timed = self.request_rate.is_infinite();
         let planned = |(request, time): (&Request, Duration)| {
@@ -339,6 +348,7 @@ impl BenchArgs {
             "burstiness": if self.burstiness.is_finite() { json!(self.burstiness) } else { json!("inf") },
             "seed": seed,
             "prompts": form.map_or("from a file", Form::name),
+            "extra_body": self.extra_body,
         });
         let Value::Object(setup) = setup else { unreachable!("written above as an object") };
         setup

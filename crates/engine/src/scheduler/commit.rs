@@ -1,0 +1,179 @@
+//! What becomes of sequences: the result of a step, and every way in which a request ends.
+//!
+//! Invariant: a sequence leaves the scheduler through [`finish`](Scheduler::finish) and nowhere else, once, holding nothing.
+
+use std::time::Duration;
+
+use baton_model::{SampledToken, SequenceFailure, StepOutput, StepPlan};
+
+use super::{RequestOutput, Scheduler};
+use crate::sequence::Sequence;
+use crate::{EngineFailure, FinishReason, OutputEvent, RequestId};
+
+impl Scheduler {
+    /// Takes the result of the planned step, entry by entry.
+    pub fn commit(&mut self, plan: &StepPlan, output: StepOutput, now: Duration) -> Vec<RequestOutput> {
+        let mut outputs = Vec::new();
+        self.counters.step_tokens.observe(plan.num_tokens());
+        for (step, result) in plan.sequences.iter().zip(output.sequences) {
+            let id = RequestId(step.id);
+            let sequence = self.running.get_mut(&id).expect("what is planned is running until committed");
+            let end = step.num_computed + step.tokens.len();
+            self.counters.prompt_tokens_computed +=
+                end.min(sequence.prompt_len).saturating_sub(step.num_computed) as u64;
+            sequence.num_computed = end;
+            let sampled = match result.scores {
+                // Whatever was sampled came of the same values.
+                Err(failure) => vec![Err(failure)],
+                Ok(scores) => {
+                    if !scores.is_empty() {
+                        let event = OutputEvent::PromptScores(sequence.take_scores(scores));
+                        outputs.push(RequestOutput { id, event });
+                    }
+                    result.sampled
+                }
+            };
+            if !sampled.is_empty() {
+                sequence.proposed = result.proposed;
+                outputs.extend(self.take_samples(id, &step.draft, sampled, now));
+            }
+        }
+        outputs
+    }
+
+    /// Takes what was sampled for a sequence, token by token: each is judged as if it had come alone, and what was
+    /// sampled behind an end is forgotten.
+    fn take_samples(
+        &mut self,
+        id: RequestId,
+        draft: &[u32],
+        sampled: Vec<Result<SampledToken, SequenceFailure>>,
+        now: Duration,
+    ) -> Vec<RequestOutput> {
+        let mut outputs = Vec::new();
+        let mut end = None;
+        let sequence = self.running.get_mut(&id).expect("what is planned is running until committed");
+        let known = sequence.tokens.len();
+        for sampled in sampled {
+            let SampledToken { token, logprob, top } = match sampled {
+                Ok(sampled) => sampled,
+                Err(failure) => {
+                    end = Some(FinishReason::Error(failure.into()));
+                    break;
+                }
+            };
+            // A sample behind a draft: it was accepted, and is computed.
+            sequence.num_computed = sequence.tokens.len();
+            self.blocks.publish(sequence);
+            sequence.tokens.push(token);
+            sequence.first_token_at.get_or_insert(now);
+            self.counters.generated_tokens += 1;
+
+            let stop = sequence.stop_token_ids.contains(&token).then_some(FinishReason::Stop { token });
+            if stop.is_none() {
+                outputs.push(RequestOutput { id, event: OutputEvent::Token { token, logprob, top } });
+            }
+            let length = (sequence.num_output() >= sequence.max_tokens).then_some(FinishReason::Length);
+            end = stop.or(length);
+            if end.is_some() {
+                break;
+            }
+        }
+        if draft.is_empty() {
+            sequence.drafting.without();
+        } else {
+            let accepted =
+                draft.iter().zip(&sequence.tokens[known..]).take_while(|(draft, token)| draft == token).count();
+            sequence.drafting.judged(draft.len(), accepted);
+            let stats = self.counters.speculation.as_mut().expect("there are drafts");
+            stats.observe(draft.len(), accepted);
+        }
+        match end {
+            None => self.blocks.trim(sequence),
+            Some(reason) => outputs.push(self.end_running(id, reason, now)),
+        }
+        outputs
+    }
+
+    /// Ends a sequence by what its step gave.
+    fn end_running(&mut self, id: RequestId, reason: FinishReason, now: Duration) -> RequestOutput {
+        let mut sequence = self.running.remove(&id).expect("what is planned is running until committed");
+        match reason {
+            FinishReason::Error(EngineFailure::NonFiniteLogits) => {
+                self.unclean.extend(self.blocks.discard(&mut sequence))
+            }
+            _ => self.blocks.release(&mut sequence),
+        }
+        self.finish(sequence, reason, now)
+    }
+
+    /// Ends the requests that should have started, or ended, by now and have not.
+    pub fn expire(&mut self, now: Duration) -> Vec<RequestOutput> {
+        let running = self.running.extract_if(.., |_, sequence| sequence.overdue(now).is_some());
+        let waiting = self.waiting.extract_if(.., |_, sequence| sequence.overdue(now).is_some());
+        let overdue = running.map(|(_, sequence)| sequence).chain(waiting.map(|(_, sequence)| sequence));
+        let overdue: Vec<Sequence> = overdue.collect();
+        let end = |mut sequence: Sequence| {
+            let failure = sequence.overdue(now).expect("it was looked for");
+            self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
+            self.finish(sequence, FinishReason::Error(failure), now)
+        };
+        overdue.into_iter().map(end).collect()
+    }
+
+    /// Ends a request at the client's wish. `None` if it has ended already.
+    pub fn abort(&mut self, id: RequestId, now: Duration) -> Option<RequestOutput> {
+        let mut sequence = self.running.remove(&id).or_else(|| {
+            let rank = self.waiting.keys().find(|rank| rank.id == id).copied()?;
+            self.waiting.remove(&rank)
+        })?;
+        self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
+        Some(self.finish(sequence, FinishReason::Aborted, now))
+    }
+
+    /// Ends all sequences that hold blocks after a step that failed as a whole, and forgets all cached blocks:
+    /// nobody knows what the step left in the cache. The waiting ones have nothing there and go on.
+    pub fn fail_running(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        let mut outputs = Vec::new();
+        while let Some((_, mut sequence)) = self.running.pop_first() {
+            self.unclean.extend(self.blocks.discard(&mut sequence));
+            outputs.push(self.finish(sequence, FinishReason::Error(failure.clone()), now));
+        }
+        self.unclean.extend(self.blocks.forget_cached());
+        self.counters.failed_steps += 1;
+        outputs
+    }
+
+    /// Ends everything.
+    pub fn fail_all(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        let all =
+            std::mem::take(&mut self.running).into_values().chain(std::mem::take(&mut self.waiting).into_values());
+        let all: Vec<Sequence> = all.collect();
+        all.into_iter()
+            .map(|mut sequence| {
+                self.blocks.release(&mut sequence);
+                self.finish(sequence, FinishReason::Error(failure.clone()), now)
+            })
+            .collect()
+    }
+
+    /// The last event of a sequence that is neither running nor waiting any more and holds no block.
+    fn finish(&mut self, sequence: Sequence, reason: FinishReason, now: Duration) -> RequestOutput {
+        debug_assert!(sequence.table.blocks().is_empty(), "an ended sequence holds no block");
+        if sequence.start.is_none() {
+            self.left_queue[usize::from(sequence.id.is_background())] += 1;
+        }
+        let finished = &mut self.counters.finished;
+        match reason {
+            FinishReason::Stop { .. } => finished.stop += 1,
+            FinishReason::Length => finished.length += 1,
+            FinishReason::Aborted => finished.aborted += 1,
+            FinishReason::Error(ref failure) => {
+                finished.error += 1;
+                finished.non_finite_logits += u64::from(*failure == EngineFailure::NonFiniteLogits);
+            }
+        }
+        let event = OutputEvent::Finished { reason, usage: sequence.usage(), timings: sequence.timings(now) };
+        RequestOutput { id: sequence.id, event }
+    }
+}
