@@ -66,7 +66,7 @@ impl<'a> TokenizerFile<'a> {
 
 /// Text before and behind one checkpoint. Immutable: share it in an [`Arc`].
 pub struct TextModel {
-    tokenizer: Arc<Tokenizer>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     vocab: Arc<Vocab>,
     /// Ids written before and after a text, where the tokenizer's class does that instead of tokenizer.json.
     around: Option<(Option<u32>, Option<u32>)>,

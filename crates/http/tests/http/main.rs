@@ -5,6 +5,7 @@ mod admin;
 mod anthropic;
 mod batches;
 mod dialect_tools;
+mod encoders;
 mod generations;
 mod handoff;
 mod harness;
