@@ -74,6 +74,7 @@ pub struct Parts {
 /// Loads tokenizer, template and weights.
 pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Parts> {
     let (text, text_files) = text(files, settings)?;
+    let text = settings.tool_call_parser.applied(text)?;
     let device = Device::parse(&settings.device)?;
     let loaded = device.load(settings.threads, files, &options(settings, free))?;
     let vocab = loaded.runner.spec().vocab_size;

@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 use baton_device::{BlockFormat, DType, KvDtype};
 use baton_model::Quantization;
+use baton_text::{TextModel, ToolSyntax};
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
@@ -129,6 +130,44 @@ impl From<Quantize> for Quantization {
 pub enum GenerationConfigUse {
     Auto,
     None,
+}
+
+/// How the model writes calls of tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[value(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
+pub enum ToolCallParser {
+    /// As its chat template writes them.
+    Auto,
+    /// Not at all.
+    None,
+    DeepseekV3,
+    DeepseekV31,
+    Hermes,
+    Llama3Json,
+    Mistral,
+}
+
+impl ToolCallParser {
+    /// The syntax that is asked for, if one is.
+    fn syntax(self) -> Option<ToolSyntax> {
+        match self {
+            ToolCallParser::Auto | ToolCallParser::None => None,
+            ToolCallParser::DeepseekV3 => Some(ToolSyntax::DeepseekV3),
+            ToolCallParser::DeepseekV31 => Some(ToolSyntax::DeepseekV31),
+            ToolCallParser::Hermes => Some(ToolSyntax::Hermes),
+            ToolCallParser::Llama3Json => Some(ToolSyntax::Llama3Json),
+            ToolCallParser::Mistral => Some(ToolSyntax::Mistral),
+        }
+    }
+
+    /// The text model with calls written so.
+    pub fn applied(self, text: TextModel) -> Result<TextModel> {
+        match self {
+            ToolCallParser::Auto => Ok(text),
+            parser => text.with_tool_syntax(parser.syntax()).context("--tool-call-parser"),
+        }
+    }
 }
 
 /// What becomes of a model whose hand-off is not proven.
@@ -290,6 +329,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", env = "BATON_CHAT_TEMPLATE", help_heading = "Model")]
     pub chat_template: Option<PathBuf>,
 
+    /// How the model writes calls of tools: auto reads it off the chat template, none calls none, the others are vLLM's names [default: auto]
+    #[arg(long, value_enum, env = "BATON_TOOL_CALL_PARSER", help_heading = "Model")]
+    pub tool_call_parser: Option<ToolCallParser>,
+
     /// Write what was loaded, and what each conversion of precision cost, to this file as JSON
     #[arg(long, value_name = "FILE", env = "BATON_LOAD_REPORT", help_heading = "Model")]
     pub load_report: Option<PathBuf>,
@@ -392,6 +435,7 @@ pub struct Settings {
     pub max_model_len: Option<usize>,
     pub generation_config: GenerationConfigUse,
     pub chat_template: Option<PathBuf>,
+    pub tool_call_parser: ToolCallParser,
     pub load_report: Option<PathBuf>,
     pub handoff: HandoffPolicy,
     pub trusted_keys: Vec<PathBuf>,
@@ -535,6 +579,7 @@ impl ServeArgs {
             max_model_len: self.max_model_len,
             generation_config: self.generation_config.unwrap_or(GenerationConfigUse::Auto),
             chat_template: self.chat_template,
+            tool_call_parser: self.tool_call_parser.unwrap_or(ToolCallParser::Auto),
             load_report: self.load_report,
             handoff: self.handoff.unwrap_or(HandoffPolicy::Warn),
             trusted_keys: self.trusted_keys.unwrap_or_default(),
@@ -616,6 +661,19 @@ mod tests {
         assert!(refusal(&["--lora-modules", "a=b"], "").contains("--enable-lora"));
         assert!(refusal(&["--enable-lora", "--lora-modules", "a"], "").contains("NAME=PATH"));
         assert!(refusal(&["--enable-lora", "--max-lora-rank", "513"], "").contains("--max-lora-rank"));
+    }
+
+    #[test]
+    fn parsers_of_tool_calls_go_by_their_syntaxes_names() {
+        for syntax in ToolSyntax::ALL {
+            let parser = parse(&["--tool-call-parser", syntax.name()], "").unwrap().0.tool_call_parser;
+            let file = format!("tool-call-parser = \"{}\"", syntax.name());
+            assert_eq!(parse(&[], &file).unwrap().0.tool_call_parser, parser);
+            assert_eq!(parser.syntax(), Some(syntax));
+        }
+        assert_eq!(parse(&[], "").unwrap().0.tool_call_parser, ToolCallParser::Auto);
+        let refusal = format!("{:#}", parse(&["--tool-call-parser", "qwen"], "").unwrap_err());
+        assert!(["auto", "none", "hermes"].iter().all(|name| refusal.contains(name)), "{refusal}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ mod common;
 use std::{fs, path::Path, sync::Arc};
 
 use baton_loadgen::{Client, LocalServer};
-use baton_text::{ChatInput, TextModel};
+use baton_text::TextModel;
 use serde_json::{Value, json};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/abacus");
@@ -19,64 +19,50 @@ fn rows(name: &str) -> Vec<Value> {
     text.lines().map(|l| serde_json::from_str(l).expect("one JSON object per line")).collect()
 }
 
-/// One row's answer: its text after thinking, the bytes of its tokens, the prompt's length.
+/// One row's answer: its text after thinking, its calls, the bytes of its tokens, the prompt's length.
 struct Answer {
     content: String,
+    calls: Vec<Value>,
     bytes: Vec<u8>,
     prompt_tokens: Value,
 }
 
-/// A plain row goes through chat completions.
+/// Asks a row, with its tools if it has some.
 async fn chat(client: &Client, row: &Value) -> Answer {
     let body = json!({
         "model": "abacus", "temperature": 0, "max_tokens": 200, "logprobs": true, "messages": row["messages"],
+        "tools": row["tools"],
     });
     let (status, reply) = client.post("/v1/chat/completions", &body).await.expect("an answer");
     assert_eq!(status, 200, "{}: {reply}", row["id"]);
     let choice = &reply["choices"][0];
     let tokens = choice["logprobs"]["content"].as_array().expect("logprobs of every token");
     let bytes = tokens.iter().flat_map(|t| t["bytes"].as_array().expect("bytes"));
+    let message = &choice["message"];
+    assert_eq!(choice["finish_reason"] == "tool_calls", message.get("tool_calls").is_some(), "{choice}");
     Answer {
-        content: choice["message"]["content"].as_str().unwrap_or("").trim().to_owned(),
+        content: message["content"].as_str().unwrap_or("").trim().to_owned(),
+        calls: message["tool_calls"].as_array().cloned().unwrap_or_default(),
         bytes: bytes.map(|b| b.as_u64().expect("a byte") as u8).collect(),
         prompt_tokens: reply["usage"]["prompt_tokens"].clone(),
     }
 }
 
-/// A row with tools is rendered here and goes through completions, as token ids.
-async fn completion(client: &Client, text: &TextModel, row: &Value) -> Answer {
-    let input = ChatInput {
-        messages: row["messages"].clone(),
-        tools: Some(row["tools"].clone()),
-        add_generation_prompt: true,
-        continue_final_message: false,
-        kwargs: serde_json::Map::new(),
-    };
-    let rendered = text.render_chat(&input, chrono::NaiveDateTime::default()).expect("it renders");
-    let ids = text.encode_chat(&rendered).expect("it encodes");
-    let body = json!({"model": "abacus", "temperature": 0, "max_tokens": 200, "prompt": ids});
-    let (status, reply) = client.post("/v1/completions", &body).await.expect("an answer");
-    assert_eq!(status, 200, "{}: {reply}", row["id"]);
-    let whole = reply["choices"][0]["text"].as_str().expect("text");
-    Answer {
-        content: whole.rsplit("</think>").next().expect("a part").trim().to_owned(),
-        bytes: whole.as_bytes().to_vec(),
-        prompt_tokens: reply["usage"]["prompt_tokens"].clone(),
-    }
-}
-
 /// As the evaluation of the model judges it: the whole answer, or the tool called with its arguments.
-fn is_right(row: &Value, content: &str) -> bool {
-    let Some(wanted) = row.get("tool_call") else { return content == row["answer"].as_str().expect("an answer") };
-    let call = content.strip_prefix("<tool_call>").and_then(|c| c.strip_suffix("</tool_call>"));
-    call.and_then(|c| serde_json::from_str::<Value>(c).ok()).is_some_and(|call| call == *wanted)
+fn is_right(row: &Value, answer: &Answer) -> bool {
+    let Some(wanted) = row.get("tool_call") else {
+        return answer.calls.is_empty() && answer.content == row["answer"].as_str().expect("an answer");
+    };
+    let [call] = &answer.calls[..] else { return false };
+    let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().expect("text")).expect("JSON");
+    answer.content.is_empty() && *wanted == json!({"name": call["function"]["name"], "arguments": arguments})
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_are_as_right_as_the_references_and_tokens_equal_up_to_a_near_tie() {
     let binary = Path::new(env!("CARGO_BIN_EXE_baton"));
     let server = Arc::new(LocalServer::start(binary, &["--log-level", "warn"]).await.expect("it starts"));
-    let text = Arc::new(common::text_model(Path::new(MODEL)));
+    let text = common::text_model(Path::new(MODEL));
     let questions = rows("eval.jsonl");
     let references = rows("eval_reference.jsonl");
     assert_eq!(questions.len(), 360);
@@ -84,14 +70,11 @@ async fn answers_are_as_right_as_the_references_and_tokens_equal_up_to_a_near_ti
     let calls: Vec<_> = questions
         .chunks(questions.len().div_ceil(32))
         .map(|chunk| {
-            let (chunk, client, text) = (chunk.to_vec(), server.client(), text.clone());
+            let (chunk, client) = (chunk.to_vec(), server.client());
             tokio::spawn(async move {
                 let mut answers = Vec::new();
                 for row in chunk {
-                    let answer = match row.get("tools") {
-                        None => chat(&client, &row).await,
-                        Some(_) => completion(&client, &text, &row).await,
-                    };
+                    let answer = chat(&client, &row).await;
                     answers.push((row, answer));
                 }
                 answers
@@ -103,7 +86,7 @@ async fn answers_are_as_right_as_the_references_and_tokens_equal_up_to_a_near_ti
     for call in calls {
         for (row, answer) in call.await.expect("no panic") {
             let reference = references.iter().find(|r| r["id"] == row["id"]).expect("a reference for every row");
-            right += u32::from(is_right(&row, &answer.content));
+            right += u32::from(is_right(&row, &answer));
             right_reference += u32::from(reference["right"] == true);
             assert_eq!(answer.prompt_tokens, reference["prompt_tokens"], "{}", row["id"]);
             compared += compare(&text, &row["id"], &answer.bytes, reference);

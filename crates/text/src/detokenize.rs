@@ -18,6 +18,8 @@ const REPLACEMENT: char = '\u{FFFD}';
 pub struct Detokenizer {
     vocab: Arc<Vocab>,
     skip_special_tokens: bool,
+    /// Sent in any case.
+    keep: Arc<[u32]>,
     state: State,
 }
 
@@ -42,13 +44,18 @@ impl Detokenizer {
             Decoding::ByteFallback { strip_start } => State::ByteFallback { run: Vec::new(), strip: strip_start },
             Decoding::Other => State::Other(Window { tokenizer, ids: Vec::new(), sent: 0 }),
         };
-        Self { vocab, skip_special_tokens, state }
+        Self { vocab, skip_special_tokens, keep: Arc::default(), state }
+    }
+
+    /// Never skips these tokens.
+    pub(crate) fn keeping(self, keep: Arc<[u32]>) -> Self {
+        Self { keep, ..self }
     }
 
     /// Takes the next token and returns the text that may be sent now, often empty. An id outside the vocabulary has
     /// no text.
     pub fn push(&mut self, id: u32) -> String {
-        if !self.vocab.is_shown(id, self.skip_special_tokens) {
+        if !self.vocab.is_shown(id, self.skip_special_tokens) && !self.keep.contains(&id) {
             return String::new();
         }
         let Some(token) = self.vocab.get(id) else { return String::new() };

@@ -32,6 +32,14 @@ pub enum TextError {
         /// The parser's complaint.
         reason: String,
     },
+    /// The model cannot have the tool syntax that is asked for.
+    #[error("the model has no token {token:?}, which calls of tools by {syntax} need")]
+    ToolSyntax {
+        /// The syntax's name.
+        syntax: &'static str,
+        /// The token.
+        token: &'static str,
+    },
     /// The template called `raise_exception`: it refuses this chat, and says why.
     #[error("the chat template refuses this chat: {0}")]
     TemplateRaised(String),
@@ -49,6 +57,12 @@ pub enum TextError {
     /// The checkpoint has no chat template.
     #[error("the model has no chat template; use completions with a plain prompt")]
     NoChatTemplate,
+    /// The chat has tools and the model cannot be told of them.
+    #[error("the model's chat template does not take tools; another can be given by --chat-template")]
+    ToolsNotShown,
+    /// The chat has tools, and it is not known how the model calls them.
+    #[error("it is not known how the model calls tools; --tool-call-parser can say it")]
+    NoToolSyntax,
     /// `continue_final_message` cannot be met.
     #[error("continue_final_message: {0}")]
     ContinueFinalMessage(&'static str),

@@ -1,9 +1,9 @@
-//! Text on both sides of a model: tokenizer, chat template, detokenisation, stop strings, reasoning.
+//! Text on both sides of a model: tokenizer, chat template, detokenisation, stop strings, reasoning, calls of tools.
 //!
 //! The crate is given bytes and values: it opens no file, asks no clock and knows nothing of the engine or of HTTP.
 //! Before the model, [`TextModel`] renders a chat with the checkpoint's template and encodes it; behind it, each
-//! output runs through a [`Detokenizer`], a [`StopMatcher`] and, for a thinking model, a [`ReasoningSplitter`].
-//! Each of the three takes pieces of any size and yields the same joined text however its input was cut.
+//! output runs through a [`Detokenizer`], a [`StopMatcher`], for a thinking model a [`ReasoningSplitter`], and where
+//! tools may be called a [`ToolSplitter`]. Each of them takes pieces of any size and yields the same joined text however its input was cut.
 
 mod config;
 mod convert;
@@ -20,6 +20,7 @@ mod sentencepiece;
 mod stop;
 mod template;
 mod tiktoken;
+mod tools;
 mod vocab;
 
 #[cfg(test)]
@@ -32,3 +33,4 @@ pub use model::{TextFiles, TextModel, TokenizerFile};
 pub use reasoning::{ReasoningMarkers, ReasoningSplitter, Segment};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatInput, MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES};
+pub use tools::{ToolSplitter, ToolSyntax};

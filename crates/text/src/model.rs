@@ -12,7 +12,7 @@ use crate::config::TextConfig;
 use crate::convert::Converted;
 use crate::template::{ChatInput, ChatTemplate};
 use crate::vocab::{MAX_TOKEN_ID, Vocab};
-use crate::{Detokenizer, ReasoningMarkers, TextError, library, sentencepiece, tiktoken};
+use crate::{Detokenizer, ReasoningMarkers, TextError, ToolSyntax, library, sentencepiece, tiktoken};
 
 /// Raw files of a checkpoint that concern text.
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +75,9 @@ pub struct TextModel {
     tool_template: Option<ChatTemplate>,
     markers: Option<ReasoningMarkers>,
     controls: HashSet<u32>,
+    syntax: Option<ToolSyntax>,
+    /// Ids of its markers that are tokens.
+    tool_tokens: Arc<[u32]>,
 }
 
 impl TextModel {
@@ -122,7 +125,9 @@ impl TextModel {
 
         let compile =
             |source: &Option<String>| source.as_ref().map(|s| ChatTemplate::new(s, config.special.clone())).transpose();
-        Ok(Self {
+        let syntax = config.tool_template.as_deref().or(config.template.as_deref());
+        let syntax = syntax.and_then(|t| ToolSyntax::detect(t, |token| tokenizer.token_to_id(token).is_some()));
+        let model = Self {
             vocab: Arc::new(vocab),
             around,
             eos,
@@ -130,8 +135,25 @@ impl TextModel {
             tool_template: compile(&config.tool_template)?,
             markers,
             controls,
+            syntax: None,
+            tool_tokens: Arc::default(),
             tokenizer: Arc::new(tokenizer),
-        })
+        };
+        model.with_tool_syntax(syntax)
+    }
+
+    /// The model with calls of tools written so, whatever its template says; `None`: it calls none.
+    ///
+    /// # Errors
+    /// [`TextError::ToolSyntax`] if it lacks a token for that.
+    pub fn with_tool_syntax(self, syntax: Option<ToolSyntax>) -> Result<Self, TextError> {
+        let missing = syntax.and_then(|s| Some((s, s.missing_token(|token| self.token_id(token).is_some())?)));
+        if let Some((syntax, token)) = missing {
+            return Err(TextError::ToolSyntax { syntax: syntax.name(), token });
+        }
+        let markers = syntax.into_iter().flat_map(ToolSyntax::markers);
+        let tool_tokens = markers.filter_map(|marker| self.token_id(marker)).collect();
+        Ok(Self { syntax, tool_tokens, ..self })
     }
 
     /// Ids of a text. `add_special_tokens`: with BOS and EOS where transformers' `tokenizer.encode(text)` writes them.
@@ -163,6 +185,11 @@ impl TextModel {
     /// A detokenizer for one output.
     pub fn detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
         Detokenizer::new(self.vocab.clone(), self.tokenizer.clone(), skip_special_tokens)
+    }
+
+    /// A detokenizer for an output in which tools may be called: the markers of calls are never skipped.
+    pub fn tool_detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
+        self.detokenizer(skip_special_tokens).keeping(self.tool_tokens.clone())
     }
 
     /// Highest id + 1, to be checked against the rows of the embedding.
@@ -211,8 +238,21 @@ impl TextModel {
     /// # Errors
     /// [`TextError::NoChatTemplate`], or what the template says or fails on; see [`TextError`].
     pub fn render_chat(&self, chat: &ChatInput, now: NaiveDateTime) -> Result<String, TextError> {
-        let for_tools = self.tool_template.as_ref().filter(|_| chat.has_tools());
-        for_tools.or(self.template.as_ref()).ok_or(TextError::NoChatTemplate)?.render(chat, now)
+        self.template(chat.has_tools()).ok_or(TextError::NoChatTemplate)?.render(chat, now)
+    }
+
+    /// How the model calls tools, of which its template tells it.
+    ///
+    /// # Errors
+    /// [`TextError::NoToolSyntax`] or [`TextError::ToolsNotShown`] if it cannot be made to.
+    pub fn tool_syntax(&self) -> Result<ToolSyntax, TextError> {
+        let syntax = self.syntax.ok_or(TextError::NoToolSyntax)?;
+        let shown = self.template(true).is_some_and(ChatTemplate::shows_tools);
+        shown.then_some(syntax).ok_or(TextError::ToolsNotShown)
+    }
+
+    fn template(&self, for_tools: bool) -> Option<&ChatTemplate> {
+        self.tool_template.as_ref().filter(|_| for_tools).or(self.template.as_ref())
     }
 
     /// The tokens around reasoning: `Some` if the vocabulary has `<think>` and `</think>` and the chat template knows

@@ -18,6 +18,7 @@ use serde_json::Map;
 
 use crate::json::tojson;
 use crate::sandbox::{Overrun, Sandbox};
+use crate::tools::History;
 use crate::{TextError, pycompat};
 
 /// Longest template source accepted. The longest in use have about 32 KiB.
@@ -92,6 +93,7 @@ pub(crate) struct ChatTemplate {
     env: Arc<Environment<'static>>,
     sandbox: Sandbox,
     special: Vec<(String, String)>,
+    history: History,
 }
 
 impl ChatTemplate {
@@ -100,6 +102,7 @@ impl ChatTemplate {
         if source.len() > MAX_TEMPLATE_BYTES {
             return Err(TextError::TemplateTooLarge { bytes: source.len(), max: MAX_TEMPLATE_BYTES });
         }
+        let source_has_tools = source.contains("tool");
         let source = without_generation_blocks(source);
         let sandbox = Sandbox::default();
         let syntax = |e: &Error| TextError::TemplateSyntax {
@@ -111,7 +114,17 @@ impl ChatTemplate {
             Overrun::Panic => TextError::TemplateSyntax { line: 0, reason: "the parser failed".into() },
             other => overrun(other),
         })??);
-        Ok(Self { env, sandbox, special })
+        let template = Self { env, sandbox, special, history: History::default() };
+        let history = match source_has_tools {
+            true => History::probe(|chat, now| template.render(chat, now)),
+            false => History::default(),
+        };
+        Ok(Self { history, ..template })
+    }
+
+    /// Whether it tells the model of a chat's tools.
+    pub(crate) fn shows_tools(&self) -> bool {
+        self.history.shows_tools
     }
 
     /// Renders a chat.
@@ -141,9 +154,10 @@ impl ChatTemplate {
     fn render_messages(
         &self,
         chat: &ChatInput,
-        messages: serde_json::Value,
+        mut messages: serde_json::Value,
         now: NaiveDateTime,
     ) -> Result<String, TextError> {
+        self.history.adapt(&mut messages);
         let tools = chat.tools.clone().filter(|_| chat.has_tools());
         let kwargs = chat.kwargs.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value))));
         let special = self.special.iter().map(|(name, token)| (name.clone(), Value::from(token.as_str())));

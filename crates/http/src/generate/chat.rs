@@ -9,10 +9,11 @@ use chrono::NaiveDateTime;
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
-use crate::generate::{Choices, Job, Reasoning, compile, submit};
+use crate::generate::{Choices, Job, Reasoning, ToolCalls, compile, submit};
 use crate::generation::{Generation, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
+use crate::openai::tools::Tools;
 use crate::service::Service;
 use crate::shadow::Encode;
 
@@ -31,9 +32,10 @@ pub(crate) async fn start_chat(
     request: ChatRequest,
 ) -> Result<StartedChat, ApiError> {
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
+    let tools = tool_calls(&generation.text, &request.tools)?;
     let chat = ChatInput {
         messages: request.messages.into(),
-        tools: None,
+        tools: request.tools.for_template(),
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message,
         kwargs: request.template_kwargs,
@@ -64,6 +66,7 @@ pub(crate) async fn start_chat(
         field,
         reasoning: markers.map(|markers| Reasoning { markers, starts_inside: place == Place::Inside }),
         grammar,
+        tools,
         shadow,
         arrival,
         record,
@@ -71,6 +74,16 @@ pub(crate) async fn start_chat(
     let model = Arc::clone(&generation);
     let choices = submit(service, generation, job)?;
     Ok(StartedChat { choices, generation: model, target })
+}
+
+/// How to find the calls that the request allows; `None` if it allows none.
+fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
+    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
+    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
 }
 
 /// Where an output begins.

@@ -1,11 +1,14 @@
-//! One choice's way from tokens to text: detokenizer, stop strings, reasoning.
+//! One choice's way from tokens to text: detokenizer, stop strings, reasoning, calls of tools.
 //!
-//! Stop strings are looked for in the whole text that the model generates, reasoning and its markers included, but
-//! not before `min_tokens` tokens are out. Pure: no clock, no channel.
+//! Stop strings are looked for in the whole text that the model generates, reasoning, calls and their markers included,
+//! but not before `min_tokens` tokens are out. Calls are looked for in the answer, never in the reasoning. An output
+//! finishes for its calls unless the last one was cut off. Pure: no clock, no channel.
 
 use std::collections::VecDeque;
 
-use baton_text::{Detokenizer, ReasoningSplitter, Segment, StopMatcher, StopOutcome};
+use baton_text::{Detokenizer, ReasoningSplitter, Segment, StopMatcher, StopOutcome, ToolSplitter};
+
+use crate::openai::shared::Finish;
 
 /// The score of a generated token.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +43,9 @@ pub(crate) struct ChoiceText {
     matcher: StopMatcher,
     include_stop: bool,
     splitter: Option<ReasoningSplitter>,
+    tools: Option<ToolSplitter>,
+    /// The output has ended in the arguments of a call.
+    cut_call: bool,
     min_tokens: usize,
     /// Tokens taken, and those of them that were reasoning.
     tokens: usize,
@@ -61,6 +67,8 @@ impl ChoiceText {
             stops,
             include_stop: false,
             splitter,
+            tools: None,
+            cut_call: false,
             min_tokens: 0,
             tokens: 0,
             reasoning_tokens: 0,
@@ -69,6 +77,11 @@ impl ChoiceText {
             released: 0,
             held: None,
         }
+    }
+
+    /// Finds calls of tools.
+    pub fn tools(self, tools: Option<ToolSplitter>) -> Self {
+        Self { tools, ..self }
     }
 
     /// Looks for no stop string among so many first tokens.
@@ -91,7 +104,13 @@ impl ChoiceText {
         (self.tokens, self.reasoning_tokens)
     }
 
-    /// Takes a token; true if a stop string is complete and the choice with it.
+    /// Why the choice is complete, given how it ended.
+    pub fn reason(&self, ended: Finish) -> Finish {
+        let calls = self.tools.as_ref().is_some_and(|tools| tools.calls() > 0);
+        if ended == Finish::Stop && calls && !self.cut_call { Finish::ToolCalls } else { ended }
+    }
+
+    /// Takes a token; true if a stop string or the only call is complete and the choice with it.
     pub fn push(&mut self, token: u32, logprob: f32, top: Vec<(u32, f32)>) -> (Vec<Delta>, bool) {
         let before = self.in_reasoning();
         self.tokens += 1;
@@ -106,7 +125,7 @@ impl ChoiceText {
         pushed
     }
 
-    /// The engine has ended the choice, perhaps with a stop token; true if the last text completed a stop string.
+    /// The engine has ended the choice, perhaps with a stop token; true if the last text completed what ends it too.
     pub fn finish(&mut self, stop_token: Option<u32>) -> (Vec<Delta>, bool) {
         let mut text = String::new();
         if let Some(token) = stop_token.filter(|_| self.include_stop) {
@@ -135,10 +154,10 @@ impl ChoiceText {
         self.bytes += text.len();
         self.chars += text.chars().count();
         if self.tokens <= self.min_tokens {
-            return (self.release(text), false);
+            return (self.release(text), self.is_over());
         }
         let StopOutcome { mut text, stopped } = self.matcher.push(text);
-        let Some(index) = stopped else { return (self.release(&text), false) };
+        let Some(index) = stopped else { return (self.release(&text), self.is_over()) };
         if self.include_stop {
             text.push_str(&self.stops[index]);
         }
@@ -153,6 +172,10 @@ impl ChoiceText {
         (deltas, true)
     }
 
+    fn is_over(&self) -> bool {
+        self.tools.as_ref().is_some_and(ToolSplitter::is_over)
+    }
+
     /// Text that has passed the stop strings.
     fn release(&mut self, text: &str) -> Vec<Delta> {
         self.released += text.len();
@@ -161,13 +184,29 @@ impl ChoiceText {
             None if text.is_empty() => Vec::new(),
             None => vec![Segment::Content(text.to_owned())],
         };
+        let segments = self.find_calls(segments);
         self.deltas(segments)
     }
 
-    /// What the splitter still holds.
+    /// What the splitters still hold.
     fn end(&mut self) -> Vec<Delta> {
         let segments = self.splitter.as_mut().map(ReasoningSplitter::flush).unwrap_or_default();
+        let mut segments = self.find_calls(segments);
+        if let Some(tools) = &mut self.tools {
+            self.cut_call = tools.in_arguments();
+            segments.extend(tools.flush());
+        }
         self.deltas(segments)
+    }
+
+    /// The calls in what is the answer.
+    fn find_calls(&mut self, segments: Vec<Segment>) -> Vec<Segment> {
+        let Some(tools) = &mut self.tools else { return segments };
+        let find = |segment| match segment {
+            Segment::Content(text) => tools.push(&text),
+            other => vec![other],
+        };
+        segments.into_iter().flat_map(find).collect()
     }
 
     /// The scores go with the last segment.

@@ -49,7 +49,7 @@ struct Choice {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
-    /// A stop string was found: the engine has been told, its last event is awaited.
+    /// A stop string was found, or the only call that is wanted: the engine has been told, its last event is awaited.
     Stopped,
     Finished,
 }
@@ -149,7 +149,7 @@ impl Choices {
             Some(OutputEvent::Token { .. } | OutputEvent::PromptScores(_)) => {}
             Some(OutputEvent::Finished { reason, usage, timings }) => {
                 let (reason, completion_tokens) = match (choice.state, reason) {
-                    (State::Stopped, _) => (Finish::Stop, choice.text.tokens().0),
+                    (State::Stopped, _) => (choice.text.reason(Finish::Stop), choice.text.tokens().0),
                     (_, FinishReason::Stop { token }) => {
                         (self.finish(index, Some(token), Finish::Stop), usage.completion_tokens)
                     }
@@ -183,7 +183,7 @@ impl Choices {
     fn finish(&mut self, index: usize, stop_token: Option<u32>, reason: Finish) -> Finish {
         let (deltas, stopped) = self.choices[index].text.finish(stop_token);
         self.events.extend(deltas.into_iter().map(|delta| Event::Text { index, delta }));
-        if stopped { Finish::Stop } else { reason }
+        self.choices[index].text.reason(if stopped { Finish::Stop } else { reason })
     }
 
     fn failed(&mut self, index: usize, failure: EngineFailure) -> ApiError {

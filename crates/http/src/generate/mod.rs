@@ -16,4 +16,4 @@ pub(crate) use choice::{Delta, Score};
 pub(crate) use choices::{Choices, Event};
 pub(crate) use grammar::compile;
 pub(crate) use respond::{Call, Output, respond};
-pub(crate) use submit::{Job, Reasoning, submit};
+pub(crate) use submit::{Job, Reasoning, ToolCalls, submit};

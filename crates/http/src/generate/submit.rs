@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
 use baton_grammar::Grammar;
-use baton_text::{ReasoningMarkers, ReasoningSplitter};
+use baton_text::{ReasoningMarkers, ReasoningSplitter, ToolSplitter, ToolSyntax};
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
@@ -32,6 +32,8 @@ pub(crate) struct Job {
     pub reasoning: Option<Reasoning>,
     /// What the outputs must be.
     pub grammar: Option<Arc<dyn Grammar>>,
+    /// How to find calls of tools in them.
+    pub tools: Option<ToolCalls>,
     /// The candidate is to answer the first prompt as well, which this makes for it.
     pub shadow: Option<(Shadow, Encode)>,
     /// When the request arrived.
@@ -45,6 +47,16 @@ pub(crate) struct Reasoning {
     pub markers: ReasoningMarkers,
     /// The prompt ends inside reasoning.
     pub starts_inside: bool,
+}
+
+/// How to find the calls of tools in an output.
+#[derive(Clone)]
+pub(crate) struct ToolCalls {
+    pub syntax: ToolSyntax,
+    /// The tools that may be called.
+    pub names: Arc<[String]>,
+    /// The output ends with its first call.
+    pub single: bool,
 }
 
 /// Starts all choices of all prompts, or none.
@@ -95,8 +107,15 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
     });
     let text = || {
         let splitter = job.reasoning.clone().map(|r| ReasoningSplitter::new(r.markers, r.starts_inside));
-        let detokenizer = generation.text.detokenizer(job.params.skip_special_tokens);
+        let skip = job.params.skip_special_tokens;
+        let (detokenizer, tools) = match &job.tools {
+            None => (generation.text.detokenizer(skip), None),
+            Some(ToolCalls { syntax, names, single }) => {
+                (generation.text.tool_detokenizer(skip), Some(ToolSplitter::new(*syntax, names.clone(), *single)))
+            }
+        };
         ChoiceText::new(detokenizer, job.params.stop.clone(), splitter)
+            .tools(tools)
             .min_tokens(job.params.min_tokens)
             .include_stop(job.params.include_stop_str_in_output)
             .scored(job.params.logprobs.is_some())

@@ -7,6 +7,7 @@ use crate::fields::{Fields, integer};
 use crate::openai::messages;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
 use crate::openai::structured::Structured;
+use crate::openai::tools::Tools;
 
 /// A chat request within every range that does not depend on the model.
 #[derive(Debug)]
@@ -19,6 +20,7 @@ pub(crate) struct ChatRequest {
     pub add_generation_prompt: bool,
     pub continue_final_message: bool,
     pub template_kwargs: Map<String, Value>,
+    pub tools: Tools,
     pub params: Params,
     /// The form that the answer must have.
     pub structured: Option<Structured>,
@@ -43,6 +45,7 @@ impl ChatRequest {
         let template_kwargs = template_kwargs(&mut fields)?;
         let thinking_budget = thinking_budget(&mut fields, &template_kwargs)?;
         let structured = Structured::read(&mut fields, budget)?;
+        let tools = Tools::read(&mut fields)?;
 
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = logprobs(&mut fields)?;
@@ -62,6 +65,7 @@ impl ChatRequest {
             add_generation_prompt,
             continue_final_message,
             template_kwargs,
+            tools,
             params,
             structured,
             thinking_budget,

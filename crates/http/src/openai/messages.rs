@@ -32,7 +32,7 @@ fn message(mut fields: Fields, budget: &mut usize) -> Result<Value, ApiError> {
     };
     let mut out = Map::new();
     out.insert("role".into(), role.into());
-    let content = content(&mut fields)?;
+    let mut content = content(&mut fields)?;
     let name = fields.string("name")?;
 
     let mut may_be_empty = false;
@@ -41,6 +41,8 @@ fn message(mut fields: Fields, budget: &mut usize) -> Result<Value, ApiError> {
         let reasoning = reasoning.or(fields.string("reasoning")?);
         let calls = tool_calls(&mut fields, budget)?;
         may_be_empty = calls.is_some();
+        // Some templates write the calls only of a message without content, and clients send the empty one for it.
+        content = content.filter(|content| !(may_be_empty && content.is_empty()));
         // What clients send back of our replies and others', without meaning for the template.
         for echoed in ["refusal", "annotations"] {
             fields.take(echoed);

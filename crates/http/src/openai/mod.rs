@@ -11,3 +11,4 @@ pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod shared;
 pub(crate) mod structured;
+pub(crate) mod tools;

@@ -56,6 +56,7 @@ pub(super) async fn create(
         field: "prompt",
         reasoning: None,
         grammar,
+        tools: None,
         shadow,
         arrival,
         record,

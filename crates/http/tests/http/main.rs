@@ -11,3 +11,4 @@ mod refusals;
 mod replies;
 mod shadow;
 mod structured;
+mod tools;

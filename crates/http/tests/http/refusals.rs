@@ -72,7 +72,6 @@ async fn bad_parameters_are_refused_by_name_on_both_endpoints() {
         ("cache_salt", json!("x".repeat(129)), "out_of_range"),
         ("model", json!(5), "invalid_type"),
         ("unheard_of", json!(CANARY), "unknown_parameter"),
-        ("tools", json!([{"type": "function"}]), "unsupported_parameter"),
         ("suffix", json!(CANARY), "unsupported_parameter"),
         ("echo", json!(true), "unsupported_parameter"),
         ("best_of", json!(3), "unsupported_parameter"),
