@@ -171,7 +171,7 @@ impl Thinker {
             }
             Phase::Inside { held, .. } if self.answer.is_some() => {
                 let mut mask = self.closing.unclosed[held].clone();
-                self.ends.iter().filter(|&&end| end != self.closing.close).for_each(|&end| mask.refuse(end));
+                self.ends.iter().filter(|&&end| end != self.closing.close).for_each(|&end| mask.forbid(end));
                 Ok(Some(mask))
             }
             Phase::Closed { spaces } if spaces < MAX_SPACES => {

@@ -16,7 +16,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use parking_lot::Mutex;
 
 use crate::admission::GuardedBody;
-use crate::error::ErrorCode;
+use crate::auth::OnBehalfOf;
+use crate::error::ApiError;
 use crate::service::Service;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -30,6 +31,7 @@ const CLIENT_LEFT: u16 = 499;
 /// A request's id, and what the parts of the service add to its log line.
 pub(crate) struct AccessRecord {
     request_id: HeaderValue,
+    of_batch: bool,
     generation: OnceLock<String>,
     prompt_tokens: AtomicU64,
     completion_tokens: AtomicU64,
@@ -47,14 +49,19 @@ struct Late {
 }
 
 impl AccessRecord {
-    fn new(request_id: HeaderValue) -> Self {
+    fn new(request_id: HeaderValue, of_batch: bool) -> Self {
         let (generation, late) = (OnceLock::new(), Mutex::default());
-        Self { request_id, generation, prompt_tokens: 0.into(), completion_tokens: 0.into(), late }
+        Self { request_id, of_batch, generation, prompt_tokens: 0.into(), completion_tokens: 0.into(), late }
     }
 
     /// The id under which the request is answered.
     pub fn request_id(&self) -> &[u8] {
         self.request_id.as_bytes()
+    }
+
+    /// Nobody waits for the reply.
+    pub fn of_batch(&self) -> bool {
+        self.of_batch
     }
 
     /// The request is given the generation of this digest.
@@ -143,7 +150,8 @@ fn method_name(method: &Method) -> &str {
 
 /// The layer.
 pub(crate) async fn layer(State(service): State<Service>, mut request: Request, next: Next) -> Response {
-    let record = Arc::new(AccessRecord::new(request_id(request.headers())));
+    let of_batch = request.extensions().get::<OnBehalfOf>().is_some();
+    let record = Arc::new(AccessRecord::new(request_id(request.headers()), of_batch));
     request.extensions_mut().insert(record.clone());
     let mut log = AccessLog {
         service,
@@ -155,8 +163,8 @@ pub(crate) async fn layer(State(service): State<Service>, mut request: Request, 
     };
     let mut response = next.run(request).await;
     log.status = response.status().as_u16();
-    if let Some(&ErrorCode(code)) = response.extensions().get() {
-        log.record.error(code);
+    if let Some(error) = response.extensions().get::<ApiError>() {
+        log.record.error(error.code());
     }
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, log.record.request_id.clone());

@@ -5,6 +5,7 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
@@ -13,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use hyper::body::{Frame, SizeHint};
 use prometheus::IntGauge;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::service::Service;
 
@@ -40,6 +42,18 @@ impl Counter {
     pub async fn idle(&self) {
         // The sender lives in `self`, so this cannot fail.
         let _ = self.0.subscribe().wait_for(|count| *count == 0).await;
+    }
+
+    /// Waits until nothing has been under way for so long.
+    pub async fn idle_for(&self, limit: Duration) {
+        let mut changes = self.0.subscribe();
+        loop {
+            // The sender lives in `self`, so neither can fail; what comes and goes in between is a change too.
+            let _ = changes.wait_for(|count| *count == 0).await;
+            if timeout(limit, changes.changed()).await.is_err() {
+                return;
+            }
+        }
     }
 }
 

@@ -10,8 +10,9 @@ use std::fmt;
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http::HeaderMap;
 use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderName};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
@@ -41,6 +42,8 @@ const ADMIN: [&str; 5] = [
     "/admin/rollout/{command}",
 ];
 
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
 /// The route that is open on a loopback address.
 const METRICS: &str = "/metrics";
 
@@ -58,6 +61,43 @@ pub(crate) enum Scope {
     Any,
 }
 
+/// Whose something is: all who send the same key are one. It goes to disk as a digest, from which no key can be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct Owner([u8; 32]);
+
+impl Owner {
+    /// Those who send no key that is known, where none is asked for.
+    pub const ANYONE: Self = Self([0; 32]);
+
+    /// The sender of the key of this SHA-256 digest.
+    #[cfg(test)]
+    pub const fn of_digest(digest: [u8; 32]) -> Self {
+        Self(digest)
+    }
+}
+
+impl From<Owner> for String {
+    fn from(owner: Owner) -> Self {
+        owner.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl TryFrom<String> for Owner {
+    type Error = &'static str;
+
+    fn try_from(hex: String) -> Result<Self, Self::Error> {
+        let refusal = "an owner is 64 hexadecimal digits";
+        let digit = |digit: u8| char::from(digit).to_digit(16).ok_or(refusal);
+        let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
+        let bytes: Vec<u8> = pairs
+            .iter()
+            .map(|&[high, low]| Ok((digit(high)? << 4 | digit(low)?) as u8))
+            .collect::<Result<_, Self::Error>>()?;
+        bytes.try_into().ok().filter(|_| rest.is_empty()).map(Self).ok_or(refusal)
+    }
+}
+
 /// What the sender of a request may do. Set on every request by the layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Granted {
@@ -65,9 +105,15 @@ pub(crate) struct Granted {
     admin: bool,
     /// The key is one of ours, of whatever scope.
     known: bool,
+    owner: Owner,
 }
 
 impl Granted {
+    /// Whose the request is, and what it asks to be kept.
+    pub fn owner(self) -> Owner {
+        self.owner
+    }
+
     /// `Ok` if the scope is granted.
     pub fn require(self, scope: Scope) -> Result<(), ApiError> {
         let granted = match scope {
@@ -105,6 +151,10 @@ impl fmt::Debug for ApiKey {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OnLoopback(pub bool);
 
+/// Set on a request that the service itself makes, in place of a key: whose it is. What it may do is what the key may now.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OnBehalfOf(pub Owner);
+
 /// Digests of the accepted keys.
 pub(crate) struct Keys {
     /// None: no key is asked for.
@@ -124,23 +174,29 @@ impl Keys {
             let (scheme, key) = value.as_bytes().split_at_checked(7)?;
             scheme.eq_ignore_ascii_case(b"bearer ").then_some(key.trim_ascii())
         });
-        let [inference, admin] = match bearer {
-            None => [false; 2],
-            Some(key) => {
-                let digest: [u8; 32] = Sha256::digest(key).into();
-                let found = |keys: &[[u8; 32]]| -> bool {
-                    keys.iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&digest)).into()
-                };
-                [found(&self.inference), found(&self.admin)]
-            }
+        // Where the clients of Anthropic's API put it.
+        let sent = bearer.or_else(|| headers.get(X_API_KEY).map(|value| value.as_bytes().trim_ascii()));
+        self.grant_to(sent.map_or(Owner::ANYONE, |key| Owner(Sha256::digest(key).into())))
+    }
+
+    /// What the sender of the key of this digest may do.
+    fn grant_to(&self, sender: Owner) -> Granted {
+        let found = |keys: &[[u8; 32]]| -> bool {
+            keys.iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&sender.0)).into()
         };
-        Granted { inference: inference || self.inference.is_empty(), admin, known: inference || admin }
+        let [inference, admin] = [found(&self.inference), found(&self.admin)];
+        let known = inference || admin;
+        let owner = if known { sender } else { Owner::ANYONE };
+        Granted { inference: inference || self.inference.is_empty(), admin, known, owner }
     }
 }
 
 /// The layer.
 pub(crate) async fn layer(State(service): State<Service>, mut request: Request, next: Next) -> Response {
-    let granted = service.keys().grant(request.headers());
+    let granted = match request.extensions().get() {
+        Some(&OnBehalfOf(owner)) => service.keys().grant_to(owner),
+        None => service.keys().grant(request.headers()),
+    };
     let on_loopback = matches!(request.extensions().get(), Some(OnLoopback(true)));
     let scope = match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
         Some(route) if PUBLIC.contains(&route) => None,

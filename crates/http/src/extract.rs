@@ -40,16 +40,26 @@ pub(crate) async fn json(request: Request, config: &ServiceConfig) -> Result<Jso
     Ok(JsonBody { object, values_left })
 }
 
+/// The length that a body is announced with.
+pub(crate) fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok())
+}
+
+/// Gives up a body, so that a client that is sending it gets to see why.
+pub(crate) fn refuse_body(headers: &HeaderMap, body: Body) {
+    // A client that asks before it sends has sent nothing yet.
+    if !headers.contains_key(EXPECT) {
+        discard(body);
+    }
+}
+
 async fn read(headers: &HeaderMap, mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
-    let announced = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    if announced.is_some_and(|length| length > limit) {
-        // A client that asks before it sends has sent nothing yet.
-        if !headers.contains_key(EXPECT) {
-            discard(body);
-        }
+    let announced = announced(headers);
+    if announced.is_some_and(|length| length > limit as u64) {
+        refuse_body(headers, body);
         return Err(ApiError::request_too_large(limit));
     }
-    let mut bytes = Vec::with_capacity(announced.unwrap_or_default().min(64 << 10));
+    let mut bytes = Vec::with_capacity(announced.unwrap_or_default().min(64 << 10) as usize);
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| ApiError::body("could not be read to its end"))?;
         let Ok(data) = frame.into_data() else { continue };

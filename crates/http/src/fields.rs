@@ -4,6 +4,8 @@
 
 use std::ops::RangeInclusive;
 
+use axum::extract::Query;
+use http::Uri;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
@@ -19,6 +21,24 @@ impl Fields {
     /// The fields of the body.
     pub fn new(map: Map<String, Value>) -> Self {
         Self { path: String::new(), map }
+    }
+
+    /// The parameters of a query, each given once. Whole numbers and truth values are known by their form.
+    pub fn of_query(uri: &Uri) -> Result<Self, ApiError> {
+        let unreadable = |_| ApiError::invalid("query", "the query must be name=value pairs, percent-encoded");
+        let Query(pairs) = Query::<Vec<(String, String)>>::try_from_uri(uri).map_err(unreadable)?;
+        let mut map = Map::new();
+        for (name, text) in pairs {
+            let value = match text.as_str() {
+                "true" => Value::Bool(true),
+                "false" => Value::Bool(false),
+                number => number.parse::<i64>().map_or_else(|_| Value::String(text), Value::from),
+            };
+            if map.insert(name.clone(), value).is_some() {
+                return Err(ApiError::invalid(&name, "a parameter of the query must be given once"));
+            }
+        }
+        Ok(Self::new(map))
     }
 
     /// The fields of an object that stands at `path`.

@@ -1,34 +1,54 @@
 //! The accept loop and the drain.
 //!
-//! Our own loop on hyper, because axum's keeps a half-sent head open for ever. On shutdown the listener stays open
+//! Our own loop on hyper, because axum's keeps a half-sent head open for ever. HTTP/1.1 always; HTTP/2 if it is switched on,
+//! agreed on by TLS or begun by a client that knows. On shutdown the listener stays open
 //! while replies are under way, so that probes and new requests are told about it, and streams may end.
 
 use std::convert::Infallible;
+use std::future::{Future, pending};
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use http::Request;
 use hyper::body::Incoming;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use crate::admission::Counter;
+use crate::admission::{Counter, GuardedBody};
 use crate::auth::OnLoopback;
+use crate::batches;
 use crate::routes::{Surface, router};
 use crate::service::Service;
+use crate::tls;
 
-/// How long a request's head may take to arrive, idle time of the connection before it included.
+/// How long a request's head may take to arrive, idle time of the connection before it included; and how long a connection
+/// of HTTP/2 may be without a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_HEADERS: usize = 100;
 const MAX_HEAD_BYTES: usize = 64 << 10;
+
+/// Requests under way on one connection of HTTP/2, and requests that it gave up before they were taken or by breaking
+/// the rules: a client that has more of those is cut off.
+const MAX_STREAMS: u32 = 128;
+const MAX_RESETS: usize = 20;
+/// Bytes of one reply that wait for a slow client of HTTP/2.
+const SEND_BUFFER_BYTES: usize = 64 << 10;
+/// How often a client of HTTP/2 is asked whether it is there, and how long it may take to say so.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// The first bytes of a connection of HTTP/2.
+const HTTP2_BEGIN: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const PEEK_PAUSE: Duration = Duration::from_millis(5);
 
 /// Pause after the system refused a connection for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -49,9 +69,17 @@ pub async fn serve(
     drain_timeout: Duration,
 ) -> io::Result<()> {
     let on_loopback = OnLoopback(listener.local_addr()?.ip().is_loopback());
-    let app = router(service.clone(), surface);
-    let connections = Counter::default();
+    let config = service.config();
     let close = CancellationToken::new();
+    let terms = Terms {
+        app: router(service.clone(), surface),
+        on_loopback,
+        tls: config.tls.as_ref().map(|tls| tls.acceptor(config.http2)),
+        http2: config.http2,
+        close: close.clone(),
+    };
+    let connections = Counter::default();
+    batches::resume(&service);
     let drained = async {
         shutdown.cancelled().await;
         service.drain();
@@ -70,7 +98,7 @@ pub async fn serve(
         match accepted {
             Ok((stream, _)) => {
                 let ticket = connections.ticket();
-                let connection = connection(stream, app.clone(), on_loopback, close.clone());
+                let connection = connection(stream, terms.clone());
                 tokio::spawn(async move {
                     connection.await;
                     drop(ticket);
@@ -85,7 +113,12 @@ pub async fn serve(
     }
     drop(listener);
     close.cancel();
-    let _ = timeout(2 * LAST_WORDS, connections.idle()).await;
+    let stopped = async {
+        if let Ok(store) = service.store() {
+            store.batches().stopped().await;
+        }
+    };
+    let _ = timeout(2 * LAST_WORDS, async { tokio::join!(connections.idle(), stopped) }).await;
     Ok(())
 }
 
@@ -95,30 +128,119 @@ fn is_of_the_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
 }
 
-async fn connection(stream: TcpStream, app: Router, on_loopback: OnLoopback, close: CancellationToken) {
+/// What every connection of a listener is given.
+#[derive(Clone)]
+struct Terms {
+    app: Router,
+    on_loopback: OnLoopback,
+    tls: Option<TlsAcceptor>,
+    /// HTTP/2 may be spoken.
+    http2: bool,
+    /// Cancelled when connections are to end.
+    close: CancellationToken,
+}
+
+async fn connection(stream: TcpStream, terms: Terms) {
     // A token is a small packet that must not wait for the next.
     let _ = stream.set_nodelay(true);
+    match &terms.tls {
+        Some(acceptor) => {
+            if let Some((stream, http2)) = tls::accept(acceptor, stream).await {
+                talk(stream, http2, terms).await;
+            }
+        }
+        None if terms.http2 => {
+            if let Ok(Ok(http2)) = timeout(HEAD_TIMEOUT, begins_as_http2(&stream)).await {
+                talk(stream, http2, terms).await;
+            }
+        }
+        None => talk(stream, false, terms).await,
+    }
+}
+
+/// Whether a client that was told nothing speaks HTTP/2: it begins as no request of HTTP/1.1 can.
+async fn begins_as_http2(stream: &TcpStream) -> io::Result<bool> {
+    let mut begin = [0; HTTP2_BEGIN.len()];
+    loop {
+        let seen = stream.peek(&mut begin).await?;
+        if seen == 0 || !HTTP2_BEGIN.starts_with(&begin[..seen]) {
+            return Ok(false);
+        }
+        if seen == begin.len() {
+            return Ok(true);
+        }
+        // What has been seen stays readable: there is nothing to be woken by.
+        sleep(PEEK_PAUSE).await;
+    }
+}
+
+async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: Terms) {
+    let Terms { app, on_loopback, close, .. } = terms;
+    let under_way = Counter::default();
+    let requests = under_way.clone();
     let answer = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(on_loopback);
-        let app = app.clone();
-        async move { Ok::<_, Infallible>(app.oneshot(request).await.unwrap_or_else(|never| match never {})) }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_headers(MAX_HEADERS)
-        .max_header_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), answer);
-    let mut connection = pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = close.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            timeout(LAST_WORDS, connection).await.unwrap_or(Ok(()))
+        let (app, ticket) = (app.clone(), requests.ticket());
+        async move {
+            let response = app.oneshot(request).await.unwrap_or_else(|never| match never {});
+            Ok::<_, Infallible>(response.map(|body| GuardedBody::new(body, ticket)))
         }
+    });
+    let stream = TokioIo::new(stream);
+    let ended = if http2 {
+        let connection = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_header_list_size(MAX_HEAD_BYTES as u32)
+            .max_pending_accept_reset_streams(MAX_RESETS)
+            .max_local_error_reset_streams(MAX_RESETS)
+            .max_send_buf_size(SEND_BUFFER_BYTES)
+            .keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .serve_connection(stream, answer);
+        drive(connection, http2::Connection::graceful_shutdown, Some(&under_way), close).await
+    } else {
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .max_headers(MAX_HEADERS)
+            .max_header_size(MAX_HEAD_BYTES)
+            .serve_connection(stream, answer);
+        drive(connection, http1::Connection::graceful_shutdown, None, close).await
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+/// Lets a connection run. Once it is idle or is to close it takes no new requests; what it has taken goes on until the
+/// connection is to close, and a little longer. Only a connection whose requests are counted is ever found idle.
+async fn drive<C: Future<Output = hyper::Result<()>>>(
+    connection: C,
+    take_no_more: impl Fn(Pin<&mut C>),
+    under_way: Option<&Counter>,
+    close: CancellationToken,
+) -> hyper::Result<()> {
+    let idle_for = async |limit| match under_way {
+        Some(under_way) => under_way.idle_for(limit).await,
+        None => pending().await,
+    };
+    let mut connection = pin!(connection);
+    tokio::select! {
+        ended = connection.as_mut() => return ended,
+        () = idle_for(HEAD_TIMEOUT) => {}
+        () = close.cancelled() => {}
+    }
+    take_no_more(connection.as_mut());
+    let last_words = async {
+        close.cancelled().await;
+        sleep(LAST_WORDS).await;
+    };
+    tokio::select! {
+        ended = connection => ended,
+        // A client that has not even begun to speak does not say good-bye.
+        () = idle_for(LAST_WORDS) => Ok(()),
+        () = last_words => Ok(()),
     }
 }

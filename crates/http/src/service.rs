@@ -2,6 +2,7 @@
 //!
 //! A service exists before its model: until [`Service::install`] it answers probes, and inference with 503.
 
+use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -11,12 +12,18 @@ use tokio_util::sync::CancellationToken;
 use crate::access::AccessRecord;
 use crate::admission::Counter;
 use crate::auth::{ApiKey, Keys};
+use crate::cors::Origin;
 use crate::error::ApiError;
 use crate::generation::{Generation, NewGeneration, Retired};
 use crate::generations::{Generations, Pick, Traffic, TransitionError};
 use crate::metrics::HttpMetrics;
 use crate::observed::Observed;
 use crate::rollout::RolloutControl;
+use crate::store::Store;
+use crate::tls::Tls;
+
+/// Accesses to the disk at once, at most.
+const DISK_WORK: usize = 8;
 
 /// Settings of the service.
 #[derive(Debug, Clone)]
@@ -39,6 +46,14 @@ pub struct ServiceConfig {
     pub keep_alive: Duration,
     /// What `/version` says.
     pub version: String,
+    /// Whose pages may use the service from a browser; none: nobody's.
+    pub allowed_origins: Vec<Origin>,
+    /// Where requests may keep what must outlive the process; `None`: nowhere.
+    pub store: Option<Store>,
+    /// Encrypts every connection.
+    pub tls: Option<Tls>,
+    /// Speak HTTP/2 too.
+    pub http2: bool,
 }
 
 impl Default for ServiceConfig {
@@ -53,6 +68,10 @@ impl Default for ServiceConfig {
             queue_timeout: Some(Duration::from_secs(600)),
             keep_alive: Duration::from_secs(15),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            allowed_origins: Vec::new(),
+            store: None,
+            tls: None,
+            http2: false,
         }
     }
 }
@@ -72,6 +91,7 @@ struct Shared {
     kill_switch: CancellationToken,
     text_work: Semaphore,
     grammar_work: Semaphore,
+    disk_work: Semaphore,
     started: Instant,
 }
 
@@ -90,6 +110,7 @@ impl Service {
             kill_switch: CancellationToken::new(),
             text_work: Semaphore::new(cores),
             grammar_work: Semaphore::new(cores.div_ceil(2)),
+            disk_work: Semaphore::new(DISK_WORK),
             started: Instant::now(),
         }))
     }
@@ -170,6 +191,11 @@ impl Service {
         self.0.draining.cancel();
     }
 
+    /// Cancelled when it drains.
+    pub(crate) fn draining(&self) -> &CancellationToken {
+        &self.0.draining
+    }
+
     /// Which generations there are.
     pub(crate) fn generations(&self) -> &Generations {
         &self.0.generations
@@ -243,6 +269,26 @@ impl Service {
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         off_thread(&self.0.grammar_work, work).await
+    }
+
+    /// Where requests keep what must outlive the process.
+    pub(crate) fn store(&self) -> Result<&Store, ApiError> {
+        let none = || ApiError::not_configured("this server keeps nothing for later; start it with --state-dir");
+        self.0.config.store.as_ref().ok_or_else(none)
+    }
+
+    /// Runs work on the disk off the threads that serve; no more than a few at once. What the system refuses is logged,
+    /// and the client is told that it is our fault. It is carried out even if the client leaves.
+    pub(crate) async fn disk_work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let _permit = self.0.disk_work.acquire().await.map_err(|_| ApiError::internal())?;
+        let done = tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?;
+        done.map_err(|error| {
+            tracing::error!(%error, "the state folder cannot be used");
+            ApiError::internal()
+        })
     }
 }
 

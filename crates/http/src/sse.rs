@@ -84,12 +84,7 @@ impl<F: Format> EventStream<F> {
     }
 
     fn event(&mut self, event: &Event) {
-        self.write(&match event {
-            Event::Text { index, delta } => {
-                Piece::Text { index: *index, segment: &delta.segment, scores: &delta.scores }
-            }
-            Event::Finish { index, reason, scores } => Piece::Finish { index: *index, reason: *reason, scores },
-        });
+        self.write(&event.piece());
     }
 
     fn write(&mut self, piece: &Piece) {

@@ -40,7 +40,7 @@ fn refuse(mask: &mut Option<TokenMask>, vocab_size: usize, ids: impl Iterator<It
         return;
     }
     let mut narrowed = mask.clone().unwrap_or_else(|| TokenMask::all(vocab_size));
-    ids.for_each(|id| narrowed.refuse(id));
+    ids.for_each(|id| narrowed.forbid(id));
     if !narrowed.is_empty() {
         *mask = Some(narrowed);
     }

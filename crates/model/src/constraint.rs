@@ -40,8 +40,8 @@ impl TokenMask {
         self.words[id as usize / 32] |= 1 << (id % 32);
     }
 
-    /// Allows an id no more.
-    pub fn refuse(&mut self, id: u32) {
+    /// Allows an id no longer.
+    pub fn forbid(&mut self, id: u32) {
         if let Some(word) = self.words.get_mut(id as usize / 32) {
             *word &= !(1 << (id % 32));
         }
@@ -191,7 +191,7 @@ mod tests {
         for vocab_size in [1, 31, 32, 33, 64, 100] {
             let mut mask = TokenMask::all(vocab_size);
             assert_eq!(mask.ids().collect::<Vec<_>>(), (0..vocab_size as u32).collect::<Vec<_>>());
-            (0..200).for_each(|id| mask.refuse(id));
+            (0..200).for_each(|id| mask.forbid(id));
             assert!(mask.is_empty());
             let mut wide = TokenMask::from_words(vec![u32::MAX; 9]);
             wide.truncate(vocab_size);

@@ -1,11 +1,12 @@
 //! `baton serve`, in boot order: settings, logs, address, service, model, engine; then SIGTERM, drain.
 
-use std::{io::IsTerminal, net::SocketAddr, sync::Arc, time::SystemTime};
+use std::{io::IsTerminal, net::SocketAddr, path::Path, sync::Arc, time::SystemTime};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use baton_engine::{Engine, EngineConfig};
 use baton_http::{
-    AdapterRefusal, Adapters, Admission, ApiKey, Defaults, ModelCard, NewGeneration, Service, ServiceConfig, Surface,
+    AdapterRefusal, Adapters, Admission, ApiKey, Defaults, ModelCard, NewGeneration, Service, ServiceConfig, Store,
+    StoreLimits, Surface, Tls,
 };
 use baton_model::{AdapterError, LoadReport};
 use clap::ArgMatches;
@@ -67,6 +68,8 @@ async fn serve(settings: Settings) -> Result<()> {
     // Signals first: one that comes while the model loads must find us listening.
     let stop = stop_on_signal()?;
     let journal = settings.state_dir.as_deref().map(StateDir::open).transpose()?.map(Journal::open).transpose()?;
+    // The journal has locked the folder.
+    let store = settings.state_dir.as_deref().map(|dir| open_store(dir, &settings)).transpose()?;
     let base = rollout::base(&settings, journal.as_ref());
     let promoted = journal.as_ref().map(|journal| rollout::promoted(journal, &base)).transpose()?.flatten();
     let listener = listen(&settings.host, settings.port).await?;
@@ -86,6 +89,10 @@ async fn serve(settings: Settings) -> Result<()> {
         lenient: settings.lenient,
         max_n: settings.max_n,
         queue_timeout: Some(settings.queue_timeout),
+        allowed_origins: settings.allowed_origins.iter().map(|origin| origin.parse()).collect::<Result<_, _>>()?,
+        store,
+        tls: tls(&settings)?,
+        http2: settings.http2,
         ..ServiceConfig::default()
     });
     let mut running = JoinSet::new();
@@ -158,6 +165,19 @@ async fn admit(gate: Gate, policy: HandoffPolicy, address: SocketAddr) {
         ready();
     }
     gate.watch().await;
+}
+
+fn open_store(dir: &Path, settings: &Settings) -> Result<Store> {
+    let limits = StoreLimits { file_bytes: settings.file_limit_bytes, total_bytes: settings.files_total_bytes };
+    Store::open(dir, limits).with_context(|| format!("--state-dir {}", dir.display()))
+}
+
+fn tls(settings: &Settings) -> Result<Option<Tls>> {
+    let (Some(certificate), Some(key)) = (&settings.ssl_certfile, &settings.ssl_keyfile) else { return Ok(None) };
+    let read = |flag: &str, path: &Path| std::fs::read(path).with_context(|| format!("--{flag} {}", path.display()));
+    let authorities = settings.ssl_ca_certs.as_deref().map(|path| read("ssl-ca-certs", path)).transpose()?;
+    let (chain, key) = (read("ssl-certfile", certificate)?, read("ssl-keyfile", key)?);
+    Tls::new(&chain, &key, authorities.as_deref()).map(Some).context("TLS")
 }
 
 async fn listen(host: &str, port: u16) -> Result<TcpListener> {

@@ -285,9 +285,37 @@ pub struct ServeArgs {
     #[arg(long, value_name = "PORT", env = "BATON_ADMIN_PORT", help_heading = "Service")]
     pub admin_port: Option<u16>,
 
-    /// Folder for what must survive a restart, made if there is none: rollouts need it, and what one has promoted serves again [default: nothing survives]
+    /// Folder for what must survive a restart, made if there is none: rollouts need it, and what one has promoted serves again; files, batches and stored responses lie there [default: nothing survives]
     #[arg(long, value_name = "DIR", env = "BATON_STATE_DIR", help_heading = "Service")]
     pub state_dir: Option<PathBuf>,
+
+    /// Largest file that a client may upload for batches, in bytes [default: 209715200]
+    #[arg(long, value_name = "BYTES", env = "BATON_FILE_LIMIT_BYTES", help_heading = "Service")]
+    pub file_limit_bytes: Option<u64>,
+
+    /// Bytes of all files that are kept, results of batches included; what does not fit is refused [default: 4294967296]
+    #[arg(long, value_name = "BYTES", env = "BATON_FILES_TOTAL_BYTES", help_heading = "Service")]
+    pub files_total_bytes: Option<u64>,
+
+    /// Origin(s) whose web pages may use the service: * or https://example.org, a JSON list of them as in vLLM, or several [default: none]
+    #[arg(long, value_name = "ORIGIN", num_args = 1.., env = "BATON_ALLOWED_ORIGINS", help_heading = "Service")]
+    pub allowed_origins: Option<Vec<String>>,
+
+    /// Speak HTTP/2 too: by TLS, or without it to clients that begin with it
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_HTTP2", help_heading = "Service")]
+    pub http2: Option<bool>,
+
+    /// Certificate chain (PEM) to serve under TLS, on every listener; needs --ssl-keyfile [default: no TLS]
+    #[arg(long, value_name = "FILE", env = "BATON_SSL_CERTFILE", help_heading = "Service")]
+    pub ssl_certfile: Option<PathBuf>,
+
+    /// Private key (PEM) of the certificate
+    #[arg(long, value_name = "FILE", env = "BATON_SSL_KEYFILE", help_heading = "Service")]
+    pub ssl_keyfile: Option<PathBuf>,
+
+    /// Authorities (PEM), one of which must have signed the certificate that every client then has to show [default: clients show none]
+    #[arg(long, value_name = "FILE", env = "BATON_SSL_CA_CERTS", help_heading = "Service")]
+    pub ssl_ca_certs: Option<PathBuf>,
 
     /// Answer unknown request fields with a warning header instead of 400
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_LENIENT", help_heading = "Service")]
@@ -424,6 +452,13 @@ pub struct Settings {
     /// `None`: the admin routes are on the one listener.
     pub admin_port: Option<u16>,
     pub state_dir: Option<PathBuf>,
+    pub file_limit_bytes: u64,
+    pub files_total_bytes: u64,
+    pub allowed_origins: Vec<String>,
+    pub http2: bool,
+    pub ssl_certfile: Option<PathBuf>,
+    pub ssl_keyfile: Option<PathBuf>,
+    pub ssl_ca_certs: Option<PathBuf>,
     pub lenient: bool,
     pub body_limit_bytes: usize,
     pub max_n: u32,
@@ -558,6 +593,9 @@ impl ServeArgs {
         ensure!(max_lora_rank <= 512, "--max-lora-rank must be from 1 to 512");
         let max_n = self.max_n.unwrap_or(8);
         ensure!((1..=128).contains(&max_n), "--max-n must be from 1 to 128");
+        let (certificate, key) = (self.ssl_certfile.is_some(), self.ssl_keyfile.is_some());
+        ensure!(certificate == key, "--ssl-certfile and --ssl-keyfile need each other");
+        ensure!(certificate || self.ssl_ca_certs.is_none(), "--ssl-ca-certs needs --ssl-certfile");
         ensure!(self.admin_host.is_none() || self.admin_port.is_some(), "--admin-host needs --admin-port");
         Ok(Settings {
             model: self.model,
@@ -569,6 +607,13 @@ impl ServeArgs {
             admin_host: self.admin_host.unwrap_or_else(|| "127.0.0.1".into()),
             admin_port: self.admin_port,
             state_dir: self.state_dir,
+            file_limit_bytes: self.file_limit_bytes.unwrap_or(200 << 20),
+            files_total_bytes: self.files_total_bytes.unwrap_or(4 << 30),
+            allowed_origins: origins(&self.allowed_origins.unwrap_or_default())?,
+            http2: self.http2.unwrap_or(false),
+            ssl_certfile: self.ssl_certfile,
+            ssl_keyfile: self.ssl_keyfile,
+            ssl_ca_certs: self.ssl_ca_certs,
             lenient: self.lenient.unwrap_or(false),
             body_limit_bytes: positive("body-limit-bytes", self.body_limit_bytes.unwrap_or(8 << 20))?,
             max_n,
@@ -601,6 +646,25 @@ impl ServeArgs {
             log_format: self.log_format.unwrap_or(LogFormat::Text),
         })
     }
+}
+
+/// Origins, each given alone, in a list with commas, or in a list as JSON writes it.
+fn origins(given: &[String]) -> Result<Vec<String>> {
+    let mut origins: Vec<String> = Vec::new();
+    for text in given {
+        match text.starts_with('[') {
+            true => {
+                let list: Vec<String> =
+                    serde_json::from_str(text).context("--allowed-origins: a list of strings is taken")?;
+                origins.extend(list);
+            }
+            false => origins.extend(text.split(',').map(|origin| origin.trim().to_owned())),
+        }
+    }
+    for origin in &origins {
+        origin.parse::<baton_http::Origin>().with_context(|| format!("--allowed-origins {origin}"))?;
+    }
+    Ok(origins)
 }
 
 impl Settings {
@@ -655,6 +719,12 @@ mod tests {
         assert!(refusal(&["--max-num-batched-tokens", "8"], "").contains("--max-num-batched-tokens (8)"));
         assert!(refusal(&["--dtype", "fp4"], "").contains("float32"));
         assert!(refusal(&["--admin-host", "::1"], "").contains("--admin-port"));
+        assert!(refusal(&["--ssl-certfile", "a"], "").contains("--ssl-keyfile"));
+        assert!(refusal(&["--ssl-ca-certs", "a"], "").contains("--ssl-certfile"));
+        for origin in ["", "example.org", "https://example.org/", "HTTPS://example.org", "https://*.example.org", "[1]"]
+        {
+            assert!(refusal(&["--allowed-origins", origin], "").contains("--allowed-origins"), "{origin}");
+        }
         let kv = refusal(&["--kv-cache-dtype", "fp8"], "");
         assert!(["auto", "float32", "bfloat16", "float16", "int8"].iter().all(|name| kv.contains(name)), "{kv}");
         assert!(refusal(&[], "kv-cache-dtype = \"fp8\"").contains("int8"));
@@ -674,6 +744,18 @@ mod tests {
         assert_eq!(parse(&[], "").unwrap().0.tool_call_parser, ToolCallParser::Auto);
         let refusal = format!("{:#}", parse(&["--tool-call-parser", "qwen"], "").unwrap_err());
         assert!(["auto", "none", "hermes"].iter().all(|name| refusal.contains(name)), "{refusal}");
+    }
+
+    #[test]
+    fn origins_are_listed_as_flags_commas_or_json() {
+        let origins = |flags: &[&str], file: &str| parse(flags, file).unwrap().0.allowed_origins;
+        let both = ["https://example.org", "http://[::1]:3000"];
+        assert_eq!(origins(&["--allowed-origins", both[0], both[1]], ""), both);
+        assert_eq!(origins(&["--allowed-origins", &both.join(", ")], ""), both);
+        assert_eq!(origins(&["--allowed-origins", &format!("{both:?}")], ""), both);
+        assert_eq!(origins(&[], &format!("allowed-origins = {both:?}")), both);
+        assert_eq!(origins(&["--allowed-origins", "[\"*\"]"], ""), ["*"]);
+        assert!(origins(&[], "").is_empty());
     }
 
     #[test]

@@ -95,6 +95,16 @@ fn a_port_in_use_is_named() {
 }
 
 #[test]
+fn a_certificate_that_is_missing_or_none_is_named() {
+    let dir = TempDir::new().expect("a folder");
+    let file = dir.path().join("not-a-certificate.pem");
+    fs::write(&file, "nonsense").expect("a file");
+    let file = file.to_str().expect("UTF-8");
+    assert_names(&refusal(&["--ssl-certfile", "/nonexistent.pem", "--ssl-keyfile", file]), &["/nonexistent.pem"]);
+    assert_names(&refusal(&["--ssl-certfile", file, "--ssl-keyfile", file]), &["TLS", "certificate", "PEM"]);
+}
+
+#[test]
 fn a_context_beyond_the_models_is_refused() {
     assert_names(&refusal(&["--port", "0", "--max-model-len", "4096"]), &["4096", "1024"]);
 }

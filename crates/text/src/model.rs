@@ -202,6 +202,11 @@ impl TextModel {
         self.tokenizer.token_to_id(token)
     }
 
+    /// A token as the vocabulary writes it; `None` for an id outside of it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
     /// The exact bytes that a token stands for, perhaps part of a character; empty for an id outside the vocabulary.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         self.vocab.get(id).map(|token| token.bytes.to_vec()).unwrap_or_default()

@@ -1,5 +1,6 @@
 //! A chat, in whatever dialect it was asked for: from messages to choices under way.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,7 +11,7 @@ use chrono::NaiveDateTime;
 use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::generate::{Choices, Job, Reasoning, ToolCalls, compile, submit};
-use crate::generation::{Generation, Target};
+use crate::generation::{Generation, InUse, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
 use crate::openai::tools::Tools;
@@ -29,25 +30,20 @@ pub(crate) async fn start_chat(
     service: &Service,
     record: Arc<AccessRecord>,
     arrival: Instant,
-    request: ChatRequest,
+    mut request: ChatRequest,
 ) -> Result<StartedChat, ApiError> {
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
     let tools = tool_calls(&generation.text, &request.tools)?;
-    let chat = ChatInput {
-        messages: request.messages.into(),
-        tools: request.tools.for_template(),
-        add_generation_prompt: request.add_generation_prompt,
-        continue_final_message: request.continue_final_message,
-        kwargs: request.template_kwargs,
-    };
+    let chat = input(&mut request);
     let (field, now) = (request.field, chrono::Local::now().naive_local());
     let shadow = shadow.map(|shadow| {
         let chat = chat.clone();
-        let encode: Encode = Box::new(move |candidate| Ok(encode(&candidate.text, &chat, field, now)?.0));
+        let encode: Encode = Box::new(move |candidate| Ok(encode(&candidate.text, &chat, field, now)?.ids));
         (shadow, encode)
     });
     let model = Arc::clone(&generation);
-    let (prompt, place) = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let place = prompt.place;
 
     let markers = generation.text.reasoning_markers();
     let thinking = markers.as_ref().filter(|_| place != Place::Behind).map(|markers| Thinking {
@@ -59,7 +55,7 @@ pub(crate) async fn start_chat(
     let grammar = compile(service, &generation, &request.params, request.structured, thinking).await?;
 
     let job = Job {
-        prompts: vec![prompt],
+        prompts: vec![prompt.ids],
         params: request.params,
         adapter: target.adapter.clone(),
         default_max_tokens: generation.card.defaults.max_new_tokens,
@@ -74,6 +70,39 @@ pub(crate) async fn start_chat(
     let model = Arc::clone(&generation);
     let choices = submit(service, generation, job)?;
     Ok(StartedChat { choices, generation: model, target })
+}
+
+/// A chat's prompt, made and not answered.
+pub(crate) struct RenderedChat {
+    pub prompt: ChatPrompt,
+    pub generation: InUse,
+    pub target: Target,
+}
+
+/// Renders and encodes a chat as [`start_chat`] does, and nothing more.
+pub(crate) async fn render_chat(
+    service: &Service,
+    record: &AccessRecord,
+    mut request: ChatRequest,
+) -> Result<RenderedChat, ApiError> {
+    let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
+    tool_calls(&generation.text, &request.tools)?;
+    let (chat, field, now) = (input(&mut request), request.field, chrono::Local::now().naive_local());
+    let model = Arc::clone(&generation);
+    let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    record.prompt_tokens(prompt.ids.len());
+    Ok(RenderedChat { prompt, generation, target })
+}
+
+/// What the template is given, taken out of the request.
+fn input(request: &mut ChatRequest) -> ChatInput {
+    ChatInput {
+        messages: mem::take(&mut request.messages).into(),
+        tools: request.tools.for_template(),
+        add_generation_prompt: request.add_generation_prompt,
+        continue_final_message: request.continue_final_message,
+        kwargs: mem::take(&mut request.template_kwargs),
+    }
 }
 
 /// How to find the calls that the request allows; `None` if it allows none.
@@ -97,15 +126,21 @@ enum Place {
     Behind,
 }
 
-/// The prompt's ids, and where it ends.
-fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<(Vec<u32>, Place), ApiError> {
+/// The prompt that a chat becomes.
+pub(crate) struct ChatPrompt {
+    pub text: String,
+    pub ids: Vec<u32>,
+    place: Place,
+}
+
+fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<ChatPrompt, ApiError> {
     let refuse = |error: TextError| ApiError::invalid(field, error.to_string());
     let rendered = text.render_chat(chat, now).map_err(refuse)?;
-    let prompt = text.encode_chat(&rendered).map_err(refuse)?;
+    let ids = text.encode_chat(&rendered).map_err(refuse)?;
     let place = match text.reasoning_markers() {
         Some(_) if text.prompt_opens_reasoning(chat, &rendered) => Place::Inside,
         Some(markers) if rendered.trim_end().ends_with(&markers.close) => Place::Behind,
         _ => Place::Before,
     };
-    Ok((prompt, place))
+    Ok(ChatPrompt { text: rendered, ids, place })
 }

@@ -41,6 +41,8 @@ pub(crate) struct ChoiceText {
     detokenizer: Detokenizer,
     stops: Vec<String>,
     matcher: StopMatcher,
+    /// Which stop string was found.
+    matched: Option<usize>,
     include_stop: bool,
     splitter: Option<ReasoningSplitter>,
     tools: Option<ToolSplitter>,
@@ -65,6 +67,7 @@ impl ChoiceText {
             detokenizer,
             matcher: StopMatcher::new(stops.clone()),
             stops,
+            matched: None,
             include_stop: false,
             splitter,
             tools: None,
@@ -97,6 +100,11 @@ impl ChoiceText {
     /// Collects scores.
     pub fn scored(self, scored: bool) -> Self {
         Self { held: scored.then(VecDeque::new), ..self }
+    }
+
+    /// Which of the stop strings ended the choice.
+    pub fn matched(&self) -> Option<usize> {
+        self.matched
     }
 
     /// Tokens taken so far, and those of them that were reasoning.
@@ -158,6 +166,7 @@ impl ChoiceText {
         }
         let StopOutcome { mut text, stopped } = self.matcher.push(text);
         let Some(index) = stopped else { return (self.release(&text), self.is_over()) };
+        self.matched = Some(index);
         if self.include_stop {
             text.push_str(&self.stops[index]);
         }

@@ -11,7 +11,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use crate::error::ApiError;
 use crate::generate::choice::{ChoiceText, Delta, Score};
 use crate::metrics::{Ending, Meter};
-use crate::openai::shared::{Finish, Usage};
+use crate::openai::shared::{Finish, Piece, Usage};
 use crate::shadow::Witness;
 
 /// What happens to the choices. Each choice yields any number of `Text` and then one `Finish`.
@@ -19,8 +19,22 @@ use crate::shadow::Witness;
 pub(crate) enum Event {
     /// A choice has more text.
     Text { index: usize, delta: Delta },
-    /// A choice is complete.
-    Finish { index: usize, reason: Finish, scores: Vec<Score> },
+    /// A choice is complete; `matched`: which stop string ended it.
+    Finish { index: usize, reason: Finish, matched: Option<usize>, scores: Vec<Score> },
+}
+
+impl Event {
+    /// What is written of it.
+    pub fn piece(&self) -> Piece<'_> {
+        match self {
+            Self::Text { index, delta } => {
+                Piece::Text { index: *index, segment: &delta.segment, scores: &delta.scores }
+            }
+            Self::Finish { index, reason, matched, scores } => {
+                Piece::Finish { index: *index, reason: *reason, matched: *matched, scores }
+            }
+        }
+    }
 }
 
 /// All choices of one request. Ends after every choice has finished, or with the first error, which ends all.
@@ -171,8 +185,8 @@ impl Choices {
                     self.usage.cached_tokens += usage.cached_tokens;
                 }
                 self.meter.finished(index, reason.into(), completion_tokens, &timings);
-                let scores = choice.text.remaining_scores();
-                self.events.push_back(Event::Finish { index, reason, scores });
+                let (matched, scores) = (choice.text.matched(), choice.text.remaining_scores());
+                self.events.push_back(Event::Finish { index, reason, matched, scores });
             }
             None => return Err(ApiError::engine_down()),
         }

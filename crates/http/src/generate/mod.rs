@@ -11,9 +11,9 @@ mod grammar;
 mod respond;
 mod submit;
 
-pub(crate) use chat::{StartedChat, start_chat};
+pub(crate) use chat::{RenderedChat, StartedChat, render_chat, start_chat};
 pub(crate) use choice::{Delta, Score};
 pub(crate) use choices::{Choices, Event};
 pub(crate) use grammar::compile;
-pub(crate) use respond::{Call, Output, respond};
+pub(crate) use respond::{Call, Output, respond, stream};
 pub(crate) use submit::{Job, Reasoning, ToolCalls, submit};

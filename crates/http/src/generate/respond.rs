@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::error::ApiError;
 use crate::generate::{Choices, Delta, Event, Score};
-use crate::openai::shared::{Finish, Format};
+use crate::openai::shared::{Finish, Format, Whole};
 use crate::sse::{self, EventStream};
 
 /// A complete choice.
@@ -22,6 +22,8 @@ pub(crate) struct Output {
     pub calls: Vec<Call>,
     pub scores: Vec<Score>,
     pub reason: Finish,
+    /// Which stop string ended it.
+    pub matched: Option<usize>,
 }
 
 /// A call of a tool.
@@ -34,18 +36,27 @@ pub(crate) struct Call {
 
 /// The reply to a request. The head of a stream is held until there is something to say, so that a request that
 /// fails at once still gets its status, but no longer than the keep-alive interval.
-pub(crate) async fn respond<F: Format>(
+pub(crate) async fn respond<F: Format + Whole>(
     mut choices: Choices,
     mut format: F,
-    stream: bool,
+    streamed: bool,
     keep_alive: Duration,
 ) -> Result<Response, ApiError> {
-    if !stream {
-        let outputs = collect(&mut choices).await?;
-        let body = format.whole(&outputs, &choices.usage());
-        let json = HeaderValue::from_static("application/json");
-        return Ok(([(CONTENT_TYPE, json)], body).into_response());
+    if streamed {
+        return stream(choices, format, keep_alive).await;
     }
+    let outputs = collect(&mut choices).await?;
+    let body = format.whole(&outputs, &choices.usage());
+    let json = HeaderValue::from_static("application/json");
+    Ok(([(CONTENT_TYPE, json)], body).into_response())
+}
+
+/// The reply as a stream of events.
+pub(crate) async fn stream<F: Format>(
+    mut choices: Choices,
+    format: F,
+    keep_alive: Duration,
+) -> Result<Response, ApiError> {
     let first = match timeout(keep_alive, choices.next()).await {
         Ok(Some(event)) => Some(event?),
         Ok(None) | Err(_) => None,
@@ -61,6 +72,7 @@ async fn collect(choices: &mut Choices) -> Result<Vec<Output>, ApiError> {
         calls: Vec::new(),
         scores: Vec::new(),
         reason: Finish::Length,
+        matched: None,
     };
     let mut outputs: Vec<_> = (0..choices.len()).map(|_| empty()).collect();
     while let Some(event) = choices.next().await {
@@ -75,8 +87,8 @@ async fn collect(choices: &mut Choices) -> Result<Vec<Output>, ApiError> {
                 }
                 output.scores.extend(scores);
             }
-            Event::Finish { index, reason, scores } => {
-                outputs[index].reason = reason;
+            Event::Finish { index, reason, matched, scores } => {
+                (outputs[index].reason, outputs[index].matched) = (reason, matched);
                 outputs[index].scores.extend(scores);
             }
         }

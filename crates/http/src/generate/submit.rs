@@ -59,6 +59,9 @@ pub(crate) struct ToolCalls {
     pub single: bool,
 }
 
+/// What is added to the priority of a request that nobody waits for, so that it comes behind all others.
+const BATCH_PRIORITY: i32 = 1 << 20;
+
 /// Starts all choices of all prompts, or none.
 pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<Choices, ApiError> {
     let spec = generation.engine.spec();
@@ -82,6 +85,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
                 grammar: job.grammar.clone(),
+                priority: if job.record.of_batch() { BATCH_PRIORITY } else { 0 },
                 ..Request::new(prompt.clone(), sampling.clone(), max_tokens)
             }
         });
@@ -158,9 +162,8 @@ fn resolve(params: &Params, generation: &Generation) -> Result<(SamplingParams, 
     ends.sort_unstable();
     ends.dedup();
 
-    let default_temperature = if defaults.do_sample == Some(false) { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
     let sampling = SamplingParams {
-        temperature: params.temperature.unwrap_or(default_temperature),
+        temperature: params.temperature.unwrap_or_else(|| defaults.temperature()),
         top_k: params.top_k.or(defaults.top_k).unwrap_or(0),
         top_p: params.top_p.or(defaults.top_p).unwrap_or(1.0),
         min_p: params.min_p.or(defaults.min_p).unwrap_or(0.0),

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::generate::{Call, Output, Score};
 use crate::generation::Generation;
 use crate::json;
-use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
+use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
 use crate::sse::Events;
 
 const CHUNK: &str = "chat.completion.chunk";
@@ -161,7 +161,7 @@ impl Format for ChatFormat {
                 };
                 self.chunk_choice(index, delta, scores)
             }
-            Piece::Finish { index, reason, scores } => {
+            Piece::Finish { index, reason, scores, .. } => {
                 let choice = self.chunk_choice(index, Delta::default(), scores);
                 ChunkChoice { finish_reason: Some(reason), ..choice }
             }
@@ -170,10 +170,12 @@ impl Format for ChatFormat {
         };
         out.data(&Reply::new(&self.envelope, CHUNK, &[choice], self.envelope.usage(None)));
     }
+}
 
+impl Whole for ChatFormat {
     fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8> {
         let choices = outputs.iter().enumerate().map(|(index, output)| {
-            let Output { reasoning, content, calls, scores, reason } = output;
+            let Output { reasoning, content, calls, scores, reason, .. } = output;
             let reasoning = (!reasoning.is_empty()).then_some(Reasoning { reasoning_content: reasoning, reasoning });
             let content = (calls.is_empty() || !content.is_empty()).then_some(content.as_str());
             let calls = calls.iter().enumerate();

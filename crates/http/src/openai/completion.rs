@@ -12,7 +12,7 @@ use crate::generate::{Output, Score};
 use crate::generation::Generation;
 use crate::json;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest, token_id};
-use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
+use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
 use crate::openai::structured::Structured;
 use crate::sse::Events;
 
@@ -152,7 +152,7 @@ impl Format for CompletionFormat {
             Piece::Text { segment: Segment::Call { .. } | Segment::Arguments { .. }, .. } => {
                 unreachable!("the text of a completion is not split")
             }
-            Piece::Finish { index, reason, scores } => (index, "", scores, Some(reason)),
+            Piece::Finish { index, reason, scores, .. } => (index, "", scores, Some(reason)),
             Piece::End(usage) => return self.envelope.end::<Choice>(out, OBJECT, usage),
             Piece::Error(error) => return out.data(&error.object()),
         };
@@ -160,7 +160,9 @@ impl Format for CompletionFormat {
         let choice = Choice { index, text, logprobs, finish_reason };
         out.data(&Reply::new(&self.envelope, OBJECT, &[choice], self.envelope.usage(None)));
     }
+}
 
+impl Whole for CompletionFormat {
     fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8> {
         let choices = outputs.iter().enumerate().map(|(index, output)| Choice {
             index,

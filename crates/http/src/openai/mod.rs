@@ -6,7 +6,9 @@
 pub(crate) mod chat;
 pub(crate) mod chat_request;
 pub(crate) mod completion;
+pub(crate) mod list;
 pub(crate) mod messages;
+pub(crate) mod metadata;
 pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod shared;

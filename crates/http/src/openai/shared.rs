@@ -9,10 +9,15 @@ use crate::generate::{Output, Score};
 use crate::generation::Target;
 use crate::sse::Events;
 
-/// How an endpoint writes choices. Both forms are made of the same pieces, so that joined chunks equal the whole.
+/// How an endpoint writes choices as events. Both forms are made of the same pieces, so that joined chunks equal the
+/// whole.
 pub(crate) trait Format: Send + Unpin + 'static {
     /// Writes the events that a piece makes, perhaps none.
     fn events(&mut self, out: &mut Events, piece: &Piece);
+}
+
+/// How an endpoint writes choices as one object.
+pub(crate) trait Whole {
     /// The whole reply.
     fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8>;
 }
@@ -24,8 +29,8 @@ pub(crate) enum Piece<'a> {
     Open { index: usize },
     /// Text of a choice, and the scores that belong to it.
     Text { index: usize, segment: &'a baton_text::Segment, scores: &'a [Score] },
-    /// A choice is complete; scores of tokens that showed no text.
-    Finish { index: usize, reason: Finish, scores: &'a [Score] },
+    /// A choice is complete; which stop string ended it, and scores of tokens that showed no text.
+    Finish { index: usize, reason: Finish, matched: Option<usize>, scores: &'a [Score] },
     /// All choices are complete.
     End(&'a Usage),
     /// The reply ends here, incomplete.

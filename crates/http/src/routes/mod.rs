@@ -2,24 +2,31 @@
 
 mod adapters;
 mod admin;
+mod batches;
 mod chat;
 mod completions;
+mod files;
 mod health;
+mod messages;
 mod models;
+mod responses;
+mod tokenize;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Extension, State};
-use axum::middleware::{from_fn_with_state, map_response};
+use axum::middleware::{from_fn, from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use http::header::{CONTENT_TYPE, WARNING};
 use http::{HeaderValue, Method, StatusCode};
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove};
+use tower_http::compression::{CompressionLayer, CompressionLevel};
 
 use crate::error::ApiError;
 use crate::service::Service;
-use crate::{access, admission, auth};
+use crate::{access, admission, anthropic, auth, cors};
 
 /// Which routes a listener shows. Probes, version and metrics are on every one; what is not shown does not exist there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +49,7 @@ impl Surface {
     }
 }
 
-/// The routes of a service. Every reply that is not 2xx is an error object.
+/// The routes of a service. Every reply that is not 2xx is an error object, of OpenAI's form or the route's own.
 pub fn router(service: Service, surface: Surface) -> Router {
     let inference = |route: MethodRouter<Service>| {
         // Only on the methods of the route: another one is refused as such, not as overload.
@@ -65,7 +72,23 @@ pub fn router(service: Service, surface: Surface) -> Router {
     if surface.inference() {
         routes = routes
             .route("/v1/chat/completions", inference(post(chat::create)))
+            .route("/v1/chat/completions/render", inference(post(chat::render)))
             .route("/v1/completions", inference(post(completions::create)))
+            .route("/v1/messages", inference(post(messages::create)))
+            .route("/v1/messages/count_tokens", inference(post(messages::count_tokens)))
+            .route("/v1/responses", inference(post(responses::create)))
+            .route("/v1/responses/{id}", get(responses::one).delete(responses::delete))
+            .route("/v1/responses/{id}/cancel", post(responses::cancel))
+            .route("/v1/responses/{id}/input_items", get(responses::input_items))
+            .route("/tokenize", inference(post(tokenize::tokenize)))
+            .route("/detokenize", inference(post(tokenize::detokenize)))
+            // Those that take up work are closed while nothing new is taken.
+            .route("/v1/files", inference(post(files::upload)).get(files::list))
+            .route("/v1/files/{id}", get(files::one).delete(files::delete))
+            .route("/v1/files/{id}/content", get(files::content))
+            .route("/v1/batches", inference(post(batches::create)).get(batches::list))
+            .route("/v1/batches/{id}", get(batches::one))
+            .route("/v1/batches/{id}/cancel", post(batches::cancel))
             .route("/v1/models", get(models::list));
     }
     if surface.admin() {
@@ -79,7 +102,10 @@ pub fn router(service: Service, surface: Surface) -> Router {
     wrap(routes, service)
 }
 
-/// Adds what every route has: from the outside in, request id and log, panics caught, keys.
+/// Shortest body worth compressing, in bytes.
+const MIN_COMPRESSED_BYTES: u64 = 1024;
+
+/// Adds what every route has: from the outside in, request id and log, compression, other origins, panics caught, keys.
 fn wrap(routes: Router<Service>, service: Service) -> Router {
     routes
         .fallback(async || ApiError::route_not_found())
@@ -87,8 +113,17 @@ fn wrap(routes: Router<Service>, service: Service) -> Router {
         .layer(from_fn_with_state(service.clone(), auth::layer))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal().into_response()))
         .layer(map_response(no_plain_refusals))
+        .layer(from_fn(anthropic::layer))
+        .layer(from_fn_with_state(service.clone(), cors::layer))
+        .layer(compression())
         .layer(from_fn_with_state(service.clone(), access::layer))
         .with_state(service)
+}
+
+/// Gzip for clients that accept it, fast rather than small. Never of an event stream: each event is to arrive when it is sent.
+fn compression() -> CompressionLayer<impl Predicate> {
+    let worth_it = SizeAbove::new(MIN_COMPRESSED_BYTES).and(NotForContentType::SSE);
+    CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(worth_it)
 }
 
 /// The header `allow` is added by the router.

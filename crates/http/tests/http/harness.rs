@@ -241,7 +241,7 @@ impl Reply {
     }
 }
 
-fn unchunked(mut bytes: &[u8]) -> Vec<u8> {
+pub fn unchunked(mut bytes: &[u8]) -> Vec<u8> {
     let mut body = Vec::new();
     loop {
         let line = bytes.windows(2).position(|w| w == b"\r\n").expect("a chunk size");

@@ -2,13 +2,21 @@
 
 mod adapters;
 mod admin;
+mod anthropic;
+mod batches;
+mod dialect_tools;
 mod generations;
 mod handoff;
 mod harness;
 mod lifecycle;
 mod operations;
+mod origins;
 mod refusals;
 mod replies;
+mod responses;
 mod shadow;
+mod stored;
 mod structured;
+mod tokens;
 mod tools;
+mod wires;
