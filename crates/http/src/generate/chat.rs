@@ -128,17 +128,6 @@ impl How {
     }
 }
 
-/// Where an output begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    /// Before any reasoning.
-    Before,
-    /// In reasoning that the prompt has opened.
-    Inside,
-    /// Behind reasoning that the prompt has closed.
-    Behind,
-}
-
 /// The prompt that a chat becomes.
 pub(crate) struct ChatPrompt {
     pub text: String,
