@@ -10,6 +10,9 @@ use crate::openai::params::Params;
 use crate::openai::structured::Structured;
 use crate::service::Service;
 
+/// The field of a form that is made of allowed tools.
+pub(super) const ALLOWED: &str = "tool_choice";
+
 /// The grammar of a request's outputs; `None` if they may be anything. `thinking`: the model may think before.
 pub(crate) async fn compile(
     service: &Service,
@@ -35,5 +38,11 @@ pub(crate) async fn compile(
 }
 
 fn refusal(field: &str, error: &GrammarError) -> ApiError {
-    ApiError::invalid(field, error.to_string())
+    match error {
+        // Where some of the tools are allowed only, their numbers are others.
+        GrammarError::Tool { index, reason } if field != ALLOWED => {
+            ApiError::invalid(&format!("tools[{index}].function.parameters"), reason.to_string())
+        }
+        error => ApiError::invalid(field, error.to_string()),
+    }
 }
