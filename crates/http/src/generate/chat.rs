@@ -75,6 +75,8 @@ pub(crate) async fn render_chat(
     mut request: ChatRequest,
 ) -> Result<RenderedChat, ApiError> {
     let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
+    // What an answer would be refused for is refused here too.
+    tool_calls(&generation.text, &request.tools)?;
     let (chat, field, now) = (input(&mut request), request.field, chrono::Local::now().naive_local());
     let model = Arc::clone(&generation);
     let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
