@@ -100,7 +100,7 @@ fn requests() -> Vec<Request> {
         };
         let scores = PromptScores { top: 4, targets: [(0, vec![5]), (29, vec![1, 180])].into() };
         let prompt_scores = (i % 3 < 2).then_some(scores);
-        let grammar = (i % 2 == 0 || i == 5).then(|| Arc::new(Restless::default()) as Arc<dyn Grammar>);
+        let grammar = (i.is_multiple_of(2) || i == 5).then(|| Arc::new(Restless::default()) as Arc<dyn Grammar>);
         Request { prompt_scores, grammar, ..Request::new(prompt.collect(), params, OUTPUT) }
     };
     (0..6).map(request).collect()

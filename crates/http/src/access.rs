@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 
 use crate::admission::GuardedBody;
 use crate::auth::OnBehalfOf;
-use crate::error::ErrorCode;
+use crate::error::ApiError;
 use crate::service::Service;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -163,8 +163,8 @@ pub(crate) async fn layer(State(service): State<Service>, mut request: Request, 
     };
     let mut response = next.run(request).await;
     log.status = response.status().as_u16();
-    if let Some(&ErrorCode(code)) = response.extensions().get() {
-        log.record.error(code);
+    if let Some(error) = response.extensions().get::<ApiError>() {
+        log.record.error(error.code());
     }
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, log.record.request_id.clone());

@@ -10,8 +10,8 @@ use std::fmt;
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http::HeaderMap;
 use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderName};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
@@ -41,6 +41,8 @@ const ADMIN: [&str; 5] = [
     "/admin/rollout",
     "/admin/rollout/{command}",
 ];
+
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// The route that is open on a loopback address.
 const METRICS: &str = "/metrics";
@@ -172,7 +174,9 @@ impl Keys {
             let (scheme, key) = value.as_bytes().split_at_checked(7)?;
             scheme.eq_ignore_ascii_case(b"bearer ").then_some(key.trim_ascii())
         });
-        self.grant_to(bearer.map_or(Owner::ANYONE, |key| Owner(Sha256::digest(key).into())))
+        // Where the clients of Anthropic's API put it.
+        let sent = bearer.or_else(|| headers.get(X_API_KEY).map(|value| value.as_bytes().trim_ascii()));
+        self.grant_to(sent.map_or(Owner::ANYONE, |key| Owner(Sha256::digest(key).into())))
     }
 
     /// What the sender of the key of this digest may do.

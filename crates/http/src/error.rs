@@ -42,10 +42,6 @@ enum Retry {
     Never,
 }
 
-/// The `code` of an error response, for the access log.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct ErrorCode(pub &'static str);
-
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
 
@@ -239,6 +235,18 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, INVALID, "not_configured", message)
     }
 
+    /// A field asks for something to be kept, and there is no place for it.
+    pub fn needs_state_dir(param: &str) -> Self {
+        let message = format!("{} needs a server that was started with --state-dir", printable(param));
+        Self::bad_request("not_configured", param, message)
+    }
+
+    /// The response that a conversation is to go on from is not kept, or it is another key's.
+    pub fn previous_not_found() -> Self {
+        let param = "previous_response_id";
+        Self::bad_request("previous_response_not_found", param, "there is no such response, or it is another key's")
+    }
+
     /// What is asked for does not go together with what is under way.
     pub fn conflict(message: &str) -> Self {
         Self::new(StatusCode::CONFLICT, INVALID, "conflict", message)
@@ -274,16 +282,6 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", "the server failed internally")
     }
 
-    /// The field that is to blame.
-    pub fn param(&self) -> Option<&str> {
-        self.param.as_deref()
-    }
-
-    /// What is said to people.
-    pub fn message(&self) -> &str {
-        &self.message
-    }
-
     /// The error object as text.
     pub fn to_json(&self) -> Vec<u8> {
         json::write(&self.object())
@@ -302,12 +300,39 @@ impl ApiError {
             param: Option<&'a str>,
             code: &'static str,
         }
-        let message = match self.message.char_indices().nth(MAX_MESSAGE_CHARS) {
+        let error =
+            Object { message: self.message(), r#type: self.kind, param: self.param.as_deref(), code: self.code };
+        Body { error }
+    }
+
+    /// What is sent of its message.
+    pub fn message(&self) -> &str {
+        match self.message.char_indices().nth(MAX_MESSAGE_CHARS) {
             Some((end, _)) => &self.message[..end],
             None => &self.message,
-        };
-        let error = Object { message, r#type: self.kind, param: self.param.as_deref(), code: self.code };
-        Body { error }
+        }
+    }
+
+    /// The path of the field to blame.
+    pub fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    /// The status to answer with, where nothing has been sent yet.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The same with the field by another name, for a dialect that has one.
+    pub fn renamed(mut self, rename: impl FnOnce(&str) -> String) -> Self {
+        if let Some(old) = &self.param {
+            let new = printable(&rename(old));
+            if let Some(rest) = self.message.strip_prefix(old.as_str()) {
+                self.message = format!("{new}{rest}");
+            }
+            self.param = Some(new);
+        }
+        self
     }
 
     /// Whether the generation is to blame, and not the request, the load or a drain.
@@ -321,6 +346,7 @@ impl ApiError {
     }
 }
 
+/// The response carries the error, for the log and for routes that write it in another form.
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, self.to_json()).into_response();
@@ -338,7 +364,7 @@ impl IntoResponse for ApiError {
         if self.close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        response.extensions_mut().insert(ErrorCode(self.code()));
+        response.extensions_mut().insert(self);
         response
     }
 }

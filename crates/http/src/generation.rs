@@ -65,6 +65,13 @@ pub struct Defaults {
     pub eos_token_ids: Vec<u32>,
 }
 
+impl Defaults {
+    /// The temperature where a request says none.
+    pub(crate) fn temperature(&self) -> f32 {
+        if self.do_sample == Some(false) { 0.0 } else { self.temperature.unwrap_or(1.0) }
+    }
+}
+
 /// A loaded model that is to be served.
 pub struct NewGeneration {
     /// Computes.

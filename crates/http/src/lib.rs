@@ -1,21 +1,25 @@
 //! The OpenAI-compatible HTTP service.
 //!
 //! A request enters through [`serve`]'s accept loop and the layers in `routes`, becomes a checked request in
-//! `openai`, choices of a generation in `generate`, and leaves as one JSON object or as server-sent events. Invariants: every
-//! refusal is an OpenAI error object; nothing of a request is logged but its id, route, counts and times, and the name of
-//! an adapter that an admin loads; nothing of it is kept but what it asks for, in the [`Store`]; a client that leaves
-//! ends its work in the engine, because everything of a request is owned by its response.
+//! `openai` (other dialects, in `anthropic` and `responses`, translate theirs into a chat), choices of a generation in
+//! `generate`, and leaves as one JSON object or as server-sent events. Invariants: every refusal is an error object, of
+//! OpenAI's form but where a dialect has its own; nothing of a request is logged but its id, route, counts and times,
+//! and the name of an adapter that an admin loads; nothing of it is kept but what it asks for, in the [`Store`]; a
+//! client that leaves ends its work in the engine, because everything of a request is owned by its response, unless it
+//! asked for a response in the background.
 //!
-//! Absent on purpose: any knowledge of models, devices and the files of either, and of how a hand-off is judged. The service
-//! is given generations, each an engine, a text model and a way to load adapters, the first perhaps long after it began to
-//! answer probes; whoever gives them says which serves, and is told what a rollout is judged by.
+//! Absent on purpose: any knowledge of models, devices and the files of either, and of how a hand-off is judged. The
+//! service is given generations, each an engine, a text model and a way to load adapters, the first perhaps long after
+//! it began to answer probes; whoever gives them says which serves, and is told what a rollout is judged by.
 
 mod access;
 mod adapters;
 mod admission;
+mod anthropic;
 mod auth;
 mod batches;
 mod cors;
+mod dialect;
 mod error;
 mod extract;
 mod fields;
@@ -28,6 +32,7 @@ mod json;
 mod metrics;
 mod observed;
 mod openai;
+mod responses;
 mod rollout;
 mod routes;
 mod serve;

@@ -87,12 +87,7 @@ impl<F: Format> EventStream<F> {
     }
 
     fn event(&mut self, event: &Event) {
-        self.write(&match event {
-            Event::Text { index, delta } => {
-                Piece::Text { index: *index, segment: &delta.segment, tokens: &delta.tokens }
-            }
-            Event::Finish { index, reason, tokens } => Piece::Finish { index: *index, reason: *reason, tokens },
-        });
+        self.write(&event.piece());
     }
 
     fn write(&mut self, piece: &Piece) {

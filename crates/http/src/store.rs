@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::auth::Owner;
 use crate::batches::Batches;
 use crate::files::Files;
+use crate::responses::Responses;
 
 /// Bytes of a record that is read.
 const MAX_RECORD_BYTES: u64 = 64 << 20;
@@ -47,7 +48,7 @@ pub struct StoreLimits {
 pub struct Store {
     files: Arc<Files>,
     batches: Arc<Batches>,
-    responses: Folder,
+    responses: Arc<Responses>,
 }
 
 impl Store {
@@ -58,8 +59,8 @@ impl Store {
     pub fn open(path: &Path, limits: StoreLimits) -> io::Result<Self> {
         let batches = Batches::open(Folder::open(path.join("batches"), "batch_")?)?;
         let files = Files::open(Folder::open(path.join("files"), "file-")?, limits, &batches.unfinished_results())?;
-        let responses = Folder::open(path.join("responses"), "resp_")?;
-        Ok(Self { files: Arc::new(files), batches: Arc::new(batches), responses })
+        let responses = Responses::open(Folder::open(path.join("responses"), "resp_")?)?;
+        Ok(Self { files: Arc::new(files), batches: Arc::new(batches), responses: Arc::new(responses) })
     }
 
     /// Files that clients have uploaded, and those that batches left.
@@ -72,8 +73,7 @@ impl Store {
     }
 
     /// What `/v1/responses` keeps.
-    #[allow(dead_code)] // until that route stands
-    pub(crate) fn responses(&self) -> &Folder {
+    pub(crate) fn responses(&self) -> &Arc<Responses> {
         &self.responses
     }
 }
@@ -131,7 +131,6 @@ impl Folder {
         self.sync()
     }
 
-    #[allow(dead_code)] // as above
     /// A record of this owner; `None` if there is none, or it is another's.
     pub fn get<T: DeserializeOwned>(&self, id: &str, owner: Owner) -> io::Result<Option<T>> {
         if !is_id(self.prefix, id) {

@@ -125,26 +125,47 @@ fn scan(logits: &[f32]) -> (bool, u32) {
     (finite.into_iter().all(|f| f), best as u32)
 }
 
+/// The bit of each lane in a word of a mask. Comparing with constants compiles to vector code, shifting by lane does not.
+const BITS: [u32; 32] = {
+    let mut bits = [0; 32];
+    let mut lane = 0;
+    while lane < 32 {
+        bits[lane] = 1 << lane;
+        lane += 1;
+    }
+    bits
+};
+
 /// The first of the largest logits that the mask allows, of finite ones. As in [`scan`], maxima side by side.
 fn first_max_allowed(logits: &[f32], mask: &TokenMask) -> u32 {
     let mut max = [f32::NEG_INFINITY; 32];
-    for (chunk, &word) in logits.chunks(32).zip(mask.words()).filter(|(_, word)| **word != 0) {
-        for (lane, (&l, max)) in chunk.iter().zip(&mut max).enumerate() {
-            let l = if word >> lane & 1 == 1 { l } else { f32::NEG_INFINITY };
+    let mut raise = |chunk: &[f32], word: u32| {
+        for ((&l, &bit), max) in chunk.iter().zip(&BITS).zip(&mut max) {
+            let l = if word & bit != 0 { l } else { f32::NEG_INFINITY };
             *max = if l > *max { l } else { *max };
         }
+    };
+    let (chunks, rest) = logits.as_chunks::<32>();
+    for (chunk, &word) in chunks.iter().zip(mask.words()).filter(|(_, word)| **word != 0) {
+        raise(chunk, word);
     }
+    raise(rest, mask.words().get(chunks.len()).copied().unwrap_or(0));
+
     let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let first = (0u32..).zip(logits).find(|&(id, l)| *l == max && mask.allows(id));
-    first.map_or(0, |(id, _)| id)
+    let words = (0u32..).step_by(32).zip(logits.chunks(32).zip(mask.words()));
+    let first = words.filter(|(_, (_, word))| **word != 0).find_map(|(start, (chunk, word))| {
+        let lane = chunk.iter().zip(&BITS).position(|(&l, bit)| l == max && word & bit != 0)?;
+        Some(start + lane as u32)
+    });
+    first.unwrap_or(0)
 }
 
 /// Only what the mask allows keeps its logit.
 fn rule_out(logits: &mut [f64], mask: &TokenMask) {
     let words = mask.words().iter().copied().chain(std::iter::repeat(0));
     for (chunk, word) in logits.chunks_mut(32).zip(words).filter(|(_, word)| *word != u32::MAX) {
-        for (lane, l) in chunk.iter_mut().enumerate() {
-            *l = if word >> lane & 1 == 1 { *l } else { f64::NEG_INFINITY };
+        for (l, bit) in chunk.iter_mut().zip(&BITS) {
+            *l = if word & bit != 0 { *l } else { f64::NEG_INFINITY };
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A chat, in whatever dialect it was asked for: from messages to choices under way.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -40,7 +41,7 @@ pub(crate) async fn start_chat(
         let encode: Encode = Box::new(move |candidate| Ok(encode(candidate, chat, how)?.ids));
         (shadow, encode)
     });
-    let (model, words) = (Arc::clone(&generation), std::mem::take(&mut request.params.bad_words));
+    let (model, words) = (Arc::clone(&generation), mem::take(&mut request.params.bad_words));
     let work = move || Ok((encode(&model, chat, how)?, bad_words(&model.text, &words)?));
     let (prompt, bad_words) = service.text_work(work).await?;
     let starts_inside = prompt.opens_reasoning;
@@ -62,16 +63,6 @@ pub(crate) async fn start_chat(
     let model = Arc::clone(&generation);
     let choices = submit(service, generation, job)?;
     Ok(StartedChat { choices, generation: model, target })
-}
-
-/// How to find the calls that the request allows; `None` if it allows none.
-fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
-    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
-    if names.is_empty() {
-        return Ok(None);
-    }
-    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
-    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
 }
 
 /// A chat's prompt, made and not answered.
@@ -99,12 +90,22 @@ pub(crate) async fn render_chat(
 /// What the template is given, taken out of the request.
 fn input(request: &mut ChatRequest) -> ChatInput {
     ChatInput {
-        messages: std::mem::take(&mut request.messages).into(),
+        messages: mem::take(&mut request.messages).into(),
         tools: request.tools.for_template(),
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message,
-        kwargs: std::mem::take(&mut request.template_kwargs),
+        kwargs: mem::take(&mut request.template_kwargs),
     }
+}
+
+/// How to find the calls that the request allows; `None` if it allows none.
+fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
+    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
+    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
 }
 
 /// How a chat becomes its prompt.

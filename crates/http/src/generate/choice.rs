@@ -56,6 +56,8 @@ pub(crate) struct ChoiceText {
     detokenizer: Detokenizer,
     stops: Vec<String>,
     matcher: StopMatcher,
+    /// Which stop string was found.
+    matched: Option<usize>,
     include_stop: bool,
     splitter: Option<ReasoningSplitter>,
     hide_reasoning: bool,
@@ -87,6 +89,7 @@ impl ChoiceText {
             detokenizer,
             matcher: StopMatcher::new(stops.clone()),
             stops,
+            matched: None,
             include_stop: false,
             answer_start: splitter.is_none().then_some(0),
             splitter,
@@ -140,6 +143,11 @@ impl ChoiceText {
     pub fn echo(&mut self, text: &str, scores: Vec<Score>) -> Delta {
         self.chars += text.chars().count();
         Delta { segment: Segment::Content(text.to_owned()), tokens: Tokens { scores, ids: Vec::new() } }
+    }
+
+    /// Which of the stop strings ended the choice.
+    pub fn matched(&self) -> Option<usize> {
+        self.matched
     }
 
     /// Tokens taken so far, and those of them that were reasoning.
@@ -223,6 +231,7 @@ impl ChoiceText {
         }
         let StopOutcome { mut text, stopped } = self.matcher.push(text);
         let Some(index) = stopped else { return (self.release(&text), self.is_over()) };
+        self.matched = Some(index);
         if self.include_stop {
             text.push_str(&self.stops[index]);
         }

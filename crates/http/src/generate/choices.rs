@@ -13,7 +13,7 @@ use crate::error::ApiError;
 use crate::generate::choice::{ChoiceText, Delta, Tokens};
 use crate::generate::prompt::Told;
 use crate::metrics::{Ending, Meter};
-use crate::openai::shared::{Finish, Usage};
+use crate::openai::shared::{Finish, Piece, Usage};
 use crate::shadow::Witness;
 
 /// What happens to the choices. Each choice yields any number of `Text` and then one `Finish`.
@@ -21,8 +21,22 @@ use crate::shadow::Witness;
 pub(crate) enum Event {
     /// A choice has more text.
     Text { index: usize, delta: Delta },
-    /// A choice is complete; tokens that showed no text.
-    Finish { index: usize, reason: Finish, tokens: Tokens },
+    /// A choice is complete; which stop string ended it, and tokens that showed no text.
+    Finish { index: usize, reason: Finish, matched: Option<usize>, tokens: Tokens },
+}
+
+impl Event {
+    /// What is written of it.
+    pub fn piece(&self) -> Piece<'_> {
+        match self {
+            Self::Text { index, delta } => {
+                Piece::Text { index: *index, segment: &delta.segment, tokens: &delta.tokens }
+            }
+            Self::Finish { index, reason, matched, tokens } => {
+                Piece::Finish { index: *index, reason: *reason, matched: *matched, tokens }
+            }
+        }
+    }
 }
 
 /// All choices of one request. Ends after every choice has finished, or with the first error, which ends all.
@@ -243,8 +257,8 @@ impl Choices {
                     self.usage.cached_tokens += usage.cached_tokens;
                 }
                 self.meter.finished(index, reason.into(), completion_tokens, &timings);
-                let tokens = choice.text.remaining_tokens();
-                self.events.push_back(Event::Finish { index, reason, tokens });
+                let (matched, tokens) = (choice.text.matched(), choice.text.remaining_tokens());
+                self.events.push_back(Event::Finish { index, reason, matched, tokens });
             }
             None => return Err(ApiError::engine_down()),
         }

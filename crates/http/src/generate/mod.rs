@@ -15,5 +15,5 @@ pub(crate) use chat::{RenderedChat, StartedChat, render_chat, start_chat};
 pub(crate) use choice::{Delta, Score, Tokens};
 pub(crate) use choices::{Choices, Event};
 pub(crate) use prompt::{Echo, Encoding, Told, bad_words};
-pub(crate) use respond::{Call, Output, respond};
+pub(crate) use respond::{Call, Output, respond, stream};
 pub(crate) use submit::{Job, Reasoning, ToolCalls, submit};

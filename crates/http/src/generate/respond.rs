@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use crate::error::ApiError;
 use crate::generate::{Choices, Delta, Event, Tokens, Told};
-use crate::openai::shared::{Finish, Format};
+use crate::openai::shared::{Finish, Format, Whole};
 use crate::sse::{self, EventStream};
 
 /// A complete choice.
@@ -23,6 +23,8 @@ pub(crate) struct Output {
     pub calls: Vec<Call>,
     pub tokens: Tokens,
     pub reason: Finish,
+    /// Which stop string ended it.
+    pub matched: Option<usize>,
     /// What it is the output for.
     pub prompt: Arc<Told>,
 }
@@ -37,18 +39,27 @@ pub(crate) struct Call {
 
 /// The reply to a request. The head of a stream is held until there is something to say, so that a request that
 /// fails at once still gets its status, but no longer than the keep-alive interval.
-pub(crate) async fn respond<F: Format>(
+pub(crate) async fn respond<F: Format + Whole>(
     mut choices: Choices,
     mut format: F,
-    stream: bool,
+    streamed: bool,
     keep_alive: Duration,
 ) -> Result<Response, ApiError> {
-    if !stream {
-        let outputs = collect(&mut choices).await?;
-        let body = format.whole(&outputs, &choices.usage());
-        let json = HeaderValue::from_static("application/json");
-        return Ok(([(CONTENT_TYPE, json)], body).into_response());
+    if streamed {
+        return stream(choices, format, keep_alive).await;
     }
+    let outputs = collect(&mut choices).await?;
+    let body = format.whole(&outputs, &choices.usage());
+    let json = HeaderValue::from_static("application/json");
+    Ok(([(CONTENT_TYPE, json)], body).into_response())
+}
+
+/// The reply as a stream of events.
+pub(crate) async fn stream<F: Format>(
+    mut choices: Choices,
+    format: F,
+    keep_alive: Duration,
+) -> Result<Response, ApiError> {
     let first = match timeout(keep_alive, choices.next()).await {
         Ok(Some(event)) => Some(event?),
         Ok(None) | Err(_) => None,
@@ -72,8 +83,8 @@ async fn collect(choices: &mut Choices) -> Result<Vec<Output>, ApiError> {
                 }
                 (index, tokens)
             }
-            Event::Finish { index, reason, tokens } => {
-                outputs[index].reason = reason;
+            Event::Finish { index, reason, matched, tokens } => {
+                (outputs[index].reason, outputs[index].matched) = (reason, matched);
                 (index, tokens)
             }
         };

@@ -175,9 +175,8 @@ fn resolve(params: &Params, generation: &Generation) -> Result<(SamplingParams, 
     ends.sort_unstable();
     ends.dedup();
 
-    let default_temperature = if defaults.do_sample == Some(false) { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
     let sampling = SamplingParams {
-        temperature: params.temperature.unwrap_or(default_temperature),
+        temperature: params.temperature.unwrap_or_else(|| defaults.temperature()),
         top_k: params.top_k.or(defaults.top_k).unwrap_or(0),
         top_p: params.top_p.or(defaults.top_p).unwrap_or(1.0),
         min_p: params.min_p.or(defaults.min_p).unwrap_or(0.0),

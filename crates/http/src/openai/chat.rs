@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::generate::{Call, Output, Score, Tokens};
 use crate::json;
-use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
+use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
 use crate::openai::tokens::{PromptParts, TokenStyle};
 use crate::sse::Events;
 
@@ -167,7 +167,7 @@ impl Format for ChatFormat {
                 };
                 self.chunk_choice(index, delta, tokens)
             }
-            Piece::Finish { index, reason, tokens } => {
+            Piece::Finish { index, reason, tokens, .. } => {
                 let choice = self.chunk_choice(index, Delta::default(), tokens);
                 ChunkChoice { finish_reason: Some(reason), ..choice }
             }
@@ -178,7 +178,9 @@ impl Format for ChatFormat {
         let chunk = Reply::new(&self.envelope, CHUNK, &choices, self.envelope.usage(usage));
         out.data(&chunk.of_prompt(of_prompt));
     }
+}
 
+impl Whole for ChatFormat {
     fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8> {
         let choices = outputs.iter().enumerate().map(|(index, output)| {
             let Output { reasoning, content, calls, tokens, reason, .. } = output;

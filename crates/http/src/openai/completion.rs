@@ -10,7 +10,7 @@ use crate::generate::{Output, Score, Tokens};
 use crate::json;
 use crate::openai::list_params::token_id;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
-use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, finite};
+use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
 use crate::openai::tokens::{PromptParts, TokenStyle};
 use crate::sse::Events;
 
@@ -169,7 +169,7 @@ impl Format for CompletionFormat {
             Piece::Text { segment: Segment::Call { .. } | Segment::Arguments { .. }, .. } => {
                 unreachable!("the text of a completion is not split")
             }
-            Piece::Finish { index, reason, tokens } => (index, "", tokens, Some(reason), nothing),
+            Piece::Finish { index, reason, tokens, .. } => (index, "", tokens, Some(reason), nothing),
             Piece::End(usage) => return self.envelope.end::<Choice>(out, OBJECT, usage),
             Piece::Error(error) => return out.data(&error.object()),
         };
@@ -178,7 +178,9 @@ impl Format for CompletionFormat {
         let choices = [Choice { index, text, logprobs, finish_reason, prompt, token_ids }];
         out.data(&Reply::new(&self.envelope, OBJECT, &choices, self.envelope.usage(usage)));
     }
+}
 
+impl Whole for CompletionFormat {
     fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8> {
         let choices = outputs.iter().enumerate().map(|(index, output)| Choice {
             index,

@@ -10,10 +10,15 @@ use crate::generation::Target;
 use crate::openai::tokens::PromptParts;
 use crate::sse::Events;
 
-/// How an endpoint writes choices. Both forms are made of the same pieces, so that joined chunks equal the whole.
+/// How an endpoint writes choices as events. Both forms are made of the same pieces, so that joined chunks equal the
+/// whole.
 pub(crate) trait Format: Send + Unpin + 'static {
     /// Writes the events that a piece makes, perhaps none. `usage`: the tokens up to here.
     fn events(&mut self, out: &mut Events, piece: &Piece, usage: &Usage);
+}
+
+/// How an endpoint writes choices as one object.
+pub(crate) trait Whole {
     /// The whole reply.
     fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8>;
 }
@@ -25,8 +30,8 @@ pub(crate) enum Piece<'a> {
     Open { index: usize, prompt: &'a Told },
     /// Text of a choice, and the tokens that belong to it.
     Text { index: usize, segment: &'a baton_text::Segment, tokens: &'a Tokens },
-    /// A choice is complete; tokens that showed no text.
-    Finish { index: usize, reason: Finish, tokens: &'a Tokens },
+    /// A choice is complete; which stop string ended it, and tokens that showed no text.
+    Finish { index: usize, reason: Finish, matched: Option<usize>, tokens: &'a Tokens },
     /// All choices are complete.
     End(&'a Usage),
     /// The reply ends here, incomplete.

@@ -7,13 +7,15 @@ mod chat;
 mod completions;
 mod files;
 mod health;
+mod messages;
 mod models;
+mod responses;
 mod tokenize;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Extension, State};
-use axum::middleware::{from_fn_with_state, map_response};
+use axum::middleware::{from_fn, from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use http::header::{CONTENT_TYPE, WARNING};
@@ -24,7 +26,7 @@ use tower_http::compression::{CompressionLayer, CompressionLevel};
 
 use crate::error::ApiError;
 use crate::service::Service;
-use crate::{access, admission, auth, cors};
+use crate::{access, admission, anthropic, auth, cors};
 
 /// Which routes a listener shows. Probes, version and metrics are on every one; what is not shown does not exist there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +49,7 @@ impl Surface {
     }
 }
 
-/// The routes of a service. Every reply that is not 2xx is an error object.
+/// The routes of a service. Every reply that is not 2xx is an error object, of OpenAI's form or the route's own.
 pub fn router(service: Service, surface: Surface) -> Router {
     let inference = |route: MethodRouter<Service>| {
         // Only on the methods of the route: another one is refused as such, not as overload.
@@ -72,6 +74,12 @@ pub fn router(service: Service, surface: Surface) -> Router {
             .route("/v1/chat/completions", inference(post(chat::create)))
             .route("/v1/chat/completions/render", inference(post(chat::render)))
             .route("/v1/completions", inference(post(completions::create)))
+            .route("/v1/messages", inference(post(messages::create)))
+            .route("/v1/messages/count_tokens", inference(post(messages::count_tokens)))
+            .route("/v1/responses", inference(post(responses::create)))
+            .route("/v1/responses/{id}", get(responses::one).delete(responses::delete))
+            .route("/v1/responses/{id}/cancel", post(responses::cancel))
+            .route("/v1/responses/{id}/input_items", get(responses::input_items))
             .route("/tokenize", inference(post(tokenize::tokenize)))
             .route("/detokenize", inference(post(tokenize::detokenize)))
             // Those that take up work are closed while nothing new is taken.
@@ -105,6 +113,7 @@ fn wrap(routes: Router<Service>, service: Service) -> Router {
         .layer(from_fn_with_state(service.clone(), auth::layer))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal().into_response()))
         .layer(map_response(no_plain_refusals))
+        .layer(from_fn(anthropic::layer))
         .layer(from_fn_with_state(service.clone(), cors::layer))
         .layer(compression())
         .layer(from_fn_with_state(service.clone(), access::layer))

@@ -2,7 +2,9 @@
 
 mod adapters;
 mod admin;
+mod anthropic;
 mod batches;
+mod dialect_tools;
 mod generations;
 mod handoff;
 mod harness;
@@ -12,8 +14,10 @@ mod origins;
 mod params;
 mod refusals;
 mod replies;
+mod responses;
 mod rules;
 mod shadow;
+mod stored;
 mod tokens;
 mod tools;
 mod wires;
