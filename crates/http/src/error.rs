@@ -101,6 +101,14 @@ impl ApiError {
         Self::bad_request("context_length_exceeded", param, message)
     }
 
+    /// A text that is only read does not fit into the context.
+    pub fn input_too_long(param: &str, tokens: usize, context: usize) -> Self {
+        let message = format!(
+            "the context holds {context} tokens; the input has {tokens}: shorten it, or ask for truncate_prompt_tokens"
+        );
+        Self::bad_request("context_length_exceeded", param, message)
+    }
+
     /// Prompt and output do not fit into the cache, even alone.
     pub fn cache_size(param: &str, needed_blocks: usize, total_blocks: usize) -> Self {
         let message = format!(
@@ -138,6 +146,12 @@ impl ApiError {
     pub fn model_not_found() -> Self {
         let message = "no such model is served here; GET /v1/models lists those that are";
         let error = Self::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", message);
+        Self { param: Some("model".into()), ..error }
+    }
+
+    /// The model is of another kind than the route is for; `what` says what it can do.
+    pub fn not_for_this_model(what: &str) -> Self {
+        let error = Self::new(StatusCode::NOT_FOUND, INVALID, "not_for_this_model", what);
         Self { param: Some("model".into()), ..error }
     }
 

@@ -66,7 +66,7 @@ impl<'a> TokenizerFile<'a> {
 
 /// Text before and behind one checkpoint. Immutable: share it in an [`Arc`].
 pub struct TextModel {
-    tokenizer: Arc<Tokenizer>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     vocab: Arc<Vocab>,
     /// Ids written before and after a text, where the tokenizer's class does that instead of tokenizer.json.
     around: Option<(Option<u32>, Option<u32>)>,
@@ -79,6 +79,7 @@ pub struct TextModel {
     syntax: Option<ToolSyntax>,
     /// Ids of its markers that are tokens.
     tool_tokens: Arc<[u32]>,
+    controls: HashSet<u32>,
 }
 
 impl TextModel {
@@ -114,6 +115,13 @@ impl TextModel {
         let thinks = config.template.as_deref().is_some_and(|t| t.contains(CLOSE));
         let markers = reasoning_markers(&tokenizer).filter(|_| thinks);
         let keep = markers.iter().flat_map(|m| [m.open_id, m.close_id]).collect();
+        // Added tokens in brackets are no text, special or not: calls of tools are written with such tokens.
+        let bracketed = |text: &str| {
+            text.len() > 2
+                && (text.starts_with('<') && text.ends_with('>') || text.starts_with('[') && text.ends_with(']'))
+        };
+        let bracketed = added.iter().filter(|(_, token)| bracketed(&token.content)).map(|(&id, _)| id);
+        let controls = bracketed.chain(special.iter().copied()).collect();
         let vocab = Vocab::new(&tokenizer, &special, &keep)
             .map_err(|id| TextError::Tokenizer(format!("token id {id} is above {MAX_TOKEN_ID}")))?;
 
@@ -132,6 +140,7 @@ impl TextModel {
             markers,
             syntax: None,
             tool_tokens: Arc::default(),
+            controls,
             tokenizer: Arc::new(tokenizer),
         };
         model.with_tool_syntax(syntax)
@@ -210,6 +219,17 @@ impl TextModel {
     /// Whether a token is left out when special tokens are skipped.
     pub fn is_special(&self, id: u32) -> bool {
         self.vocab.get(id).is_some_and(|token| token.special)
+    }
+
+    /// Whether a token stands for itself rather than for a text: special ones, reasoning markers, those that frame calls of
+    /// tools.
+    pub fn is_control(&self, id: u32) -> bool {
+        self.controls.contains(&id)
+    }
+
+    /// A token's text in the vocabulary; empty for an id outside.
+    pub fn token_text(&self, id: u32) -> String {
+        self.tokenizer.id_to_token(id).unwrap_or_default()
     }
 
     /// The token that ends an output, as the tokenizer's files name it.

@@ -4,17 +4,17 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_grammar::Thinking;
 use baton_text::{ChatInput, TextError, TextModel};
 use chrono::NaiveDateTime;
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
-use crate::generate::{Choices, Encoding, Job, Reasoning, ToolCalls, bad_words, submit};
+use crate::generate::{Choices, Encoding, Job, Reasoning, ToolCalls, bad_words, compile, submit};
 use crate::generation::{Generation, InUse, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
 use crate::openai::thinking::Effort;
-use crate::openai::tools::Tools;
 use crate::service::Service;
 use crate::shadow::Encode;
 
@@ -33,7 +33,7 @@ pub(crate) async fn start_chat(
     mut request: ChatRequest,
 ) -> Result<StartedChat, ApiError> {
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
-    let tools = tool_calls(&generation.text, &request.tools)?;
+    let calls = ToolCalls::new(&generation.text, &request.tools)?;
     let how = How::new(&request, &generation);
     let chat = input(&mut request);
     let shadow = shadow.map(|shadow| {
@@ -44,7 +44,18 @@ pub(crate) async fn start_chat(
     let (model, words) = (Arc::clone(&generation), mem::take(&mut request.params.bad_words));
     let work = move || Ok((encode(&model, chat, how)?, bad_words(&model.text, &words)?));
     let (prompt, bad_words) = service.text_work(work).await?;
-    let starts_inside = prompt.opens_reasoning;
+
+    let markers = generation.text.reasoning_markers();
+    let thinking = markers.as_ref().filter(|_| prompt.place != Place::Behind).map(|markers| Thinking {
+        open: markers.open_id,
+        close: markers.close_id,
+        starts_inside: prompt.place == Place::Inside,
+        budget: request.thinking_budget.map(|tokens| tokens as usize),
+    });
+    let grammar = match &calls {
+        Some(calls) => calls.grammar(service, &generation, &request, thinking).await?,
+        None => compile(service, &generation, &request.params, request.structured, thinking).await?,
+    };
 
     let job = Job {
         prompts: vec![prompt.ids],
@@ -54,8 +65,9 @@ pub(crate) async fn start_chat(
         adapter: target.adapter.clone(),
         default_max_tokens: generation.card.defaults.max_new_tokens,
         field: how.field,
-        reasoning: generation.text.reasoning_markers().map(|markers| Reasoning { markers, starts_inside }),
-        tools,
+        reasoning: markers.map(|markers| Reasoning { markers, starts_inside: prompt.place == Place::Inside }),
+        tools: calls,
+        grammar,
         shadow,
         arrival,
         record,
@@ -79,7 +91,7 @@ pub(crate) async fn render_chat(
     mut request: ChatRequest,
 ) -> Result<RenderedChat, ApiError> {
     let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
-    tool_calls(&generation.text, &request.tools)?;
+    ToolCalls::new(&generation.text, &request.tools)?;
     let how = How::new(&request, &generation);
     let (chat, model) = (input(&mut request), Arc::clone(&generation));
     let prompt = service.text_work(move || encode(&model, chat, how)).await?;
@@ -96,16 +108,6 @@ fn input(request: &mut ChatRequest) -> ChatInput {
         continue_final_message: request.continue_final_message,
         kwargs: mem::take(&mut request.template_kwargs),
     }
-}
-
-/// How to find the calls that the request allows; `None` if it allows none.
-fn tool_calls(text: &TextModel, tools: &Tools) -> Result<Option<ToolCalls>, ApiError> {
-    let names: Arc<[String]> = tools.callable().map(|tool| tool.name.clone()).collect();
-    if names.is_empty() {
-        return Ok(None);
-    }
-    let syntax = text.tool_syntax().map_err(|error| ApiError::invalid("tools", error.to_string()))?;
-    Ok(Some(ToolCalls { syntax, names, single: tools.single() }))
 }
 
 /// How a chat becomes its prompt.
@@ -130,8 +132,19 @@ impl How {
 pub(crate) struct ChatPrompt {
     pub text: String,
     pub ids: Vec<u32>,
-    /// It ends inside reasoning.
-    pub opens_reasoning: bool,
+    /// Where the output begins.
+    pub place: Place,
+}
+
+/// Where an output begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Before any reasoning.
+    Before,
+    /// In reasoning that the prompt has opened.
+    Inside,
+    /// Behind reasoning that the prompt has closed.
+    Behind,
 }
 
 fn encode(generation: &Generation, mut chat: ChatInput, how: How) -> Result<ChatPrompt, ApiError> {
@@ -142,6 +155,10 @@ fn encode(generation: &Generation, mut chat: ChatInput, how: How) -> Result<Chat
     }
     let rendered = text.render_chat(&chat, how.now).map_err(refuse)?;
     let (ids, _) = how.encoding.ids(generation, &rendered).map_err(refuse)?;
-    let opens_reasoning = text.prompt_opens_reasoning(&chat, &rendered);
-    Ok(ChatPrompt { text: rendered, ids, opens_reasoning })
+    let place = match text.reasoning_markers() {
+        Some(_) if text.prompt_opens_reasoning(&chat, &rendered) => Place::Inside,
+        Some(markers) if rendered.trim_end().ends_with(&markers.close) => Place::Behind,
+        _ => Place::Before,
+    };
+    Ok(ChatPrompt { text: rendered, ids, place })
 }

@@ -21,7 +21,7 @@ use crate::shadow::Witness;
 pub(crate) enum Event {
     /// A choice has more text.
     Text { index: usize, delta: Delta },
-    /// A choice is complete; which stop string ended it, and tokens that showed no text.
+    /// A choice is complete; `matched`: which stop string ended it. `tokens`: those that showed no text.
     Finish { index: usize, reason: Finish, matched: Option<usize>, tokens: Tokens },
 }
 

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
-use baton_text::{ReasoningMarkers, ReasoningSplitter, ToolSplitter, ToolSyntax};
+use baton_grammar::Grammar;
+use baton_text::{ReasoningMarkers, ReasoningSplitter};
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::generate::choice::ChoiceText;
-use crate::generate::{Choices, Echo, Told};
+use crate::generate::{Choices, Echo, Told, ToolCalls};
 use crate::generation::{Generation, InUse};
 use crate::metrics::Meter;
 use crate::openai::params::Params;
@@ -35,6 +36,8 @@ pub(crate) struct Job {
     pub reasoning: Option<Reasoning>,
     /// How to find calls of tools in them.
     pub tools: Option<ToolCalls>,
+    /// What the outputs must be.
+    pub grammar: Option<Arc<dyn Grammar>>,
     /// The candidate is to answer the first prompt as well, which this makes for it.
     pub shadow: Option<(Shadow, Encode)>,
     /// When the request arrived.
@@ -48,16 +51,6 @@ pub(crate) struct Reasoning {
     pub markers: ReasoningMarkers,
     /// The prompt ends inside reasoning.
     pub starts_inside: bool,
-}
-
-/// How to find the calls of tools in an output.
-#[derive(Clone)]
-pub(crate) struct ToolCalls {
-    pub syntax: ToolSyntax,
-    /// The tools that may be called.
-    pub names: Arc<[String]>,
-    /// The output ends with its first call.
-    pub single: bool,
 }
 
 /// What is added to the priority of a request that nobody waits for, so that it comes behind all others.
@@ -96,6 +89,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
                 time_limit: job.params.deadline.map(|deadline| deadline.saturating_sub(job.arrival.elapsed())),
                 prompt_scores: prompt.request(&job.params).filter(|_| choice == 0),
                 priority,
+                grammar: job.grammar.clone(),
                 ..Request::new(prompt.ids.clone(), sampling.clone(), max_tokens)
             }
         });
@@ -113,7 +107,9 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
         told.push(prompt);
     }
 
-    let witness = job.shadow.and_then(|(shadow, encode)| {
+    // A grammar is made for one vocabulary; the candidate's may be another.
+    let shadow = job.shadow.filter(|_| job.grammar.is_none());
+    let witness = shadow.and_then(|(shadow, encode)| {
         let request = shadow_request(&job.params, SamplingParams { choice: 0, ..sampling }, shadow.candidate())?;
         let deadline = service.config().queue_timeout;
         Some(shadow.start(encode, Request { max_tokens: first_room, deadline, ..request }))
@@ -123,9 +119,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
         let skip = job.params.skip_special_tokens;
         let (detokenizer, tools) = match &job.tools {
             None => (generation.text.detokenizer(skip), None),
-            Some(ToolCalls { syntax, names, single }) => {
-                (generation.text.tool_detokenizer(skip), Some(ToolSplitter::new(*syntax, names.clone(), *single)))
-            }
+            Some(calls) => (generation.text.tool_detokenizer(skip), Some(calls.splitter())),
         };
         ChoiceText::new(detokenizer, job.params.stop.clone(), splitter)
             .tools(tools)

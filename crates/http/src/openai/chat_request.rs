@@ -3,9 +3,10 @@
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::{Fields, integer};
 use crate::openai::messages;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
+use crate::openai::structured::Structured;
 use crate::openai::thinking::{self, Effort};
 use crate::openai::tools::Tools;
 
@@ -24,6 +25,10 @@ pub(crate) struct ChatRequest {
     pub effort: Option<Effort>,
     pub tools: Tools,
     pub params: Params,
+    /// The form that the answer must have.
+    pub structured: Option<Structured>,
+    /// Most tokens of reasoning.
+    pub thinking_budget: Option<u32>,
     /// Fields that are without effect only because the server is lenient.
     pub ignored: Vec<String>,
 }
@@ -45,6 +50,8 @@ impl ChatRequest {
         let effort = Effort::read(&mut fields, "reasoning_effort")?;
         let template_kwargs = template_kwargs(&mut fields, thinking, effort)?;
         let tools = Tools::read(&mut fields)?;
+        let thinking_budget = thinking_budget(&mut fields, &template_kwargs)?;
+        let structured = Structured::read(&mut fields, budget)?;
 
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = logprobs(&mut fields)?;
@@ -68,6 +75,8 @@ impl ChatRequest {
             effort: effort.filter(|effort| *effort != Effort::None),
             tools,
             params,
+            structured,
+            thinking_budget,
             ignored,
         })
     }
@@ -79,6 +88,19 @@ fn logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
         Some(_) if !wanted => Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs: true")),
         top => Ok(wanted.then_some(top.unwrap_or(0) as u32)),
     }
+}
+
+/// vLLM's `thinking_token_budget`, or Qwen's `thinking_budget` among the arguments of the template.
+fn thinking_budget(fields: &mut Fields, kwargs: &Map<String, Value>) -> Result<Option<u32>, ApiError> {
+    const KWARG: &str = "chat_template_kwargs.thinking_budget";
+    let given = fields.count("thinking_token_budget", 0)?;
+    let Some(value) = kwargs.get("thinking_budget") else { return Ok(given) };
+    let budget = integer(KWARG, value, 0..=i64::from(u32::MAX))? as u32;
+    if given.is_some_and(|given| given != budget) {
+        let message = format!("thinking_token_budget and {KWARG} must not differ");
+        return Err(ApiError::invalid(KWARG, message));
+    }
+    Ok(Some(budget))
 }
 
 /// Most entries of `chat_template_kwargs`.

@@ -11,6 +11,7 @@ use crate::json;
 use crate::openai::list_params::token_id;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
+use crate::openai::structured::Structured;
 use crate::openai::tokens::{PromptParts, TokenStyle};
 use crate::sse::Events;
 
@@ -29,6 +30,8 @@ pub(crate) struct CompletionRequest {
     pub model: Option<String>,
     pub prompts: Vec<Prompt>,
     pub params: Params,
+    /// The form that the outputs must have.
+    pub structured: Option<Structured>,
     /// Fields that are without effect only because the server is lenient.
     pub ignored: Vec<String>,
 }
@@ -43,12 +46,12 @@ pub(crate) enum Prompt {
 }
 
 impl CompletionRequest {
-    /// Reads the body.
-    pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool) -> Result<Self, ApiError> {
+    /// Reads the body. `budget`: JSON values that may still be read, for documents inside strings.
+    pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool, budget: &mut usize) -> Result<Self, ApiError> {
         let mut fields = Fields::new(body).lenient(lenient);
         let model = fields.string("model")?;
         let prompt = fields.take("prompt");
-        let prompts = prompts(fields.required("prompt", prompt)?)?;
+        let prompts = prompts("prompt", fields.required("prompt", prompt)?, MAX_PROMPTS)?;
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = fields.integer("logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|top| top as u32);
         params.echo = fields.bool("echo")?.unwrap_or(false);
@@ -58,8 +61,9 @@ impl CompletionRequest {
             return Err(ApiError::out_of_range(if params.best_of.is_some() { "best_of" } else { "n" }, accepted));
         }
         let params = params.checked()?;
+        let structured = Structured::read(&mut fields, budget)?;
         let ignored = refuse_rest(fields, lenient)?;
-        Ok(Self { model, prompts, params, ignored })
+        Ok(Self { model, prompts, params, structured, ignored })
     }
 }
 
@@ -76,24 +80,25 @@ fn best_of(fields: &mut Fields, params: &Params, max_n: u32) -> Result<Option<u3
 
 const PROMPT: &str = "a string, an array of strings, an array of token ids, or an array of those";
 
-fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
+/// The prompts of a field, at most `most`.
+pub(crate) fn prompts(field: &str, value: Value, most: usize) -> Result<Vec<Prompt>, ApiError> {
     let items = match value {
         Value::String(text) => return Ok(vec![Prompt::Text(text)]),
         Value::Array(items) => items,
-        _ => return Err(ApiError::wrong_type("prompt", PROMPT)),
+        _ => return Err(ApiError::wrong_type(field, PROMPT)),
     };
     match items.first() {
-        None => return Err(ApiError::out_of_range("prompt", PROMPT.to_owned() + ", none of them empty")),
-        Some(Value::Number(_)) => return Ok(vec![ids("prompt", &items)?]),
+        None => return Err(ApiError::out_of_range(field, PROMPT.to_owned() + ", none of them empty")),
+        Some(Value::Number(_)) => return Ok(vec![ids(field, &items)?]),
         Some(_) => {}
     }
-    if items.len() > MAX_PROMPTS {
-        return Err(ApiError::out_of_range("prompt", format!("at most {MAX_PROMPTS} prompts")));
+    if items.len() > most {
+        return Err(ApiError::out_of_range(field, format!("at most {most} of them")));
     }
     let prompt = |(i, item)| match item {
         Value::String(text) => Ok(Prompt::Text(text)),
-        Value::Array(items) => ids(&format!("prompt[{i}]"), &items),
-        _ => Err(ApiError::wrong_type(&format!("prompt[{i}]"), "a string or an array of token ids")),
+        Value::Array(items) => ids(&format!("{field}[{i}]"), &items),
+        _ => Err(ApiError::wrong_type(&format!("{field}[{i}]"), "a string or an array of token ids")),
     };
     items.into_iter().enumerate().map(prompt).collect()
 }
@@ -204,6 +209,7 @@ mod tests {
     #[test]
     fn the_four_forms_of_a_prompt() {
         let text = |s: &str| Prompt::Text(s.into());
+        let prompts = |value| prompts("prompt", value, MAX_PROMPTS);
         assert_eq!(prompts(json!("a")), Ok(vec![text("a")]));
         assert_eq!(prompts(json!(["a", "b"])), Ok(vec![text("a"), text("b")]));
         assert_eq!(prompts(json!([1, 2])), Ok(vec![Prompt::Ids(vec![1, 2])]));

@@ -254,7 +254,6 @@ const UNSUPPORTED: &[&str] = &[
     "echo",
     "function_call",
     "functions",
-    "grammar",
     "guided_choice",
     "guided_grammar",
     "guided_json",
@@ -277,12 +276,10 @@ const UNSUPPORTED: &[&str] = &[
     "repeat_last_n",
     "repeat_penalty",
     "request_id",
-    "response_format",
     "return_progress",
     "samplers",
     "spaces_between_special_tokens",
     "store",
-    "structured_outputs",
     "suffix",
     "thinking_budget_tokens",
     "thinking_token_budget",
@@ -311,9 +308,6 @@ fn is_neutral(name: &str, value: &Value) -> bool {
         ("verbosity", value) => value == "medium",
         ("modalities", Value::Array(kinds)) => kinds.len() == 1 && kinds[0] == "text",
         ("parallel_tool_calls", value) => value.is_boolean(),
-        ("response_format", Value::Object(format)) => {
-            format.len() == 1 && format.get("type").is_some_and(|t| t == "text")
-        }
         ("suffix", value) => value == "",
         ("tool_choice", value) => value == "none" || value == "auto",
         ("function_call", value) => value == "none" || value == "auto",

@@ -51,6 +51,11 @@ pub(crate) enum Finish {
     ToolCalls,
 }
 
+/// The time, as replies say it.
+pub(crate) fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
 /// What all chunks of a reply repeat.
 #[derive(Debug, Clone)]
 pub(crate) struct Envelope {
@@ -68,10 +73,9 @@ pub(crate) struct Envelope {
 impl Envelope {
     /// A new reply of a model. `kind` begins its id.
     pub fn new(kind: &str, target: &Target, include_usage: bool) -> Self {
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
             id: format!("{kind}-{:032x}", rand::random::<u128>()),
-            created: since_1970.as_secs(),
+            created: seconds_since_1970(),
             model: target.name.clone(),
             system_fingerprint: target.system_fingerprint.clone(),
             include_usage,

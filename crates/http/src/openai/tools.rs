@@ -124,15 +124,24 @@ impl Tools {
         (!self.all.is_empty()).then(|| self.all.iter().map(Tool::for_template).collect())
     }
 
+    /// The tools that the model may choose from, if it chooses.
+    pub fn allowed(&self) -> impl Iterator<Item = &Tool> {
+        let allows = |tool: &&Tool| self.allowed.as_ref().is_none_or(|allowed| allowed.contains(&tool.name));
+        self.all.iter().filter(allows)
+    }
+
+    /// Whether the model may choose from all of them.
+    pub fn are_all_allowed(&self) -> bool {
+        self.allowed.is_none()
+    }
+
     /// The tools that may be called; none if the model is to answer.
     pub fn callable(&self) -> impl Iterator<Item = &Tool> {
-        let may = |tool: &&Tool| match (&self.choice, &self.allowed) {
-            (ToolChoice::None, _) => false,
-            (ToolChoice::Named(name), _) => tool.name == *name,
-            (_, Some(allowed)) => allowed.contains(&tool.name),
-            (_, None) => true,
-        };
-        self.all.iter().filter(may)
+        self.allowed().filter(|tool| match &self.choice {
+            ToolChoice::None => false,
+            ToolChoice::Named(name) => tool.name == *name,
+            ToolChoice::Auto | ToolChoice::Required => true,
+        })
     }
 
     /// What the model may do.

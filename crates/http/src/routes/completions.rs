@@ -9,7 +9,7 @@ use axum::response::Response;
 use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::extract;
-use crate::generate::{Echo, Encoding, Job, bad_words, respond, submit};
+use crate::generate::{Echo, Encoding, Job, bad_words, compile, respond, submit};
 use crate::generation::Generation;
 use crate::generations::Pick;
 use crate::openai::completion::{CompletionFormat, CompletionRequest, DEFAULT_MAX_TOKENS, Prompt};
@@ -26,8 +26,8 @@ pub(super) async fn create(
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
     let config = service.config();
-    let body = extract::json(request, config).await?;
-    let request = CompletionRequest::read(body.object, config.max_n, config.lenient)?;
+    let mut body = extract::json(request, config).await?;
+    let request = CompletionRequest::read(body.object, config.max_n, config.lenient, &mut body.values_left)?;
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
 
     let (mut params, prompts) = (request.params, request.prompts);
@@ -52,6 +52,7 @@ pub(super) async fn create(
     };
     let (prompts, echoes, bad_words) = service.text_work(work).await?;
 
+    let grammar = compile(&service, &generation, &params, request.structured, None).await?;
     let (stream, include_usage) = (params.stream, params.include_usage);
     let envelope = Envelope::new("cmpl", &target, stream && include_usage);
     let format = CompletionFormat {
@@ -70,6 +71,7 @@ pub(super) async fn create(
         field: "prompt",
         reasoning: None,
         tools: None,
+        grammar,
         shadow,
         arrival,
         record,

@@ -72,7 +72,6 @@ async fn bad_parameters_are_refused_by_name_on_both_endpoints() {
         ("cache_salt", json!("x".repeat(129)), "out_of_range"),
         ("model", json!(5), "invalid_type"),
         ("unheard_of", json!(CANARY), "unknown_parameter"),
-        ("response_format", json!({"type": "json_object"}), "unsupported_parameter"),
         ("suffix", json!(CANARY), "unsupported_parameter"),
         ("bad_words", json!([""]), "out_of_range"),
         ("bad_words", json!([5]), "invalid_type"),
