@@ -254,6 +254,19 @@ def manifests():
     }), b"", b"", weights)
 
 
+def grammars():
+    schema = {
+        "type": "object", "required": ["n"], "additionalProperties": False, "$defs": {"t": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}},
+        "properties": {"n": {"type": "integer", "minimum": -3, "multipleOf": 2}, "s": {"type": "string", "pattern": "^a+$", "maxLength": 4},
+                       "l": {"type": "array", "prefixItems": [{"enum": ["x", 1, None]}], "items": {"const": {"k": [True]}}, "maxItems": 3},
+                       "t": {"$ref": "#/$defs/t"}, "d": {"type": "string", "format": "date"}},
+    }
+    seed("grammar", "schema", "s" + compact(schema))
+    seed("grammar", "regex", r"r^([a-f]{2,3}|\d+(\.\d*)?)-\p{Greek}[^\]x]$")
+    seed("grammar", "lark", 'gstart: "a" rule | TOKEN\nrule: /x+/ [start] ("," rule)~1..2\nTOKEN: "b".."d" /[0-9]/\n%ignore / /\n')
+    seed("grammar", "gbnf", 'groot ::= "{" ws (pair ("," ws pair)*)? "}" # all\npair ::= [a-z]+ ":" ws root | \'\\x41\'{1,2}\nws ::= [ \\t\\n]*\n')
+
+
 checkpoints()
 gguf()
 configs()
@@ -261,3 +274,4 @@ templates()
 tokenizers()
 conversions()
 manifests()
+grammars()

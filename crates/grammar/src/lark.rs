@@ -10,7 +10,7 @@ use llguidance::regex_to_lark;
 use serde_json::Value;
 
 use crate::spec::{Literal, Spec, Structure, Tool, ToolChoice, ToolFrame};
-use crate::{GrammarError, Limits, gbnf, schema};
+use crate::{GrammarError, Limits, gbnf, regex, schema};
 
 /// Any text.
 const ANY_TEXT: &str = r"/(.|\n)*/";
@@ -31,7 +31,7 @@ fn lark(spec: &Spec, limits: &Limits) -> Result<String, GrammarError> {
         Spec::Any => Ok(format!("start: {ANY_TEXT}\n")),
         Spec::JsonObject => Ok(format!("start: {}\n", json(&schema::any_object()))),
         Spec::JsonSchema(schema) => Ok(format!("start: {}\n", json(&schema::prepared(schema, limits)?))),
-        Spec::Regex(pattern) => Ok(format!("start: /{}/\n", regex(pattern, limits)?)),
+        Spec::Regex(pattern) => Ok(format!("start: /{}/\n", expression(pattern, limits)?)),
         Spec::Choice(choices) => choice(choices, limits),
         Spec::Grammar(text) => own(text, limits),
         Spec::StructuralTag { structures, triggers } => structural(structures, triggers, limits),
@@ -41,8 +41,8 @@ fn lark(spec: &Spec, limits: &Limits) -> Result<String, GrammarError> {
 
 /// A regular expression between the slashes of a Lark grammar. It always matches all of the output, so anchors at its ends
 /// say nothing.
-fn regex(pattern: &str, limits: &Limits) -> Result<String, GrammarError> {
-    schema::regex(pattern, limits)?;
+fn expression(pattern: &str, limits: &Limits) -> Result<String, GrammarError> {
+    regex::check(pattern, limits)?;
     let pattern = pattern.strip_prefix('^').unwrap_or(pattern);
     let escaped =
         pattern.strip_suffix('$').is_some_and(|rest| rest.bytes().rev().take_while(|&b| b == b'\\').count() % 2 == 1);

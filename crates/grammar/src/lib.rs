@@ -9,11 +9,13 @@ mod error;
 mod gbnf;
 mod lark;
 mod limits;
+mod regex;
 mod schema;
 mod spec;
 mod thinking;
 mod vocabulary;
 
+pub use baton_model::Grammar;
 pub use compiler::Compiler;
 pub use error::GrammarError;
 pub use limits::Limits;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::{GrammarError, Limits};
+use crate::{GrammarError, Limits, regex};
 
 /// Keywords whose value is a schema.
 const ONE: &[&str] = &["items", "additionalItems", "additionalProperties"];
@@ -48,9 +48,10 @@ pub(crate) fn prepared(schema: &Value, limits: &Limits) -> Result<Value, Grammar
     if schema.to_string().len() > limits.spec_bytes {
         return Err(too_large(format!("a JSON Schema may have at most {} bytes", limits.spec_bytes)));
     }
-    Walk { limits, left: limits.schemas }.schema(schema, 0)?;
+    let mut schema = schema.clone();
+    Walk { limits, left: limits.schemas }.schema(&mut schema, 0)?;
     let mut object = match schema {
-        Value::Object(object) => object.clone(),
+        Value::Object(object) => object,
         Value::Bool(true) => Map::new(),
         _ => return Err(GrammarError::Unsatisfiable),
     };
@@ -78,7 +79,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn schema(&mut self, schema: &Value, depth: usize) -> Result<(), GrammarError> {
+    fn schema(&mut self, schema: &mut Value, depth: usize) -> Result<(), GrammarError> {
         let limits = self.limits;
         if depth > limits.depth {
             return Err(too_large(format!("a JSON Schema may be nested at most {} deep", limits.depth)));
@@ -90,28 +91,36 @@ impl Walk<'_> {
             Value::Bool(_) => return Ok(()),
             _ => return Err(invalid("a JSON Schema must be an object, true or false, as must each schema within")),
         };
-        object.iter().try_for_each(|(name, value)| self.keyword(name, value, depth))
+        // What says nothing, of keywords that otherwise say too much.
+        if object.get("uniqueItems") == Some(&Value::Bool(false)) {
+            object.shift_remove("uniqueItems");
+        }
+        object.iter_mut().try_for_each(|(name, value)| self.keyword(name, value, depth))
     }
 
-    fn keyword(&mut self, name: &str, value: &Value, depth: usize) -> Result<(), GrammarError> {
+    fn keyword(&mut self, name: &str, value: &mut Value, depth: usize) -> Result<(), GrammarError> {
         let limits = self.limits;
         if let Some(keyword) = UNSUPPORTED.iter().find(|keyword| **keyword == name) {
             return Err(invalid(format!("the JSON Schema keyword {keyword} is not supported")));
         }
         match (name, value) {
             (_, Value::Array(schemas)) if LIST.contains(&name) => {
-                schemas.iter().try_for_each(|schema| self.schema(schema, depth + 1))
+                schemas.iter_mut().try_for_each(|schema| self.schema(schema, depth + 1))
             }
-            (_, Value::Object(schemas)) if NAMED.contains(&name) => schemas.iter().try_for_each(|(key, schema)| {
-                if name == "patternProperties" {
-                    regex(key, limits)?;
+            ("patternProperties", Value::Object(schemas)) => {
+                for (pattern, mut schema) in std::mem::take(schemas) {
+                    self.schema(&mut schema, depth + 1)?;
+                    schemas.insert(in_string(&pattern, limits)?, schema);
                 }
-                self.schema(schema, depth + 1)
-            }),
-            _ if ONE.contains(&name) => self.schema(value, depth + 1),
+                Ok(())
+            }
+            (_, Value::Object(schemas)) if NAMED.contains(&name) => {
+                schemas.values_mut().try_for_each(|schema| self.schema(schema, depth + 1))
+            }
+            (_, value) if ONE.contains(&name) => self.schema(value, depth + 1),
             _ if NAMED.contains(&name) => Err(invalid(format!("{name} of a JSON Schema must be an object"))),
             _ if LIST.contains(&name) => Err(invalid(format!("{name} of a JSON Schema must be an array"))),
-            _ if COUNTS.contains(&name) => match value.as_u64() {
+            (_, value) if COUNTS.contains(&name) => match value.as_u64() {
                 Some(count) if count <= limits.repetitions => Ok(()),
                 _ => {
                     Err(invalid(format!("{name} of a JSON Schema must be an integer from 0 to {}", limits.repetitions)))
@@ -124,13 +133,22 @@ impl Walk<'_> {
                 Err(invalid("enum of a JSON Schema must have a value"))
             }
             ("enum" | "const", value) => shallow(value, limits),
-            ("pattern", Value::String(pattern)) => regex(pattern, limits),
+            ("pattern", Value::String(pattern)) => {
+                *pattern = in_string(pattern, limits)?;
+                Ok(())
+            }
             ("$ref", Value::String(target)) if !target.starts_with('#') => {
                 Err(invalid("$ref of a JSON Schema must point into the schema itself, as in #/$defs/name"))
             }
             _ => Ok(()),
         }
     }
+}
+
+/// The pattern of a JSON string's content.
+fn in_string(pattern: &str, limits: &Limits) -> Result<String, GrammarError> {
+    regex::check(pattern, limits)?;
+    Ok(regex::without_nul(pattern))
 }
 
 /// A value that must be written as it is.
@@ -147,69 +165,4 @@ fn shallow(value: &Value, limits: &Limits) -> Result<(), GrammarError> {
         }
     }
     Err(too_large(format!("a value in a JSON Schema may be nested at most {} deep", limits.depth)))
-}
-
-/// Bounds on a regular expression that its parser does not have: its length, the depth of its groups and its counts.
-pub(crate) fn regex(pattern: &str, limits: &Limits) -> Result<(), GrammarError> {
-    if pattern.len() > limits.regex_bytes {
-        return Err(too_large(format!("a regular expression may have at most {} bytes", limits.regex_bytes)));
-    }
-    let (mut depth, mut escaped, mut product) = (0usize, false, 1u64);
-    let mut counts = vec![1u64];
-    let mut chars = pattern.char_indices();
-    while let Some((at, c)) = chars.next() {
-        if std::mem::take(&mut escaped) {
-            continue;
-        }
-        match c {
-            '\\' => escaped = true,
-            '(' => {
-                depth += 1;
-                counts.push(1);
-            }
-            ')' => {
-                depth = depth.saturating_sub(1);
-                product = counts.pop().unwrap_or(1);
-                if counts.is_empty() {
-                    counts.push(1);
-                }
-                let top = counts.last_mut().expect("just filled");
-                *top = (*top).max(product);
-                continue;
-            }
-            '{' => {
-                // Repetitions of repetitions multiply.
-                let inner = pattern[at + 1..].split('}').next().unwrap_or_default();
-                let numbers = inner.split(',').filter_map(|n| n.trim().parse::<u64>().ok());
-                let times = numbers.max().unwrap_or(1).max(1);
-                let total = product.saturating_mul(times);
-                if total > limits.repetitions {
-                    return Err(too_large(format!(
-                        "repetitions of a regular expression, multiplied where they are nested, may reach {}",
-                        limits.repetitions
-                    )));
-                }
-                let top = counts.last_mut().expect("never empty");
-                *top = (*top).max(total);
-                // A repetition of this one multiplies with it.
-                product = total;
-                continue_behind(&mut chars, '}');
-                continue;
-            }
-            _ => {}
-        }
-        product = 1;
-        if depth > limits.depth {
-            return Err(too_large(format!("groups of a regular expression may be nested {} deep", limits.depth)));
-        }
-    }
-    Ok(())
-}
-
-fn continue_behind(chars: &mut std::str::CharIndices, end: char) {
-    let rest = chars.as_str();
-    if let Some(at) = rest.find(end) {
-        let behind = rest[..at + end.len_utf8()].chars().count();
-        chars.nth(behind - 1);
-    }
 }

@@ -6,11 +6,12 @@
 //! serves no more lives on until the last such request has ended.
 
 use std::ops::Deref;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use baton_engine::{Adapter, EngineHandle};
+use baton_grammar::{Compiler, Limits, Token, Vocabulary};
 use baton_text::TextModel;
 use parking_lot::Mutex;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -42,6 +43,26 @@ pub struct ModelCard {
     pub defaults: Defaults,
     /// How the weights were loaded, as JSON.
     pub load_report: Vec<u8>,
+}
+
+impl ModelCard {
+    /// # Panics
+    /// If it has no name or no digest.
+    pub(crate) fn assert_complete(&self) {
+        assert!(!self.names.is_empty(), "a model without a name");
+        let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        assert!(self.generation.len() == 64 && self.generation.bytes().all(hex), "a model without a digest");
+    }
+
+    /// The digest's first digits.
+    pub(crate) fn label(&self) -> &str {
+        &self.generation[..LABEL_DIGITS]
+    }
+
+    /// Whether the model goes by this name; it does where none is asked for.
+    pub(crate) fn has_name(&self, asked: Option<&str>) -> bool {
+        asked.is_none_or(|name| self.names.iter().any(|served| served == name))
+    }
 }
 
 /// Parameters of `generation_config.json`: they hold where a request says nothing.
@@ -95,6 +116,7 @@ pub(crate) struct Generation {
     pub handoff: HandoffState,
     pub metrics: ModelMetrics,
     pub stats: Mutex<GenerationStats>,
+    compiler: OnceLock<Compiler>,
     in_flight: Counter,
     /// When it took the role that it has, in seconds since 1970.
     since: AtomicU64,
@@ -116,24 +138,36 @@ impl Generation {
     /// If the card has no name or no digest.
     pub fn new(new: NewGeneration) -> Arc<Self> {
         let NewGeneration { engine, text, card, adapters, handoff } = new;
-        assert!(!card.names.is_empty(), "a model without a name");
-        let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-        assert!(card.generation.len() == 64 && card.generation.bytes().all(hex), "a model without a digest");
-        let metrics = ModelMetrics::new(&card.names[0], label(&card), engine.spec().max_model_len);
+        card.assert_complete();
+        let metrics = ModelMetrics::new(&card.names[0], card.label(), engine.spec().max_model_len);
         let ended = CancellationToken::new();
         let _ends = ended.clone().drop_guard();
         let (stats, in_flight, since) = (Mutex::default(), Counter::default(), AtomicU64::new(now()));
-        Arc::new(Self { engine, text, card, adapters, handoff, metrics, stats, in_flight, since, ended, _ends })
+        let compiler = OnceLock::new();
+        Arc::new(Self {
+            engine,
+            text,
+            card,
+            adapters,
+            handoff,
+            metrics,
+            stats,
+            compiler,
+            in_flight,
+            since,
+            ended,
+            _ends,
+        })
     }
 
     /// The digest's first digits.
     pub fn label(&self) -> &str {
-        label(&self.card)
+        self.card.label()
     }
 
     /// Whether the model itself goes by this name; it does where none is asked for.
     pub fn has_name(&self, asked: Option<&str>) -> bool {
-        asked.is_none_or(|name| self.card.names.iter().any(|served| served == name))
+        self.card.has_name(asked)
     }
 
     /// The model or adapter asked for, which must be served, or the model by its canonical name.
@@ -146,6 +180,18 @@ impl Generation {
         let found = self.adapters.get(name).ok_or_else(ApiError::model_not_found)?;
         let system_fingerprint = found.fingerprint(&self.card);
         Ok(Target { name: name.to_owned(), system_fingerprint, adapter: Some(found.adapter) })
+    }
+
+    /// What compiles grammars for its vocabulary. The first call takes as long as sorting the vocabulary some times.
+    pub fn compiler(&self) -> &Compiler {
+        let token = |id| match self.text.is_control(id) {
+            true => Token::Control(self.text.token_text(id)),
+            false => Token::Text(self.text.token_bytes(id)),
+        };
+        // Ids beyond the logits cannot be chosen.
+        let size = self.text.vocab_size().min(self.engine.spec().vocab_size);
+        let vocabulary = || Vocabulary::new((0..size as u32).map(token));
+        self.compiler.get_or_init(|| Compiler::new(vocabulary(), Limits::default()))
     }
 
     /// Whether requests would be answered: its hand-off allows it and its engine runs.
@@ -168,10 +214,6 @@ impl Generation {
     pub fn changes_role(&self) {
         self.since.store(now(), Ordering::Relaxed);
     }
-}
-
-fn label(card: &ModelCard) -> &str {
-    &card.generation[..LABEL_DIGITS]
 }
 
 fn now() -> u64 {

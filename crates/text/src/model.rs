@@ -66,17 +66,20 @@ impl<'a> TokenizerFile<'a> {
 
 /// Text before and behind one checkpoint. Immutable: share it in an [`Arc`].
 pub struct TextModel {
-    tokenizer: Arc<Tokenizer>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     vocab: Arc<Vocab>,
     /// Ids written before and after a text, where the tokenizer's class does that instead of tokenizer.json.
     around: Option<(Option<u32>, Option<u32>)>,
     eos: Option<u32>,
     template: Option<ChatTemplate>,
     tool_template: Option<ChatTemplate>,
+    /// The words between quotes in the template.
+    template_words: HashSet<String>,
     markers: Option<ReasoningMarkers>,
     syntax: Option<ToolSyntax>,
     /// Ids of its markers that are tokens.
     tool_tokens: Arc<[u32]>,
+    controls: HashSet<u32>,
 }
 
 impl TextModel {
@@ -112,14 +115,23 @@ impl TextModel {
         let thinks = config.template.as_deref().is_some_and(|t| t.contains(CLOSE));
         let markers = reasoning_markers(&tokenizer).filter(|_| thinks);
         let keep = markers.iter().flat_map(|m| [m.open_id, m.close_id]).collect();
+        // Added tokens in brackets are no text, special or not: calls of tools are written with such tokens.
+        let bracketed = |text: &str| {
+            text.len() > 2
+                && (text.starts_with('<') && text.ends_with('>') || text.starts_with('[') && text.ends_with(']'))
+        };
+        let bracketed = added.iter().filter(|(_, token)| bracketed(&token.content)).map(|(&id, _)| id);
+        let controls = bracketed.chain(special.iter().copied()).collect();
         let vocab = Vocab::new(&tokenizer, &special, &keep)
             .map_err(|id| TextError::Tokenizer(format!("token id {id} is above {MAX_TOKEN_ID}")))?;
 
         let compile =
             |source: &Option<String>| source.as_ref().map(|s| ChatTemplate::new(s, config.special.clone())).transpose();
+        let template_words = config.template.as_deref().map(quoted_words).unwrap_or_default();
         let syntax = config.tool_template.as_deref().or(config.template.as_deref());
         let syntax = syntax.and_then(|t| ToolSyntax::detect(t, |token| tokenizer.token_to_id(token).is_some()));
         let model = Self {
+            template_words,
             vocab: Arc::new(vocab),
             around,
             eos,
@@ -128,6 +140,7 @@ impl TextModel {
             markers,
             syntax: None,
             tool_tokens: Arc::default(),
+            controls,
             tokenizer: Arc::new(tokenizer),
         };
         model.with_tool_syntax(syntax)
@@ -208,6 +221,17 @@ impl TextModel {
         self.vocab.get(id).is_some_and(|token| token.special)
     }
 
+    /// Whether a token stands for itself rather than for a text: special ones, reasoning markers, those that frame calls of
+    /// tools.
+    pub fn is_control(&self, id: u32) -> bool {
+        self.controls.contains(&id)
+    }
+
+    /// A token's text in the vocabulary; empty for an id outside.
+    pub fn token_text(&self, id: u32) -> String {
+        self.tokenizer.id_to_token(id).unwrap_or_default()
+    }
+
     /// The token that ends an output, as the tokenizer's files name it.
     pub fn eos_token_id(&self) -> Option<u32> {
         self.eos
@@ -216,6 +240,11 @@ impl TextModel {
     /// Whether chats can be rendered.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
+    }
+
+    /// Whether the chat template compares or writes this word as a string of its own.
+    pub fn chat_template_has(&self, word: &str) -> bool {
+        self.template_words.contains(word)
     }
 
     /// Renders a chat to the prompt's text. `now` is the wall-clock time that a template may write into it.
@@ -281,6 +310,12 @@ fn converted_tokenizer(
     debug_assert!(added.all(|token| placed(token).map(u64::from) == token["id"].as_u64()));
     config.name_tokens(named);
     Ok((tokenizer, Some(add_bos)))
+}
+
+/// What stands between two quotes and is one short word.
+fn quoted_words(template: &str) -> HashSet<String> {
+    let is_word = |text: &&str| (1..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric());
+    template.split(['"', '\'']).filter(is_word).map(str::to_owned).collect()
 }
 
 const OPEN: &str = "<think>";

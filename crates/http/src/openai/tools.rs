@@ -81,7 +81,7 @@ impl Tools {
     pub fn read(fields: &mut Fields) -> Result<Self, ApiError> {
         let tools = fields.array("tools")?.unwrap_or_default();
         let tool = |(i, tool)| {
-            let mut tool = Fields::of(format!("tools[{i}]"), tool)?;
+            let mut tool = fields.item(format!("tools[{i}]"), tool)?;
             function_type(&mut tool)?;
             let function = tool.object("function")?;
             let function = tool.required("function", function)?;
@@ -124,15 +124,24 @@ impl Tools {
         (!self.all.is_empty()).then(|| self.all.iter().map(Tool::for_template).collect())
     }
 
+    /// The tools that the model may choose from, if it chooses.
+    pub fn allowed(&self) -> impl Iterator<Item = &Tool> {
+        let allows = |tool: &&Tool| self.allowed.as_ref().is_none_or(|allowed| allowed.contains(&tool.name));
+        self.all.iter().filter(allows)
+    }
+
+    /// Whether the model may choose from all of them.
+    pub fn are_all_allowed(&self) -> bool {
+        self.allowed.is_none()
+    }
+
     /// The tools that may be called; none if the model is to answer.
     pub fn callable(&self) -> impl Iterator<Item = &Tool> {
-        let may = |tool: &&Tool| match (&self.choice, &self.allowed) {
-            (ToolChoice::None, _) => false,
-            (ToolChoice::Named(name), _) => tool.name == *name,
-            (_, Some(allowed)) => allowed.contains(&tool.name),
-            (_, None) => true,
-        };
-        self.all.iter().filter(may)
+        self.allowed().filter(|tool| match &self.choice {
+            ToolChoice::None => false,
+            ToolChoice::Named(name) => tool.name == *name,
+            ToolChoice::Auto | ToolChoice::Required => true,
+        })
     }
 
     /// What the model may do.
@@ -163,7 +172,7 @@ fn choice(fields: &mut Fields) -> Result<(ToolChoice, Option<Vec<String>>), ApiE
         None => ToolChoice::Auto,
         Some(Value::String(word)) => mode("tool_choice", &word)?,
         Some(choice @ Value::Object(_)) => {
-            let mut choice = Fields::of("tool_choice".into(), choice)?;
+            let mut choice = fields.item("tool_choice".into(), choice)?;
             if let Some(mut allowed) = choice.object("allowed_tools")? {
                 let kind = choice.string("type")?;
                 if choice.required("type", kind)? != "allowed_tools" {
@@ -176,7 +185,7 @@ fn choice(fields: &mut Fields) -> Result<(ToolChoice, Option<Vec<String>>), ApiE
                 let tools = allowed.required("tools", tools)?.into_iter().enumerate();
                 let path = allowed.path("tools");
                 allowed.finish()?;
-                let names = tools.map(|(i, tool)| function_name(Fields::of(format!("{path}[{i}]"), tool)?));
+                let names = tools.map(|(i, tool)| function_name(allowed.item(format!("{path}[{i}]"), tool)?));
                 return Ok((mode, Some(names.collect::<Result<_, _>>()?)));
             }
             ToolChoice::Named(function_name(choice)?)

@@ -284,3 +284,48 @@ async fn a_model_that_cannot_call_tools_refuses_them_by_name() {
     // Without any that may be called it answers.
     assert_eq!(server.chat(with(tools(), json!({"tool_choice": "none"}))).await.status, 200);
 }
+
+#[tokio::test]
+async fn demanded_calls_and_strict_arguments_are_kept_to() {
+    // What the model would say by itself is no call.
+    let server = saying("<think>\nadd them\n</think>\n\nHello there, this is an answer.").await;
+    let choose = |unit: Value, strict: bool| {
+        let parameters = json!({"type": "object", "properties": {"unit": unit}, "required": ["unit"],
+            "additionalProperties": false});
+        json!({"type": "function", "function": {"name": "choose", "parameters": parameters, "strict": strict}})
+    };
+    let named = json!({"type": "function", "function": {"name": "choose"}});
+    let one = |choice: &Value, strict: bool| json!({"tools": [tool("add"), choose(json!({"enum": ["metre"]}), strict)], "tool_choice": choice});
+    let expected = calls(&[("choose", r#"{"unit":"metre"}"#)]);
+    let spaceless = |(content, mut calls, reason): (Option<String>, Vec<(String, String)>, String)| {
+        calls.iter_mut().for_each(|(_, arguments)| arguments.retain(|c| c != ' '));
+        (content, calls, reason)
+    };
+    for strict in [true, false] {
+        let found = spaceless(ask(&server, one(&named, strict)).await);
+        assert_eq!(found, (None, expected.clone(), "tool_calls".into()), "strict: {strict}");
+    }
+    let required = json!({"tools": [choose(json!({"enum": ["metre"]}), true)], "tool_choice": "required",
+        "parallel_tool_calls": false});
+    assert_eq!(spaceless(ask(&server, required).await), (None, expected, "tool_calls".into()));
+    // Free to answer, it answers; and a form binds the answer beside tools.
+    let (content, found, reason) = ask(&server, one(&json!("auto"), true)).await;
+    assert_eq!(
+        (content.as_deref(), found.len(), reason.as_str()),
+        (Some("Hello there, this is an answer."), 0, "stop")
+    );
+    let form = json!({"structured_outputs": {"choice": ["yes"]}});
+    let (content, found, _) = ask(&server, with(one(&json!("auto"), false), form)).await;
+    assert!(content.as_deref() == Some("yes") || found.len() == 1, "{content:?} {found:?}");
+
+    // A schema that cannot be kept to is refused if that is promised.
+    let bad = |strict: bool, choice: Value| json!({"tools": [tool("add"), choose(json!({"$ref": "#/nowhere"}), strict)], "tool_choice": choice});
+    for choice in [json!("auto"), json!("required"), named.clone()] {
+        let reply = server.chat(with(tools(), bad(true, choice))).await;
+        assert_eq!((reply.status, reply.error_code().as_str()), (400, "invalid_value"));
+        assert_eq!(reply.json()["error"]["param"], "tools[1].function.parameters");
+    }
+    let reply = server.chat(with(bad(false, named), json!({"max_tokens": 50}))).await;
+    assert_eq!(reply.status, 200, "{reply:?}");
+    assert_eq!(reply.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"], "choose");
+}

@@ -274,10 +274,12 @@ impl ToolSplitter {
         self.held.push(c);
         let begin = self.syntax.begin();
         if head.ends_with(begin) {
-            // The call that began has come to nothing; this may be one.
-            self.held.truncate(self.held.len() - begin.len());
-            self.release_visible();
-            self.held += begin;
+            // The call that began has come to nothing; this may be one, with what frames it.
+            let before = self.held[..self.held.len() - begin.len()].trim_end();
+            let before = self.syntax.opener().and_then(|opener| before.strip_suffix(opener)).unwrap_or(before);
+            let frame = self.held.split_off(before.trim_end().len());
+            self.release();
+            self.held = frame;
             self.state = State::Opened;
         } else if head.len() > MAX_HEAD_BYTES {
             self.release();
@@ -318,7 +320,12 @@ impl ToolSplitter {
                 self.held.push(c);
                 self.state = State::Between { more: true };
             }
-            _ if more => self.no_call(c),
+            // The separator frames a call if one follows after all.
+            _ if more => {
+                self.in_array = false;
+                self.state = State::Outside;
+                self.step(c);
+            }
             _ => {
                 self.leave_list();
                 self.step(c);
