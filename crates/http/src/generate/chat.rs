@@ -41,7 +41,7 @@ pub(crate) async fn start_chat(
         let encode: Encode = Box::new(move |candidate| Ok(encode(candidate, chat, how)?.ids));
         (shadow, encode)
     });
-    let (model, words) = (Arc::clone(&generation), std::mem::take(&mut request.params.bad_words));
+    let (model, words) = (Arc::clone(&generation), mem::take(&mut request.params.bad_words));
     let work = move || Ok((encode(&model, chat, how)?, bad_words(&model.text, &words)?));
     let (prompt, bad_words) = service.text_work(work).await?;
 
