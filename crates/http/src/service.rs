@@ -90,8 +90,8 @@ struct Shared {
     draining: CancellationToken,
     kill_switch: CancellationToken,
     text_work: Semaphore,
-    disk_work: Semaphore,
     grammar_work: Semaphore,
+    disk_work: Semaphore,
     started: Instant,
 }
 
@@ -109,8 +109,8 @@ impl Service {
             draining: CancellationToken::new(),
             kill_switch: CancellationToken::new(),
             text_work: Semaphore::new(cores),
-            disk_work: Semaphore::new(DISK_WORK),
             grammar_work: Semaphore::new(cores.div_ceil(2)),
+            disk_work: Semaphore::new(DISK_WORK),
             started: Instant::now(),
         }))
     }
@@ -263,6 +263,14 @@ impl Service {
         off_thread(&self.0.text_work, work).await
     }
 
+    /// As [`text_work`](Self::text_work), for grammars: however many are asked for, texts do not wait for them.
+    pub(crate) async fn grammar_work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        off_thread(&self.0.grammar_work, work).await
+    }
+
     /// Where requests keep what must outlive the process.
     pub(crate) fn store(&self) -> Result<&Store, ApiError> {
         let none = || ApiError::not_configured("this server keeps nothing for later; start it with --state-dir");
@@ -281,14 +289,6 @@ impl Service {
             tracing::error!(%error, "the state folder cannot be used");
             ApiError::internal()
         })
-    }
-
-    /// As [`text_work`](Self::text_work), for grammars: however many are asked for, texts do not wait for them.
-    pub(crate) async fn grammar_work<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError> {
-        off_thread(&self.0.grammar_work, work).await
     }
 }
 

@@ -74,10 +74,10 @@ pub struct TextModel {
     template: Option<ChatTemplate>,
     tool_template: Option<ChatTemplate>,
     markers: Option<ReasoningMarkers>,
+    controls: HashSet<u32>,
     syntax: Option<ToolSyntax>,
     /// Ids of its markers that are tokens.
     tool_tokens: Arc<[u32]>,
-    controls: HashSet<u32>,
 }
 
 impl TextModel {
@@ -134,9 +134,9 @@ impl TextModel {
             template: compile(&config.template)?,
             tool_template: compile(&config.tool_template)?,
             markers,
+            controls,
             syntax: None,
             tool_tokens: Arc::default(),
-            controls,
             tokenizer: Arc::new(tokenizer),
         };
         model.with_tool_syntax(syntax)

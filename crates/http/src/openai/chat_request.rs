@@ -43,9 +43,9 @@ impl ChatRequest {
             return Err(ApiError::invalid("continue_final_message", message));
         }
         let template_kwargs = template_kwargs(&mut fields)?;
-        let tools = Tools::read(&mut fields)?;
         let thinking_budget = thinking_budget(&mut fields, &template_kwargs)?;
         let structured = Structured::read(&mut fields, budget)?;
+        let tools = Tools::read(&mut fields)?;
 
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = logprobs(&mut fields)?;
