@@ -101,6 +101,14 @@ impl ApiError {
         Self::bad_request("context_length_exceeded", param, message)
     }
 
+    /// A text that is only read does not fit into the context.
+    pub fn input_too_long(param: &str, tokens: usize, context: usize) -> Self {
+        let message = format!(
+            "the context holds {context} tokens; the input has {tokens}: shorten it, or ask for truncate_prompt_tokens"
+        );
+        Self::bad_request("context_length_exceeded", param, message)
+    }
+
     /// Prompt and output do not fit into the cache, even alone.
     pub fn cache_size(param: &str, needed_blocks: usize, total_blocks: usize) -> Self {
         let message = format!(
@@ -141,6 +149,12 @@ impl ApiError {
         Self { param: Some("model".into()), ..error }
     }
 
+    /// The model is of another kind than the route is for; `what` says what it can do.
+    pub fn not_for_this_model(what: &str) -> Self {
+        let error = Self::new(StatusCode::NOT_FOUND, INVALID, "not_for_this_model", what);
+        Self { param: Some("model".into()), ..error }
+    }
+
     /// No such route.
     pub fn route_not_found() -> Self {
         Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", "there is no such route")
@@ -166,6 +180,10 @@ impl ApiError {
         Self { close: true, ..error }
     }
 
+    fn never(self) -> Self {
+        Self { retry: Retry::Never, ..self }
+    }
+
     fn unavailable(code: &'static str, after: u32, message: &str) -> Self {
         let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, code, message);
         Self { retry: Retry::After(after), ..error }
@@ -179,7 +197,7 @@ impl ApiError {
     /// The request was not done within its own `deadline_ms`.
     pub fn deadline_exceeded() -> Self {
         let message = "the request was not done within its deadline_ms";
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_exceeded", message)
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_exceeded", message).never()
     }
 
     /// No model is loaded yet.
@@ -265,7 +283,7 @@ impl ApiError {
 
     /// The engine failed this request and would do so each time.
     pub fn engine_always(message: &str) -> Self {
-        Self { retry: Retry::Never, ..Self::engine(message) }
+        Self::engine(message).never()
     }
 
     /// The engine takes no steps any more.

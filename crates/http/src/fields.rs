@@ -1,11 +1,14 @@
 //! Reading the fields of a JSON object, with errors that name the field.
 //!
-//! A field is taken out when it is read; what is left at the end nobody knows. `null` equals absent everywhere.
+//! A field is taken out when it is read; what is left at the end nobody knows: it is refused or, where the server is
+//! lenient, noted. `null` equals absent everywhere.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use axum::extract::Query;
 use http::Uri;
+use parking_lot::Mutex;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
@@ -15,12 +18,14 @@ pub(crate) struct Fields {
     /// Where the object stands: empty for the body.
     path: String,
     map: Map<String, Value>,
+    /// Paths of fields that nobody knows, of all objects of the body; `None` where they are refused.
+    ignored: Option<Arc<Mutex<Vec<String>>>>,
 }
 
 impl Fields {
-    /// The fields of the body.
+    /// The fields of the body, each of which must be known.
     pub fn new(map: Map<String, Value>) -> Self {
-        Self { path: String::new(), map }
+        Self { path: String::new(), map, ignored: None }
     }
 
     /// The parameters of a query, each given once. Whole numbers and truth values are known by their form.
@@ -41,12 +46,25 @@ impl Fields {
         Ok(Self::new(map))
     }
 
-    /// The fields of an object that stands at `path`.
+    /// The fields of an object that stands at `path`, each of which must be known.
     pub fn of(path: String, value: Value) -> Result<Self, ApiError> {
         match value {
-            Value::Object(map) => Ok(Self { path, map }),
+            Value::Object(map) => Ok(Self { path, map, ignored: None }),
             _ => Err(ApiError::wrong_type(&path, "an object")),
         }
+    }
+
+    /// The fields of an object that stands at `path`, somewhere inside this one: unknown ones share its fate.
+    pub fn item(&self, path: String, value: Value) -> Result<Self, ApiError> {
+        Ok(Self { ignored: self.ignored.clone(), ..Self::of(path, value)? })
+    }
+
+    /// From now on, if `lenient`, unknown fields are noted instead of refused, here and in what stands inside.
+    pub fn lenient(mut self, lenient: bool) -> Self {
+        if lenient {
+            self.ignored.get_or_insert_default();
+        }
+        self
     }
 
     /// The full path of a field.
@@ -91,7 +109,7 @@ impl Fields {
     /// An object.
     pub fn object(&mut self, name: &str) -> Result<Option<Self>, ApiError> {
         let value = self.take(name);
-        value.map(|value| Self::of(self.path(name), value)).transpose()
+        value.map(|value| self.item(self.path(name), value)).transpose()
     }
 
     /// A number in a range.
@@ -122,12 +140,24 @@ impl Fields {
         self.map
     }
 
-    /// Refuses what was not read.
-    pub fn finish(self) -> Result<(), ApiError> {
-        match self.rest().next() {
-            Some(name) => Err(ApiError::unknown_parameter(&self.path(name))),
-            None => Ok(()),
+    /// Refuses or notes what was not read.
+    pub fn finish(&self) -> Result<(), ApiError> {
+        self.rest().try_for_each(|name| self.ignore(name, ApiError::unknown_parameter))
+    }
+
+    /// A field that is not done justice: refused with this error, or noted.
+    pub fn ignore(&self, name: &str, refusal: impl FnOnce(&str) -> ApiError) -> Result<(), ApiError> {
+        let path = self.path(name);
+        match &self.ignored {
+            Some(ignored) => ignored.lock().push(path),
+            None => return Err(refusal(&path)),
         }
+        Ok(())
+    }
+
+    /// What has been noted so far, of all objects of the body.
+    pub fn ignored(&self) -> Vec<String> {
+        self.ignored.as_ref().map(|ignored| ignored.lock().clone()).unwrap_or_default()
     }
 }
 

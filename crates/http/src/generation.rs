@@ -45,6 +45,26 @@ pub struct ModelCard {
     pub load_report: Vec<u8>,
 }
 
+impl ModelCard {
+    /// # Panics
+    /// If it has no name or no digest.
+    pub(crate) fn assert_complete(&self) {
+        assert!(!self.names.is_empty(), "a model without a name");
+        let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        assert!(self.generation.len() == 64 && self.generation.bytes().all(hex), "a model without a digest");
+    }
+
+    /// The digest's first digits.
+    pub(crate) fn label(&self) -> &str {
+        &self.generation[..LABEL_DIGITS]
+    }
+
+    /// Whether the model goes by this name; it does where none is asked for.
+    pub(crate) fn has_name(&self, asked: Option<&str>) -> bool {
+        asked.is_none_or(|name| self.names.iter().any(|served| served == name))
+    }
+}
+
 /// Parameters of `generation_config.json`: they hold where a request says nothing.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Defaults {
@@ -118,10 +138,8 @@ impl Generation {
     /// If the card has no name or no digest.
     pub fn new(new: NewGeneration) -> Arc<Self> {
         let NewGeneration { engine, text, card, adapters, handoff } = new;
-        assert!(!card.names.is_empty(), "a model without a name");
-        let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-        assert!(card.generation.len() == 64 && card.generation.bytes().all(hex), "a model without a digest");
-        let metrics = ModelMetrics::new(&card.names[0], label(&card), engine.spec().max_model_len);
+        card.assert_complete();
+        let metrics = ModelMetrics::new(&card.names[0], card.label(), engine.spec().max_model_len);
         let ended = CancellationToken::new();
         let _ends = ended.clone().drop_guard();
         let (stats, in_flight, since) = (Mutex::default(), Counter::default(), AtomicU64::new(now()));
@@ -144,12 +162,12 @@ impl Generation {
 
     /// The digest's first digits.
     pub fn label(&self) -> &str {
-        label(&self.card)
+        self.card.label()
     }
 
     /// Whether the model itself goes by this name; it does where none is asked for.
     pub fn has_name(&self, asked: Option<&str>) -> bool {
-        asked.is_none_or(|name| self.card.names.iter().any(|served| served == name))
+        self.card.has_name(asked)
     }
 
     /// The model or adapter asked for, which must be served, or the model by its canonical name.
@@ -196,10 +214,6 @@ impl Generation {
     pub fn changes_role(&self) {
         self.since.store(now(), Ordering::Relaxed);
     }
-}
-
-fn label(card: &ModelCard) -> &str {
-    &card.generation[..LABEL_DIGITS]
 }
 
 fn now() -> u64 {

@@ -10,7 +10,8 @@
 //!
 //! Absent on purpose: any knowledge of models, devices and the files of either, and of how a hand-off is judged. The
 //! service is given generations, each an engine, a text model and a way to load adapters, the first perhaps long after
-//! it began to answer probes; whoever gives them says which serves, and is told what a rollout is judged by.
+//! it began to answer probes, or an encoder instead; whoever gives them says which serves, and is told what a rollout
+//! is judged by.
 
 mod access;
 mod adapters;
@@ -20,6 +21,7 @@ mod auth;
 mod batches;
 mod cors;
 mod dialect;
+mod encoder;
 mod error;
 mod extract;
 mod fields;
@@ -35,6 +37,7 @@ mod openai;
 mod responses;
 mod rollout;
 mod routes;
+mod scoring;
 mod serve;
 mod service;
 mod shadow;
@@ -45,6 +48,9 @@ mod tls;
 pub use adapters::{AdapterRefusal, Adapters};
 pub use auth::ApiKey;
 pub use cors::{Origin, OriginError};
+pub use encoder::{
+    EncoderEngine, EncoderFailure, EncoderRefusal, EncoderReply, EncoderSpec, EncoderStats, EncoderTask, NewEncoder,
+};
 pub use generation::{Defaults, ModelCard, NewGeneration, Retired};
 pub use generations::{Traffic, TransitionError};
 pub use handoff::{Admission, HandoffState, Parity};

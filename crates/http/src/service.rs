@@ -13,6 +13,7 @@ use crate::access::AccessRecord;
 use crate::admission::Counter;
 use crate::auth::{ApiKey, Keys};
 use crate::cors::Origin;
+use crate::encoder::{Encoder, NewEncoder};
 use crate::error::ApiError;
 use crate::generation::{Generation, NewGeneration, Retired};
 use crate::generations::{Generations, Pick, Traffic, TransitionError};
@@ -84,14 +85,16 @@ struct Shared {
     config: ServiceConfig,
     keys: Keys,
     generations: Generations,
+    /// What is served instead of a generation, if it is an encoder.
+    encoder: OnceLock<Arc<Encoder>>,
     rollout: OnceLock<Arc<dyn RolloutControl>>,
     metrics: HttpMetrics,
     in_flight: Counter,
     draining: CancellationToken,
     kill_switch: CancellationToken,
     text_work: Semaphore,
-    grammar_work: Semaphore,
     disk_work: Semaphore,
+    grammar_work: Semaphore,
     started: Instant,
 }
 
@@ -103,14 +106,15 @@ impl Service {
             keys: Keys::new(&config),
             config,
             generations: Generations::default(),
+            encoder: OnceLock::new(),
             rollout: OnceLock::new(),
             metrics: HttpMetrics::new(),
             in_flight: Counter::default(),
             draining: CancellationToken::new(),
             kill_switch: CancellationToken::new(),
             text_work: Semaphore::new(cores),
-            grammar_work: Semaphore::new(cores.div_ceil(2)),
             disk_work: Semaphore::new(DISK_WORK),
+            grammar_work: Semaphore::new(cores.div_ceil(2)),
             started: Instant::now(),
         }))
     }
@@ -125,6 +129,21 @@ impl Service {
         let old = self.0.generations.install(new);
         tracing::info!(generation, after_ms = self.0.started.elapsed().as_millis() as u64, "the service has a model");
         old
+    }
+
+    /// Serves this encoder from now on, and no generation. The first stays.
+    ///
+    /// # Panics
+    /// If the card has no name, or its digest is none.
+    pub fn install_encoder(&self, new: NewEncoder) {
+        let generation = new.card.generation.clone();
+        if self.0.encoder.set(Arc::new(Encoder::new(new))).is_ok() {
+            tracing::info!(
+                generation,
+                after_ms = self.0.started.elapsed().as_millis() as u64,
+                "the service has an encoder"
+            );
+        }
     }
 
     /// Lets a candidate stand beside the generation that serves, without traffic, and begins to count anew.
@@ -207,7 +226,15 @@ impl Service {
 
     /// The generation that serves, draining or not.
     pub(crate) fn serving(&self) -> Result<Arc<Generation>, ApiError> {
-        self.0.generations.serving().ok_or_else(ApiError::model_loading)
+        match self.encoder() {
+            Some(encoder) => Err(encoder.does_not_generate()),
+            None => self.0.generations.serving().ok_or_else(ApiError::model_loading),
+        }
+    }
+
+    /// The encoder that is served, if it is one.
+    pub(crate) fn encoder(&self) -> Option<&Arc<Encoder>> {
+        self.0.encoder.get()
     }
 
     /// Whether anything new is taken up.
@@ -218,11 +245,17 @@ impl Service {
     /// Whether there is a model for new inference requests.
     pub(crate) fn takes_requests(&self) -> Result<(), ApiError> {
         self.open()?;
-        self.serving()?.handoff.check()
+        match self.encoder() {
+            Some(_) => Ok(()),
+            None => self.serving()?.handoff.check(),
+        }
     }
 
     /// The generation for a request that asks for this model, from now to its end.
     pub(crate) fn pick(&self, record: &AccessRecord, asked: Option<&str>) -> Result<Pick, ApiError> {
+        if let Some(encoder) = self.encoder() {
+            return Err(encoder.does_not_generate());
+        }
         let pick = self.0.generations.pick(record.request_id(), asked)?;
         record.generation(&pick.generation.card.generation);
         Ok(pick)
@@ -231,7 +264,10 @@ impl Service {
     /// Whether inference would be taken: what `/ready` says.
     pub(crate) fn ready(&self) -> Result<(), ApiError> {
         self.open()?;
-        self.serving()?.ready()
+        match self.encoder() {
+            Some(encoder) => encoder.ready(),
+            None => self.serving()?.ready(),
+        }
     }
 
     pub(crate) fn config(&self) -> &ServiceConfig {
@@ -263,14 +299,6 @@ impl Service {
         off_thread(&self.0.text_work, work).await
     }
 
-    /// As [`text_work`](Self::text_work), for grammars: however many are asked for, texts do not wait for them.
-    pub(crate) async fn grammar_work<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError> {
-        off_thread(&self.0.grammar_work, work).await
-    }
-
     /// Where requests keep what must outlive the process.
     pub(crate) fn store(&self) -> Result<&Store, ApiError> {
         let none = || ApiError::not_configured("this server keeps nothing for later; start it with --state-dir");
@@ -289,6 +317,14 @@ impl Service {
             tracing::error!(%error, "the state folder cannot be used");
             ApiError::internal()
         })
+    }
+
+    /// As [`text_work`](Self::text_work), for grammars: however many are asked for, texts do not wait for them.
+    pub(crate) async fn grammar_work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        off_thread(&self.0.grammar_work, work).await
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::error::ApiError;
 use crate::generate::{Choices, Event};
-use crate::openai::shared::{Format, Piece};
+use crate::openai::shared::{Format, Piece, Usage};
 
 /// Headers of every event stream. The last keeps nginx from buffering it.
 pub(crate) const HEADERS: [(HeaderName, &str); 3] = [
@@ -74,8 +74,11 @@ impl<F: Format> EventStream<F> {
     pub fn new(choices: Choices, format: F, first: Option<Event>, keep_alive: Duration) -> Self {
         let silence = Box::pin(sleep(keep_alive));
         let mut stream = Self { choices, format, events: Events::default(), ended: false, keep_alive, silence };
+        // `first` is not written yet.
+        let usage = Usage { completion_tokens: 0, reasoning_tokens: 0, ..stream.choices.usage() };
         for index in 0..stream.choices.len() {
-            stream.write(&Piece::Open { index });
+            let piece = Piece::Open { index, prompt: stream.choices.prompt(index) };
+            stream.format.events(&mut stream.events, &piece, &usage);
         }
         if let Some(event) = first {
             stream.event(&event);
@@ -88,7 +91,7 @@ impl<F: Format> EventStream<F> {
     }
 
     fn write(&mut self, piece: &Piece) {
-        self.format.events(&mut self.events, piece);
+        self.format.events(&mut self.events, piece, &self.choices.usage());
     }
 
     fn end(&mut self, outcome: Result<(), ApiError>) {

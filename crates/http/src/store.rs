@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::auth::Owner;
 use crate::batches::Batches;
 use crate::files::Files;
-use crate::responses::Responses;
+use crate::responses::{self, Responses};
 
 /// Bytes of a record that is read.
 const MAX_RECORD_BYTES: u64 = 64 << 20;
@@ -59,7 +59,7 @@ impl Store {
     pub fn open(path: &Path, limits: StoreLimits) -> io::Result<Self> {
         let batches = Batches::open(Folder::open(path.join("batches"), "batch_")?)?;
         let files = Files::open(Folder::open(path.join("files"), "file-")?, limits, &batches.unfinished_results())?;
-        let responses = Responses::open(Folder::open(path.join("responses"), "resp_")?)?;
+        let responses = Responses::open(Folder::open(path.join("responses"), responses::PREFIX)?)?;
         Ok(Self { files: Arc::new(files), batches: Arc::new(batches), responses: Arc::new(responses) })
     }
 

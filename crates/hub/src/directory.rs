@@ -70,7 +70,7 @@ fn known(client: &Client<'_>, base: &str) -> Result<Vec<RemoteFile>, HubError> {
 }
 
 fn required(client: &Client<'_>, base: &str, name: &str) -> Result<RemoteFile, HubError> {
-    let url = format!("{base}{}", names::encode(name));
+    let url = format!("{base}{}", names::encode_parts(name));
     let response = client.head(&url)?;
     let answer = |reason: &str| HubError::Answer { url: url.clone(), reason: reason.into() };
     let size = client::content_length(&response).ok_or_else(|| answer("the server does not say its size"))?;

@@ -24,6 +24,7 @@ pub(crate) const TOKENIZERS: &[&str] = &[
 /// Files besides config and weights where nobody listed them. An allow-list: whatever else a repository holds (pickles,
 /// Python, ONNX) stays there.
 pub(crate) const OPTIONAL: &[&str] = &[
+    "1_Pooling/config.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -31,9 +32,11 @@ pub(crate) const OPTIONAL: &[&str] = &[
     "generation_config.json",
     "hf_quant_config.json",
     "merges.txt",
+    "modules.json",
     "o200k_base.tiktoken",
     "quantize_config.json",
     "qwen.tiktoken",
+    "sentence_bert_config.json",
     "special_tokens_map.json",
     "tekken.json",
     "tiktoken.model",

@@ -24,7 +24,7 @@ mod sampler;
 mod step;
 
 pub use adapter::{Adapter, AdapterError, AdapterLoader};
-pub use checkpoint::{CheckpointError, FileError, Files};
+pub use checkpoint::{CheckpointError, FileError, Files, StoredAs, Tensors};
 pub use config::{
     Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, LlamaConfig, ModelConfig, MoeConfig,
     QuantizationConfig, RopeConfig, RopeScaling,

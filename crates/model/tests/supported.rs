@@ -15,6 +15,9 @@ use serde::Deserialize;
 #[serde(deny_unknown_fields)]
 struct Supported {
     architecture: Vec<ArchitectureEntry>,
+    /// Compared with the code in `crates/encoder`.
+    #[serde(rename = "encoder")]
+    _encoder: serde::de::IgnoredAny,
     gguf: Vec<ArchitectureEntry>,
     format: Vec<FormatEntry>,
     stored: Vec<FormatEntry>,

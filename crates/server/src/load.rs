@@ -15,7 +15,7 @@ use tracing::info;
 
 use crate::{
     backend::{Device, Loaded},
-    bundled,
+    bundled, encoder,
     handoff::{Handed, precision},
     pull,
     settings::{LoraModule, Settings},
@@ -41,15 +41,42 @@ pub struct Model {
     pub fingerprint: String,
 }
 
-/// Loads what the settings name, if its digest is accepted. Of the `free` bytes of memory a cache whose size is not set
-/// takes a quarter.
+/// What a checkpoint turns out to be.
+pub enum Kind {
+    Model(Box<Model>),
+    Encoder(encoder::Model),
+}
+
+/// Loads what the settings name, be it a language model or an encoder.
+pub fn any(settings: &Settings, free: Option<u64>) -> Result<Kind> {
+    let (name, files) = files(settings.model.as_deref())?;
+    if encoder::is_encoder(&files)? {
+        let context = format!("model {name}");
+        return Ok(Kind::Encoder(encoder::load(name, &files, settings).context(context)?));
+    }
+    Ok(Kind::Model(Box::new(load_files(name, &files, settings, free, &|_| Ok(()))?)))
+}
+
+/// Loads the language model that the settings name, if its digest is accepted. Of the `free` bytes of memory a cache whose
+/// size is not set takes a quarter.
 pub fn load(settings: &Settings, free: Option<u64>, accept: &dyn Fn(&Digest) -> Result<()>) -> Result<Model> {
     let (name, files) = files(settings.model.as_deref())?;
+    load_files(name, &files, settings, free, accept)
+}
+
+fn load_files(
+    name: String,
+    files: &Files,
+    settings: &Settings,
+    free: Option<u64>,
+    accept: &dyn Fn(&Digest) -> Result<()>,
+) -> Result<Model> {
+    ensure!(settings.pooling_type.is_none(), "--pooling-type is for models that embed; {name} generates");
     let context = || format!("model {name}");
-    let handed = Handed::open(&files, settings).with_context(context)?;
+    let handed = Handed::open(files, settings).with_context(context)?;
     // A bundle says what it is before its weights are loaded.
     handed.generation().iter().try_for_each(accept)?;
-    let Parts { text, text_files, loaded } = parts(&files, settings, free).with_context(context)?;
+    let Parts { text, text_files, loaded } = parts(files, settings, free).with_context(context)?;
     handed.loaded(&loaded.caps, settings.handoff).with_context(context)?;
     let generation = handed.generation().unwrap_or_else(|| generation(&loaded, &text_files));
     accept(&generation)?;
@@ -119,7 +146,7 @@ pub fn files(model: Option<&str>) -> Result<(String, Files)> {
 }
 
 /// The text model, and the bytes that it depends on, for the fingerprint.
-fn text(files: &Files, settings: &Settings) -> Result<(TextModel, Vec<Vec<u8>>)> {
+pub fn text(files: &Files, settings: &Settings) -> Result<(TextModel, Vec<Vec<u8>>)> {
     let Some(facts) = GgufTokenizer::read(files)? else {
         let files = OwnedTextFiles::read(files, settings)?;
         return Ok((files.parse()?, files.all().map(<[u8]>::to_vec).collect()));

@@ -4,6 +4,7 @@ mod backend;
 mod bench;
 mod bundled;
 mod cli;
+mod encoder;
 mod handoff;
 mod load;
 mod memory;

@@ -21,8 +21,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     backend::Loaded,
+    encoder,
     handoff::Gate,
-    load::{self, Model},
+    load::{self, Kind, Model},
     memory,
     rollout::{self, Control, Journal, Serving},
     settings::{GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, Secret, ServeArgs, Settings},
@@ -106,10 +107,11 @@ async fn serve(settings: Settings) -> Result<()> {
         move || {
             let free = memory::available_bytes();
             match &promoted {
-                None => load::load(&settings, free, &|_| Ok(())),
+                None => load::any(&settings, free),
                 Some(promoted) => load::load(&rollout::instead(&settings, promoted), free, &|generation| {
                     rollout::unchanged(promoted, generation)
-                }),
+                })
+                .map(|model| Kind::Model(Box::new(model))),
             }
         }
     });
@@ -117,6 +119,17 @@ async fn serve(settings: Settings) -> Result<()> {
         model = loading => model??,
         // Nothing runs yet that could be waited for.
         () = stop.cancelled() => return Ok(()),
+    };
+    let model = match model {
+        Kind::Model(model) => *model,
+        Kind::Encoder(encoder::Model { new, worker }) => {
+            service.install_encoder(new);
+            info_ready(address);
+            ended(running).await?;
+            drop(worker);
+            info!("stopped");
+            return Ok(());
+        }
     };
     let names = promoted.as_ref().map(|promoted| promoted.names.clone());
     let Generation { new, engine, report, gate } = prepare(model, &settings, names)?;
@@ -154,17 +167,20 @@ async fn serve(settings: Settings) -> Result<()> {
 
 /// Has a generation proven and watched, and says when it is ready.
 async fn admit(gate: Gate, policy: HandoffPolicy, address: SocketAddr) {
-    let ready = || info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
     // Where proof is required nobody is served before; where it is not, nobody waits for it.
     let at_once = policy != HandoffPolicy::Require;
     if at_once {
-        ready();
+        info_ready(address);
     }
     let gate = gate.prove().await;
     if !at_once && gate.state().admission() == Admission::Passed {
-        ready();
+        info_ready(address);
     }
     gate.watch().await;
+}
+
+fn info_ready(address: SocketAddr) {
+    info!(%address, resident_mib = memory::resident_bytes().unwrap_or(0) >> 20, "ready");
 }
 
 fn open_store(dir: &Path, settings: &Settings) -> Result<Store> {

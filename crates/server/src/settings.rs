@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_device::{BlockFormat, DType, KvDtype};
+use baton_encoder::Pooling;
 use baton_model::Quantization;
 use baton_text::{TextModel, ToolSyntax};
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum, parser::ValueSource};
@@ -182,6 +183,31 @@ pub enum HandoffPolicy {
     Off,
 }
 
+/// One vector of many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PoolingType {
+    /// Their mean.
+    Mean,
+    /// The first token's.
+    Cls,
+    /// The largest value of each component.
+    Max,
+    /// The last token's.
+    Last,
+}
+
+impl From<PoolingType> for Pooling {
+    fn from(pooling: PoolingType) -> Self {
+        match pooling {
+            PoolingType::Mean => Pooling::Mean,
+            PoolingType::Cls => Pooling::Cls,
+            PoolingType::Max => Pooling::Max,
+            PoolingType::Last => Pooling::Last,
+        }
+    }
+}
+
 /// Form of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -349,6 +375,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "TOKENS", env = "BATON_MAX_MODEL_LEN", help_heading = "Model")]
     pub max_model_len: Option<usize>,
 
+    /// How an encoder makes an embedding of its tokens' vectors [default: the checkpoint's own way, else mean]
+    #[arg(long, value_enum, env = "BATON_POOLING_TYPE", help_heading = "Model")]
+    pub pooling_type: Option<PoolingType>,
+
     /// Where sampling defaults come from: auto reads the checkpoint's generation_config.json [default: auto]
     #[arg(long, value_enum, env = "BATON_GENERATION_CONFIG", help_heading = "Model")]
     pub generation_config: Option<GenerationConfigUse>,
@@ -468,6 +498,7 @@ pub struct Settings {
     pub dtype: Dtype,
     pub quantize: Option<Quantize>,
     pub max_model_len: Option<usize>,
+    pub pooling_type: Option<PoolingType>,
     pub generation_config: GenerationConfigUse,
     pub chat_template: Option<PathBuf>,
     pub tool_call_parser: ToolCallParser,
@@ -622,6 +653,7 @@ impl ServeArgs {
             dtype: self.dtype.unwrap_or(Dtype::Auto),
             quantize: self.quantize,
             max_model_len: self.max_model_len,
+            pooling_type: self.pooling_type,
             generation_config: self.generation_config.unwrap_or(GenerationConfigUse::Auto),
             chat_template: self.chat_template,
             tool_call_parser: self.tool_call_parser.unwrap_or(ToolCallParser::Auto),

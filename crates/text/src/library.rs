@@ -60,7 +60,8 @@ pub(crate) fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
     guarded(|| tokenizer.decode(ids, false)).unwrap_or_default()
 }
 
-fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+/// The result of a call into the library; its panics are errors.
+pub(crate) fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(|e| e.to_string()),
         Err(_) => Err("the tokenizer library failed".into()),

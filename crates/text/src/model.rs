@@ -66,18 +66,20 @@ impl<'a> TokenizerFile<'a> {
 
 /// Text before and behind one checkpoint. Immutable: share it in an [`Arc`].
 pub struct TextModel {
-    tokenizer: Arc<Tokenizer>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     vocab: Arc<Vocab>,
     /// Ids written before and after a text, where the tokenizer's class does that instead of tokenizer.json.
     around: Option<(Option<u32>, Option<u32>)>,
     eos: Option<u32>,
     template: Option<ChatTemplate>,
     tool_template: Option<ChatTemplate>,
+    /// The words between quotes in the template.
+    template_words: HashSet<String>,
     markers: Option<ReasoningMarkers>,
-    controls: HashSet<u32>,
     syntax: Option<ToolSyntax>,
     /// Ids of its markers that are tokens.
     tool_tokens: Arc<[u32]>,
+    controls: HashSet<u32>,
 }
 
 impl TextModel {
@@ -125,18 +127,20 @@ impl TextModel {
 
         let compile =
             |source: &Option<String>| source.as_ref().map(|s| ChatTemplate::new(s, config.special.clone())).transpose();
+        let template_words = config.template.as_deref().map(quoted_words).unwrap_or_default();
         let syntax = config.tool_template.as_deref().or(config.template.as_deref());
         let syntax = syntax.and_then(|t| ToolSyntax::detect(t, |token| tokenizer.token_to_id(token).is_some()));
         let model = Self {
+            template_words,
             vocab: Arc::new(vocab),
             around,
             eos,
             template: compile(&config.template)?,
             tool_template: compile(&config.tool_template)?,
             markers,
-            controls,
             syntax: None,
             tool_tokens: Arc::default(),
+            controls,
             tokenizer: Arc::new(tokenizer),
         };
         model.with_tool_syntax(syntax)
@@ -238,6 +242,11 @@ impl TextModel {
         self.template.is_some()
     }
 
+    /// Whether the chat template compares or writes this word as a string of its own.
+    pub fn chat_template_has(&self, word: &str) -> bool {
+        self.template_words.contains(word)
+    }
+
     /// Renders a chat to the prompt's text. `now` is the wall-clock time that a template may write into it.
     ///
     /// # Errors
@@ -301,6 +310,12 @@ fn converted_tokenizer(
     debug_assert!(added.all(|token| placed(token).map(u64::from) == token["id"].as_u64()));
     config.name_tokens(named);
     Ok((tokenizer, Some(add_bos)))
+}
+
+/// What stands between two quotes and is one short word.
+fn quoted_words(template: &str) -> HashSet<String> {
+    let is_word = |text: &&str| (1..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric());
+    template.split(['"', '\'']).filter(is_word).map(str::to_owned).collect()
 }
 
 const OPEN: &str = "<think>";

@@ -13,6 +13,7 @@ const END: &str = "<!-- end -->\n";
 #[derive(Deserialize)]
 struct Supported {
     architecture: Vec<Architecture>,
+    encoder: Vec<Encoder>,
     gguf: Vec<Architecture>,
     format: Vec<Entry>,
     stored: Vec<Entry>,
@@ -23,6 +24,13 @@ struct Supported {
 #[derive(Deserialize)]
 struct Architecture {
     name: String,
+    models: String,
+    judged: String,
+}
+
+#[derive(Deserialize)]
+struct Encoder {
+    names: Vec<String>,
     models: String,
     judged: String,
 }
@@ -52,6 +60,10 @@ fn tables(supported: &Supported) -> Result<String> {
     let mut text = String::from("\n| Architecture | Models | Judged by |\n|---|---|---|\n");
     for a in &supported.architecture {
         writeln!(text, "| `{}` | {} | {} |", a.name, a.models, judged(&a.judged))?;
+    }
+    text.push_str("\n| Encoder | Models | Judged by |\n|---|---|---|\n");
+    for e in &supported.encoder {
+        writeln!(text, "| `{}` | {} | {} |", e.names.join("`, `"), e.models, judged(&e.judged))?;
     }
     text.push_str("\n| GGUF architecture | Models | Judged by |\n|---|---|---|\n");
     for a in &supported.gguf {

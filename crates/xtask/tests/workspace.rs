@@ -40,7 +40,8 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
 ];
 
 /// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.
-const PLAIN: &[&str] = &["baton-device", "baton-device-cpu", "baton-handoff", "baton-hub", "baton-model", "baton-text"];
+const PLAIN: &[&str] =
+    &["baton-device", "baton-device-cpu", "baton-encoder", "baton-handoff", "baton-hub", "baton-model", "baton-text"];
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))

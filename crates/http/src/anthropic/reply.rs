@@ -169,7 +169,7 @@ impl MessageFormat {
 }
 
 impl Format for MessageFormat {
-    fn events(&mut self, out: &mut Events, piece: &Piece) {
+    fn events(&mut self, out: &mut Events, piece: &Piece, _: &Usage) {
         match *piece {
             Piece::Open { .. } => {
                 let message = self.message(Vec::new(), 0);

@@ -10,10 +10,11 @@ use chrono::NaiveDateTime;
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
-use crate::generate::{Choices, Job, Reasoning, ToolCalls, compile, submit};
+use crate::generate::{Choices, Encoding, Job, Reasoning, ToolCalls, bad_words, compile, submit};
 use crate::generation::{Generation, InUse, Target};
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
+use crate::openai::thinking::Effort;
 use crate::service::Service;
 use crate::shadow::Encode;
 
@@ -33,15 +34,16 @@ pub(crate) async fn start_chat(
 ) -> Result<StartedChat, ApiError> {
     let Pick { generation, target, shadow } = service.pick(&record, request.model.as_deref())?;
     let calls = ToolCalls::new(&generation.text, &request.tools)?;
+    let how = How::new(&request, &generation);
     let chat = input(&mut request);
-    let (field, now) = (request.field, chrono::Local::now().naive_local());
     let shadow = shadow.map(|shadow| {
         let chat = chat.clone();
-        let encode: Encode = Box::new(move |candidate| Ok(encode(&candidate.text, &chat, field, now)?.ids));
+        let encode: Encode = Box::new(move |candidate| Ok(encode(candidate, chat, how)?.ids));
         (shadow, encode)
     });
-    let model = Arc::clone(&generation);
-    let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let (model, words) = (Arc::clone(&generation), std::mem::take(&mut request.params.bad_words));
+    let work = move || Ok((encode(&model, chat, how)?, bad_words(&model.text, &words)?));
+    let (prompt, bad_words) = service.text_work(work).await?;
 
     let markers = generation.text.reasoning_markers();
     let thinking = markers.as_ref().filter(|_| prompt.place != Place::Behind).map(|markers| Thinking {
@@ -58,9 +60,11 @@ pub(crate) async fn start_chat(
     let job = Job {
         prompts: vec![prompt.ids],
         params: request.params,
+        echoes: Vec::new(),
+        bad_words,
         adapter: target.adapter.clone(),
         default_max_tokens: generation.card.defaults.max_new_tokens,
-        field,
+        field: how.field,
         reasoning: markers.map(|markers| Reasoning { markers, starts_inside: prompt.place == Place::Inside }),
         tools: calls,
         grammar,
@@ -88,9 +92,9 @@ pub(crate) async fn render_chat(
 ) -> Result<RenderedChat, ApiError> {
     let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
     ToolCalls::new(&generation.text, &request.tools)?;
-    let (chat, field, now) = (input(&mut request), request.field, chrono::Local::now().naive_local());
-    let model = Arc::clone(&generation);
-    let prompt = service.text_work(move || encode(&model.text, &chat, field, now)).await?;
+    let how = How::new(&request, &generation);
+    let (chat, model) = (input(&mut request), Arc::clone(&generation));
+    let prompt = service.text_work(move || encode(&model, chat, how)).await?;
     record.prompt_tokens(prompt.ids.len());
     Ok(RenderedChat { prompt, generation, target })
 }
@@ -104,6 +108,35 @@ fn input(request: &mut ChatRequest) -> ChatInput {
         continue_final_message: request.continue_final_message,
         kwargs: mem::take(&mut request.template_kwargs),
     }
+}
+
+/// How a chat becomes its prompt.
+#[derive(Clone, Copy)]
+struct How {
+    /// The field to blame.
+    field: &'static str,
+    now: NaiveDateTime,
+    effort: Option<Effort>,
+    encoding: Encoding,
+}
+
+impl How {
+    fn new(request: &ChatRequest, generation: &Generation) -> Self {
+        // No special tokens of the tokenizer: the template has written what belongs there.
+        let encoding = Encoding::new(&request.params, false, generation.card.defaults.max_new_tokens);
+        Self { field: request.field, now: chrono::Local::now().naive_local(), effort: request.effort, encoding }
+    }
+}
+
+/// Where an output begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Before any reasoning.
+    Before,
+    /// In reasoning that the prompt has opened.
+    Inside,
+    /// Behind reasoning that the prompt has closed.
+    Behind,
 }
 
 /// The prompt that a chat becomes.
@@ -125,12 +158,16 @@ pub(crate) enum Place {
     Behind,
 }
 
-fn encode(text: &TextModel, chat: &ChatInput, field: &str, now: NaiveDateTime) -> Result<ChatPrompt, ApiError> {
-    let refuse = |error: TextError| ApiError::invalid(field, error.to_string());
-    let rendered = text.render_chat(chat, now).map_err(refuse)?;
-    let ids = text.encode_chat(&rendered).map_err(refuse)?;
+fn encode(generation: &Generation, mut chat: ChatInput, how: How) -> Result<ChatPrompt, ApiError> {
+    let (text, refuse) = (&generation.text, |error: TextError| ApiError::invalid(how.field, error.to_string()));
+    if let Some(effort) = how.effort {
+        let word = effort.word(|word| text.chat_template_has(word));
+        chat.kwargs.entry("reasoning_effort").or_insert_with(|| word.into());
+    }
+    let rendered = text.render_chat(&chat, how.now).map_err(refuse)?;
+    let (ids, _) = how.encoding.ids(generation, &rendered).map_err(refuse)?;
     let place = match text.reasoning_markers() {
-        Some(_) if text.prompt_opens_reasoning(chat, &rendered) => Place::Inside,
+        Some(_) if text.prompt_opens_reasoning(&chat, &rendered) => Place::Inside,
         Some(markers) if rendered.trim_end().ends_with(&markers.close) => Place::Behind,
         _ => Place::Before,
     };

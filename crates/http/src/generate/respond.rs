@@ -1,5 +1,6 @@
 //! Writes choices as one reply or as a stream of events.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -10,20 +11,22 @@ use http::header::CONTENT_TYPE;
 use tokio::time::timeout;
 
 use crate::error::ApiError;
-use crate::generate::{Choices, Delta, Event, Score};
+use crate::generate::{Choices, Delta, Event, Tokens, Told};
 use crate::openai::shared::{Finish, Format, Whole};
 use crate::sse::{self, EventStream};
 
 /// A complete choice.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Output {
     pub reasoning: String,
     pub content: String,
     pub calls: Vec<Call>,
-    pub scores: Vec<Score>,
+    pub tokens: Tokens,
     pub reason: Finish,
     /// Which stop string ended it.
     pub matched: Option<usize>,
+    /// What it is the output for.
+    pub prompt: Arc<Told>,
 }
 
 /// A call of a tool.
@@ -65,19 +68,12 @@ pub(crate) async fn stream<F: Format>(
     Ok((sse::HEADERS, body).into_response())
 }
 
+/// The complete choices that are told.
 async fn collect(choices: &mut Choices) -> Result<Vec<Output>, ApiError> {
-    let empty = || Output {
-        reasoning: String::new(),
-        content: String::new(),
-        calls: Vec::new(),
-        scores: Vec::new(),
-        reason: Finish::Length,
-        matched: None,
-    };
-    let mut outputs: Vec<_> = (0..choices.len()).map(|_| empty()).collect();
+    let mut outputs: Vec<_> = (0..choices.len()).map(|_| Output::default()).collect();
     while let Some(event) = choices.next().await {
-        match event? {
-            Event::Text { index, delta: Delta { segment, scores } } => {
+        let (index, tokens) = match event? {
+            Event::Text { index, delta: Delta { segment, tokens } } => {
                 let output = &mut outputs[index];
                 match segment {
                     Segment::Reasoning(text) => output.reasoning += &text,
@@ -85,13 +81,21 @@ async fn collect(choices: &mut Choices) -> Result<Vec<Output>, ApiError> {
                     Segment::Call { name, .. } => output.calls.push(Call { name, arguments: String::new() }),
                     Segment::Arguments { index, text } => output.calls[index].arguments += &text,
                 }
-                output.scores.extend(scores);
+                (index, tokens)
             }
-            Event::Finish { index, reason, matched, scores } => {
+            Event::Finish { index, reason, matched, tokens } => {
                 (outputs[index].reason, outputs[index].matched) = (reason, matched);
-                outputs[index].scores.extend(scores);
+                (index, tokens)
             }
-        }
+        };
+        let all = &mut outputs[index].tokens;
+        all.scores.extend(tokens.scores);
+        all.ids.extend(tokens.ids);
     }
-    Ok(outputs)
+    let prompts = choices.take_prompts();
+    let per_prompt = outputs.len() / prompts.len();
+    for (index, output) in outputs.iter_mut().enumerate() {
+        output.prompt = prompts[index / per_prompt].clone();
+    }
+    Ok(choices.best().into_iter().map(|index| std::mem::take(&mut outputs[index])).collect())
 }

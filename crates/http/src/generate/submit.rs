@@ -10,7 +10,7 @@ use baton_text::{ReasoningMarkers, ReasoningSplitter};
 use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::generate::choice::ChoiceText;
-use crate::generate::{Choices, ToolCalls};
+use crate::generate::{Choices, Echo, Told, ToolCalls};
 use crate::generation::{Generation, InUse};
 use crate::metrics::Meter;
 use crate::openai::params::Params;
@@ -19,9 +19,13 @@ use crate::shadow::{Encode, Shadow};
 
 /// A request whose prompts are encoded.
 pub(crate) struct Job {
-    /// At least one; each has `params.n` choices.
+    /// At least one; each has `params.candidates()` choices.
     pub prompts: Vec<Vec<u32>>,
     pub params: Params,
+    /// Of each prompt, if its text comes before the output.
+    pub echoes: Vec<Echo>,
+    /// `params.bad_words` as ids.
+    pub bad_words: Vec<Vec<u32>>,
     /// Changes the model.
     pub adapter: Option<Adapter>,
     /// Tokens to generate if the request does not say, as far as there is room; `None` for all of the room.
@@ -63,20 +67,30 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
         return Err(refusal(&SubmitError::TokenOutOfRange { id, vocab: spec.vocab_size }, job.field));
     }
 
+    sampling.bad_words = job.bad_words;
+    let priority = match job.params.priority {
+        // Within the batch, not before others.
+        asked if job.record.of_batch() => BATCH_PRIORITY.saturating_add(asked.max(-BATCH_PRIORITY / 2)),
+        asked => asked,
+    };
     let mut streams: Vec<OutputStream> = Vec::new();
     let prompt_tokens: Vec<usize> = job.prompts.iter().map(Vec::len).collect();
     let first_room = rooms[0];
+    let (per_prompt, mut echoes, mut told) = (job.params.candidates(), job.echoes.into_iter(), Vec::new());
     for (prompt, max_tokens) in job.prompts.into_iter().zip(rooms) {
-        let choices = (0..job.params.n).map(|choice| {
+        let prompt = Told::new(prompt, echoes.next(), &job.params, &stop_token_ids);
+        let choices = (0..per_prompt).map(|choice| {
             sampling.choice = choice;
             Request {
                 stop_token_ids: stop_token_ids.clone(),
                 deadline: service.config().queue_timeout,
                 adapter: job.adapter.clone(),
                 cache_scope: cache_scope.clone(),
-                priority: if job.record.of_batch() { BATCH_PRIORITY } else { 0 },
+                time_limit: job.params.deadline.map(|deadline| deadline.saturating_sub(job.arrival.elapsed())),
+                prompt_scores: prompt.request(&job.params).filter(|_| choice == 0),
+                priority,
                 grammar: job.grammar.clone(),
-                ..Request::new(prompt.clone(), sampling.clone(), max_tokens)
+                ..Request::new(prompt.ids.clone(), sampling.clone(), max_tokens)
             }
         });
         // If a later prompt is refused, the streams of the earlier ones are dropped, which aborts them.
@@ -90,6 +104,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
             refusal(&error, job.field)
         })?;
         streams.extend(group);
+        told.push(prompt);
     }
 
     // A grammar is made for one vocabulary; the candidate's may be another.
@@ -111,11 +126,14 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
             .min_tokens(job.params.min_tokens)
             .include_stop(job.params.include_stop_str_in_output)
             .scored(job.params.logprobs.is_some())
+            .with_ids(job.params.return_token_ids)
+            .hide_reasoning(job.params.hide_reasoning)
     };
     let choices = streams.into_iter().map(|stream| (stream, text())).collect();
-    let n = job.params.n as usize;
-    let meter = Meter::new(generation, job.arrival, job.record, &prompt_tokens, n);
-    Ok(Choices::new(choices, prompt_tokens.iter().sum(), n, service.kill_switch(), meter, witness))
+    let meter = Meter::new(generation, job.arrival, job.record, &prompt_tokens, per_prompt as usize);
+    let choices = Choices::new(choices, told, service.kill_switch(), meter, witness);
+    let prompts_only = job.params.max_tokens == Some(0);
+    Ok(choices.told(job.params.n as usize).prompts_only(prompts_only))
 }
 
 /// What the candidate is asked, but for the prompt: sampled as for the client, ended by its own tokens.
@@ -142,6 +160,7 @@ fn resolve(params: &Params, generation: &Generation) -> Result<(SamplingParams, 
     };
     params.logit_bias.iter().try_for_each(|&(id, _)| in_vocab("logit_bias", id))?;
     params.stop_token_ids.iter().try_for_each(|&id| in_vocab("stop_token_ids", id))?;
+    params.allowed_token_ids.iter().flatten().try_for_each(|&id| in_vocab("allowed_token_ids", id))?;
 
     let mut ends = params.stop_token_ids.clone();
     if !params.ignore_eos {
@@ -162,7 +181,9 @@ fn resolve(params: &Params, generation: &Generation) -> Result<(SamplingParams, 
         suppressed_until_min: if params.min_tokens > 0 { ends.clone() } else { Vec::new() },
         min_tokens: params.min_tokens,
         seed: params.seed.unwrap_or_else(rand::random),
-        logprobs: params.logprobs,
+        allowed_token_ids: params.allowed_token_ids.clone(),
+        // The best of several are the likeliest.
+        logprobs: params.logprobs.or((params.candidates() > params.n).then_some(0)),
         ..SamplingParams::default()
     };
     Ok((sampling, ends))
@@ -176,6 +197,8 @@ fn max_tokens(job: &Job, prompt: usize, spec: &RunSpec) -> Result<u32, ApiError>
         return Err(ApiError::context_length(job.field, prompt, None, context));
     }
     if let Some(requested) = job.params.max_tokens {
+        // The engine computes a prompt in order to generate: a token that nobody sees, if none is wanted.
+        let requested = requested.max(1);
         return match requested as usize <= room {
             true => Ok(requested),
             false => Err(ApiError::context_length(job.field, prompt, Some(requested), context)),

@@ -6,6 +6,7 @@
 //! that is retired vanishes, and so do its series. Names with `vllm:` are those of vLLM, so that its dashboards and
 //! scaling rules work; ours begin with `baton_`. No label takes its value from a request.
 
+mod encoder;
 mod engine;
 mod families;
 mod handoff;
@@ -15,9 +16,12 @@ use std::time::Instant;
 
 use baton_engine::{EngineFailure, SubmitError, Timings};
 use prometheus::proto::MetricFamily;
-use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use prometheus::{
+    Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
 
 use crate::access::AccessRecord;
+use crate::encoder::Encoder;
 use crate::error::ApiError;
 use crate::generation::{Generation, InUse};
 use crate::generations::{All, Generations, Role};
@@ -56,9 +60,10 @@ impl HttpMetrics {
         Self { registry, in_flight, requests, ready }
     }
 
-    /// The exposition, with the metrics of all generations that requests can get.
-    pub fn expose(&self, generations: &Generations) -> Vec<u8> {
+    /// The exposition, with the metrics of all generations that requests can get, or of the encoder.
+    pub fn expose(&self, generations: &Generations, encoder: Option<&Encoder>) -> Vec<u8> {
         let mut families = self.registry.gather();
+        families.extend(encoder.into_iter().flat_map(encoder::families));
         let All { generations, shadow, .. } = generations.all();
         for (role, generation) in generations.iter().filter(|(role, _)| *role != Role::Retired) {
             merge(&mut families, generation.metrics.gather(generation, *role));
@@ -126,8 +131,7 @@ impl ModelMetrics {
     /// tokens.
     pub fn new(model_name: &str, generation: &str, max_model_len: usize) -> Self {
         let registry = Registry::new();
-        let labels = [("model_name", model_name), ("engine", "0"), ("generation", generation)];
-        let labels = labels.map(|(name, value)| (name, value.to_owned()));
+        let labels = labels(model_name, generation);
         let opts = |name: &str, help: &str| {
             labels.iter().fold(Opts::new(name, help), |opts, (name, value)| opts.const_label(*name, value))
         };
@@ -207,6 +211,12 @@ impl ModelMetrics {
         };
         self.rejections.with_label_values(&[reason]).inc();
     }
+}
+
+/// What tells the series of one model from those of another.
+fn labels(model_name: &str, generation: &str) -> [(&'static str, String); 3] {
+    let labels = [("model_name", model_name), ("engine", "0"), ("generation", generation)];
+    labels.map(|(name, value)| (name, value.to_owned()))
 }
 
 /// 1, 2, 5, 10, 20, 50, … up to `max`.

@@ -1,14 +1,12 @@
 //! The reply of `/v1/chat/completions`.
 
-use std::sync::Arc;
-
 use baton_text::Segment;
 use serde::Serialize;
 
-use crate::generate::{Call, Output, Score};
-use crate::generation::Generation;
+use crate::generate::{Call, Output, Score, Tokens};
 use crate::json;
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
+use crate::openai::tokens::{PromptParts, TokenStyle};
 use crate::sse::Events;
 
 const CHUNK: &str = "chat.completion.chunk";
@@ -16,7 +14,7 @@ const CHUNK: &str = "chat.completion.chunk";
 /// Writes chat completions.
 pub(crate) struct ChatFormat {
     pub envelope: Envelope,
-    pub generation: Arc<Generation>,
+    pub style: TokenStyle,
     /// Whether scores were asked for.
     pub logprobs: bool,
 }
@@ -27,6 +25,8 @@ struct Choice<'a> {
     message: Message<'a>,
     logprobs: Option<Logprobs>,
     finish_reason: Finish,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
 }
 
 #[derive(Serialize)]
@@ -74,6 +74,8 @@ struct ChunkChoice<'a> {
     delta: Delta<'a>,
     logprobs: Option<Logprobs>,
     finish_reason: Option<Finish>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
 }
 
 #[derive(Default, Serialize)]
@@ -111,21 +113,21 @@ struct Alternative {
 
 impl ChatFormat {
     fn alternative(&self, token: u32, logprob: f32) -> Alternative {
-        let bytes = self.generation.text.token_bytes(token);
-        Alternative { token: String::from_utf8_lossy(&bytes).into_owned(), logprob: finite(logprob), bytes }
+        Alternative { token: self.style.text(token), logprob: finite(logprob), bytes: self.style.bytes(token) }
     }
 
     fn logprobs(&self, scores: &[Score]) -> Logprobs {
         let token = |score: &Score| TokenLogprob {
-            chosen: self.alternative(score.token, score.logprob),
+            // Only a prompt's first token has none, and a chat does not tell of its prompt here.
+            chosen: self.alternative(score.token, score.logprob.unwrap_or_default()),
             top_logprobs: score.top.iter().map(|&(token, logprob)| self.alternative(token, logprob)).collect(),
         };
         Logprobs { content: scores.iter().map(token).collect(), refusal: None }
     }
 
-    fn chunk_choice<'a>(&self, index: usize, delta: Delta<'a>, scores: &[Score]) -> ChunkChoice<'a> {
-        let logprobs = (!scores.is_empty()).then(|| self.logprobs(scores));
-        ChunkChoice { index, delta, logprobs, finish_reason: None }
+    fn chunk_choice<'a>(&self, index: usize, delta: Delta<'a>, tokens: &'a Tokens) -> ChunkChoice<'a> {
+        let logprobs = (!tokens.scores.is_empty()).then(|| self.logprobs(&tokens.scores));
+        ChunkChoice { index, delta, logprobs, finish_reason: None, token_ids: self.style.ids(&tokens.ids) }
     }
 }
 
@@ -136,13 +138,17 @@ fn tool_call<'a>(id: String, name: &'a str, arguments: &'a str) -> ToolCall<'a> 
 }
 
 impl Format for ChatFormat {
-    fn events(&mut self, out: &mut Events, piece: &Piece) {
+    fn events(&mut self, out: &mut Events, piece: &Piece, usage: &Usage) {
+        let mut of_prompt = PromptParts::default();
         let choice = match *piece {
-            Piece::Open { index } => {
+            Piece::Open { index, prompt } => {
+                if index == 0 {
+                    of_prompt = self.style.opened(prompt);
+                }
                 let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
-                self.chunk_choice(index, delta, &[])
+                ChunkChoice { index, delta, logprobs: None, finish_reason: None, token_ids: None }
             }
-            Piece::Text { index, segment, scores } => {
+            Piece::Text { index, segment, tokens } => {
                 let delta = match segment {
                     Segment::Content(text) => Delta { content: Some(text), ..Delta::default() },
                     Segment::Reasoning(text) => {
@@ -159,23 +165,25 @@ impl Format for ChatFormat {
                         Delta { tool_calls: Some([part]), ..Delta::default() }
                     }
                 };
-                self.chunk_choice(index, delta, scores)
+                self.chunk_choice(index, delta, tokens)
             }
-            Piece::Finish { index, reason, scores, .. } => {
-                let choice = self.chunk_choice(index, Delta::default(), scores);
+            Piece::Finish { index, reason, tokens, .. } => {
+                let choice = self.chunk_choice(index, Delta::default(), tokens);
                 ChunkChoice { finish_reason: Some(reason), ..choice }
             }
             Piece::End(usage) => return self.envelope.end::<ChunkChoice>(out, CHUNK, usage),
             Piece::Error(error) => return out.data(&error.object()),
         };
-        out.data(&Reply::new(&self.envelope, CHUNK, &[choice], self.envelope.usage(None)));
+        let choices = [choice];
+        let chunk = Reply::new(&self.envelope, CHUNK, &choices, self.envelope.usage(usage));
+        out.data(&chunk.of_prompt(of_prompt));
     }
 }
 
 impl Whole for ChatFormat {
     fn whole(&mut self, outputs: &[Output], usage: &Usage) -> Vec<u8> {
         let choices = outputs.iter().enumerate().map(|(index, output)| {
-            let Output { reasoning, content, calls, scores, reason, .. } = output;
+            let Output { reasoning, content, calls, tokens, reason, .. } = output;
             let reasoning = (!reasoning.is_empty()).then_some(Reasoning { reasoning_content: reasoning, reasoning });
             let content = (calls.is_empty() || !content.is_empty()).then_some(content.as_str());
             let calls = calls.iter().enumerate();
@@ -185,11 +193,13 @@ impl Whole for ChatFormat {
             Choice {
                 index,
                 message: Message { role: "assistant", content, refusal: None, reasoning, tool_calls },
-                logprobs: self.logprobs.then(|| self.logprobs(scores)),
+                logprobs: self.logprobs.then(|| self.logprobs(&tokens.scores)),
                 finish_reason: *reason,
+                token_ids: self.style.ids(&tokens.ids),
             }
         });
         let choices: Vec<_> = choices.collect();
-        json::write(&Reply::new(&self.envelope, "chat.completion", &choices, Some(Some(usage))))
+        let reply = Reply::new(&self.envelope, "chat.completion", &choices, Some(Some(usage)));
+        json::write(&reply.of_prompt(self.style.complete(&outputs[0].prompt)))
     }
 }

@@ -7,6 +7,7 @@ use crate::fields::{Fields, integer};
 use crate::openai::messages;
 use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
 use crate::openai::structured::Structured;
+use crate::openai::thinking::{self, Effort};
 use crate::openai::tools::Tools;
 
 /// A chat request within every range that does not depend on the model.
@@ -20,6 +21,8 @@ pub(crate) struct ChatRequest {
     pub add_generation_prompt: bool,
     pub continue_final_message: bool,
     pub template_kwargs: Map<String, Value>,
+    /// How hard to think, in the template's own word, if `template_kwargs` does not say.
+    pub effort: Option<Effort>,
     pub tools: Tools,
     pub params: Params,
     /// The form that the answer must have.
@@ -33,22 +36,26 @@ pub(crate) struct ChatRequest {
 impl ChatRequest {
     /// Reads the body. `budget`: JSON values that may still be read, for documents inside strings.
     pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool, budget: &mut usize) -> Result<Self, ApiError> {
-        let mut fields = Fields::new(body);
+        let mut fields = Fields::new(body).lenient(lenient);
         let model = fields.string("model")?;
         let messages = messages::read(&mut fields, budget)?;
-        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
+        let in_prefix = messages::end_in_prefix(&messages);
+        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(in_prefix);
         let add_generation_prompt = fields.bool("add_generation_prompt")?.unwrap_or(!continue_final_message);
         if continue_final_message && add_generation_prompt {
             let message = "continue_final_message cannot be combined with add_generation_prompt";
             return Err(ApiError::invalid("continue_final_message", message));
         }
-        let template_kwargs = template_kwargs(&mut fields)?;
+        let thinking = thinking::thinking(&mut fields)?;
+        let effort = Effort::read(&mut fields, "reasoning_effort")?;
+        let template_kwargs = template_kwargs(&mut fields, thinking, effort)?;
+        let tools = Tools::read(&mut fields)?;
         let thinking_budget = thinking_budget(&mut fields, &template_kwargs)?;
         let structured = Structured::read(&mut fields, budget)?;
-        let tools = Tools::read(&mut fields)?;
 
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = logprobs(&mut fields)?;
+        params.hide_reasoning = !fields.bool("include_reasoning")?.unwrap_or(true);
         match (params.max_tokens, fields.count("max_completion_tokens", 1)?) {
             (Some(old), Some(new)) if old != new => {
                 let message = "max_tokens and max_completion_tokens are synonyms and must not differ";
@@ -65,6 +72,7 @@ impl ChatRequest {
             add_generation_prompt,
             continue_final_message,
             template_kwargs,
+            effort: effort.filter(|effort| *effort != Effort::None),
             tools,
             params,
             structured,
@@ -101,31 +109,15 @@ const MAX_KWARGS: usize = 32;
 const MAX_KWARG_BYTES: usize = 256;
 
 /// `chat_template_kwargs`, with what the request says about thinking in other words. The former win.
-fn template_kwargs(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
+fn template_kwargs(
+    fields: &mut Fields,
+    thinking: Option<bool>,
+    effort: Option<Effort>,
+) -> Result<Map<String, Value>, ApiError> {
     let mut kwargs = Map::new();
-    let mut think = |on: bool| {
-        // Qwen's and DeepSeek's names for the same switch.
-        kwargs.insert("enable_thinking".into(), on.into());
-        kwargs.insert("thinking".into(), on.into());
-    };
-    if let Some(mut thinking) = fields.object("thinking")? {
-        let kind = thinking.string("type")?;
-        match thinking.required("type", kind)?.as_str() {
-            "enabled" => think(true),
-            "disabled" => think(false),
-            _ => return Err(ApiError::out_of_range("thinking.type", "enabled or disabled")),
-        }
-        thinking.finish()?;
-    }
-    match fields.string("reasoning_effort")?.as_deref() {
-        None => {}
-        Some("none") => think(false),
-        Some(effort @ ("minimal" | "low" | "medium" | "high" | "xhigh" | "max")) => {
-            kwargs.insert("reasoning_effort".into(), effort.into());
-        }
-        Some(_) => {
-            return Err(ApiError::out_of_range("reasoning_effort", "none, minimal, low, medium, high, xhigh or max"));
-        }
+    // Who asks for an effort asks for thinking.
+    if let Some(on) = thinking.or(effort.map(|_| true)) {
+        thinking::switch(&mut kwargs, on && effort != Some(Effort::None));
     }
     let given = fields.object("chat_template_kwargs")?.map(Fields::into_rest).unwrap_or_default();
     if given.len() > MAX_KWARGS {

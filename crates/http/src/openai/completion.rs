@@ -1,23 +1,25 @@
 //! Request and reply of `/v1/completions`.
 
-use std::sync::Arc;
-
 use baton_text::Segment;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
-use crate::generate::{Output, Score};
-use crate::generation::Generation;
+use crate::generate::{Output, Score, Tokens};
 use crate::json;
-use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest, token_id};
+use crate::openai::list_params::token_id;
+use crate::openai::params::{MAX_TOP_LOGPROBS, Params, refuse_rest};
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
 use crate::openai::structured::Structured;
+use crate::openai::tokens::{PromptParts, TokenStyle};
 use crate::sse::Events;
 
 /// Most prompts of one request.
 pub(crate) const MAX_PROMPTS: usize = 64;
+
+/// Most choices of one request, over all its prompts.
+const MAX_CHOICES: usize = 256;
 
 /// Tokens generated if the request does not say.
 pub(crate) const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -46,12 +48,18 @@ pub(crate) enum Prompt {
 impl CompletionRequest {
     /// Reads the body. `budget`: JSON values that may still be read, for documents inside strings.
     pub fn read(body: Map<String, Value>, max_n: u32, lenient: bool, budget: &mut usize) -> Result<Self, ApiError> {
-        let mut fields = Fields::new(body);
+        let mut fields = Fields::new(body).lenient(lenient);
         let model = fields.string("model")?;
         let prompt = fields.take("prompt");
-        let prompts = prompts(fields.required("prompt", prompt)?)?;
+        let prompts = prompts("prompt", fields.required("prompt", prompt)?, MAX_PROMPTS)?;
         let mut params = Params::read(&mut fields, max_n)?;
         params.logprobs = fields.integer("logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|top| top as u32);
+        params.echo = fields.bool("echo")?.unwrap_or(false);
+        params.best_of = best_of(&mut fields, &params, max_n)?;
+        if prompts.len() * params.candidates() as usize > MAX_CHOICES {
+            let accepted = format!("so small that all prompts together have at most {MAX_CHOICES} choices");
+            return Err(ApiError::out_of_range(if params.best_of.is_some() { "best_of" } else { "n" }, accepted));
+        }
         let params = params.checked()?;
         let structured = Structured::read(&mut fields, budget)?;
         let ignored = refuse_rest(fields, lenient)?;
@@ -59,26 +67,38 @@ impl CompletionRequest {
     }
 }
 
+fn best_of(fields: &mut Fields, params: &Params, max_n: u32) -> Result<Option<u32>, ApiError> {
+    let best_of = fields.integer("best_of", 1..=i64::from(max_n))?.map(|best_of| best_of as u32);
+    match best_of {
+        Some(best_of) if best_of < params.n => Err(ApiError::invalid("best_of", "best_of must not be below n")),
+        Some(best_of) if best_of > params.n && params.stream => {
+            Err(ApiError::invalid("best_of", "best_of above n cannot be combined with stream: true"))
+        }
+        best_of => Ok(best_of),
+    }
+}
+
 const PROMPT: &str = "a string, an array of strings, an array of token ids, or an array of those";
 
-fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
+/// The prompts of a field, at most `most`.
+pub(crate) fn prompts(field: &str, value: Value, most: usize) -> Result<Vec<Prompt>, ApiError> {
     let items = match value {
         Value::String(text) => return Ok(vec![Prompt::Text(text)]),
         Value::Array(items) => items,
-        _ => return Err(ApiError::wrong_type("prompt", PROMPT)),
+        _ => return Err(ApiError::wrong_type(field, PROMPT)),
     };
     match items.first() {
-        None => return Err(ApiError::out_of_range("prompt", PROMPT.to_owned() + ", none of them empty")),
-        Some(Value::Number(_)) => return Ok(vec![ids("prompt", &items)?]),
+        None => return Err(ApiError::out_of_range(field, PROMPT.to_owned() + ", none of them empty")),
+        Some(Value::Number(_)) => return Ok(vec![ids(field, &items)?]),
         Some(_) => {}
     }
-    if items.len() > MAX_PROMPTS {
-        return Err(ApiError::out_of_range("prompt", format!("at most {MAX_PROMPTS} prompts")));
+    if items.len() > most {
+        return Err(ApiError::out_of_range(field, format!("at most {most} of them")));
     }
     let prompt = |(i, item)| match item {
         Value::String(text) => Ok(Prompt::Text(text)),
-        Value::Array(items) => ids(&format!("prompt[{i}]"), &items),
-        _ => Err(ApiError::wrong_type(&format!("prompt[{i}]"), "a string or an array of token ids")),
+        Value::Array(items) => ids(&format!("{field}[{i}]"), &items),
+        _ => Err(ApiError::wrong_type(&format!("{field}[{i}]"), "a string or an array of token ids")),
     };
     items.into_iter().enumerate().map(prompt).collect()
 }
@@ -90,7 +110,7 @@ fn ids(path: &str, items: &[Value]) -> Result<Prompt, ApiError> {
 /// Writes text completions.
 pub(crate) struct CompletionFormat {
     pub envelope: Envelope,
-    pub generation: Arc<Generation>,
+    pub style: TokenStyle,
     /// Whether scores were asked for.
     pub logprobs: bool,
     /// Whether there are several choices, which then all have to be announced in order.
@@ -103,36 +123,37 @@ struct Choice<'a> {
     text: &'a str,
     logprobs: Option<Logprobs>,
     finish_reason: Option<Finish>,
+    #[serde(flatten)]
+    prompt: PromptParts<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
 }
 
 /// Parallel arrays, an entry per token.
 #[derive(Serialize)]
 struct Logprobs {
     tokens: Vec<String>,
-    token_logprobs: Vec<f32>,
+    /// `None` of a token that follows nothing.
+    token_logprobs: Vec<Option<f32>>,
     /// The most likely tokens and the chosen one.
-    top_logprobs: Vec<Map<String, Value>>,
+    top_logprobs: Vec<Option<Map<String, Value>>>,
     /// Characters of the output before the token.
     text_offset: Vec<usize>,
 }
 
 impl CompletionFormat {
-    fn token(&self, id: u32) -> String {
-        String::from_utf8_lossy(&self.generation.text.token_bytes(id)).into_owned()
-    }
-
     fn logprobs(&self, scores: &[Score]) -> Logprobs {
         let top = |score: &Score| {
-            let chosen = (score.token, score.logprob);
+            let chosen = (score.token, score.logprob?);
             let mut map = Map::new();
             for &(token, logprob) in score.top.iter().chain([&chosen]) {
-                map.entry(self.token(token)).or_insert_with(|| finite(logprob).into());
+                map.entry(self.style.distinct_text(token)).or_insert_with(|| finite(logprob).into());
             }
-            map
+            Some(map)
         };
         Logprobs {
-            tokens: scores.iter().map(|score| self.token(score.token)).collect(),
-            token_logprobs: scores.iter().map(|score| finite(score.logprob)).collect(),
+            tokens: scores.iter().map(|score| self.style.distinct_text(score.token)).collect(),
+            token_logprobs: scores.iter().map(|score| score.logprob.map(finite)).collect(),
             top_logprobs: scores.iter().map(top).collect(),
             text_offset: scores.iter().map(|score| score.text_offset).collect(),
         }
@@ -142,23 +163,25 @@ impl CompletionFormat {
 const OBJECT: &str = "text_completion";
 
 impl Format for CompletionFormat {
-    fn events(&mut self, out: &mut Events, piece: &Piece) {
-        let (index, text, scores, finish_reason): (_, &str, &[Score], _) = match *piece {
-            Piece::Open { .. } if !self.several => return,
-            Piece::Open { index } => (index, "", &[], None),
-            Piece::Text { index, segment: Segment::Reasoning(text) | Segment::Content(text), scores } => {
-                (index, text, scores, None)
+    fn events(&mut self, out: &mut Events, piece: &Piece, usage: &Usage) {
+        let (none, nothing) = (Tokens::default(), PromptParts::default());
+        let (index, text, tokens, finish_reason, prompt): (_, &str, _, _, _) = match *piece {
+            Piece::Open { .. } if !self.several && !self.style.with_ids() => return,
+            Piece::Open { index, prompt } => (index, "", &none, None, self.style.opened(prompt)),
+            Piece::Text { index, segment: Segment::Reasoning(text) | Segment::Content(text), tokens } => {
+                (index, text, tokens, None, nothing)
             }
             Piece::Text { segment: Segment::Call { .. } | Segment::Arguments { .. }, .. } => {
                 unreachable!("the text of a completion is not split")
             }
-            Piece::Finish { index, reason, scores, .. } => (index, "", scores, Some(reason)),
+            Piece::Finish { index, reason, tokens, .. } => (index, "", tokens, Some(reason), nothing),
             Piece::End(usage) => return self.envelope.end::<Choice>(out, OBJECT, usage),
             Piece::Error(error) => return out.data(&error.object()),
         };
-        let logprobs = (!scores.is_empty()).then(|| self.logprobs(scores));
-        let choice = Choice { index, text, logprobs, finish_reason };
-        out.data(&Reply::new(&self.envelope, OBJECT, &[choice], self.envelope.usage(None)));
+        let logprobs = (!tokens.scores.is_empty()).then(|| self.logprobs(&tokens.scores));
+        let token_ids = self.style.ids(&tokens.ids);
+        let choices = [Choice { index, text, logprobs, finish_reason, prompt, token_ids }];
+        out.data(&Reply::new(&self.envelope, OBJECT, &choices, self.envelope.usage(usage)));
     }
 }
 
@@ -168,8 +191,10 @@ impl Whole for CompletionFormat {
             index,
             // A completion is not split: all of it is content.
             text: &output.content,
-            logprobs: self.logprobs.then(|| self.logprobs(&output.scores)),
+            logprobs: self.logprobs.then(|| self.logprobs(&output.tokens.scores)),
             finish_reason: Some(output.reason),
+            prompt: self.style.complete(&output.prompt),
+            token_ids: self.style.ids(&output.tokens.ids),
         });
         let choices: Vec<_> = choices.collect();
         json::write(&Reply::new(&self.envelope, OBJECT, &choices, Some(Some(usage))))
@@ -184,6 +209,7 @@ mod tests {
     #[test]
     fn the_four_forms_of_a_prompt() {
         let text = |s: &str| Prompt::Text(s.into());
+        let prompts = |value| prompts("prompt", value, MAX_PROMPTS);
         assert_eq!(prompts(json!("a")), Ok(vec![text("a")]));
         assert_eq!(prompts(json!(["a", "b"])), Ok(vec![text("a"), text("b")]));
         assert_eq!(prompts(json!([1, 2])), Ok(vec![Prompt::Ids(vec![1, 2])]));

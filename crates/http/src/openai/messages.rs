@@ -16,12 +16,21 @@ pub(crate) fn read(fields: &mut Fields, budget: &mut usize) -> Result<Vec<Value>
     if messages.is_empty() {
         return Err(ApiError::out_of_range("messages", "an array of at least one message"));
     }
-    messages.into_iter().enumerate().map(|(i, m)| message(Fields::of(format!("messages[{i}]"), m)?, budget)).collect()
+    let last = messages.len() - 1;
+    let read = |(i, value)| message(fields.item(format!("messages[{i}]"), value)?, i == last, budget);
+    messages.into_iter().enumerate().map(read).collect()
 }
+
+/// Whether the last message is to be continued, in DeepSeek's word for it.
+pub(crate) fn end_in_prefix(messages: &[Value]) -> bool {
+    messages.last().is_some_and(|message| message.get(PREFIX).is_some())
+}
+
+const PREFIX: &str = "prefix";
 
 const ROLES: &str = "system, developer, user, assistant or tool";
 
-fn message(mut fields: Fields, budget: &mut usize) -> Result<Value, ApiError> {
+fn message(mut fields: Fields, is_last: bool, budget: &mut usize) -> Result<Value, ApiError> {
     let role = fields.string("role")?;
     let role = match fields.required("role", role)?.as_str() {
         "system" | "developer" => "system",
@@ -55,6 +64,13 @@ fn message(mut fields: Fields, budget: &mut usize) -> Result<Value, ApiError> {
             out.insert("tool_calls".into(), calls);
         }
     }
+    if fields.bool(PREFIX)?.unwrap_or(false) {
+        if role != "assistant" || !is_last {
+            let message = "prefix is for the last message, if that is the assistant's";
+            return Err(ApiError::invalid(&fields.path(PREFIX), message));
+        }
+        out.insert(PREFIX.into(), true.into());
+    }
     if role == "tool" {
         let id = fields.string("tool_call_id")?;
         out.insert("tool_call_id".into(), fields.required("tool_call_id", id)?.into());
@@ -81,7 +97,7 @@ fn content(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     };
     let mut texts = Vec::with_capacity(parts.len());
     for (i, part) in parts.into_iter().enumerate() {
-        let mut part = Fields::of(format!("{path}[{i}]"), part)?;
+        let mut part = fields.item(format!("{path}[{i}]"), part)?;
         let kind = part.string("type")?;
         match part.required("type", kind)?.as_str() {
             "text" => {}
@@ -98,7 +114,7 @@ fn tool_calls(fields: &mut Fields, budget: &mut usize) -> Result<Option<Value>, 
     let Some(calls) = fields.array("tool_calls")?.filter(|calls| !calls.is_empty()) else { return Ok(None) };
     let path = fields.path("tool_calls");
     let call = |(i, call)| {
-        let mut call = Fields::of(format!("{path}[{i}]"), call)?;
+        let mut call = fields.item(format!("{path}[{i}]"), call)?;
         let id = call.string("id")?;
         let id = call.required("id", id)?;
         match call.string("type")?.as_deref() {

@@ -5,15 +5,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Serialize, Serializer};
 
 use crate::error::ApiError;
-use crate::generate::{Output, Score};
+use crate::generate::{Output, Tokens, Told};
 use crate::generation::Target;
+use crate::openai::tokens::PromptParts;
 use crate::sse::Events;
 
 /// How an endpoint writes choices as events. Both forms are made of the same pieces, so that joined chunks equal the
 /// whole.
 pub(crate) trait Format: Send + Unpin + 'static {
-    /// Writes the events that a piece makes, perhaps none.
-    fn events(&mut self, out: &mut Events, piece: &Piece);
+    /// Writes the events that a piece makes, perhaps none. `usage`: the tokens up to here.
+    fn events(&mut self, out: &mut Events, piece: &Piece, usage: &Usage);
 }
 
 /// How an endpoint writes choices as one object.
@@ -25,12 +26,12 @@ pub(crate) trait Whole {
 /// A piece of a streamed reply, in the order in which they come: all `Open`, then `Text` and one `Finish` per choice,
 /// then `End`; or `Error` instead of what is missing.
 pub(crate) enum Piece<'a> {
-    /// A choice exists.
-    Open { index: usize },
-    /// Text of a choice, and the scores that belong to it.
-    Text { index: usize, segment: &'a baton_text::Segment, scores: &'a [Score] },
-    /// A choice is complete; which stop string ended it, and scores of tokens that showed no text.
-    Finish { index: usize, reason: Finish, matched: Option<usize>, scores: &'a [Score] },
+    /// A choice exists, for this prompt, of which nothing but its tokens needs to be known yet.
+    Open { index: usize, prompt: &'a Told },
+    /// Text of a choice, and the tokens that belong to it.
+    Text { index: usize, segment: &'a baton_text::Segment, tokens: &'a Tokens },
+    /// A choice is complete; which stop string ended it, and tokens that showed no text.
+    Finish { index: usize, reason: Finish, matched: Option<usize>, tokens: &'a Tokens },
     /// All choices are complete.
     End(&'a Usage),
     /// The reply ends here, incomplete.
@@ -38,15 +39,21 @@ pub(crate) enum Piece<'a> {
 }
 
 /// Why a choice is complete.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Finish {
     /// The model ended it, or a stop string or token did.
     Stop,
     /// It has as many tokens as it may.
+    #[default]
     Length,
     /// It ended well and calls tools.
     ToolCalls,
+}
+
+/// The time, as replies say it.
+pub(crate) fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// What all chunks of a reply repeat.
@@ -59,19 +66,26 @@ pub(crate) struct Envelope {
     pub system_fingerprint: String,
     /// Streams: end with usage, and say `usage: null` until then.
     pub include_usage: bool,
+    /// Streams with `include_usage`: instead of null, the tokens so far.
+    pub continuous_usage: bool,
 }
 
 impl Envelope {
     /// A new reply of a model. `kind` begins its id.
     pub fn new(kind: &str, target: &Target, include_usage: bool) -> Self {
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
             id: format!("{kind}-{:032x}", rand::random::<u128>()),
-            created: since_1970.as_secs(),
+            created: seconds_since_1970(),
             model: target.name.clone(),
             system_fingerprint: target.system_fingerprint.clone(),
             include_usage,
+            continuous_usage: false,
         }
+    }
+
+    /// Tells in every chunk, where usage is told at all, the tokens so far.
+    pub fn continuous_usage(self, continuous_usage: bool) -> Self {
+        Self { continuous_usage, ..self }
     }
 
     /// Ends a stream that went well. `C` is the type of its choices.
@@ -88,9 +102,9 @@ impl Envelope {
         format!("call_{unique}{choice:02x}{call:02x}")
     }
 
-    /// The `usage` of a chunk: absent, null or there.
-    pub fn usage<'a>(&self, usage: Option<&'a Usage>) -> Option<Option<&'a Usage>> {
-        self.include_usage.then_some(usage)
+    /// The `usage` of a chunk before the last: absent, null or there.
+    pub fn usage<'a>(&self, so_far: &'a Usage) -> Option<Option<&'a Usage>> {
+        self.include_usage.then_some(self.continuous_usage.then_some(so_far))
     }
 }
 
@@ -105,6 +119,8 @@ pub(crate) struct Reply<'a, C> {
     choices: &'a [C],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<&'a Usage>>,
+    #[serde(flatten)]
+    prompt: PromptParts<'a>,
 }
 
 impl<'a, C: Serialize> Reply<'a, C> {
@@ -116,7 +132,13 @@ impl<'a, C: Serialize> Reply<'a, C> {
         usage: Option<Option<&'a Usage>>,
     ) -> Self {
         let Envelope { id, created, model, system_fingerprint, .. } = envelope;
-        Self { id, object, created: *created, model, system_fingerprint, choices, usage }
+        let prompt = PromptParts::default();
+        Self { id, object, created: *created, model, system_fingerprint, choices, usage, prompt }
+    }
+
+    /// Tells of the prompt as well.
+    pub fn of_prompt(self, prompt: PromptParts<'a>) -> Self {
+        Self { prompt, ..self }
     }
 }
 

@@ -81,7 +81,7 @@ impl Tools {
     pub fn read(fields: &mut Fields) -> Result<Self, ApiError> {
         let tools = fields.array("tools")?.unwrap_or_default();
         let tool = |(i, tool)| {
-            let mut tool = Fields::of(format!("tools[{i}]"), tool)?;
+            let mut tool = fields.item(format!("tools[{i}]"), tool)?;
             function_type(&mut tool)?;
             let function = tool.object("function")?;
             let function = tool.required("function", function)?;
@@ -172,7 +172,7 @@ fn choice(fields: &mut Fields) -> Result<(ToolChoice, Option<Vec<String>>), ApiE
         None => ToolChoice::Auto,
         Some(Value::String(word)) => mode("tool_choice", &word)?,
         Some(choice @ Value::Object(_)) => {
-            let mut choice = Fields::of("tool_choice".into(), choice)?;
+            let mut choice = fields.item("tool_choice".into(), choice)?;
             if let Some(mut allowed) = choice.object("allowed_tools")? {
                 let kind = choice.string("type")?;
                 if choice.required("type", kind)? != "allowed_tools" {
@@ -185,7 +185,7 @@ fn choice(fields: &mut Fields) -> Result<(ToolChoice, Option<Vec<String>>), ApiE
                 let tools = allowed.required("tools", tools)?.into_iter().enumerate();
                 let path = allowed.path("tools");
                 allowed.finish()?;
-                let names = tools.map(|(i, tool)| function_name(Fields::of(format!("{path}[{i}]"), tool)?));
+                let names = tools.map(|(i, tool)| function_name(allowed.item(format!("{path}[{i}]"), tool)?));
                 return Ok((mode, Some(names.collect::<Result<_, _>>()?)));
             }
             ToolChoice::Named(function_name(choice)?)

@@ -14,4 +14,4 @@ mod store;
 pub(crate) use background::run as run_in_background;
 pub(crate) use reply::ResponseFormat;
 pub(crate) use request::{Keeping, ResponseRequest};
-pub(crate) use store::{Record, Responses};
+pub(crate) use store::{PREFIX, Record, Responses};

@@ -97,10 +97,10 @@ impl ResponseFormat {
                     self.assembly.event(out, kind, json!({"response": object}));
                 }
             }
-            Piece::Text { segment, scores, .. } => self.assembly.segment(out, segment, scores),
-            Piece::Finish { reason, scores, .. } => {
+            Piece::Text { segment, tokens, .. } => self.assembly.segment(out, segment, &tokens.scores),
+            Piece::Finish { reason, tokens, .. } => {
                 self.cut = reason == Finish::Length;
-                self.assembly.end(out, !self.cut, scores);
+                self.assembly.end(out, !self.cut, &tokens.scores);
             }
             Piece::End(usage) => {
                 let kind = if self.cut { "response.incomplete" } else { "response.completed" };
@@ -173,7 +173,7 @@ fn number(number: f32) -> Value {
 }
 
 impl Format for ResponseFormat {
-    fn events(&mut self, out: &mut Events, piece: &Piece) {
+    fn events(&mut self, out: &mut Events, piece: &Piece, _: &Usage) {
         self.take(&mut Some(out), piece);
     }
 }

@@ -46,12 +46,9 @@ impl Record {
     }
 
     /// The whole conversation, the answer included.
-    pub fn conversation(self) -> Vec<Value> {
-        let output = match self.response {
-            Value::Object(mut response) => response.remove("output"),
-            _ => None,
-        };
-        let Some(Value::Array(output)) = output else { return [self.history, self.input].concat() };
+    pub fn conversation(mut self) -> Vec<Value> {
+        let output = self.response["output"].take();
+        let output = if let Value::Array(output) = output { output } else { Vec::new() };
         [self.history, self.input, output].concat()
     }
 }
@@ -60,6 +57,8 @@ impl Record {
 #[derive(Debug)]
 pub(crate) struct Responses {
     folder: Folder,
+    max_records: usize,
+    max_bytes: u64,
     shelf: Mutex<Shelf>,
     /// The folder is changed by one at a time.
     changing: Arc<Semaphore>,
@@ -99,7 +98,8 @@ impl Responses {
         let kept: VecDeque<_> = found.into_iter().map(|(_, id, bytes)| (id, bytes)).collect();
         let bytes = kept.iter().map(|(_, bytes)| bytes).sum();
         let shelf = Mutex::new(Shelf { kept, bytes, pending: HashMap::new() });
-        Ok(Self { folder, shelf, changing: Arc::new(Semaphore::new(1)), running: Mutex::default() })
+        let (changing, running) = (Arc::new(Semaphore::new(1)), Mutex::default());
+        Ok(Self { folder, max_records: MAX_RECORDS, max_bytes: MAX_BYTES, shelf, changing, running })
     }
 
     /// Keeps a record under its response's id, in the place of an older one. It can be seen at once; whoever wants it to
@@ -138,7 +138,7 @@ impl Responses {
         shelf.forget(id);
         shelf.kept.push_back((id.to_owned(), bytes));
         shelf.bytes += bytes;
-        while shelf.kept.len() > MAX_RECORDS || shelf.bytes > MAX_BYTES {
+        while shelf.kept.len() > self.max_records || shelf.bytes > self.max_bytes {
             let Some((oldest, bytes)) = shelf.kept.pop_front() else { break };
             shelf.bytes -= bytes;
             self.folder.remove(&oldest)?;
@@ -231,4 +231,66 @@ fn as_it_stands(mut record: Record, running: Option<&Running>) -> Record {
 fn unusable(error: io::Error) -> ApiError {
     tracing::error!(%error, "the state folder cannot be used");
     ApiError::internal()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::store::new_id;
+
+    fn open(dir: &TempDir) -> Responses {
+        Responses::open(Folder::open(dir.path().join("responses"), PREFIX).unwrap()).unwrap()
+    }
+
+    fn record(id: &str) -> Record {
+        let response = json!({"id": id, "status": "completed", "output": [{"type": "message", "content": "answer"}]});
+        Record { response, history: Vec::new(), input: vec![json!({"content": "question"})] }
+    }
+
+    async fn kept(responses: &Arc<Responses>, ids: &[String]) -> Vec<bool> {
+        let mut kept = Vec::new();
+        for id in ids {
+            kept.push(responses.get(id, Owner::ANYONE).await.unwrap().is_some());
+        }
+        kept
+    }
+
+    #[tokio::test]
+    async fn the_oldest_leave_when_there_are_too_many_or_too_large_ones() {
+        let dir = TempDir::new().unwrap();
+        let ids: Vec<_> = (0..4).map(|_| new_id(PREFIX)).collect();
+        let responses = Arc::new(Responses { max_records: 2, ..open(&dir) });
+        for id in &ids[..3] {
+            responses.put(Owner::ANYONE, record(id), ()).await.unwrap();
+        }
+        assert_eq!(kept(&responses, &ids).await, [false, true, true, false]);
+        let bytes = responses.shelf.lock().bytes;
+        assert_eq!(bytes, 2 * fs::metadata(responses.folder.beside(&ids[1], "json")).unwrap().len());
+
+        // A restart knows what there is, and one that is given anew counts once.
+        let responses = Arc::new(Responses { max_bytes: bytes, ..open(&dir) });
+        responses.put(Owner::ANYONE, record(&ids[2]), ()).await.unwrap();
+        assert_eq!((responses.shelf.lock().bytes, kept(&responses, &ids[1..3]).await), (bytes, vec![true, true]));
+        responses.put(Owner::ANYONE, record(&ids[3]), ()).await.unwrap();
+        assert_eq!(kept(&responses, &ids).await, [false, false, true, true]);
+    }
+
+    #[tokio::test]
+    async fn a_record_is_seen_before_it_is_on_disk_and_not_after_it_was_deleted() {
+        let dir = TempDir::new().unwrap();
+        let (responses, id) = (Arc::new(open(&dir)), new_id(PREFIX));
+        let turn = responses.changing.clone().acquire_owned().await.unwrap();
+        let written = responses.put(Owner::ANYONE, record(&id), ());
+        assert_eq!(responses.get(&id, Owner::ANYONE).await.unwrap(), Some(record(&id)));
+        assert_eq!(responses.get(&id, Owner::of_digest([7; 32])).await.unwrap(), None);
+        assert!(responses.folder.names().unwrap().is_empty());
+        drop(turn);
+        assert!(responses.delete(&id, Owner::ANYONE).await.unwrap());
+        written.await.unwrap();
+        assert!(!responses.delete(&id, Owner::ANYONE).await.unwrap());
+        assert!(responses.folder.names().unwrap().is_empty());
+    }
 }

@@ -15,6 +15,7 @@ use crate::generate::{RenderedChat, StartedChat, render_chat, respond, start_cha
 use crate::openai::chat::ChatFormat;
 use crate::openai::chat_request::ChatRequest;
 use crate::openai::shared::Envelope;
+use crate::openai::tokens::{TokenStyle, TokensTold};
 use crate::routes::warn;
 use crate::service::Service;
 
@@ -28,11 +29,12 @@ pub(super) async fn create(
     let mut body = extract::json(request, config).await?;
     let mut request = ChatRequest::read(body.object, config.max_n, config.lenient, &mut body.values_left)?;
     let ignored = std::mem::take(&mut request.ignored);
-    let (stream, include_usage) = (request.params.stream, request.params.include_usage);
-    let logprobs = request.params.logprobs.is_some();
+    let (stream, logprobs) = (request.params.stream, request.params.logprobs.is_some());
+    let (include_usage, continuous_usage) = (request.params.include_usage, request.params.continuous_usage);
+    let tokens = TokensTold::new(&request.params);
     let StartedChat { choices, generation, target } = start_chat(&service, record, arrival, request).await?;
-    let envelope = Envelope::new("chatcmpl", &target, stream && include_usage);
-    let format = ChatFormat { envelope, generation, logprobs };
+    let envelope = Envelope::new("chatcmpl", &target, stream && include_usage).continuous_usage(continuous_usage);
+    let format = ChatFormat { envelope, style: TokenStyle::new(generation, tokens), logprobs };
     let mut response = respond(choices, format, stream, config.keep_alive).await?;
     warn(&mut response, &ignored);
     Ok(response)

@@ -13,10 +13,11 @@ fn ok() -> Json<Value> {
 
 /// The process is worth keeping: fails only once the engine has stopped for good.
 pub(super) async fn live(State(service): State<Service>) -> Result<Json<Value>, ApiError> {
-    match service.serving() {
-        Ok(generation) if !generation.engine.stats().alive => Err(ApiError::engine_down()),
-        _ => Ok(ok()),
-    }
+    let alive = match service.encoder() {
+        Some(encoder) => encoder.engine.stats().alive,
+        None => service.serving().map_or(true, |generation| generation.engine.stats().alive),
+    };
+    if alive { Ok(ok()) } else { Err(ApiError::engine_down()) }
 }
 
 /// New inference requests are taken.
@@ -26,7 +27,10 @@ pub(super) async fn ready(State(service): State<Service>) -> Result<Json<Value>,
 
 /// The model has been loaded.
 pub(super) async fn startup(State(service): State<Service>) -> Result<Json<Value>, ApiError> {
-    service.serving().map(|_| ok())
+    match service.encoder() {
+        Some(_) => Ok(ok()),
+        None => service.serving().map(|_| ok()),
+    }
 }
 
 pub(super) async fn version(State(service): State<Service>) -> Json<Value> {

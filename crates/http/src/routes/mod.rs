@@ -5,10 +5,12 @@ mod admin;
 mod batches;
 mod chat;
 mod completions;
+mod embeddings;
 mod files;
 mod health;
 mod messages;
 mod models;
+mod rerank;
 mod responses;
 mod tokenize;
 
@@ -74,6 +76,12 @@ pub fn router(service: Service, surface: Surface) -> Router {
             .route("/v1/chat/completions", inference(post(chat::create)))
             .route("/v1/chat/completions/render", inference(post(chat::render)))
             .route("/v1/completions", inference(post(completions::create)))
+            .route("/v1/embeddings", inference(post(embeddings::create)))
+            .route("/rerank", inference(post(rerank::rerank)))
+            .route("/v1/rerank", inference(post(rerank::rerank)))
+            .route("/v2/rerank", inference(post(rerank::rerank)))
+            .route("/score", inference(post(rerank::score)))
+            .route("/v1/score", inference(post(rerank::score)))
             .route("/v1/messages", inference(post(messages::create)))
             .route("/v1/messages/count_tokens", inference(post(messages::count_tokens)))
             .route("/v1/responses", inference(post(responses::create)))
@@ -147,16 +155,17 @@ async fn no_plain_refusals(response: Response<Body>) -> Response {
 async fn metrics(State(service): State<Service>) -> Response {
     let metrics = service.metrics();
     metrics.ready.set(i64::from(service.ready().is_ok()));
-    let text = metrics.expose(service.generations());
+    let text = metrics.expose(service.generations(), service.encoder().map(AsRef::as_ref));
     ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 
 /// Names the parameters that were ignored because the server is lenient.
-fn warn(response: &mut Response, ignored: &[String]) {
+pub(crate) fn warn(response: &mut Response, ignored: &[String]) {
     if ignored.is_empty() {
         return;
     }
-    let printable = |name: &&String| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && name.len() <= 64;
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'[' | b']');
+    let printable = |name: &&String| name.bytes().all(plain) && name.len() <= 64;
     let names: Vec<_> = ignored.iter().filter(printable).take(32).map(String::as_str).collect();
     let text = format!("299 baton \"ignored parameters: {}\"", names.join(", "));
     if let Ok(value) = HeaderValue::try_from(text) {

@@ -9,8 +9,9 @@ use http::header::CONTENT_TYPE;
 
 use crate::adapters::ServedAdapter;
 use crate::auth::{Granted, Scope};
+use crate::encoder::Encoder;
 use crate::error::ApiError;
-use crate::generation::Generation;
+use crate::generation::{Generation, ModelCard};
 use crate::handoff::Admission;
 use crate::openai::models::{ModelList, ModelObject};
 use crate::routes::Surface;
@@ -22,13 +23,26 @@ const REPORTS: [(&str, Report); 2] = [("/load-report", load_report), ("/handoff"
 type Report = fn(&Generation) -> Result<Vec<u8>, ApiError>;
 
 fn object<'a>(generation: &'a Generation, id: &'a str, adapter: Option<&ServedAdapter>) -> ModelObject<'a> {
-    let (card, max_model_len) = (&generation.card, generation.engine.spec().max_model_len);
+    of_card(&generation.card, generation.engine.spec().max_model_len, id, adapter)
+}
+
+fn of_card<'a>(
+    card: &'a ModelCard,
+    max_model_len: usize,
+    id: &'a str,
+    adapter: Option<&ServedAdapter>,
+) -> ModelObject<'a> {
     let created = adapter.map_or(card.created, |adapter| adapter.created);
     let parent = adapter.map(|_| card.names[0].as_str());
     ModelObject { id, object: "model", created, owned_by: &card.owned_by, max_model_len, parent }
 }
 
 pub(super) async fn list(State(service): State<Service>) -> Result<Response, ApiError> {
+    if let Some(encoder) = service.encoder() {
+        let (card, context) = (&encoder.card, encoder.spec.max_model_len);
+        let data = card.names.iter().map(|name| of_card(card, context, name, None)).collect();
+        return Ok(Json(ModelList { object: "list", data }).into_response());
+    }
     let generation = service.serving()?;
     let adapters = generation.adapters.all();
     let models = generation.card.names.iter().map(|name| object(&generation, name, None));
@@ -50,6 +64,9 @@ pub(super) async fn one(
                 return Err(ApiError::route_not_found());
             }
             granted.require(Scope::Admin)?;
+            if let Some(encoder) = service.encoder() {
+                return encoder_report(encoder, id, suffix);
+            }
             let generation = service.serving()?;
             if !generation.has_name(Some(id)) {
                 return Err(ApiError::model_not_found());
@@ -62,12 +79,26 @@ pub(super) async fn one(
         return Err(ApiError::route_not_found());
     }
     granted.require(Scope::Inference)?;
+    if let Some(encoder) = service.encoder() {
+        encoder.named(Some(&id))?;
+        return Ok(Json(of_card(&encoder.card, encoder.spec.max_model_len, &id, None)).into_response());
+    }
     let generation = service.serving()?;
     let adapter = generation.adapters.get(&id);
     if adapter.is_none() {
         generation.target(Some(&id))?;
     }
     Ok(Json(object(&generation, &id, adapter.as_ref())).into_response())
+}
+
+/// What an admin sees of an encoder: it has no hand-off.
+fn encoder_report(encoder: &Encoder, id: &str, report: &str) -> Result<Response, ApiError> {
+    encoder.named(Some(id))?;
+    if report != REPORTS[0].0 {
+        return Err(ApiError::no_handoff("an encoder has no hand-off"));
+    }
+    Ok(([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], encoder.card.load_report.clone())
+        .into_response())
 }
 
 /// How its weights were loaded.

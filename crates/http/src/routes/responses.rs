@@ -36,7 +36,7 @@ pub(super) async fn create(
     let store = config.store.as_ref().map(Store::responses);
     let keeping = Keeping::read(&mut fields, store.is_some())?;
     let history = match (store, &keeping.previous) {
-        (Some(store), Some(previous)) => history(store, previous, granted).await?,
+        (Some(store), Some(previous)) => history(store, previous, granted, config.body_limit_bytes).await?,
         _ => Vec::new(),
     };
     let request = ResponseRequest::read(fields, &history, keeping.background, config, &mut body.values_left)?;
@@ -71,12 +71,32 @@ pub(super) async fn create(
     Ok(response)
 }
 
-/// The conversation up to a response, which must be complete.
-async fn history(store: &Arc<Responses>, previous: &str, granted: Granted) -> Result<Vec<Value>, ApiError> {
+/// The conversation up to a response, which must be complete. It may be as long as a request that would hold all of it.
+async fn history(
+    store: &Arc<Responses>,
+    previous: &str,
+    granted: Granted,
+    max_bytes: usize,
+) -> Result<Vec<Value>, ApiError> {
     let record = store.get(previous, granted.owner()).await?.ok_or_else(ApiError::previous_not_found)?;
-    match record.response["status"].as_str() {
-        Some("completed" | "incomplete") => Ok(record.conversation()),
-        _ => Err(ApiError::invalid("previous_response_id", "the previous response is not complete")),
+    if !matches!(record.response["status"].as_str(), Some("completed" | "incomplete")) {
+        return Err(ApiError::invalid("previous_response_id", "the previous response is not complete"));
+    }
+    let items = record.conversation();
+    if items.iter().map(text_bytes).sum::<usize>() > max_bytes {
+        let accepted = format!("of a response whose conversation has at most {max_bytes} bytes");
+        return Err(ApiError::out_of_range("previous_response_id", accepted));
+    }
+    Ok(items)
+}
+
+/// Bytes of all strings in a value.
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(text_bytes).sum(),
+        Value::Object(fields) => fields.iter().map(|(name, value)| name.len() + text_bytes(value)).sum(),
+        _ => 1,
     }
 }
 

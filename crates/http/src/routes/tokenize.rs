@@ -17,7 +17,8 @@ use crate::generate::{RenderedChat, render_chat};
 use crate::generation::InUse;
 use crate::generations::Pick;
 use crate::openai::chat_request::ChatRequest;
-use crate::openai::params::{refuse_rest, token_id};
+use crate::openai::list_params::token_id;
+use crate::openai::params::refuse_rest;
 use crate::routes::warn;
 use crate::service::Service;
 

@@ -73,8 +73,27 @@ async fn bad_parameters_are_refused_by_name_on_both_endpoints() {
         ("model", json!(5), "invalid_type"),
         ("unheard_of", json!(CANARY), "unknown_parameter"),
         ("suffix", json!(CANARY), "unsupported_parameter"),
-        ("echo", json!(true), "unsupported_parameter"),
-        ("best_of", json!(3), "unsupported_parameter"),
+        ("bad_words", json!([""]), "out_of_range"),
+        ("bad_words", json!([5]), "invalid_type"),
+        ("bad_words", json!(vec!["x"; 129]), "out_of_range"),
+        ("allowed_token_ids", json!([]), "out_of_range"),
+        ("allowed_token_ids", json!([5, 1024]), "out_of_range"),
+        ("allowed_token_ids", json!("5"), "invalid_type"),
+        ("prompt_logprobs", json!(21), "out_of_range"),
+        ("prompt_logprobs", json!(-1), "out_of_range"),
+        ("return_token_ids", json!("yes"), "invalid_type"),
+        ("return_tokens_as_token_ids", json!(1), "invalid_type"),
+        ("add_special_tokens", json!("x"), "invalid_type"),
+        ("truncate_prompt_tokens", json!(0), "out_of_range"),
+        ("truncate_prompt_tokens", json!(-2), "out_of_range"),
+        ("priority", json!(1e12), "out_of_range"),
+        ("deadline_ms", json!(0), "out_of_range"),
+        ("deadline_ms", json!(1e15), "out_of_range"),
+        ("chat_template", json!(CANARY), "unsupported_parameter"),
+        ("prompt_embeds", json!(CANARY), "unsupported_parameter"),
+        ("length_penalty", json!(0.5), "unsupported_parameter"),
+        ("use_beam_search", json!(true), "unsupported_parameter"),
+        ("spaces_between_special_tokens", json!(false), "unsupported_parameter"),
         ("audio", json!({"voice": CANARY}), "unsupported_parameter"),
         ("store", json!(true), "unsupported_parameter"),
     ];
@@ -85,8 +104,22 @@ async fn bad_parameters_are_refused_by_name_on_both_endpoints() {
             assert_refused(&reply, code, Some(name), &(path, name));
         }
     }
-    let reply = server.chat(json!({"stream": true, "stream_options": {"include": 1}})).await;
-    assert_refused(&reply, "unknown_parameter", Some("stream_options.include"), &"nested");
+    for path in [CHAT, COMPLETIONS] {
+        let cases = [
+            (json!({"stream_options": {"include": 1}}), "unknown_parameter", "stream_options.include"),
+            (
+                json!({"stream_options": {"continuous_usage_stats": true}}),
+                "invalid_value",
+                "stream_options.continuous_usage_stats",
+            ),
+            (json!({"prompt_logprobs": 0}), "invalid_value", "prompt_logprobs"),
+        ];
+        for (fields, code, param) in cases {
+            let body = if path == CHAT { chat_body() } else { json!({"prompt": "hi"}) };
+            let reply = server.post(path, &with(with(body, json!({"stream": true})), fields)).await;
+            assert_refused(&reply, code, Some(param), &(path, param));
+        }
+    }
     let reply = server.chat(json!({"min_tokens": 5, "max_tokens": 4})).await;
     assert_refused(&reply, "invalid_value", Some("min_tokens"), &"min above max");
     still_serves(&server).await;
@@ -126,6 +159,20 @@ async fn bad_chats_are_refused_with_the_path_of_the_field() {
             "missing_required_parameter",
             "messages[0].tool_calls[0].function",
         ),
+        (
+            json!({"messages": [{"role": "assistant", "content": "x", "prefix": true}, user]}),
+            "invalid_value",
+            "messages[0].prefix",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": "x", "prefix": true}]}),
+            "invalid_value",
+            "messages[0].prefix",
+        ),
+        (json!({"echo": true}), "unsupported_parameter", "echo"),
+        (json!({"best_of": 3}), "unsupported_parameter", "best_of"),
+        (json!({"max_completion_tokens": 0}), "out_of_range", "max_completion_tokens"),
+        (json!({"include_reasoning": "no"}), "invalid_type", "include_reasoning"),
         (json!({"top_logprobs": 2}), "invalid_value", "top_logprobs"),
         (json!({"logprobs": true, "top_logprobs": 21}), "out_of_range", "top_logprobs"),
         (json!({"logprobs": 3}), "invalid_type", "logprobs"),
@@ -167,6 +214,13 @@ async fn bad_prompts_are_refused() {
         (json!({"prompt": "x", "logprobs": 21}), "out_of_range", "logprobs"),
         (json!({"prompt": "x", "logprobs": true}), "invalid_type", "logprobs"),
         (json!({"prompt": "x", "messages": []}), "unknown_parameter", "messages"),
+        (json!({"prompt": "x", "include_reasoning": false}), "unknown_parameter", "include_reasoning"),
+        (json!({"prompt": "x", "best_of": 9}), "out_of_range", "best_of"),
+        (json!({"prompt": "x", "best_of": 1, "n": 2}), "invalid_value", "best_of"),
+        (json!({"prompt": "x", "best_of": 2, "stream": true}), "invalid_value", "best_of"),
+        (json!({"prompt": vec!["x"; 64], "n": 5}), "out_of_range", "n"),
+        (json!({"prompt": vec!["x"; 64], "best_of": 5}), "out_of_range", "best_of"),
+        (json!({"prompt": vec![5; 512], "echo": true, "max_tokens": 0}), "context_length_exceeded", "prompt"),
     ];
     for (body, code, param) in cases {
         let reply = server.post(COMPLETIONS, &body).await;

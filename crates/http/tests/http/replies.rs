@@ -216,7 +216,7 @@ async fn chat_logprobs_cover_every_token_and_join_to_the_text() {
 #[tokio::test]
 async fn completion_logprobs_are_parallel_arrays_with_offsets() {
     let server = server().await;
-    let reply = server.completion(json!({"logprobs": 1, "max_tokens": 12})).await.json();
+    let reply = server.completion(json!({"logprobs": 1, "max_tokens": 11})).await.json();
     serde_json::from_value::<CreateCompletionResponse>(reply.clone()).unwrap();
     let scores = &reply["choices"][0]["logprobs"];
     let text = reply["choices"][0]["text"].as_str().unwrap();
@@ -227,7 +227,7 @@ async fn completion_logprobs_are_parallel_arrays_with_offsets() {
     }
     assert_eq!(offset, text.chars().count());
     for field in ["token_logprobs", "top_logprobs"] {
-        assert_eq!(scores[field].as_array().unwrap().len(), 12);
+        assert_eq!(scores[field].as_array().unwrap().len(), 11);
     }
     let none = server.completion(json!({})).await.json();
     assert_eq!(none["choices"][0]["logprobs"], Value::Null);
@@ -333,6 +333,8 @@ async fn sampling_parameters_reach_the_engine() {
         json!({"frequency_penalty": -0.5}),
         json!({"logit_bias": {"7": 5}}),
         json!({"min_tokens": 2}),
+        json!({"bad_words": ["two words"]}),
+        json!({"allowed_token_ids": [5, 6, 7]}),
     ] {
         assert_ne!(generate(fields.clone()).await, plain, "{fields}");
     }

@@ -109,6 +109,24 @@ async fn a_response_goes_on_from_the_previous_one() {
 }
 
 #[tokio::test]
+async fn a_conversation_grows_no_longer_than_a_request_that_would_hold_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = ServiceConfig { body_limit_bytes: 2000, ..ServiceConfig::default() };
+    let server = start_with(folder.path(), Setup { config, ..Setup::default() }).await;
+    let mut last = post(&server, json!({})).await;
+    for _ in 0..10 {
+        let reply = server.post(RESPONSES, &body(json!({"previous_response_id": last["id"]}))).await;
+        if reply.status != 200 {
+            assert_eq!((reply.status, reply.error_code().as_str()), (400, "out_of_range"));
+            assert_eq!(reply.json()["error"]["param"], "previous_response_id");
+            return;
+        }
+        last = reply.json();
+    }
+    panic!("it never ended");
+}
+
+#[tokio::test]
 async fn only_the_key_that_made_a_response_sees_it() {
     let folder = tempfile::tempdir().unwrap();
     let keys = ["ours", "theirs"].map(|key| ApiKey::new(key.into()).unwrap());

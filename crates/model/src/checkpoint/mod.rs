@@ -10,6 +10,7 @@ mod files;
 pub(crate) mod gguf;
 mod header;
 mod index;
+mod plain;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +21,7 @@ pub use files::{FileError, Files};
 pub(crate) use files::{OpenFile, Part};
 pub(crate) use header::Entry;
 use header::WEIGHTS;
+pub use plain::{StoredAs, Tensors};
 
 use crate::quant::{Encoding, Parts, StoredTensor};
 

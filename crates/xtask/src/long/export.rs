@@ -6,7 +6,7 @@ use std::{fs, path::Path, process::Command};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{say, timed};
+use super::{run, say, timed};
 
 /// Bundles under `models`, each with the options that its `handoff.json` was made with.
 const BUNDLES: [(&str, &[&str]); 2] = [
@@ -53,12 +53,6 @@ pub fn check(folder: &Path) -> Result<()> {
             Ok(())
         })?;
     }
-    Ok(())
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("{command:?}"))?;
-    ensure!(status.success(), "{command:?}: {status}");
     Ok(())
 }
 

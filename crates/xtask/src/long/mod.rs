@@ -1,16 +1,17 @@
 //! The checks that take too long, or need too much, for `.ci/run`: a file and a line of [`CHECKS`] each.
 
 mod export;
+mod minilm;
 mod rollouts;
 
-use std::{path::Path, time::Instant};
+use std::{path::Path, process::Command, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 
 /// A check: its name, and what fails if it does. It may keep what it needs in the folder, which is its own and stays.
 type Check = (&'static str, fn(&Path) -> Result<()>);
 
-const CHECKS: &[Check] = &[("export", export::check), ("rollouts", rollouts::check)];
+const CHECKS: &[Check] = &[("export", export::check), ("minilm", minilm::check), ("rollouts", rollouts::check)];
 
 /// Arguments of the chore.
 #[derive(clap::Args)]
@@ -43,6 +44,13 @@ fn timed<T>(name: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = step().with_context(|| name.to_owned());
     say(&format!("--- {name}: {:.1} s", start.elapsed().as_secs_f64()));
     result
+}
+
+/// Runs a command, which must succeed.
+fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("{command:?}"))?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
 }
 
 #[allow(clippy::print_stdout)] // the chore's result

