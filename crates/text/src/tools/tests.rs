@@ -260,7 +260,7 @@ fn a_single_call_ends_the_answer() {
             let mut splitter = splitter(syntax, true);
             let mut sent = Vec::new();
             let mut taken = 0;
-            for c in text.chars().take_while(|_| true) {
+            for c in text.chars() {
                 if splitter.is_over() {
                     break;
                 }
@@ -331,7 +331,7 @@ fn fragment() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1024))]
+    #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
     fn any_chunking_gives_what_the_whole_text_gives(
@@ -346,19 +346,13 @@ proptest! {
             let characters: Vec<String> = text.chars().map(String::from).collect();
             let characters: Vec<&str> = characters.iter().map(String::as_str).collect();
             prop_assert_eq!(&segments(splitter(syntax, single), &characters), &whole);
-            // What is sent stands in the text, in this order, but for arguments that were escaped or absent.
-            let mut rest = text.as_str();
-            for segment in &whole {
-                let part = match segment {
-                    Segment::Content(part) => part,
-                    Segment::Arguments { text: part, .. } if part != "{}" && rest.contains(part.as_str()) => part,
-                    _ => continue,
-                };
-                let content = matches!(segment, Segment::Content(_));
-                match rest.find(part.as_str()) {
-                    Some(at) => rest = &rest[at + part.len()..],
-                    None => prop_assert!(!content || part.chars().all(|c| text.contains(c)), "{:?}", part),
-                }
+            // Nothing is lost where nothing is called; else content stands in the text in its order, once.
+            let (content, calls) = joined(&whole);
+            if calls.is_empty() {
+                prop_assert_eq!(content, text.as_str());
+            } else {
+                let mut rest = text.chars();
+                prop_assert!(content.chars().all(|c| rest.any(|other| other == c)), "{:?}", content);
             }
         }
     }
