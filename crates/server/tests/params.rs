@@ -1,9 +1,16 @@
 //! Parameters on the bundled model over HTTP: what they promise of its own numbers.
 
+mod common;
+
 use std::path::Path;
 
 use baton_loadgen::{Client, LocalServer};
 use serde_json::{Value, json};
+
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/abacus");
+
+/// As the model's template writes a question.
+const QUESTION: &str = "<｜begin▁of▁sentence｜><｜User｜>What is 7 + 5?<｜Assistant｜>";
 
 async fn server() -> LocalServer {
     LocalServer::start(Path::new(env!("CARGO_BIN_EXE_baton")), &["--log-level", "warn"]).await.expect("it starts")
@@ -23,7 +30,7 @@ fn floats(value: &Value) -> Vec<f64> {
 async fn an_echo_scores_what_was_generated_as_the_generation_did() {
     let server = server().await;
     let client = server.client();
-    let fields = json!({"prompt": "<｜User｜>What is 7 + 5?<｜Assistant｜>", "max_tokens": 20, "temperature": 0,
+    let fields = json!({"prompt": QUESTION, "max_tokens": 20, "temperature": 0,
         "logprobs": 3, "return_token_ids": true, "ignore_eos": true});
     let choice = complete(&client, fields).await["choices"][0].clone();
     let all = [&choice["prompt_token_ids"], &choice["token_ids"]].map(|ids| ids.as_array().expect("ids").clone());
@@ -41,7 +48,7 @@ async fn the_best_of_several_is_the_likeliest_that_the_same_seed_gives() {
     let server = server().await;
     let client = server.client();
     let ask = async |n: u32, best_of: u32| {
-        let fields = json!({"prompt": "<｜User｜>Tell me of numbers.<｜Assistant｜>", "max_tokens": 12, "temperature": 1.5,
+        let fields = json!({"prompt": QUESTION, "max_tokens": 12, "temperature": 1.5,
             "seed": 3, "logprobs": 0, "n": n, "best_of": best_of, "ignore_eos": true});
         complete(&client, fields).await["choices"].as_array().expect("choices").clone()
     };
@@ -61,15 +68,22 @@ async fn words_and_ids_that_are_not_allowed_are_not_written() {
     let server = server().await;
     let client = server.client();
     let ask = async |extra: Value| {
-        let mut fields = json!({"prompt": "<｜User｜>What is 7 + 5?<｜Assistant｜>", "max_tokens": 40, "temperature": 0,
+        let mut fields = json!({"prompt": QUESTION, "max_tokens": 40, "temperature": 0,
             "return_token_ids": true});
         fields.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
         complete(&client, fields).await["choices"][0].clone()
     };
     let plain = ask(json!({})).await;
-    assert!(plain["text"].as_str().expect("text").contains("12"), "{plain}");
-    let without = ask(json!({"bad_words": ["12"]})).await;
-    assert!(!without["text"].as_str().expect("text").contains("12"), "{without}");
+    let ids = |choice: &Value| -> Vec<u32> { serde_json::from_value(choice["token_ids"].clone()).expect("ids") };
+    // A token that is a word of its own, so that the word is that token.
+    let text = common::text_model(Path::new(MODEL));
+    let is_word = |id: &u32| {
+        let word = text.decode(&[*id], true);
+        !word.trim().is_empty() && !word.starts_with(' ') && text.encode(&word, false).is_ok_and(|ids| ids == [*id])
+    };
+    let bad = ids(&plain).into_iter().find(is_word).expect("a word among forty tokens");
+    let without = ask(json!({"bad_words": [text.decode(&[bad], true)]})).await;
+    assert!(!ids(&without).contains(&bad), "{without}");
     let id = plain["token_ids"][1].clone();
     let only = ask(json!({"allowed_token_ids": [id], "max_tokens": 5})).await;
     assert_eq!(only["token_ids"], json!([id, id, id, id, id]));
