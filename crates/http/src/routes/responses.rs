@@ -32,7 +32,7 @@ pub(super) async fn create(
     let arrival = Instant::now();
     let config = service.config();
     let mut body = extract::json(request, config).await?;
-    let mut fields = Fields::new(body.object);
+    let mut fields = Fields::new(body.object).lenient(config.lenient);
     let store = config.store.as_ref().map(Store::responses);
     let keeping = Keeping::read(&mut fields, store.is_some())?;
     let history = match (store, &keeping.previous) {
