@@ -10,7 +10,7 @@ use std::time::Duration;
 use baton_model::{Adapter, ConstraintError, Grammar, SamplingParams, SequenceFailure};
 
 /// The engine's own number for a request; strings that clients send are never keys. Ids grow in the order of
-/// acceptance, and those of background requests are above all others: a smaller id goes first.
+/// acceptance, and those of background requests are above all others: of one priority, a smaller id goes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 

@@ -23,7 +23,7 @@ pub struct EngineStats {
     pub waiting_adapters: BTreeSet<[u8; 32]>,
     /// Gauges of the cache.
     pub blocks: BlockStats,
-    /// Counter: times a foreground sequence lost its blocks to an earlier one.
+    /// Counter: times a foreground sequence lost its blocks to one that goes before it.
     pub preemptions: u64,
     /// Counter: prompt tokens computed by steps, recomputation after a preemption included.
     pub prompt_tokens_computed: u64,

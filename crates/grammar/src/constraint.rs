@@ -130,8 +130,9 @@ impl Constraint for Following {
                 break;
             }
             let ahead = ahead.get_or_insert_with(|| self.clone());
-            ahead.accept(token)?;
-            masks.push(Some(ahead.mask()?));
+            // What cannot be followed behind a draft is no failure before it has become output.
+            let Ok(mask) = ahead.accept(token).and_then(|()| ahead.mask()) else { break };
+            masks.push(Some(mask));
         }
         Ok(masks)
     }

@@ -6,6 +6,7 @@
 mod compiler;
 mod constraint;
 mod error;
+mod finite;
 mod gbnf;
 mod lark;
 mod limits;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::{GrammarError, Limits, regex};
+use crate::{GrammarError, Limits, finite, regex};
 
 /// Keywords whose value is a schema.
 const ONE: &[&str] = &["items", "additionalItems", "additionalProperties"];
@@ -50,6 +50,9 @@ pub(crate) fn prepared(schema: &Value, limits: &Limits) -> Result<Value, Grammar
     }
     let mut schema = schema.clone();
     Walk { limits, left: limits.schemas }.schema(&mut schema, 0)?;
+    if !finite::may_end(&schema) {
+        return Err(GrammarError::Unsatisfiable);
+    }
     let mut object = match schema {
         Value::Object(object) => object,
         Value::Bool(true) => Map::new(),

@@ -250,8 +250,8 @@ impl Constraint for Thinker {
                 break;
             }
             let ahead = ahead.get_or_insert_with(|| self.clone());
-            ahead.accept(token)?;
-            masks.push(ahead.mask()?);
+            let Ok(mask) = ahead.accept(token).and_then(|()| ahead.mask()) else { break };
+            masks.push(mask);
         }
         Ok(masks)
     }

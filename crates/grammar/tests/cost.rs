@@ -92,3 +92,30 @@ fn masks_of_a_large_vocabulary_take_less_than_a_step() {
         assert!(masks[masks.len() / 2] < Duration::from_millis(10));
     }
 }
+
+/// Resident memory, in bytes.
+fn resident() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").expect("Linux");
+    pages.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).expect("a number") * 4096
+}
+
+#[test]
+#[ignore = "measures"]
+#[expect(clippy::print_stdout, reason = "figures are what this is for")]
+fn ten_thousand_schemas_keep_memory_under_the_cap() {
+    let limits = Limits::default();
+    let compiler = Compiler::new(large(32_000), limits.clone());
+    let compile = |i: usize| {
+        let properties: serde_json::Map<_, _> =
+            (0..20).map(|p| (format!("p{i}_{p}"), json!({ "type": "string", "maxLength": 1 + p }))).collect();
+        compiler
+            .compile(&Spec::JsonSchema(json!({ "type": "object", "properties": properties })), None)
+            .expect("valid");
+    };
+    (0..20).for_each(&compile);
+    let (before, begun) = (resident(), Instant::now());
+    (20..10_020).for_each(&compile);
+    let (grown, took) = (resident().saturating_sub(before), begun.elapsed());
+    println!("10,000 schemas: {took:?}, memory grew by {} KiB", grown >> 10);
+    assert!(grown < limits.cached_bytes);
+}

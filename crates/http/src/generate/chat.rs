@@ -91,6 +91,7 @@ pub(crate) async fn render_chat(
     mut request: ChatRequest,
 ) -> Result<RenderedChat, ApiError> {
     let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
+    // What an answer would be refused for is refused here too.
     ToolCalls::new(&generation.text, &request.tools)?;
     let how = How::new(&request, &generation);
     let (chat, model) = (input(&mut request), Arc::clone(&generation));
