@@ -62,7 +62,7 @@ impl MessageRequest {
 }
 
 /// A chat field's path in the words of this dialect.
-fn their_name(param: &str) -> String {
+pub(crate) fn their_name(param: &str) -> String {
     if let Some(rest) = param.strip_prefix("tools[") {
         return format!("tools[{rest}").replace(".function.parameters", ".input_schema").replace(".function", "");
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_grammar::Thinking;
-use baton_text::{ChatInput, TextError, TextModel};
+use baton_text::{ChatInput, TextError};
 use chrono::NaiveDateTime;
 
 use crate::access::AccessRecord;

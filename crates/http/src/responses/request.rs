@@ -146,7 +146,7 @@ impl ResponseRequest {
 }
 
 /// A chat field's path in the words of this dialect.
-fn their_name(param: &str) -> String {
+pub(crate) fn their_name(param: &str) -> String {
     match param {
         "max_tokens" => return "max_output_tokens".into(),
         "reasoning_effort" => return "reasoning.effort".into(),
