@@ -66,17 +66,13 @@ impl Translation {
         for name in known.unsupported {
             fields.take_if(name, |value| matches!(value, Value::Array(items) if items.is_empty()));
         }
-        let mut ignored = Vec::new();
         for name in fields.rest() {
-            match known.unsupported.contains(&name) {
-                _ if config.lenient => ignored.push(name.to_owned()),
-                true => return Err(ApiError::unsupported(name)),
-                false => return Err(ApiError::unknown_parameter(name)),
-            }
+            let unsupported = known.unsupported.contains(&name);
+            fields.ignore(name, if unsupported { ApiError::unsupported } else { ApiError::unknown_parameter })?;
         }
         let mut request = ChatRequest::read(self.0, config.max_n, config.lenient, budget)
             .map_err(|error| error.renamed(|param| rename(param)))?;
-        request.ignored.extend(ignored);
+        request.ignored.extend(fields.ignored());
         Ok(request)
     }
 }
@@ -90,12 +86,18 @@ pub(crate) struct Known {
 }
 
 /// A text, or an array of parts that are all of this type. The parts' texts, in order. `no_effect`: fields of a part
-/// that are accepted with any value.
-pub(crate) fn texts(path: &str, value: Value, kinds: &[&str], no_effect: &[&str]) -> Result<Vec<String>, ApiError> {
+/// that are accepted with any value; `parent`: what it stands in, at `path`.
+pub(crate) fn texts(
+    parent: &Fields,
+    path: &str,
+    value: Value,
+    kinds: &[&str],
+    no_effect: &[&str],
+) -> Result<Vec<String>, ApiError> {
     match value {
         Value::String(text) => Ok(vec![text]),
         Value::Array(parts) => {
-            let part = |(i, part)| text_part(Fields::of(format!("{path}[{i}]"), part)?, kinds, no_effect);
+            let part = |(i, part)| text_part(parent.item(format!("{path}[{i}]"), part)?, kinds, no_effect);
             parts.into_iter().enumerate().map(part).collect()
         }
         _ => Err(ApiError::wrong_type(path, "a string or an array of parts")),

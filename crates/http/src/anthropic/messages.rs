@@ -32,15 +32,15 @@ pub(super) fn read(fields: &mut Fields, system: Option<Vec<String>>) -> Result<M
         return Err(ApiError::out_of_range("messages", "an array of at least one message"));
     }
     for (i, message) in given.into_iter().enumerate() {
-        let mut message = Fields::of(format!("messages[{i}]"), message)?;
+        let mut message = fields.item(format!("messages[{i}]"), message)?;
         let role = message.string("role")?;
         let path = message.path("content");
         let content = message.take("content");
         let content = message.required("content", content)?;
         match message.required("role", role)?.as_str() {
-            "user" => user(&path, content, &mut messages)?,
-            "assistant" => messages.push(assistant(&path, content)?),
-            "system" => messages.push(text_message("system", &texts(&path, content, &["text"], NO_EFFECT)?)),
+            "user" => user(&message, content, &mut messages)?,
+            "assistant" => messages.push(assistant(&message, content)?),
+            "system" => messages.push(text_message("system", &texts(&message, &path, content, &["text"], NO_EFFECT)?)),
             _ => return Err(ApiError::out_of_range(&message.path("role"), "user, assistant or system")),
         }
         message.finish()?;
@@ -57,17 +57,17 @@ fn text_message(role: &str, texts: &[String]) -> Value {
 }
 
 /// The blocks of a message's content; a text is one block.
-fn blocks(path: &str, content: Value) -> Result<Vec<Value>, ApiError> {
+fn blocks(message: &Fields, content: Value) -> Result<Vec<Value>, ApiError> {
     match content {
         Value::String(text) => Ok(vec![json!({"type": "text", "text": text})]),
         Value::Array(blocks) => Ok(blocks),
-        _ => Err(ApiError::wrong_type(path, "a string or an array of blocks")),
+        _ => Err(ApiError::wrong_type(&message.path("content"), "a string or an array of blocks")),
     }
 }
 
 /// A block's type and its other fields.
-fn block(path: &str, i: usize, block: Value) -> Result<(String, Fields), ApiError> {
-    let mut block = Fields::of(format!("{path}[{i}]"), block)?;
+fn block(message: &Fields, i: usize, block: Value) -> Result<(String, Fields), ApiError> {
+    let mut block = message.item(format!("{}[{i}]", message.path("content")), block)?;
     block.take("cache_control");
     let kind = block.string("type")?;
     Ok((block.required("type", kind)?, block))
@@ -79,10 +79,10 @@ fn text_of(block: &mut Fields) -> Result<String, ApiError> {
     block.required("text", text)
 }
 
-fn user(path: &str, content: Value, out: &mut Vec<Value>) -> Result<(), ApiError> {
+fn user(message: &Fields, content: Value, out: &mut Vec<Value>) -> Result<(), ApiError> {
     let mut text = Vec::new();
-    for (i, value) in blocks(path, content)?.into_iter().enumerate() {
-        let (kind, mut block) = block(path, i, value)?;
+    for (i, value) in blocks(message, content)?.into_iter().enumerate() {
+        let (kind, mut block) = block(message, i, value)?;
         match kind.as_str() {
             "text" => text.push(text_of(&mut block)?),
             "tool_result" => {
@@ -108,7 +108,8 @@ fn tool_result(block: &mut Fields) -> Result<Value, ApiError> {
     // What went wrong is said by the content: chat templates have no place for the flag.
     block.bool("is_error")?;
     let path = block.path("content");
-    let content = block.take("content").map(|content| texts(&path, content, &["text"], NO_EFFECT));
+    let content = block.take("content");
+    let content = content.map(|content| texts(block, &path, content, &["text"], NO_EFFECT));
     let Value::Object(mut message) = text_message("tool", &content.transpose()?.unwrap_or_default()) else {
         unreachable!("made as an object")
     };
@@ -116,10 +117,10 @@ fn tool_result(block: &mut Fields) -> Result<Value, ApiError> {
     Ok(message.into())
 }
 
-fn assistant(path: &str, content: Value) -> Result<Value, ApiError> {
+fn assistant(message: &Fields, content: Value) -> Result<Value, ApiError> {
     let (mut text, mut thinking, mut calls) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, value) in blocks(path, content)?.into_iter().enumerate() {
-        let (kind, mut block) = block(path, i, value)?;
+    for (i, value) in blocks(message, content)?.into_iter().enumerate() {
+        let (kind, mut block) = block(message, i, value)?;
         match kind.as_str() {
             "text" => text.push(text_of(&mut block)?),
             "thinking" => {
@@ -133,20 +134,20 @@ fn assistant(path: &str, content: Value) -> Result<Value, ApiError> {
         }
         block.finish()?;
     }
-    let mut message = Map::new();
-    message.insert("role".into(), "assistant".into());
+    let mut out = Map::new();
+    out.insert("role".into(), "assistant".into());
     thinking.retain(|thought| !thought.is_empty());
     if !thinking.is_empty() {
-        message.insert("reasoning_content".into(), thinking.join("\n").into());
+        out.insert("reasoning_content".into(), thinking.join("\n").into());
     }
-    message.insert(
+    out.insert(
         "content".into(),
         if text.is_empty() && !calls.is_empty() { Value::Null } else { text.join("\n").into() },
     );
     if !calls.is_empty() {
-        message.insert("tool_calls".into(), calls.into());
+        out.insert("tool_calls".into(), calls.into());
     }
-    Ok(message.into())
+    Ok(out.into())
 }
 
 fn tool_use(block: &mut Fields) -> Result<Value, ApiError> {

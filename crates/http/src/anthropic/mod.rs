@@ -12,4 +12,4 @@ mod request;
 
 pub(crate) use errors::layer;
 pub(crate) use reply::MessageFormat;
-pub(crate) use request::MessageRequest;
+pub(crate) use request::{MessageRequest, their_name};

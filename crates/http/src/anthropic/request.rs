@@ -29,7 +29,7 @@ impl MessageRequest {
         budget: &mut usize,
         counts: bool,
     ) -> Result<Self, ApiError> {
-        let mut fields = Fields::new(body);
+        let mut fields = Fields::new(body).lenient(config.lenient);
         let mut chat = Translation::default();
         for same in ["model", "stream", "temperature", "top_p", "top_k"] {
             chat.pass(&mut fields, same, same);
@@ -45,8 +45,10 @@ impl MessageRequest {
             return Err(ApiError::unsupported("speed"));
         }
 
-        let system = fields.take("system").map(|system| texts("system", system, &["text"], messages::NO_EFFECT));
-        let read = messages::read(&mut fields, system.transpose()?)?;
+        let system = fields.take("system");
+        let system =
+            system.map(|system| texts(&fields, "system", system, &["text"], messages::NO_EFFECT)).transpose()?;
+        let read = messages::read(&mut fields, system)?;
         chat.set("messages", read.messages);
         if read.continues {
             chat.set("continue_final_message", true);
@@ -60,7 +62,7 @@ impl MessageRequest {
 }
 
 /// A chat field's path in the words of this dialect.
-fn their_name(param: &str) -> String {
+pub(crate) fn their_name(param: &str) -> String {
     if let Some(rest) = param.strip_prefix("tools[") {
         return format!("tools[{rest}").replace(".function.parameters", ".input_schema").replace(".function", "");
     }
@@ -117,7 +119,7 @@ fn output_config(fields: &mut Fields, chat: &mut Translation) -> Result<(), ApiE
 
 fn tools(fields: &mut Fields, chat: &mut Translation) -> Result<(), ApiError> {
     if let Some(tools) = fields.array("tools")? {
-        let tools = tools.into_iter().enumerate().map(|(i, tool)| self::tool(Fields::of(format!("tools[{i}]"), tool)?));
+        let tools = tools.into_iter().enumerate().map(|(i, value)| tool(fields.item(format!("tools[{i}]"), value)?));
         chat.set("tools", tools.collect::<Result<Vec<_>, _>>()?);
     }
     let Some(mut choice) = fields.object("tool_choice")? else { return Ok(()) };

@@ -16,7 +16,7 @@ const MAX_ITEMS: usize = 4096;
 const PART_NO_EFFECT: &[&str] = &["annotations", "logprobs", "prompt_cache_breakpoint"];
 
 /// Reads `input`: a text, or items.
-pub(super) fn read(input: Value) -> Result<Vec<Value>, ApiError> {
+pub(super) fn read(fields: &Fields, input: Value) -> Result<Vec<Value>, ApiError> {
     let items = match input {
         Value::String(text) => vec![json!({"role": "user", "content": text})],
         Value::Array(items) => items,
@@ -25,7 +25,7 @@ pub(super) fn read(input: Value) -> Result<Vec<Value>, ApiError> {
     if items.len() > MAX_ITEMS {
         return Err(ApiError::out_of_range("input", format!("an array of at most {MAX_ITEMS} items")));
     }
-    items.into_iter().enumerate().map(|(i, value)| item(Fields::of(format!("input[{i}]"), value)?)).collect()
+    items.into_iter().enumerate().map(|(i, value)| item(fields.item(format!("input[{i}]"), value)?)).collect()
 }
 
 fn item(mut item: Fields) -> Result<Value, ApiError> {
@@ -52,7 +52,7 @@ fn item(mut item: Fields) -> Result<Value, ApiError> {
             let call_id = item.string("call_id")?;
             let call_id = item.required("call_id", call_id)?;
             let (path, output) = (item.path("output"), item.take("output"));
-            let output = texts(&path, item.required("output", output)?, &["input_text"], PART_NO_EFFECT)?;
+            let output = texts(&item, &path, item.required("output", output)?, &["input_text"], PART_NO_EFFECT)?;
             item.take("caller");
             let id = id.unwrap_or_else(|| new_id("fco"));
             json!({"type": "function_call_output", "id": id, "call_id": call_id, "output": output.join("\n"),
@@ -73,7 +73,8 @@ fn message(item: &mut Fields, id: Option<String>) -> Result<Value, ApiError> {
     }
     item.take("phase");
     let (path, content) = (item.path("content"), item.take("content"));
-    let content = texts(&path, item.required("content", content)?, &["input_text", "output_text"], PART_NO_EFFECT)?;
+    let content =
+        texts(item, &path, item.required("content", content)?, &["input_text", "output_text"], PART_NO_EFFECT)?;
     let part = |text: String| match role.as_str() {
         "assistant" => json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []}),
         _ => json!({"type": "input_text", "text": text}),
@@ -87,7 +88,7 @@ fn message(item: &mut Fields, id: Option<String>) -> Result<Value, ApiError> {
 fn reasoning(item: &mut Fields, id: Option<String>) -> Result<Value, ApiError> {
     let mut parts = |name: &str, kind: &str| {
         let (path, parts) = (item.path(name), item.take(name));
-        let texts = parts.map(|parts| texts(&path, parts, &[kind], &[])).transpose()?.unwrap_or_default();
+        let texts = parts.map(|parts| texts(item, &path, parts, &[kind], &[])).transpose()?.unwrap_or_default();
         Ok(texts.into_iter().map(|text| json!({"type": kind, "text": text})).collect::<Vec<_>>())
     };
     let (summary, content) = (parts("summary", "summary_text")?, parts("content", "reasoning_text")?);
@@ -203,10 +204,11 @@ mod tests {
             {"role": "assistant", "content": "really"},
             {"role": "developer", "content": "stop"},
         ]);
-        let read = read(items).unwrap();
+        let fields = Fields::new(Map::new());
+        let read = read(&fields, items).unwrap();
         assert_eq!(Value::from(messages(&read)), expected);
         // What is kept can be read in again and means the same.
-        let again = super::read(read.clone().into()).unwrap();
+        let again = super::read(&fields, read.clone().into()).unwrap();
         assert_eq!(again, read);
     }
 }

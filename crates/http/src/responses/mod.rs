@@ -13,5 +13,5 @@ mod store;
 
 pub(crate) use background::run as run_in_background;
 pub(crate) use reply::ResponseFormat;
-pub(crate) use request::{Keeping, ResponseRequest};
+pub(crate) use request::{Keeping, ResponseRequest, their_name};
 pub(crate) use store::{PREFIX, Record, Responses};

@@ -81,7 +81,7 @@ impl ResponseRequest {
         chat.pass(&mut fields, "model", "model");
         let instructions = fields.string("instructions")?;
         let given = fields.take("input");
-        let input = input::read(fields.required("input", given)?)?;
+        let input = input::read(&fields, fields.required("input", given)?)?;
         let mut messages = input::messages(&[history, &input].concat());
         if messages.is_empty() {
             return Err(ApiError::out_of_range("input", "at least one item"));
@@ -146,7 +146,7 @@ impl ResponseRequest {
 }
 
 /// A chat field's path in the words of this dialect.
-fn their_name(param: &str) -> String {
+pub(crate) fn their_name(param: &str) -> String {
     match param {
         "max_tokens" => return "max_output_tokens".into(),
         "reasoning_effort" => return "reasoning.effort".into(),
@@ -257,7 +257,7 @@ fn tool_choice(fields: &mut Fields, chat: &mut Translation) -> Result<Value, Api
             chat.set("tool_choice", word.as_str());
             return Ok(word.into());
         }
-        Some(value) => Fields::of("tool_choice".into(), value)?,
+        Some(value) => fields.item("tool_choice".into(), value)?,
     };
     let kind = choice.string("type")?;
     match choice.required("type", kind)?.as_str() {
@@ -274,7 +274,7 @@ fn tool_choice(fields: &mut Fields, chat: &mut Translation) -> Result<Value, Api
             choice.finish()?;
             let (mut shown, mut allowed) = (Vec::new(), Vec::new());
             for (i, tool) in tools.into_iter().enumerate() {
-                let mut tool = Fields::of(format!("tool_choice.tools[{i}]"), tool)?;
+                let mut tool = choice.item(format!("tool_choice.tools[{i}]"), tool)?;
                 let kind = word(&mut tool, "type", &["function"])?;
                 tool.required("type", kind)?;
                 let name = function_name(tool)?;
@@ -302,7 +302,7 @@ fn tools(fields: &mut Fields, chat: &mut Translation) -> Result<Value, ApiError>
     let Some(tools) = fields.array("tools")?.filter(|tools| !tools.is_empty()) else { return Ok(json!([])) };
     let (mut shown, mut functions) = (Vec::new(), Vec::new());
     for (i, tool) in tools.into_iter().enumerate() {
-        let mut tool = Fields::of(format!("tools[{i}]"), tool)?;
+        let mut tool = fields.item(format!("tools[{i}]"), tool)?;
         let kind = tool.string("type")?;
         if tool.required("type", kind)? != "function" {
             return Err(ApiError::unsupported(&tool.path("type")));

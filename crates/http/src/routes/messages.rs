@@ -9,7 +9,7 @@ use axum::response::Response;
 use serde_json::{Value, json};
 
 use crate::access::AccessRecord;
-use crate::anthropic::{MessageFormat, MessageRequest};
+use crate::anthropic::{self, MessageFormat, MessageRequest};
 use crate::error::ApiError;
 use crate::extract;
 use crate::generate::{StartedChat, render_chat, respond, start_chat};
@@ -29,7 +29,7 @@ pub(super) async fn create(
         MessageRequest::read(body.object, config, &mut body.values_left, false)?;
     let ignored = std::mem::take(&mut chat.ignored);
     let (stream, stops) = (chat.params.stream, chat.params.stop.clone());
-    let StartedChat { choices, target, .. } = start_chat(&service, record, arrival, chat).await?;
+    let StartedChat { choices, target, .. } = start_chat(&service, record, arrival, chat).await.map_err(theirs)?;
     let envelope = Envelope::new("msg", &target, false);
     let format = MessageFormat::new(envelope, choices.usage().prompt_tokens, stops, omit_thinking);
     let mut response = respond(choices, format, stream, config.keep_alive).await?;
@@ -45,6 +45,11 @@ pub(super) async fn count_tokens(
     let config = service.config();
     let mut body = extract::json(request, config).await?;
     let MessageRequest { chat, .. } = MessageRequest::read(body.object, config, &mut body.values_left, true)?;
-    let rendered = render_chat(&service, &record, chat).await?;
+    let rendered = render_chat(&service, &record, chat).await.map_err(theirs)?;
     Ok(Json(json!({"input_tokens": rendered.prompt.ids.len()})))
+}
+
+/// What is wrong only for this model, in the words of this dialect.
+fn theirs(error: ApiError) -> ApiError {
+    error.renamed(anthropic::their_name)
 }

@@ -18,7 +18,7 @@ use crate::fields::Fields;
 use crate::generate::{StartedChat, start_chat, stream};
 use crate::openai::list::{Page, Paging};
 use crate::openai::shared::Envelope;
-use crate::responses::{Keeping, Record, ResponseFormat, ResponseRequest, Responses, run_in_background};
+use crate::responses::{Keeping, Record, ResponseFormat, ResponseRequest, Responses, run_in_background, their_name};
 use crate::routes::warn;
 use crate::service::Service;
 use crate::store::Store;
@@ -32,7 +32,7 @@ pub(super) async fn create(
     let arrival = Instant::now();
     let config = service.config();
     let mut body = extract::json(request, config).await?;
-    let mut fields = Fields::new(body.object);
+    let mut fields = Fields::new(body.object).lenient(config.lenient);
     let store = config.store.as_ref().map(Store::responses);
     let keeping = Keeping::read(&mut fields, store.is_some())?;
     let history = match (store, &keeping.previous) {
@@ -43,7 +43,9 @@ pub(super) async fn create(
     let ResponseRequest { mut chat, input, shown } = request;
     let ignored = std::mem::take(&mut chat.ignored);
     let streamed = chat.params.stream;
-    let StartedChat { mut choices, generation, target } = start_chat(&service, record, arrival, chat).await?;
+    let started = start_chat(&service, record, arrival, chat).await;
+    // What is wrong only for this model, in the words of this dialect.
+    let StartedChat { mut choices, generation, target } = started.map_err(|error| error.renamed(their_name))?;
     let envelope = Envelope::new("resp", &target, false);
     let mut format = ResponseFormat::new(envelope, generation, shown, &keeping);
 

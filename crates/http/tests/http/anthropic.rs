@@ -283,6 +283,26 @@ async fn bad_requests_are_refused_in_its_form_by_their_own_names() {
 }
 
 #[tokio::test]
+async fn a_lenient_server_names_what_it_ignored_however_deep_it_stands() {
+    let config = ServiceConfig { lenient: true, ..ServiceConfig::default() };
+    let server = Setup { config, ..Setup::default() }.start().await;
+    let content = json!([{"type": "text", "text": "What is 1 + 1?", "mood": 1}]);
+    let message = json!({"messages": [{"role": "user", "content": content}], "unheard_of": 1, "container": "x"});
+    let part = json!([{"type": "input_text", "text": "What is 1 + 1?", "mood": 1}]);
+    let response = json!({"input": [{"role": "user", "content": part}], "unheard_of": 1, "conversation": "x"});
+    let cases = [
+        (MESSAGES, body(message), ["messages[0].content[0].mood", "unheard_of", "container"]),
+        ("/v1/responses", response, ["input[0].content[0].mood", "unheard_of", "conversation"]),
+    ];
+    for (path, body, ignored) in cases {
+        let reply = server.post(path, &body).await;
+        assert_eq!(reply.status, 200, "{reply:?}");
+        let warning = reply.header("warning").unwrap();
+        assert!(ignored.iter().all(|name| warning.contains(name)), "{warning}");
+    }
+}
+
+#[tokio::test]
 async fn whoever_refuses_on_its_routes_does_so_in_its_form() {
     let key = ApiKey::new("secret".into()).unwrap();
     let config = ServiceConfig { api_keys: vec![key], body_limit_bytes: 1000, ..ServiceConfig::default() };
