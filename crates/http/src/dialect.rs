@@ -47,8 +47,8 @@ impl Translation {
         }
     }
 
-    /// Reads the chat request. `fields`: what is left of the dialect's; of those it lists, the first three kinds are of
-    /// no effect, refused as unsupported, and refused as unknown; `rename` gives a chat field's name in the dialect.
+    /// Reads the chat request. `fields`: what is left of the dialect's own, of which the extensions are taken over and
+    /// the rest refused unless it is `known` to have no effect. `rename` gives a chat field's path in the dialect.
     pub fn read(
         mut self,
         mut fields: Fields,
@@ -62,6 +62,9 @@ impl Translation {
         }
         for name in known.no_effect {
             fields.take(name);
+        }
+        for name in known.unsupported {
+            fields.take_if(name, |value| matches!(value, Value::Array(items) if items.is_empty()));
         }
         let mut ignored = Vec::new();
         for name in fields.rest() {
@@ -82,7 +85,7 @@ impl Translation {
 pub(crate) struct Known {
     /// Accepted with any value.
     pub no_effect: &'static [&'static str],
-    /// Would change the output.
+    /// Would change the output, unless empty.
     pub unsupported: &'static [&'static str],
 }
 

@@ -85,6 +85,13 @@ impl Fields {
         self.map.shift_remove(name).filter(|value| !value.is_null())
     }
 
+    /// Takes a field whose value is like this.
+    pub fn take_if(&mut self, name: &str, like: impl FnOnce(&Value) -> bool) {
+        if self.map.get(name).is_some_and(like) {
+            self.map.shift_remove(name);
+        }
+    }
+
     /// A field that must be there.
     pub fn required<T>(&self, name: &str, value: Option<T>) -> Result<T, ApiError> {
         value.ok_or_else(|| ApiError::missing(&self.path(name)))

@@ -31,25 +31,15 @@ impl MessageRequest {
     ) -> Result<Self, ApiError> {
         let mut fields = Fields::new(body);
         let mut chat = Translation::default();
-        for (theirs, ours) in [
-            ("model", "model"),
-            ("max_tokens", "max_tokens"),
-            ("stream", "stream"),
-            ("temperature", "temperature"),
-            ("top_p", "top_p"),
-            ("top_k", "top_k"),
-            ("stop_sequences", "stop"),
-        ] {
-            let value = fields.take(theirs);
-            if theirs == "max_tokens" && value.is_none() && !counts {
-                return Err(ApiError::missing("max_tokens"));
-            }
-            if theirs == "stop_sequences" && value.as_ref().is_some_and(|value| !value.is_array()) {
-                return Err(ApiError::wrong_type("stop_sequences", "an array of strings"));
-            }
-            if let Some(value) = value {
-                chat.set(ours, value);
-            }
+        for same in ["model", "stream", "temperature", "top_p", "top_k"] {
+            chat.pass(&mut fields, same, same);
+        }
+        let max_tokens = fields.count("max_tokens", 1)?;
+        if !counts {
+            chat.set("max_tokens", fields.required("max_tokens", max_tokens)?);
+        }
+        if let Some(stops) = fields.array("stop_sequences")? {
+            chat.set("stop", stops);
         }
         if word(&mut fields, "speed", &["standard", "fast"])? == Some("fast") {
             return Err(ApiError::unsupported("speed"));
@@ -84,7 +74,8 @@ fn their_name(param: &str) -> String {
     names.iter().find(|(ours, _)| *ours == param).map_or(param, |(_, theirs)| theirs).to_owned()
 }
 
-/// Sets whether the model thinks and for how long. As with Anthropic, it does not unless asked to. True if its thinking is not to be shown.
+/// Sets whether the model thinks and for how long; as with Anthropic, it does not unless it is asked to. True if its
+/// thinking is not to be shown.
 fn thinking(fields: &mut Fields, chat: &mut Translation) -> Result<bool, ApiError> {
     let Some(mut thinking) = fields.object("thinking")? else {
         chat.set("thinking", json!({"type": "disabled"}));

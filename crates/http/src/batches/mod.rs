@@ -27,10 +27,10 @@ pub(crate) use run::{cancel, resume, start};
 
 /// Lines of all batches that are answered at once; requests of clients come before them in the engine's queue.
 const LINES_AT_ONCE: usize = 16;
-/// Batches that have not ended, at most.
+/// Batches of one owner that have not ended, at most.
 const MAX_OPEN: usize = 100;
-/// Batches that are kept.
-const MAX_KEPT: usize = 10_000;
+/// Batches of one owner that are kept; beyond them the oldest that have ended are forgotten, but for their files.
+const MAX_KEPT: usize = 1000;
 
 /// All batches of a state folder.
 #[derive(Debug)]
@@ -102,19 +102,29 @@ impl Batches {
         self.running.idle().await;
     }
 
-    /// Whether there is room for another batch.
-    fn check_count(&self) -> Result<(), ApiError> {
+    /// Whether this owner may begin another batch.
+    fn check_count(&self, owner: Owner) -> Result<(), ApiError> {
         let all = self.all.lock();
-        let open = all.values().filter(|entry| !entry.batch.status.is_final()).count();
-        if open >= MAX_OPEN {
-            return Err(ApiError::too_many(&format!(
-                "at most {MAX_OPEN} batches may be under way; wait for one to end"
-            )));
-        }
-        match all.len() < MAX_KEPT {
-            true => Ok(()),
-            false => Err(ApiError::storage_full("as many batches are kept as can be")),
-        }
+        let open = all.values().filter(|entry| entry.owner == owner && !entry.batch.status.is_final()).count();
+        let message = format!("at most {MAX_OPEN} batches may be under way; wait for one to end");
+        if open < MAX_OPEN { Ok(()) } else { Err(ApiError::too_many(&message)) }
+    }
+
+    /// Puts a new batch on disk, and forgets the oldest of its owner that are too many.
+    fn add(&self, id: String, entry: Entry) -> io::Result<()> {
+        self.folder.put(&id, entry.owner, &entry.batch)?;
+        let forgotten: Vec<_> = {
+            let mut all = self.all.lock();
+            let owner = entry.owner;
+            all.insert(id, entry);
+            let own = all.values().filter(|entry| entry.owner == owner).count();
+            let ended = all.iter().filter(|(_, entry)| entry.owner == owner && entry.batch.status.is_final());
+            let mut ended: Vec<_> = ended.map(|(id, entry)| (entry.batch.created_at, id.clone())).collect();
+            ended.sort();
+            ended.truncate(own.saturating_sub(MAX_KEPT));
+            ended.into_iter().map(|(_, id)| id).inspect(|id| drop(all.remove(id))).collect()
+        };
+        forgotten.iter().try_for_each(|id| self.folder.remove(id).map(drop))
     }
 
     /// Changes a batch, in memory and then on disk.

@@ -37,22 +37,13 @@ pub(crate) async fn start(service: &Service, owner: Owner, new: NewBatch) -> Res
     files.get(&new.input_file_id, owner).map_err(|_| {
         ApiError::invalid("input_file_id", "input_file_id must be the id of a file of this key, uploaded for batches")
     })?;
-    batches.check_count()?;
+    batches.check_count(owner)?;
     let id = batches.folder.new_id();
     let batch = new.batch(files.new_id(), files.new_id());
     let object = batch.object(&id);
     let entry = Entry { owner, batch, cancel: CancellationToken::new() };
-    service
-        .disk_work({
-            let (id, entry) = (id.clone(), entry.clone());
-            let batches = batches.clone();
-            move || {
-                batches.folder.put(&id, owner, &entry.batch)?;
-                batches.all.lock().insert(id, entry);
-                Ok(())
-            }
-        })
-        .await?;
+    let added = (id.clone(), entry.clone());
+    service.disk_work(move || batches.add(added.0, added.1)).await?;
     spawn(service, id, entry);
     Ok(object)
 }

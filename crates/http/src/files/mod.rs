@@ -24,7 +24,7 @@ use crate::store::{Folder, StoreLimits};
 pub(crate) use download::Download;
 pub(crate) use upload::receive;
 
-/// Files that are kept at once.
+/// Files of one owner that are kept at once.
 const MAX_FILES: usize = 10_000;
 
 /// What is known of a file.
@@ -154,13 +154,13 @@ impl Files {
         Ok(())
     }
 
-    /// Removes what has expired.
-    fn sweep(&self) -> io::Result<()> {
+    /// Removes what has expired, but for what is in use.
+    fn sweep(&self, in_use: impl Fn(&str) -> bool) -> io::Result<()> {
         let expired: Vec<_> = {
             let state = self.state.lock();
             state.files.iter().filter(|(_, (_, info))| info.is_expired()).map(|(id, _)| id.clone()).collect()
         };
-        expired.iter().try_for_each(|id| self.remove(id))
+        expired.iter().filter(|id| !in_use(id)).try_for_each(|id| self.remove(id))
     }
 
     /// Where bytes lie, or will lie, that get a record when they are complete.
@@ -197,9 +197,9 @@ impl Files {
         state.used_bytes = state.used_bytes.saturating_sub(bytes);
     }
 
-    /// Whether there is room for another file.
-    fn check_count(&self) -> Result<(), ApiError> {
-        match self.state.lock().files.len() < MAX_FILES {
+    /// Whether there is room for another file of this owner.
+    fn check_count(&self, owner: Owner) -> Result<(), ApiError> {
+        match self.state.lock().files.values().filter(|(of, _)| *of == owner).count() < MAX_FILES {
             true => Ok(()),
             false => Err(ApiError::storage_full("as many files are kept as can be; delete some first")),
         }

@@ -30,16 +30,16 @@ const BATCH: &str = "batch";
 
 /// Receives the file of a form.
 pub(crate) async fn receive(service: &Service, owner: Owner, request: Request) -> Result<FileObject, ApiError> {
-    let files = service.store()?.files().clone();
+    let store = service.store()?.clone();
+    let files = store.files().clone();
     let limit = files.limits.file_bytes;
     let (parts, body) = request.into_parts();
     if extract::announced(&parts.headers).is_some_and(|length| length > limit + FORM_BYTES) {
         extract::refuse_body(&parts.headers, body);
         return Err(ApiError::request_too_large(limit as usize));
     }
-    let clean = files.clone();
-    service.disk_work(move || clean.sweep()).await?;
-    files.check_count()?;
+    service.disk_work(move || store.files().sweep(|id| store.batches().uses(id))).await?;
+    files.check_count(owner)?;
     let mut form = Multipart::new(&parts.headers, body, limit + FORM_BYTES, service.config().body_timeout)?;
     let received = read(service, &files, &mut form).await;
     let (upload, filename, expires_after) = match received {

@@ -41,7 +41,7 @@ pub(crate) async fn start_chat(
         let encode: Encode = Box::new(move |candidate| Ok(encode(candidate, chat, how)?.ids));
         (shadow, encode)
     });
-    let (model, words) = (Arc::clone(&generation), std::mem::take(&mut request.params.bad_words));
+    let (model, words) = (Arc::clone(&generation), mem::take(&mut request.params.bad_words));
     let work = move || Ok((encode(&model, chat, how)?, bad_words(&model.text, &words)?));
     let (prompt, bad_words) = service.text_work(work).await?;
 
@@ -91,6 +91,7 @@ pub(crate) async fn render_chat(
     mut request: ChatRequest,
 ) -> Result<RenderedChat, ApiError> {
     let Pick { generation, target, .. } = service.pick(record, request.model.as_deref())?;
+    // What an answer would be refused for is refused here too.
     ToolCalls::new(&generation.text, &request.tools)?;
     let how = How::new(&request, &generation);
     let (chat, model) = (input(&mut request), Arc::clone(&generation));
@@ -126,17 +127,6 @@ impl How {
         let encoding = Encoding::new(&request.params, false, generation.card.defaults.max_new_tokens);
         Self { field: request.field, now: chrono::Local::now().naive_local(), effort: request.effort, encoding }
     }
-}
-
-/// Where an output begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    /// Before any reasoning.
-    Before,
-    /// In reasoning that the prompt has opened.
-    Inside,
-    /// Behind reasoning that the prompt has closed.
-    Behind,
 }
 
 /// The prompt that a chat becomes.

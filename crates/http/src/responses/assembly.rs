@@ -191,9 +191,9 @@ impl Assembly {
         };
         let score = |score: &Score| {
             let top: Vec<_> = score.top.iter().map(|&(token, logprob)| alternative(token, logprob)).collect();
-            Some(with(alternative(score.token, score.logprob?), json!({"top_logprobs": top})))
+            with(alternative(score.token, score.logprob.unwrap_or_default()), json!({"top_logprobs": top}))
         };
-        scores.iter().filter_map(score).collect()
+        scores.iter().map(score).collect()
     }
 }
 

@@ -278,7 +278,7 @@ async fn bad_requests_are_refused_in_its_form_by_their_own_names() {
             assert!(named, "{name}: {message}");
         }
     }
-    assert_eq!(post(&server, json!({"metadata": {"user_id": "x"}, "service_tier": "auto"})).await.status, 200);
+    assert_eq!(post(&server, json!({"metadata": {"user_id": "x"}, "mcp_servers": []})).await.status, 200);
     server.blocks_are_free().await;
 }
 

@@ -4,11 +4,12 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use baton_engine::{DraftMethod, EngineConfig, SpeculationConfig};
-use baton_http::ApiKey;
+use baton_http::{ApiKey, Store, StoreLimits};
 use serde_json::json;
+use tempfile::TempDir;
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::harness::{CHAT, COMPLETIONS, Server, Setup, chat_body, request, with};
+use crate::harness::{CHAT, COMPLETIONS, Reply, Server, Setup, chat_body, request, with};
 
 const PUBLIC: [&str; 10] = [
     "/live",
@@ -57,6 +58,18 @@ async fn every_route_but_the_public_ones_needs_a_key() {
         ("POST", "/admin/rollout/promote"),
         ("POST", "/admin/rollout/rollback"),
         ("POST", "/admin/rollout/nope"),
+        ("POST", "/v1/chat/completions/render"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("GET", "/v1/files"),
+        ("POST", "/v1/files"),
+        ("GET", "/v1/files/file-0"),
+        ("DELETE", "/v1/files/file-0"),
+        ("GET", "/v1/files/file-0/content"),
+        ("GET", "/v1/batches"),
+        ("POST", "/v1/batches"),
+        ("GET", "/v1/batches/batch_0"),
+        ("POST", "/v1/batches/batch_0/cancel"),
         ("OPTIONS", CHAT),
         ("GET", "//v1/models"),
         ("GET", "/v1/../live"),
@@ -88,6 +101,50 @@ async fn every_route_but_the_public_ones_needs_a_key() {
     }
     let absolute = request("GET", "http://elsewhere/v1/models", "authorization: Bearer first-key\r\n", b"");
     assert_eq!(server.raw(&absolute).await.status, 200);
+}
+
+#[tokio::test]
+async fn head_is_get_without_the_body_on_every_route_and_options_say_what_a_route_takes() {
+    let dir = TempDir::new().unwrap();
+    let mut setup = Setup::default();
+    setup.config.admin_api_keys = vec![ApiKey::new("admin".into()).unwrap()];
+    setup.config.store =
+        Some(Store::open(dir.path(), StoreLimits { file_bytes: 1 << 20, total_bytes: 1 << 20 }).unwrap());
+    let server = setup.start().await;
+    let key = "authorization: Bearer admin\r\n";
+    let routes = [
+        "/v1/models",
+        "/v1/models/tiny",
+        "/v1/models/tiny/load-report",
+        "/v1/files",
+        "/v1/files/file-0",
+        "/v1/batches",
+        "/v1/batches/batch_0",
+        "/admin/generations",
+        "/admin/rollout",
+        "/nope",
+    ];
+    for path in PUBLIC.iter().chain(&routes) {
+        let (get, head) = (request("GET", path, key, b""), request("HEAD", path, key, b""));
+        let (get, head) = (server.raw(&get).await, server.raw(&head).await);
+        let headers = |reply: &Reply| -> Vec<_> {
+            let lasting = |(name, _): &&(String, String)| name != "x-request-id" && name != "date";
+            reply.headers.iter().filter(lasting).cloned().collect()
+        };
+        assert_eq!((head.status, headers(&head), head.body.as_str()), (get.status, headers(&get), ""), "{path}");
+    }
+    for (path, allow) in [
+        ("/v1/files", "POST,GET,HEAD"),
+        ("/v1/files/file-0", "GET,HEAD,DELETE"),
+        ("/v1/batches/batch_0", "GET,HEAD"),
+        ("/tokenize", "POST"),
+        ("/live", "GET,HEAD"),
+    ] {
+        let options = server.raw(&request("OPTIONS", path, key, b"")).await;
+        assert_eq!((options.status, options.header("allow"), options.body.as_str()), (204, Some(allow), ""), "{path}");
+        let other = server.raw(&request("PATCH", path, key, b"")).await;
+        assert_eq!((other.status, other.header("allow")), (405, Some(allow)), "{path}");
+    }
 }
 
 #[test]

@@ -24,6 +24,12 @@ async fn a_chat_is_tokenized_and_rendered_to_the_prompt_that_it_is_answered_from
     assert_eq!(server.post("/tokenize", &again).await.json()["tokens"], tokenized["tokens"]);
     let open = with(chat_body(), json!({"add_generation_prompt": false}));
     assert!(server.post("/tokenize", &open).await.json()["count"].as_u64() < tokenized["count"].as_u64());
+    let tool =
+        json!({"tools": [{"type": "function", "function": {"name": "add_up", "parameters": {"type": "object"}}}]});
+    let with_tools = server.post(RENDER, &with(chat_body(), tool.clone())).await.json();
+    assert!(with_tools["prompt"].as_str().unwrap().contains("add_up"), "{with_tools}");
+    let tokens = server.post("/tokenize", &with(chat_body(), tool)).await.json();
+    assert_eq!(tokens["tokens"], with_tools["token_ids"]);
     assert_eq!(server.engine.stats().finished.length, 1, "nothing but the chat itself is generated");
 }
 
