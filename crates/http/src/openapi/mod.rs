@@ -54,6 +54,7 @@ const REFUSALS: &[(u16, &str)] = &[
     (408, "The body did not arrive in time."),
     (409, "It does not go together with what is under way."),
     (413, "The body exceeds `--body-limit-bytes`."),
+    (429, "So many at once are not taken."),
     (500, "A fault of the server."),
     (503, "Overloaded, loading or draining: try again after `retry-after` seconds."),
 ];
