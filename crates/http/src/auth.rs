@@ -20,7 +20,7 @@ use crate::error::ApiError;
 use crate::service::{Service, ServiceConfig};
 
 /// Routes that need no key.
-const PUBLIC: [&str; 10] = [
+const PUBLIC: [&str; 12] = [
     "/live",
     "/ready",
     "/startup",
@@ -31,6 +31,8 @@ const PUBLIC: [&str; 10] = [
     "/v2/health/live",
     "/v2/health/ready",
     "/version",
+    "/openapi.json",
+    "/docs",
 ];
 
 /// Routes that change what is served, or show how.
@@ -191,6 +193,25 @@ impl Keys {
     }
 }
 
+/// What a route asks for; metrics, on an address that is not loopback. `None`: nothing.
+fn required(route: &str) -> Option<Scope> {
+    match route {
+        _ if PUBLIC.contains(&route) => None,
+        _ if ADMIN.contains(&route) => Some(Scope::Admin),
+        METRICS | MODEL => Some(Scope::Any),
+        _ => Some(Scope::Inference),
+    }
+}
+
+/// As [`required`], of a path as the API's description writes it: what [`MODEL`] is of several there.
+pub(crate) fn documented_scope(path: &str) -> Option<Scope> {
+    match path.strip_prefix("/v1/models/{id}") {
+        Some("") => Some(Scope::Inference),
+        Some(_) => Some(Scope::Admin),
+        None => required(path),
+    }
+}
+
 /// The layer.
 pub(crate) async fn layer(State(service): State<Service>, mut request: Request, next: Next) -> Response {
     let granted = match request.extensions().get() {
@@ -199,11 +220,9 @@ pub(crate) async fn layer(State(service): State<Service>, mut request: Request, 
     };
     let on_loopback = matches!(request.extensions().get(), Some(OnLoopback(true)));
     let scope = match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
-        Some(route) if PUBLIC.contains(&route) => None,
         Some(METRICS) if on_loopback => None,
-        Some(route) if ADMIN.contains(&route) => Some(Scope::Admin),
-        Some(METRICS | MODEL) | None => Some(Scope::Any),
-        Some(_) => Some(Scope::Inference),
+        Some(route) => required(route),
+        None => Some(Scope::Any),
     };
     if let Some(Err(refusal)) = scope.map(|scope| granted.require(scope)) {
         return refusal.into_response();

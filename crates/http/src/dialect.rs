@@ -9,7 +9,7 @@ use crate::openai::chat_request::ChatRequest;
 use crate::service::ServiceConfig;
 
 /// Fields of the chat request that no dialect has a word of its own for, and that mean the same in all.
-const EXTENSIONS: &[&str] = &[
+pub(crate) const EXTENSIONS: &[&str] = &[
     "allowed_token_ids",
     "bad_words",
     "cache_salt",

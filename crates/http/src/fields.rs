@@ -13,6 +13,12 @@ use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 
+#[cfg(test)]
+thread_local! {
+    /// The paths of all fields that readers of this thread asked for.
+    pub(crate) static READ: std::cell::RefCell<std::collections::BTreeSet<String>> = const { std::cell::RefCell::new(std::collections::BTreeSet::new()) };
+}
+
 /// The fields of one object that have not been read yet.
 pub(crate) struct Fields {
     /// Where the object stands: empty for the body.
@@ -74,6 +80,8 @@ impl Fields {
 
     /// A field's value as it is.
     pub fn take(&mut self, name: &str) -> Option<Value> {
+        #[cfg(test)]
+        READ.with_borrow_mut(|read| read.insert(self.path(name)));
         self.map.shift_remove(name).filter(|value| !value.is_null())
     }
 

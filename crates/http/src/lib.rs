@@ -34,6 +34,7 @@ mod json;
 mod metrics;
 mod observed;
 mod openai;
+mod openapi;
 mod responses;
 mod rollout;
 mod routes;

@@ -1,5 +1,6 @@
 //! Chores of the workspace, one file each: `cargo xtask CHORE`.
 
+mod conformance;
 mod long;
 mod random_model;
 mod readme;
@@ -19,6 +20,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Chore {
+    /// Run the suites of other people's clients, each in an environment of its own, and record versions and counts
+    Conformance(conformance::Args),
     /// Run the checks that take too long, or need too much, for `.ci/run`
     Long(long::Args),
     /// Write a checkpoint with random weights, for measuring; large ones by `cargo run --release -p xtask -- random-model`
@@ -33,6 +36,7 @@ enum Chore {
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
+        Chore::Conformance(args) => conformance::main(&args),
         Chore::Long(args) => long::main(&args),
         Chore::RandomModel(args) => random_model::main(&args),
         Chore::Readme => readme::main(),

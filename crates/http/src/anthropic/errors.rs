@@ -14,7 +14,7 @@ use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::json;
 
-const ROUTES: &str = "/v1/messages";
+pub(crate) const ROUTES: &str = "/v1/messages";
 
 /// Where its clients look for the id of a request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");

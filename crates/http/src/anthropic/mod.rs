@@ -10,6 +10,6 @@ mod messages;
 mod reply;
 mod request;
 
-pub(crate) use errors::layer;
+pub(crate) use errors::{ROUTES, layer};
 pub(crate) use reply::MessageFormat;
 pub(crate) use request::{MessageRequest, their_name};

@@ -232,7 +232,7 @@ fn truncate(fields: &mut Fields) -> Result<Option<Truncate>, ApiError> {
 }
 
 /// Fields without effect on the output, accepted with any value.
-const NO_EFFECT: &[&str] = &[
+pub(crate) const NO_EFFECT: &[&str] = &[
     "cache_prompt",
     "id_slot",
     "metadata",
@@ -244,7 +244,7 @@ const NO_EFFECT: &[&str] = &[
 ];
 
 /// Fields that are known here or elsewhere and would change the output.
-const UNSUPPORTED: &[&str] = &[
+pub(crate) const UNSUPPORTED: &[&str] = &[
     "audio",
     "best_of",
     "chat_template",

@@ -75,7 +75,8 @@ pub(super) async fn command(
 async fn obey(service: &Service, command: &'static str, request: Request) -> Result<Json<Value>, ApiError> {
     service.open()?;
     let control = control(service)?;
-    let body = extract::json(request, service.config()).await?.object;
+    let mut body = extract::json(request, service.config()).await?.object;
+    body.retain(|_, value| !value.is_null());
     // A command that has begun is carried out, even if the client leaves.
     let obeyed = tokio::task::spawn_blocking(move || control.command(command, body)).await;
     obeyed.map_err(|_| ApiError::internal())?.map(Json).map_err(|refusal| match refusal {

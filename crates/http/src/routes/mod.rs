@@ -28,7 +28,7 @@ use tower_http::compression::{CompressionLayer, CompressionLevel};
 
 use crate::error::ApiError;
 use crate::service::Service;
-use crate::{access, admission, anthropic, auth, cors};
+use crate::{access, admission, anthropic, auth, cors, openapi};
 
 /// Which routes a listener shows. Probes, version and metrics are on every one; what is not shown does not exist there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +70,9 @@ pub fn router(service: Service, surface: Surface) -> Router {
         .route("/startup", get(health::startup))
         .route("/health/startup", get(health::startup))
         .route("/version", get(health::version))
-        .route("/metrics", get(metrics));
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(openapi::document))
+        .route("/docs", get(openapi::page));
     if surface.inference() {
         routes = routes
             .route("/v1/chat/completions", inference(post(chat::create)))

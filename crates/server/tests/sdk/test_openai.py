@@ -1,80 +1,12 @@
-"""The official OpenAI Python SDK against the real server with the bundled model.
-
-BATON names the binary (default: target/release/baton). Every test talks to one server over a socket.
-"""
+"""Chat, completions and models by the official OpenAI Python SDK."""
 
 import concurrent.futures
-import json
 import math
-import os
-import pathlib
-import random
-import socket
-import struct
-import subprocess
-import time
-import urllib.request
 
 import openai
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[4]
-KEY = "sdk-test-key"
-SUM = [{"role": "user", "content": "What is 347 + 286?"}]
-# The model is so sure of its sums that even hot sampling repeats them; of this it is not sure.
-VAGUE = [{"role": "user", "content": "hm"}]
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory):
-    """A small random LoRA adapter for the output projections of the bundled model's attention."""
-    folder, rng, rank = tmp_path_factory.mktemp("adapter"), random.Random(1), 2
-    config = json.loads((ROOT / "models/abacus/config.json").read_text())
-    hidden, width = config["hidden_size"], config["num_attention_heads"] * config["v_head_dim"]
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["o_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    header, data = {}, b""
-    for layer in range(config["num_hidden_layers"]):
-        for side, shape in (("A", [rank, width]), ("B", [hidden, rank])):
-            values = [rng.gauss(0, 0.1) for _ in range(shape[0] * shape[1])]
-            name = f"base_model.model.model.layers.{layer}.self_attn.o_proj.lora_{side}.weight"
-            span = [len(data), len(data) + 4 * len(values)]
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": span}
-            data += struct.pack(f"<{len(values)}f", *values)
-    text = json.dumps(header).encode()
-    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def url(adapter):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    binary = os.environ.get("BATON", str(ROOT / "target/release/baton"))
-    adapters = ["--enable-lora", "--lora-modules", f"tuned={adapter}"]
-    command = [binary, "serve", "--port", str(port), "--api-key", KEY, "--log-level", "warn", *adapters]
-    server = subprocess.Popen(command, cwd=ROOT)
-    try:
-        for _ in range(2000):
-            assert server.poll() is None, "the server ended"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready")
-                break
-            except OSError:
-                time.sleep(0.01)
-        else:
-            raise AssertionError("not ready after 20 s")
-        yield f"http://127.0.0.1:{port}/v1"
-        server.terminate()
-        assert server.wait(timeout=40) == 0, "SIGTERM must end in exit code 0"
-    finally:
-        server.kill()
-
-
-@pytest.fixture(scope="session")
-def client(url):
-    return openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+from conftest import KEY, SUM, VAGUE
 
 
 def ask(client, messages=SUM, **parameters):
@@ -264,7 +196,7 @@ def test_errors_are_the_sdks_classes_also_when_streaming(client, error, code, pa
 
 def test_a_wrong_key_is_refused(url):
     with pytest.raises(openai.AuthenticationError):
-        ask(openai.OpenAI(base_url=url, api_key="wrong", max_retries=0))
+        ask(openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0))
 
 
 def test_32_concurrent_streams_equal_one_by_one(client):
