@@ -146,6 +146,22 @@ impl Encoding {
     }
 }
 
+/// Scores of prompts that one reply tells, at most: some 200 MB of JSON.
+const MAX_TOLD: usize = 1 << 21;
+
+/// Refuses to tell too much of prompts: each token, with the most likely ones beside it, in each choice.
+pub(crate) fn bound_scores(prompts: &[Vec<u32>], params: &Params) -> Result<(), ApiError> {
+    let tokens = prompts.iter().map(Vec::len).sum::<usize>().saturating_mul(params.n as usize);
+    let asked = [("logprobs", params.logprobs.filter(|_| params.echo)), ("prompt_logprobs", params.prompt_logprobs)];
+    for (field, top) in asked {
+        if top.is_some_and(|top| tokens.saturating_mul(top as usize + 1) > MAX_TOLD) {
+            let accepted = format!("so small that at most {MAX_TOLD} scores of prompts are told");
+            return Err(ApiError::out_of_range(field, accepted));
+        }
+    }
+    Ok(())
+}
+
 /// The ways in which words that must not be written are tokens: at the beginning of a text, and behind a space.
 pub(crate) fn bad_words(text: &TextModel, words: &[String]) -> Result<Vec<Vec<u32>>, ApiError> {
     let mut encoded = Vec::with_capacity(2 * words.len());

@@ -10,6 +10,7 @@ use baton_text::{ReasoningMarkers, ReasoningSplitter};
 use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::generate::choice::ChoiceText;
+use crate::generate::prompt::bound_scores;
 use crate::generate::{Choices, Echo, Told, ToolCalls};
 use crate::generation::{Generation, InUse};
 use crate::metrics::Meter;
@@ -61,6 +62,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
     let spec = generation.engine.spec();
     let (mut sampling, stop_token_ids) = resolve(&job.params, &generation)?;
     let cache_scope = cache_scope(&job.params);
+    bound_scores(&job.prompts, &job.params)?;
     let rooms = job.prompts.iter().map(|prompt| max_tokens(&job, prompt.len(), spec));
     let rooms = rooms.collect::<Result<Vec<_>, _>>()?;
     if let Some(&id) = job.prompts.iter().flatten().find(|&&id| id as usize >= spec.vocab_size) {

@@ -219,6 +219,11 @@ async fn bad_prompts_are_refused() {
         (json!({"prompt": "x", "best_of": 1, "n": 2}), "invalid_value", "best_of"),
         (json!({"prompt": "x", "best_of": 2, "stream": true}), "invalid_value", "best_of"),
         (json!({"prompt": vec!["x"; 64], "n": 5}), "out_of_range", "n"),
+        (
+            json!({"prompt": vec![vec![5; 500]; 64], "n": 4, "echo": true, "logprobs": 20, "max_tokens": 1}),
+            "out_of_range",
+            "logprobs",
+        ),
         (json!({"prompt": vec!["x"; 64], "best_of": 5}), "out_of_range", "best_of"),
         (json!({"prompt": vec![5; 512], "echo": true, "max_tokens": 0}), "context_length_exceeded", "prompt"),
     ];
