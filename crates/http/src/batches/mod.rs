@@ -37,6 +37,8 @@ const MAX_KEPT: usize = 1000;
 pub(crate) struct Batches {
     folder: Folder,
     all: Mutex<BTreeMap<String, Entry>>,
+    /// Held while a batch is changed, in memory and on disk.
+    changing: Mutex<()>,
     lines: Arc<Semaphore>,
     /// One input is checked at a time.
     checking: Semaphore,
@@ -61,6 +63,7 @@ impl Batches {
         Ok(Self {
             folder,
             all: Mutex::new(all),
+            changing: Mutex::new(()),
             lines: Arc::new(Semaphore::new(LINES_AT_ONCE)),
             checking: Semaphore::new(1),
             running: Counter::default(),
@@ -129,6 +132,8 @@ impl Batches {
 
     /// Changes a batch, in memory and then on disk.
     fn change(&self, id: &str, change: impl FnOnce(&mut Batch)) -> io::Result<()> {
+        // What is changed last is to be on disk last, and a record has one file beside it while it is written.
+        let _turn = self.changing.lock();
         let Some((owner, batch)) = self.all.lock().get_mut(id).map(|entry| {
             change(&mut entry.batch);
             (entry.owner, entry.batch.clone())

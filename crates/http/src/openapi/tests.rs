@@ -391,7 +391,7 @@ async fn every_field_that_is_read_is_described_and_every_described_one_is_read()
 #[tokio::test]
 async fn the_page_needs_no_key_and_loads_nothing_from_elsewhere() {
     let config = ServiceConfig { api_keys: vec![ApiKey::new("user".into()).unwrap()], ..ServiceConfig::default() };
-    let router = crate::router(Service::new(config), Surface::All);
+    let router = router(Service::new(config), Surface::All);
     let (status, kind, page) = send(&router, &Method::GET, "/docs", None, String::new()).await;
     assert_eq!((status.as_u16(), kind.as_str()), (200, "text/html; charset=utf-8"));
     assert!(page.contains("fetch(\"openapi.json\")"));
