@@ -12,6 +12,6 @@ mod submit;
 
 pub(crate) use chat::{RenderedChat, StartedChat, render_chat, start_chat};
 pub(crate) use choice::{Delta, Score};
-pub(crate) use choices::{Choices, Event};
+pub(crate) use choices::{Choices, Event, engine_failure};
 pub(crate) use respond::{Call, Output, respond, stream};
-pub(crate) use submit::{Job, Reasoning, ToolCalls, submit};
+pub(crate) use submit::{Job, Reasoning, ToolCalls, refusal, submit};
