@@ -147,6 +147,7 @@ fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepO
         score.logprobs.len() == wanted.ids.len()
             && score.top.len() == vocab_size.min(wanted.top as usize)
             && score.top.iter().all(|&(token, _)| known(token))
+            && score.hidden.is_empty() != wanted.hidden
     };
     let answers = |step: &SequenceStep, result: &SequenceOutput| {
         let mut drafts = step.draft.iter();
@@ -179,7 +180,7 @@ mod tests {
 
     #[test]
     fn an_output_that_does_not_answer_its_plan_fails_the_step() {
-        let wanted = ScoreRequest { row: 0, ids: vec![3], top: 2 };
+        let wanted = ScoreRequest { row: 0, ids: vec![3], top: 2, hidden: false };
         let step = SequenceStep {
             id: 7,
             num_computed: 0,
@@ -191,7 +192,7 @@ mod tests {
             propose: 0,
             scores: vec![wanted],
         };
-        let score = Score { logprobs: vec![-1.0], top: vec![(4, -0.5), (2, -0.6)] };
+        let score = Score { logprobs: vec![-1.0], top: vec![(4, -0.5), (2, -0.6)], hidden: vec![] };
         let output = SequenceOutput { scores: Ok(vec![score.clone()]), ..SequenceOutput::new(7) };
         let answers = |step: &SequenceStep, output: &SequenceOutput| {
             let plan = StepPlan { sequences: vec![step.clone()] };
@@ -209,6 +210,7 @@ mod tests {
             vec![],
             vec![score.clone(), score.clone()],
             vec![Score { logprobs: vec![], ..score.clone() }],
+            vec![Score { hidden: vec![1.0], ..score.clone() }],
             vec![Score { top: vec![(4, -0.5)], ..score.clone() }],
             vec![Score { top: vec![(4, -0.5), (10, -0.6)], ..score }],
         ] {

@@ -23,8 +23,8 @@ pub use baton_model::{Adapter, RunSpec, Runner, SampledToken, SamplingParams};
 pub use engine::{Engine, spawn};
 pub use handle::{EngineConfig, EngineHandle, OutputStream};
 pub use request::{
-    CacheScope, EngineFailure, FinishReason, OutputEvent, PositionScore, PromptScores, Request, RequestId, SubmitError,
-    Timings, Usage,
+    CacheScope, EngineFailure, FinishReason, HiddenStates, OutputEvent, PositionScore, PromptScores, Request,
+    RequestId, SubmitError, Timings, Usage,
 };
 pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};

@@ -76,6 +76,17 @@ pub struct PromptScores {
     pub top: u32,
     /// Ids whose log-probabilities are told besides, by the position of the token they would follow.
     pub targets: BTreeMap<usize, Vec<u32>>,
+    /// What to tell instead: hidden states, and no log-probability.
+    pub hidden: Option<HiddenStates>,
+}
+
+/// Of which tokens of a prompt hidden states are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HiddenStates {
+    /// Of the last.
+    Last,
+    /// Of all.
+    All,
 }
 
 impl Request {
@@ -189,12 +200,14 @@ pub enum OutputEvent {
 pub struct PositionScore {
     /// Index of the token in the prompt.
     pub position: usize,
-    /// The log-probability of the prompt's next token; `None` behind the last.
+    /// The log-probability of the prompt's next token; `None` behind the last, and where none is told.
     pub next: Option<f32>,
     /// The most likely ids with their log-probabilities, best first.
     pub top: Vec<(u32, f32)>,
     /// The log-probabilities of the [`PromptScores::targets`] of this position, in their order.
     pub targets: Vec<f32>,
+    /// The hidden state behind the last norm, if that is what was asked for.
+    pub hidden: Vec<f32>,
 }
 
 /// Why a request ended.

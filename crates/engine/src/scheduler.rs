@@ -250,7 +250,7 @@ impl Scheduler {
             let cached_tokens = sequence.num_computed;
             sequence.start = Some(Start { at: now, cached_tokens });
             self.left_queue[usize::from(id.is_background())] += 1;
-            let looked_up = if sequence.prompt_scores.is_some() { 0 } else { sequence.prompt_len };
+            let looked_up = if sequence.num_cacheable() == 0 { 0 } else { sequence.prompt_len };
             self.counters.prefix_query_tokens += looked_up as u64;
             self.counters.prefix_hit_tokens += cached_tokens as u64;
         }

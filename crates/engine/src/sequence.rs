@@ -10,7 +10,7 @@ use crate::block::BlockId;
 use crate::block_manager::BlockTable;
 use crate::constrain::{Constrained, MaskJob};
 use crate::speculate::Drafting;
-use crate::{CacheScope, EngineFailure, PositionScore, PromptScores, Request, RequestId, Timings, Usage};
+use crate::{CacheScope, EngineFailure, HiddenStates, PositionScore, PromptScores, Request, RequestId, Timings, Usage};
 
 /// A request under way.
 pub(crate) struct Sequence {
@@ -66,6 +66,9 @@ pub(crate) struct Rank {
 
 impl Sequence {
     pub fn new(id: RequestId, group: RequestId, request: Request, arrival: Duration) -> Self {
+        // Of the others nothing is told.
+        let last_alone = request.prompt_scores.as_ref().is_some_and(|scores| scores.hidden == Some(HiddenStates::Last));
+        let num_scored = if last_alone { request.prompt.len().saturating_sub(1) } else { 0 };
         Self {
             id,
             priority: request.priority,
@@ -81,7 +84,7 @@ impl Sequence {
             constrained: request.grammar.map(|grammar| Constrained::new(grammar, request.stop_token_ids.clone())),
             stop_token_ids: request.stop_token_ids,
             prompt_scores: request.prompt_scores,
-            num_scored: 0,
+            num_scored,
             start_by: request.deadline.map(|deadline| arrival.saturating_add(deadline)),
             end_by: request.time_limit.map(|limit| arrival.saturating_add(limit)),
             arrival,
@@ -151,12 +154,16 @@ impl Sequence {
 
     /// What is to be told of positions up to `end`, and was not told before.
     fn score_requests(&self, end: usize) -> Vec<ScoreRequest> {
-        let Some(PromptScores { top, targets }) = &self.prompt_scores else { return Vec::new() };
+        let Some(PromptScores { top, targets, hidden }) = &self.prompt_scores else { return Vec::new() };
         let prompt = &self.tokens[..self.prompt_len];
         let request = |position: usize| {
+            let row = position - self.num_computed;
+            if hidden.is_some() {
+                return ScoreRequest { row, hidden: true, ..ScoreRequest::default() };
+            }
             let targets = targets.get(&position).into_iter().flatten();
             let ids = prompt.get(position + 1).into_iter().chain(targets).copied().collect();
-            ScoreRequest { row: position - self.num_computed, ids, top: *top }
+            ScoreRequest { row, ids, top: *top, hidden: false }
         };
         (self.num_computed.max(self.num_scored)..end.min(prompt.len())).map(request).collect()
     }
@@ -165,10 +172,11 @@ impl Sequence {
     pub fn take_scores(&mut self, scores: Vec<Score>) -> Vec<PositionScore> {
         let first = self.num_scored;
         self.num_scored += scores.len();
-        let told = |(position, Score { logprobs, top }): (usize, Score)| {
+        let told = |(position, Score { logprobs, top, hidden }): (usize, Score)| {
             let mut targets = logprobs;
-            let next = (position + 1 < self.prompt_len).then(|| targets.remove(0));
-            PositionScore { position, next, top, targets }
+            let has_next = position + 1 < self.prompt_len && hidden.is_empty();
+            let next = has_next.then(|| targets.remove(0));
+            PositionScore { position, next, top, targets, hidden }
         };
         (first..).zip(scores).map(told).collect()
     }

@@ -276,7 +276,7 @@ fn scores_of_a_prompt_come_before_its_first_token() {
     let prompt: Vec<u32> = (0..150).collect();
     let plain = Request::new(prompt.clone(), SamplingParams::greedy(), 2);
     assert_eq!(reason(handle.submit(plain.clone()).unwrap()), FinishReason::Length);
-    let wanted = PromptScores { top: 3, targets: [(4, vec![7, 499]), (149, vec![0])].into() };
+    let wanted = PromptScores { top: 3, targets: [(4, vec![7, 499]), (149, vec![0])].into(), hidden: None };
     let request = Request { prompt_scores: Some(wanted), ..plain };
     let mut stream = handle.submit(request.clone()).unwrap();
     let (mut scores, mut events) = (Vec::new(), 0);

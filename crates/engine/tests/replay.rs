@@ -98,7 +98,7 @@ fn requests() -> Vec<Request> {
             allowed_token_ids,
             ..SamplingParams::default()
         };
-        let scores = PromptScores { top: 4, targets: [(0, vec![5]), (29, vec![1, 180])].into() };
+        let scores = PromptScores { top: 4, targets: [(0, vec![5]), (29, vec![1, 180])].into(), hidden: None };
         let prompt_scores = (i % 3 < 2).then_some(scores);
         let grammar = (i.is_multiple_of(2) || i == 5).then(|| Arc::new(Restless::default()) as Arc<dyn Grammar>);
         Request { prompt_scores, grammar, ..Request::new(prompt.collect(), params, OUTPUT) }

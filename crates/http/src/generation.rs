@@ -22,6 +22,7 @@ use crate::error::ApiError;
 use crate::handoff::HandoffState;
 use crate::metrics::ModelMetrics;
 use crate::observed::GenerationStats;
+use crate::pooled::DecoderEmbeddings;
 
 /// Hex digits of a digest that labels and logs show.
 const LABEL_DIGITS: usize = 12;
@@ -43,6 +44,8 @@ pub struct ModelCard {
     pub defaults: Defaults,
     /// How the weights were loaded, as JSON.
     pub load_report: Vec<u8>,
+    /// The embeddings that it makes besides what it generates, if it makes any.
+    pub embeddings: Option<DecoderEmbeddings>,
 }
 
 impl ModelCard {

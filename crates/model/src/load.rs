@@ -82,6 +82,8 @@ pub struct LoadReport {
     /// Which model.
     #[serde(serialize_with = "architecture_name")]
     pub architecture: Architecture,
+    /// Width of the hidden states.
+    pub hidden_size: usize,
     /// Stored element type of the embedding, which stands for the checkpoint's.
     #[serde(serialize_with = "as_text")]
     pub stored_dtype: DType,
@@ -219,6 +221,7 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     let cache = backend.kv_cache(&kv, num_blocks)?;
     let report = LoadReport {
         architecture: config.architecture,
+        hidden_size: config.hidden_size,
         stored_dtype,
         quantization: config.quantization.clone(),
         weight_formats,

@@ -10,7 +10,9 @@ use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, Model, StepAdapters};
 use crate::loader::Slot;
 use crate::sampler::{Sampler, score};
-use crate::step::{RunError, RunSpec, Runner, ScoreRequest, SequenceOutput, SequenceStep, StepOutput, StepPlan};
+use crate::step::{
+    RunError, RunSpec, Runner, Score, ScoreRequest, SequenceFailure, SequenceOutput, SequenceStep, StepOutput, StepPlan,
+};
 
 /// A model on a device.
 pub struct ModelRunner<B: Backend> {
@@ -94,11 +96,19 @@ impl<B: Backend> ModelRunner<B> {
         }
         for group in scoring.chunks(self.spec.logit_rows()) {
             let rows: Vec<u32> = group.iter().map(|(_, row, _)| *row).collect();
-            self.read_logits(&rows)?;
-            for ((index, _, request), logits) in group.iter().zip(self.logits.chunks_exact(self.spec.vocab_size)) {
+            let hidden = self.read_hidden(&rows, group.iter().any(|(_, _, request)| request.hidden))?;
+            if group.iter().any(|(_, _, request)| request.needs_logits()) {
+                self.read_logits(&rows)?;
+            }
+            let width = hidden.len() / rows.len();
+            for (i, (index, _, request)) in group.iter().enumerate() {
+                let logits = || &self.logits[i * self.spec.vocab_size..][..self.spec.vocab_size];
+                let logprobs = if request.needs_logits() { score(logits(), request) } else { Ok(Score::default()) };
+                let hidden = if request.hidden { &hidden[i * width..][..width] } else { &[] };
                 let scores = &mut outputs[*index].scores;
-                match (score(logits, request), &mut *scores) {
-                    (Ok(score), Ok(scores)) => scores.push(score),
+                match (logprobs, &mut *scores) {
+                    _ if hidden.iter().any(|x| !x.is_finite()) => *scores = Err(SequenceFailure::NonFiniteLogits),
+                    (Ok(score), Ok(scores)) => scores.push(Score { hidden: hidden.to_vec(), ..score }),
                     (Err(failure), _) => *scores = Err(failure),
                     (Ok(_), Err(_)) => {}
                 }
@@ -144,6 +154,16 @@ impl<B: Backend> ModelRunner<B> {
             }
         }
         Ok(())
+    }
+
+    /// Hidden states of some rows, if any are `wanted`.
+    fn read_hidden(&mut self, rows: &[u32], wanted: bool) -> Result<Vec<f32>, DeviceError> {
+        let mut values = Vec::new();
+        if wanted {
+            let hidden = self.model.hidden(&*self.backend, rows)?;
+            self.backend.read(hidden, &mut values)?;
+        }
+        Ok(values)
     }
 
     fn read_logits(&mut self, rows: &[u32]) -> Result<(), DeviceError> {

@@ -271,7 +271,8 @@ pub(crate) fn score(logits: &[f32], request: &ScoreRequest) -> Result<Score, Seq
         return Err(SequenceFailure::NonFiniteLogits);
     }
     let row = LogProbs::new(logits, best);
-    Ok(Score { logprobs: request.ids.iter().map(|&id| row.of(id)).collect(), top: row.top(request.top as usize) })
+    let logprobs = request.ids.iter().map(|&id| row.of(id)).collect();
+    Ok(Score { logprobs, top: row.top(request.top as usize), hidden: Vec::new() })
 }
 
 /// Log-probabilities of a row that is finite.

@@ -98,6 +98,15 @@ pub struct ScoreRequest {
     pub ids: Vec<u32>,
     /// How many of the most likely ids are wanted.
     pub top: u32,
+    /// Whether the token's hidden state is wanted.
+    pub hidden: bool,
+}
+
+impl ScoreRequest {
+    /// Whether logits must be computed for it.
+    pub(crate) fn needs_logits(&self) -> bool {
+        self.top > 0 || !self.ids.is_empty()
+    }
 }
 
 /// How to choose the next token.
@@ -156,13 +165,15 @@ impl SequenceOutput {
     }
 }
 
-/// What one row of logits says.
-#[derive(Debug, Clone, PartialEq)]
+/// What one row says.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Score {
     /// The log-probability of each of [`ScoreRequest::ids`].
     pub logprobs: Vec<f32>,
     /// The most likely ids with their log-probabilities, best first.
     pub top: Vec<(u32, f32)>,
+    /// The hidden state behind the last norm, if it was asked for.
+    pub hidden: Vec<f32>,
 }
 
 /// A chosen token.

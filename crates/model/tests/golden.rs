@@ -5,7 +5,7 @@ mod common;
 
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, SamplingParams, ScoreRequest, load};
+use baton_model::{Files, SamplingParams, ScoreRequest, Tensors, load};
 use common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
 
 /// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
@@ -74,7 +74,7 @@ fn prompt_scores_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, ca
     let short = prompt.short.as_ref().unwrap();
     let request = |sequence: &Sequence, position: usize| {
         let next = sequence.tokens.get(position + 1).copied();
-        ScoreRequest { row: position, ids: next.into_iter().collect(), top: 20 }
+        ScoreRequest { row: position, ids: next.into_iter().collect(), top: 20, hidden: false }
     };
     let sequence = Sequence { score: Some(request), ..Sequence::new(1, &prompt.ids, SamplingParams::greedy()) };
     let scores = alone(&mut runner, sequence, 1).scores;
@@ -85,6 +85,37 @@ fn prompt_scores_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, ca
         let logprobs = |ids: &[(u32, f64)]| ids.iter().map(|(_, logprob)| *logprob).collect::<Vec<_>>();
         let top: Vec<f32> = score.top.iter().map(|(_, logprob)| *logprob).collect();
         close(&top, &logprobs(expected), &format!("{case}, the likeliest at {i}"));
+    }
+}
+
+/// Hidden states are what the head multiplies: their products with it are the logits of the golden values.
+fn hidden_states_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str, head: &str) {
+    let mut runner = runner(make(), case);
+    let prompt = prompts(case).into_iter().find(|p| p.short.is_some()).unwrap();
+    let request = |_: &Sequence, row: usize| ScoreRequest { row, hidden: true, ..ScoreRequest::default() };
+    let sequence = Sequence { score: Some(request), ..Sequence::new(1, &prompt.ids, SamplingParams::greedy()) };
+    let scores = alone(&mut runner, sequence, 1).scores;
+    assert_eq!(scores.len(), prompt.ids.len());
+    assert!(scores.iter().all(|score| score.logprobs.is_empty() && score.top.is_empty()));
+    let tensors = Tensors::open(&Files::folder(folder(case)).unwrap()).unwrap();
+    let bytes = tensors.read(head).unwrap().unwrap();
+    let head: Vec<f32> =
+        bytes.chunks_exact(2).map(|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16)).collect();
+    let logits = all_logits(&mut runner, &prompt.ids);
+    let vocab = logits.len() / prompt.ids.len();
+    for (score, expected) in scores.iter().zip(logits.chunks_exact(vocab)) {
+        let product = |row: &[f32]| row.iter().zip(&score.hidden).map(|(a, b)| a * b).sum::<f32>();
+        let products: Vec<f32> = head.chunks_exact(score.hidden.len()).map(product).collect();
+        let expected: Vec<f64> = expected.iter().map(|x| f64::from(*x)).collect();
+        close(&products, &expected, case);
+    }
+}
+
+#[test]
+fn hidden_states_are_what_the_head_multiplies() {
+    for (case, head) in [("qwen2-tied", "model.embed_tokens.weight"), ("deepseek-v3", "lm_head.weight")] {
+        hidden_states_agree(Reference::new, case, head);
+        hidden_states_agree(exact_cpu, case, head);
     }
 }
 

@@ -101,6 +101,7 @@ pub fn load(name: String, files: &Files, settings: &Settings) -> Result<Model> {
         generation: digest,
         defaults: Defaults::default(),
         load_report: report,
+        embeddings: None,
     };
     let limits = Limits { requests: settings.max_queued_requests, tokens: WAITING_TOKENS };
     let (handle, worker) = Worker::start(encoder, limits);

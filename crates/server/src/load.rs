@@ -71,7 +71,6 @@ fn load_files(
     free: Option<u64>,
     accept: &dyn Fn(&Digest) -> Result<()>,
 ) -> Result<Model> {
-    ensure!(settings.pooling_type.is_none(), "--pooling-type is for models that embed; {name} generates");
     let context = || format!("model {name}");
     let handed = Handed::open(files, settings).with_context(context)?;
     // A bundle says what it is before its weights are loaded.

@@ -2,11 +2,11 @@
 
 use std::{io::IsTerminal, net::SocketAddr, path::Path, sync::Arc, time::SystemTime};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_engine::{Engine, EngineConfig};
 use baton_http::{
-    AdapterRefusal, Adapters, Admission, ApiKey, Defaults, ModelCard, NewGeneration, Service, ServiceConfig, Store,
-    StoreLimits, Surface, Tls,
+    AdapterRefusal, Adapters, Admission, ApiKey, DecoderEmbeddings, DecoderPooling, Defaults, ModelCard, NewGeneration,
+    Service, ServiceConfig, Store, StoreLimits, Surface, Tls,
 };
 use baton_model::{AdapterError, LoadReport};
 use clap::ArgMatches;
@@ -26,7 +26,7 @@ use crate::{
     load::{self, Kind, Model},
     memory,
     rollout::{self, Control, Journal, Serving},
-    settings::{GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, Secret, ServeArgs, Settings},
+    settings::{GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, PoolingType, Secret, ServeArgs, Settings},
     speculative::SpeculativeConfig,
     state_dir::StateDir,
 };
@@ -251,6 +251,14 @@ pub fn prepare(mut model: Model, settings: &Settings, names: Option<Vec<String>>
         system_fingerprint: model.fingerprint,
         defaults,
         load_report: model.report,
+        embeddings: Some(DecoderEmbeddings {
+            pooling: match settings.pooling_type {
+                None | Some(PoolingType::Last) => DecoderPooling::Last,
+                Some(PoolingType::Mean) => DecoderPooling::Mean,
+                Some(_) => bail!("--pooling-type of a model that generates is last or mean"),
+            },
+            width: model.loaded.report.hidden_size,
+        }),
     };
     let adapters = match model.loaded.load_adapter.take() {
         None => Adapters::none(),

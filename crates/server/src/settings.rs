@@ -375,7 +375,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "TOKENS", env = "BATON_MAX_MODEL_LEN", help_heading = "Model")]
     pub max_model_len: Option<usize>,
 
-    /// How an encoder makes an embedding of its tokens' vectors [default: the checkpoint's own way, else mean]
+    /// How embeddings are made of the tokens' vectors [default: an encoder's own way, else mean; last of a model that generates]
     #[arg(long, value_enum, env = "BATON_POOLING_TYPE", help_heading = "Model")]
     pub pooling_type: Option<PoolingType>,
 

@@ -60,6 +60,12 @@ impl TextModel {
     ) -> Result<EncoderInput, TextError> {
         let join = || {
             let special = self.special_tokens(second.is_some());
+            if let (Some((bos, eos)), None) = (self.around, second) {
+                let room = max_tokens.checked_sub(special).ok_or("no room beside the special tokens")?;
+                let ids = first.encoding.get_ids();
+                let ids: Vec<u32> = bos.into_iter().chain(ids.iter().copied().take(room)).chain(eos).collect();
+                return Ok(EncoderInput { type_ids: vec![0; ids.len()], ids });
+            }
             let params = TruncationParams {
                 max_length: max_tokens.checked_sub(special).ok_or("no room beside the special tokens")?,
                 stride: 0,
@@ -79,6 +85,9 @@ impl TextModel {
     }
 
     fn special_tokens(&self, pair: bool) -> usize {
-        self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(pair))
+        match self.around {
+            Some((bos, eos)) if !pair => bos.into_iter().chain(eos).count(),
+            _ => self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(pair)),
+        }
     }
 }

@@ -69,7 +69,7 @@ pub struct TextModel {
     pub(crate) tokenizer: Arc<Tokenizer>,
     vocab: Arc<Vocab>,
     /// Ids written before and after a text, where the tokenizer's class does that instead of tokenizer.json.
-    around: Option<(Option<u32>, Option<u32>)>,
+    pub(crate) around: Option<(Option<u32>, Option<u32>)>,
     eos: Option<u32>,
     template: Option<ChatTemplate>,
     tool_template: Option<ChatTemplate>,

@@ -40,7 +40,7 @@ pub(super) fn request(family: u32, prompt_len: u32, max_tokens: u32) -> Request 
 /// The request with scores of its prompt.
 pub(super) fn scored(request: Request, top: u32, targets: &[(usize, &[u32])]) -> Request {
     let targets = targets.iter().map(|(position, ids)| (*position, ids.to_vec())).collect();
-    Request { prompt_scores: Some(PromptScores { top, targets }), ..request }
+    Request { prompt_scores: Some(PromptScores { top, targets, hidden: None }), ..request }
 }
 
 pub(super) fn submit(world: &mut World, request: Request) -> RequestId {

@@ -12,7 +12,7 @@ use baton_model::{
 };
 use parking_lot::{Condvar, Mutex};
 
-use crate::{PositionScore, PromptScores, Request};
+use crate::{HiddenStates, PositionScore, PromptScores, Request};
 
 /// How long a hanging step waits for its release at most, so that a forgotten one ends a test.
 const MAX_HANG: Duration = Duration::from_secs(60);
@@ -94,19 +94,25 @@ impl MockModel {
 
     /// The scores that a request gives alone, of all positions that it asks for.
     pub fn solo_scores(&self, request: &Request, vocab_size: usize) -> Vec<PositionScore> {
-        let Some(PromptScores { top, targets }) = &request.prompt_scores else { return Vec::new() };
+        let Some(PromptScores { top, targets, hidden }) = &request.prompt_scores else { return Vec::new() };
         let mut context = self.empty_context(request.adapter.as_ref());
         let position_score = |(position, &token)| {
             context = Self::extend(context, token);
+            if hidden.is_some() {
+                return PositionScore { position, next: None, top: vec![], targets: vec![], hidden: state(context) };
+            }
             let targets = targets.get(&position).into_iter().flatten();
             PositionScore {
+                hidden: Vec::new(),
                 position,
                 next: request.prompt.get(position + 1).map(|&next| logprob(context, next)),
                 top: likeliest(context, *top, vocab_size),
                 targets: targets.map(|&id| logprob(context, id)).collect(),
             }
         };
-        request.prompt.iter().enumerate().map(position_score).collect()
+        let last_alone = *hidden == Some(HiddenStates::Last);
+        let untold = if last_alone { request.prompt.len().saturating_sub(1) } else { 0 };
+        request.prompt.iter().enumerate().map(position_score).skip(untold).collect()
     }
 }
 
@@ -129,6 +135,11 @@ fn digest(request: &SampleRequest) -> u64 {
 /// A hash in place of a log-probability: it adds up to nothing, and tells contexts apart.
 fn logprob(context: u64, id: u32) -> f32 {
     (mix(context, u64::from(id)) % 100_000) as f32 / -1000.0
+}
+
+/// The hidden state of [`MockModel`]: a hash, in numbers that are exact.
+fn state(context: u64) -> Vec<f32> {
+    (1..=4).map(|component| (mix(context, component) % 1024) as f32 - 512.0).collect()
 }
 
 /// As many ids as are told, in an order that is as good as any.
@@ -366,6 +377,7 @@ impl MockRunner {
         Ok(Score {
             logprobs: request.ids.iter().map(|&id| logprob(context, id)).collect(),
             top: likeliest(context, request.top, self.spec.vocab_size),
+            hidden: if request.hidden { state(context) } else { Vec::new() },
         })
     }
 

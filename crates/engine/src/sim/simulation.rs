@@ -12,8 +12,8 @@ use super::invariants;
 use super::toy::ToyGrammar;
 use super::world::{Record, World};
 use crate::{
-    Adapter, CacheScope, DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, PromptScores, Request,
-    RequestId, SpeculationConfig,
+    Adapter, CacheScope, DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, HiddenStates,
+    PromptScores, Request, RequestId, SpeculationConfig,
 };
 
 const VOCAB_SIZE: u32 = 50;
@@ -73,7 +73,12 @@ fn random_scores(rng: &mut StdRng, prompt_len: usize) -> PromptScores {
         (rng.random_range(0..prompt_len), vec![rng.random_range(0..VOCAB_SIZE), rng.random_range(0..VOCAB_SIZE)])
     };
     let targets = (0..if prompt_len > 0 { 3 } else { 0 }).map(|_| target(rng)).collect();
-    PromptScores { top: rng.random_range(0..3), targets }
+    let hidden = match rng.random_range(0..4) {
+        0 => Some(HiddenStates::Last),
+        1 => Some(HiddenStates::All),
+        _ => None,
+    };
+    PromptScores { top: rng.random_range(0..3), targets, hidden }
 }
 
 /// A grammar, perhaps one that fails.

@@ -290,17 +290,7 @@ impl Choices {
     fn failed(&mut self, index: usize, failure: EngineFailure) -> ApiError {
         self.choices[index].state = State::Finished;
         self.meter.failed(index, &failure);
-        match failure {
-            EngineFailure::NonFiniteLogits => ApiError::engine_always("the model computed values that are not finite"),
-            EngineFailure::DeviceFailed(_) => ApiError::engine("the device failed"),
-            EngineFailure::Panicked => ApiError::internal(),
-            EngineFailure::ShuttingDown => ApiError::draining(),
-            EngineFailure::QueueTimeout => ApiError::overloaded(),
-            EngineFailure::DeadlineExceeded => ApiError::deadline_exceeded(),
-            EngineFailure::GrammarFailed(_) => {
-                ApiError::engine_always("the grammar of the output reached a limit of its parser")
-            }
-        }
+        engine_failure(&failure)
     }
 
     /// Ends all choices; the streams, dropped, abort what still runs.
@@ -319,6 +309,21 @@ impl From<Finish> for Ending {
         match reason {
             Finish::Stop | Finish::ToolCalls => Self::Stop,
             Finish::Length => Self::Length,
+        }
+    }
+}
+
+/// The engine's failure on the wire.
+pub(crate) fn engine_failure(failure: &EngineFailure) -> ApiError {
+    match failure {
+        EngineFailure::NonFiniteLogits => ApiError::engine_always("the model computed values that are not finite"),
+        EngineFailure::DeviceFailed(_) => ApiError::engine("the device failed"),
+        EngineFailure::Panicked => ApiError::internal(),
+        EngineFailure::ShuttingDown => ApiError::draining(),
+        EngineFailure::QueueTimeout => ApiError::overloaded(),
+        EngineFailure::DeadlineExceeded => ApiError::deadline_exceeded(),
+        EngineFailure::GrammarFailed(_) => {
+            ApiError::engine_always("the grammar of the output reached a limit of its parser")
         }
     }
 }

@@ -15,9 +15,9 @@ mod tools;
 
 pub(crate) use chat::{RenderedChat, StartedChat, render_chat, start_chat};
 pub(crate) use choice::{Delta, Score, Tokens};
-pub(crate) use choices::{Choices, Event};
+pub(crate) use choices::{Choices, Event, engine_failure};
 pub(crate) use grammar::compile;
 pub(crate) use prompt::{Echo, Encoding, Told, bad_words};
 pub(crate) use respond::{Call, Output, respond, stream};
-pub(crate) use submit::{Job, Reasoning, submit};
+pub(crate) use submit::{Job, Reasoning, refusal, submit};
 pub(crate) use tools::ToolCalls;

@@ -67,7 +67,7 @@ impl Told {
     pub fn request(&self, params: &Params) -> Option<PromptScores> {
         let top = self.logprobs.max(params.prompt_logprobs);
         let targets = [(self.ids.len().saturating_sub(1), self.ends.clone())].into();
-        self.asked.then(|| PromptScores { top: top.unwrap_or(0), targets })
+        self.asked.then(|| PromptScores { top: top.unwrap_or(0), targets, hidden: None })
     }
 
     /// More positions of the prompt, in order.

@@ -213,7 +213,7 @@ fn max_tokens(job: &Job, prompt: usize, spec: &RunSpec) -> Result<u32, ApiError>
 }
 
 /// The engine's refusal on the wire.
-fn refusal(error: &SubmitError, field: &str) -> ApiError {
+pub(crate) fn refusal(error: &SubmitError, field: &str) -> ApiError {
     match *error {
         SubmitError::QueueFull { .. } => ApiError::overloaded(),
         SubmitError::PromptEmpty => ApiError::out_of_range(field, "at least one token long"),

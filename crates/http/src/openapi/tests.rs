@@ -66,6 +66,7 @@ fn served() -> (TempDir, Router) {
         system_fingerprint: "fp_test".into(),
         defaults: Defaults::default(),
         load_report: br#"{"architecture":"mock"}"#.to_vec(),
+        embeddings: None,
     };
     let (adapters, handoff) = (Adapters::none(), HandoffState::default());
     service.install(NewGeneration { engine, text, card, adapters, handoff });

@@ -3,15 +3,19 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_engine::{HiddenStates, PromptScores, Request, SamplingParams};
 use baton_http::{
-    EncoderEngine, EncoderFailure, EncoderRefusal, EncoderReply, EncoderSpec, EncoderStats, EncoderTask, NewEncoder,
+    DecoderEmbeddings, DecoderPooling, EncoderEngine, EncoderFailure, EncoderRefusal, EncoderReply, EncoderSpec,
+    EncoderStats, EncoderTask, ModelCard, NewEncoder,
 };
 use baton_text::{EncoderInput, TextFiles, TextModel, TokenizerFile};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 
-use crate::harness::{CHAT, COMPLETIONS, DIGEST, Reply, Server, Setup, card, chat_body, eventually, request};
+use crate::harness::{
+    CHAT, COMPLETIONS, DIGEST, REPLY, Reply, Server, Setup, card, chat_body, eventually, request, script,
+};
 
 const EMBEDDINGS: &str = "/v1/embeddings";
 const WIDTH: usize = 4;
@@ -315,6 +319,43 @@ async fn routes_for_another_kind_of_model_say_what_this_one_does() {
         let reply = generates.post(path, &body).await;
         assert_eq!((reply.status, reply.error_code().as_str()), (404, "not_for_this_model"), "{path}");
         assert!(reply.body.contains(CHAT), "{reply:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_model_that_generates_embeds_by_its_hidden_states() {
+    for (pooling, hidden) in [(DecoderPooling::Last, HiddenStates::Last), (DecoderPooling::Mean, HiddenStates::All)] {
+        let (server, card) = Setup::default().start_loading().await;
+        server.install(ModelCard { embeddings: Some(DecoderEmbeddings { pooling, width: WIDTH }), ..card });
+        let model = script(&server.text, REPLY);
+        let expected = |prompt: &[u32]| {
+            let prompt_scores = Some(PromptScores { hidden: Some(hidden), ..PromptScores::default() });
+            let request = Request { prompt_scores, ..Request::new(prompt.to_vec(), SamplingParams::greedy(), 1) };
+            let states = model.solo_scores(&request, 1024);
+            let sum = |k: usize| states.iter().map(|state| state.hidden[k]).sum::<f32>();
+            let sums: Vec<f32> = (0..WIDTH).map(sum).collect();
+            let length = sums.iter().map(|x| x * x).sum::<f32>().sqrt();
+            sums.iter().map(|x| x / length).collect::<Vec<f32>>()
+        };
+        let texts: Vec<String> = (0..100).map(|i| format!("What is {i} + 1?")).collect();
+        let reply = server.post(EMBEDDINGS, &json!({"input": texts})).await;
+        let ids: Vec<Vec<u32>> = texts.iter().map(|text| server.text.encode(text, true).unwrap()).collect();
+        for (embedding, ids) in embeddings(&reply).iter().zip(&ids) {
+            let expected = expected(ids);
+            assert!(embedding.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{embedding:?} {expected:?}");
+        }
+        assert_eq!(reply.json()["usage"]["prompt_tokens"], json!(ids.iter().map(Vec::len).sum::<usize>()));
+        let short = server.post(EMBEDDINGS, &json!({"input": ids[0], "dimensions": 2})).await;
+        assert_eq!(embeddings(&short)[0].len(), 2);
+        for (input, code, param) in [
+            (json!([ids[0], vec![5; 512]]), "context_length_exceeded", "input[1]"),
+            (json!([[1024]]), "out_of_range", "input"),
+            (json!([[]]), "out_of_range", "input"),
+        ] {
+            let reply = server.post(EMBEDDINGS, &json!({"input": input})).await;
+            assert_eq!((reply.error_code().as_str(), &reply.json()["error"]["param"]), (code, &json!(param)));
+        }
+        server.blocks_are_free().await;
     }
 }
 

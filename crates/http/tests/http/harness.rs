@@ -134,6 +134,7 @@ pub fn card(digest: &str, fingerprint: &str) -> ModelCard {
         system_fingerprint: fingerprint.into(),
         defaults: Defaults::default(),
         load_report: br#"{"architecture":"mock"}"#.to_vec(),
+        embeddings: None,
     }
 }
 

@@ -242,6 +242,11 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
         backend.add_rms_norm(delta, residual, &mtp.norm, *eps, h)
     }
 
+    fn hidden(&mut self, backend: &B, rows: &[u32]) -> DeviceResult<&B::Tensor> {
+        backend.gather_rows(&self.h, rows, &mut self.gathered)?;
+        Ok(&self.gathered)
+    }
+
     fn logits(&mut self, backend: &B, rows: &[u32]) -> DeviceResult<&B::Tensor> {
         backend.gather_rows(&self.h, rows, &mut self.gathered)?;
         backend.linear(&self.gathered, self.head.as_ref().unwrap_or(&self.embedding), &mut self.logits)?;

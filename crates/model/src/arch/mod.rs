@@ -49,6 +49,10 @@ pub(crate) trait Model<B: Backend>: Send {
         adapters: &mut StepAdapters<'_, B>,
     ) -> DeviceResult<()>;
 
+    /// Hidden states `[rows.len(), hidden]` behind the last norm, of some rows of the last forward; at most
+    /// [`Sizes::logit_rows`].
+    fn hidden(&mut self, backend: &B, rows: &[u32]) -> DeviceResult<&B::Tensor>;
+
     /// Logits `[rows.len(), vocab]` of some rows of the last forward; at most [`Sizes::logit_rows`].
     fn logits(&mut self, backend: &B, rows: &[u32]) -> DeviceResult<&B::Tensor>;
 }

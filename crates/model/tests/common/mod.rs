@@ -178,7 +178,7 @@ impl Sequence {
         let request = |sequence: &Self, position: usize| {
             let next = sequence.tokens[..sequence.prompt_len].get(position + 1).copied();
             let ids = next.into_iter().chain([position as u32 % 200]).collect();
-            ScoreRequest { row: position - sequence.num_computed, ids, top: 3 }
+            ScoreRequest { row: position - sequence.num_computed, ids, top: 3, hidden: true }
         };
         Self { score: Some(request), ..self }
     }

@@ -86,7 +86,7 @@ fn run(
 ) -> Result<Vec<Replayed>, ReplayError> {
     let submit = |task: &Task, scope: &CacheScope| {
         let targets = || task.targets.iter().map(|(&position, ids)| (position as usize, ids.clone())).collect();
-        let scores = task.score.then(|| PromptScores { top: 1, targets: targets() });
+        let scores = task.score.then(|| PromptScores { top: 1, targets: targets(), hidden: None });
         let params = SamplingParams { logprobs: Some(0), ..SamplingParams::greedy() };
         let request = Request {
             stop_token_ids: ends.to_vec(),

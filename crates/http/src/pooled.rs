@@ -1,0 +1,97 @@
+//! Embeddings by a model that generates: the hidden states of a text's tokens become one vector.
+
+use std::collections::VecDeque;
+
+use baton_engine::SamplingParams;
+use baton_engine::{
+    Adapter, EngineFailure, FinishReason, HiddenStates, OutputEvent, OutputStream, PromptScores, Request,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::ApiError;
+use crate::generate::{engine_failure, refusal};
+use crate::generation::Generation;
+use crate::service::Service;
+
+/// Texts of one request that the engine has at once: it batches them, and others have their turn.
+const AT_ONCE: usize = 32;
+
+/// How a model that generates makes an embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DecoderPooling {
+    /// The last token's hidden state, behind the last norm.
+    Last,
+    /// The mean of all tokens' hidden states, behind the last norm.
+    Mean,
+}
+
+/// The embeddings of a model that generates; their length is 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecoderEmbeddings {
+    /// How they are made.
+    pub pooling: DecoderPooling,
+    /// Their components.
+    pub width: usize,
+}
+
+/// An embedding of each input, in their order. `field` is what an input is called in a refusal.
+pub(crate) async fn embed(
+    service: &Service,
+    (generation, adapter): (&Generation, Option<Adapter>),
+    pooling: DecoderPooling,
+    inputs: Vec<Vec<u32>>,
+    field: impl Fn(usize) -> String,
+) -> Result<Vec<Vec<f32>>, ApiError> {
+    let hidden = match pooling {
+        DecoderPooling::Last => HiddenStates::Last,
+        DecoderPooling::Mean => HiddenStates::All,
+    };
+    let request = |prompt| Request {
+        deadline: service.config().queue_timeout,
+        adapter: adapter.clone(),
+        prompt_scores: Some(PromptScores { hidden: Some(hidden), ..PromptScores::default() }),
+        ..Request::new(prompt, SamplingParams::greedy(), 1)
+    };
+    let (mut inputs, mut streams) = (inputs.into_iter().enumerate(), VecDeque::new());
+    let (mut embeddings, kill_switch) = (Vec::new(), service.kill_switch());
+    loop {
+        while streams.len() < AT_ONCE
+            && let Some((index, input)) = inputs.next()
+        {
+            // Streams of a request that is refused are dropped, which aborts them.
+            let stream = generation.engine.submit(request(input));
+            streams.push_back(stream.map_err(|error| refusal(&error, &field(index)))?);
+        }
+        let Some(stream) = streams.pop_front() else { return Ok(embeddings) };
+        embeddings.push(pooled(stream, &kill_switch).await?);
+    }
+}
+
+/// The mean of the hidden states that are told, scaled to the length 1.
+async fn pooled(mut stream: OutputStream, kill_switch: &CancellationToken) -> Result<Vec<f32>, ApiError> {
+    let (mut sums, mut count) = (Vec::<f64>::new(), 0_usize);
+    loop {
+        let event = tokio::select! {
+            event = stream.next() => event.ok_or_else(ApiError::engine_down)?,
+            () = kill_switch.cancelled() => return Err(ApiError::draining()),
+        };
+        match event {
+            OutputEvent::PromptScores(scores) => {
+                for score in scores {
+                    sums.resize(score.hidden.len(), 0.0);
+                    sums.iter_mut().zip(&score.hidden).for_each(|(sum, x)| *sum += f64::from(*x));
+                    count += 1;
+                }
+            }
+            OutputEvent::Token { .. } => {}
+            OutputEvent::Finished { reason: FinishReason::Error(failure), .. } => return Err(engine_failure(&failure)),
+            OutputEvent::Finished { reason: FinishReason::Aborted, .. } => {
+                return Err(engine_failure(&EngineFailure::ShuttingDown));
+            }
+            OutputEvent::Finished { .. } => break,
+        }
+    }
+    let mean: Vec<f64> = sums.iter().map(|sum| sum / count.max(1) as f64).collect();
+    let length = mean.iter().map(|x| x * x).sum::<f64>().sqrt().max(1e-12);
+    Ok(mean.iter().map(|x| (x / length) as f32).collect())
+}
