@@ -93,7 +93,9 @@ fn minilm_embeds_as_sentence_transformers_does() {
     let embeddings = tensors.tensor("embeddings").unwrap();
     let floats: Vec<f32> =
         embeddings.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
-    let tokenizer = tokenizers::Tokenizer::from_file(model.join("tokenizer.json")).unwrap();
+    let mut tokenizer = tokenizers::Tokenizer::from_file(model.join("tokenizer.json")).unwrap();
+    // Its file pads every text to 128 tokens.
+    tokenizer.with_padding(None).with_truncation(None).unwrap();
     let encoder = Checkpoint::at(&model).load(&LoadOptions::default()).unwrap();
     let inputs: Vec<Input> = json["sentences"].as_array().unwrap().iter().map(input).collect();
     let together = all(&encoder, &inputs);
