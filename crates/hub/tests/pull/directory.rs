@@ -109,7 +109,7 @@ fn a_refresh_sees_a_changed_directory_and_the_old_snapshot_stays() {
     let changed = Arc::new(AtomicBool::new(false));
     let server = serve(wanted(), {
         let changed = changed.clone();
-        move |request, reply| match changed.load(Ordering::SeqCst) && request.path.ends_with("/config.json") {
+        move |request, reply| match changed.load(Ordering::SeqCst) && request.path == "/models/tiny/config.json" {
             true => Reply::file(request, b"{\"model_type\":\"qwen2\"}").with("ETag", "\"new\""),
             false => reply,
         }
