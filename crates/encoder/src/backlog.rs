@@ -34,6 +34,9 @@ pub(crate) struct Place {
     index: usize,
 }
 
+/// What a request has come to: an output for each input.
+pub(crate) type Outputs = Result<Vec<Vec<f32>>, RunError>;
+
 /// Requests with a `T` each, to whom the result goes.
 pub(crate) struct Backlog<T> {
     requests: VecDeque<Request<T>>,
@@ -121,11 +124,7 @@ impl<T> Backlog<T> {
     }
 
     /// What an input has come to. A request that is complete, or has failed, is given back with its outputs in order.
-    pub fn done(
-        &mut self,
-        place: Place,
-        output: Result<Vec<f32>, RunError>,
-    ) -> Option<(T, Result<Vec<Vec<f32>>, RunError>)> {
+    pub fn done(&mut self, place: Place, output: Result<Vec<f32>, RunError>) -> Option<(T, Outputs)> {
         let at = self.requests.iter().position(|request| request.id == place.request)?;
         let request = &mut self.requests[at];
         let failure = match output {
@@ -156,8 +155,11 @@ mod tests {
         Input { ids: vec![1; tokens], type_ids: vec![0; tokens] }
     }
 
+    /// A request, and its outputs.
+    type Done = (&'static str, Vec<Vec<f32>>);
+
     /// The lengths in the next batch, whose inputs are all done with their own length as result.
-    fn step(backlog: &mut Backlog<&'static str>) -> (Vec<usize>, Vec<(&'static str, Vec<Vec<f32>>)>) {
+    fn step(backlog: &mut Backlog<&'static str>) -> (Vec<usize>, Vec<Done>) {
         let batch = backlog.batch(&LIMITS);
         let lengths = batch.iter().map(|(_, input)| input.ids.len()).collect();
         let done = batch.into_iter().filter_map(|(place, input)| {

@@ -44,7 +44,7 @@ pub struct Model {
 /// What a checkpoint turns out to be.
 pub enum Kind {
     Model(Box<Model>),
-    Encoder(encoder::Model),
+    Encoder(Box<encoder::Model>),
 }
 
 /// Loads what the settings name, be it a language model or an encoder.
@@ -52,7 +52,7 @@ pub fn any(settings: &Settings, free: Option<u64>) -> Result<Kind> {
     let (name, files) = files(settings.model.as_deref())?;
     if encoder::is_encoder(&files)? {
         let context = format!("model {name}");
-        return Ok(Kind::Encoder(encoder::load(name, &files, settings).context(context)?));
+        return Ok(Kind::Encoder(Box::new(encoder::load(name, &files, settings).context(context)?)));
     }
     Ok(Kind::Model(Box::new(load_files(name, &files, settings, free, &|_| Ok(()))?)))
 }

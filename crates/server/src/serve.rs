@@ -122,7 +122,8 @@ async fn serve(settings: Settings) -> Result<()> {
     };
     let model = match model {
         Kind::Model(model) => *model,
-        Kind::Encoder(encoder::Model { new, worker }) => {
+        Kind::Encoder(encoder) => {
+            let encoder::Model { new, worker } = *encoder;
             service.install_encoder(new);
             info_ready(address);
             ended(running).await?;

@@ -471,6 +471,8 @@ impl Settings {
 
 #[cfg(test)]
 mod tests {
+    use baton_text::ToolSyntax;
+
     use super::*;
 
     fn parse(flags: &[&str], file: &str) -> Result<(Settings, Origins)> {

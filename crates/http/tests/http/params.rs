@@ -160,7 +160,7 @@ async fn token_ids_are_all_that_went_in_and_came_out() {
         let chunks = server.completion(with(fields.clone(), json!({"stream": true}))).await.chunks();
         assert_eq!(streamed_ids(&chunks), told);
         let with_prompt = chunks.iter().filter_map(|chunk| chunk["choices"][0].get("prompt_token_ids"));
-        assert_eq!(with_prompt.map(ids).collect::<Vec<_>>(), [prompt.clone()]);
+        assert_eq!(with_prompt.map(ids).collect::<Vec<_>>(), std::slice::from_ref(&prompt));
 
         let chat = ok(&server.chat(fields.clone()).await);
         assert_eq!(ids(&chat["choices"][0]["token_ids"]), told);

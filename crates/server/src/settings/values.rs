@@ -139,7 +139,7 @@ pub enum ToolCallParser {
 
 impl ToolCallParser {
     /// The syntax that is asked for, if one is.
-    fn syntax(self) -> Option<ToolSyntax> {
+    pub(super) fn syntax(self) -> Option<ToolSyntax> {
         match self {
             ToolCallParser::Auto | ToolCallParser::None => None,
             ToolCallParser::DeepseekV3 => Some(ToolSyntax::DeepseekV3),
