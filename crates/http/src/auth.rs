@@ -47,7 +47,7 @@ const ADMIN: [&str; 5] = [
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// The route that is open on a loopback address.
-const METRICS: &str = "/metrics";
+pub(crate) const METRICS: &str = "/metrics";
 
 /// The route whose handler asks for the scope, which depends on the end of the path.
 pub(crate) const MODEL: &str = "/v1/models/{*id}";

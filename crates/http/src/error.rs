@@ -197,7 +197,7 @@ impl ApiError {
     /// The request was not done within its own `deadline_ms`.
     pub fn deadline_exceeded() -> Self {
         let message = "the request was not done within its deadline_ms";
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_exceeded", message).never()
+        Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, "deadline_exceeded", message).never()
     }
 
     /// No model is loaded yet.

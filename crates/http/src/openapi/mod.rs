@@ -51,7 +51,7 @@ const REFUSALS: &[(u16, &str)] = &[
     (401, "No key, or one that is not known."),
     (403, "A key of another scope."),
     (404, "There is no such thing."),
-    (408, "The body did not arrive in time."),
+    (408, "The body did not arrive in time, or the request was not done within its `deadline_ms`."),
     (409, "It does not go together with what is under way."),
     (413, "The body exceeds `--body-limit-bytes`."),
     (429, "So many at once are not taken."),
@@ -168,7 +168,9 @@ fn describe_access(path: &str, operation: &mut Value) {
         Some(Scope::Admin) => &["admin"],
         Some(Scope::Any) => &["inference", "admin"],
     };
-    operation.insert("security".into(), keys.iter().map(|key| json!({*key: []})).collect());
+    // On a loopback address metrics need no key.
+    let none = (path == auth::METRICS).then(|| json!({}));
+    operation.insert("security".into(), keys.iter().map(|key| json!({*key: []})).chain(none).collect());
     let more = operation.remove("x-refusals").unwrap_or_default();
     let more: Vec<_> = more.as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
     let has_body = operation.contains_key("requestBody");

@@ -348,7 +348,7 @@ async fn a_request_is_not_answered_beyond_its_deadline() {
     let server = Setup { reply: "a".repeat(400), ..Setup::default() }.start().await;
     server.control.delay_steps(Duration::from_millis(20));
     let reply = server.chat(json!({"deadline_ms": 60})).await;
-    assert_eq!((reply.status, reply.error_code().as_str()), (503, "deadline_exceeded"));
+    assert_eq!((reply.status, reply.error_code().as_str()), (408, "deadline_exceeded"));
     let reply = server.completion(json!({"deadline_ms": 200, "stream": true})).await;
     let events = reply.events();
     let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();

@@ -30,7 +30,7 @@ def test_requests_from_the_description_are_answered_as_described(url, tmp_path, 
     command = [
         pathlib.Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json",
         "--header", f"Authorization: Bearer {key}", select, ADMIN,
-        "--seed", "7", "--max-examples", os.environ.get("SCHEMATHESIS_EXAMPLES", "12"),
+        "--seed", "7", "--max-examples", os.environ.get("SCHEMATHESIS_EXAMPLES", "6"),
         "--phases", "examples,coverage,fuzzing", "--checks", CHECKS, "--continue-on-failure", "--no-shrink",
         "--request-timeout", "60", "--suppress-health-check", "all", "--warnings", "off", "--no-color",
     ]
