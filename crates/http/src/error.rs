@@ -93,7 +93,8 @@ impl ApiError {
 
     /// Prompt and output do not fit into the context.
     pub fn context_length(param: &str, prompt: usize, requested: Option<u32>, context: usize) -> Self {
-        let mut message = format!("the context holds {context} tokens; the prompt has {prompt}");
+        // Client libraries know by these words that a prompt is too long.
+        let mut message = format!("this model's maximum context length is {context} tokens; the prompt has {prompt}");
         match requested {
             Some(tokens) => write!(message, " and {tokens} more were requested").expect("a String takes all"),
             None => message.push_str(", which leaves no room for an answer"),

@@ -104,7 +104,10 @@ fn run(suite: &Suite, binary: &Path) -> Result<Outcome> {
         say(&printed);
     }
     let summary = printed.lines().rev().find(|line| line.contains(" in ")).unwrap_or("nothing was run").to_owned();
-    let is_failure = |line: &&str| line.starts_with("FAILED ") || line.starts_with("ERROR ");
+    // A log that pytest shows has lines that begin with ERROR too.
+    let names_test = |test: &str| test.starts_with(SDK);
+    let is_failure =
+        |line: &&str| ["FAILED ", "ERROR "].iter().any(|kind| line.strip_prefix(kind).is_some_and(names_test));
     let failed: Vec<_> = printed.lines().filter(is_failure).map(str::to_owned).collect();
     ensure!(output.status.success() || !failed.is_empty(), "pytest did not run: {summary}");
     Ok(Outcome { versions: versions(suite, &folder)?, install_seconds, run_seconds, summary, failed })

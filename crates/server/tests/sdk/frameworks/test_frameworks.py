@@ -17,10 +17,10 @@ ANSWER = "347 + 286 = 633."
 
 
 class Sum(pydantic.BaseModel):
-    """The two numbers of a sum."""
+    """The two numbers of a sum; bounded, as a small model may write digits without end."""
 
-    left: int
-    right: int
+    left: int = pydantic.Field(ge=0, le=999)
+    right: int = pydantic.Field(ge=0, le=999)
 
 
 class TestLiteLlm:
@@ -136,7 +136,8 @@ class TestInstructor:
 
 
 class TestAgents:
-    @pytest.fixture(scope="class", params=["chat", "responses"])
+    # A client belongs to its event loop, and each test has one of its own.
+    @pytest.fixture(params=["chat", "responses"])
     def agent(self, url, request):
         import agents
         import openai
