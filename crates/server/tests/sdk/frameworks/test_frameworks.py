@@ -17,8 +17,9 @@ ANSWER = "347 + 286 = 633."
 
 
 class Sum(pydantic.BaseModel):
-    """The two numbers of a sum; bounded, as a small model may write digits without end."""
+    """The two numbers of a sum; bounded and closed, as a small model may write digits and members without end."""
 
+    model_config = pydantic.ConfigDict(extra="forbid")
     left: int = pydantic.Field(ge=0, le=999)
     right: int = pydantic.Field(ge=0, le=999)
 
