@@ -51,9 +51,9 @@ fn typical() -> Spec {
 }
 
 #[test]
-#[ignore = "measures"]
+#[ignore = "measures time, which decides no test; 256,000 tokens take minutes in a debug build"]
 #[expect(clippy::print_stdout, reason = "figures are what this is for")]
-fn masks_of_a_large_vocabulary_take_less_than_a_step() {
+fn what_masks_of_a_large_vocabulary_take() {
     let outputs = [
         r#"{"name":"some person with a long name","age":31,"email":"some.person@example.com","tags":["red","blue"],"address":{"street":"a street","city":"a city"}}"#,
         r#"{"name":"x","age":5,"email":"a@b.c","tags":[],"address":{"street":"s","city":"c"}}"#,
@@ -89,7 +89,6 @@ fn masks_of_a_large_vocabulary_take_less_than_a_step() {
         println!("  begin: {}", summary(&mut begins));
         println!("  mask: {}", summary(&mut masks));
         println!("  accept: {}", summary(&mut accepts));
-        assert!(masks[masks.len() / 2] < Duration::from_millis(10));
     }
 }
 
@@ -100,7 +99,7 @@ fn resident() -> usize {
 }
 
 #[test]
-#[ignore = "measures"]
+#[ignore = "10,000 schemas take minutes in a debug build"]
 #[expect(clippy::print_stdout, reason = "figures are what this is for")]
 fn ten_thousand_schemas_keep_memory_under_the_cap() {
     let limits = Limits::default();

@@ -25,6 +25,9 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const GENERATION: HeaderName = HeaderName::from_static("x-baton-generation");
 const MAX_REQUEST_ID_CHARS: usize = 128;
 
+/// What is added to the priority of a request of a batch.
+const BATCH_PRIORITY: i32 = 1 << 20;
+
 /// Status in the log for a client that left before the reply began, as nginx writes it.
 const CLIENT_LEFT: u16 = 499;
 
@@ -59,9 +62,13 @@ impl AccessRecord {
         self.request_id.as_bytes()
     }
 
-    /// Nobody waits for the reply.
-    pub fn of_batch(&self) -> bool {
-        self.of_batch
+    /// The priority in the engine of a request that asks for this one. Of a batch, for which nobody waits, it is among its
+    /// own, and behind all others.
+    pub fn priority(&self, asked: i32) -> i32 {
+        match self.of_batch {
+            true => BATCH_PRIORITY.saturating_add(asked.max(-BATCH_PRIORITY / 2)),
+            false => asked,
+        }
     }
 
     /// The request is given the generation of this digest.

@@ -2,6 +2,8 @@
 //!
 //! A preflight is answered before keys are looked at, since a browser sends none with it. Credentials (cookies) are never
 //! allowed: keys travel in headers that the page sets itself. So `*` gives a page nothing that it does not hold.
+//!
+//! tower-http's layer is not used: its lists of headers know no `x-stainless-*`, and it answers every OPTIONS, preflight or not.
 
 use std::str::FromStr;
 

@@ -350,6 +350,11 @@ impl ApiError {
         self
     }
 
+    /// Whether the same request may go well later: there was no room for it, or nothing to answer it yet.
+    pub fn is_for_now(&self) -> bool {
+        matches!(self.retry, Retry::After(_))
+    }
+
     /// Whether the generation is to blame, and not the request, the load or a drain.
     pub fn is_breakdown(&self) -> bool {
         self.status == StatusCode::INTERNAL_SERVER_ERROR || self.code == "engine_down"

@@ -8,6 +8,7 @@ use baton_engine::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::generate::{engine_failure, refusal};
 use crate::generation::Generation;
@@ -37,6 +38,7 @@ pub struct DecoderEmbeddings {
 /// An embedding of each input, in their order. `field` is what an input is called in a refusal.
 pub(crate) async fn embed(
     service: &Service,
+    record: &AccessRecord,
     (generation, adapter): (&Generation, Option<Adapter>),
     pooling: DecoderPooling,
     inputs: Vec<Vec<u32>>,
@@ -48,6 +50,7 @@ pub(crate) async fn embed(
     };
     let request = |prompt| Request {
         deadline: service.config().queue_timeout,
+        priority: record.priority(0),
         adapter: adapter.clone(),
         prompt_scores: Some(PromptScores { hidden: Some(hidden), ..PromptScores::default() }),
         ..Request::new(prompt, SamplingParams::greedy(), 1)
@@ -91,7 +94,13 @@ async fn pooled(mut stream: OutputStream, kill_switch: &CancellationToken) -> Re
             OutputEvent::Finished { .. } => break,
         }
     }
-    let mean: Vec<f64> = sums.iter().map(|sum| sum / count.max(1) as f64).collect();
-    let length = mean.iter().map(|x| x * x).sum::<f64>().sqrt().max(1e-12);
-    Ok(mean.iter().map(|x| (x / length) as f32).collect())
+    let mut mean = sums.iter().map(|sum| (sum / count.max(1) as f64) as f32).collect::<Vec<_>>();
+    normalize(&mut mean);
+    Ok(mean)
+}
+
+/// Scales a vector to the length 1, unless it is zero.
+pub(crate) fn normalize(vector: &mut [f32]) {
+    let length = vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt().max(1e-12);
+    vector.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
 }

@@ -92,9 +92,9 @@ struct Shared {
     in_flight: Counter,
     draining: CancellationToken,
     kill_switch: CancellationToken,
-    text_work: Semaphore,
-    disk_work: Semaphore,
-    grammar_work: Semaphore,
+    text_work: Arc<Semaphore>,
+    disk_work: Arc<Semaphore>,
+    grammar_work: Arc<Semaphore>,
     started: Instant,
 }
 
@@ -112,9 +112,9 @@ impl Service {
             in_flight: Counter::default(),
             draining: CancellationToken::new(),
             kill_switch: CancellationToken::new(),
-            text_work: Semaphore::new(cores),
-            disk_work: Semaphore::new(DISK_WORK),
-            grammar_work: Semaphore::new(cores.div_ceil(2)),
+            text_work: Arc::new(Semaphore::new(cores)),
+            disk_work: Arc::new(Semaphore::new(DISK_WORK)),
+            grammar_work: Arc::new(Semaphore::new(cores.div_ceil(2))),
             started: Instant::now(),
         }))
     }
@@ -311,8 +311,7 @@ impl Service {
         &self,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let _permit = self.0.disk_work.acquire().await.map_err(|_| ApiError::internal())?;
-        let done = tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?;
+        let done = off_thread(&self.0.disk_work, move || Ok(work())).await?;
         done.map_err(|error| {
             tracing::error!(%error, "the state folder cannot be used");
             ApiError::internal()
@@ -328,10 +327,46 @@ impl Service {
     }
 }
 
+/// Runs work on a thread that may block. Its permit is given back when it has ended, which is not before its client has
+/// left: nobody can have more of it running by leaving and coming back.
 async fn off_thread<T: Send + 'static>(
-    permits: &Semaphore,
+    permits: &Arc<Semaphore>,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let _permit = permits.acquire().await.map_err(|_| ApiError::internal())?;
+    let permit = permits.clone().acquire_owned().await.map_err(|_| ApiError::internal())?;
+    let work = move || {
+        let _permit = permit;
+        work()
+    };
     tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn work_whose_client_has_left_still_counts_until_it_ends() {
+        let permits = Arc::new(Semaphore::new(1));
+        let (end, ended) = mpsc::channel::<()>();
+        let (begin, begun) = tokio::sync::oneshot::channel();
+        let client = tokio::spawn({
+            let permits = permits.clone();
+            async move {
+                off_thread(&permits, move || {
+                    let _ = begin.send(());
+                    ended.recv().map_err(|_| ApiError::internal())
+                })
+                .await
+            }
+        });
+        begun.await.unwrap();
+        client.abort();
+        assert!(client.await.unwrap_err().is_cancelled());
+        assert_eq!(permits.available_permits(), 0);
+        end.send(()).unwrap();
+        off_thread(&permits, || Ok(())).await.unwrap();
+    }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use bytes::Bytes;
-use http::{Request, StatusCode};
+use http::Request;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
@@ -335,8 +335,7 @@ async fn ask(
             }
         };
         let status = response.status();
-        let later = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS, StatusCode::REQUEST_TIMEOUT];
-        if later.contains(&status) {
+        if response.extensions().get::<ApiError>().is_some_and(ApiError::is_for_now) {
             sleep(pause).await;
             pause = (2 * pause).min(LONGEST_PAUSE);
             continue;

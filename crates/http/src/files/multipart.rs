@@ -1,4 +1,7 @@
 //! Reading `multipart/form-data` (RFC 7578) as it arrives: what is kept in memory is one piece of the body.
+//!
+//! multer (and with it axum's extractor) is not used: it takes in all that has arrived before it gives any of it out, up to
+//! the limit of the whole body, and has no other for the head of a part.
 
 use std::time::Duration;
 

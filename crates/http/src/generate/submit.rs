@@ -54,9 +54,6 @@ pub(crate) struct Reasoning {
     pub starts_inside: bool,
 }
 
-/// What is added to the priority of a request that nobody waits for, so that it comes behind all others.
-const BATCH_PRIORITY: i32 = 1 << 20;
-
 /// Starts all choices of all prompts, or none.
 pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<Choices, ApiError> {
     let spec = generation.engine.spec();
@@ -70,11 +67,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
     }
 
     sampling.bad_words = job.bad_words;
-    let priority = match job.params.priority {
-        // Within the batch, not before others.
-        asked if job.record.of_batch() => BATCH_PRIORITY.saturating_add(asked.max(-BATCH_PRIORITY / 2)),
-        asked => asked,
-    };
+    let priority = job.record.priority(job.params.priority);
     let mut streams: Vec<OutputStream> = Vec::new();
     let prompt_tokens: Vec<usize> = job.prompts.iter().map(Vec::len).collect();
     let first_room = rooms[0];

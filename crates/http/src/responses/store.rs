@@ -48,8 +48,10 @@ impl Record {
     /// The whole conversation, the answer included.
     pub fn conversation(mut self) -> Vec<Value> {
         let output = self.response["output"].take();
-        let output = if let Value::Array(output) = output { output } else { Vec::new() };
-        [self.history, self.input, output].concat()
+        let mut items = self.history;
+        items.extend(self.input);
+        items.extend(if let Value::Array(output) = output { output } else { Vec::new() });
+        items
     }
 }
 

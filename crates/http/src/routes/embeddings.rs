@@ -15,7 +15,7 @@ use crate::extract;
 use crate::generations::Pick;
 use crate::openai::completion::Prompt;
 use crate::openai::embedding::{EmbeddingRequest, Encoding, ReadUsage, reply};
-use crate::pooled::{DecoderEmbeddings, embed};
+use crate::pooled::{DecoderEmbeddings, embed, normalize};
 use crate::routes::warn;
 use crate::scoring::{Cut, unreadable};
 use crate::service::Service;
@@ -60,7 +60,7 @@ pub(super) async fn create(
         let usage = usage(&inputs);
         record.prompt_tokens(inputs.iter().map(|input| input.ids.len()).sum());
         let ids = inputs.into_iter().map(|input| input.ids).collect();
-        (target.name, embed(&service, (&generation, target.adapter), pooling, ids, field).await?, shape, usage)
+        (target.name, embed(&service, &record, (&generation, target.adapter), pooling, ids, field).await?, shape, usage)
     };
     let body = service.text_work(move || Ok(shape.written(&name, embeddings, usage))).await?;
     let json = HeaderValue::from_static("application/json");
@@ -119,8 +119,7 @@ impl Shape {
         }
         embedding.truncate(self.dimensions);
         if self.normalized {
-            let length = embedding.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt().max(1e-12);
-            embedding.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+            normalize(embedding);
         }
     }
 }

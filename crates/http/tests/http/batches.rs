@@ -418,3 +418,15 @@ async fn results_that_do_not_fit_end_their_batch() {
     assert!(!lines(&server, &batch["output_file_id"]).await.is_empty(), "what was answered stays");
     server.blocks_are_free().await;
 }
+
+#[tokio::test]
+async fn a_line_that_misses_its_own_deadline_has_that_as_its_result() {
+    let dir = TempDir::new().unwrap();
+    let server = setup_slow(dir.path()).await;
+    let body = with(chat_body(), json!({"deadline_ms": 1}));
+    let id = begin(&server, &line("late", CHAT, &body), CHAT).await;
+    let batch = ended(&server, &id).await;
+    assert_eq!(batch["request_counts"], json!({"total": 1, "completed": 0, "failed": 1}), "{batch}");
+    let errors = lines(&server, &batch["error_file_id"]).await;
+    assert_eq!(errors[0]["response"]["body"]["error"]["code"], "deadline_exceeded", "{errors:?}");
+}

