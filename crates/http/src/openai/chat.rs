@@ -5,8 +5,8 @@ use serde::Serialize;
 
 use crate::generate::{Call, Output, Score, Tokens};
 use crate::json;
-use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole, finite};
-use crate::openai::tokens::{PromptParts, TokenStyle};
+use crate::openai::shared::{Envelope, Finish, Format, Piece, Reply, Usage, Whole};
+use crate::openai::tokens::{PromptParts, TokenLogprob, TokenStyle};
 use crate::sse::Events;
 
 const CHUNK: &str = "chat.completion.chunk";
@@ -97,32 +97,9 @@ struct Logprobs {
     refusal: Option<()>,
 }
 
-#[derive(Serialize)]
-struct TokenLogprob {
-    #[serde(flatten)]
-    chosen: Alternative,
-    top_logprobs: Vec<Alternative>,
-}
-
-#[derive(Serialize)]
-struct Alternative {
-    token: String,
-    logprob: f32,
-    bytes: Vec<u8>,
-}
-
 impl ChatFormat {
-    fn alternative(&self, token: u32, logprob: f32) -> Alternative {
-        Alternative { token: self.style.text(token), logprob: finite(logprob), bytes: self.style.bytes(token) }
-    }
-
     fn logprobs(&self, scores: &[Score]) -> Logprobs {
-        let token = |score: &Score| TokenLogprob {
-            // Only a prompt's first token has none, and a chat does not tell of its prompt here.
-            chosen: self.alternative(score.token, score.logprob.unwrap_or_default()),
-            top_logprobs: score.top.iter().map(|&(token, logprob)| self.alternative(token, logprob)).collect(),
-        };
-        Logprobs { content: scores.iter().map(token).collect(), refusal: None }
+        Logprobs { content: scores.iter().map(|score| self.style.scored(score)).collect(), refusal: None }
     }
 
     fn chunk_choice<'a>(&self, index: usize, delta: Delta<'a>, tokens: &'a Tokens) -> ChunkChoice<'a> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::ser::{SerializeMap, SerializeSeq};
 use serde::{Serialize, Serializer};
 
-use crate::generate::Told;
+use crate::generate::{Score, Told};
 use crate::generation::Generation;
 use crate::openai::params::Params;
 use crate::openai::shared::finite;
@@ -74,6 +74,19 @@ impl TokenStyle {
         }
     }
 
+    /// A generated token and the most likely ones in its place, as chats and responses have them.
+    pub fn scored(&self, score: &Score) -> TokenLogprob {
+        let alternative = |token: u32, logprob: f32| {
+            let (text, bytes) = (self.text(token), self.bytes(token));
+            Alternative { token: text, logprob: finite(logprob), bytes }
+        };
+        TokenLogprob {
+            // Only a prompt's first token has none, and these are of outputs.
+            chosen: alternative(score.token, score.logprob.unwrap_or_default()),
+            top_logprobs: score.top.iter().map(|&(token, logprob)| alternative(token, logprob)).collect(),
+        }
+    }
+
     /// Ids, if they are wanted.
     pub fn ids<'a>(&self, ids: &'a [u32]) -> Option<&'a [u32]> {
         self.told.ids.then_some(ids)
@@ -89,6 +102,21 @@ impl TokenStyle {
         let prompt_logprobs = self.told.prompt_logprobs.map(|top| PromptLogprobs { style: self, prompt, top });
         PromptParts { prompt_logprobs, ..self.opened(prompt) }
     }
+}
+
+/// See [`TokenStyle::scored`].
+#[derive(Serialize)]
+pub(crate) struct TokenLogprob {
+    #[serde(flatten)]
+    chosen: Alternative,
+    top_logprobs: Vec<Alternative>,
+}
+
+#[derive(Serialize)]
+struct Alternative {
+    token: String,
+    logprob: f32,
+    bytes: Vec<u8>,
 }
 
 /// What is told of a prompt, by vLLM's names: in the reply of a chat, in each choice of completions.

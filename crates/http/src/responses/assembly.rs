@@ -3,20 +3,18 @@
 //! An item is open from its first text to that of the next, or to the end: what the events say of it, joined, is what
 //! the finished item says. Ids depend on the response and the item's place alone.
 
-use std::sync::Arc;
-
 use baton_text::Segment;
 use serde_json::{Value, json};
 
 use crate::generate::Score;
-use crate::generation::Generation;
-use crate::openai::shared::{Envelope, finite};
+use crate::openai::shared::Envelope;
+use crate::openai::tokens::TokenStyle;
 use crate::sse::Events;
 
 /// See the head of the file.
 pub(super) struct Assembly {
     pub envelope: Envelope,
-    generation: Arc<Generation>,
+    style: TokenStyle,
     /// Scores are shown.
     logprobs: bool,
     /// Reasoning is shown as its own summary.
@@ -52,8 +50,8 @@ pub(super) type Out<'a> = Option<&'a mut Events>;
 
 impl Assembly {
     /// No items yet.
-    pub fn new(envelope: Envelope, generation: Arc<Generation>, logprobs: bool, summary: bool) -> Self {
-        Self { envelope, generation, logprobs, summary, items: Vec::new(), open: None, sequence: 0 }
+    pub fn new(envelope: Envelope, style: TokenStyle, logprobs: bool, summary: bool) -> Self {
+        Self { envelope, style, logprobs, summary, items: Vec::new(), open: None, sequence: 0 }
     }
 
     /// The items so far; the one that is open as incomplete.
@@ -135,7 +133,7 @@ impl Assembly {
         let mut left = text.len();
         let before = scores.iter().rposition(|score| {
             let before = left == 0;
-            left = left.saturating_sub(self.generation.text.token_bytes(score.token).len());
+            left = left.saturating_sub(self.style.bytes(score.token).len());
             before
         });
         &scores[before.map_or(0, |at| at + 1)..]
@@ -185,15 +183,7 @@ impl Assembly {
         if !self.logprobs {
             return Vec::new();
         }
-        let alternative = |token: u32, logprob: f32| {
-            let bytes = self.generation.text.token_bytes(token);
-            json!({"token": String::from_utf8_lossy(&bytes), "logprob": finite(logprob), "bytes": bytes})
-        };
-        let score = |score: &Score| {
-            let top: Vec<_> = score.top.iter().map(|&(token, logprob)| alternative(token, logprob)).collect();
-            with(alternative(score.token, score.logprob.unwrap_or_default()), json!({"top_logprobs": top}))
-        };
-        scores.iter().map(score).collect()
+        scores.iter().map(|score| json!(self.style.scored(score))).collect()
     }
 }
 

@@ -12,6 +12,7 @@ use crate::files::now;
 use crate::generate::Choices;
 use crate::generation::Generation;
 use crate::openai::shared::{Envelope, Finish, Format, Piece, Usage};
+use crate::openai::tokens::{TokenStyle, TokensTold};
 use crate::responses::assembly::{Assembly, Out, unique};
 use crate::responses::request::{Keeping, Shown};
 use crate::responses::store::PREFIX;
@@ -55,7 +56,8 @@ impl ResponseFormat {
         set("frequency_penalty", number(params.frequency_penalty));
         set("usage", Value::Null);
         object.extend(shown.echo);
-        let assembly = Assembly::new(envelope, generation, params.logprobs.is_some(), shown.summary);
+        let style = TokenStyle::new(generation, TokensTold::new(params));
+        let assembly = Assembly::new(envelope, style, params.logprobs.is_some(), shown.summary);
         Self { object, assembly, cut: false, keep: None }
     }
 
