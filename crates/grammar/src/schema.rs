@@ -50,8 +50,10 @@ pub(crate) fn prepared(schema: &Value, limits: &Limits) -> Result<Value, Grammar
     }
     let mut schema = schema.clone();
     Walk { limits, left: limits.schemas }.schema(&mut schema, 0)?;
-    if !finite::may_end(&schema) {
-        return Err(GrammarError::Unsatisfiable);
+    match finite::may_end(&schema) {
+        Some(true) => {}
+        Some(false) => return Err(GrammarError::Unsatisfiable),
+        None => return Err(too_large("references of a JSON Schema must not need each other in so many steps".into())),
     }
     let mut object = match schema {
         Value::Object(object) => object,

@@ -51,9 +51,9 @@ fn typical() -> Spec {
 }
 
 #[test]
-#[ignore = "measures time, which decides no test; 256,000 tokens take minutes in a debug build"]
+#[ignore = "measures the machine; its largest vocabulary takes minutes in a debug build"]
 #[expect(clippy::print_stdout, reason = "figures are what this is for")]
-fn what_masks_of_a_large_vocabulary_take() {
+fn masks_of_a_large_vocabulary_take_less_than_a_step() {
     let outputs = [
         r#"{"name":"some person with a long name","age":31,"email":"some.person@example.com","tags":["red","blue"],"address":{"street":"a street","city":"a city"}}"#,
         r#"{"name":"x","age":5,"email":"a@b.c","tags":[],"address":{"street":"s","city":"c"}}"#,
@@ -89,6 +89,7 @@ fn what_masks_of_a_large_vocabulary_take() {
         println!("  begin: {}", summary(&mut begins));
         println!("  mask: {}", summary(&mut masks));
         println!("  accept: {}", summary(&mut accepts));
+        assert!(masks[masks.len() / 2] < Duration::from_millis(10));
     }
 }
 
