@@ -5,8 +5,9 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DeviceError, HostExperts, HostLatent,
-    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DType, DeviceError, HostExperts,
+    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows,
+    WeightFormat,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -71,6 +72,7 @@ impl CpuBackend {
             kv_block_size: BLOCK,
             kv_dtypes: KvDtype::ALL.into(),
             weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
+            activations: DType::F32,
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             narrow_activations: BlockFormat::ALL.map(Ggml).into_iter().chain(isa.has_pairs().then_some(BF16)).collect(),
             row_invariant: true,

@@ -3,7 +3,10 @@
 //! - Outputs are supplied by the caller and sized once at load: captured graphs and two-phase calls
 //!   need fixed addresses. An operation sets the number of rows of its output; exceeding the capacity
 //!   or passing the wrong width is a bug of the model and panics.
-//! - Activations are f32 by contract; sums are in f32 (or exact integers) with one rounding at the end.
+//! - Activations are what [`Caps::activations`] says, f32 unless a device computes in less; sums are in f32 (or exact
+//!   integers) with one rounding at the end. The host sees f32.
+//! - A device may take calls without waiting for their work: a failure shows at the latest at the next call that brings
+//!   something to the host.
 //! - Nothing of a step survives it except the cache.
 //! - A backend takes steps on one thread at a time and parallelises inside; meanwhile another thread may
 //!   prepare weights and activations.
@@ -140,6 +143,21 @@ pub trait Backend: Send + Sync + 'static {
     fn write(&self, data: &[f32], out: &mut Self::Tensor) -> Result<()>;
     /// Copies the rows in use to the host, replacing what `out` held.
     fn read(&self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
+    /// The column of the largest number of each row in use, the first of equals; `None` for a row that is not finite
+    /// throughout. Replaces what `out` held. So that a greedy token costs no copy of its logits.
+    fn argmax(&self, x: &Self::Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
+        let mut values = Vec::new();
+        self.read(x, &mut values)?;
+        out.clear();
+        out.extend(values.chunks_exact(x.cols()).map(first_largest));
+        Ok(())
+    }
+}
+
+/// The index of the first of the largest; `None` unless all are finite.
+fn first_largest(row: &[f32]) -> Option<u32> {
+    let largest = |best: usize, (i, x): (usize, &f32)| if *x > row[best] { i } else { best };
+    row.iter().all(|x| x.is_finite()).then(|| row.iter().enumerate().fold(0, largest) as u32)
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), absorbed: the cache

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::{KvDtype, WeightFormat};
+use crate::{DType, KvDtype, WeightFormat};
 
 /// An operation of the seam, by the name used in refusals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,6 +30,8 @@ pub struct Caps {
     pub kv_dtypes: BTreeSet<KvDtype>,
     /// Formats in which linear and expert weights can be kept.
     pub weight_formats: BTreeSet<WeightFormat>,
+    /// Element type of activations between operations.
+    pub activations: DType,
     /// Operations offered beyond those that every backend has.
     pub ops: BTreeSet<Op>,
     /// Formats whose weights meet activations that were made narrow: bytes for those in blocks, as [`crate::int8`] says,
@@ -81,6 +83,7 @@ mod tests {
             kv_block_size: 16,
             kv_dtypes: [KvDtype::F32, KvDtype::F16].into(),
             weight_formats: [WeightFormat::F32].into(),
+            activations: DType::F32,
             ops: [Op::PagedAttention].into(),
             narrow_activations: BTreeSet::new(),
             row_invariant: true,

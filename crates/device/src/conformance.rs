@@ -6,8 +6,8 @@
 
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Reference, Result,
-    RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat, int8,
+    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Reference,
+    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat, int8,
 };
 
 /// What a backend must offer to run the whole list.
@@ -203,6 +203,32 @@ pub fn cases() -> Vec<Case> {
     }
     cases.push(Case::Moe { rows: 6, hidden: 33, intermediate: 17, experts: 9, format: F32, groups: None });
     cases
+}
+
+impl Case {
+    /// What a device must offer for the case; one that does not is refused such models, so it need not pass.
+    pub fn needs(&self) -> Requirements {
+        let none = Requirements::default();
+        match *self {
+            Case::Group { ref weights, .. } => {
+                Requirements { weight_formats: weights.iter().map(|(_, format)| *format).collect(), ..none }
+            }
+            Case::Made { block, .. } => Requirements { weight_formats: [WeightFormat::Ggml(block)].into(), ..none },
+            Case::Linear { format, .. } => Requirements { weight_formats: [format].into(), ..none },
+            Case::Norm { .. } | Case::Elementwise { .. } | Case::Rope(_) => none,
+            Case::Attention { kv, .. } => {
+                Requirements { ops: [Op::PagedAttention].into(), kv_dtypes: [kv].into(), ..none }
+            }
+            Case::Latent { format, kv, .. } => Requirements {
+                ops: [Op::LatentAttention].into(),
+                weight_formats: [format].into(),
+                kv_dtypes: [kv].into(),
+            },
+            Case::Moe { format, .. } => {
+                Requirements { ops: [Op::FusedMoe].into(), weight_formats: [format].into(), ..none }
+            }
+        }
+    }
 }
 
 /// What a backend gave for a case beside what the judge gave: equal lengths.

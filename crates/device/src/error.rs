@@ -52,6 +52,14 @@ pub enum DeviceError {
         /// What they were for.
         what: &'static str,
     },
+    /// The device is gone, or does not answer: what it holds is lost, and nothing more can be asked of it.
+    #[error("device {device} is lost: {reason}")]
+    Lost {
+        /// Device name.
+        device: String,
+        /// The device's own words, or how long it was waited for.
+        reason: String,
+    },
     /// The device reported an error while running.
     #[error("device {device} failed in {op}: {reason}")]
     Execution {

@@ -29,6 +29,7 @@ impl Reference {
                 kv_block_size: 8,
                 kv_dtypes: KvDtype::ALL.into(),
                 weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
+                activations: DType::F32,
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
                 narrow_activations: BTreeSet::new(),
                 row_invariant: true,
