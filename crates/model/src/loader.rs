@@ -244,7 +244,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         });
         let backend = self.backend;
         let mut source = LayerExperts { loader: self, prefix, names, formats, current: None };
-        let experts = backend.expert_weights(HostExperts { count, source: &mut source, formats, routing })?;
+        let experts =
+            backend.expert_weights(HostExperts { count, held: 0..count, source: &mut source, formats, routing })?;
         source.release()?;
         Ok(experts)
     }
