@@ -1,13 +1,6 @@
-//! Operators on single elements, broadcasting where there are two inputs.
+//! Functions of single elements, and numbers in a row.
 
-use super::shape::{around, broadcast, expand};
-
-/// `f(a, b)` element by element, both repeated to the shape that they broadcast to.
-pub fn binary<T: Copy>(a: (&[usize], &[T]), b: (&[usize], &[T]), f: impl Fn(T, T) -> T) -> Vec<T> {
-    let dims = broadcast(a.0, b.0).expect("shapes were checked to broadcast");
-    let (a, b) = (expand(a.1, a.0, &dims), expand(b.1, b.0, &dims));
-    a.iter().zip(&b).map(|(&a, &b)| f(a, b)).collect()
-}
+use super::shape::around;
 
 /// The logistic function.
 pub fn sigmoid(x: f32) -> f32 {
@@ -99,12 +92,6 @@ mod tests {
         assert_eq!(swiglu(&[1.0, 2.0, 3.0, 4.0], &[1, 4], 1), [silu(1.0) * 3.0, silu(2.0) * 4.0]);
         assert_eq!(swiglu(&[1.0, 2.0, 3.0, 4.0], &[2, 2], 0), [silu(1.0) * 3.0, silu(2.0) * 4.0]);
         assert_eq!(swiglu(&[1.0, 2.0, 3.0, 4.0], &[2, 2], 1), [silu(1.0) * 2.0, silu(3.0) * 4.0]);
-    }
-
-    #[test]
-    fn two_inputs_broadcast() {
-        let sum = binary((&[2, 2], &[1, 2, 3, 4]), (&[2], &[10, 20]), |a, b| a + b);
-        assert_eq!(sum, [11, 22, 13, 24]);
     }
 
     #[test]

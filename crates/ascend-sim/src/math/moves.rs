@@ -1,6 +1,5 @@
-//! Indices that name slices, and slices put together. Any element type will do.
+//! Indices that name slices of a dimension.
 
-use super::shape::around;
 use crate::array::Fault;
 
 /// An index as a row of a dimension of `rows`; an index outside is what faults a real kernel.
@@ -26,19 +25,6 @@ pub fn unique_rows(indices: &[i64], rows: usize, what: &str) -> Result<Vec<usize
         .collect()
 }
 
-/// The parts, each its dimensions and data, one after another along `dim`.
-pub fn cat<T: Copy>(parts: &[(Vec<usize>, Vec<T>)], dim: usize) -> Vec<T> {
-    let outer = around(&parts[0].0, dim).0;
-    let mut out = Vec::with_capacity(parts.iter().map(|(_, data)| data.len()).sum());
-    for o in 0..outer {
-        for (dims, data) in parts {
-            let (_, len, inner) = around(dims, dim);
-            out.extend_from_slice(&data[o * len * inner..][..len * inner]);
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,12 +41,5 @@ mod tests {
     #[test]
     fn an_index_written_twice_is_a_violation() {
         assert!(matches!(unique_rows(&[1, 0, 1], 4, "slot"), Err(Fault::Violation(_))));
-    }
-
-    #[test]
-    fn parts_follow_one_another_along_the_dimension() {
-        let (a, b) = ((vec![2, 1], vec![1, 2]), (vec![2, 2], vec![3, 4, 5, 6]));
-        assert_eq!(cat(&[a, b.clone()], 1), [1, 3, 4, 2, 5, 6]);
-        assert_eq!(cat(&[b.clone(), b], 0), [3, 4, 5, 6, 3, 4, 5, 6]);
     }
 }

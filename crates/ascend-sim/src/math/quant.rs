@@ -37,14 +37,15 @@ pub fn int_matmul(a: &[i64], columns: &[i64], k: usize) -> Vec<i64> {
     a.chunks_exact(k).flat_map(|row| columns.chunks_exact(k).map(move |column| dot(row, column))).collect()
 }
 
-/// Pairs of four-bit integers as bytes, the first in the low half (UNCONFIRMED).
-pub fn pack_int4(values: &[i64]) -> Vec<u8> {
-    values.chunks_exact(2).map(|pair| (pair[0] & 15) as u8 | ((pair[1] & 15) as u8) << 4).collect()
+/// Eight four-bit integers in 32 bits, the first in the lowest (UNCONFIRMED).
+pub fn pack_int4(values: &[i64]) -> Vec<i64> {
+    let word = |eight: &[i64]| eight.iter().rev().fold(0u32, |word, v| word << 4 | (v & 15) as u32);
+    values.chunks_exact(8).map(|eight| i64::from(word(eight) as i32)).collect()
 }
 
 /// The inverse of [`pack_int4`].
-pub fn unpack_int4(bytes: &[u8]) -> Vec<i64> {
-    bytes.iter().flat_map(|&b| [i64::from((b << 4) as i8 >> 4), i64::from(b as i8 >> 4)]).collect()
+pub fn unpack_int4(words: &[i64]) -> Vec<i64> {
+    words.iter().flat_map(|&w| (0..8).map(move |i| i64::from((w as i32) << (28 - 4 * i) >> 28))).collect()
 }
 
 #[cfg(test)]
@@ -85,6 +86,6 @@ mod tests {
     fn four_bit_integers_survive_packing() {
         let all: Vec<i64> = (-8..8).chain((-8..8).rev()).collect();
         assert_eq!(unpack_int4(&pack_int4(&all)), all);
-        assert_eq!(pack_int4(&[1, -1]), [0xf1]);
+        assert_eq!(pack_int4(&[1, -1, 0, 0, 0, 0, 0, 7]), [0x7000_00f1]);
     }
 }
