@@ -264,7 +264,9 @@ impl Kernel for MoeFinalizeRoutingV2 {
                 let given = row(places[at], choices, "row")? * width;
                 let scale = scales.as_ref().map_or(1.0, |s| f64::from(s.data[token * k + choice]));
                 let bias = match (&bias, &experts) {
-                    (Some(b), Some(e)) => &b.data[row(e.data[token * k + choice], b.dims[0], "expert")? * width..][..width],
+                    (Some(b), Some(e)) => {
+                        &b.data[row(e.data[token * k + choice], b.dims[0], "expert")? * width..][..width]
+                    }
                     _ => &[],
                 };
                 let biases = bias.iter().copied().chain(std::iter::repeat(0.0));
@@ -360,5 +362,240 @@ impl Kernel for GroupedMatmulV4 {
             start = end;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::bench::{BF16, Bench, F16, F32, I32, I64, near, numbers};
+
+    fn gate(b: &Bench, tokens: i64, experts: i64, k: i64) -> MoeGatingTopK {
+        MoeGatingTopK {
+            x: b.floats(&[tokens, experts], F32, &numbers((tokens * experts) as usize, 1)),
+            bias: None,
+            k,
+            k_group: 1,
+            group_count: 1,
+            group_select_mode: 0,
+            renorm: 0,
+            norm_type: 1,
+            out_flag: true,
+            routed_scaling_factor: 2.0,
+            eps: 1e-20,
+            y_out: b.out(&[tokens, k], F32),
+            expert_idx_out: b.out(&[tokens, k], I32),
+            out_out: b.out(&[tokens, experts], F32),
+        }
+    }
+
+    #[test]
+    fn the_best_experts_are_chosen_and_their_weights_sum_to_the_factor() {
+        let b = Bench::new(Chip::A2);
+        let op = gate(&b, 3, 8, 2);
+        b.run(&op).unwrap();
+        let (weights, experts, scores) = (b.read(&op.y_out), b.read_ints(&op.expert_idx_out), b.read(&op.out_out));
+        for t in 0..3 {
+            assert!((weights[t * 2] + weights[t * 2 + 1] - 2.0).abs() < 1e-5);
+            let best = scores[t * 8..][..8].iter().copied().fold(f32::MIN, f32::max);
+            assert_eq!(scores[t * 8 + experts[t * 2] as usize], best);
+        }
+    }
+
+    #[test]
+    fn a_gate_is_bounded_in_experts_groups_and_choices() {
+        let b = Bench::new(Chip::A2);
+        // Experts, groups, kept groups, whether a group is worth its two best, k.
+        for (experts, groups, kept, two, k, want) in [
+            (8, 4, 2, 1, 2, 0),
+            (2048, 1, 1, 0, 8, 0),
+            (2049, 1, 1, 0, 8, 561_002),
+            (8, 3, 1, 0, 2, 161_002),
+            (8, 8, 2, 1, 2, 561_002),
+            (8, 8, 2, 0, 2, 0),
+            (256, 64, 2, 0, 2, 0),
+            (256, 65, 2, 0, 2, 161_002),
+            (260, 65, 2, 0, 2, 561_002),
+            (8, 4, 2, 1, 4, 0),
+            (8, 4, 2, 1, 5, 161_002),
+            (8, 4, 5, 1, 2, 161_002),
+        ] {
+            let op =
+                MoeGatingTopK { group_count: groups, k_group: kept, group_select_mode: two, ..gate(&b, 1, experts, k) };
+            assert_eq!(b.check(&op), want, "{experts} {groups} {kept} {two} {k}");
+        }
+        let op = gate(&b, 1, 8, 2);
+        assert_eq!(Bench::new(Chip::P310).check(&op), 561_003);
+        let narrow = b.empty(&[8], F16);
+        assert_eq!(b.check(&MoeGatingTopK { bias: Some(narrow), ..op }), 161_002);
+    }
+
+    #[test]
+    fn softmax_gates_weigh_before_or_after_the_choice() {
+        let b = Bench::new(Chip::A2);
+        let x = b.floats(&[1, 4], F32, &[0.0, 2.0f32.ln(), 0.0, 4.0f32.ln()]);
+        for (renorm, want) in [(0, [0.5, 0.25]), (1, [2.0 / 3.0, 1.0 / 3.0])] {
+            let op = |k, y_out: &Out, expert_idx_out: &Out| MoeGatingTopKSoftmaxV2 {
+                x: x.clone(),
+                finished: None,
+                k,
+                renorm,
+                output_softmax_result_flag: false,
+                y_out: y_out.clone(),
+                expert_idx_out: expert_idx_out.clone(),
+                softmax_result_out: None,
+            };
+            let (y, idx) = (b.out(&[1, 2], F32), b.out(&[1, 2], I32));
+            b.run(&op(2, &y, &idx)).unwrap();
+            assert!(near(&b.read(&y), &want, 1e-6));
+            assert_eq!(b.read_ints(&idx), [3, 1]);
+            assert_eq!(b.check(&op(5, &y, &idx)), 161_002);
+        }
+    }
+
+    fn routed(b: &Bench, x: &Tensor, experts: &[i64], flag: i64) -> MoeInitRoutingV2 {
+        let (tokens, width) = (x.dims[0], x.dims[1]);
+        MoeInitRoutingV2 {
+            x: x.clone(),
+            expert_idx: b.ints(&[tokens, experts.len() as i64 / tokens], I32, experts),
+            active_num: 0,
+            expert_capacity: 0,
+            expert_num: 3,
+            drop_pad_mode: 0,
+            expert_tokens_count_or_cumsum_flag: flag,
+            expert_tokens_before_capacity_flag: false,
+            expanded_x_out: b.out(&[experts.len() as i64, width], BF16),
+            expanded_row_idx_out: b.out(&[experts.len() as i64], I32),
+            expert_tokens_count_or_cumsum_out: Some(b.out(&[3], I32)),
+            expert_tokens_before_capacity_out: None,
+        }
+    }
+
+    #[test]
+    fn tokens_meet_their_experts_and_come_back_weighed() {
+        let b = Bench::new(Chip::A2);
+        let x = b.floats(&[2, 32], BF16, &numbers(64, 1));
+        let chosen = [2, 0, 0, 1];
+        for (flag, told) in [(1, [2, 3, 4]), (2, [2, 1, 1])] {
+            let route = routed(&b, &x, &chosen, flag);
+            b.run(&route).unwrap();
+            let counts = route.expert_tokens_count_or_cumsum_out.as_ref().unwrap();
+            assert_eq!(b.read_ints(counts), told);
+            assert_eq!(b.read_ints(&route.expanded_row_idx_out), [3, 0, 1, 2]);
+
+            // Expert e multiplies by e + 1.
+            let weight = b.empty(&[3, 32, 32], BF16);
+            let scaled: Vec<f32> =
+                (0..3 * 1024).map(|i| if i % 1024 / 32 == i % 32 { (i / 1024 + 1) as f32 } else { 0.0 }).collect();
+            b.fill(&weight, &scaled);
+            let (list, out) = (b.ints(&[3], I64, &told), b.out(&[4, 32], BF16));
+            b.run(&grouped(&route.expanded_x_out, &weight, &list, &out, flag - 1)).unwrap();
+            let scales = b.floats(&[2, 2], BF16, &[0.5, 0.5, 1.0, 2.0]);
+            let result = b.out(&[2, 32], BF16);
+            let finalize = |mode, idx: &Tensor| MoeFinalizeRoutingV2 {
+                expanded_x: out.0.clone(),
+                expanded_row_idx: idx.clone(),
+                x1: Some(x.clone()),
+                x2: None,
+                bias: None,
+                scales: Some(scales.clone()),
+                expert_idx: Some(route.expert_idx.clone()),
+                drop_pad_mode: mode,
+                out: result.clone(),
+            };
+            let data = b.read(&x);
+            let want: Vec<f32> = data
+                .iter()
+                .enumerate()
+                .map(|(i, v)| v + if i < 32 { (1.5 + 0.5) * v } else { (1.0 + 2.0 * 2.0) * v })
+                .collect();
+            b.run(&finalize(2, &route.expanded_row_idx_out)).unwrap();
+            assert!(near(&b.read(&result), &want, 0.01));
+            // The older order lists all first choices, then all second ones.
+            let columns = b.ints(&[4], I32, &[3, 1, 0, 2]);
+            b.run(&finalize(0, &columns)).unwrap();
+            assert!(near(&b.read(&result), &want, 0.01));
+            let far = b.ints(&[4], I32, &[3, 0, 1, 4]);
+            assert!(matches!(b.run(&finalize(2, &far)), Err(Fault::OutOfRange(_))));
+            assert_eq!(b.check(&finalize(1, &far)), 161_002);
+        }
+        let bad = routed(&b, &x, &[0, 1, 2, 3], 2);
+        assert!(matches!(b.run(&bad), Err(Fault::OutOfRange(_))));
+    }
+
+    fn grouped(x: &Tensor, weight: &Tensor, list: &Tensor, out: &Out, group_list_type: i64) -> GroupedMatmulV4 {
+        GroupedMatmulV4 {
+            x: vec![x.clone()],
+            weight: vec![weight.clone()],
+            bias: None,
+            scale: None,
+            offset: None,
+            antiquant_scale: None,
+            antiquant_offset: None,
+            per_token_scale: None,
+            group_list: Some(list.clone()),
+            activation_input: None,
+            activation_quant_scale: None,
+            activation_quant_offset: None,
+            split_item: 3,
+            group_type: 0,
+            group_list_type,
+            act_type: 0,
+            out: vec![out.clone()],
+            activation_feature_out: None,
+            dyn_quant_scale_out: None,
+        }
+    }
+
+    #[test]
+    fn rows_after_the_last_group_are_left_and_a_turned_weight_is_taken() {
+        let b = Bench::new(Chip::A2);
+        let (x, stored) = (
+            b.floats(&[3, 2], F16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+            b.floats(&[2, 1, 2], F16, &[1.0, 10.0, 2.0, 20.0]),
+        );
+        let (list, out) = (b.ints(&[2], I64, &[1, 1]), Out(b.floats(&[3, 1], F16, &[-1.0; 3])));
+        b.run(&grouped(&x, &stored.transposed(), &list, &out, 1)).unwrap();
+        assert_eq!(b.read(&out), [21.0, 86.0, -1.0]);
+        let far = b.ints(&[2], I64, &[1, 3]);
+        assert!(matches!(b.run(&grouped(&x, &stored.transposed(), &far, &out, 1)), Err(Fault::OutOfRange(_))));
+        let falling = b.ints(&[2], I64, &[2, 1]);
+        assert!(matches!(b.run(&grouped(&x, &stored.transposed(), &falling, &out, 0)), Err(Fault::OutOfRange(_))));
+    }
+
+    #[test]
+    fn a_grouped_product_is_bounded_in_width_and_takes_int64_lists() {
+        let b = Bench::new(Chip::A2);
+        for (k, n, list, want) in
+            [(65_535, 1, I64, 0), (65_536, 1, I64, 561_002), (1, 65_536, I64, 561_002), (4, 4, I32, 161_002)]
+        {
+            let (x, weight, out) = (b.empty(&[1, k], F16), b.empty(&[1, k, n], F16), b.out(&[1, n], F16));
+            let list = b.empty(&[1], list);
+            assert_eq!(b.check(&grouped(&x, &weight, &list, &out, 0)), want, "{k} {n}");
+        }
+        let (x, weight, out) = (b.empty(&[4, 4], F16), b.empty(&[1, 4, 4], F16), b.out(&[4, 4], F16));
+        let list = b.empty(&[1], I64);
+        assert_eq!(b.check(&grouped(&x.transposed(), &weight, &list, &out, 0)), 161_002);
+    }
+
+    #[test]
+    fn adding_up_on_310p_needs_whole_32s_and_mode_2() {
+        for (chip, width, mode, want) in
+            [(Chip::A2, 33, 0, 0), (Chip::P310, 32, 2, 0), (Chip::P310, 33, 2, 561_002), (Chip::P310, 32, 0, 161_002)]
+        {
+            let b = Bench::new(chip);
+            let op = MoeFinalizeRoutingV2 {
+                expanded_x: b.empty(&[4, width], F16),
+                expanded_row_idx: b.empty(&[4], I32),
+                x1: None,
+                x2: None,
+                bias: None,
+                scales: Some(b.empty(&[2, 2], F16)),
+                expert_idx: None,
+                drop_pad_mode: mode,
+                out: b.out(&[2, width], F16),
+            };
+            assert_eq!(b.check(&op), want, "{chip:?} {width} {mode}");
+        }
     }
 }

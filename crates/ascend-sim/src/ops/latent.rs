@@ -115,7 +115,9 @@ impl KvRmsNormRopeCache {
         match self.cache_mode.as_deref() {
             Some("PA") => Ok(1),
             Some("PA_BNSD") => Ok(2),
-            other => Err(fits(false, || format!("cacheMode {other:?} is not simulated: \"PA\" or \"PA_BNSD\"")).unwrap_err()),
+            other => {
+                Err(fits(false, || format!("cacheMode {other:?} is not simulated: \"PA\" or \"PA_BNSD\"")).unwrap_err())
+            }
         }
     }
 }

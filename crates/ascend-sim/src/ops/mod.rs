@@ -4,6 +4,8 @@
 //! runs, since a device does no more. Arithmetic is in [`crate::math`].
 
 #[cfg(test)]
+mod attention_tests;
+#[cfg(test)]
 mod bench;
 mod view;
 

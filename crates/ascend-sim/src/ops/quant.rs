@@ -127,7 +127,7 @@ impl WeightQuantBatchMatmulV2 {
 
     /// Whether the weight is stored by columns, its view turned.
     fn turned(&self) -> bool {
-        self.weight.strides[0] == 1 && self.weight.dims[0] != 1
+        !self.weight.is_contiguous()
     }
 
     /// Rows and columns of the weight.
@@ -205,5 +205,175 @@ impl Kernel for WeightQuantBatchMatmulV2 {
             y.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(&bias).for_each(|(y, b)| *y += b));
         }
         store(rt, &self.y, y)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::bench::{BF16, Bench, F16, F32, I8, I32, near, numbers};
+
+    #[test]
+    fn bytes_times_their_scale_give_the_row_back() {
+        let b = Bench::new(Chip::A2);
+        let data = numbers(64, 1);
+        let (x, y_out, scale_out) = (b.floats(&[2, 32], F16, &data), b.out(&[2, 32], I8), b.out(&[2], F32));
+        b.run(&DynamicQuant { x: x.clone(), smooth_scales: None, y_out: y_out.clone(), scale_out: scale_out.clone() })
+            .unwrap();
+        let (bytes, scales) = (b.read(&y_out), b.read(&scale_out));
+        for (i, v) in data.iter().enumerate() {
+            assert!((bytes[i] * scales[i / 32] - v).abs() <= scales[i / 32] * 0.5001);
+        }
+        let twice = b.floats(&[32], F16, &[2.0; 32]);
+        let smooth = DynamicQuant { x, smooth_scales: Some(twice), y_out: y_out.clone(), scale_out: scale_out.clone() };
+        b.run(&smooth).unwrap();
+        assert_eq!(b.read(&y_out), bytes);
+        assert!(near(&b.read(&scale_out), &scales.iter().map(|s| s * 2.0).collect::<Vec<_>>(), 1e-6));
+        for (chip, width, want) in [(Chip::A2, 33, 0), (Chip::P310, 64, 0), (Chip::P310, 33, 561_002)] {
+            let b = Bench::new(chip);
+            let (x, y_out, scale_out) = (b.empty(&[2, width], F16), b.out(&[2, width], I8), b.out(&[2], F32));
+            assert_eq!(b.check(&DynamicQuant { x, smooth_scales: None, y_out, scale_out }), want, "{chip:?} {width}");
+        }
+    }
+
+    #[test]
+    fn products_of_bytes_are_scaled_by_column_and_by_row() {
+        let b = Bench::new(Chip::A2);
+        let (x1, x2) = (b.ints(&[2, 3], I8, &[1, 2, 3, -4, 5, 6]), b.ints(&[2, 3], I8, &[1, 0, 2, 0, -1, 1]));
+        let (scale, rows) = (b.floats(&[2], F32, &[0.5, 2.0]), b.floats(&[2], F32, &[1.0, 10.0]));
+        let (ints, floats) = (b.ints(&[2], I32, &[1, -1]), b.floats(&[2], F32, &[100.0, 0.0]));
+        let out = b.out(&[2, 2], BF16);
+        let op = |x1: &Tensor, x2: &Tensor, bias: Option<&Tensor>, transpose_x1, transpose_x2| QuantMatmulV4 {
+            x1: x1.clone(),
+            x2: x2.clone(),
+            scale: scale.clone(),
+            offset: None,
+            pertoken_scale: Some(rows.clone()),
+            bias: bias.cloned(),
+            transpose_x1,
+            transpose_x2,
+            out: out.clone(),
+        };
+        // Sums of products: (7, 1), (8, 1).
+        b.run(&op(&x1, &x2, None, false, true)).unwrap();
+        assert_eq!(b.read(&out), [3.5, 2.0, 40.0, 20.0]);
+        b.run(&op(&x1, &x2, Some(&ints), false, true)).unwrap();
+        assert_eq!(b.read(&out), [4.0, 0.0, 45.0, 0.0]);
+        b.run(&op(&x1, &x2, Some(&floats), false, true)).unwrap();
+        assert_eq!(b.read(&out), [103.5, 2.0, 140.0, 20.0]);
+        assert_eq!(b.check(&op(&x1, &x2, None, false, false)), 161_002);
+        assert_eq!(b.check(&op(&x1, &x2.transposed(), None, false, false)), 161_002);
+        let turned = b.ints(&[3, 2], I8, &[1, -4, 2, 5, 3, 6]);
+        b.run(&op(&turned, &x2, None, true, true)).unwrap();
+        assert_eq!(b.read(&out), [3.5, 2.0, 40.0, 20.0]);
+    }
+
+    /// A product with the weight `[k, n]`, whose scale has these dimensions.
+    fn weighed(b: &Bench, x: &Tensor, weight: &Tensor, scale: &Tensor, n: i64) -> WeightQuantBatchMatmulV2 {
+        WeightQuantBatchMatmulV2 {
+            x: x.clone(),
+            weight: weight.clone(),
+            antiquant_scale: scale.clone(),
+            antiquant_offset: None,
+            quant_scale: None,
+            quant_offset: None,
+            bias: None,
+            antiquant_group_size: 0,
+            y: b.out(&[x.dims[0], n], i64::from(x.dtype)),
+        }
+    }
+
+    #[test]
+    fn a_weight_in_few_bits_gives_the_product_of_what_it_stands_for() {
+        let b = Bench::new(Chip::A2);
+        let (m, k, n) = (2, 64, 8);
+        let x = b.floats(&[m, k], F16, &numbers((m * k) as usize, 1));
+        let values: Vec<i64> = (0..k * n).map(|i| (i * 7 + i / 13) % 16 - 8).collect();
+        let by_columns: Vec<i64> =
+            (0..n).flat_map(|j| (0..k).map(move |i| i * n + j)).map(|i| values[i as usize]).collect();
+        let packed =
+            |b: &Bench, values: &[i64], dims: &[i64]| b.ints(dims, I32, &crate::math::quant::pack_int4(values));
+        let weights = [
+            b.ints(&[k, n], I8, &values),
+            b.ints(&[n, k], I8, &by_columns).transposed(),
+            b.ints(&[k, n], ACL_INT4, &values),
+            b.ints(&[n, k], ACL_INT4, &by_columns).transposed(),
+            packed(&b, &values, &[k, n / 8]),
+            packed(&b, &by_columns, &[n, k / 8]).transposed(),
+        ];
+        let a = b.read(&x);
+        for (dims, group) in [(vec![1], 0), (vec![n], 0), (vec![1, n], 0), (vec![2, n], 32)] {
+            let count = dims.iter().product::<i64>() as usize;
+            let scales: Vec<f32> = (0..count).map(|i| 0.125 * (i % 5 + 1) as f32).collect();
+            let offsets: Vec<f32> = (0..count).map(|i| (i % 3) as f32 - 1.0).collect();
+            let (scale, offset) = (b.floats(&dims, F16, &scales), b.floats(&dims, F16, &offsets));
+            let bias = b.floats(&[n], F16, &[1.0; 8]);
+            let at = |i: usize, j: usize| {
+                if count == 1 {
+                    0
+                } else if group == 0 {
+                    j
+                } else {
+                    i / 32 * n as usize + j
+                }
+            };
+            let want: Vec<f32> = (0..m as usize)
+                .flat_map(|r| (0..n as usize).map(move |j| (r, j)))
+                .map(|(r, j)| {
+                    let term =
+                        |i: usize| a[r * 64 + i] * (values[i * 8 + j] as f32 + offsets[at(i, j)]) * scales[at(i, j)];
+                    1.0 + (0..64).map(term).sum::<f32>()
+                })
+                .collect();
+            for weight in &weights {
+                let op = weighed(&b, &x, weight, &scale, n);
+                let (antiquant_offset, bias) = (Some(offset.clone()), Some(bias.clone()));
+                let op = WeightQuantBatchMatmulV2 { antiquant_group_size: group, antiquant_offset, bias, ..op };
+                b.run(&op).unwrap();
+                assert!(near(&b.read(&op.y), &want, 2e-3), "{dims:?} {} {:?}", weight.dtype, weight.strides);
+            }
+        }
+    }
+
+    #[test]
+    fn a_weight_in_few_bits_is_bounded_by_the_chip() {
+        // Dtypes of x and the weight, its shape, its scale's, the group, the code.
+        for (chip, x, w, [k, n], scale, group, want) in [
+            (Chip::A2, F16, I8, [64, 8], vec![8], 0, 0),
+            (Chip::A2, F16, I8, [65_535, 2], vec![2], 0, 0),
+            (Chip::A2, F16, I8, [65_536, 2], vec![2], 0, 561_002),
+            (Chip::A2, F16, I8, [2, 65_536], vec![65_536], 0, 561_002),
+            (Chip::A2, F32, I8, [64, 8], vec![8], 0, 161_002),
+            (Chip::A2, F16, I8, [64, 8], vec![4], 0, 161_002),
+            (Chip::A2, F16, I8, [64, 8], vec![8, 1], 0, 161_002),
+            (Chip::A2, F16, I8, [64, 8], vec![2, 8], 32, 0),
+            (Chip::A2, F16, I8, [64, 8], vec![2, 8], 48, 161_002),
+            (Chip::A2, F16, I8, [64, 8], vec![1, 8], 64, 161_002),
+            (Chip::A2, F16, I8, [65, 8], vec![2, 8], 64, 0),
+            (Chip::A2, F16, ACL_INT4, [64, 8], vec![8], 0, 0),
+            (Chip::A2, F16, ACL_INT4, [64, 7], vec![7], 0, 161_002),
+            (Chip::P310, F16, I8, [64, 8], vec![8], 0, 0),
+            (Chip::P310, F16, I8, [64, 8], vec![8, 1], 0, 0),
+            (Chip::P310, F16, I8, [64, 8], vec![1], 0, 161_002),
+            (Chip::P310, F16, I8, [64, 8], vec![2, 8], 32, 561_002),
+            (Chip::P310, F16, ACL_INT4, [64, 8], vec![8], 0, 161_002),
+        ] {
+            let b = Bench::new(chip);
+            let (x, weight, scale) = (b.empty(&[1, k], x), b.empty(&[k, n], w), b.empty(&scale, x));
+            let op = weighed(&b, &x, &weight, &scale, n);
+            let op = WeightQuantBatchMatmulV2 { antiquant_group_size: group, ..op };
+            assert_eq!(b.check(&op), want, "{chip:?} [{k}, {n}] {:?} {group}", scale.dims);
+        }
+    }
+
+    #[test]
+    fn a_bias_is_f32_beside_bf16_and_f16_beside_f16() {
+        let b = Bench::new(Chip::A2);
+        for (dtype, bias, want) in [(F16, F16, 0), (F16, F32, 161_002), (BF16, F32, 0), (BF16, BF16, 161_002)] {
+            let (x, weight, scale) = (b.empty(&[1, 64], dtype), b.empty(&[64, 8], I8), b.empty(&[8], dtype));
+            let bias = Some(b.empty(&[8], bias));
+            let op = WeightQuantBatchMatmulV2 { bias, ..weighed(&b, &x, &weight, &scale, 8) };
+            assert_eq!(b.check(&op), want);
+        }
     }
 }
