@@ -293,7 +293,7 @@ impl FusedInferAttentionScoreV3 {
     fn probe_mask(&self, rt: &Runtime) -> Result<(), Fault> {
         let Some(mask) = &self.atten_mask else { return Ok(()) };
         for r in [0, 1, 127, 128, 1023, fused::MASK as usize - 1] {
-            let ones = rt.load_ints(&fix(mask, 0..1, r))?.data;
+            let ones = rt.load_ints(&mask.at(r as i64))?.data;
             if let Some(c) = (0..ones.len()).find(|&c| (ones[c] != 0) != (c > r)) {
                 let text =
                     format!("attenMask at row {r}, column {c} is {}: 1 above the diagonal, 0 elsewhere", ones[c]);
@@ -350,7 +350,7 @@ fn rows(rt: &Runtime, parts: &[Tensor], range: &Range<usize>, table: Option<&[i6
         let (blocks, positions) = (part.dims[0] as usize, part.dims[1] as usize);
         let mut data = Vec::new();
         for (n, &block) in table.iter().enumerate().take(range.len().div_ceil(positions)) {
-            let page = fix(part, 0..1, row(block, blocks, "block")?);
+            let page = part.at(row(block, blocks, "block")? as i64);
             data.extend(rt.load(&narrow(&page, 0, 0, positions.min(range.len() - n * positions)))?.data);
         }
         loaded.push(data);

@@ -3,7 +3,7 @@
 //! A slot is a block's id times its positions plus a position in it. A cache counts positions in its second dimension, or,
 //! where heads or groups of columns come before them, in its third.
 
-use super::view::{fix, narrow, shaped, store};
+use super::view::{fix, shaped, store};
 use crate::{
     array::{Chip, Fault, Refusal},
     dtype,
@@ -61,7 +61,7 @@ impl Layout {
     fn place(self, cache: &Tensor, slot: usize) -> Tensor {
         let at = self.position_dim();
         let size = cache.dims[at] as usize;
-        fix(&fix(cache, at..at + 1, slot % size), 0..1, slot / size)
+        fix(cache, at..at + 1, slot % size).at((slot / size) as i64)
     }
 }
 
@@ -212,7 +212,7 @@ impl Kernel for GatherPaKvCache {
                 let to = row(out, self.key.dims[0] as usize, "row")?;
                 for (rows, cache) in [(&self.key, &self.key_cache), (&self.value, &self.value_cache)] {
                     let found = rt.load(&layout.place(cache, slot))?;
-                    store(rt, &fix(&narrow(rows, 0, to, 1), 0..1, 0), found.data)?;
+                    store(rt, &rows.at(to as i64), found.data)?;
                 }
                 out += 1;
             }

@@ -182,7 +182,7 @@ impl Kernel for KvRmsNormRopeCache {
         }
         for (n, slot) in rt.load_ints(&self.index)?.data.into_iter().enumerate().filter(|(_, slot)| *slot != -1) {
             let slot = row(slot, blocks * size, "slot")?;
-            let place = |cache: &Tensor| fix(&fix(cache, at..at + 1, slot % size), 0..1, slot / size);
+            let place = |cache: &Tensor| fix(cache, at..at + 1, slot % size).at((slot / size) as i64);
             store(rt, &place(&self.ckv_cache), latents[n * latent..][..latent].to_vec())?;
             store(rt, &place(&self.k_cache), ropes[n * rope..][..rope].to_vec())?;
         }

@@ -52,7 +52,7 @@ impl Kernel for RotaryPositionEmbedding {
             [batch, heads, positions, width] if self.mode == 0 => {
                 let half = dtype::bytes(self.x.dtype, width as u64 / 2);
                 let few = batch * heads <= 8 * positions;
-                fits(few && half % 32 == 0, || {
+                fits(few && half.is_multiple_of(32), || {
                     format!("x {dims:?}: halves of 32 bytes, batch * heads <= 8 * positions")
                 })
             }
