@@ -10,6 +10,7 @@ use baton_device::{Caps, DType, DeviceError, KvDtype, Op, Result, WeightFormat};
 use crate::chip::Chip;
 use crate::device::{DeviceOptions, check};
 use crate::error::AscendError;
+use crate::forms::Forms;
 use crate::libraries::{Acl, Search};
 use crate::object::DataType;
 use crate::owner::Owner;
@@ -27,6 +28,8 @@ pub struct AscendOptions {
     pub timeout: Duration,
     /// Wait behind every operator, so that an error names its cause.
     pub blocking: bool,
+    /// Take fused operators where chip and shape allow; without them everything is composed of simple ones, for comparisons.
+    pub fused: bool,
 }
 
 /// An Ascend device.
@@ -34,6 +37,7 @@ pub struct AscendBackend {
     pub(crate) caps: Caps,
     pub(crate) chip: Chip,
     pub(crate) activations: DataType,
+    pub(crate) forms: Forms,
     pub(crate) owner: Arc<Owner>,
 }
 
@@ -93,7 +97,13 @@ impl AscendBackend {
             weight_formats,
             row_invariant: false,
         };
-        Ok(Self { caps, chip, activations, owner: Arc::new(owner) })
+        let forms = Forms { strict: !options.fused, ..Forms::default() };
+        Ok(Self { caps, chip, activations, forms, owner: Arc::new(owner) })
+    }
+
+    /// The form that operations take, a line for each shape met so far, with what speaks against a better one.
+    pub fn forms(&self) -> Vec<String> {
+        self.forms.lines()
     }
 }
 

@@ -1,3 +1,5 @@
 //! Operations of the seam as operators of CANN, a file a family. Each works on views, on the owner thread.
 
+pub(crate) mod moe;
 pub(crate) mod rows;
+pub(crate) mod scratch;
