@@ -97,7 +97,7 @@ impl AscendBackend {
             weight_formats,
             row_invariant: false,
         };
-        let forms = Forms { strict: !options.fused, ..Forms::default() };
+        let forms = Forms::new(!options.fused);
         Ok(Self { caps, chip, activations, forms, owner: Arc::new(owner) })
     }
 

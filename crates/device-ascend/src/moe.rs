@@ -82,7 +82,7 @@ impl AscendBackend {
                 Some(Buffer::with(&self.owner, crate::device::encode(correction_bias, DataType::F32))?)
             }
         };
-        let places = if held.len() == count || held.start == 0 {
+        let places = if held.start == 0 {
             None
         } else {
             let place = |e: usize| ((e + count - held.start) % count) as i32;

@@ -1,42 +1,72 @@
 //! The form of a layer of experts.
 
+use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use baton_device::conformance::uniform;
 use baton_device::{GroupScore, Result as SeamResult, Routing, Scoring};
 
-use super::{Candidate, Verdict, agree, try_on};
+use super::trial::{agree, floats, try_on};
+use super::{Candidate, Place, Verdict, first};
 use crate::backend::AscendBackend;
 use crate::chip::Chip;
-use crate::device::{Device, decode, encode};
+use crate::device::{Device, encode};
 use crate::error::AscendError;
-use crate::object::{DataType, View};
+use crate::object::DataType;
 use crate::ops::moe::{ExpertsView, Gating, MoeForm, Products, moe};
+use crate::ops::scratch::Carver;
+
+/// What a layer's form depends on.
+#[derive(PartialEq)]
+pub(crate) struct ExpertsShape {
+    held: Range<usize>,
+    count: usize,
+    hidden: usize,
+    intermediate: usize,
+    dtype: DataType,
+    /// Without its bias.
+    routing: Routing,
+}
+
+impl ExpertsShape {
+    fn of(layer: &ExpertsView) -> Self {
+        let scoring = match layer.routing.scoring {
+            Scoring::Softmax => Scoring::Softmax,
+            Scoring::Sigmoid { .. } => Scoring::Sigmoid { correction_bias: Vec::new() },
+        };
+        Self {
+            held: layer.held.clone(),
+            count: layer.count,
+            hidden: layer.hidden(),
+            intermediate: layer.intermediate(),
+            dtype: layer.dtype(),
+            routing: Routing { scoring, ..layer.routing.clone() },
+        }
+    }
+}
+
+impl fmt::Display for ExpertsShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { held, count, hidden, intermediate, dtype, routing } = self;
+        let scoring = if routing.scoring == Scoring::Softmax { "softmax" } else { "sigmoid" };
+        write!(f, "experts {}-{} of {count}", held.start, held.end - 1)?;
+        write!(f, ", {hidden} by {intermediate} in {dtype}, {} chosen by {scoring}", routing.top_k)?;
+        if let Some(groups) = routing.groups {
+            write!(f, " in {} of {} groups", groups.kept, groups.count)?;
+        }
+        Ok(())
+    }
+}
 
 /// Settles the form of a layer.
 pub(crate) fn experts(backend: &AscendBackend, layer: &Arc<ExpertsView>) -> SeamResult<MoeForm> {
-    let ExpertsView { count, held, routing, .. } = &**layer;
-    let shape = format!(
-        "experts {held:?} of {count}, {} x {} in {:?}, {}",
-        layer.hidden(),
-        layer.intermediate(),
-        layer.dtype(),
-        describe(routing)
-    );
-    let candidates = || candidates(backend.chip, backend.forms.strict, layer);
-    backend.forms.experts.settle(shape, candidates, |form| {
+    let candidates = |_: &ExpertsShape| candidates(backend.chip, backend.forms.strict, layer);
+    backend.forms.experts.settle(ExpertsShape::of(layer), Place::NextLayer, candidates, |form| {
         let layer = layer.clone();
         let outcome = try_on(&backend.owner, move |device| trial(device, form, &layer))?;
         Ok(outcome.and_then(|verdict| verdict))
     })
-}
-
-fn describe(routing: &Routing) -> String {
-    let scoring = if matches!(routing.scoring, Scoring::Softmax) { "softmax" } else { "sigmoid" };
-    let groups =
-        routing.groups.map_or(String::new(), |groups| format!(" in {} of {} groups", groups.kept, groups.count));
-    let norm = if routing.norm_topk_prob { " normalised" } else { "" };
-    format!("{} by {scoring}{norm}{groups} times {}", routing.top_k, routing.scaling_factor)
 }
 
 /// Forms, the best first.
@@ -63,11 +93,6 @@ fn candidates(chip: Chip, strict: bool, layer: &ExpertsView) -> Vec<Candidate<Mo
         objection: None,
     };
     with_products.chain([composed]).collect()
-}
-
-/// The first of these that holds.
-fn first(objections: impl IntoIterator<Item = (bool, String)>) -> Option<String> {
-    objections.into_iter().find_map(|(holds, objection)| holds.then_some(objection))
 }
 
 /// Why MoeGatingTopKSoftmaxV2 does not choose like this.
@@ -120,7 +145,7 @@ fn products_refuse(chip: Chip, layer: &ExpertsView) -> Option<String> {
 fn trial(device: &mut Device, form: MoeForm, layer: &ExpertsView) -> Result<Verdict, AscendError> {
     const ROWS: usize = 5;
     let (hidden, dtype) = (layer.hidden(), layer.dtype());
-    let lay_out = |carver: &mut crate::ops::scratch::Carver| {
+    let lay_out = |carver: &mut Carver| {
         let x = carver.view(dtype, &[ROWS, hidden]);
         (x, carver.view(DataType::F32, &[ROWS, layer.count]), carver.view(dtype, &[ROWS, hidden]))
     };
@@ -135,21 +160,12 @@ fn trial(device: &mut Device, form: MoeForm, layer: &ExpertsView) -> Result<Verd
     })
 }
 
-/// The numbers of a whole block.
-fn floats(device: &mut Device, x: &View) -> Result<Vec<f32>, AscendError> {
-    device.with_type(x, DataType::F32, |device, x| {
-        let mut values = Vec::new();
-        decode(&device.download(x.base, x.numel() * DataType::F32.bytes())?, &mut values);
-        Ok(values)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use baton_device::Groups;
 
     use super::*;
-    use crate::object::Address;
+    use crate::object::{Address, View};
 
     fn layer(count: usize, [hidden, inner]: [usize; 2], dtype: DataType, routing: Routing) -> ExpertsView {
         ExpertsView {

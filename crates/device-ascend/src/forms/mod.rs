@@ -5,33 +5,69 @@
 //! shapes, or that means something else than its public description said, costs speed and nothing else. What a trial calls
 //! runs to its end on scratch memory, so it leaves no executor behind.
 
+mod attention;
 mod experts;
+mod rows;
+mod trial;
 
-use std::sync::{Mutex, PoisonError};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use baton_device::Result as SeamResult;
 
-pub(crate) use experts::experts;
+pub(crate) use attention::{AttentionShape, LatentForm, LatentShape, attention, latent};
+pub(crate) use experts::{ExpertsShape, experts};
+pub(crate) use rows::{CacheShape, NormShape, cache_write, sum_and_norm};
 
-use crate::abi::codes::Class;
-use crate::device::Device;
-use crate::error::AscendError;
-use crate::object::DataType;
+use crate::backend::AscendBackend;
+use crate::object::{DataType, View};
+use crate::ops::fused_attention::{MASK, mask};
 use crate::ops::moe::MoeForm;
-use crate::owner::Owner;
+use crate::tensor::Buffer;
 
 /// What is settled so far, by family.
 #[derive(Default)]
 pub(crate) struct Forms {
     /// Composed forms only: for comparisons.
     pub(crate) strict: bool,
-    pub(crate) experts: Memo<MoeForm>,
+    /// Whether full attention is fused.
+    pub(crate) attention: Memo<AttentionShape, bool>,
+    pub(crate) latent: Memo<LatentShape, LatentForm>,
+    /// Whether rows are written to a layer's cache by one operator.
+    pub(crate) cache: Memo<CacheShape, bool>,
+    /// Whether a sum and its norm are one operator.
+    pub(crate) norm: Memo<NormShape, bool>,
+    pub(crate) experts: Memo<ExpertsShape, MoeForm>,
+    /// What fused attention hides keys by.
+    mask: OnceLock<Buffer>,
 }
 
 impl Forms {
-    /// One line for each shape met so far: how often, which form, and why not a better one.
+    pub(crate) fn new(strict: bool) -> Self {
+        Self { strict, ..Self::default() }
+    }
+}
+
+impl AscendBackend {
+    /// The mask of fused attention, uploaded when it is first asked for.
+    pub(crate) fn mask(&self) -> SeamResult<View> {
+        let buffer = match self.forms.mask.get() {
+            Some(buffer) => buffer,
+            None => {
+                let made = Buffer::with(&self.owner, mask())?;
+                self.forms.mask.get_or_init(|| made)
+            }
+        };
+        Ok(View::new(buffer.address(), DataType::I8, &[MASK, MASK]))
+    }
+}
+
+impl Forms {
+    /// One line for each shape met so far: in which layers, which form, and why not a better one.
     pub(crate) fn lines(&self) -> Vec<String> {
-        self.experts.lines()
+        [self.attention.lines(), self.latent.lines(), self.cache.lines(), self.norm.lines(), self.experts.lines()]
+            .concat()
     }
 }
 
@@ -47,38 +83,54 @@ pub(crate) struct Candidate<F> {
 pub(crate) type Verdict = Result<(), String>;
 
 /// The forms of a family of operations, by shape.
-pub(crate) struct Memo<F>(Mutex<Vec<Settled<F>>>);
+pub(crate) struct Memo<S, F>(Mutex<Vec<Settled<S, F>>>);
 
-struct Settled<F> {
-    shape: String,
+struct Settled<S, F> {
+    shape: S,
     form: F,
     name: String,
     objections: Vec<String>,
-    uses: usize,
+    layers: BTreeSet<usize>,
 }
 
-impl<F> Default for Memo<F> {
+/// Where a shape is met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    Layer(usize),
+    /// In one layer more than the family was met in so far.
+    NextLayer,
+    /// Wherever.
+    Everywhere,
+}
+
+impl<S, F> Default for Memo<S, F> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<F: Copy> Memo<F> {
+impl<S: PartialEq + fmt::Display, F: Copy> Memo<S, F> {
     /// The form for a shape: the first of `candidates` that nothing excludes and whose trial ends well. The last is taken
     /// without a trial.
     pub(crate) fn settle(
         &self,
-        shape: String,
-        candidates: impl FnOnce() -> Vec<Candidate<F>>,
+        shape: S,
+        place: Place,
+        candidates: impl FnOnce(&S) -> Vec<Candidate<F>>,
         trial: impl Fn(F) -> SeamResult<Verdict>,
     ) -> SeamResult<F> {
         let mut settled = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let layer = match place {
+            Place::Layer(layer) => Some(layer),
+            Place::NextLayer => Some(settled.iter().map(|known| known.layers.len()).sum()),
+            Place::Everywhere => None,
+        };
         if let Some(known) = settled.iter_mut().find(|known| known.shape == shape) {
-            known.uses += 1;
+            known.layers.extend(layer);
             return Ok(known.form);
         }
         let mut objections = Vec::new();
-        let mut candidates = candidates().into_iter().peekable();
+        let mut candidates = candidates(&shape).into_iter().peekable();
         while let Some(Candidate { name, form, objection }) = candidates.next() {
             let verdict = match objection {
                 Some(objection) => Err(objection),
@@ -87,7 +139,7 @@ impl<F: Copy> Memo<F> {
             };
             match verdict {
                 Ok(()) => {
-                    settled.push(Settled { shape, form, name, objections, uses: 1 });
+                    settled.push(Settled { shape, form, name, objections, layers: layer.into_iter().collect() });
                     return Ok(form);
                 }
                 Err(objection) => objections.push(format!("not {name}: {objection}")),
@@ -98,46 +150,31 @@ impl<F: Copy> Memo<F> {
 
     fn lines(&self) -> Vec<String> {
         let settled = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let line = |Settled { shape, name, objections, uses, .. }: &Settled<F>| {
+        let line = |Settled { shape, name, objections, layers, .. }: &Settled<S, F>| {
             let why = if objections.is_empty() { String::new() } else { format!(" ({})", objections.join("; ")) };
-            format!("{uses} x {shape}: {name}{why}")
+            let layers = if layers.is_empty() { String::new() } else { format!(", layers {}", ranges(layers)) };
+            format!("{shape}{layers}: {name}{why}")
         };
         settled.iter().map(line).collect()
     }
 }
 
-/// Runs a trial on the device and waits for it. What says that the device cannot do it is a verdict; what says that the
-/// device is worthless or full now is an error.
-pub(crate) fn try_on<T: Send + 'static>(
-    owner: &Owner,
-    trial: impl FnOnce(&mut Device) -> Result<T, AscendError> + Send + 'static,
-) -> SeamResult<Result<T, String>> {
-    owner.call("trial of a form", move |device| match trial(device) {
-        Ok(value) => Ok(Ok(value)),
-        Err(error) => match error.class() {
-            Class::Unsupported | Class::Setup | Class::Failed => Ok(Err(error.to_string())),
-            Class::Bug | Class::Memory | Class::Poisoned | Class::Lost => Err(error),
-        },
-    })
+/// `0-2, 5`.
+fn ranges(numbers: &BTreeSet<usize>) -> String {
+    let mut runs: Vec<[usize; 2]> = Vec::new();
+    for &n in numbers {
+        match runs.last_mut() {
+            Some([_, last]) if *last + 1 == n => *last = n,
+            _ => runs.push([n, n]),
+        }
+    }
+    let text = |[a, b]: &[usize; 2]| if a == b { a.to_string() } else { format!("{a}-{b}") };
+    runs.iter().map(text).collect::<Vec<_>>().join(", ")
 }
 
-/// Whether a form's numbers are the judge's, but for rounding in `dtype`.
-pub(crate) fn agree(actual: &[f32], judged: &[f32], dtype: DataType) -> Verdict {
-    assert_eq!(actual.len(), judged.len(), "outputs of one shape");
-    // Some units in the last place of the largest: a form that means something else is off by far more.
-    let bound = match dtype {
-        DataType::F32 => 2f32.powi(-10),
-        DataType::F16 => 2f32.powi(-7),
-        _ => 2f32.powi(-5),
-    };
-    let largest = judged.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-    let differ = |(a, b): (&f32, &f32)| if a.is_finite() && b.is_finite() { (a - b).abs() } else { f32::INFINITY };
-    let error = actual.iter().zip(judged).map(differ).fold(0f32, f32::max) / largest.max(f32::MIN_POSITIVE);
-    if error <= bound {
-        Ok(())
-    } else {
-        Err(format!("on this device its numbers are off by {error:.2e} of the largest"))
-    }
+/// The first of these that holds.
+fn first(objections: impl IntoIterator<Item = (bool, String)>) -> Option<String> {
+    objections.into_iter().find_map(|(holds, objection)| holds.then_some(objection))
 }
 
 #[cfg(test)]
@@ -158,26 +195,19 @@ mod tests {
             tried.borrow_mut().push(form);
             Ok(if form == 2 { Err("it is off".into()) } else { Ok(()) })
         };
-        let candidates = || {
+        let candidates = |_: &&str| {
             let limits = candidate("limited", 1, Some("too wide"));
             vec![limits, candidate("wrong", 2, None), candidate("right", 3, None), candidate("last", 4, None)]
         };
-        for _ in 0..2 {
-            assert_eq!(memo.settle("shape".into(), candidates, trial).unwrap(), 3);
+        for layer in [0, 1, 3] {
+            assert_eq!(memo.settle("shape", Place::Layer(layer), candidates, trial).unwrap(), 3);
         }
         assert_eq!(*tried.borrow(), [2, 3]);
-        assert_eq!(memo.settle("other".into(), || vec![candidate("last", 4, None)], trial).unwrap(), 4);
+        assert_eq!(memo.settle("other", Place::NextLayer, |_| vec![candidate("last", 4, None)], trial).unwrap(), 4);
         assert_eq!(*tried.borrow(), [2, 3], "the last form needs no trial");
-        assert_eq!(memo.lines(), ["2 x shape: right (not limited: too wide; not wrong: it is off)", "1 x other: last"]);
-    }
-
-    #[test]
-    fn numbers_agree_up_to_the_rounding_of_their_type_and_not_beyond() {
-        let judged = [1.0, -2.0, 0.5];
-        for (dtype, near) in [(DataType::F32, 1e-3), (DataType::F16, 1e-2), (DataType::BF16, 4e-2)] {
-            assert!(agree(&judged.map(|x| x + near), &judged, dtype).is_ok());
-            assert!(agree(&judged.map(|x| x + 4.0 * near), &judged, dtype).is_err());
-        }
-        assert!(agree(&[1.0, f32::NAN, 0.5], &judged, DataType::BF16).is_err());
+        assert_eq!(
+            memo.lines(),
+            ["shape, layers 0-1, 3: right (not limited: too wide; not wrong: it is off)", "other, layers 3: last"]
+        );
     }
 }
