@@ -6,6 +6,7 @@
 
 mod abi;
 mod backend;
+mod cache;
 mod chip;
 mod device;
 mod error;
@@ -15,6 +16,7 @@ mod memory;
 mod object;
 mod ops;
 mod owner;
+mod plan;
 mod tensor;
 
 pub use abi::codes::{Class, describe};

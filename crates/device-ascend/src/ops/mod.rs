@@ -1,3 +1,7 @@
 //! Operations of the seam as operators of CANN, a file a family. Each works on views, on the owner thread.
 
+pub(crate) mod attention;
+pub(crate) mod index;
+pub(crate) mod latent;
+pub(crate) mod rope;
 pub(crate) mod rows;
