@@ -6,6 +6,7 @@
 
 mod abi;
 mod backend;
+mod cache;
 mod chip;
 mod device;
 mod error;
@@ -17,6 +18,7 @@ mod moe;
 mod object;
 mod ops;
 mod owner;
+mod plan;
 mod tensor;
 
 pub use abi::codes::{Class, describe};

@@ -83,6 +83,11 @@ impl View {
         Self { base, dtype, dims, strides, offset: 0, storage }
     }
 
+    /// Address of the first element.
+    pub(crate) fn start(&self) -> Address {
+        Address(self.base.0 + self.offset as usize * self.dtype.bytes())
+    }
+
     /// Number of elements.
     pub(crate) fn numel(&self) -> usize {
         self.dims.iter().product::<i64>() as usize
@@ -109,6 +114,13 @@ impl View {
         view.dims.swap(a, b);
         view.strides.swap(a, b);
         view
+    }
+
+    /// The dimensions in another order: dimension `i` of the result is `order[i]` of this.
+    pub(crate) fn permute(&self, order: &[usize]) -> Self {
+        assert_eq!(order.len(), self.dims.len(), "an order of {:?}", self.dims);
+        let pick = |from: &[i64]| order.iter().map(|&d| from[d]).collect();
+        Self { dims: pick(&self.dims), strides: pick(&self.strides), ..self.clone() }
     }
 
     /// `start..start + len` along a dimension.
@@ -274,5 +286,7 @@ mod tests {
         assert_eq!((part.dims, part.strides, part.offset), (vec![2, 4, 2], vec![2, 6, 1], 2));
         assert_eq!(view.broadcast(0, 3).strides, [0, 6, 1]);
         assert_eq!(view.reshape(&[2, 12]).strides, [12, 1]);
+        let turned = view.split(1, 2).permute(&[1, 0, 2]);
+        assert_eq!((turned.dims, turned.strides), (vec![2, 4, 3], vec![3, 6, 1]));
     }
 }

@@ -1,6 +1,7 @@
 //! The forms of attention, full and latent, and the step on which they are tried.
 
 use std::fmt;
+use std::sync::Arc;
 
 use baton_device::conformance::uniform;
 use baton_device::{AttentionParams, Result as SeamResult};
@@ -12,8 +13,7 @@ use crate::chip::Chip;
 use crate::device::{Device, encode};
 use crate::error::AscendError;
 use crate::object::{DataType, View};
-use crate::ops::fused_attention::{StepView, attend, attend_latent};
-use crate::ops::scratch::Carver;
+use crate::ops::fused_attention::{Sequences, StepView, attend, attend_latent};
 
 /// What the form of full attention depends on.
 #[derive(PartialEq)]
@@ -159,6 +159,7 @@ struct Step {
 /// Blocks of each sequence, and how many there are in all.
 const TABLES: [[i32; 2]; 3] = [[3, 0], [0, 2], [1, 0]];
 const BLOCKS: usize = 5;
+const TABLE_DIMS: &[usize] = &[TABLES.len(), TABLES[0].len()];
 /// A window is tried at this length at most, so that contexts are longer.
 const WINDOW: usize = 40;
 /// The sequence whose context is longer than a block and than a window.
@@ -189,11 +190,9 @@ impl Step {
             *end += tokens as i64;
             Some(*end)
         });
-        StepView {
-            query_ends: ends.collect(),
-            lengths: self.spans.iter().map(|&(start, tokens)| (start + tokens) as i64).collect(),
-            tables: tables.clone(),
-        }
+        let lengths = self.spans.iter().map(|&(start, tokens)| (start + tokens) as i64);
+        let sequences = Sequences { query_ends: ends.collect(), lengths: lengths.collect() };
+        StepView { sequences: Arc::new(sequences), tables: tables.clone() }
     }
 
     /// Turns keys at the borders of what is seen towards queries: `[slots, kv_heads * qk]`.
@@ -265,16 +264,13 @@ impl Step {
         let values = rounded(uniform(3, slots * kv_heads * head_dim, 1.0), dtype);
         let judged = self.judge(&q, &keys, &values, &shape);
 
-        let lay_out = |carver: &mut Carver| {
-            let plane = [slots, kv_heads * head_dim];
-            let all = [[rows, heads * head_dim], plane, plane, [rows, heads * head_dim]];
-            (all.map(|dims| carver.view(dtype, &dims)), carver.view(DataType::I32, &[TABLES.len(), 2]))
-        };
-        device.with_parts(lay_out, |device, ([q_view, k_view, v_view, out], tables)| {
-            upload(device, [(&q, q_view), (&keys, k_view), (&values, v_view)], tables)?;
+        let (row, plane): (&[usize], &[usize]) = (&[rows, heads * head_dim], &[slots, kv_heads * head_dim]);
+        let shapes = [(dtype, row), (dtype, plane), (dtype, plane), (dtype, row), (DataType::I32, TABLE_DIMS)];
+        device.with_views(shapes, |device, [q_view, k_view, v_view, out, tables]| {
+            upload(device, [(&q, &q_view), (&keys, &k_view), (&values, &v_view)], &tables)?;
             let params = AttentionParams { window, ..*params };
-            attend(device, q_view, [k_view, v_view], &self.view(tables), mask, &params, out)?;
-            Ok(agree(&floats(device, out)?, &judged, dtype))
+            attend(device, &q_view, [&k_view, &v_view], &self.view(&tables), mask, &params, &out)?;
+            Ok(agree(&floats(device, &out)?, &judged, dtype))
         })
     }
 
@@ -303,19 +299,21 @@ impl Step {
             .copied()
             .collect();
 
-        let lay_out = |carver: &mut Carver| {
-            let queries = [rank, rope].map(|width| carver.view(dtype, &[rows, heads, width]));
-            let planes = [rank, rope].map(|width| carver.view(dtype, &[slots, width]));
-            let tables = carver.view(DataType::I32, &[TABLES.len(), 2]);
-            (queries, planes, tables, carver.view(dtype, &[heads, rows, rank]))
-        };
-        device.with_parts(lay_out, |device, ([q_latent, q_rope], [latent_view, rope_view], tables, out)| {
-            let queries = [(&part(&q, 0, rank), q_latent), (&part(&q, rank, rope), q_rope)];
-            upload(device, queries, tables)?;
-            upload(device, [(&latents, latent_view), (&rope_keys, rope_view)], tables)?;
-            let (queries, planes) = ([q_latent, q_rope], [latent_view, rope_view]);
-            attend_latent(device, queries, planes, &self.view(tables), mask, shape.scale, out)?;
-            Ok(agree(&floats(device, out)?, &judged, dtype))
+        let shapes: [(DataType, &[usize]); 6] = [
+            (dtype, &[rows, heads, rank]),
+            (dtype, &[rows, heads, rope]),
+            (dtype, &[slots, rank]),
+            (dtype, &[slots, rope]),
+            (dtype, &[heads, rows, rank]),
+            (DataType::I32, TABLE_DIMS),
+        ];
+        device.with_views(shapes, |device, [q_latent, q_rope, latent_view, rope_view, out, tables]| {
+            let queries = [(&part(&q, 0, rank), &q_latent), (&part(&q, rank, rope), &q_rope)];
+            upload(device, queries, &tables)?;
+            upload(device, [(&latents, &latent_view), (&rope_keys, &rope_view)], &tables)?;
+            let (queries, planes) = ([&q_latent, &q_rope], [&latent_view, &rope_view]);
+            attend_latent(device, queries, planes, &self.view(&tables), mask, shape.scale, &out)?;
+            Ok(agree(&floats(device, &out)?, &judged, dtype))
         })
     }
 }

@@ -15,7 +15,6 @@ use crate::device::{Device, encode};
 use crate::error::AscendError;
 use crate::object::DataType;
 use crate::ops::moe::{ExpertsView, Gating, MoeForm, Products, moe};
-use crate::ops::scratch::Carver;
 
 /// What a layer's form depends on.
 #[derive(PartialEq)]
@@ -145,16 +144,14 @@ fn products_refuse(chip: Chip, layer: &ExpertsView) -> Option<String> {
 fn trial(device: &mut Device, form: MoeForm, layer: &ExpertsView) -> Result<Verdict, AscendError> {
     const ROWS: usize = 5;
     let (hidden, dtype) = (layer.hidden(), layer.dtype());
-    let lay_out = |carver: &mut Carver| {
-        let x = carver.view(dtype, &[ROWS, hidden]);
-        (x, carver.view(DataType::F32, &[ROWS, layer.count]), carver.view(dtype, &[ROWS, hidden]))
-    };
-    device.with_parts(lay_out, |device, (x, logits, out)| {
+    let shapes: [(DataType, &[usize]); 3] =
+        [(dtype, &[ROWS, hidden]), (DataType::F32, &[ROWS, layer.count]), (dtype, &[ROWS, hidden])];
+    device.with_views(shapes, |device, [x, logits, out]| {
         device.upload(&encode(&uniform(1, ROWS * hidden, 1.0), dtype), x.base)?;
         device.upload(&encode(&uniform(2, ROWS * layer.count, 4.0), DataType::F32), logits.base)?;
         let mut numbers = |form| {
-            moe(device, form, x, logits, layer, out)?;
-            floats(device, out)
+            moe(device, form, &x, &logits, layer, &out)?;
+            floats(device, &out)
         };
         Ok(agree(&numbers(form)?, &numbers(MoeForm::COMPOSED)?, dtype))
     })

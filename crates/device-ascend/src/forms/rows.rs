@@ -15,7 +15,6 @@ use crate::object::{DataType, View};
 use crate::ops::fused_cache::write_cache;
 use crate::ops::fused_rows::add_rms_norm;
 use crate::ops::rows::{add, rms_norm};
-use crate::ops::scratch::Carver;
 
 /// What the form of a sum with its norm depends on.
 #[derive(Clone, Copy, PartialEq)]
@@ -55,22 +54,19 @@ pub(crate) fn sum_and_norm(backend: &AscendBackend, shape: NormShape) -> SeamRes
 fn try_norm(device: &mut Device, NormShape { width, dtype }: NormShape) -> Result<Verdict, AscendError> {
     const ROWS: usize = 5;
     const EPS: f32 = 1e-5;
-    let lay_out = |carver: &mut Carver| {
-        let gamma = carver.view(dtype, &[width]);
-        ([(); 3].map(|()| carver.view(dtype, &[ROWS, width])), gamma)
-    };
-    device.with_parts(lay_out, |device, ([x, residual, out], gamma)| {
+    let rows: (DataType, &[usize]) = (dtype, &[ROWS, width]);
+    device.with_views([rows, rows, rows, (dtype, &[width])], |device, [x, residual, out, gamma]| {
         device.upload(&encode(&uniform(1, width, 1.0), dtype), gamma.base)?;
         device.upload(&encode(&uniform(2, ROWS * width, 1.0), dtype), x.base)?;
         let mut numbers = |fused: bool| {
             device.upload(&encode(&uniform(3, ROWS * width, 1.0), dtype), residual.base)?;
             if fused {
-                add_rms_norm(device, x, residual, gamma, EPS, out)?;
+                add_rms_norm(device, &x, &residual, &gamma, EPS, &out)?;
             } else {
-                add(device, residual, x)?;
-                rms_norm(device, residual, gamma, EPS, out)?;
+                add(device, &residual, &x)?;
+                rms_norm(device, &residual, &gamma, EPS, &out)?;
             }
-            Ok([floats(device, residual)?, floats(device, out)?].concat())
+            Ok([floats(device, &residual)?, floats(device, &out)?].concat())
         };
         Ok(agree(&numbers(true)?, &numbers(false)?, dtype))
     })
@@ -124,18 +120,23 @@ fn try_write(device: &mut Device, shape: CacheShape) -> Result<Verdict, AscendEr
     const SLOTS: [usize; 4] = [BLOCK + 1, 0, 3 * BLOCK - 1, BLOCK];
     let CacheShape { heads, widths, dtype } = shape;
     let rows = widths.map(|width| rounded(uniform(width as u64, SLOTS.len() * heads * width, 1.0), dtype));
-    let lay_out = |carver: &mut Carver| {
-        let rows = widths.map(|width| carver.view(dtype, &[SLOTS.len(), heads * width]));
-        let planes = widths.map(|width| carver.view(dtype, &[BLOCKS * BLOCK, heads * width]));
-        (rows, planes, carver.view(DataType::I32, &[SLOTS.len()]))
-    };
-    device.with_parts(lay_out, |device, (views, planes, slots)| {
+    let row_dims = widths.map(|width| [SLOTS.len(), heads * width]);
+    let plane_dims = widths.map(|width| [BLOCKS * BLOCK, heads * width]);
+    let shapes: [(DataType, &[usize]); 5] = [
+        (dtype, &row_dims[0]),
+        (dtype, &row_dims[1]),
+        (dtype, &plane_dims[0]),
+        (dtype, &plane_dims[1]),
+        (DataType::I32, &[SLOTS.len()]),
+    ];
+    device.with_views(shapes, |device, [a, b, plane_a, plane_b, slots]| {
+        let (views, planes) = ([&a, &b], [&plane_a, &plane_b]);
         device.upload(&SLOTS.iter().flat_map(|&slot| (slot as i32).to_le_bytes()).collect::<Vec<_>>(), slots.base)?;
         for ((view, plane), rows) in views.iter().zip(planes).zip(&rows) {
             device.upload(&encode(rows, dtype), view.base)?;
             device.clear(plane.base, plane.numel() * dtype.bytes())?;
         }
-        write_cache(device, views.each_ref(), planes.each_ref(), heads, slots)?;
+        write_cache(device, views, planes, heads, &slots)?;
         for (plane, rows) in planes.iter().zip(&rows) {
             let verdict = agree(&floats(device, plane)?, &placed(rows, &SLOTS, plane), dtype);
             if verdict.is_err() {

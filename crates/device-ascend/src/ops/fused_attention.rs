@@ -23,33 +23,35 @@ pub(crate) const LATENT_TOKENS: usize = 16;
 /// No bound on what is seen.
 const UNBOUNDED: i64 = i32::MAX as i64;
 
-/// Which tokens a step computes, for work that is queued.
-#[derive(Clone)]
-pub(crate) struct StepView {
-    /// For each sequence how many queries are in it and those before.
-    pub(crate) query_ends: Arc<[i64]>,
-    /// Positions of each sequence, the step's own included.
-    pub(crate) lengths: Arc<[i64]>,
-    /// `[sequences, most blocks]` i32; what is behind a sequence's blocks is the number of any block.
-    pub(crate) tables: View,
+/// Which tokens of which sequences a step computes. A sequence may be given in pieces, each as one whose context ends
+/// earlier.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Sequences {
+    /// For each how many queries are in it and those before.
+    pub(crate) query_ends: Vec<i64>,
+    /// Positions of each, the step's own included.
+    pub(crate) lengths: Vec<i64>,
 }
 
-impl StepView {
-    /// Whether one call takes the step on a cache of so many blocks. Sequences that share blocks may together have more.
-    pub(crate) fn fits(&self, blocks: usize) -> bool {
+impl Sequences {
+    /// Whether one call takes them on a cache of so many blocks: those that share blocks may together have more.
+    pub(crate) fn fit(&self, blocks: usize) -> bool {
         let needed: usize = self.lengths.iter().map(|&length| (length as usize).div_ceil(BLOCK)).sum();
         self.lengths.len() <= SEQUENCES && needed <= blocks
     }
 
-    fn queries(&self) -> impl Iterator<Item = i64> {
-        let starts = std::iter::once(&0).chain(self.query_ends.iter());
-        self.query_ends.iter().zip(starts).map(|(end, start)| end - start)
+    /// Whether each has one query.
+    fn decode(&self) -> bool {
+        self.query_ends.last() == Some(&(self.lengths.len() as i64))
     }
+}
 
-    /// Whether the latent form takes the step.
-    pub(crate) fn fits_latent(&self, blocks: usize) -> bool {
-        self.fits(blocks) && self.queries().all(|queries| queries as usize <= LATENT_TOKENS)
-    }
+/// Sequences with their blocks, for work that is queued.
+#[derive(Clone)]
+pub(crate) struct StepView {
+    pub(crate) sequences: Arc<Sequences>,
+    /// `[sequences, most blocks]` i32; what is behind a sequence's blocks is the number of any block.
+    pub(crate) tables: View,
 }
 
 /// The bytes of the mask, `[MASK, MASK]` int8, 1 where a key is hidden.
@@ -83,7 +85,7 @@ pub(crate) fn attend(
         value: &paged(values),
         ropes: None,
         mask: Some(mask),
-        query_lengths: Some(&step.query_ends),
+        query_lengths: Some(&step.sequences.query_ends),
         step,
         heads,
         kv_heads,
@@ -113,14 +115,13 @@ pub(crate) fn attend_latent(
     let (latents, rope_keys) = (paged(latents), paged(rope_keys));
     let [rows, heads, rank] = [0, 1, 2].map(|d| q.dims[d] as usize);
     let rope = q_rope.dims[2] as usize;
-    let decode = step.queries().all(|queries| queries == 1);
     let inputs = Inputs {
         query: q,
         key: &latents,
         value: &latents,
         ropes: Some([q_rope, &rope_keys]),
         mask: Some(mask),
-        query_lengths: Some(&step.query_ends),
+        query_lengths: Some(&step.sequences.query_ends),
         step,
         heads,
         kv_heads: 1,
@@ -128,7 +129,7 @@ pub(crate) fn attend_latent(
         layout: c"TND_NTD",
         sparse: [3, UNBOUNDED, UNBOUNDED],
     };
-    if !decode {
+    if !step.sequences.decode() {
         return run(device, &inputs, out);
     }
     let (q, q_rope) = (q.reshape(&[rows, heads, 1, rank]), q_rope.reshape(&[rows, heads, 1, rope]));
@@ -167,7 +168,7 @@ fn run(device: &mut Device, inputs: &Inputs<'_>, out: &View) -> Result<()> {
     let (key, value) = (device.list(&[inputs.key])?, device.list(&[inputs.value])?);
     let mask = inputs.mask.map(|mask| device.tensor(mask)).transpose()?;
     let query_lengths = inputs.query_lengths.map(|lengths| device.ints(lengths)).transpose()?;
-    let lengths = device.ints(&inputs.step.lengths)?;
+    let lengths = device.ints(&inputs.step.sequences.lengths)?;
     let tables = device.tensor(&inputs.step.tables)?;
     let (query_rope, key_rope) = match inputs.ropes {
         Some([query, key]) => (Some(device.tensor(query)?), Some(device.tensor(key)?)),
@@ -190,24 +191,14 @@ fn run(device: &mut Device, inputs: &Inputs<'_>, out: &View) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::object::{Address, DataType};
-
-    fn step(queries: &[i64], lengths: &[i64]) -> StepView {
-        let ends = queries.iter().scan(0, |end, queries| {
-            *end += queries;
-            Some(*end)
-        });
-        let tables = View::new(Address(512), DataType::I32, &[lengths.len(), 4]);
-        StepView { query_ends: ends.collect(), lengths: lengths.into(), tables }
-    }
 
     #[test]
-    fn a_step_fits_if_the_cache_has_the_blocks_of_all_sequences_and_latent_chunks_are_short() {
-        let decode = step(&[1, 1], &[129, 128]);
-        assert!(decode.fits(3) && !decode.fits(2), "blocks may be shared, and then do not suffice");
-        assert!(decode.fits_latent(3));
-        assert!(step(&[16, 1], &[16, 9]).fits_latent(9) && !step(&[17, 1], &[17, 9]).fits_latent(9));
-        assert!(step(&[1; 4096], &[1; 4096]).fits(4096) && !step(&[1; 4097], &[1; 4097]).fits(5000));
+    fn sequences_fit_if_the_cache_has_the_blocks_of_all() {
+        let decode = |lengths: Vec<i64>| Sequences { query_ends: (1..=lengths.len() as i64).collect(), lengths };
+        assert!(decode(vec![129, 128]).fit(3) && !decode(vec![129, 128]).fit(2), "shared blocks do not suffice");
+        assert!(decode(vec![1; 4096]).fit(4096) && !decode(vec![1; 4097]).fit(5000));
+        assert!(decode(vec![7, 9]).decode());
+        assert!(!Sequences { query_ends: vec![2, 3], lengths: vec![2, 3] }.decode());
     }
 
     #[test]

@@ -8,10 +8,9 @@ use std::ops::Range;
 use baton_device::{GroupScore, Routing, Scoring, select_experts};
 
 use super::rows::scale;
-use super::scratch::Carver;
 use crate::device::{Device, decode, encode};
 use crate::error::AscendError;
-use crate::linear::{LinearView, linear};
+use crate::linear::{LinearView, linear_group};
 use crate::object::{Address, DataType, View};
 
 type Result<T> = std::result::Result<T, AscendError>;
@@ -135,26 +134,6 @@ struct Parts {
     down: View,
 }
 
-impl Parts {
-    fn lay_out(carver: &mut Carver, rows: usize, experts: &ExpertsView) -> Self {
-        let (k, hidden, inner) = (experts.routing.top_k, experts.hidden(), experts.intermediate());
-        let (dtype, all) = (experts.dtype(), rows * k);
-        Self {
-            weights: carver.view(DataType::F32, &[rows, k]),
-            narrow_weights: carver.view(dtype, &[rows, k]),
-            chosen: carver.view(DataType::I32, &[rows, k]),
-            placed: carver.view(DataType::I32, &[rows, k]),
-            expanded: carver.view(dtype, &[all, hidden]),
-            row_index: carver.view(DataType::I32, &[all]),
-            ends: carver.view(DataType::I32, &[experts.count]),
-            ends_wide: carver.view(DataType::I64, &[experts.count]),
-            gate_up: carver.view(dtype, &[all, 2 * inner]),
-            product: carver.view(dtype, &[all, inner]),
-            down: carver.view(dtype, &[all, hidden]),
-        }
-    }
-}
-
 fn grouped(
     device: &mut Device,
     gating: Gating,
@@ -163,9 +142,38 @@ fn grouped(
     experts: &ExpertsView,
     out: &View,
 ) -> Result<()> {
-    let rows = x.dims[0] as usize;
-    let lay_out = |carver: &mut Carver| Parts::lay_out(carver, rows, experts);
-    device.with_parts(lay_out, |device, parts| {
+    let (rows, k, dtype) = (x.dims[0] as usize, experts.routing.top_k, experts.dtype());
+    let (all, hidden, inner) = (rows * k, experts.hidden(), experts.intermediate());
+    let (choices, count): (&[usize], &[usize]) = (&[rows, k], &[experts.count]);
+    let shapes: [(DataType, &[usize]); 11] = [
+        (DataType::F32, choices),
+        (dtype, choices),
+        (DataType::I32, choices),
+        (DataType::I32, choices),
+        (dtype, &[all, hidden]),
+        (DataType::I32, &[all]),
+        (DataType::I32, count),
+        (DataType::I64, count),
+        (dtype, &[all, 2 * inner]),
+        (dtype, &[all, inner]),
+        (dtype, &[all, hidden]),
+    ];
+    device.with_views(shapes, |device, views| {
+        let [weights, narrow_weights, chosen, placed, expanded, row_index, ends, ends_wide, gate_up, product, down] =
+            views;
+        let parts = &Parts {
+            weights,
+            narrow_weights,
+            chosen,
+            placed,
+            expanded,
+            row_index,
+            ends,
+            ends_wide,
+            gate_up,
+            product,
+            down,
+        };
         route(device, gating, logits, experts, &parts.weights, &parts.chosen)?;
         let chosen = match &experts.places {
             None => &parts.chosen,
@@ -270,10 +278,10 @@ fn route(
                 None => (1, 1, false),
             };
             let sigmoid = matches!(routing.scoring, Scoring::Sigmoid { .. });
-            let scores = |carver: &mut Carver| carver.view(DataType::F32, &[logits.dims[0] as usize, experts.count]);
-            device.with_parts(scores, |device, scores| {
+            let all = [logits.dims[0] as usize, experts.count];
+            device.with_views([(DataType::F32, &all)], |device, [scores]| {
                 let bias = experts.bias.as_ref().map(|bias| device.tensor(bias)).transpose()?;
-                let (x, scores) = (device.tensor(logits)?, device.tensor(scores)?);
+                let (x, scores) = (device.tensor(logits)?, device.tensor(&scores)?);
                 let (weights, chosen) = (device.tensor(weights)?, device.tensor(chosen)?);
                 // That the sum of sigmoid scores runs over the chosen, not over all: UNCONFIRMED.
                 device.moe_gating_top_k(
@@ -330,15 +338,13 @@ fn composed_softmax(
     chosen: &View,
 ) -> Result<()> {
     let dims = [logits.dims[0] as usize, logits.dims[1] as usize];
-    let lay_out = |carver: &mut Carver| {
-        let best = [dims[0], routing.top_k];
-        (carver.view(DataType::F32, &dims), carver.view(DataType::F32, &best), carver.view(DataType::I64, &best))
-    };
-    device.with_parts(lay_out, |device, (scores, best, index)| {
+    let best = [dims[0], routing.top_k];
+    let shapes: [(DataType, &[usize]); 3] = [(DataType::F32, &dims), (DataType::F32, &best), (DataType::I64, &best)];
+    device.with_views(shapes, |device, [scores, best, index]| {
         let k = routing.top_k as i64;
         {
             let (x, weights) = (device.tensor(logits)?, device.tensor(weights)?);
-            let (scores, best, index) = (device.tensor(scores)?, device.tensor(best)?, device.tensor(index)?);
+            let (scores, best, index) = (device.tensor(&scores)?, device.tensor(&best)?, device.tensor(&index)?);
             if routing.norm_topk_prob {
                 device.topk(&x, k, 1, true, true, &best, &index)?;
                 device.softmax(&best, 1, &weights)?;
@@ -347,7 +353,7 @@ fn composed_softmax(
                 device.topk(&scores, k, 1, true, true, &weights, &index)?;
             }
         }
-        device.convert(index, chosen)
+        device.convert(&index, chosen)
     })
 }
 
@@ -376,22 +382,21 @@ fn each_expert(device: &mut Device, x: &View, logits: &View, experts: &ExpertsVi
         }
     }
     let (ids, weights): (Vec<_>, Vec<_>) = by_expert.iter().flatten().copied().unzip();
-    let all = ids.len().max(1);
-    let lay_out = |carver: &mut Carver| {
-        let dtype = experts.dtype();
-        Each {
-            sum: carver.view(DataType::F32, &[rows, hidden]),
-            ids: carver.view(DataType::I32, &[all]),
-            weights: carver.view(DataType::F32, &[all, 1]),
-            x: carver.view(dtype, &[rows, hidden]),
-            gate_up: carver.view(dtype, &[rows, 2 * inner]),
-            product: carver.view(dtype, &[rows, inner]),
-            down: carver.view(dtype, &[rows, hidden]),
-            wide: carver.view(DataType::F32, &[rows, hidden]),
-            old: carver.view(DataType::F32, &[rows, hidden]),
-        }
-    };
-    device.with_parts(lay_out, |device, parts| {
+    let (all, dtype) = (ids.len().max(1), experts.dtype());
+    let full: &[usize] = &[rows, hidden];
+    let shapes: [(DataType, &[usize]); 9] = [
+        (DataType::F32, full),
+        (DataType::I32, &[all]),
+        (DataType::F32, &[all, 1]),
+        (dtype, full),
+        (dtype, &[rows, 2 * inner]),
+        (dtype, &[rows, inner]),
+        (dtype, full),
+        (DataType::F32, full),
+        (DataType::F32, full),
+    ];
+    device.with_views(shapes, |device, [sum, row_ids, row_weights, x_rows, gate_up, product, down, wide, old]| {
+        let parts = &Each { sum, ids: row_ids, weights: row_weights, x: x_rows, gate_up, product, down, wide, old };
         device.clear(parts.sum.base, rows * hidden * DataType::F32.bytes())?;
         if !ids.is_empty() {
             device.upload(&ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<_>>(), parts.ids.base)?;
@@ -446,7 +451,7 @@ fn one_expert(
         let (x, ids, rows) = (device.tensor(x)?, device.tensor(&ids)?, device.tensor(&x_rows)?);
         device.index_select(&x, 0, &ids, &rows)?;
     }
-    linear(device, &x_rows, &weight(&experts.gate_up, 2 * inner, hidden), &gate_up)?;
+    linear_group(device, &x_rows, &[(weight(&experts.gate_up, 2 * inner, hidden), gate_up.clone())])?;
     {
         let gate = device.tensor(&gate_up.narrow(1, 0, inner))?;
         let up = device.tensor(&gate_up.narrow(1, inner, inner))?;
@@ -454,7 +459,7 @@ fn one_expert(
         device.silu(&gate, &product)?;
         device.mul_in_place(&product, &up)?;
     }
-    linear(device, &product, &weight(&experts.down, hidden, inner), &down)?;
+    linear_group(device, &product, &[(weight(&experts.down, hidden, inner), down.clone())])?;
     device.with_type(&down, DataType::F32, |device, wide| {
         let scaled = device.tensor(&first(&parts.wide))?;
         let (wide, weights) = (device.tensor(wide)?, device.tensor(&parts.weights.narrow(0, entries.start, count))?);
