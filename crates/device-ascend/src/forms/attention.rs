@@ -6,11 +6,11 @@ use std::sync::Arc;
 use baton_device::conformance::uniform;
 use baton_device::{AttentionParams, Result as SeamResult};
 
-use super::trial::{agree, floats, rounded, try_on};
+use super::trial::{agree, floats, try_on};
 use super::{Candidate, Place, Verdict, first};
 use crate::backend::{AscendBackend, BLOCK};
 use crate::chip::Chip;
-use crate::device::{Device, encode};
+use crate::device::{Device, encode, rounded};
 use crate::error::AscendError;
 use crate::object::{DataType, View};
 use crate::ops::fused_attention::{Sequences, StepView, attend, attend_latent};

@@ -24,6 +24,7 @@ use crate::backend::AscendBackend;
 use crate::object::{DataType, View};
 use crate::ops::fused_attention::{MASK, mask};
 use crate::ops::moe::MoeForm;
+use crate::plan::Part;
 use crate::tensor::Buffer;
 
 /// What is settled so far, by family.
@@ -64,6 +65,18 @@ impl AscendBackend {
 }
 
 impl Forms {
+    /// What attention has asked of plans so far; the composed form's numbers before anything was asked for.
+    pub(crate) fn parts(&self) -> Vec<Part> {
+        let (full, latent) = (self.attention.taken(), self.latent.taken());
+        let composed = full.contains(&false) || latent.contains(&LatentForm::Composed);
+        let fused_latent = latent.iter().any(|form| *form != LatentForm::Composed);
+        let nothing_yet = full.is_empty() && latent.is_empty();
+        [(Part::Composed, composed || nothing_yet), (Part::Whole, full.contains(&true)), (Part::Short, fused_latent)]
+            .into_iter()
+            .filter_map(|(part, needed)| needed.then_some(part))
+            .collect()
+    }
+
     /// One line for each shape met so far: in which layers, which form, and why not a better one.
     pub(crate) fn lines(&self) -> Vec<String> {
         [self.attention.lines(), self.latent.lines(), self.cache.lines(), self.norm.lines(), self.experts.lines()]
@@ -146,6 +159,11 @@ impl<S: PartialEq + fmt::Display, F: Copy> Memo<S, F> {
             }
         }
         unreachable!("the last candidate has no objection")
+    }
+
+    /// The forms that are in use.
+    fn taken(&self) -> Vec<F> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|known| known.form).collect()
     }
 
     fn lines(&self) -> Vec<String> {

@@ -5,11 +5,11 @@ use std::fmt;
 use baton_device::Result as SeamResult;
 use baton_device::conformance::uniform;
 
-use super::trial::{agree, floats, rounded, try_on};
+use super::trial::{agree, floats, try_on};
 use super::{Candidate, Place, Verdict, first};
 use crate::backend::{AscendBackend, BLOCK};
 use crate::chip::Chip;
-use crate::device::{Device, encode};
+use crate::device::{Device, encode, rounded};
 use crate::error::AscendError;
 use crate::object::{DataType, View};
 use crate::ops::fused_cache::write_cache;

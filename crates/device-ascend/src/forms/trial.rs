@@ -1,7 +1,6 @@
 //! Trying a form on the device, and comparing its numbers with those of a judge.
 
 use baton_device::Result as SeamResult;
-use half::{bf16, f16};
 
 use super::Verdict;
 use crate::abi::codes::Class;
@@ -42,16 +41,6 @@ pub(crate) fn agree(actual: &[f32], judged: &[f32], dtype: DataType) -> Verdict 
     } else {
         Err(format!("on this device its numbers are off by {error:.2e} of the largest"))
     }
-}
-
-/// Values as a type keeps them.
-pub(crate) fn rounded(mut values: Vec<f32>, dtype: DataType) -> Vec<f32> {
-    match dtype {
-        DataType::F16 => values.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
-        DataType::BF16 => values.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
-        _ => {}
-    }
-    values
 }
 
 /// The numbers of a whole block.

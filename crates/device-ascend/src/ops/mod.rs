@@ -3,6 +3,7 @@
 pub(crate) mod attention;
 pub(crate) mod fused_attention;
 pub(crate) mod fused_cache;
+pub(crate) mod fused_latent;
 pub(crate) mod fused_rows;
 pub(crate) mod index;
 pub(crate) mod latent;
