@@ -8,7 +8,7 @@
 //! Invariants: memory taken on the device's thread is given back behind the step. Blocks that pad a context are the
 //! sequence's own, so that what a failing sequence writes in this step reaches no other.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_device::AttentionBatch;
 
@@ -112,6 +112,43 @@ pub(crate) fn mask_rows() -> Vec<f32> {
 impl AttentionPlan {
     /// A step; `windows` are those that attention will probably ask for.
     pub(crate) fn new(owner: &Arc<Owner>, batch: &AttentionBatch<'_>, windows: &[usize]) -> Self {
+        Self { owner: owner.clone(), step: Arc::new(Step::new(batch, windows)) }
+    }
+
+    pub(crate) fn step(&self) -> Arc<Step> {
+        self.step.clone()
+    }
+}
+
+impl Drop for AttentionPlan {
+    fn drop(&mut self) {
+        let step = self.step.clone();
+        self.owner.tidy(move |device| {
+            let taken = std::mem::take(&mut step.memory().taken);
+            taken.into_iter().for_each(|address| device.free(address));
+        });
+    }
+}
+
+impl Piece {
+    /// Whether a piece of one sequence can join this one.
+    fn takes(&self, other: &Piece) -> bool {
+        let joined = Piece { sequences: self.sequences + 1, blocks: self.blocks.max(other.blocks), ..self.clone() };
+        self.rows == other.rows && joined.sequences * joined.context() <= MAX_CONTEXT && joined.scores() <= MAX_SCORES
+    }
+}
+
+/// Appends for each row and block how many positions lie before the row's window, and says where.
+fn append_hidden(indices: &mut Vec<i32>, pieces: &[Piece], window: usize) -> usize {
+    let start = indices.len();
+    for piece in pieces {
+        indices.extend(piece.counts(|position| (position + 1).saturating_sub(window)));
+    }
+    start
+}
+
+impl Step {
+    fn new(batch: &AttentionBatch<'_>, windows: &[usize]) -> Self {
         let mut indices: Vec<i32> =
             batch.sequences.iter().flat_map(|s| s.start..s.start + s.len).map(|position| position as i32).collect();
         let rows = indices.len();
@@ -151,44 +188,10 @@ impl AttentionPlan {
         }
         let pieces: Vec<Piece> = pieces.into_iter().map(|(piece, _)| piece).collect();
         let windows = windows.iter().map(|&window| (window, append_hidden(&mut indices, &pieces, window))).collect();
-        let step = Step { pieces, rows, indices, windows, memory: Mutex::default() };
-        Self { owner: owner.clone(), step: Arc::new(step) }
+        Self { pieces, rows, indices, windows, memory: Mutex::default() }
     }
 
-    pub(crate) fn step(&self) -> Arc<Step> {
-        self.step.clone()
-    }
-}
-
-impl Drop for AttentionPlan {
-    fn drop(&mut self) {
-        let step = self.step.clone();
-        self.owner.tidy(move |device| {
-            let taken = std::mem::take(&mut step.memory().taken);
-            taken.into_iter().for_each(|address| device.free(address));
-        });
-    }
-}
-
-impl Piece {
-    /// Whether a piece of one sequence can join this one.
-    fn takes(&self, other: &Piece) -> bool {
-        let joined = Piece { sequences: self.sequences + 1, blocks: self.blocks.max(other.blocks), ..self.clone() };
-        self.rows == other.rows && joined.sequences * joined.context() <= MAX_CONTEXT && joined.scores() <= MAX_SCORES
-    }
-}
-
-/// Appends for each row and block how many positions lie before the row's window, and says where.
-fn append_hidden(indices: &mut Vec<i32>, pieces: &[Piece], window: usize) -> usize {
-    let start = indices.len();
-    for piece in pieces {
-        indices.extend(piece.counts(|position| (position + 1).saturating_sub(window)));
-    }
-    start
-}
-
-impl Step {
-    fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
+    fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -311,5 +314,73 @@ impl Step {
             }
             crate::ops::rows::add(device, &out, &before)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_device::SequenceSpan;
+
+    use super::*;
+
+    fn step(spans: &[(usize, usize)]) -> Step {
+        let tables: Vec<Vec<u32>> =
+            (0..spans.len() as u32).map(|s| (0..1000).map(|block| s * 1000 + block).collect()).collect();
+        let spans = spans.iter().zip(&tables);
+        let sequences: Vec<_> =
+            spans.map(|(&(start, len), table)| SequenceSpan { start, len, block_table: table }).collect();
+        Step::new(&AttentionBatch { sequences: &sequences }, &[])
+    }
+
+    #[test]
+    fn steady_decode_is_one_piece_whatever_the_batch() {
+        for batch in [1, 2, 33, 64] {
+            let spans: Vec<_> = (0..batch).map(|s| (s * 13, 1)).collect();
+            let step = step(&spans);
+            assert_eq!(step.pieces.len(), 1);
+            assert_eq!((step.pieces[0].sequences, step.pieces[0].rows), (batch, 1));
+        }
+    }
+
+    #[test]
+    fn pieces_cover_all_rows_in_order_and_stay_within_their_scratch_memory() {
+        let shapes: [&[(usize, usize)]; 5] = [
+            &[(0, 1), (0, 17), (0, 70)],
+            &[(100_000, 1), (5, 1), (6, 1), (0, 300), (7, 1)],
+            &[(0, 8192), (60_000, 4096)],
+            &[(40_000, 1), (40_000, 1), (3, 1)],
+            &[(0, 5), (8, 5), (900, 5)],
+        ];
+        for spans in shapes {
+            let step = step(spans);
+            let mut positions = Vec::new();
+            for piece in &step.pieces {
+                assert_eq!((piece.first_row, piece.starts.len()), (positions.len(), piece.sequences));
+                positions.extend(piece.starts.iter().flat_map(|&start| start..start + piece.rows));
+                assert!(piece.sequences == 1 || piece.sequences * piece.context() <= MAX_CONTEXT, "{piece:?}");
+                assert!(piece.sequences * piece.rows == 1 || piece.scores() <= MAX_SCORES, "{piece:?}");
+                assert!(piece.starts.iter().all(|start| start + piece.rows <= piece.context()), "{piece:?}");
+            }
+            let expected: Vec<_> = spans.iter().flat_map(|&(start, len)| start..start + len).collect();
+            assert_eq!(positions, expected);
+        }
+    }
+
+    #[test]
+    fn a_short_context_is_padded_with_blocks_of_its_own() {
+        let step = step(&[(300, 1), (5, 1)]);
+        let [piece] = step.pieces.as_slice() else { panic!("{:?}", step.pieces) };
+        assert_eq!(step.indices[piece.table..][..6], [0, 1, 2, 1000, 1000, 1000]);
+        assert_eq!(step.indices[piece.visible..][..6], [128, 128, 45, 6, 0, 0]);
+    }
+
+    #[test]
+    fn constants_mask_what_is_not_among_the_first_or_what_is() {
+        let rows = mask_rows();
+        let row = |i: usize| &rows[i * BLOCK..][..BLOCK];
+        for count in 0..=BLOCK {
+            assert_eq!(row(count).iter().position(|x| *x != 0.0).unwrap_or(BLOCK), count);
+            assert_eq!(row(BLOCK + 1 + count).iter().filter(|x| **x != 0.0).count(), count);
+        }
     }
 }
