@@ -432,6 +432,13 @@ impl Step {
 mod tests {
     use super::*;
 
+    /// A step for composed attention; each sequence has a thousand blocks of its own.
+    fn step(spans: &[(usize, usize)]) -> Step {
+        let table = |s: usize| (s as u32 * 1000..s as u32 * 1000 + 1000).collect();
+        let span = |(s, &(start, len)): (usize, &(usize, usize))| Span { start, len, table: table(s) };
+        Step::new(&spans.iter().enumerate().map(span).collect::<Vec<_>>(), &[], &[Part::Composed])
+    }
+
     fn spans() -> [Span; 2] {
         [Span { start: 0, len: 35, table: vec![7] }, Span { start: 250, len: 1, table: vec![4, 9] }]
     }
@@ -448,5 +455,57 @@ mod tests {
         let tables = vec![7, 7, 7, 7, 7, 7, 4, 9];
         assert_eq!(numbers(Part::Short), (vec![16, 32, 35, 36], vec![16, 32, 35, 251], tables));
         assert!(step.pieces.is_empty() && step.indices.len() == 2 * 36 + 4 + 8, "nothing of what is not asked for");
+    }
+
+    #[test]
+    fn steady_decode_is_one_piece_whatever_the_batch() {
+        for batch in [1, 2, 33, 64] {
+            let spans: Vec<_> = (0..batch).map(|s| (s * 13, 1)).collect();
+            let step = step(&spans);
+            assert_eq!(step.pieces.len(), 1);
+            assert_eq!((step.pieces[0].sequences, step.pieces[0].rows), (batch, 1));
+        }
+    }
+
+    #[test]
+    fn pieces_cover_all_rows_in_order_and_stay_within_their_scratch_memory() {
+        let shapes: [&[(usize, usize)]; 5] = [
+            &[(0, 1), (0, 17), (0, 70)],
+            &[(100_000, 1), (5, 1), (6, 1), (0, 300), (7, 1)],
+            &[(0, 8192), (60_000, 4096)],
+            &[(40_000, 1), (40_000, 1), (3, 1)],
+            &[(0, 5), (8, 5), (900, 5)],
+        ];
+        for spans in shapes {
+            let step = step(spans);
+            let mut positions = Vec::new();
+            for piece in &step.pieces {
+                assert_eq!((piece.first_row, piece.starts.len()), (positions.len(), piece.sequences));
+                positions.extend(piece.starts.iter().flat_map(|&start| start..start + piece.rows));
+                assert!(piece.sequences == 1 || piece.sequences * piece.context() <= MAX_CONTEXT, "{piece:?}");
+                assert!(piece.sequences * piece.rows == 1 || piece.scores() <= MAX_SCORES, "{piece:?}");
+                assert!(piece.starts.iter().all(|start| start + piece.rows <= piece.context()), "{piece:?}");
+            }
+            let expected: Vec<_> = spans.iter().flat_map(|&(start, len)| start..start + len).collect();
+            assert_eq!(positions, expected);
+        }
+    }
+
+    #[test]
+    fn a_short_context_is_padded_with_blocks_of_its_own() {
+        let step = step(&[(300, 1), (5, 1)]);
+        let [piece] = step.pieces.as_slice() else { panic!("{:?}", step.pieces) };
+        assert_eq!(step.indices[piece.table..][..6], [0, 1, 2, 1000, 1000, 1000]);
+        assert_eq!(step.indices[piece.visible..][..6], [128, 128, 45, 6, 0, 0]);
+    }
+
+    #[test]
+    fn constants_mask_what_is_not_among_the_first_or_what_is() {
+        let rows = mask_rows();
+        let row = |i: usize| &rows[i * BLOCK..][..BLOCK];
+        for count in 0..=BLOCK {
+            assert_eq!(row(count).iter().position(|x| *x != 0.0).unwrap_or(BLOCK), count);
+            assert_eq!(row(BLOCK + 1 + count).iter().filter(|x| **x != 0.0).count(), count);
+        }
     }
 }
