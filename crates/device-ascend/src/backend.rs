@@ -14,13 +14,15 @@ use crate::cache::KvCache;
 use crate::chip::Chip;
 use crate::device::{Device, DeviceOptions, check, encode};
 use crate::error::AscendError;
+use crate::forms::{self, CacheShape, Forms, LatentForm, LatentShape, NormShape};
 use crate::libraries::{Acl, Search};
 use crate::linear::{Linear, float_bytes, linear_group};
 use crate::object::{DataType, View};
+use crate::ops::fused_rows::add_rms_norm;
 use crate::ops::latent::LatentView;
-use crate::ops::{attention, index, latent, rope, rows};
+use crate::ops::{attention, fused_attention, fused_latent, index, latent, rope, rows};
 use crate::owner::Owner;
-use crate::plan::{AttentionPlan, mask_rows};
+use crate::plan::{AttentionPlan, Part, Step, mask_rows};
 use crate::tensor::{Buffer, Tensor, Vector};
 
 /// How a device is opened.
@@ -36,6 +38,8 @@ pub struct AscendOptions {
     pub timeout: Duration,
     /// Wait behind every operator, so that an error names its cause.
     pub blocking: bool,
+    /// Take fused operators where chip and shape allow; without them everything is composed of simple ones, for comparisons.
+    pub fused: bool,
 }
 
 /// An Ascend device.
@@ -43,6 +47,7 @@ pub struct AscendBackend {
     pub(crate) caps: Caps,
     pub(crate) chip: Chip,
     pub(crate) activations: DataType,
+    pub(crate) forms: Forms,
     pub(crate) owner: Arc<Owner>,
     /// [`mask_rows`], `[2 * (BLOCK + 1), BLOCK]` in f32.
     masks: Buffer,
@@ -89,11 +94,17 @@ impl AscendBackend {
         let owner = Arc::new(Owner::start(acl, name.clone(), device, chip)?);
         let masks = Buffer::with(&owner, encode(&mask_rows(), DataType::F32))?;
         let caps = caps(name, soc, chip, options.activations);
-        Ok(Self { caps, chip, activations, owner, masks, windows: Mutex::default() })
+        let forms = Forms::new(!options.fused);
+        Ok(Self { caps, chip, activations, forms, owner, masks, windows: Mutex::default() })
+    }
+
+    /// The form that operations take, a line for each shape met so far, with what speaks against a better one.
+    pub fn forms(&self) -> Vec<String> {
+        self.forms.lines()
     }
 
     /// Queues work on `rows` rows: none is no work.
-    fn queue(
+    pub(crate) fn queue(
         &self,
         op: &'static str,
         rows: usize,
@@ -195,7 +206,7 @@ impl Backend for AscendBackend {
 
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
         let windows: Vec<usize> = self.windows.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
-        Ok(AttentionPlan::new(&self.owner, batch, &windows))
+        Ok(AttentionPlan::new(&self.owner, batch, windows, &self.forms.parts()))
     }
 
     fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
@@ -225,8 +236,17 @@ impl Backend for AscendBackend {
         eps: f32,
         out: &mut Tensor,
     ) -> Result<()> {
-        self.add(residual, x)?;
-        self.rms_norm(residual, weight, eps, out)
+        let shape = NormShape { width: weight.len(), dtype: x.dtype() };
+        // The operator takes a weight in the type of the rows.
+        let alike = x.dtype() == residual.dtype() && weight.len() == x.cols() && weight.is_exact(shape.dtype);
+        if !alike || x.rows() == 0 || !forms::sum_and_norm(self, shape)? {
+            self.add(residual, x)?;
+            return self.rms_norm(residual, weight, eps, out);
+        }
+        assert_eq!((x.rows(), x.cols(), x.cols()), (residual.rows(), residual.cols(), out.cols()), "shapes of a sum");
+        let (rows, x, residual, gamma) = (x.rows(), x.view(), residual.view(), weight.view(shape.dtype));
+        let out = out.output(rows, shape.dtype);
+        self.queue("add_rms_norm", rows, move |device| add_rms_norm(device, &x, &residual, &gamma, eps, &out))
     }
 
     fn scale(&self, x: &mut Tensor, factor: f32) -> Result<()> {
@@ -298,10 +318,27 @@ impl Backend for AscendBackend {
         }
         assert_eq!((out.cols(), planes[0].dims[1] as usize), (q.cols(), k.cols()), "widths of attention");
         self.windows.lock().unwrap_or_else(PoisonError::into_inner).extend(window);
-        let (rows, masks, inputs) = (q.rows(), self.masks(), [q.view(), k.view(), v.view()]);
+        if q.rows() == 0 {
+            out.output(0, q.dtype());
+            return Ok(());
+        }
+        self.write_cache(&step, [k, v], &planes, kv_heads, layer)?;
+        let (rows, dtype) = (q.rows(), planes[0].dtype);
+        let blocks = planes[0].dims[0] as usize / BLOCK;
         let out = out.output(rows, q.dtype());
+        let q = q.view();
+        if q.dtype == dtype && forms::attention(self, &params, dtype, layer)? {
+            let (step, mask) = (plan.step_with(Part::Whole), self.mask()?);
+            if step.fits(Part::Whole, blocks) {
+                return self.queue("paged_attention", rows, move |device| {
+                    let step = step.view(device, Part::Whole)?;
+                    fused_attention::attend(device, &q, planes.each_ref(), &step, &mask, &params, &out)
+                });
+            }
+        }
+        let (step, masks) = (plan.step_with(Part::Composed), self.masks());
         self.queue("paged_attention", rows, move |device| {
-            attention::paged(device, &step, &params, &masks, inputs.each_ref(), &planes, &out)
+            attention::paged(device, &step, &params, &masks, &q, &planes, &out)
         })
     }
 
@@ -395,10 +432,52 @@ impl LatentOps for AscendBackend {
             assert_eq!((x.rows(), x.cols()), (step.rows, cols), "shape of latent attention");
         }
         assert_eq!(out.cols(), heads * weight.values.dims[1] as usize, "width of latent attention");
-        let (rows, masks, inputs) = (q.rows(), self.masks(), [q.view(), latent.view(), rope_key.view()]);
+        if q.rows() == 0 {
+            out.output(0, q.dtype());
+            return Ok(());
+        }
+        self.write_cache(&step, [latent, rope_key], &planes, 1, layer)?;
+        let (rows, dtype) = (q.rows(), planes[0].dtype);
+        let blocks = planes[0].dims[0] as usize / BLOCK;
         let out = out.output(rows, q.dtype());
+        let q = q.view();
+        let shape = LatentShape { heads, rank, rope: weight.rope, dtype };
+        if q.dtype == dtype
+            && weight.keys.dtype == dtype
+            && let LatentForm::Fused { heads } = forms::latent(self, shape, layer)?
+        {
+            let (step, mask) = (plan.step_with(Part::Short), self.mask()?);
+            if step.fits(Part::Short, blocks) {
+                return self.queue("latent_attention", rows, move |device| {
+                    let step = step.view(device, Part::Short)?;
+                    fused_latent::attention(device, &step, heads, scale, &mask, &q, &weight, &planes, &out)
+                });
+            }
+        }
+        let (step, masks) = (plan.step_with(Part::Composed), self.masks());
         self.queue("latent_attention", rows, move |device| {
-            latent::attention(device, &step, scale, &masks, inputs.each_ref(), &weight, &planes, &out)
+            latent::attention(device, &step, scale, &masks, &q, &weight, &planes, &out)
+        })
+    }
+}
+
+impl AscendBackend {
+    /// Writes a step's rows, two for each token, to the planes of a layer.
+    fn write_cache(
+        &self,
+        step: &Arc<Step>,
+        rows: [&Tensor; 2],
+        planes: &[View; 2],
+        heads: usize,
+        layer: usize,
+    ) -> Result<()> {
+        let dtype = planes[0].dtype;
+        let widths = planes.each_ref().map(|plane| plane.dims[1] as usize / heads);
+        let alike = rows.iter().all(|rows| rows.dtype() == dtype);
+        let fused = alike && forms::cache_write(self, CacheShape { heads, widths, dtype }, layer)?;
+        let (step, rows, planes) = (step.clone(), rows.map(Tensor::view), planes.clone());
+        self.owner.submit("cache write", move |device| {
+            attention::write(device, &step, fused, heads, rows.each_ref(), &planes)
         })
     }
 }

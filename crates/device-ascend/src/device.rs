@@ -368,6 +368,16 @@ pub(crate) fn encode(values: &[f32], dtype: DataType) -> Vec<u8> {
     }
 }
 
+/// Values as a type keeps them.
+pub(crate) fn rounded(mut values: Vec<f32>, dtype: DataType) -> Vec<f32> {
+    match dtype {
+        DataType::F16 => values.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
+        DataType::BF16 => values.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
+        _ => {}
+    }
+    values
+}
+
 /// The reverse of [`encode`] for f32.
 pub(crate) fn decode(bytes: &[u8], out: &mut Vec<f32>) {
     out.clear();

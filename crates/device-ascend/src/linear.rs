@@ -99,7 +99,7 @@ pub(crate) fn float_bytes(
     Ok(if widened { (DataType::F32, encode(&values, DataType::F32)) } else { (dtype, bytes) })
 }
 
-fn stored_type(format: WeightFormat) -> DType {
+pub(crate) fn stored_type(format: WeightFormat) -> DType {
     match format {
         WeightFormat::F32 => DType::F32,
         WeightFormat::F16 => DType::F16,

@@ -3,6 +3,7 @@
 //! Invariant: made, used and dropped on the owner thread, between the phases' call and its return. They borrow device memory
 //! by address and never free it.
 
+use std::fmt;
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
@@ -33,6 +34,17 @@ impl DataType {
             data_type::INT64 => 8,
             data_type::INT8 | data_type::UINT8 | data_type::BOOL => 1,
             other => panic!("no element of whole bytes: {other}"),
+        }
+    }
+}
+
+impl fmt::Display for DataType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            data_type::FLOAT => f.write_str("f32"),
+            data_type::FLOAT16 => f.write_str("f16"),
+            data_type::BF16 => f.write_str("bf16"),
+            other => write!(f, "type {other}"),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! What attention needs of a step: which rows are computed together, and the numbers by which the device finds their
-//! context. It is made on the host; the device gets all of it in one copy, at its first use.
+//! context. It is made on the host; the device gets all of it in one copy, at its first use. What a form of attention needs
+//! beyond that, because it was not foreseen that it is taken, follows in a copy of its own.
 //!
-//! A step falls into pieces: neighbouring sequences with equally many rows each, padded to the longest context among them, so
+//! For composed attention a step falls into pieces: neighbouring sequences with equally many rows each, padded to the longest context among them, so
 //! that steady decode is one piece whatever the batch. Pieces are cut where their scratch memory would pass
 //! [`MAX_CONTEXT`] or [`MAX_SCORES`].
 //!
@@ -10,12 +11,13 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use baton_device::AttentionBatch;
+use baton_device::{AttentionBatch, SequenceSpan};
 
 use crate::backend::BLOCK;
 use crate::device::Device;
 use crate::error::AscendError;
 use crate::object::{Address, DataType, View};
+use crate::ops::fused_attention::{LATENT_TOKENS, Sequences, StepView};
 use crate::ops::index::{indices_bytes, select};
 use crate::owner::Owner;
 
@@ -32,10 +34,31 @@ const MAX_KEPT: usize = 1 << 24;
 /// shall give a number.
 const MASKED: f32 = -1e30;
 
+/// Numbers of which not every form of attention makes use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Pieces, for composed attention.
+    Composed,
+    /// Whole sequences, for fused attention.
+    Whole,
+    /// Sequences in runs of at most [`LATENT_TOKENS`] rows, for fused latent attention.
+    Short,
+}
+
 /// What attention needs to know of a step.
 pub struct AttentionPlan {
     owner: Arc<Owner>,
-    step: Arc<Step>,
+    spans: Vec<Span>,
+    windows: Vec<usize>,
+    /// What was foreseen, then what was not.
+    steps: Mutex<Vec<Arc<Step>>>,
+}
+
+/// New tokens of a sequence, and its blocks.
+struct Span {
+    start: usize,
+    len: usize,
+    table: Vec<u32>,
 }
 
 /// Shared with the work that is queued.
@@ -46,8 +69,19 @@ pub(crate) struct Step {
     indices: Vec<i32>,
     /// Windows for which `indices` has counts, and where these begin.
     windows: Vec<(usize, usize)>,
+    parts: Vec<Part>,
+    fused: Vec<Fused>,
     /// Used on the device's thread alone.
     memory: Mutex<Memory>,
+}
+
+/// Sequences as fused attention takes them.
+struct Fused {
+    part: Part,
+    sequences: Arc<Sequences>,
+    /// Where their block numbers `[sequences, blocks]` begin in the indices.
+    table: usize,
+    blocks: usize,
 }
 
 /// Rows that are computed together: `sequences` times `rows` from `first_row` on, each over `blocks` blocks of context.
@@ -110,22 +144,45 @@ pub(crate) fn mask_rows() -> Vec<f32> {
 }
 
 impl AttentionPlan {
-    /// A step; `windows` are those that attention will probably ask for.
-    pub(crate) fn new(owner: &Arc<Owner>, batch: &AttentionBatch<'_>, windows: &[usize]) -> Self {
-        Self { owner: owner.clone(), step: Arc::new(Step::new(batch, windows)) }
+    /// A step; `windows` and `parts` are those that attention will probably ask for.
+    pub(crate) fn new(owner: &Arc<Owner>, batch: &AttentionBatch<'_>, windows: Vec<usize>, parts: &[Part]) -> Self {
+        let span = |s: &SequenceSpan<'_>| {
+            assert!(s.len > 0, "a sequence without rows");
+            Span { start: s.start, len: s.len, table: s.block_table[..(s.start + s.len).div_ceil(BLOCK)].to_vec() }
+        };
+        let spans: Vec<Span> = batch.sequences.iter().map(span).collect();
+        let steps = Mutex::new(vec![Arc::new(Step::new(&spans, &windows, parts))]);
+        Self { owner: owner.clone(), spans, windows, steps }
+    }
+
+    fn steps(&self) -> MutexGuard<'_, Vec<Arc<Step>>> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn step(&self) -> Arc<Step> {
-        self.step.clone()
+        self.steps()[0].clone()
+    }
+
+    /// The step with the numbers of a part.
+    pub(crate) fn step_with(&self, part: Part) -> Arc<Step> {
+        let mut steps = self.steps();
+        match steps.iter().find(|step| step.parts.contains(&part)) {
+            Some(step) => step.clone(),
+            None => {
+                let step = Arc::new(Step::new(&self.spans, &self.windows, &[part]));
+                steps.push(step.clone());
+                step
+            }
+        }
     }
 }
 
 impl Drop for AttentionPlan {
     fn drop(&mut self) {
-        let step = self.step.clone();
+        let steps = std::mem::take(&mut *self.steps());
         self.owner.tidy(move |device| {
-            let taken = std::mem::take(&mut step.memory().taken);
-            taken.into_iter().for_each(|address| device.free(address));
+            let taken = steps.iter().flat_map(|step| std::mem::take(&mut step.memory().taken));
+            taken.for_each(|address| device.free(address));
         });
     }
 }
@@ -138,6 +195,60 @@ impl Piece {
     }
 }
 
+/// Appends what composed attention needs, and says what is computed together.
+fn append_pieces(indices: &mut Vec<i32>, spans: &[Span]) -> Vec<Piece> {
+    let mut pieces: Vec<(Piece, Vec<&[u32]>)> = Vec::new();
+    let mut first_row = 0;
+    for s in spans {
+        let most = (MAX_SCORES / (s.start + s.len).next_multiple_of(BLOCK)).max(1);
+        for start in (s.start..s.start + s.len).step_by(most) {
+            let rows = most.min(s.start + s.len - start);
+            let blocks = (start + rows).div_ceil(BLOCK);
+            let piece = Piece { first_row, sequences: 1, rows, blocks, starts: vec![start], table: 0, visible: 0 };
+            first_row += rows;
+            match pieces.last_mut() {
+                Some((last, tables)) if last.takes(&piece) => {
+                    last.sequences += 1;
+                    last.blocks = last.blocks.max(blocks);
+                    last.starts.push(start);
+                    tables.push(&s.table);
+                }
+                _ => pieces.push((piece, vec![&s.table])),
+            }
+        }
+    }
+    for (piece, tables) in &mut pieces {
+        piece.table = indices.len();
+        for (table, start) in tables.iter().zip(&piece.starts) {
+            let own = (start + piece.rows).div_ceil(BLOCK);
+            indices.extend((0..piece.blocks).map(|i| table[if i < own { i } else { 0 }] as i32));
+        }
+        piece.visible = indices.len();
+        indices.extend(piece.counts(|position| position + 1));
+    }
+    pieces.into_iter().map(|(piece, _)| piece).collect()
+}
+
+/// Appends the block numbers of sequences, or of runs of at most `most` of their rows.
+fn append_sequences(indices: &mut Vec<i32>, spans: &[Span], part: Part, most: usize) -> Fused {
+    let (mut query_ends, mut lengths, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+    for s in spans {
+        let end = s.start + s.len;
+        for start in (s.start..end).step_by(most) {
+            let length = end.min(start.saturating_add(most));
+            query_ends.push(query_ends.last().unwrap_or(&0) + (length - start) as i64);
+            lengths.push(length as i64);
+            tables.push(&s.table[..length.div_ceil(BLOCK)]);
+        }
+    }
+    let blocks = tables.iter().map(|table| table.len()).max().unwrap_or(0);
+    let table = indices.len();
+    for own in tables {
+        indices.extend((0..blocks).map(|i| own[if i < own.len() { i } else { 0 }] as i32));
+    }
+    Fused { part, sequences: Arc::new(Sequences { query_ends, lengths }), table, blocks }
+}
+
 /// Appends for each row and block how many positions lie before the row's window, and says where.
 fn append_hidden(indices: &mut Vec<i32>, pieces: &[Piece], window: usize) -> usize {
     let start = indices.len();
@@ -148,47 +259,47 @@ fn append_hidden(indices: &mut Vec<i32>, pieces: &[Piece], window: usize) -> usi
 }
 
 impl Step {
-    fn new(batch: &AttentionBatch<'_>, windows: &[usize]) -> Self {
+    fn new(spans: &[Span], windows: &[usize], parts: &[Part]) -> Self {
         let mut indices: Vec<i32> =
-            batch.sequences.iter().flat_map(|s| s.start..s.start + s.len).map(|position| position as i32).collect();
+            spans.iter().flat_map(|s| s.start..s.start + s.len).map(|position| position as i32).collect();
         let rows = indices.len();
-        for s in batch.sequences {
-            let slot = |p: usize| (s.block_table[p / BLOCK] as usize * BLOCK + p % BLOCK) as i32;
+        for s in spans {
+            let slot = |p: usize| (s.table[p / BLOCK] as usize * BLOCK + p % BLOCK) as i32;
             indices.extend((s.start..s.start + s.len).map(slot));
         }
-        let mut pieces: Vec<(Piece, Vec<&[u32]>)> = Vec::new();
-        let mut first_row = 0;
-        for s in batch.sequences {
-            assert!(s.len > 0, "a sequence without rows");
-            let most = (MAX_SCORES / (s.start + s.len).next_multiple_of(BLOCK)).max(1);
-            for start in (s.start..s.start + s.len).step_by(most) {
-                let rows = most.min(s.start + s.len - start);
-                let blocks = (start + rows).div_ceil(BLOCK);
-                let piece = Piece { first_row, sequences: 1, rows, blocks, starts: vec![start], table: 0, visible: 0 };
-                first_row += rows;
-                match pieces.last_mut() {
-                    Some((last, tables)) if last.takes(&piece) => {
-                        last.sequences += 1;
-                        last.blocks = last.blocks.max(blocks);
-                        last.starts.push(start);
-                        tables.push(s.block_table);
-                    }
-                    _ => pieces.push((piece, vec![s.block_table])),
+        let (mut pieces, mut counts, mut fused) = (Vec::new(), Vec::new(), Vec::new());
+        for &part in parts {
+            let most = match part {
+                Part::Composed => {
+                    pieces = append_pieces(&mut indices, spans);
+                    let count = |&window: &usize| (window, append_hidden(&mut indices, &pieces, window));
+                    counts = windows.iter().map(count).collect();
+                    continue;
                 }
-            }
+                Part::Whole => usize::MAX,
+                Part::Short => LATENT_TOKENS,
+            };
+            fused.push(append_sequences(&mut indices, spans, part, most));
         }
-        for (piece, tables) in &mut pieces {
-            piece.table = indices.len();
-            for (table, start) in tables.iter().zip(&piece.starts) {
-                let own = (start + piece.rows).div_ceil(BLOCK);
-                indices.extend((0..piece.blocks).map(|i| table[if i < own { i } else { 0 }] as i32));
-            }
-            piece.visible = indices.len();
-            indices.extend(piece.counts(|position| position + 1));
-        }
-        let pieces: Vec<Piece> = pieces.into_iter().map(|(piece, _)| piece).collect();
-        let windows = windows.iter().map(|&window| (window, append_hidden(&mut indices, &pieces, window))).collect();
-        Self { pieces, rows, indices, windows, memory: Mutex::default() }
+        let memory = Mutex::default();
+        Self { pieces, rows, indices, windows: counts, parts: parts.to_vec(), fused, memory }
+    }
+
+    fn fused(&self, part: Part) -> &Fused {
+        self.fused.iter().find(|fused| fused.part == part).expect("a step with this part")
+    }
+
+    /// Whether one fused operator takes the step on a cache of so many blocks.
+    pub(crate) fn fits(&self, part: Part, blocks: usize) -> bool {
+        self.fused(part).sequences.fit(blocks)
+    }
+
+    /// The step as fused operators take it.
+    pub(crate) fn view(&self, device: &mut Device, part: Part) -> Result<StepView> {
+        let Fused { sequences, table, blocks, .. } = self.fused(part);
+        let count = sequences.lengths.len();
+        let tables = self.indices(device, *table, count * blocks)?.reshape(&[count, *blocks]);
+        Ok(StepView { sequences: sequences.clone(), tables })
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -319,17 +430,31 @@ impl Step {
 
 #[cfg(test)]
 mod tests {
-    use baton_device::SequenceSpan;
-
     use super::*;
 
+    /// A step for composed attention; each sequence has a thousand blocks of its own.
     fn step(spans: &[(usize, usize)]) -> Step {
-        let tables: Vec<Vec<u32>> =
-            (0..spans.len() as u32).map(|s| (0..1000).map(|block| s * 1000 + block).collect()).collect();
-        let spans = spans.iter().zip(&tables);
-        let sequences: Vec<_> =
-            spans.map(|(&(start, len), table)| SequenceSpan { start, len, block_table: table }).collect();
-        Step::new(&AttentionBatch { sequences: &sequences }, &[])
+        let table = |s: usize| (s as u32 * 1000..s as u32 * 1000 + 1000).collect();
+        let span = |(s, &(start, len)): (usize, &(usize, usize))| Span { start, len, table: table(s) };
+        Step::new(&spans.iter().enumerate().map(span).collect::<Vec<_>>(), &[], &[Part::Composed])
+    }
+
+    fn spans() -> [Span; 2] {
+        [Span { start: 0, len: 35, table: vec![7] }, Span { start: 250, len: 1, table: vec![4, 9] }]
+    }
+
+    #[test]
+    fn fused_attention_is_given_whole_sequences_or_short_runs_whose_context_ends_with_them() {
+        let step = Step::new(&spans(), &[], &[Part::Whole, Part::Short]);
+        let numbers = |part| {
+            let Fused { sequences, table, blocks, .. } = step.fused(part);
+            let count = sequences.lengths.len() * blocks;
+            (sequences.query_ends.clone(), sequences.lengths.clone(), step.indices[*table..][..count].to_vec())
+        };
+        assert_eq!(numbers(Part::Whole), (vec![35, 36], vec![35, 251], vec![7, 7, 4, 9]));
+        let tables = vec![7, 7, 7, 7, 7, 7, 4, 9];
+        assert_eq!(numbers(Part::Short), (vec![16, 32, 35, 36], vec![16, 32, 35, 251], tables));
+        assert!(step.pieces.is_empty() && step.indices.len() == 2 * 36 + 4 + 8, "nothing of what is not asked for");
     }
 
     #[test]

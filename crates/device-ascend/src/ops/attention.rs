@@ -7,14 +7,31 @@ use crate::backend::BLOCK;
 use crate::device::Device;
 use crate::error::AscendError;
 use crate::object::{DataType, View};
+use crate::ops::fused_cache::write_cache;
 use crate::ops::index::select;
 use crate::ops::rows;
 use crate::plan::{Piece, Step};
 
 type Result<T> = std::result::Result<T, AscendError>;
 
+/// Writes a step's rows to both planes of a layer, in one operator if `fused`.
+pub(crate) fn write(
+    device: &mut Device,
+    step: &Step,
+    fused: bool,
+    heads: usize,
+    rows: [&View; 2],
+    planes: &[View; 2],
+) -> Result<()> {
+    if fused {
+        let slots = step.slots(device)?;
+        return write_cache(device, rows, planes.each_ref(), heads, &slots);
+    }
+    rows.into_iter().zip(planes).try_for_each(|(rows, plane)| write_slots(device, step, plane, rows))
+}
+
 /// Writes each row of x `[rows, width]` to its slot of a plane.
-pub(crate) fn write_slots(device: &mut Device, step: &Step, plane: &View, x: &View) -> Result<()> {
+fn write_slots(device: &mut Device, step: &Step, plane: &View, x: &View) -> Result<()> {
     device.with_type(x, plane.dtype, |device, x| {
         let slots = step.slots(device)?;
         let (plane, slots, x) = (device.tensor(plane)?, device.tensor(&slots)?, device.tensor(x)?);
@@ -65,20 +82,19 @@ pub(crate) fn attend(
     })
 }
 
-/// See [`Backend::paged_attention`](baton_device::Backend::paged_attention). `constants` are [`crate::plan::mask_rows`].
+/// See [`Backend::paged_attention`](baton_device::Backend::paged_attention); the step's own keys and values are in the planes.
+/// `constants` are [`crate::plan::mask_rows`].
 pub(crate) fn paged(
     device: &mut Device,
     step: &Step,
     params: &AttentionParams,
     constants: &View,
-    [q, k, v]: [&View; 3],
+    q: &View,
     planes: &[View; 2],
     out: &View,
 ) -> Result<()> {
     let AttentionParams { heads, kv_heads, head_dim, scale, window, softcap } = *params;
     let group = heads / kv_heads;
-    write_slots(device, step, &planes[0], k)?;
-    write_slots(device, step, &planes[1], v)?;
     for (number, piece) in step.pieces.iter().enumerate() {
         let (sequences, rows) = (piece.sequences, piece.rows);
         // `[sequences, rows, kv_heads, group, head_dim]`, with the rows of each head together.

@@ -4,7 +4,7 @@
 use crate::device::Device;
 use crate::error::AscendError;
 use crate::object::{DataType, View};
-use crate::ops::attention::{attend, gather_context, write_slots};
+use crate::ops::attention::{attend, gather_context};
 use crate::ops::rows;
 use crate::plan::Step;
 
@@ -19,14 +19,14 @@ pub(crate) struct LatentView {
     pub(crate) rope: usize,
 }
 
-/// See [`LatentOps::latent_attention`](baton_device::LatentOps::latent_attention). `constants` are
-/// [`crate::plan::mask_rows`].
+/// See [`LatentOps::latent_attention`](baton_device::LatentOps::latent_attention); the step's own latents and rotated keys are
+/// in the planes. `constants` are [`crate::plan::mask_rows`].
 pub(crate) fn attention(
     device: &mut Device,
     step: &Step,
     scale: f32,
     constants: &View,
-    [q, latent, rope_key]: [&View; 3],
+    q: &View,
     weight: &LatentView,
     planes: &[View; 2],
     out: &View,
@@ -34,8 +34,6 @@ pub(crate) fn attention(
     let LatentView { keys, values, rope } = weight;
     let [heads, nope, rank] = [0, 1, 2].map(|d| keys.dims[d] as usize);
     let (all, v, dtype, width) = (step.rows, values.dims[1] as usize, keys.dtype, rank + rope);
-    write_slots(device, step, &planes[0], latent)?;
-    write_slots(device, step, &planes[1], rope_key)?;
     let q = q.split(1, heads);
     let shapes: [(DataType, &[usize]); 2] = [(dtype, &[heads, all, rank]), (dtype, &[heads, all, v])];
     device.with_views(shapes, |device, [mixed, result]| {
@@ -74,7 +72,7 @@ pub(crate) fn attention(
 }
 
 /// `out[h] = x[h]·w[h]` for every head.
-fn product(device: &mut Device, x: &View, w: &View, out: &View) -> Result<()> {
+pub(super) fn product(device: &mut Device, x: &View, w: &View, out: &View) -> Result<()> {
     let (x, w, out, math) = (device.tensor(x)?, device.tensor(w)?, device.tensor(out)?, device.cube_math());
     device.batch_mat_mul(&x, &w, &out, math)
 }
