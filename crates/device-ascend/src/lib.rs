@@ -6,15 +6,19 @@
 
 mod abi;
 mod backend;
+mod cache;
 mod chip;
 mod device;
 mod error;
+mod forms;
 mod libraries;
 mod linear;
 mod memory;
+mod moe;
 mod object;
 mod ops;
 mod owner;
+mod plan;
 mod tensor;
 
 pub use abi::codes::{Class, describe};

@@ -33,6 +33,8 @@ enum Job {
     Call(Box<dyn FnOnce(&mut Device, Option<Failure>) + Send>),
     /// Behind all work that may use it.
     Free(Address),
+    /// Runs also behind a failure: gives back what work has taken.
+    Tidy(Box<dyn FnOnce(&mut Device) + Send>),
 }
 
 /// What failed, in which operation of the seam.
@@ -142,6 +144,12 @@ impl Owner {
         // Without its thread the device's memory is gone.
         let _ = self.send(Job::Free(address));
     }
+
+    /// Gives back what work took on the device's thread, behind all work queued before, failed or not.
+    pub(crate) fn tidy(&self, work: impl FnOnce(&mut Device) + Send + 'static) {
+        // As above.
+        let _ = self.send(Job::Tidy(Box::new(work)));
+    }
 }
 
 impl Drop for Owner {
@@ -172,6 +180,7 @@ fn serve(mut device: Device, queue: &Receiver<Job>) {
                 failure = sticky;
             }
             Job::Free(address) => device.free(address),
+            Job::Tidy(work) => work(&mut device),
         }
     }
     device.close();
