@@ -151,3 +151,22 @@ fn the_report_counts_launches_copies_and_allocations_since_the_last_reset() {
         assert!(report.contains(part), "{part} in {report}");
     }
 }
+
+#[test]
+fn a_file_controls_whoever_waits_and_another_has_the_report_when_a_device_is_closed() {
+    let s = Session::new();
+    let folder = std::env::temp_dir().join(format!("ascend-sim-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (settings, reported) = (folder.join("settings"), folder.join("report"));
+    control(&format!("control={}", settings.display()));
+    control(&format!("report={}", reported.display()));
+    control("hang=on");
+    let address = s.upload_floats(&[1.0, 2.0]);
+    assert_eq!(double(&s, address), 0);
+    std::fs::write(&settings, "hang=off\nnonsense\n").unwrap();
+    assert_eq!(s.synchronize(), 0);
+    s.assert_violation("nonsense");
+    assert_eq!(aclrtResetDevice(0), 0);
+    assert!(std::fs::read_to_string(&reported).unwrap().contains("\"launches\":{\"aclnnAdd\":1}"));
+    std::fs::remove_dir_all(&folder).unwrap();
+}
