@@ -127,6 +127,7 @@ fn release(m: &mut Machine, device: u32) {
 fn drop_context(m: &mut Machine, context: u64) {
     m.streams.retain(|stream| stream.context != context);
     m.events.retain(|event| event.context != context);
+    m.graphs.retain(|graph| graph.context != context);
     m.contexts.remove(context).expect("the caller found it");
 }
 
