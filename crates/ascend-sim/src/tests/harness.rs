@@ -13,7 +13,7 @@ pub use crate::{
     machine::lock,
     meta::*,
     op::executor::*,
-    ops::examples::*,
+    ops::{arithmetic::*, copy::*, matmul::*},
     report::{ascend_sim_report, ascend_sim_reset},
     rt::{device::*, event::*, graph::*, hccl::*, memory::*, stream::*},
 };
