@@ -55,6 +55,10 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
 
+    /// Ranks that share out the model, as for `baton serve`
+    #[arg(long, value_name = "N")]
+    tensor_parallel_size: Option<usize>,
+
     /// Public key file(s) of minisign, one of which must have signed the bundle
     #[arg(long, value_name = "FILE", num_args = 1..)]
     trusted_keys: Vec<PathBuf>,
@@ -283,6 +287,7 @@ fn settings(
         quantize,
         kv_cache_dtype: Some(kv_cache_dtype),
         threads: args.threads,
+        tensor_parallel_size: args.tensor_parallel_size,
         ..ServeArgs::default()
     }
     .resolve()
