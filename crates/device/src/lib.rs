@@ -18,6 +18,8 @@ mod error;
 mod ggml;
 mod host;
 pub mod int8;
+mod largest;
+mod ranks;
 mod reference;
 mod routing;
 
@@ -30,5 +32,7 @@ pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
 pub use ggml::{BlockFormat, Unpacked};
 pub use host::{ExpertSource, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, RowSource};
+pub use largest::first_largest;
+pub use ranks::{Communicator, World};
 pub use reference::Reference;
 pub use routing::{GroupScore, Groups, Routing, Scoring, select_experts};
