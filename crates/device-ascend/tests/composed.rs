@@ -233,7 +233,7 @@ fn no_rows_are_no_work() {
     let mut none = b.tensor(4, 2).unwrap();
     b.gather_rows(&x, &[], &mut none).unwrap();
     b.scale(&mut none, 2.0).unwrap();
-    assert_eq!(read(b, &none), []);
+    assert!(read(b, &none).is_empty());
     let mut chosen = vec![None];
     b.argmax(&none, &mut chosen).unwrap();
     assert_eq!(chosen, []);
