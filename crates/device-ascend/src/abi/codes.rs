@@ -19,6 +19,13 @@ pub enum Class {
     Lost,
 }
 
+impl Class {
+    /// Whether what fails so fails for ever.
+    pub fn is_final(self) -> bool {
+        matches!(self, Class::Poisoned | Class::Lost)
+    }
+}
+
 /// The symbolic name of a code and its class. An unknown code of the aclnn range is a failed call; any other unknown code
 /// counts as poison, since nothing is known of what it leaves behind.
 pub fn describe(code: i32) -> (&'static str, Class) {
@@ -81,6 +88,23 @@ pub fn describe(code: i32) -> (&'static str, Class) {
         561107 => ("ACLNN_ERR_INNER_OPP_PATH_NOT_FOUND", Setup),
         561112 => ("ACLNN_ERR_INNER_OPP_KERNEL_PKG_NOT_FOUND", Setup),
         561000..562000 => ("ACLNN_ERR_INNER", Failed),
+        _ => ("unknown", Poisoned),
+    }
+}
+
+/// The same for results of collectives. One that failed leaves the ranks at different sums, so it calls for no less than
+/// beginning anew.
+pub fn describe_collective(code: i32) -> (&'static str, Class) {
+    use Class::{Bug, Lost, Memory, Poisoned, Unsupported};
+    match code {
+        1 => ("HCCL_E_PARA", Bug),
+        2 => ("HCCL_E_PTR", Bug),
+        3 => ("HCCL_E_MEMORY", Memory),
+        4 => ("HCCL_E_INTERNAL", Poisoned),
+        5 => ("HCCL_E_NOT_SUPPORT", Unsupported),
+        9 => ("HCCL_E_TIMEOUT", Lost),
+        15 => ("HCCL_E_RUNTIME", Poisoned),
+        24 => ("HCCL_E_OOM", Memory),
         _ => ("unknown", Poisoned),
     }
 }
