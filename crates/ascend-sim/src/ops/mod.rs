@@ -1,0 +1,3 @@
+//! The operators, one file per family.
+
+pub mod examples;
