@@ -1,16 +1,15 @@
 //! The device traits: checks shapes, and queues each operation for the owner thread.
 
 use std::collections::BTreeSet;
-use std::ffi::CStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_device::{Caps, DType, DeviceError, KvDtype, Op, Result, WeightFormat};
 
 use crate::chip::Chip;
-use crate::device::{DeviceOptions, check};
-use crate::error::AscendError;
-use crate::libraries::{Acl, Search};
+use crate::device::DeviceOptions;
+use crate::installation::{self, Installation};
+use crate::libraries::Search;
 use crate::object::DataType;
 use crate::owner::Owner;
 
@@ -48,21 +47,8 @@ impl AscendBackend {
     pub fn new(options: &AscendOptions) -> Result<Self> {
         let name = format!("ascend:{}", options.device);
         let unavailable = |reason: String| DeviceError::Unavailable { device: name.clone(), reason };
-        let acl = open_libraries(&options.search).map_err(&unavailable)?;
-        let (count, soc) = devices(acl).map_err(|error| unavailable(error.to_string()))?;
-        if options.device >= count {
-            return Err(unavailable(format!(
-                "the runtime sees {count} devices{}",
-                if count == 0 {
-                    ": no driver (a toolkit without one puts a stub in its place), or none that this process may use"
-                } else {
-                    ""
-                }
-            )));
-        }
-        let Some(chip) = Chip::from_soc_name(&soc) else {
-            return Err(unavailable(format!("the chip calls itself {soc:?}; known are 910B (A2), 910C (A3) and 310P")));
-        };
+        let Installation { acl, soc, chip } = installation::find(&options.search, options.device)
+            .map_err(|unusable| unavailable(unusable.to_string()))?;
         let activations = match options.activations {
             DType::BF16 if !chip.has_bf16() => {
                 return Err(unavailable(format!("{chip} has no bf16 in any operator: ask for float16")));
@@ -95,50 +81,4 @@ impl AscendBackend {
         };
         Ok(Self { caps, chip, activations, owner: Arc::new(owner) })
     }
-}
-
-/// Opens and initialises the libraries of a search, once in a process.
-fn open_libraries(search: &Search) -> std::result::Result<&'static Acl, String> {
-    static OPENED: Mutex<Vec<(Search, &'static Acl)>> = Mutex::new(Vec::new());
-    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, acl)) = opened.iter().find(|(known, _)| known == search) {
-        return Ok(acl);
-    }
-    let acl = Acl::load(search).map_err(|unavailable| unavailable.to_string())?;
-    // SAFETY: no configuration is a null path.
-    let code = unsafe { (acl.runtime.init)(std::ptr::null()) };
-    match check(acl, "aclInit", code) {
-        Ok(()) | Err(AscendError::Call { code: REPEATED, .. }) => {}
-        Err(AscendError::Call { code: STUB, .. }) => {
-            return Err(
-                "the libraries found are stubs for linking: the toolkit's devlib folder is on the loader's path".into(),
-            );
-        }
-        Err(error) => return Err(error.to_string()),
-    }
-    opened.push((search.clone(), acl));
-    Ok(acl)
-}
-
-/// Of `aclInit`: somebody in this process did it before.
-const REPEATED: i32 = 100002;
-/// A library that is only there to link against.
-const STUB: i32 = 100039;
-
-/// How many devices there are, and what the first calls itself.
-fn devices(acl: &Acl) -> std::result::Result<(u32, String), AscendError> {
-    let mut count = 0;
-    // SAFETY: a valid out pointer.
-    let code = unsafe { (acl.runtime.device_count)(&raw mut count) };
-    match check(acl, "aclrtGetDeviceCount", code) {
-        // What a driver that is not there says instead of zero.
-        Err(AscendError::Call { code: 107001 | 207004 | 507899, .. }) => return Ok((0, String::new())),
-        other => other?,
-    }
-    // SAFETY: the library owns the text.
-    let soc = unsafe {
-        let name = (acl.runtime.soc_name)();
-        if name.is_null() { String::new() } else { CStr::from_ptr(name).to_string_lossy().into_owned() }
-    };
-    Ok((count, soc))
 }

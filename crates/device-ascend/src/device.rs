@@ -42,7 +42,7 @@ pub(crate) struct Device {
     /// Scratch of the operator that is queued last, and so of every one before it.
     workspace: Option<(Address, usize)>,
     /// The device's place among ranks.
-    comm: Option<Comm>,
+    pub(crate) comm: Option<Comm>,
     /// Set by an error after which nothing can be asked of it any more.
     dead: Cell<bool>,
 }
@@ -129,11 +129,19 @@ impl Device {
         &self.acl.operators
     }
 
+    pub(crate) fn acl(&self) -> &'static Acl {
+        self.acl
+    }
+
+    pub(crate) fn stream(&self) -> Stream {
+        self.stream
+    }
+
     fn check(&self, call: &'static str, code: i32) -> Result<(), AscendError> {
         check(self.acl, call, code).inspect_err(|error| self.note(error))
     }
 
-    fn note(&self, error: &AscendError) {
+    pub(crate) fn note(&self, error: &AscendError) {
         self.dead.set(self.dead.get() || error.class().is_final());
     }
 
@@ -188,6 +196,11 @@ impl Device {
         // SAFETY: the executor is fresh and used once; the workspace has `size` bytes.
         let code = unsafe { execute(workspace.as_ptr(), size, executor, self.stream) };
         self.check(name, code)?;
+        self.settle()
+    }
+
+    /// Behind an operation: waits for it where that was asked for.
+    pub(crate) fn settle(&mut self) -> Result<(), AscendError> {
         if self.options.blocking { self.synchronize() } else { Ok(()) }
     }
 

@@ -9,13 +9,21 @@ mod backend;
 mod chip;
 mod device;
 mod error;
+mod installation;
 mod libraries;
 mod linear;
 mod memory;
 mod object;
 mod ops;
 mod owner;
+mod quant;
+mod ranks;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod simulator;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub use abi::codes::{Class, describe};
 pub use abi::consts::constants;
@@ -23,3 +31,4 @@ pub use backend::{AscendBackend, AscendOptions};
 pub use chip::Chip;
 pub use error::AscendError;
 pub use libraries::{Attempt, Role, Search, Unavailable};
+pub use memory::MemoryUse;

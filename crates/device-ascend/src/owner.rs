@@ -1,13 +1,14 @@
 //! The thread that owns a device: it alone calls CANN. Work comes in order over a bounded channel.
 //!
-//! Invariants: what is submitted runs in that order. When a piece of work fails, what is submitted after it is skipped until a
-//! call brings the failure to the caller; then the device goes on, if its error lets it. A caller gives up when no work was
+//! Invariants: what is submitted runs in that order. When a piece of work fails, what the same thread submitted after it is
+//! skipped until a call of that thread brings the failure to it; then the device goes on, if its error lets it. A caller gives up when no work was
 //! done for as long as the device's timeout and a grace.
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle, ThreadId};
 use std::time::Duration;
 
 use baton_device::{DeviceError, Result};
@@ -27,10 +28,10 @@ const GRACE: Duration = Duration::from_secs(5);
 type Work = Box<dyn FnOnce(&mut Device) -> std::result::Result<(), AscendError> + Send>;
 
 enum Job {
-    /// Its failure waits for the next call.
-    Submit(&'static str, Work),
-    /// Gets the failure of earlier work, or nothing; answers by itself.
-    Call(Box<dyn FnOnce(&mut Device, Option<Failure>) + Send>),
+    /// Its failure waits for the next call of the thread: whoever else uses the device meanwhile has nothing to do with it.
+    Submit(ThreadId, &'static str, Work),
+    /// Gets the failure of the thread's earlier work, or nothing; answers by itself, and gives its failure.
+    Call(ThreadId, Box<dyn FnOnce(&mut Device, Option<Failure>) -> Option<Failure> + Send>),
     /// Behind all work that may use it.
     Free(Address),
 }
@@ -81,7 +82,7 @@ impl Owner {
             }
         };
         let unavailable = |reason| DeviceError::Unavailable { device: name.clone(), reason };
-        let thread = std::thread::Builder::new()
+        let thread = thread::Builder::new()
             .name(name.clone())
             .spawn(work)
             .map_err(|error| unavailable(format!("no thread for it: {error}")))?;
@@ -138,7 +139,7 @@ impl Owner {
         op: &'static str,
         work: impl FnOnce(&mut Device) -> std::result::Result<(), AscendError> + Send + 'static,
     ) -> Result<()> {
-        self.send(op, Job::Submit(op, Box::new(work)))
+        self.send(op, Job::Submit(thread::current().id(), op, Box::new(work)))
     }
 
     /// Runs work behind all that is queued and waits for its result, or for that of what failed before.
@@ -148,15 +149,17 @@ impl Owner {
         work: impl FnOnce(&mut Device) -> std::result::Result<T, AscendError> + Send + 'static,
     ) -> Result<T> {
         let (answer, answers) = bounded(1);
-        let job = Job::Call(Box::new(move |device, earlier| {
+        let job = move |device: &mut Device, earlier| {
             let result = match earlier {
                 Some(failure) => Err(failure),
                 None => caught(|| work(device)).map_err(|error| Failure { op, error }),
             };
+            let failure = result.as_ref().err().cloned();
             // A caller that has given up needs no answer.
             let _ = answer.send(result);
-        }));
-        self.send(op, job)?;
+            failure
+        };
+        self.send(op, Job::Call(thread::current().id(), Box::new(job)))?;
         let result = self.patiently(op, |patience| match answers.recv_timeout(patience) {
             Ok(result) => Waited::Done(result),
             Err(RecvTimeoutError::Disconnected) => Waited::Ended,
@@ -188,22 +191,24 @@ impl Drop for Owner {
 
 /// Takes work until nobody can send any more.
 fn serve(mut device: Device, queue: &Receiver<Job>, served: &AtomicU64) {
-    let mut failure: Option<Failure> = None;
+    let mut failures: HashMap<ThreadId, Failure> = HashMap::new();
+    // What a poisoned or lost device fails with, it fails with for ever, and for everybody.
+    let mut end: Option<Failure> = None;
     for job in queue {
-        match job {
-            Job::Submit(op, work) => {
-                if failure.is_none() {
-                    failure = caught(|| work(&mut device)).err().map(|error| Failure { op, error });
-                }
+        let failure = match job {
+            Job::Submit(thread, op, work) if end.is_none() && !failures.contains_key(&thread) => {
+                let failure = caught(|| work(&mut device)).err().map(|error| Failure { op, error });
+                failures.extend(failure.clone().map(|failure| (thread, failure)));
+                failure
             }
-            Job::Call(work) => {
-                let sticky = failure.clone().filter(|failure| failure.error.class().is_final());
-                work(&mut device, failure.take());
-                // What a poisoned or lost device fails with, it fails with for ever.
-                failure = sticky;
+            Job::Submit(..) => None,
+            Job::Call(thread, work) => work(&mut device, failures.remove(&thread).or_else(|| end.clone())),
+            Job::Free(address) => {
+                device.free(address);
+                None
             }
-            Job::Free(address) => device.free(address),
-        }
+        };
+        end = end.or(failure.filter(|failure| failure.error.class().is_final()));
         served.fetch_add(1, Ordering::Relaxed);
     }
     device.close();
