@@ -4,6 +4,11 @@
 //! purpose: tails of vectors, panels and blocks are where kernels break. Inputs come from a counter
 //! hash, so a case means the same numbers on every machine.
 
+mod name;
+mod vectors;
+
+pub use vectors::{MAGIC, Vector, Vectors, VectorsError};
+
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
     HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Reference,
