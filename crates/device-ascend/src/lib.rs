@@ -16,6 +16,7 @@ mod memory;
 mod object;
 mod ops;
 mod owner;
+mod probe;
 mod quant;
 mod ranks;
 #[cfg(test)]
@@ -32,3 +33,4 @@ pub use chip::Chip;
 pub use error::AscendError;
 pub use libraries::{Attempt, Role, Search, Unavailable};
 pub use memory::MemoryUse;
+pub use probe::probe;
