@@ -133,6 +133,11 @@ impl Device {
         self.acl
     }
 
+    #[cfg(test)]
+    pub(crate) fn context(&self) -> Context {
+        self.context
+    }
+
     pub(crate) fn stream(&self) -> Stream {
         self.stream
     }
@@ -271,7 +276,7 @@ impl Device {
     }
 
     /// Gives segments that are free to the device.
-    fn release_free(&mut self) -> Result<(), AscendError> {
+    pub(crate) fn release_free(&mut self) -> Result<(), AscendError> {
         self.synchronize()?;
         for address in self.pool.drain_free() {
             // SAFETY: nothing uses the segment: all of it was given back, and the stream is done.

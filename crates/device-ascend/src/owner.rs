@@ -168,6 +168,12 @@ impl Owner {
         result.map_err(|Failure { op, error }| error.into_device_error(&self.name, op))
     }
 
+    /// Disconnected when the thread has ended.
+    #[cfg(test)]
+    pub(crate) fn ended(&self) -> Receiver<()> {
+        self.ended.clone()
+    }
+
     /// Gives a block back, behind all work queued before.
     pub(crate) fn free(&self, address: Address) {
         // Without its thread the device's memory is gone.

@@ -41,7 +41,7 @@ pub(crate) fn offered(chip: Chip, operators: &Operators, activations: DataType) 
 
 /// How a weight is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Form {
+pub(crate) enum Form {
     /// int8 codes, a scale for each group.
     Int8,
     /// int4 codes, a scale for each group.
@@ -134,6 +134,13 @@ impl Blocks {
 
     pub(crate) fn view(&self) -> BlocksView {
         self.view.clone()
+    }
+}
+
+#[cfg(test)]
+impl BlocksView {
+    pub(crate) fn form(&self) -> Form {
+        self.form
     }
 }
 
