@@ -12,11 +12,14 @@ use std::{
 
 use crate::{
     array::Refusal,
+    collective::{self, Communicator},
     constants::*,
     control::Settings,
+    event::Event,
+    graph::{self, Graph},
     memory::Memory,
     meta::Objects,
-    stream::{Event, Stream},
+    stream::Stream,
     table::{Kind, Table},
 };
 
@@ -80,6 +83,10 @@ pub struct Machine {
     pub contexts: Table<Context>,
     pub streams: Table<Stream>,
     pub events: Table<Event>,
+    pub graphs: Table<Graph>,
+    pub groups: Table<graph::Group>,
+    pub communicators: Table<Communicator>,
+    pub groups_of_ranks: BTreeMap<u64, collective::Group>,
     pub objects: Objects,
     pub memory: Memory,
     pub counters: Counters,
@@ -95,9 +102,22 @@ impl Machine {
             contexts: Table::new(Kind::Context),
             streams: Table::new(Kind::Stream),
             events: Table::new(Kind::Event),
+            graphs: Table::new(Kind::Graph),
+            groups: Table::new(Kind::TaskGroup),
+            communicators: Table::new(Kind::Communicator),
+            groups_of_ranks: BTreeMap::new(),
             objects: Objects::new(),
             memory: Memory::new(),
             counters: Counters::default(),
+        }
+    }
+
+    /// Refuses what may not be called yet, or any more.
+    pub fn admit(&self, needs: Needs) -> Result<(), Refusal> {
+        match needs {
+            Needs::Nothing => Ok(()),
+            Needs::Init if !self.initialized => Err(refusal!(ACL_ERROR_UNINITIALIZE, "aclInit was not called")),
+            Needs::Init => self.settings.reachable(),
         }
     }
 
@@ -233,11 +253,7 @@ pub fn call(symbol: &'static str, needs: Needs, body: impl FnOnce(&mut Machine) 
 pub fn call_waiting(symbol: &'static str, needs: Needs, body: impl FnOnce(Guard) -> Result<(), Refusal>) -> i32 {
     let mut guard = lock();
     *guard.counters.calls.entry(symbol.to_owned()).or_default() += 1;
-    let admitted = match needs {
-        Needs::Nothing => Ok(()),
-        Needs::Init if !guard.initialized => Err(refusal!(ACL_ERROR_UNINITIALIZE, "aclInit was not called")),
-        Needs::Init => guard.settings.admit(symbol),
-    };
+    let admitted = guard.settings.injected(symbol).and_then(|_| guard.admit(needs));
     answer(symbol, admitted.and_then(|()| body(guard)))
 }
 

@@ -159,7 +159,9 @@ impl Memory {
     fn fault(&self, range: Range) -> Fault {
         let text = format!("{} bytes at {}", range.len, self.describe(range.start));
         match self.place(range.start) {
-            Place::Dangling if range.start < self.next => Fault::Violation(format!("use after free: {text}")),
+            Place::Dangling if range.start < self.next => {
+                Fault::Violation(format!("use after free, or far out of range: {text}"))
+            }
             _ => Fault::OutOfRange(text),
         }
     }

@@ -11,7 +11,9 @@ use std::{
 
 use crate::{
     array::{Fault, Refusal},
+    collective::Meeting,
     constants::*,
+    graph::Update,
     machine::{Guard, Machine, notify, refusal, wait},
     memory::Range,
     runtime::Runtime,
@@ -30,6 +32,13 @@ pub struct Task {
     pub action: Action,
 }
 
+impl Task {
+    /// A task that takes no time and touches no memory.
+    pub fn plain(name: &'static str, action: Action) -> Self {
+        Self { name, ranges: Vec::new(), delay: Duration::ZERO, action }
+    }
+}
+
 #[derive(Clone)]
 pub enum Action {
     Work(Work),
@@ -39,6 +48,15 @@ pub enum Action {
         stream: u64,
         position: u64,
     },
+    /// Until the external event was recorded since its last reset.
+    WaitExternal(u64),
+    ResetEvent(u64),
+    /// One rank's part of a collective.
+    Meet(Meeting),
+    /// Every task of a captured graph.
+    Graph(u64),
+    /// New tasks for a group of a captured graph.
+    Update(Arc<Update>),
 }
 
 pub struct Stream {
@@ -47,18 +65,16 @@ pub struct Stream {
     /// Tasks that were ever submitted, and of these how many are complete.
     pub submitted: u64,
     pub done: u64,
-    /// When the task at the head is complete, once the device has begun it.
-    pub ready_at: Option<Instant>,
+    /// The graph into which tasks are captured instead of queued.
+    pub capture: Option<u64>,
+    /// The group that is being given new tasks, and these.
+    pub update: Option<Update>,
+    /// When the device began the task at the head, if that takes time or waits.
+    pub begun: Option<Instant>,
+    /// Tasks of the graph at the head that are complete.
+    pub cursor: usize,
     /// Set while the stream's tasks run, to notice streams that wait for each other.
-    pub running: bool,
-}
-
-pub struct Event {
-    pub context: u64,
-    pub flags: i64,
-    /// Where it was recorded last: stream and position.
-    pub recorded: Option<(u64, u64)>,
-    pub completed_at: Option<Instant>,
+    running: bool,
 }
 
 /// How far a stream came.
@@ -68,17 +84,56 @@ pub enum Progress {
     Blocked(Option<Instant>),
 }
 
+/// How a task came out.
+pub enum Outcome {
+    Done,
+    Blocked(Option<Instant>),
+    Failed(Fault),
+}
+
+impl From<Result<(), Fault>> for Outcome {
+    fn from(result: Result<(), Fault>) -> Self {
+        result.map_or_else(Self::Failed, |()| Self::Done)
+    }
+}
+
 impl Stream {
     pub fn new(context: u64) -> Self {
-        Self { context, queue: VecDeque::new(), submitted: 0, done: 0, ready_at: None, running: false }
+        Self {
+            context,
+            queue: VecDeque::new(),
+            submitted: 0,
+            done: 0,
+            capture: None,
+            update: None,
+            begun: None,
+            cursor: 0,
+            running: false,
+        }
+    }
+
+    /// Drops what is queued, as if it were complete.
+    pub fn abandon(&mut self) {
+        self.queue.clear();
+        self.done = self.submitted;
+        (self.begun, self.cursor) = (None, 0);
     }
 }
 
 impl Machine {
-    /// Puts a task at the end of a stream; its position.
-    pub fn submit(&mut self, stream: u64, task: Task) -> Result<u64, Refusal> {
-        self.check_fault(self.streams.get(stream)?.context)?;
-        let stream = self.streams.get_mut(stream)?;
+    /// Puts a task at the end of a stream, or into the graph that is captured from it; its position in the stream.
+    pub fn submit(&mut self, handle: u64, task: Task) -> Result<u64, Refusal> {
+        let stream = self.streams.get(handle)?;
+        let (context, position) = (stream.context, stream.submitted);
+        self.check_fault(context)?;
+        if let Some(update) = &mut self.streams.get_mut(handle)?.update {
+            update.tasks.push(task);
+            return Ok(position);
+        }
+        if self.capture(handle, &task)? {
+            return Ok(position);
+        }
+        let stream = self.streams.get_mut(handle)?;
         stream.queue.push_back(task);
         stream.submitted += 1;
         notify();
@@ -102,58 +157,77 @@ impl Machine {
 
     fn run_tasks(&mut self, handle: u64, position: u64) -> Result<Progress, Refusal> {
         while self.streams.get(handle)?.done < position {
-            if let Some(blocked) = self.held_up(handle)? {
-                return Ok(blocked);
+            if self.settings.hang {
+                return Ok(Progress::Blocked(None));
             }
             let stream = self.streams.get_mut(handle)?;
-            let context = stream.context;
-            let task = stream.queue.front().expect("a task that is not done is in the queue").clone();
-            let outcome = match &task.action {
-                Action::Work(work) => self.run(context, |runtime| work(runtime))?,
-                Action::Record(event) => {
-                    if let Ok(event) = self.events.get_mut(*event) {
-                        event.completed_at = Some(Instant::now());
-                    }
-                    Ok(())
+            let task = stream.queue.front().expect("a task that is not done is in the queue");
+            let (name, action, delay, context) = (task.name, task.action.clone(), task.delay, stream.context);
+            let before = stream.done;
+            if !delay.is_zero() {
+                let ready = *stream.begun.get_or_insert_with(Instant::now) + delay;
+                if Instant::now() < ready {
+                    return Ok(Progress::Blocked(Some(ready)));
                 }
-                Action::Wait { stream, position } => match self.wait_for(*stream, *position)? {
-                    Progress::Done => Ok(()),
-                    blocked => return Ok(blocked),
-                },
-            };
-            if let Err(fault) = outcome {
-                self.poison(context, task.name, fault);
+            }
+            match self.perform(handle, &action)? {
+                Outcome::Done => {}
+                Outcome::Blocked(until) => return Ok(Progress::Blocked(until)),
+                Outcome::Failed(fault) => {
+                    self.poison(context, name, fault);
+                    return Ok(Progress::Done);
+                }
+            }
+            let stream = self.streams.get_mut(handle)?;
+            if stream.done != before {
+                // What it waited for failed, and took the whole context with it.
                 return Ok(Progress::Done);
             }
-            let stream = self.streams.get_mut(handle)?;
             stream.queue.pop_front();
-            stream.ready_at = None;
+            (stream.begun, stream.cursor) = (None, 0);
             stream.done += 1;
         }
         Ok(Progress::Done)
     }
 
-    /// Whether the device is still busy with the task at the head.
-    fn held_up(&mut self, stream: u64) -> Result<Option<Progress>, Refusal> {
-        let stream = self.streams.get_mut(stream)?;
-        let delay = stream.queue.front().map_or(Duration::ZERO, |task| task.delay);
-        if delay.is_zero() {
-            return Ok(None);
+    /// Does what the task at the head of a stream does, as far as it can be done now.
+    pub fn perform(&mut self, stream: u64, action: &Action) -> Result<Outcome, Refusal> {
+        let context = self.streams.get(stream)?.context;
+        match action {
+            Action::Work(work) => Ok(self.run(context, |runtime| work(runtime))?.into()),
+            Action::Record(event) => Ok(self.signal(*event, true)),
+            Action::ResetEvent(event) => Ok(self.signal(*event, false)),
+            Action::WaitExternal(event) => self.wait_external(*event),
+            Action::Wait { stream, position } => Ok(match self.wait_for(*stream, *position)? {
+                Progress::Done => Outcome::Done,
+                Progress::Blocked(until) => Outcome::Blocked(until),
+            }),
+            Action::Meet(meeting) => self.meet(stream, meeting),
+            Action::Graph(graph) => self.replay(stream, *graph),
+            Action::Update(update) => Ok(self.apply(update).into()),
         }
-        let ready = *stream.ready_at.get_or_insert_with(|| Instant::now() + delay);
-        Ok((Instant::now() < ready).then_some(Progress::Blocked(Some(ready))))
+    }
+
+    /// Lets a stream complete one more task, unless it has completed that at `position`; whether it had.
+    pub fn poll(&mut self, stream: u64, position: u64) -> Result<bool, Refusal> {
+        let state = self.streams.get(stream)?;
+        let (next, context) = (state.done + 1, state.context);
+        if next > position {
+            return Ok(true);
+        }
+        self.settings.reachable()?;
+        self.advance(stream, next)?;
+        self.check_fault(context)?;
+        Ok(false)
     }
 
     /// A stream that was destroyed completed its tasks first, so nobody waits for it.
-    fn wait_for(&mut self, stream: u64, position: u64) -> Result<Progress, Refusal> {
+    pub fn wait_for(&mut self, stream: u64, position: u64) -> Result<Progress, Refusal> {
         if self.streams.contains(stream) { self.advance(stream, position) } else { Ok(Progress::Done) }
     }
 
-    fn run(
-        &mut self,
-        context: u64,
-        work: impl FnOnce(&mut Runtime) -> Result<(), Fault>,
-    ) -> Result<Result<(), Fault>, Refusal> {
+    /// Computes on the device of a context.
+    pub fn run<T>(&mut self, context: u64, work: impl FnOnce(&mut Runtime) -> T) -> Result<T, Refusal> {
         let device = self.contexts.get(context)?.device;
         let mut runtime = Runtime {
             device,
@@ -195,18 +269,15 @@ impl Machine {
         if let Ok(context) = self.contexts.get_mut(context) {
             context.fault.get_or_insert((code, format!("{name}: {text}")));
         }
-        for (_, stream) in self.streams.iter_mut().filter(|(_, stream)| stream.context == context) {
-            stream.queue.clear();
-            stream.done = stream.submitted;
-            stream.ready_at = None;
-        }
+        let streams = self.streams.iter_mut().filter(|(_, stream)| stream.context == context);
+        streams.for_each(|(_, stream)| stream.abandon());
         notify();
     }
 
     /// The task that will use any of the range, if one is queued.
     pub fn queued_user(&self, range: Range) -> Option<&'static str> {
-        let tasks = self.streams.iter().flat_map(|(_, stream)| &stream.queue);
-        tasks.filter(|task| task.ranges.iter().any(|r| r.overlaps(range))).map(|task| task.name).next()
+        let mut tasks = self.streams.iter().flat_map(|(_, stream)| &stream.queue);
+        tasks.find(|task| task.ranges.iter().any(|r| r.overlaps(range))).map(|task| task.name)
     }
 }
 
@@ -220,16 +291,13 @@ pub fn synchronize(
     let deadline = timeout.map(|timeout| Instant::now() + timeout);
     for &(stream, position) in targets {
         loop {
+            guard.settings.reachable()?;
             let Progress::Blocked(wake) = guard.advance(stream, position)? else { break };
             if deadline.is_some_and(|d| Instant::now() >= d) {
-                return Err(refusal!(
-                    code,
-                    "the device did not finish within {} ms",
-                    timeout.unwrap_or_default().as_millis()
-                ));
+                let waited = timeout.unwrap_or_default().as_millis();
+                return Err(refusal!(code, "the device did not finish within {waited} ms"));
             }
-            let until = [wake, deadline].into_iter().flatten().min();
-            guard = wait(guard, until);
+            guard = wait(guard, [wake, deadline].into_iter().flatten().min());
         }
         let context = guard.streams.get(stream)?.context;
         guard.check_fault(context)?;

@@ -81,6 +81,12 @@ impl<T> Table<T> {
         self.live.remove(&handle).ok_or_else(|| self.unknown(handle))
     }
 
+    /// Puts an object that was removed back under its handle.
+    pub fn restore(&mut self, handle: u64, value: T) {
+        assert!(self.was_destroyed(handle), "the handle was the object's");
+        self.live.insert(handle, value);
+    }
+
     pub fn contains(&self, handle: u64) -> bool {
         self.live.contains_key(&handle)
     }

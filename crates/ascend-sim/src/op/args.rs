@@ -12,6 +12,7 @@ use crate::{
     constants::*,
     machine::refusal,
     meta::{Objects, Scalar, Values},
+    table::Kind,
 };
 
 /// Whether an operand is read, written, or both.
@@ -190,7 +191,11 @@ fn array(handle: u64, name: &'static str, binder: &mut Binder) -> Result<Values,
 
 fn elements(handle: u64, name: &'static str, binder: &mut Binder) -> Result<Vec<u64>, Refusal> {
     binder.used.push(handle);
-    Ok(binder.objects.lists.get(handle).map_err(|r| named(name, r))?.elements.clone())
+    let list = binder.objects.lists.get(handle).map_err(|r| named(name, r))?;
+    match list.kind {
+        Kind::Tensor => Ok(list.elements.clone()),
+        _ => Err(refusal!(ACLNN_ERR_PARAM_INVALID, "{name} is no aclTensorList")),
+    }
 }
 
 macro_rules! plain {

@@ -14,7 +14,6 @@ use crate::{
 #[unsafe(no_mangle)]
 pub extern "C" fn aclInit(_config: *const c_char) -> i32 {
     call("aclInit", Needs::Nothing, |m| {
-        m.settings.admit("aclInit")?;
         if m.settings.stub {
             return Err(refusal!(ACL_ERROR_COMPILING_STUB_MODE, "this is a library for linking, not for running"));
         }
@@ -142,12 +141,15 @@ pub extern "C" fn aclrtSynchronizeDeviceWithTimeout(milliseconds: i32) -> i32 {
 }
 
 fn synchronize_device(symbol: &'static str, milliseconds: i32) -> i32 {
-    call_waiting(symbol, Needs::Init, |guard| {
+    call_waiting(symbol, Needs::Init, |mut guard| {
         guard.sound()?;
         let device = guard.current_device()?;
         let of_device = |context: u64| guard.contexts.get(context).is_ok_and(|c| c.device == device);
         let streams = guard.streams.iter().filter(|(_, stream)| of_device(stream.context));
         let targets: Vec<_> = streams.map(|(handle, stream)| (handle, stream.submitted)).collect();
+        for &(stream, _) in &targets {
+            guard.refuse_captured(stream)?;
+        }
         synchronize(guard, &targets, timeout(milliseconds), ACL_ERROR_RT_WAIT_TIMEOUT)
     })
 }
@@ -296,7 +298,7 @@ pub unsafe extern "C" fn aclsysGetVersionStr(package: *const c_char, version: *m
         if package.is_null() || version.is_null() {
             return Err(refusal!(ACL_ERROR_INVALID_PARAM, "package or version is null"));
         }
-        let text = m.settings.version.as_bytes_with_nul();
+        let text = m.settings.version.to_bytes_with_nul();
         // SAFETY: the C ABI has room for 128 characters, which the setting does not exceed.
         unsafe { std::ptr::copy_nonoverlapping(text.as_ptr().cast(), version, text.len()) };
         Ok(())

@@ -1,17 +1,18 @@
 //! Events.
 
-use std::{ffi::c_void, time::Duration};
+use std::ffi::c_void;
 
 use crate::{
     array::{Chip, Refusal},
     constants::*,
+    event::Event,
     machine::{Machine, Needs, call, call_waiting, refusal},
     meta::put,
     rt::{handle, timeout},
-    stream::{Action, Event, Progress, Task, synchronize},
+    stream::synchronize,
 };
 
-/// Events with SYNC that a device has.
+/// Events with SYNC or EXTERNAL that a device has.
 fn event_limit(chip: Chip) -> usize {
     match chip {
         Chip::A2 | Chip::A3 => 65536,
@@ -19,27 +20,27 @@ fn event_limit(chip: Chip) -> usize {
     }
 }
 
-fn create(m: &mut Machine, flags: i64) -> Result<*mut c_void, Refusal> {
+fn create(m: &mut Machine, flags: i64, extended: bool) -> Result<*mut c_void, Refusal> {
     let context = m.sound()?;
     let device = m.current_device()?;
+    // An extended event takes its place when it is recorded, where the device waits for one; so it never runs out.
+    let counts = |event: &Event| !event.extended && event.flags & (ACL_EVENT_SYNC | ACL_EVENT_EXTERNAL) != 0;
+    let event = Event::new(context, flags, extended);
     let of_device = |context: u64| m.contexts.get(context).is_ok_and(|c| c.device == device);
-    let counts = |flags: i64| flags & (ACL_EVENT_SYNC | ACL_EVENT_EXTERNAL) != 0;
-    let taken = m.events.iter().filter(|(_, event)| counts(event.flags) && of_device(event.context)).count();
     let limit = event_limit(m.settings.chip());
-    if counts(flags) && taken >= limit {
+    if counts(&event) && m.events.iter().filter(|(_, e)| counts(e) && of_device(e.context)).count() >= limit {
         return Err(refusal!(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "all {limit} events of the device are in use"));
     }
-    let event = Event { context, flags, recorded: None, completed_at: None };
     Ok(m.events.insert(event) as *mut c_void)
 }
 
 /// The exported functions that make an event.
 macro_rules! creates {
-    ($($name:ident ( $($flag:ident)? ) = $flags:expr;)*) => {
+    ($($name:ident ( $($flag:ident)? ) = $flags:expr, $extended:expr;)*) => {
         $(#[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(event: *mut *mut c_void $(, $flag: u32)?) -> i32 {
             call(stringify!($name), Needs::Init, |m| {
-                let made = create(m, $flags)?;
+                let made = create(m, $flags, $extended)?;
                 // SAFETY: the C ABI has room for a pointer there.
                 unsafe { put(event, made) }
             })
@@ -48,9 +49,9 @@ macro_rules! creates {
 }
 
 creates! {
-    aclrtCreateEvent() = ACL_EVENT_SYNC | ACL_EVENT_TIME_LINE;
-    aclrtCreateEventWithFlag(flag) = flag.into();
-    aclrtCreateEventExWithFlag(flag) = flag.into();
+    aclrtCreateEvent() = ACL_EVENT_SYNC | ACL_EVENT_TIME_LINE, false;
+    aclrtCreateEventWithFlag(flag) = flag.into(), false;
+    aclrtCreateEventExWithFlag(flag) = flag.into(), true;
 }
 
 #[unsafe(no_mangle)]
@@ -60,48 +61,27 @@ pub extern "C" fn aclrtDestroyEvent(event: *mut c_void) -> i32 {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn aclrtRecordEvent(event: *mut c_void, stream: *mut c_void) -> i32 {
-    call("aclrtRecordEvent", Needs::Init, |m| {
-        let (stream, event) = (m.stream(handle(stream))?, own(m, event)?);
-        let task =
-            Task { name: "aclrtRecordEvent", ranges: Vec::new(), delay: Duration::ZERO, action: Action::Record(event) };
-        let position = m.submit(stream, task)?;
-        m.events.get_mut(event)?.recorded = Some((stream, position));
-        Ok(())
-    })
+    call("aclrtRecordEvent", Needs::Init, |m| m.record(own(m, event)?, m.stream(handle(stream))?))
 }
 
-/// A stream waits for what was recorded up to now; for an event that never was, for nothing.
 #[unsafe(no_mangle)]
 pub extern "C" fn aclrtStreamWaitEvent(stream: *mut c_void, event: *mut c_void) -> i32 {
-    call("aclrtStreamWaitEvent", Needs::Init, |m| {
-        let (stream, event) = (m.stream(handle(stream))?, own(m, event)?);
-        let event = m.events.get(event)?;
-        if event.flags & ACL_EVENT_SYNC == 0 {
-            return Err(refusal!(ACL_ERROR_RT_PARAM_INVALID, "an event without ACL_EVENT_SYNC cannot be waited for"));
-        }
-        let Some((recorder, position)) = event.recorded else { return Ok(()) };
-        let action = Action::Wait { stream: recorder, position };
-        let task = Task { name: "aclrtStreamWaitEvent", ranges: Vec::new(), delay: Duration::ZERO, action };
-        m.submit(stream, task).map(drop)
-    })
+    call("aclrtStreamWaitEvent", Needs::Init, |m| m.stream_wait(m.stream(handle(stream))?, own(m, event)?))
 }
 
+#[unsafe(no_mangle)]
+pub extern "C" fn aclrtResetEvent(event: *mut c_void, stream: *mut c_void) -> i32 {
+    call("aclrtResetEvent", Needs::Init, |m| m.reset_event(own(m, event)?, m.stream(handle(stream))?))
+}
+
+/// Lets the device finish one more task, so that whoever polls comes to an end.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn aclrtQueryEventStatus(event: *mut c_void, status: *mut i32) -> i32 {
     call("aclrtQueryEventStatus", Needs::Init, |m| {
-        let context = m.sound()?;
-        let event = own(m, event)?;
-        let complete = match m.events.get(event)?.recorded {
+        m.sound()?;
+        let complete = match m.target(own(m, event)?)? {
             None => false,
-            Some((stream, position)) => {
-                let next = m.streams.get(stream)?.done + 1;
-                let complete = next > position;
-                if !complete {
-                    let (Progress::Done | Progress::Blocked(_)) = m.advance(stream, next)?;
-                    m.check_fault(context)?;
-                }
-                complete
-            }
+            Some((stream, position)) => m.poll(stream, position)?,
         };
         let answer = if complete { ACL_EVENT_RECORDED_STATUS_COMPLETE } else { ACL_EVENT_RECORDED_STATUS_NOT_READY };
         // SAFETY: the C ABI has room for an enum there.
@@ -122,8 +102,7 @@ pub extern "C" fn aclrtSynchronizeEventWithTimeout(event: *mut c_void, milliseco
 fn synchronize_event(symbol: &'static str, event: *mut c_void, milliseconds: i32) -> i32 {
     call_waiting(symbol, Needs::Init, |guard| {
         guard.sound()?;
-        let event = own(&guard, event)?;
-        let targets: Vec<_> = guard.events.get(event)?.recorded.into_iter().collect();
+        let targets: Vec<_> = guard.target(own(&guard, event)?)?.into_iter().collect();
         synchronize(guard, &targets, timeout(milliseconds), ACL_ERROR_RT_WAIT_TIMEOUT)
     })
 }

@@ -1,6 +1,6 @@
 //! Allocation, copies, fills.
 
-use std::{ffi::c_void, sync::Arc, time::Duration};
+use std::{ffi::c_void, sync::Arc};
 
 use crate::{
     array::{Fault, Refusal},
@@ -236,6 +236,7 @@ fn room(room: usize, wanted: usize) -> Result<(), Refusal> {
 /// A copy that is done when the call returns. It does not wait for streams.
 fn copy_now(m: &mut Machine, copy: Copy2d, kind: i32) -> Result<(), Refusal> {
     let context = m.sound()?;
+    m.refuse_while_capturing()?;
     let direction = copy.direction(m, kind)?;
     count(m, direction, copy);
     m.at_once(context, |runtime| copy.run(direction, runtime, |_, range| Ok(range.start as *mut u8)))
@@ -251,12 +252,13 @@ fn copy_queued(m: &mut Machine, name: &'static str, copy: Copy2d, kind: i32, str
     }
     let pageable = [copy.to, copy.from].into_iter().find(|&address| m.memory.place(address) == Place::Pageable);
     if let Some(address) = pageable {
+        m.refuse_while_capturing()?;
         return Err(refusal!(
             ACL_ERROR_RT_INVALID_HANDLE,
             "{address:#x} is host memory that aclrtMallocHost did not give"
         ));
     }
-    let delay = m.settings.copy_delay;
+    let delay = m.settings.slow;
     let ranges = copy.rows().flat_map(|(to, from)| [to, from]).collect();
     let work = move |runtime: &mut Runtime| copy.run(direction, runtime, |runtime, range| runtime.memory.pinned(range));
     m.submit(stream, Task { name, ranges, delay, action: Action::Work(Arc::new(work)) })?;
@@ -345,6 +347,7 @@ pub extern "C" fn aclrtMemcpy2dAsync(
 pub extern "C" fn aclrtMemset(to: *mut c_void, max: usize, value: i32, bytes: usize) -> i32 {
     call("aclrtMemset", Needs::Init, |m| {
         let context = m.sound()?;
+        m.refuse_while_capturing()?;
         room(max, bytes)?;
         m.at_once(context, fill(to, value, bytes))
     })
@@ -357,7 +360,7 @@ pub extern "C" fn aclrtMemsetAsync(to: *mut c_void, max: usize, value: i32, byte
         let stream = m.stream(handle(stream))?;
         let ranges = vec![Range::new(to as u64, bytes as u64)];
         let action = Action::Work(Arc::new(fill(to, value, bytes)));
-        m.submit(stream, Task { name: "aclrtMemsetAsync", ranges, delay: Duration::ZERO, action }).map(drop)
+        m.submit(stream, Task { ranges, ..Task::plain("aclrtMemsetAsync", action) }).map(drop)
     })
 }
 

@@ -2,6 +2,8 @@
 
 pub mod device;
 pub mod event;
+pub mod graph;
+pub mod hccl;
 pub mod memory;
 pub mod stream;
 

@@ -3,12 +3,12 @@
 use std::ffi::c_void;
 
 use crate::{
-    array::Chip,
+    array::{Chip, Refusal},
     constants::*,
-    machine::{Machine, Needs, call, call_waiting, refusal},
+    machine::{Machine, Needs, call, call_waiting, lock, refusal},
     meta::put,
     rt::{handle, timeout},
-    stream::{Progress, Stream, synchronize},
+    stream::{Stream, synchronize},
 };
 
 /// Streams that a device has.
@@ -19,15 +19,21 @@ fn stream_limit(chip: Chip) -> usize {
     }
 }
 
-fn create(m: &mut Machine) -> Result<*mut c_void, crate::array::Refusal> {
-    let context = m.sound()?;
+/// Refuses if the thread's device has no stream left. Captured graphs take as many as took part in the capture.
+pub fn check_stream_limit(m: &Machine) -> Result<(), Refusal> {
     let device = m.current_device()?;
     let of_device = |context: u64| m.contexts.get(context).is_ok_and(|c| c.device == device);
-    let taken = m.streams.iter().filter(|(_, stream)| of_device(stream.context)).count();
+    let streams = m.streams.iter().filter(|(_, stream)| of_device(stream.context)).count();
     let limit = stream_limit(m.settings.chip());
-    if taken >= limit {
+    if streams + m.graphs.iter().map(|(_, graph)| graph.streams()).sum::<usize>() >= limit {
         return Err(refusal!(ACL_ERROR_RT_NO_STREAM_RESOURCE, "all {limit} streams of the device are in use"));
     }
+    Ok(())
+}
+
+fn create(m: &mut Machine) -> Result<*mut c_void, Refusal> {
+    let context = m.sound()?;
+    check_stream_limit(m)?;
     Ok(m.streams.insert(Stream::new(context)) as *mut c_void)
 }
 
@@ -54,14 +60,12 @@ pub unsafe extern "C" fn aclrtCreateStreamWithConfig(stream: *mut *mut c_void, _
 
 #[unsafe(no_mangle)]
 pub extern "C" fn aclrtDestroyStream(stream: *mut c_void) -> i32 {
-    call_waiting("aclrtDestroyStream", Needs::Init, |mut guard| {
+    call_waiting("aclrtDestroyStream", Needs::Init, |guard| {
         let stream = own(&guard, stream)?;
         let target = (stream, guard.streams.get(stream)?.submitted);
-        if guard.check_fault(guard.streams.get(stream)?.context).is_ok() {
-            synchronize(guard, &[target], None, 0)?;
-            guard = crate::machine::lock();
-        }
-        guard.streams.remove(stream).map(drop)
+        // A stream whose tasks failed is destroyed all the same.
+        let _ = synchronize(guard, &[target], None, 0);
+        lock().streams.remove(stream).map(drop)
     })
 }
 
@@ -74,7 +78,7 @@ pub extern "C" fn aclrtDestroyStreamForce(stream: *mut c_void) -> i32 {
 }
 
 /// A stream that its owner may destroy; a default stream ends with its context.
-fn own(m: &Machine, stream: *mut c_void) -> Result<u64, crate::array::Refusal> {
+fn own(m: &Machine, stream: *mut c_void) -> Result<u64, Refusal> {
     let stream = m.stream(handle(stream))?;
     if m.contexts.get(m.current()?)?.default_stream == stream {
         return Err(refusal!(ACL_ERROR_RT_PARAM_INVALID, "the default stream ends with its context"));
@@ -93,9 +97,10 @@ pub extern "C" fn aclrtSynchronizeStreamWithTimeout(stream: *mut c_void, millise
 }
 
 fn synchronize_stream(symbol: &'static str, stream: *mut c_void, milliseconds: i32) -> i32 {
-    call_waiting(symbol, Needs::Init, |guard| {
+    call_waiting(symbol, Needs::Init, |mut guard| {
         guard.sound()?;
         let stream = guard.stream(handle(stream))?;
+        guard.refuse_captured(stream)?;
         let target = (stream, guard.streams.get(stream)?.submitted);
         synchronize(guard, &[target], timeout(milliseconds), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT)
     })
@@ -105,14 +110,10 @@ fn synchronize_stream(symbol: &'static str, stream: *mut c_void, milliseconds: i
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn aclrtStreamQuery(stream: *mut c_void, status: *mut i32) -> i32 {
     call("aclrtStreamQuery", Needs::Init, |m| {
-        let context = m.sound()?;
+        m.sound()?;
         let stream = m.stream(handle(stream))?;
-        let next = m.streams.get(stream)?.done + 1;
-        let complete = next > m.streams.get(stream)?.submitted;
-        if !complete {
-            let (Progress::Done | Progress::Blocked(_)) = m.advance(stream, next)?;
-            m.check_fault(context)?;
-        }
+        m.refuse_captured(stream)?;
+        let complete = m.poll(stream, m.streams.get(stream)?.submitted)?;
         let answer = if complete { ACL_STREAM_STATUS_COMPLETE } else { ACL_STREAM_STATUS_NOT_READY };
         // SAFETY: the C ABI has room for an enum there.
         unsafe { put(status, answer as i32) }
@@ -124,9 +125,7 @@ pub unsafe extern "C" fn aclrtStreamQuery(stream: *mut c_void, status: *mut i32)
 pub extern "C" fn aclrtStreamAbort(stream: *mut c_void) -> i32 {
     call("aclrtStreamAbort", Needs::Init, |m| {
         let stream = m.stream(handle(stream))?;
-        let stream = m.streams.get_mut(stream)?;
-        stream.queue.clear();
-        stream.done = stream.submitted;
+        m.streams.get_mut(stream)?.abandon();
         Ok(())
     })
 }
