@@ -32,6 +32,12 @@ pub struct Scalar {
 }
 
 impl Scalar {
+    /// A scalar of the host's, for tests of single operators.
+    #[cfg(test)]
+    pub fn from_f64(value: f64) -> Self {
+        Self { dtype: ACL_DOUBLE as i32, float: value, int: value as i64 }
+    }
+
     pub fn to_f64(self) -> f64 {
         self.float
     }

@@ -1,6 +1,6 @@
 //! Operators that order elements: the largest, the k largest, all of them; and running sums.
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, ops::AddAssign};
 
 use super::shape::around;
 
@@ -54,12 +54,15 @@ pub fn argmax<T: PartialOrd + Copy>(x: &[T], dims: &[usize], dim: usize) -> Vec<
         .collect()
 }
 
-/// Running sums along `dim`, in f64.
-pub fn cumsum(x: &[f64], dims: &[usize], dim: usize) -> Vec<f64> {
+/// Running sums along `dim`.
+pub fn cumsum<T: Copy + AddAssign>(x: &[T], dims: &[usize], dim: usize) -> Vec<T> {
     let (_, len, inner) = around(dims, dim);
     let mut out = x.to_vec();
     for block in out.chunks_exact_mut(len * inner) {
-        (inner..block.len()).for_each(|i| block[i] += block[i - inner]);
+        for i in inner..block.len() {
+            let before = block[i - inner];
+            block[i] += before;
+        }
     }
     out
 }

@@ -2,7 +2,6 @@
 
 use super::choose::top;
 use super::elementwise::sigmoid;
-use super::matmul::{Order, matmul};
 use super::moves::row;
 use super::norm::softmax;
 use crate::array::Fault;
@@ -97,18 +96,6 @@ pub fn group_ends(list: &[i64], cumulative: bool, rows: usize) -> Result<Vec<usi
         .collect()
 }
 
-/// The rows of each group times its own matrix, given by columns `[n, k]`; rows after the last group give nothing.
-pub fn grouped_matmul<'a>(
-    x: &[f32],
-    k: usize,
-    ends: &[usize],
-    columns: impl Fn(usize) -> &'a [f32],
-    order: Order,
-) -> Vec<f32> {
-    let starts = std::iter::once(&0).chain(ends);
-    starts.zip(ends).enumerate().flat_map(|(e, (&a, &b))| matmul(&x[a * k..b * k], columns(e), k, order)).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,13 +164,5 @@ mod tests {
         for (list, cumulative) in [(&[3, 3], false), (&[4, 3], true), (&[1, -1], false), (&[2, 6], true)] {
             assert!(matches!(group_ends(list, cumulative, 5), Err(Fault::OutOfRange(_))), "{list:?}");
         }
-    }
-
-    #[test]
-    fn each_group_of_rows_meets_its_own_matrix() {
-        let weights = [[1.0, 0.0, 0.0, 1.0], [0.0, 2.0, 2.0, 0.0]];
-        let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
-        let y = grouped_matmul(&x, 2, &[1, 3], |e| &weights[e], Order::default());
-        assert_eq!(y, [1.0, 2.0, 8.0, 6.0, 12.0, 10.0]);
     }
 }

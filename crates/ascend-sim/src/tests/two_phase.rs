@@ -1,7 +1,7 @@
 //! Operators, from the caller's side.
 
 use super::harness::*;
-use crate::ops::examples::*;
+use crate::ops::{arithmetic::*, copy::*, matmul::*};
 
 fn add(session: &Session, a: Ptr, b: Ptr, out: Ptr) -> i32 {
     let alpha = scalar(2.0);
