@@ -236,9 +236,8 @@ fn an_allocation_that_is_refused_once_is_made_up_for() {
 #[test]
 fn a_device_without_room_says_for_how_much_and_goes_on() {
     let simulator = Simulator::take();
-    simulator.set("memory=67108864");
+    simulator.set("memory=100663296");
     let owner = open();
-    let room = 48 << 20;
     // Twice: what failed took nothing.
     for _ in 0..2 {
         match owner.call("weights", |device| device.alloc(100 << 20)) {
@@ -246,9 +245,11 @@ fn a_device_without_room_says_for_how_much_and_goes_on() {
             other => panic!("{other:?}"),
         }
         step(&owner).unwrap();
-        // Also a block for which segments that are free must go first.
-        let block = owner.call("weights", move |device| device.alloc(room)).unwrap();
-        owner.free(block);
+        // Also a block for which a segment that is free must go first.
+        for room in [40 << 20, 50 << 20] {
+            let block = owner.call("weights", move |device| device.alloc(room)).unwrap();
+            owner.free(block);
+        }
     }
     drop(owner);
     simulator.expect_clean();
