@@ -41,6 +41,8 @@ pub(crate) struct Device {
     pinned: Pinned,
     /// Scratch of the operator that is queued last, and so of every one before it.
     workspace: Option<(Address, usize)>,
+    /// Zero bytes.
+    zeros: Option<(Address, usize)>,
     /// The device's place among ranks.
     pub(crate) comm: Option<Comm>,
     /// Set by an error after which nothing can be asked of it any more.
@@ -62,6 +64,7 @@ impl Device {
             pool: Pool::default(),
             pinned: Pinned::NONE,
             workspace: None,
+            zeros: None,
             comm: None,
             dead: Cell::new(false),
         };
@@ -306,6 +309,39 @@ impl Device {
         result
     }
 
+    /// Runs `work` with contiguous scratch views, which are given back behind it.
+    pub(crate) fn with_views<const N: usize, T>(
+        &mut self,
+        shapes: [(DataType, &[usize]); N],
+        work: impl FnOnce(&mut Self, [View; N]) -> Result<T, AscendError>,
+    ) -> Result<T, AscendError> {
+        let mut bytes = 0;
+        let starts = shapes.map(|(dtype, dims)| {
+            let start = bytes;
+            bytes += Pool::block_bytes(dims.iter().product::<usize>() * dtype.bytes());
+            start
+        });
+        self.with_scratch(bytes, |device, block| {
+            let view = |i: usize| View::new(Address(block.0 + starts[i]), shapes[i].0, shapes[i].1);
+            work(device, std::array::from_fn(view))
+        })
+    }
+
+    /// At least `bytes` zero bytes, which nobody writes to.
+    pub(crate) fn zeros(&mut self, bytes: usize) -> Result<Address, AscendError> {
+        if let Some((address, size)) = self.zeros {
+            if size >= bytes {
+                return Ok(address);
+            }
+            self.zeros = None;
+            self.free(address);
+        }
+        let address = self.alloc(bytes)?;
+        self.zeros = Some((address, bytes));
+        self.clear(address, bytes)?;
+        Ok(address)
+    }
+
     // Copies.
 
     /// Queues a copy of `data` to `to`. It is complete in itself: `data` may go at once.
@@ -415,6 +451,16 @@ pub(crate) fn encode(values: &[f32], dtype: DataType) -> Vec<u8> {
         DataType::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
         other => panic!("no floats of {other:?}"),
     }
+}
+
+/// Values as a type keeps them.
+pub(crate) fn rounded(mut values: Vec<f32>, dtype: DataType) -> Vec<f32> {
+    match dtype {
+        DataType::F16 => values.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
+        DataType::BF16 => values.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
+        _ => {}
+    }
+    values
 }
 
 /// The reverse of [`encode`] for f32.

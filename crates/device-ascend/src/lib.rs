@@ -6,21 +6,25 @@
 
 mod abi;
 mod backend;
+mod cache;
 mod chip;
 mod device;
 mod error;
+mod forms;
 mod installation;
 mod libraries;
 mod linear;
 mod memory;
+mod moe;
 mod object;
 mod ops;
 mod owner;
+mod plan;
 mod probe;
 mod quant;
 mod ranks;
 #[cfg(test)]
-#[path = "../tests/common/mod.rs"]
+#[path = "../tests/common/simulator.rs"]
 mod simulator;
 mod tensor;
 #[cfg(test)]

@@ -34,6 +34,8 @@ enum Job {
     Call(ThreadId, Box<dyn FnOnce(&mut Device, Option<Failure>) -> Option<Failure> + Send>),
     /// Behind all work that may use it.
     Free(Address),
+    /// Runs also behind a failure: gives back what work has taken.
+    Tidy(Box<dyn FnOnce(&mut Device) + Send>),
 }
 
 /// What failed, in which operation of the seam.
@@ -179,6 +181,12 @@ impl Owner {
         // Without its thread the device's memory is gone.
         let _ = self.send("free", Job::Free(address));
     }
+
+    /// Gives back what work took on the device's thread, behind all work queued before, failed or not.
+    pub(crate) fn tidy(&self, work: impl FnOnce(&mut Device) + Send + 'static) {
+        // As above.
+        let _ = self.send("tidy", Job::Tidy(Box::new(work)));
+    }
 }
 
 impl Drop for Owner {
@@ -211,6 +219,10 @@ fn serve(mut device: Device, queue: &Receiver<Job>, served: &AtomicU64) {
             Job::Call(thread, work) => work(&mut device, failures.remove(&thread).or_else(|| end.clone())),
             Job::Free(address) => {
                 device.free(address);
+                None
+            }
+            Job::Tidy(work) => {
+                work(&mut device);
                 None
             }
         };

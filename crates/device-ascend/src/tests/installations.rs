@@ -29,7 +29,7 @@ fn opened(folder: &TempDir) -> Vec<(Role, String)> {
 
 #[test]
 fn every_set_of_names_under_which_cann_comes_is_found() {
-    let _simulator = Simulator::take();
+    let _simulator = Simulator::new();
     let sets: [&[&str]; 4] = [
         &NAMES,
         &["libascendcl.so", "libnnopbase.so", "libopapi.so"],
@@ -49,7 +49,7 @@ fn every_set_of_names_under_which_cann_comes_is_found() {
 
 #[test]
 fn a_library_without_the_functions_gives_way_to_the_next_candidate() {
-    let _simulator = Simulator::take();
+    let _simulator = Simulator::new();
     let folder = folder(&["libacl_rt.so", "libnnopbase.so", "libopapi.so"]);
     std::os::unix::fs::symlink(other_library(), folder.path().join("libascendcl.so")).expect("a link");
     std::os::unix::fs::symlink(other_library(), folder.path().join("libopapi_nn.so")).expect("a link");
@@ -66,7 +66,7 @@ fn a_library_without_the_functions_gives_way_to_the_next_candidate() {
 
 #[test]
 fn a_role_without_a_library_is_named_with_all_that_was_tried() {
-    let _simulator = Simulator::take();
+    let _simulator = Simulator::new();
     for (role, missing) in
         [(Role::Meta, "libnnopbase.so"), (Role::Runtime, "libascendcl.so"), (Role::Operators, "libopapi")]
     {
@@ -88,28 +88,28 @@ fn a_role_without_a_library_is_named_with_all_that_was_tried() {
 
 #[test]
 fn stubs_missing_drivers_and_unknown_chips_are_told_apart() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     // What was once initialised stays so; stubs are met by a search of its own.
     let stubs = folder(&NAMES);
-    simulator.set("stub=on");
+    simulator.control("stub=on");
     assert_eq!(installation::find(&search_in(&stubs), 0).err(), Some(Unusable::Stub));
     simulator.calm();
-    simulator.set("devices=0");
+    simulator.control("devices=0");
     assert_eq!(installation::find(&search(), 0).err(), Some(Unusable::Devices { count: 0 }));
-    simulator.set("devices=2");
+    simulator.control("devices=2");
     assert!(installation::find(&search(), 1).is_ok());
     assert_eq!(installation::find(&search(), 2).err(), Some(Unusable::Devices { count: 2 }));
     for code in [107001, 207004, 507899] {
-        simulator.set(&format!("fault=aclrtGetDeviceCount:1:{code}"));
+        simulator.control(&format!("fault=aclrtGetDeviceCount:1:{code}"));
         assert_eq!(installation::find(&search(), 0).err(), Some(Unusable::Devices { count: 0 }), "{code}");
     }
-    simulator.set("soc=Ascend999X1");
+    simulator.control("soc=Ascend999X1");
     assert_eq!(installation::find(&search(), 0).err(), Some(Unusable::Chip { soc: "Ascend999X1".into() }));
 }
 
 #[test]
 fn a_probe_tells_chip_memory_versions_and_functions() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let facts = probe(&search(), 0);
     assert_eq!((facts.count, facts.chip.as_deref(), facts.missing.as_slice()), (1, Some("Ascend910B3"), &[][..]));
     assert_eq!(facts.memory.map(|memory| (memory.total, memory.free)), Some((2 << 30, 2 << 30)));
@@ -119,6 +119,6 @@ fn a_probe_tells_chip_memory_versions_and_functions() {
     simulator.expect_clean();
     let facts = probe(&search(), 1);
     assert_eq!(facts.missing.len(), 1, "{:?}", facts.missing);
-    simulator.set("devices=0");
+    simulator.control("devices=0");
     assert_eq!((probe(&search(), 0).count, probe(&search(), 0).chip), (0, None));
 }

@@ -40,7 +40,7 @@ type Result<T> = std::result::Result<T, AscendError>;
 
 /// Does something wrong on a device, waits, and gives the error if there was one.
 fn wrongly(work: impl FnOnce(&mut Device) -> Result<()> + Send + 'static) -> (Simulator, Option<DeviceError>) {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let error = {
         let owner = open();
         let result = owner.call("mistake", work).and_then(|()| owner.call("read", Device::synchronize));
@@ -332,8 +332,8 @@ fn a_row_that_the_table_does_not_have() {
 
 #[test]
 fn bf16_on_a_chip_without_it() {
-    let simulator = Simulator::take();
-    simulator.set("soc=Ascend310P3");
+    let simulator = Simulator::new();
+    simulator.control("soc=Ascend310P3");
     let owner = open();
     let result = owner.call("mistake", |device| {
         let x = floats(device, &[1.0; 8], DataType::BF16)?;

@@ -98,7 +98,7 @@ fn close(results: &[(Vec<f32>, Vec<f32>); 2], tolerance: f32, what: &str) {
 
 #[test]
 fn groups_of_8_and_4_bits_give_the_products_and_rows_of_the_widened_matrix() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     for activations in [DataType::F16, DataType::BF16] {
         for (format, form) in [(BlockFormat::Q8_0, Form::Int8), (BlockFormat::Q4_0, Form::Int4)] {
             for (tokens, rows, cols) in [(1, 1, 64), (3, 17, 96), (2, 65, 160), (19, 33, 64)] {
@@ -113,7 +113,7 @@ fn groups_of_8_and_4_bits_give_the_products_and_rows_of_the_widened_matrix() {
 
 #[test]
 fn rows_of_one_scale_meet_activations_in_8_bits() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     for activations in [DataType::F16, DataType::BF16] {
         for (tokens, rows, cols) in [(1, 1, 32), (3, 17, 96), (19, 33, 64)] {
             let results = Case::by_row(rows, cols).run(tokens, activations, Form::Rows);
@@ -126,7 +126,7 @@ fn rows_of_one_scale_meet_activations_in_8_bits() {
 
 #[test]
 fn a_weight_of_more_rows_than_an_operator_takes_is_multiplied_in_parts() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     for (format, form) in [(BlockFormat::Q8_0, Form::Int8), (BlockFormat::Q4_0, Form::Int4)] {
         let results = Case::new(format, 70_001, 64).run(2, DataType::F16, form);
         close(&results, 4.0 * unit(DataType::F16), &format!("{format}"));
@@ -136,7 +136,7 @@ fn a_weight_of_more_rows_than_an_operator_takes_is_multiplied_in_parts() {
 
 #[test]
 fn blocks_are_made_of_floats_as_the_format_makes_them() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let values = uniform(5, 3 * 64, 0.2);
     let bytes = encode(&values, DataType::F32);
     let made = HostTensor::new("weight", DType::F32, vec![3, 64], &bytes);

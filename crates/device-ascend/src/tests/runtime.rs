@@ -32,7 +32,7 @@ fn step(owner: &Owner) -> Result<(), DeviceError> {
 
 #[test]
 fn what_is_uploaded_comes_back_whatever_its_size() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open();
     for len in [1, 31, 4096, Pinned::BYTES / 2, Pinned::BYTES / 2 + 1, 3 * Pinned::BYTES + 17] {
         let data: Vec<u8> = (0..len).map(|i| (i * 7 + i / 251) as u8).collect();
@@ -52,7 +52,7 @@ fn what_is_uploaded_comes_back_whatever_its_size() {
 
 #[test]
 fn work_runs_in_order_and_each_start_after_a_stop_leaves_nothing() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     for _ in 0..3 {
         let owner = open();
         let x = owner.call("test", |device| floats(device, &[1.0, 2.0, 3.0], DataType::F32)).unwrap();
@@ -73,7 +73,7 @@ fn work_runs_in_order_and_each_start_after_a_stop_leaves_nothing() {
 
 #[test]
 fn steps_of_one_shape_ask_the_device_for_no_memory() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open();
     let many = |count: usize| {
         for _ in 0..count {
@@ -90,7 +90,7 @@ fn steps_of_one_shape_ask_the_device_for_no_memory() {
 
 #[test]
 fn a_device_that_does_not_open_says_which_call_failed_and_leaves_nothing() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     for call in [
         "aclrtSetDevice",
         "aclrtCreateContext",
@@ -98,7 +98,7 @@ fn a_device_that_does_not_open_says_which_call_failed_and_leaves_nothing() {
         "aclrtCreateStreamWithConfig",
         "aclrtMallocHost",
     ] {
-        simulator.set(&format!("fault={call}:1:507899"));
+        simulator.control(&format!("fault={call}:1:507899"));
         match open_device(0, SECOND) {
             Err(DeviceError::Unavailable { reason, .. }) => assert!(reason.contains(call), "{reason}"),
             other => panic!("{call}: {:?}", other.err()),
@@ -111,10 +111,10 @@ fn a_device_that_does_not_open_says_which_call_failed_and_leaves_nothing() {
 
 #[test]
 fn a_device_that_hangs_is_lost_within_the_timeout_and_leaves_nothing() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open_device(0, SECOND / 5).unwrap();
     step(&owner).unwrap();
-    simulator.set("hang=on");
+    simulator.control("hang=on");
     assert!(matches!(step(&owner), Err(DeviceError::Lost { .. })));
     assert!(matches!(step(&owner), Err(DeviceError::Lost { .. })), "and stays lost");
     drop(owner);
@@ -125,7 +125,7 @@ fn a_device_that_hangs_is_lost_within_the_timeout_and_leaves_nothing() {
 
 #[test]
 fn a_thread_that_hangs_in_a_call_is_given_up() {
-    let _simulator = Simulator::take();
+    let _simulator = Simulator::new();
     let owner = open_device(0, SECOND / 10).unwrap();
     let (release, held) = crossbeam_channel::bounded::<()>(0);
     owner
@@ -148,10 +148,10 @@ fn a_thread_that_hangs_in_a_call_is_given_up() {
 
 #[test]
 fn a_fault_of_a_kernel_is_final_and_a_new_start_is_sound() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open();
     step(&owner).unwrap();
-    simulator.set("fault=aclnnInplaceAdd:1:run");
+    simulator.control("fault=aclnnInplaceAdd:1:run");
     let error = step(&owner).expect_err("the kernel faulted");
     assert!(error.to_string().contains("507015") && error.to_string().contains("earlier"), "{error}");
     let again = step(&owner).expect_err("for ever");
@@ -163,10 +163,10 @@ fn a_fault_of_a_kernel_is_final_and_a_new_start_is_sound() {
 
 #[test]
 fn a_lost_device_is_lost_for_everybody_and_closing_does_not_wait_for_it() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open();
     step(&owner).unwrap();
-    simulator.set("lost=507010");
+    simulator.control("lost=507010");
     assert!(matches!(step(&owner), Err(DeviceError::Lost { .. })));
     std::thread::scope(|scope| {
         let other = scope.spawn(|| step(&owner)).join().expect("no panic");
@@ -177,10 +177,10 @@ fn a_lost_device_is_lost_for_everybody_and_closing_does_not_wait_for_it() {
 
 #[test]
 fn an_operator_that_is_refused_fails_its_step_alone() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open();
     for code in [561002, 161002] {
-        simulator.set(&format!("fault=aclnnInplaceAddGetWorkspaceSize:1:{code}"));
+        simulator.control(&format!("fault=aclnnInplaceAddGetWorkspaceSize:1:{code}"));
         match step(&owner) {
             Err(DeviceError::Execution { op, reason, .. }) => {
                 assert_eq!(op, "step");
@@ -196,9 +196,9 @@ fn an_operator_that_is_refused_fails_its_step_alone() {
 
 #[test]
 fn a_failure_goes_to_the_thread_whose_work_failed() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open();
-    simulator.set("fault=aclnnInplaceAddGetWorkspaceSize:1:561002");
+    simulator.control("fault=aclnnInplaceAddGetWorkspaceSize:1:561002");
     owner.submit("step", add_one).unwrap();
     std::thread::scope(|scope| {
         let other = scope.spawn(|| step(&owner)).join().expect("no panic");
@@ -210,7 +210,7 @@ fn a_failure_goes_to_the_thread_whose_work_failed() {
 
 #[test]
 fn a_panic_in_a_piece_of_work_reaches_its_caller_as_an_error() {
-    let _simulator = Simulator::take();
+    let _simulator = Simulator::new();
     let owner = open();
     owner.submit("step", |_| panic!("a bug")).unwrap();
     match owner.call("read", |_| Ok(())) {
@@ -221,10 +221,10 @@ fn a_panic_in_a_piece_of_work_reaches_its_caller_as_an_error() {
 
 #[test]
 fn an_allocation_that_is_refused_once_is_made_up_for() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open();
     for n in 1..=2 {
-        simulator.set(&format!("fault=aclrtMalloc:{n}:207001"));
+        simulator.control(&format!("fault=aclrtMalloc:{n}:207001"));
         let blocks = owner.call("test", |device| (0..3).map(|_| device.alloc(9 << 20)).collect::<Result<Vec<_>, _>>());
         blocks.unwrap().into_iter().for_each(|block| owner.free(block));
         owner.call("test", Device::release_free).unwrap();
@@ -235,8 +235,8 @@ fn an_allocation_that_is_refused_once_is_made_up_for() {
 
 #[test]
 fn a_device_without_room_says_for_how_much_and_goes_on() {
-    let simulator = Simulator::take();
-    simulator.set("memory=100663296");
+    let simulator = Simulator::new();
+    simulator.control("memory=100663296");
     let owner = open();
     // Twice: what failed took nothing.
     for _ in 0..2 {
@@ -257,7 +257,7 @@ fn a_device_without_room_says_for_how_much_and_goes_on() {
 
 #[test]
 fn no_room_for_a_workspace_leaves_no_executor() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let owner = open();
     owner
         .submit("step", |device| {
@@ -278,12 +278,12 @@ fn no_room_for_a_workspace_leaves_no_executor() {
 
 #[test]
 fn every_failing_call_of_a_step_is_typed_and_leaves_nothing() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let calls = ["aclrtMalloc", "aclrtMemcpyAsync", "aclnnInplaceAddGetWorkspaceSize", "aclnnInplaceAdd"];
     for call in calls.into_iter().chain(["aclrtSynchronizeStreamWithTimeout"]) {
         for code in [107000, 207001, 500000, 507015, 507010, 561003] {
             let owner = open();
-            simulator.set(&format!("fault={call}:1:{code}"));
+            simulator.control(&format!("fault={call}:1:{code}"));
             let class = AscendError::Call { call, code, message: String::new(), late: false }.class();
             match (step(&owner), class) {
                 (Ok(()), Class::Memory) if call == "aclrtMalloc" => {}

@@ -13,7 +13,7 @@ use crate::simulator::Simulator;
 
 /// Devices that are joined.
 fn joined(simulator: &Simulator, size: usize, timeout: Duration) -> (Vec<Arc<Owner>>, Vec<Place>) {
-    simulator.set(&format!("devices={size}"));
+    simulator.control(&format!("devices={size}"));
     let owners: Vec<_> = (0..size).map(|id| open_device(id as i32, timeout).expect("a device")).collect();
     let places = ranks::join(&owners).expect("they join");
     assert_eq!(places.iter().map(|place| (place.rank, place.size)).collect::<Vec<_>>(), {
@@ -45,7 +45,7 @@ fn on_all<T: Send>(owners: &[Arc<Owner>], work: impl Fn(usize, &Owner) -> T + Sy
 
 #[test]
 fn every_rank_gets_the_sum_in_every_type() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     for size in [2, 4] {
         let (owners, _places) = joined(&simulator, size, Duration::from_secs(60));
         for dtype in [DataType::F32, DataType::F16, DataType::BF16] {
@@ -66,7 +66,7 @@ fn every_rank_gets_the_sum_in_every_type() {
 
 #[test]
 fn ranks_that_disagree_all_end_with_an_error() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let (owners, _places) = joined(&simulator, 2, Duration::from_secs(60));
     let results = on_all(&owners, |rank, owner| sum(owner, rank, 8 + rank, DataType::F32, 1));
     assert!(results.iter().all(Result::is_err), "{results:?}");
@@ -75,7 +75,7 @@ fn ranks_that_disagree_all_end_with_an_error() {
 
 #[test]
 fn a_rank_that_does_not_come_loses_the_others_within_the_timeout() {
-    let simulator = Simulator::take();
+    let simulator = Simulator::new();
     let (owners, places) = joined(&simulator, 2, Duration::from_millis(300));
     let alone = sum(&owners[0], 0, 8, DataType::F32, 1);
     assert!(matches!(alone, Err(DeviceError::Lost { .. })), "{alone:?}");
@@ -89,11 +89,11 @@ fn a_rank_that_does_not_come_loses_the_others_within_the_timeout() {
 
 #[test]
 fn a_rank_that_cannot_join_fails_the_whole() {
-    let simulator = Simulator::take();
-    simulator.set("devices=2");
-    simulator.set("collective_timeout=200");
+    let simulator = Simulator::new();
+    simulator.control("devices=2");
+    simulator.control("collective_timeout=200");
     let owners: Vec<_> = (0..2).map(|id| open_device(id, Duration::from_secs(5)).expect("a device")).collect();
-    simulator.set("fault=HcclCommInitRootInfo:1:4");
+    simulator.control("fault=HcclCommInitRootInfo:1:4");
     let failed = ranks::join(&owners).err().expect("one could not join");
     assert!(failed.to_string().contains("HcclCommInitRootInfo"), "{failed}");
     simulator.calm();
