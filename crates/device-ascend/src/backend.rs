@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, HostLatent, HostLinear, HostRope,
-    HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat,
+    HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat, World,
 };
 
 use crate::cache::KvCache;
@@ -17,6 +17,7 @@ use crate::forms::{self, CacheShape, Forms, LatentForm, LatentShape, NormShape};
 use crate::installation::{self, Installation};
 use crate::libraries::Search;
 use crate::linear::{self, Linear, float_bytes, linear_group};
+use crate::memory::MemoryUse;
 use crate::object::{DataType, View};
 use crate::ops::fused_rows::add_rms_norm;
 use crate::ops::latent::LatentView;
@@ -24,6 +25,7 @@ use crate::ops::{attention, fused_attention, fused_latent, index, latent, rope, 
 use crate::owner::Owner;
 use crate::plan::{AttentionPlan, Part, Step, mask_rows};
 use crate::quant;
+use crate::ranks::{self, Place};
 use crate::tensor::{Buffer, Tensor, Vector};
 
 /// How a device is opened.
@@ -50,6 +52,7 @@ pub struct AscendBackend {
     pub(crate) activations: DataType,
     pub(crate) forms: Forms,
     pub(crate) owner: Arc<Owner>,
+    place: Place,
     /// [`mask_rows`], `[2 * (BLOCK + 1), BLOCK]` in f32.
     masks: Buffer,
     /// Windows that attention was asked for, so that plans foresee them.
@@ -84,7 +87,29 @@ impl AscendBackend {
         let blocks = quant::offered(chip, &acl.operators, activations);
         let caps = caps(name, soc, chip, options.activations, blocks);
         let forms = Forms::new(!options.fused);
-        Ok(Self { caps, chip, activations, forms, owner, masks, windows: Mutex::default() })
+        let place = Place::alone();
+        Ok(Self { caps, chip, activations, forms, owner, place, masks, windows: Mutex::default() })
+    }
+
+    /// Opens several devices as the ranks of one model, in this order; `options.device` is none of them.
+    ///
+    /// # Errors
+    /// As [`AscendBackend::new`], and [`DeviceError::Execution`] if they cannot be joined.
+    pub fn ranks(options: &AscendOptions, devices: &[u32]) -> Result<Vec<Self>> {
+        let open = |&device| Self::new(&AscendOptions { device, ..options.clone() });
+        let mut backends: Vec<_> = devices.iter().map(open).collect::<Result<_>>()?;
+        let owners: Vec<_> = backends.iter().map(|backend| backend.owner.clone()).collect();
+        let places = ranks::join(&owners)?;
+        backends.iter_mut().zip(places).for_each(|(backend, place)| backend.place = place);
+        Ok(backends)
+    }
+
+    /// Memory of the device that is in use, was, and is reserved.
+    ///
+    /// # Errors
+    /// What failed on the device before.
+    pub fn memory_use(&self) -> Result<MemoryUse> {
+        self.owner.call("memory", |device| Ok(device.usage()))
     }
 
     /// The form that operations take, a line for each shape met so far, with what speaks against a better one.
@@ -166,6 +191,10 @@ impl Backend for AscendBackend {
 
     fn caps(&self) -> &Caps {
         &self.caps
+    }
+
+    fn world(&self) -> World {
+        self.place.world
     }
 
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {
@@ -330,6 +359,23 @@ impl Backend for AscendBackend {
         self.queue("paged_attention", rows, move |device| {
             attention::paged(device, &step, &params, &masks, &q, &planes, &out)
         })
+    }
+
+    fn all_reduce(&self, x: &mut Tensor) -> Result<()> {
+        if self.place.world.size == 1 {
+            return Ok(());
+        }
+        self.place.all_here(&self.caps.device)?;
+        let (rows, x) = (x.rows(), x.view());
+        self.queue("all_reduce", rows, move |device| device.all_reduce(&x))
+    }
+
+    fn leave(&self) {
+        self.place.leave();
+    }
+
+    fn rejoin(&self) -> Result<()> {
+        self.place.all_here(&self.caps.device)
     }
 
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {

@@ -82,7 +82,7 @@ fn stack_type(formats: [WeightFormat; 3], activations: DataType) -> DataType {
 impl AscendBackend {
     /// Those of `held`, one after the other.
     fn load_experts(&self, src: HostExperts<'_>, held: Range<usize>) -> SeamResult<Experts> {
-        let HostExperts { count, source, formats, routing } = src;
+        let HostExperts { count, source, formats, routing, .. } = src;
         assert!(held.end <= count && !held.is_empty(), "experts {held:?} of {count}");
         let mut stacks: Option<[Stack; 2]> = None;
         for (i, e) in held.clone().enumerate() {
@@ -137,7 +137,7 @@ impl MoeOps for AscendBackend {
     type Experts = Experts;
 
     fn expert_weights(&self, src: HostExperts<'_>) -> SeamResult<Experts> {
-        let held = 0..src.count;
+        let held = src.held.clone();
         self.load_experts(src, held)
     }
 

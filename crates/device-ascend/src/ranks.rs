@@ -8,7 +8,7 @@ use std::ffi::CStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use baton_device::{DeviceError, Result as SeamResult};
+use baton_device::{DeviceError, Result as SeamResult, World};
 
 use crate::abi::Comm;
 use crate::abi::consts::{hccl_reduce, hccl_type};
@@ -24,22 +24,20 @@ type Result<T> = std::result::Result<T, AscendError>;
 pub(crate) struct RootInfo([u8; ROOT_INFO_BYTES]);
 
 /// A rank's place among those that it was joined with.
-#[derive(Clone)]
 pub(crate) struct Place {
-    pub(crate) rank: usize,
-    pub(crate) size: usize,
+    pub(crate) world: World,
     left: Arc<AtomicBool>,
 }
 
 impl Place {
     /// Of a device by itself.
     pub(crate) fn alone() -> Self {
-        Self { rank: 0, size: 1, left: Arc::default() }
+        Self { world: World::ALONE, left: Arc::default() }
     }
 
     /// This rank comes to no further sum.
     pub(crate) fn leave(&self) {
-        self.left.store(self.size > 1, Ordering::Relaxed);
+        self.left.store(self.world.size > 1, Ordering::Relaxed);
     }
 
     /// An error if a rank has left.
@@ -68,7 +66,7 @@ pub(crate) fn join(owners: &[Arc<Owner>]) -> SeamResult<Vec<Place>> {
     }
     owners.iter().try_for_each(|owner| owner.call("ranks", |_| Ok(())))?;
     let left: Arc<AtomicBool> = Arc::default();
-    Ok((0..size).map(|rank| Place { rank, size, left: left.clone() }).collect())
+    Ok((0..size).map(|rank| Place { world: World { rank, size }, left: left.clone() }).collect())
 }
 
 impl Device {

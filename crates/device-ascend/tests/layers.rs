@@ -159,6 +159,7 @@ fn a_deepseek_like_layer_takes_34_launches_of_at_least_23() {
     let routed = backend
         .expert_weights(HostExperts {
             count: experts,
+            held: 0..experts,
             source: &mut (0..experts).map(expert).collect::<Vec<_>>(),
             formats: [WeightFormat::BF16; 3],
             routing: Routing {

@@ -308,6 +308,7 @@ impl SmallLayer {
             shared: [linear(HIDDEN, INNER)?, linear(HIDDEN, INNER)?, linear(INNER, HIDDEN)?],
             experts: b.expert_weights(HostExperts {
                 count: EXPERTS,
+                held: 0..EXPERTS,
                 source: &mut experts,
                 formats: [format; 3],
                 routing: Routing {

@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DType, DeviceError, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows,
-    WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, DeviceError,
+    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result,
+    RopeLayout, Rows, WeightFormat, World,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -38,6 +39,7 @@ pub struct CpuBackend {
     isa: Dispatch,
     pool: Pool,
     scratch: Mutex<Scratch>,
+    communicator: Communicator,
 }
 
 #[derive(Default)]
@@ -52,6 +54,22 @@ impl CpuBackend {
     /// # Errors
     /// [`DeviceError::Unavailable`] if the machine lacks the instruction set or refuses a thread.
     pub fn new(options: &CpuOptions) -> Result<Self> {
+        let [alone] = Communicator::new(1, Duration::ZERO).try_into().unwrap_or_else(|_| unreachable!("one rank"));
+        Self::with(options, alone)
+    }
+
+    /// Ranks that compute a model together and share out the threads, one each at least; none waits longer than `timeout` for the
+    /// others. They gain nothing over one backend, whose threads share the work already: they are there to be tried.
+    ///
+    /// # Errors
+    /// As for [`CpuBackend::new`].
+    pub fn ranks(options: &CpuOptions, size: usize, timeout: Duration) -> Result<Vec<Self>> {
+        let threads = (threads(options) / size.max(1)).max(1);
+        let rank = |communicator| Self::with(&CpuOptions { threads, ..*options }, communicator);
+        Communicator::new(size, timeout).into_iter().map(rank).collect()
+    }
+
+    fn with(options: &CpuOptions, communicator: Communicator) -> Result<Self> {
         use WeightFormat::{BF16, F16, F32, Ggml};
         let unavailable = |reason| DeviceError::Unavailable { device: DEVICE.to_owned(), reason };
         let wanted = options.isa.unwrap_or_else(Isa::detect);
@@ -59,10 +77,7 @@ impl CpuBackend {
             let available: Vec<_> = Isa::available().iter().map(ToString::to_string).collect();
             unavailable(format!("this machine has no {wanted}; it has {}", available.join(", ")))
         })?;
-        let threads = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
+        let threads = threads(options);
         let pool =
             Pool::new(threads).map_err(|e| unavailable(format!("{threads} threads could not be started: {e}")))?;
         let caps = Caps {
@@ -77,7 +92,7 @@ impl CpuBackend {
             narrow_activations: BlockFormat::ALL.map(Ggml).into_iter().chain(isa.has_pairs().then_some(BF16)).collect(),
             row_invariant: true,
         };
-        Ok(Self { caps, isa, pool, scratch: Mutex::default() })
+        Ok(Self { caps, isa, pool, scratch: Mutex::default(), communicator })
     }
 
     pub(crate) fn isa(&self) -> Dispatch {
@@ -114,6 +129,13 @@ impl CpuBackend {
     }
 }
 
+fn threads(options: &CpuOptions) -> usize {
+    match options.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
 /// Rough multiply-adds per column of the operations on rows.
 mod work {
     pub(super) const ADD: usize = 1;
@@ -141,6 +163,10 @@ impl Backend for CpuBackend {
 
     fn caps(&self) -> &Caps {
         &self.caps
+    }
+
+    fn world(&self) -> World {
+        self.communicator.world()
     }
 
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {
@@ -276,6 +302,19 @@ impl Backend for CpuBackend {
         out.set_rows(q.rows());
         let target = Target::new(out.data_mut(), q.cols());
         attention::attend(&self.pool, self.isa, q, (keys, values), plan, params, &target);
+        Ok(())
+    }
+
+    fn all_reduce(&self, x: &mut Tensor) -> Result<()> {
+        self.communicator.all_reduce(DEVICE, x.data_mut())
+    }
+
+    fn leave(&self) {
+        self.communicator.leave();
+    }
+
+    fn rejoin(&self) -> Result<()> {
+        self.communicator.rejoin();
         Ok(())
     }
 

@@ -193,7 +193,7 @@ proptest! {
                 let weights = |b: &CpuBackend| {
                     let source = &mut (0..EXPERTS).map(expert).collect::<Vec<_>>();
                     let routing = routing.clone();
-                    b.expert_weights(HostExperts { count: EXPERTS, source, formats: [format; 3], routing }).unwrap()
+                    b.expert_weights(HostExperts { count: EXPERTS, held: 0..EXPERTS, source, formats: [format; 3], routing }).unwrap()
                 };
                 rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
                     let mut out = b.tensor(rows, hidden).unwrap();

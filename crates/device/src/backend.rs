@@ -10,12 +10,14 @@
 //! - Nothing of a step survives it except the cache.
 //! - A backend takes steps on one thread at a time and parallelises inside; meanwhile another thread may
 //!   prepare weights and activations.
+//! - Backends that compute one model together are ranks: each is given its share of the weights, and its activations are
+//!   parts of sums until [`Backend::all_reduce`] adds them up. All ranks call it equally often, in the same order.
 //! - Where [`Caps::row_invariant`] is set, a row of any output is bit-identical whatever other rows
 //!   are in the batch, however a sequence is cut into steps.
 
 use crate::{
     AttentionBatch, AttentionParams, Caps, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, Result,
-    RopeLayout,
+    RopeLayout, World,
 };
 
 /// Size of an activation.
@@ -52,6 +54,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// What this device offers.
     fn caps(&self) -> &Caps;
+    /// Which rank this is, as it was made.
+    fn world(&self) -> World {
+        World::ALONE
+    }
 
     // Load time.
 
@@ -133,6 +139,25 @@ pub trait Backend: Send + Sync + 'static {
         params: &AttentionParams,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// Replaces `x` by its sum over all ranks: equal shapes, and the same bits on every rank. Nothing where there is one
+    /// rank.
+    ///
+    /// # Errors
+    /// If another rank has left or does not come in time; it need not show before something is brought to the host.
+    fn all_reduce(&self, _: &mut Self::Tensor) -> Result<()> {
+        assert_eq!(self.world().size, 1, "a backend with ranks sums over them");
+        Ok(())
+    }
+    /// Says, when a step of this rank failed, that it will not come to the sums that are left of the step, so that other
+    /// ranks do not wait for it. It may be called on any thread.
+    fn leave(&self) {}
+    /// Lets ranks sum again after some left. Called on each of them, before any takes the next step.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`](crate::DeviceError::Lost) if they cannot any more.
+    fn rejoin(&self) -> Result<()> {
+        Ok(())
+    }
     /// `out[i] = x[rows[i]]`.
     fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<()>;
     /// `out[rows[i]] += x[i]`. Rows are distinct.
@@ -191,13 +216,13 @@ pub trait LatentOps: Backend {
 
 /// Mixture of experts.
 pub trait MoeOps: Backend {
-    /// All experts of one layer and their routing rule.
+    /// The experts of one layer that are held here, and the rule that routes among all of them.
     type Experts: Send + Sync;
 
     /// Prepares a layer's experts.
     fn expert_weights(&self, src: HostExperts<'_>) -> Result<Self::Experts>;
     /// `out = Σ_e w_e · expert_e(x)` over the experts that [`crate::select_experts`] chooses from the
-    /// row's router logits, summed by ascending expert.
+    /// row's router logits, summed by ascending expert. Those that are not held are left out.
     ///
     /// x and out `[rows, hidden]`, logits `[rows, experts]`.
     fn fused_moe(

@@ -179,11 +179,13 @@ pub struct HostLinear<'a> {
     pub format: WeightFormat,
 }
 
-/// All routed experts of one mixture-of-experts layer, with the rule that chooses among them.
+/// Routed experts of one mixture-of-experts layer, with the rule that chooses among all of them.
 /// Expert e computes `down_e · (silu(gate_e·x) ⊙ up_e·x)`.
 pub struct HostExperts<'a> {
     /// How many there are.
     pub count: usize,
+    /// Those that are to be held here; all but where ranks share them out. At least one.
+    pub held: Range<usize>,
     /// The weights.
     pub source: &'a mut dyn ExpertSource,
     /// How the device shall keep gates, ups and downs. Gates and ups are q8_0 both or neither: they share an input.
@@ -195,8 +197,8 @@ pub struct HostExperts<'a> {
 /// The experts of a layer one after the other: a layer may be large, so a device asks for an expert when it has
 /// packed the one before, and no more than one is in memory twice.
 pub trait ExpertSource {
-    /// Gate `[intermediate, hidden]`, up of the same shape and down `[hidden, intermediate]` of an expert. Each is
-    /// asked for once, in order.
+    /// Gate `[intermediate, hidden]`, up of the same shape and down `[hidden, intermediate]` of an expert. Each that is
+    /// held is asked for once, in order.
     fn expert(&mut self, expert: usize) -> Result<[HostTensor<'_>; 3]>;
 }
 

@@ -3,23 +3,36 @@
 
 use std::collections::BTreeSet;
 use std::f32::consts::FRAC_2_PI;
+use std::ops::Range;
+use std::time::Duration;
 
 use half::{bf16, f16};
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DType, HostExperts, HostLatent,
-    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout, Routing,
-    Rows, WeightFormat, select_experts,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, HostExperts,
+    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout,
+    Routing, Rows, WeightFormat, World, select_experts,
 };
 
 /// The judge.
 pub struct Reference {
     caps: Caps,
+    communicator: Communicator,
 }
 
 impl Reference {
     /// A reference device. Its blocks are small, so that tests cross many block borders.
     pub fn new() -> Self {
+        let [alone] = Self::ranks(1, Duration::ZERO).try_into().unwrap_or_else(|_| unreachable!("one rank"));
+        alone
+    }
+
+    /// Ranks that compute a model together, none of which waits longer than `timeout` for the others.
+    pub fn ranks(size: usize, timeout: Duration) -> Vec<Self> {
+        Communicator::new(size, timeout).into_iter().map(Self::with).collect()
+    }
+
+    fn with(communicator: Communicator) -> Self {
         use WeightFormat::{BF16, F16, F32, Ggml};
         Self {
             caps: Caps {
@@ -34,6 +47,7 @@ impl Reference {
                 narrow_activations: BTreeSet::new(),
                 row_invariant: true,
             },
+            communicator,
         }
     }
 }
@@ -186,6 +200,8 @@ impl AttentionPlan {
 
 /// Experts of a layer, `gate`, `up`, `down` each.
 pub struct Experts {
+    held: Range<usize>,
+    /// Those held.
     experts: Vec<[Linear; 3]>,
     routing: Routing,
 }
@@ -224,6 +240,10 @@ impl Backend for Reference {
 
     fn caps(&self) -> &Caps {
         &self.caps
+    }
+
+    fn world(&self) -> World {
+        self.communicator.world()
     }
 
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {
@@ -386,6 +406,19 @@ impl Backend for Reference {
         Ok(())
     }
 
+    fn all_reduce(&self, x: &mut Tensor) -> Result<()> {
+        self.communicator.all_reduce(&self.caps.device, &mut x.data)
+    }
+
+    fn leave(&self) {
+        self.communicator.leave();
+    }
+
+    fn rejoin(&self) -> Result<()> {
+        self.communicator.rejoin();
+        Ok(())
+    }
+
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
         out.set_rows(rows.len());
         for (i, &row) in rows.iter().enumerate() {
@@ -490,20 +523,21 @@ impl MoeOps for Reference {
     type Experts = Experts;
 
     fn expert_weights(&self, src: HostExperts<'_>) -> Result<Experts> {
-        let HostExperts { count, source, formats: [gate, up, down], routing } = src;
+        let HostExperts { held, source, formats: [gate, up, down], routing, .. } = src;
         let expert = |e: usize| {
             let [g, u, d] = source.expert(e)?;
             Ok([Linear::new(&g, None, gate)?, Linear::new(&u, None, up)?, Linear::new(&d, None, down)?])
         };
-        Ok(Experts { experts: (0..count).map(expert).collect::<Result<_>>()?, routing })
+        Ok(Experts { experts: held.clone().map(expert).collect::<Result<_>>()?, held, routing })
     }
 
     fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {
         out.set_rows(x.rows());
         for row in 0..x.rows() {
             out.row_mut(row).fill(0.0);
-            for (e, weight) in select_experts(logits.row(row), &experts.routing) {
-                let [gate, up, down] = &experts.experts[e];
+            let chosen = select_experts(logits.row(row), &experts.routing);
+            for (e, weight) in chosen.into_iter().filter(|(e, _)| experts.held.contains(e)) {
+                let [gate, up, down] = &experts.experts[e - experts.held.start];
                 let mut g = vec![0.0; gate.out_features];
                 let mut u = vec![0.0; up.out_features];
                 let mut y = vec![0.0; down.out_features];

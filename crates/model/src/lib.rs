@@ -19,8 +19,10 @@ mod params;
 mod philox;
 mod precision;
 mod quant;
+mod ranks;
 mod runner;
 mod sampler;
+mod split;
 mod step;
 
 pub use adapter::{Adapter, AdapterError, AdapterLoader};
@@ -36,6 +38,7 @@ pub use gguf::GgufTokenizer;
 pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, load};
 pub use params::SamplingParams;
 pub use precision::{Conversion, Quantization};
+pub use ranks::{Ranks, load_ranks};
 pub use runner::ModelRunner;
 pub use sampler::Sampler;
 pub use step::{

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_device::{
-    Backend, BlockFormat, Caps, DType, DeviceError, KvDtype, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat,
+    Backend, BlockFormat, DType, DeviceError, KvDtype, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat,
 };
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
@@ -18,6 +18,7 @@ use crate::gguf::{self, Opened};
 use crate::loader::{Formats, Loader, Slot};
 use crate::precision::{Conversion, Quantization, as_text};
 use crate::runner::{AdapterSupport, ModelRunner};
+use crate::split;
 use crate::step::RunSpec;
 
 /// Bytes of `config.json` or `generation_config.json` that are read.
@@ -42,7 +43,7 @@ pub struct LoadOptions {
     pub max_draft_tokens: usize,
     /// Load the layer that predicts a further token, for drafts; refused where there is none.
     pub mtp: bool,
-    /// Memory for the cache.
+    /// Memory for the cache, of each rank.
     pub kv_cache: KvCacheSize,
     /// How the cache keeps its elements.
     pub kv_dtype: KvDtype,
@@ -101,18 +102,31 @@ pub struct LoadReport {
     /// Every tensor that was stored quantised, and every other that is kept in another format than the stored
     /// one, unless that is f32.
     pub conversions: Vec<Conversion>,
-    /// Bytes of weights as kept.
+    /// Bytes of weights as kept, counted once if several ranks have the same.
     pub weight_bytes: u64,
     /// How the cache keeps its elements.
     #[serde(serialize_with = "as_text")]
     pub kv_dtype: KvDtype,
-    /// Bytes of the cache.
+    /// Bytes of the cache, on all ranks together.
     pub kv_bytes: u64,
     /// What its steps cost.
     #[serde(skip)]
     pub step_cost: StepCost,
     /// Time that loading took.
     pub seconds: f64,
+}
+
+impl LoadReport {
+    /// Adds what another rank measured and took.
+    pub(crate) fn add_rank(&mut self, other: &Self) {
+        self.kv_bytes += other.kv_bytes;
+        self.seconds = self.seconds.max(other.seconds);
+        // In the same order, for the first rank sees every tensor.
+        let mut own = self.conversions.iter_mut();
+        for found in &other.conversions {
+            own.find(|own| own.tensor == found.tensor).expect("the first rank sees every tensor").merge(found);
+        }
+    }
 }
 
 fn architecture_name<S: Serializer>(architecture: &Architecture, serializer: S) -> Result<S::Ok, S::Error> {
@@ -183,7 +197,21 @@ impl From<FileError> for LoadError {
 }
 
 /// Loads a checkpoint onto a device.
+///
+/// # Panics
+/// If `backend` is one of several ranks: [`load_ranks`](crate::load_ranks) takes them all.
 pub fn load<B: Backend + LatentOps + MoeOps>(
+    backend: B,
+    files: &Files,
+    options: &LoadOptions,
+) -> Result<(ModelRunner<B>, LoadReport), LoadError> {
+    assert_eq!(backend.world().size, 1, "a model on several ranks is loaded onto all of them");
+    load_share(backend, files, options)
+}
+
+/// Loads what one rank has of a checkpoint. The first rank's report is that of the whole model, but for what is measured
+/// and taken on the others.
+pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
     backend: B,
     files: &Files,
     options: &LoadOptions,
@@ -202,13 +230,13 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
         log_fallbacks(format.format(), specs.values());
     }
     let kv_dtypes = [options.kv_dtype].into();
-    let weight_formats = check_device(backend.caps(), &config, specs.values(), &checkpoint, (formats, kv_dtypes))?;
+    let weight_formats = check_device(&backend, &config, specs.values(), &checkpoint, (formats, kv_dtypes))?;
 
     let stored_dtype = checkpoint.dtype("model.embed_tokens.weight");
     if let Some(stated) = config.dtype.filter(|stated| *stated != stored_dtype) {
         tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
     }
-    let kv = arch::kv_spec(&config, options.kv_dtype, backend.caps().kv_block_size);
+    let kv = arch::kv_spec(&config, backend.world(), options.kv_dtype, backend.caps().kv_block_size);
     let num_blocks = num_blocks(&kv, &spec, options.kv_cache)?;
     let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
 
@@ -298,21 +326,23 @@ pub(crate) fn log_fallbacks<'a>(asked: BlockFormat, specs: impl Iterator<Item = 
 }
 
 /// The formats in use, if the device has all that the model needs in them.
-pub(crate) fn check_device<'a>(
-    caps: &Caps,
+pub(crate) fn check_device<'a, B: Backend>(
+    backend: &B,
     config: &ModelConfig,
     specs: impl Iterator<Item = &'a TensorSpec>,
     checkpoint: &Checkpoint,
     (formats, kv_dtypes): (Formats, BTreeSet<KvDtype>),
 ) -> Result<BTreeSet<WeightFormat>, LoadError> {
+    let caps = backend.caps();
     let mut weight_formats = BTreeSet::new();
-    let mut odd = Vec::new();
+    let (mut blocks, mut odd) = (Vec::new(), Vec::new());
     for spec in specs.filter(|s| s.role != Role::Vector) {
         let format = formats.of(spec, checkpoint, caps);
-        if let WeightFormat::Ggml(block) = format
-            && !spec.shape[1].is_multiple_of(block.elements())
-        {
-            odd.push((spec, block));
+        if let WeightFormat::Ggml(block) = format {
+            blocks.push((spec, block.elements()));
+            if !spec.shape[1].is_multiple_of(block.elements()) {
+                odd.push((spec, block));
+            }
         }
         weight_formats.insert(format);
     }
@@ -327,6 +357,7 @@ pub(crate) fn check_device<'a>(
             first.shape[1]
         ));
     }
+    reasons.extend(split::refusals(config, &blocks, backend.world().size));
     if reasons.is_empty() { Ok(needs.weight_formats) } else { Err(LoadError::Unsupported { reasons }) }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Invariants: a tensor's file pages are mapped only while it is prepared, and of a layer's experts only one
 //! at a time; every weight that reaches the device is finite; every change of precision is recorded, measured
-//! while the device reads the rows, so that they are computed once.
+//! while the device reads the rows, so that they are computed once. The first rank sees every tensor whole, checks it and
+//! adds it to the digest, also what other ranks keep; those see what they have a share of.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -10,7 +11,7 @@ use std::ops::Range;
 
 use baton_device::{
     Backend, Caps, DType, DeviceError, ExpertSource, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps,
-    MoeOps, Routing, RowSource, WeightFormat,
+    MoeOps, Result as DeviceResult, Routing, RowSource, WeightFormat, World,
 };
 use sha2::{Digest, Sha256};
 
@@ -19,6 +20,7 @@ use crate::arch::Projection;
 use crate::checkpoint::{Checkpoint, CheckpointError, Part, Role, TensorSpec};
 use crate::precision::{self, Conversion, Measured, Quantization, StoredRows};
 use crate::quant::{Encoding, Values};
+use crate::split::{Columns, Split};
 
 /// Above this many bytes of weights the digest covers only the beginning of each tensor.
 const HASH_ALL_BELOW: u64 = 256 << 20;
@@ -62,14 +64,18 @@ impl Formats {
 pub(crate) struct Slot {
     /// Its name in the checkpoint: the tensor's without `.weight`.
     pub(crate) module: String,
+    /// The module's outputs and inputs.
+    pub(crate) shape: [usize; 2],
     /// The module's outputs that it computes.
     pub(crate) rows: Range<usize>,
-    pub(crate) in_features: usize,
+    /// The module's inputs that it takes.
+    pub(crate) columns: Range<usize>,
 }
 
 /// Loads the tensors that were verified, each once.
 pub(crate) struct Loader<'a, B: Backend> {
     pub(crate) backend: &'a B,
+    world: World,
     checkpoint: &'a Checkpoint,
     specs: &'a BTreeMap<String, TensorSpec>,
     formats: Formats,
@@ -77,7 +83,7 @@ pub(crate) struct Loader<'a, B: Backend> {
     digest: Sha256,
     /// Projections loaded so far, by number.
     pub(crate) slots: Vec<Slot>,
-    /// Bytes of prepared weights.
+    /// Bytes of prepared weights; on the first rank also of what other ranks prepare.
     pub(crate) weight_bytes: u64,
     pub(crate) conversions: Vec<Conversion>,
 }
@@ -119,15 +125,15 @@ impl<'a, B: Backend> Loader<'a, B> {
     ) -> Self {
         let hash_all = specs.values().map(|spec| checkpoint.bytes(spec)).sum::<u64>() < HASH_ALL_BELOW;
         let (slots, conversions) = (Vec::new(), Vec::new());
-        Self { backend, checkpoint, specs, formats, hash_all, digest, slots, weight_bytes: 0, conversions }
+        let world = backend.world();
+        Self { backend, world, checkpoint, specs, formats, hash_all, digest, slots, weight_bytes: 0, conversions }
     }
 
-    /// `{prefix}.weight`, with `{prefix}.bias` if the model has one.
+    /// This rank's share of `{prefix}.weight`, with `{prefix}.bias` if the model has one.
     pub(crate) fn linear(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
         let (weight, format) = self.matrix(prefix)?;
         let bias = self.bias(prefix)?;
-        let src = HostLinear { weight: weight.host(), bias: bias.as_ref().map(Mapped::host), format };
-        let linear = self.backend.linear_weight(&src)?;
+        let linear = self.prepare(&weight, bias.as_ref(), format, self.share(weight.spec))?;
         self.record(weight)?;
         Ok(linear)
     }
@@ -135,40 +141,58 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// As [`linear`](Self::linear), for a layer that adapters can change.
     pub(crate) fn projection(&mut self, prefix: &str) -> Result<Projection<B>, LoadError> {
         let weight = self.linear(prefix)?;
-        let [out_features, _] = self.specs[&format!("{prefix}.weight")].matrix();
-        Ok(Projection::new(weight, self.slot(prefix, 0..out_features)))
+        let share = self.share(&self.specs[&format!("{prefix}.weight")]);
+        Ok(Projection::new(weight, self.slot(prefix, share)))
     }
 
-    /// `{prefix}.weight` and bias, cut along the rows into projections of the given heights.
+    /// `{prefix}.weight` and bias, cut along the rows into projections of the given heights, of which this rank has the
+    /// share that each says.
     pub(crate) fn split_projection<const N: usize>(
         &mut self,
         prefix: &str,
-        heights: [usize; N],
+        heights: [(usize, Split); N],
     ) -> Result<[Projection<B>; N], LoadError> {
         let (weight, format) = self.matrix(prefix)?;
         let bias = self.bias(prefix)?;
+        let [_, in_features] = weight.spec.matrix();
         let mut start = 0;
         let mut parts = Vec::with_capacity(N);
-        for height in heights {
-            let bias = bias.as_ref().map(|bias| bias.host().rows(start, height));
-            let src = HostLinear { weight: weight.host().rows(start, height), bias, format };
-            let part = self.backend.linear_weight(&src)?;
-            parts.push(Projection::new(part, self.slot(prefix, start..start + height)));
+        for (height, split) in heights {
+            let rows = split.outputs(self.world, height);
+            let share = (start + rows.start..start + rows.end, 0..in_features);
+            let part = self.prepare(&weight, bias.as_ref(), format, share.clone())?;
+            parts.push(Projection::new(part, self.slot(prefix, share)));
             start += height;
         }
         self.record(weight)?;
         Ok(parts.try_into().unwrap_or_else(|_| unreachable!("one part per height")))
     }
 
+    /// Some rows and columns of a weight on the device, with their part of the bias.
+    fn prepare(
+        &self,
+        weight: &Mapped<'_>,
+        bias: Option<&Mapped<'_>>,
+        format: WeightFormat,
+        (rows, columns): (Range<usize>, Range<usize>),
+    ) -> DeviceResult<B::Linear> {
+        // A sum over ranks has the bias once.
+        let bias = bias.filter(|_| columns.start == 0).map(|bias| bias.host().rows(rows.start, rows.len()));
+        let part = Columns::new(weight.host().rows(rows.start, rows.len()), columns);
+        self.backend.linear_weight(&HostLinear { weight: part.host(), bias, format })
+    }
+
+    /// The outputs and inputs of a matrix that this rank has.
+    fn share(&self, spec: &TensorSpec) -> (Range<usize>, Range<usize>) {
+        let [out_features, in_features] = spec.matrix();
+        (spec.split.outputs(self.world, out_features), spec.split.inputs(self.world, in_features))
+    }
+
     /// `{prefix}.weight`, cut along the columns into halves: for an input that is two vectors one behind the other.
     pub(crate) fn split_columns(&mut self, prefix: &str) -> Result<[B::Linear; 2], LoadError> {
         let (weight, format) = self.matrix(prefix)?;
-        let [rows, cols] = self.specs[&format!("{prefix}.weight")].matrix();
-        let half = |columns: Range<usize>| {
-            let source = Columns { matrix: weight.host(), columns };
-            let weight = HostTensor::computed(source.matrix.name(), [rows, source.columns.len()], &source);
-            self.backend.linear_weight(&HostLinear { weight, bias: None, format })
-        };
+        let [rows, cols] = weight.spec.matrix();
+        let half = |columns| self.prepare(&weight, None, format, (0..rows, columns));
         let halves = [half(0..cols / 2)?, half(cols / 2..cols)?];
         self.record(weight)?;
         Ok(halves)
@@ -186,9 +210,9 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// The number of a new projection.
-    fn slot(&mut self, prefix: &str, rows: Range<usize>) -> usize {
-        let [_, in_features] = self.specs[&format!("{prefix}.weight")].matrix();
-        self.slots.push(Slot { module: prefix.to_owned(), rows, in_features });
+    fn slot(&mut self, prefix: &str, (rows, columns): (Range<usize>, Range<usize>)) -> usize {
+        let shape = self.specs[&format!("{prefix}.weight")].matrix();
+        self.slots.push(Slot { module: prefix.to_owned(), shape, rows, columns });
         self.slots.len() - 1
     }
 
@@ -209,7 +233,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(self.map(name)?.host().to_f32())
     }
 
-    /// `{prefix}.weight`, the up-projection of latent attention.
+    /// This rank's share of `{prefix}.weight`, the up-projection of latent attention.
     pub(crate) fn latent(
         &mut self,
         prefix: &str,
@@ -219,12 +243,13 @@ impl<'a, B: Backend> Loader<'a, B> {
         B: LatentOps,
     {
         let (weight, format) = self.matrix(prefix)?;
-        let latent = self.backend.latent_weight(&shape(weight.host(), format))?;
+        let (rows, _) = self.share(weight.spec);
+        let latent = self.backend.latent_weight(&shape(weight.host().rows(rows.start, rows.len()), format))?;
         self.record(weight)?;
         Ok(latent)
     }
 
-    /// `{prefix}.{expert}.{name}.weight` of all experts of a layer, for the names of gate, up and down.
+    /// `{prefix}.{expert}.{name}.weight` of this rank's share of a layer's experts, for the names of gate, up and down.
     pub(crate) fn experts(
         &mut self,
         prefix: &str,
@@ -242,9 +267,13 @@ impl<'a, B: Backend> Loader<'a, B> {
             // Where stored types are mixed, f32 holds them all.
             if formats.all(|f| f == first) { first } else { WeightFormat::F32 }
         });
-        let backend = self.backend;
+        let (backend, held) = (self.backend, self.world.share(count));
+        let others = if self.sees_all() { held.end..count } else { 0..0 };
         let mut source = LayerExperts { loader: self, prefix, names, formats, current: None };
-        let experts = backend.expert_weights(HostExperts { count, source: &mut source, formats, routing })?;
+        let experts = backend.expert_weights(HostExperts { count, held, source: &mut source, formats, routing })?;
+        for expert in others {
+            source.read(expert)?;
+        }
         source.release()?;
         Ok(experts)
     }
@@ -275,12 +304,19 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok((self.convert(weight, format), format))
     }
 
-    /// Maps a tensor, hashes it and checks that it is finite.
+    /// Whether this rank checks and hashes all tensors.
+    fn sees_all(&self) -> bool {
+        self.world.rank == 0
+    }
+
+    /// Maps a tensor; on the first rank hashes it and checks that it is finite.
     pub(crate) fn map(&mut self, name: &str) -> Result<Mapped<'a>, CheckpointError> {
-        let spec = &self.specs[name];
+        let (spec, sees_all) = (&self.specs[name], self.sees_all());
         if let Some(encoding) = &spec.encoding {
             let parts = self.checkpoint.parts(spec, |entry, bytes| {
-                hash(&mut self.digest, self.hash_all, &entry.name, entry.stored_type, &entry.shape, bytes);
+                if sees_all {
+                    hash(&mut self.digest, self.hash_all, &entry.name, entry.stored_type, &entry.shape, bytes);
+                }
             })?;
             let bytes = parts.bytes();
             let data = match encoding.open(spec.matrix(), parts)? {
@@ -291,9 +327,14 @@ impl<'a, B: Backend> Loader<'a, B> {
         }
         let (entry, part) = self.checkpoint.tensor(name)?;
         let dtype = entry.dtype().expect("verified");
-        hash(&mut self.digest, self.hash_all, name, dtype, &spec.shape, &part);
         let bytes = part.len() as u64;
+        if sees_all {
+            hash(&mut self.digest, self.hash_all, name, dtype, &spec.shape, &part);
+        }
         let mapped = Mapped { spec, data: Data::Stored(dtype, part), bytes };
+        if !sees_all {
+            return Ok(mapped);
+        }
         match precision::first_non_finite(&mapped.host()) {
             None => Ok(mapped),
             Some((element, value)) => Err(CheckpointError::NotFinite { tensor: name.to_owned(), element, value }),
@@ -322,7 +363,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     pub(crate) fn record(&mut self, matrix: Mapped<'a>) -> Result<(), CheckpointError> {
         let Data::Converted(measured) = &matrix.data else { return Ok(()) };
         let spec = matrix.spec;
-        let (max_abs_error, mean_abs_error) = measured.loss(&spec.name)?;
+        let precision::Measurement { max_abs_error, mean_abs_error, elements } = measured.loss(&spec.name)?;
         self.conversions.push(Conversion {
             tensor: spec.name.clone(),
             from: match &spec.encoding {
@@ -332,25 +373,11 @@ impl<'a, B: Backend> Loader<'a, B> {
             to: measured.format(),
             max_abs_error,
             mean_abs_error,
+            measured: elements,
             bytes_before: matrix.bytes,
             bytes_after: measured.format().bytes(spec.shape.iter().product()) as u64,
         });
         Ok(())
-    }
-}
-
-/// Some columns of a matrix.
-#[derive(Debug)]
-struct Columns<'a> {
-    matrix: HostTensor<'a>,
-    columns: Range<usize>,
-}
-
-impl RowSource for Columns<'_> {
-    fn rows(&self, rows: Range<usize>) -> Vec<f32> {
-        let cols = self.matrix.shape()[1];
-        let whole = self.matrix.rows(rows.start, rows.len()).to_f32();
-        whole.chunks_exact(cols).flat_map(|row| &row[self.columns.clone()]).copied().collect()
     }
 }
 

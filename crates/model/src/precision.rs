@@ -24,10 +24,24 @@ pub struct Conversion {
     pub max_abs_error: f32,
     /// Mean absolute difference.
     pub mean_abs_error: f32,
+    /// Elements that were compared, on all ranks together; some on several of them.
+    #[serde(skip)]
+    pub(crate) measured: u64,
     /// Bytes in the checkpoint, scales and the like included.
     pub bytes_before: u64,
     /// Bytes as kept.
     pub bytes_after: u64,
+}
+
+impl Conversion {
+    /// Adds what another rank found of the same tensor.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        let sum = |of: &Self| f64::from(of.mean_abs_error) * of.measured as f64;
+        let measured = self.measured + other.measured;
+        self.mean_abs_error = ((sum(self) + sum(other)) / (measured as f64).max(1.0)) as f32;
+        self.max_abs_error = self.max_abs_error.max(other.max_abs_error);
+        self.measured = measured;
+    }
 }
 
 /// How linear layers are quantised at load.
@@ -120,7 +134,18 @@ pub(crate) struct Measured {
     /// Blocks have one scale along a row ([`BlockFormat::int8_rows`]).
     by_row: bool,
     /// By row, so that neither order nor number of readings matters.
-    losses: Mutex<Vec<Loss>>,
+    losses: Mutex<Vec<Option<Loss>>>,
+}
+
+/// What was found.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Measurement {
+    /// Largest absolute difference between the rows read and what the format keeps of them.
+    pub(crate) max_abs_error: f32,
+    /// Mean difference.
+    pub(crate) mean_abs_error: f32,
+    /// Elements of these rows.
+    pub(crate) elements: u64,
 }
 
 /// Of one row.
@@ -135,7 +160,7 @@ struct Loss {
 impl Measured {
     /// The matrix `[rows, cols]` that `rows` gives.
     pub(crate) fn new(rows: Box<dyn RowSource>, shape: [usize; 2], format: WeightFormat, by_row: bool) -> Self {
-        Self { rows, cols: shape[1], format, by_row, losses: Mutex::new(vec![Loss::default(); shape[0]]) }
+        Self { rows, cols: shape[1], format, by_row, losses: Mutex::new(vec![None; shape[0]]) }
     }
 
     /// The format that it goes to.
@@ -143,22 +168,26 @@ impl Measured {
         self.format
     }
 
-    /// Largest and mean absolute difference between the rows read and what the format keeps of them.
-    pub(crate) fn loss(&self, name: &str) -> Result<(f32, f32), CheckpointError> {
+    /// What the rows that were read have lost.
+    pub(crate) fn loss(&self, name: &str) -> Result<Measurement, CheckpointError> {
         let losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(value) = losses.iter().find_map(|l| l.beyond) {
+        let losses = || losses.iter().flatten();
+        if let Some(value) = losses().find_map(|l| l.beyond) {
             return Err(CheckpointError::OutOfRange { tensor: name.into(), value, format: self.format });
         }
-        let max = losses.iter().map(|l| l.max).fold(0.0, f32::max);
-        let sum: f64 = losses.iter().map(|l| l.sum).sum();
-        Ok((max, (sum / (losses.len() * self.cols) as f64) as f32))
+        let elements = losses().count() * self.cols;
+        Ok(Measurement {
+            max_abs_error: losses().map(|l| l.max).fold(0.0, f32::max),
+            mean_abs_error: (losses().map(|l| l.sum).sum::<f64>() / elements.max(1) as f64) as f32,
+            elements: elements as u64,
+        })
     }
 
     /// Notes what rows lose; `keep` writes a piece of them, which starts at that element, as the format gives it back.
     fn measure(&self, rows: Range<usize>, values: &[f32], keep: impl Fn(usize, &[f32], &mut [f32])) {
         let rows_of = values.chunks_exact(self.cols).enumerate();
         let losses: Vec<_> = rows_of
-            .map(|(i, row)| Self::loss_of(row, |at, piece, kept| keep(i * self.cols + at, piece, kept)))
+            .map(|(i, row)| Some(Self::loss_of(row, |at, piece, kept| keep(i * self.cols + at, piece, kept))))
             .collect();
         self.losses.lock().unwrap_or_else(PoisonError::into_inner)[rows].copy_from_slice(&losses);
     }
@@ -292,8 +321,10 @@ mod tests {
             for source in [&exact, &rounded, &large] {
                 reads.iter().for_each(|rows| assert_eq!(source.rows(rows.clone()).len(), rows.len() * 2));
             }
-            assert_eq!(exact.loss("t").unwrap(), (0.0, 0.0));
-            assert_eq!(rounded.loss("t").unwrap(), (1.0 / 512.0, 0.25 / 512.0));
+            let loss = |of: &Measured| of.loss("t").map(|found| (found.max_abs_error, found.mean_abs_error)).unwrap();
+            assert_eq!(loss(&exact), (0.0, 0.0));
+            assert_eq!(loss(&rounded), (1.0 / 512.0, 0.25 / 512.0));
+            assert_eq!(rounded.loss("t").unwrap().elements, 4);
             assert!(matches!(large.loss("t"), Err(CheckpointError::OutOfRange { value: 1e6, .. })));
         }
     }

@@ -1,5 +1,6 @@
 //! The runner of a loaded model: packs a ragged batch, plans attention once, computes all layers,
-//! scores and samples the rows that ask for it, and drafts what may follow where the model has a layer for it.
+//! scores and samples the rows that ask for it, and drafts what may follow where the model has a layer for it. Of several
+//! ranks each computes the layers; what follows is the first one's.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use std::sync::Arc;
 use baton_device::{AttentionBatch, Backend, DeviceError, SequenceSpan};
 
 use crate::adapter::{Adapter, AdapterLoader};
-use crate::arch::{AdaptedRows, AdapterScratch, Model, StepAdapters};
+use crate::arch::{AdaptedRows, AdapterScratch, AdapterWeights, Model, StepAdapters};
 use crate::loader::Slot;
 use crate::sampler::{Sampler, score};
 use crate::step::{
@@ -71,6 +72,33 @@ impl<B: Backend> ModelRunner<B> {
         Ok(all)
     }
 
+    /// All of a step but [`ModelRunner::look_ahead`]: what it gave each sequence, which only the first rank says, and what
+    /// attention knows of it.
+    pub(crate) fn compute(&mut self, plan: &StepPlan) -> Result<(Vec<SequenceOutput>, B::AttentionPlan), DeviceError> {
+        let attention = self.forward(plan)?;
+        let outputs = if self.speaks() { self.sample(plan)? } else { Vec::new() };
+        Ok((outputs, attention))
+    }
+
+    /// Whether this rank scores and samples.
+    fn speaks(&self) -> bool {
+        self.backend.world().rank == 0
+    }
+
+    /// Whether [`ModelRunner::look_ahead`] belongs to a step.
+    pub(crate) fn looks_ahead(&self) -> bool {
+        self.model.looks_ahead()
+    }
+
+    /// The device, to be told of other ranks.
+    pub(crate) fn shared_backend(&self) -> Arc<B> {
+        self.backend.clone()
+    }
+
+    pub(crate) fn clear(&mut self, blocks: &[u32]) -> Result<(), DeviceError> {
+        self.backend.clear_blocks(&mut self.cache, blocks)
+    }
+
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
         let ids: Vec<u32> = plan.sequences.iter().flat_map(|s| s.tokens.iter().chain(&s.draft)).copied().collect();
@@ -80,10 +108,38 @@ impl<B: Backend> ModelRunner<B> {
             .map(|s| SequenceSpan { start: s.num_computed, len: s.num_rows(), block_table: &s.block_table })
             .collect();
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
-        let groups = adapted_rows(plan);
+        let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
         self.model.forward(&*self.backend, &ids, &attention, &mut self.cache, &mut adapters)?;
         Ok(attention)
+    }
+
+    /// Scores and samples where the plan asks for it.
+    fn sample(&mut self, plan: &StepPlan) -> Result<Vec<SequenceOutput>, DeviceError> {
+        let mut sequences: Vec<SequenceOutput> = plan.sequences.iter().map(|s| SequenceOutput::new(s.id)).collect();
+        self.score(plan, &mut sequences)?;
+        let mut end = 0;
+        let sampling: Vec<Sampling<'_>> = plan
+            .sequences
+            .iter()
+            .enumerate()
+            .filter_map(|(index, step)| {
+                end += step.num_rows() as u32;
+                step.sample.is_some().then(|| Sampling { index, step, rows: end - step.draft.len() as u32 - 1..end })
+            })
+            .collect();
+        let vocab = self.spec.vocab_size;
+        for group in groups_of_rows(&sampling, self.spec.logit_rows()) {
+            let rows: Vec<u32> = group.iter().flat_map(|s| s.rows.clone()).collect();
+            self.read_logits(&rows)?;
+            let mut logits = self.logits.chunks_exact(vocab);
+            for Sampling { index, step, rows } in group {
+                let logits: Vec<&[f32]> = logits.by_ref().take(rows.len()).collect();
+                sequences[*index].sampled =
+                    step.sample_along(|drafts, request| self.sampler.sample(logits[drafts], request));
+            }
+        }
+        Ok(sequences)
     }
 
     /// Scores the rows whose scores are asked for, some at a time, as many as may ever be sampled at once.
@@ -119,8 +175,8 @@ impl<B: Backend> ModelRunner<B> {
 
     /// Runs the layer that looks ahead over the step, drafts wanted or not, so that its cache covers every context, and
     /// drafts a token where it is asked for: chosen as the real one will be, with the same random number, so that both
-    /// agree as often as their distributions do.
-    fn look_ahead(
+    /// agree as often as their distributions do. `outputs` are those of the first rank.
+    pub(crate) fn look_ahead(
         &mut self,
         plan: &StepPlan,
         attention: &B::AttentionPlan,
@@ -136,12 +192,12 @@ impl<B: Backend> ModelRunner<B> {
             if let Some(Ok(last)) = output.sampled.last() {
                 let row = start + step.tokens.len() - 1 + output.sampled.len() - 1;
                 next[row] = last.token;
-                if step.propose > 0 {
+                if step.propose > 0 && self.speaks() {
                     drafting.push((index, row as u32));
                 }
             }
         }
-        let groups = adapted_rows(plan);
+        let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
         self.model.look_ahead(&*self.backend, &next, attention, &mut self.cache, &mut adapters)?;
         for group in drafting.chunks(self.spec.logit_rows()) {
@@ -223,8 +279,8 @@ fn groups_of_rows<'s, 'a>(sampling: &'s [Sampling<'a>], most: usize) -> impl Ite
     })
 }
 
-/// The rows of each adapter of a step.
-fn adapted_rows<B: Backend>(plan: &StepPlan) -> Vec<AdaptedRows<'_, B>> {
+/// The rows of each adapter of a step, with its weights on a rank.
+fn adapted_rows<B: Backend>(plan: &StepPlan, rank: usize) -> Vec<AdaptedRows<'_, B>> {
     let mut groups: Vec<(&Adapter, Vec<u32>)> = Vec::new();
     let mut end = 0;
     for s in &plan.sequences {
@@ -236,7 +292,8 @@ fn adapted_rows<B: Backend>(plan: &StepPlan) -> Vec<AdaptedRows<'_, B>> {
             None => groups.push((adapter, (start..end).collect())),
         }
     }
-    groups.into_iter().map(|(adapter, rows)| AdaptedRows { weights: adapter.weights(), rows }).collect()
+    let weights = groups.into_iter().map(|(adapter, rows)| (adapter.weights::<Vec<AdapterWeights<B>>>(), rows));
+    weights.map(|(of_ranks, rows)| AdaptedRows { weights: &of_ranks[rank], rows }).collect()
 }
 
 impl From<DeviceError> for RunError {
@@ -254,38 +311,14 @@ impl<B: Backend> Runner for ModelRunner<B> {
         if plan.sequences.is_empty() {
             return Ok(StepOutput::default());
         }
-        let attention = self.forward(plan)?;
-        let mut sequences: Vec<SequenceOutput> = plan.sequences.iter().map(|s| SequenceOutput::new(s.id)).collect();
-        self.score(plan, &mut sequences)?;
-
-        let mut end = 0;
-        let sampling: Vec<Sampling<'_>> = plan
-            .sequences
-            .iter()
-            .enumerate()
-            .filter_map(|(index, step)| {
-                end += step.num_rows() as u32;
-                step.sample.is_some().then(|| Sampling { index, step, rows: end - step.draft.len() as u32 - 1..end })
-            })
-            .collect();
-        let vocab = self.spec.vocab_size;
-        for group in groups_of_rows(&sampling, self.spec.logit_rows()) {
-            let rows: Vec<u32> = group.iter().flat_map(|s| s.rows.clone()).collect();
-            self.read_logits(&rows)?;
-            let mut logits = self.logits.chunks_exact(vocab);
-            for Sampling { index, step, rows } in group {
-                let logits: Vec<&[f32]> = logits.by_ref().take(rows.len()).collect();
-                sequences[*index].sampled =
-                    step.sample_along(|drafts, request| self.sampler.sample(logits[drafts], request));
-            }
-        }
-        if self.model.looks_ahead() {
+        let (mut sequences, attention) = self.compute(plan)?;
+        if self.looks_ahead() {
             self.look_ahead(plan, &attention, &mut sequences)?;
         }
         Ok(StepOutput { sequences })
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
-        Ok(self.backend.clear_blocks(&mut self.cache, blocks)?)
+        Ok(self.clear(blocks)?)
     }
 }

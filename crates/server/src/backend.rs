@@ -1,11 +1,17 @@
 //! The one place that names concrete devices.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use baton_device::{Backend, Caps, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions, Limits};
-use baton_model::{Adapter, AdapterError, Files, LoadError, LoadOptions, LoadReport, Runner, load};
+use baton_model::{
+    Adapter, AdapterError, AdapterLoader, Files, LoadError, LoadOptions, LoadReport, Runner, load, load_ranks,
+};
+
+/// How long a rank is waited for by the others, which are as far as it is but for differences of load.
+const RANK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A device by the name an operator gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +31,10 @@ pub struct Loaded {
     /// `None` if there are to be no adapters.
     pub load_adapter: Option<LoadAdapter>,
     pub report: LoadReport,
+    /// Of each rank.
     pub caps: Caps,
+    /// Among how many ranks the model is shared out.
+    pub ranks: usize,
 }
 
 impl Device {
@@ -43,15 +52,19 @@ impl Device {
         Ok(CpuBackend::new(&CpuOptions { threads, isa: None })?.limits()?)
     }
 
-    /// Loads a checkpoint onto the device; `threads` 0 takes all cores.
-    pub fn load(self, threads: usize, files: &Files, options: &LoadOptions) -> Result<Loaded> {
-        Ok(match self {
-            Device::Cpu => erased(CpuBackend::new(&CpuOptions { threads, isa: None })?, files, options)?,
-            Device::Reference => erased(Reference::new(), files, options)?,
+    /// Loads a checkpoint onto so many ranks of the device; `threads` 0 takes all cores.
+    pub fn load(self, ranks: usize, threads: usize, files: &Files, options: &LoadOptions) -> Result<Loaded> {
+        let cpu = CpuOptions { threads, isa: None };
+        Ok(match (self, ranks) {
+            (Device::Cpu, 1) => erased(CpuBackend::new(&cpu)?, files, options)?,
+            (Device::Cpu, _) => erased_ranks(CpuBackend::ranks(&cpu, ranks, RANK_TIMEOUT)?, files, options)?,
+            (Device::Reference, 1) => erased(Reference::new(), files, options)?,
+            (Device::Reference, _) => erased_ranks(Reference::ranks(ranks, RANK_TIMEOUT), files, options)?,
         })
     }
 }
 
+/// On one device.
 fn erased<B: Backend + LatentOps + MoeOps>(
     backend: B,
     files: &Files,
@@ -59,7 +72,22 @@ fn erased<B: Backend + LatentOps + MoeOps>(
 ) -> Result<Loaded, LoadError> {
     let caps = backend.caps().clone();
     let (runner, report) = load(backend, files, options)?;
-    let load_adapter =
-        runner.adapter_loader().map(|loader| -> LoadAdapter { Box::new(move |folder| loader.load(folder)) });
-    Ok(Loaded { runner: Box::new(runner), load_adapter, report, caps })
+    let load_adapter = runner.adapter_loader().map(erased_loader);
+    Ok(Loaded { runner: Box::new(runner), load_adapter, report, caps, ranks: 1 })
+}
+
+/// On all ranks, in their order.
+fn erased_ranks<B: Backend + LatentOps + MoeOps>(
+    backends: Vec<B>,
+    files: &Files,
+    options: &LoadOptions,
+) -> Result<Loaded, LoadError> {
+    let (caps, ranks) = (backends[0].caps().clone(), backends.len());
+    let (runner, report) = load_ranks(backends, files, options, RANK_TIMEOUT)?;
+    let load_adapter = runner.adapter_loader().map(erased_loader);
+    Ok(Loaded { runner: Box::new(runner), load_adapter, report, caps, ranks })
+}
+
+fn erased_loader<B: Backend>(loader: AdapterLoader<B>) -> LoadAdapter {
+    Box::new(move |folder| loader.load(folder))
 }

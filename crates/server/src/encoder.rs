@@ -131,6 +131,7 @@ fn refuse(settings: &Settings) -> Result<()> {
         ("tool-call-parser", settings.tool_call_parser != ToolCallParser::Auto, "they call no tools"),
         ("handoff require", settings.handoff == HandoffPolicy::Require, "there are no bundles of them"),
         ("trusted-keys", !settings.trusted_keys.is_empty(), "there are no bundles of them"),
+        ("tensor-parallel-size", settings.tensor_parallel_size != 1, "they compute as one"),
         ("threads", settings.threads != 0, "they compute on all cores, or as many as RAYON_NUM_THREADS says"),
     ];
     let refused = refusals.iter().find(|(_, set, _)| *set);

@@ -102,7 +102,7 @@ pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Pa
     let (text, text_files) = text(files, settings)?;
     let text = settings.tool_call_parser.applied(text)?;
     let device = Device::parse(&settings.device)?;
-    let loaded = device.load(settings.threads, files, &options(settings, free))?;
+    let loaded = device.load(settings.tensor_parallel_size, settings.threads, files, &options(settings, free))?;
     let vocab = loaded.runner.spec().vocab_size;
     ensure!(
         text.vocab_size() <= vocab,
@@ -189,8 +189,8 @@ fn fetched(model: &str) -> Result<(String, Files)> {
 }
 
 fn options(settings: &Settings, free: Option<u64>) -> LoadOptions {
-    // What cannot be known is not limited: the allocation itself then decides.
-    let quarter = free.map_or(u64::MAX, |free| free / 4);
+    // What cannot be known is not limited: the allocation itself then decides. Ranks share the memory that is free.
+    let quarter = free.map_or(u64::MAX, |free| free / 4 / settings.tensor_parallel_size as u64);
     LoadOptions {
         dtype: settings.dtype.stored(),
         quantization: settings.quantize.map(Into::into),
@@ -254,12 +254,12 @@ fn generation(loaded: &Loaded, text: &[Vec<u8>]) -> Digest {
 }
 
 /// Changes when something does that can change a token: weights and config (as far as the load report's
-/// digest covers them), tokenizer and template, device and instruction set, formats, the build.
+/// digest covers them), tokenizer and template, device, ranks and instruction set, formats, the build.
 fn fingerprint(loaded: &Loaded, text: &[Vec<u8>], generation: &Digest) -> String {
     let (report, caps) = (&loaded.report, &loaded.caps);
     let formats: Vec<String> = report.weight_formats.iter().map(ToString::to_string).collect();
-    let kv = report.kv_dtype.to_string();
-    let words = [&report.digest, &caps.device, &caps.isa, &kv, env!("CARGO_PKG_VERSION")].map(str::as_bytes);
+    let (kv, ranks) = (report.kv_dtype.to_string(), loaded.ranks.to_string());
+    let words = [&report.digest, &caps.device, &caps.isa, &ranks, &kv, env!("CARGO_PKG_VERSION")].map(str::as_bytes);
     let parts = std::iter::once(generation.0.as_slice()).chain(words).chain(text.iter().map(Vec::as_slice));
     let digest = digest(parts.chain(formats.iter().map(String::as_bytes)));
     digest.0[..6].iter().fold("fp_".to_owned(), |text, byte| format!("{text}{byte:02x}"))
@@ -287,6 +287,7 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         architecture = ?report.architecture,
         device,
         isa = caps.isa,
+        ranks = loaded.ranks,
         threads = caps.threads,
         stored = %report.stored_dtype,
         weights = formats.join("+"),

@@ -120,6 +120,10 @@ pub struct ServeArgs {
     #[arg(long, env = "BATON_DEVICE", help_heading = "Model")]
     pub device: Option<String>,
 
+    /// Ranks that share out the model, each with its own memory, as tensor parallelism does; the parts of a CPU share its threads, which is to try it and gains nothing [default: 1]
+    #[arg(long, value_name = "N", env = "BATON_TENSOR_PARALLEL_SIZE", help_heading = "Model")]
+    pub tensor_parallel_size: Option<usize>,
+
     /// Precision in which weights are kept [default: auto]
     #[arg(long, value_enum, env = "BATON_DTYPE", help_heading = "Model")]
     pub dtype: Option<Dtype>,
@@ -196,7 +200,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", env = "BATON_QUEUE_TIMEOUT", help_heading = "Engine")]
     pub queue_timeout: Option<u64>,
 
-    /// Memory for the KV cache [default: enough for max-num-seqs contexts, at most a quarter of free memory]
+    /// Memory for the KV cache of each rank [default: enough for max-num-seqs contexts, at most a quarter of free memory]
     #[arg(long, value_name = "BYTES", env = "BATON_KV_CACHE_MEMORY_BYTES", help_heading = "Engine")]
     pub kv_cache_memory_bytes: Option<u64>,
 
@@ -252,6 +256,7 @@ pub struct Settings {
     #[serde(serialize_with = "seconds")]
     pub drain_timeout: Duration,
     pub device: String,
+    pub tensor_parallel_size: usize,
     pub dtype: Dtype,
     pub quantize: Option<Quantize>,
     pub max_model_len: Option<usize>,
@@ -407,6 +412,7 @@ impl ServeArgs {
             max_n,
             drain_timeout: Duration::from_secs(self.drain_timeout.unwrap_or(30)),
             device: self.device.unwrap_or_else(|| "auto".into()),
+            tensor_parallel_size: positive("tensor-parallel-size", self.tensor_parallel_size.unwrap_or(1))?,
             dtype: self.dtype.unwrap_or(Dtype::Auto),
             quantize: self.quantize,
             max_model_len: self.max_model_len,

@@ -16,7 +16,7 @@ fn joined(simulator: &Simulator, size: usize, timeout: Duration) -> (Vec<Arc<Own
     simulator.control(&format!("devices={size}"));
     let owners: Vec<_> = (0..size).map(|id| open_device(id as i32, timeout).expect("a device")).collect();
     let places = ranks::join(&owners).expect("they join");
-    assert_eq!(places.iter().map(|place| (place.rank, place.size)).collect::<Vec<_>>(), {
+    assert_eq!(places.iter().map(|place| (place.world.rank, place.world.size)).collect::<Vec<_>>(), {
         (0..size).map(|rank| (rank, size)).collect::<Vec<_>>()
     });
     (owners, places)

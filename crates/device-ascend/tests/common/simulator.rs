@@ -69,10 +69,15 @@ impl Simulator {
         {
             simulator.control(setting);
         }
-        // SAFETY: the type of the exported function.
-        unsafe { (simulator.library.get::<unsafe extern "C" fn()>(b"ascend_sim_reset").expect("a symbol"))() };
+        simulator.reset();
         simulator.before = simulator.live();
         simulator
+    }
+
+    /// Forgets counters and violations.
+    pub fn reset(&self) {
+        // SAFETY: the type of the exported function.
+        unsafe { (self.library.get::<unsafe extern "C" fn()>(b"ascend_sim_reset").expect("a symbol"))() }
     }
 
     /// No faults any more.

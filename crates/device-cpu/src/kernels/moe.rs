@@ -2,6 +2,8 @@
 //!
 //! Order: a row's experts are added by ascending number; within an expert, that of the linear kernel.
 
+use std::ops::Range;
+
 use baton_device::{Activation, HostExperts, Result, Routing, Rows, select_experts};
 
 use crate::isa::Dispatch;
@@ -12,8 +14,12 @@ use crate::simd::LANES;
 use crate::tensor::{Target, Tensor, View};
 use crate::weight::Matrix;
 
-/// All routed experts of one layer.
+/// Routed experts of one layer.
 pub struct Experts {
+    /// How many there are.
+    count: usize,
+    held: Range<usize>,
+    /// Those held.
     experts: Vec<Expert>,
     routing: Routing,
 }
@@ -26,9 +32,9 @@ struct Expert {
 
 impl Experts {
     pub(crate) fn new(pool: &Pool, src: HostExperts<'_>) -> Result<Self> {
-        let HostExperts { count, source, formats, routing } = src;
-        let mut experts: Vec<Expert> = Vec::with_capacity(count);
-        for e in 0..count {
+        let HostExperts { count, held, source, formats, routing } = src;
+        let mut experts: Vec<Expert> = Vec::with_capacity(held.len());
+        for e in held.clone() {
             let [gate, up, down] = source.expert(e)?;
             if let Some(Expert { gate: first, .. }) = experts.first() {
                 gate.expect_shape(&[first.out_features, first.in_features])?;
@@ -41,11 +47,11 @@ impl Experts {
                 down: Matrix::from_host(pool, &down, formats[2])?,
             });
         }
-        Ok(Self { experts, routing })
+        Ok(Self { count, held, experts, routing })
     }
 
     pub(crate) fn count(&self) -> usize {
-        self.experts.len()
+        self.count
     }
 }
 
@@ -53,7 +59,7 @@ impl Experts {
 /// Grows to the largest step and is then reused.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    /// `(expert, row, weight)`.
+    /// `(expert, row, weight)`; experts are numbered from the first that is held.
     pairs: Vec<(usize, u32, f32)>,
     /// Row of each pair.
     rows: Vec<u32>,
@@ -76,7 +82,7 @@ pub(crate) fn fused(
     out: &mut [f32],
 ) {
     let Scratch { pairs, rows, runs, gate, up, down, input: input_buffers, inner: inner_buffers } = scratch;
-    route(logits, &layer.routing, pairs);
+    route(logits, layer, pairs);
     rows.clear();
     rows.extend(pairs.iter().map(|p| p.1));
     runs.clear();
@@ -137,11 +143,12 @@ pub(crate) fn fused(
     }
 }
 
-/// Chooses the experts of every row.
-fn route(logits: &Tensor, routing: &Routing, pairs: &mut Vec<(usize, u32, f32)>) {
+/// Chooses the experts of every row, of which those held are kept.
+fn route(logits: &Tensor, Experts { held, routing, .. }: &Experts, pairs: &mut Vec<(usize, u32, f32)>) {
     pairs.clear();
     for (row, logits) in logits.data().chunks_exact(logits.cols()).enumerate() {
-        pairs.extend(select_experts(logits, routing).into_iter().map(|(e, weight)| (e, row as u32, weight)));
+        let chosen = select_experts(logits, routing).into_iter().filter(|(e, _)| held.contains(e));
+        pairs.extend(chosen.map(|(e, weight)| (e - held.start, row as u32, weight)));
     }
     pairs.sort_unstable_by_key(|&(expert, row, _)| (expert, row));
 }

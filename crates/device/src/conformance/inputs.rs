@@ -1,5 +1,7 @@
 //! What cases compute with: the same numbers on every machine.
 
+use std::ops::Range;
+
 use crate::{Backend, BlockFormat, DType, HostTensor, KvDtype, Result, WeightFormat, int8};
 
 /// `n` numbers in (-scale, scale) from a hash of `seed` and their index (splitmix64).
@@ -35,6 +37,15 @@ impl Source {
             }
         };
         Self { dtype, shape, data }
+    }
+
+    /// Some columns of a matrix of floats.
+    pub(super) fn columns(&self, columns: Range<usize>) -> Self {
+        let size = self.dtype.bytes(1);
+        let row = self.shape[1] * size;
+        let part = |row: &[u8]| row[columns.start * size..columns.end * size].to_vec();
+        let data = self.data.chunks_exact(row).flat_map(part).collect();
+        Self { dtype: self.dtype, shape: vec![self.shape[0], columns.len()], data }
     }
 
     pub(super) fn tensor(&self) -> HostTensor<'_> {

@@ -12,7 +12,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_device::{Backend, DeviceError, HostLinear, HostTensor, WeightFormat};
+use baton_device::{Backend, Caps, DeviceError, HostLinear, HostTensor, WeightFormat};
 use sha2::{Digest, Sha256};
 
 use self::config::LoraConfig;
@@ -22,6 +22,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, Entry, FileError, Files, Pa
 use crate::config::ConfigError;
 use crate::loader::Slot;
 use crate::precision;
+use crate::split::Columns;
 
 /// Bytes of `adapter_config.json` that are read.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -131,14 +132,26 @@ impl From<FileError> for AdapterError {
 
 /// Loads adapters for one model, on any thread, while the model runs.
 pub struct AdapterLoader<B: Backend> {
-    backend: Arc<B>,
-    slots: Arc<[Slot]>,
+    /// Each rank of the model, with its projections by number.
+    ranks: Vec<(Arc<B>, Arc<[Slot]>)>,
     max_rank: usize,
+}
+
+impl<B: Backend> Clone for AdapterLoader<B> {
+    fn clone(&self) -> Self {
+        Self { ranks: self.ranks.clone(), max_rank: self.max_rank }
+    }
 }
 
 impl<B: Backend> AdapterLoader<B> {
     pub(crate) fn new(backend: Arc<B>, slots: Arc<[Slot]>, max_rank: usize) -> Self {
-        Self { backend, slots, max_rank }
+        Self { ranks: vec![(backend, slots)], max_rank }
+    }
+
+    /// For the model of several ranks, in their order; each of `loaders` is for one of them.
+    pub(crate) fn of_ranks(loaders: Vec<Self>) -> Option<Self> {
+        let max_rank = loaders.first()?.max_rank;
+        Some(Self { ranks: loaders.into_iter().flat_map(|loader| loader.ranks).collect(), max_rank })
     }
 
     /// Loads the adapter of a folder.
@@ -149,42 +162,49 @@ impl<B: Backend> AdapterLoader<B> {
         let json = json.ok_or_else(missing)?;
         let config = LoraConfig::parse(&json)?;
         let checkpoint = open(&files)?;
-        let pairs = pair_up(&config, &checkpoint, &self.slots, self.max_rank)?;
+        let (first, slots) = &self.ranks[0];
+        let pairs = pair_up(&config, &checkpoint, slots, self.max_rank)?;
 
         let mut digest = Sha256::new_with_prefix(&json);
         let (mut bytes, mut rank) = (0, 0);
-        let mut deltas: Vec<Option<Delta<B>>> = self.slots.iter().map(|_| None).collect();
+        let deltas = || slots.iter().map(|_| None).collect();
+        let mut of_ranks: Vec<Vec<Option<Delta<B>>>> = self.ranks.iter().map(|_| deltas()).collect();
         for (module, Matrices { a, b, slots }) in pairs {
             let (a, b) = (read(&checkpoint, a, &mut digest)?, read(&checkpoint, b, &mut digest)?);
             let (a, b) = (a.host(), b.host());
-            let weight = |weight: HostTensor<'_>| {
-                let format = self.format(&weight);
-                self.backend.linear_weight(&HostLinear { weight, bias: None, format })
-            };
-            bytes += [&a, &b].map(|t| self.format(t).bytes(t.len()) as u64).iter().sum::<u64>();
+            bytes += [&a, &b].map(|t| format(first.caps(), t).bytes(t.len()) as u64).iter().sum::<u64>();
             rank = rank.max(a.shape()[0]);
-            let shared = Arc::new(weight(a.clone())?);
-            for slot in slots {
-                let rows = &self.slots[slot].rows;
-                deltas[slot] = Some(Delta {
-                    a: shared.clone(),
-                    b: weight(b.rows(rows.start, rows.len()))?,
-                    rank: a.shape()[0],
-                    scale: config.scale(module),
-                });
+            for ((backend, all), deltas) in self.ranks.iter().zip(&mut of_ranks) {
+                let weight = |weight: HostTensor<'_>| {
+                    let format = format(backend.caps(), &weight);
+                    backend.linear_weight(&HostLinear { weight, bias: None, format })
+                };
+                // What a rank takes of a module's inputs is the same for all of its parts.
+                let inputs = Columns::new(a.clone(), all[slots[0]].columns.clone());
+                let shared = Arc::new(weight(inputs.host())?);
+                for &slot in &slots {
+                    let rows = &all[slot].rows;
+                    deltas[slot] = Some(Delta {
+                        a: shared.clone(),
+                        b: weight(b.rows(rows.start, rows.len()))?,
+                        rank: a.shape()[0],
+                        scale: config.scale(module),
+                    });
+                }
             }
         }
-        let weights = AdapterWeights::new(&*self.backend, deltas)?;
+        let weights =
+            self.ranks.iter().zip(of_ranks).map(|((backend, _), deltas)| AdapterWeights::new(&**backend, deltas));
+        let weights = weights.collect::<Result<Vec<_>, _>>()?;
         Ok(Adapter::new(digest.finalize().into(), rank, bytes, weights))
     }
+}
 
-    /// As stored, or f32 where the device lacks that or would make activations narrow for it.
-    fn format(&self, tensor: &HostTensor<'_>) -> WeightFormat {
-        let stored = WeightFormat::from(tensor.dtype());
-        let caps = self.backend.caps();
-        let exact = caps.weight_formats.contains(&stored) && !caps.narrow_activations.contains(&stored);
-        if exact { stored } else { WeightFormat::F32 }
-    }
+/// As stored, or f32 where the device lacks that or would make activations narrow for it.
+fn format(caps: &Caps, tensor: &HostTensor<'_>) -> WeightFormat {
+    let stored = WeightFormat::from(tensor.dtype());
+    let exact = caps.weight_formats.contains(&stored) && !caps.narrow_activations.contains(&stored);
+    if exact { stored } else { WeightFormat::F32 }
 }
 
 /// Opens the matrices. What is saved as a pickle runs code when read, so it never is.

@@ -54,8 +54,7 @@ pub(super) fn pair_up<'a>(
             reasons.push(format!("{module} has no {missing}"));
             continue;
         };
-        let in_features = slots[own[0]].in_features;
-        let out_features: usize = own.iter().map(|&slot| slots[slot].rows.len()).sum();
+        let [out_features, in_features] = slots[own[0]].shape;
         let rank = config.rank(module);
         if rank > max_rank {
             reasons.push(format!("{module} has rank {rank}; at most {max_rank} is accepted"));

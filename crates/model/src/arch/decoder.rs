@@ -8,7 +8,7 @@
 //! logits = head(norm(residual))
 //! ```
 //!
-//! Additions are fused into the norm that follows them. Gemma also scales the embeddings, norms what
+//! What a half adds is summed over the ranks before it is used. Additions are fused into the norm that follows them. Gemma also scales the embeddings, norms what
 //! each half adds, and caps the logits.
 
 use baton_device::{Backend, HostRope, Result as DeviceResult};
@@ -34,7 +34,7 @@ pub(crate) struct Step<'a, 's, B: Backend> {
     pub(crate) adapters: &'a mut StepAdapters<'s, B>,
 }
 
-/// The two halves of a decoder layer. Both read normed hidden states `h` and write what is added to the
+/// The two halves of a decoder layer. Both read normed hidden states `h` and write this rank's part of what is added to the
 /// residual stream, all `[rows, hidden]`.
 pub(crate) trait Layer<B: Backend>: Send {
     /// What the layers share: sizes, rotary table, activations.
@@ -182,11 +182,13 @@ impl<B: Backend, L: Layer<B>> Normed<B, L> {
         shared: &mut L::Shared,
     ) -> DeviceResult<()> {
         self.layer.attention(backend, h, &mut step, shared, delta)?;
+        backend.all_reduce(delta)?;
         if let Some([post_attention, _]) = &self.post_norms {
             backend.rms_norm_in_place(delta, post_attention, eps)?;
         }
         backend.add_rms_norm(delta, residual, &self.feed_forward_norm, eps, h)?;
         self.layer.feed_forward(backend, h, step.adapters, shared, delta)?;
+        backend.all_reduce(delta)?;
         if let Some([_, post_feed_forward]) = &self.post_norms {
             backend.rms_norm_in_place(delta, post_feed_forward, eps)?;
         }

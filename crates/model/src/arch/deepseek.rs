@@ -14,6 +14,7 @@ use crate::LoadError;
 use crate::checkpoint::Role;
 use crate::config::{DeepseekConfig, ModelConfig};
 use crate::loader::Loader;
+use crate::split::Split;
 
 /// Epsilon of the norms on the latents: the released code leaves them at their class's default,
 /// whatever `rms_norm_eps` says.
@@ -65,18 +66,23 @@ pub(super) fn layer_specs(config: &ModelConfig, own: &DeepseekConfig, layer: usi
     let part = |name: &str| format!("{attention}.{name}");
     let query = heads * (own.qk_nope_head_dim + own.qk_rope_head_dim);
     match own.q_lora_rank {
-        None => specs.linear(part("q_proj"), query, hidden),
+        None => specs.shared(part("q_proj"), query, hidden, Split::Outputs(heads)),
         Some(rank) => {
             specs.linear(part("q_a_proj"), rank, hidden);
             specs.norm(part("q_a_layernorm"), rank);
-            specs.linear(part("q_b_proj"), query, rank);
+            specs.shared(part("q_b_proj"), query, rank, Split::Outputs(heads));
         }
     }
     specs.linear(part("kv_a_proj_with_mqa"), own.kv_lora_rank + own.qk_rope_head_dim, hidden);
     specs.norm(part("kv_a_layernorm"), own.kv_lora_rank);
     let kv_b = heads * (own.qk_nope_head_dim + own.v_head_dim);
-    specs.matrix(part("kv_b_proj"), kv_b, own.kv_lora_rank, Role::Float);
-    specs.linear(part("o_proj"), hidden, heads * own.v_head_dim);
+    specs.add(
+        format!("{}.weight", part("kv_b_proj")),
+        vec![kv_b, own.kv_lora_rank],
+        Role::Float,
+        Split::Outputs(heads),
+    );
+    specs.shared(part("o_proj"), hidden, heads * own.v_head_dim, Split::Inputs(heads));
     if own.bias {
         if let Some(rank) = own.q_lora_rank {
             specs.vector(part("q_a_proj.bias"), rank);
@@ -93,7 +99,8 @@ pub(super) fn build<B: LatentOps + MoeOps>(
     sizes: Sizes,
     loader: &mut Loader<'_, B>,
 ) -> Result<Decoder<B, DeepseekLayer<B>>, LoadError> {
-    let shared = Shared::new(config, own, sizes, loader.backend)?;
+    let heads = loader.backend.world().share(config.num_heads).len();
+    let shared = Shared::new(config, own, (sizes, heads), loader.backend)?;
     Decoder::build(config, sizes, loader, shared, |loader, layer| {
         let attention = format!("model.layers.{layer}.self_attn");
         let part = |name: &str| format!("{attention}.{name}");
@@ -105,8 +112,8 @@ pub(super) fn build<B: LatentOps + MoeOps>(
                 b: loader.projection(&part("q_b_proj"))?,
             },
         };
-        let [latent, rope_key] =
-            loader.split_projection(&part("kv_a_proj_with_mqa"), [own.kv_lora_rank, own.qk_rope_head_dim])?;
+        let heights = [own.kv_lora_rank, own.qk_rope_head_dim].map(|height| (height, Split::Whole));
+        let [latent, rope_key] = loader.split_projection(&part("kv_a_proj_with_mqa"), heights)?;
         Ok(DeepseekLayer {
             query,
             latent,
@@ -114,7 +121,7 @@ pub(super) fn build<B: LatentOps + MoeOps>(
             rope_key,
             kv_b: loader.latent(&part("kv_b_proj"), |kv_b, format| HostLatent {
                 kv_b,
-                heads: config.num_heads,
+                heads,
                 nope: own.qk_nope_head_dim,
                 rope: own.qk_rope_head_dim,
                 v: own.v_head_dim,
@@ -128,16 +135,16 @@ pub(super) fn build<B: LatentOps + MoeOps>(
 }
 
 impl<B: Backend> Shared<B> {
-    fn new(config: &ModelConfig, own: &DeepseekConfig, sizes: Sizes, backend: &B) -> DeviceResult<Self> {
+    /// For a rank that has so many heads.
+    fn new(
+        config: &ModelConfig,
+        own: &DeepseekConfig,
+        (sizes, heads): (Sizes, usize),
+        backend: &B,
+    ) -> DeviceResult<Self> {
         let (nope, rope_dim) = (own.qk_nope_head_dim, own.qk_rope_head_dim);
         let head_dim = nope + rope_dim;
-        let layout = RopeLayout {
-            heads: config.num_heads,
-            head_dim,
-            offset: nope,
-            dim: rope_dim,
-            interleaved: own.rope_interleaved,
-        };
+        let layout = RopeLayout { heads, head_dim, offset: nope, dim: rope_dim, interleaved: own.rope_interleaved };
         let activation = |cols: usize| backend.tensor(sizes.rows, cols);
         Ok(Self {
             // yarn stretches the softmax as well (the factor is 1 without it).
@@ -146,10 +153,10 @@ impl<B: Backend> Shared<B> {
             q_rope: layout,
             k_rope: RopeLayout { heads: 1, head_dim: rope_dim, offset: 0, ..layout },
             q_latent: own.q_lora_rank.map(activation).transpose()?,
-            q: activation(config.num_heads * head_dim)?,
+            q: activation(heads * head_dim)?,
             latent: activation(own.kv_lora_rank)?,
             rope_key: activation(rope_dim)?,
-            context: activation(config.num_heads * own.v_head_dim)?,
+            context: activation(heads * own.v_head_dim)?,
             feed_forward: FeedForwardScratch::new(backend, config, sizes)?,
         })
     }

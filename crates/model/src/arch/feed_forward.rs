@@ -7,6 +7,7 @@ use crate::LoadError;
 use crate::checkpoint::Role;
 use crate::config::{Architecture, ModelConfig, MoeConfig};
 use crate::loader::Loader;
+use crate::split::Split;
 
 /// One layer's network.
 pub(super) enum FeedForward<B: MoeOps> {
@@ -64,9 +65,9 @@ pub(super) fn feed_forward_specs(config: &ModelConfig, layer: usize, specs: &mut
         let (mlp, width) = (format!("{prefix}.mlp"), config.intermediate_size);
         if config.fused_projections {
             specs.linear(format!("{mlp}.{FUSED_GATE_UP}"), 2 * width, hidden);
-            specs.linear(format!("{mlp}.down_proj"), hidden, width);
+            specs.shared(format!("{mlp}.down_proj"), hidden, width, Split::Inputs(width));
         } else {
-            mlp_specs(&mlp, PROJECTIONS, hidden, width, specs);
+            mlp_specs(&mlp, hidden, width, specs);
             if config.mlp_bias {
                 let rows = [width, width, hidden];
                 PROJECTIONS.iter().zip(rows).for_each(|(name, rows)| specs.vector(format!("{mlp}.{name}.bias"), rows));
@@ -82,18 +83,22 @@ pub(super) fn feed_forward_specs(config: &ModelConfig, layer: usize, specs: &mut
     }
     for expert in 0..moe.num_experts {
         let prefix = format!("{block}.experts.{expert}");
-        mlp_specs(&prefix, names.projections, hidden, moe.intermediate_size, specs);
+        let [gate, up, down] = names.projections.map(|name| format!("{prefix}.{name}"));
+        specs.linear(gate, moe.intermediate_size, hidden);
+        specs.linear(up, moe.intermediate_size, hidden);
+        specs.linear(down, hidden, moe.intermediate_size);
     }
     if moe.num_shared_experts > 0 {
         let width = moe.num_shared_experts * moe.intermediate_size;
-        mlp_specs(&format!("{block}.shared_experts"), PROJECTIONS, hidden, width, specs);
+        mlp_specs(&format!("{block}.shared_experts"), hidden, width, specs);
     }
 }
 
-fn mlp_specs(prefix: &str, [gate, up, down]: [&str; 3], hidden: usize, width: usize, specs: &mut Specs) {
-    specs.linear(format!("{prefix}.{gate}"), width, hidden);
-    specs.linear(format!("{prefix}.{up}"), width, hidden);
-    specs.linear(format!("{prefix}.{down}"), hidden, width);
+fn mlp_specs(prefix: &str, hidden: usize, width: usize, specs: &mut Specs) {
+    let [gate, up, down] = PROJECTIONS.map(|name| format!("{prefix}.{name}"));
+    specs.shared(gate, width, hidden, Split::Outputs(width));
+    specs.shared(up, width, hidden, Split::Outputs(width));
+    specs.shared(down, hidden, width, Split::Inputs(width));
 }
 
 fn correction_bias(block: &str) -> String {
@@ -157,15 +162,18 @@ fn allocated<T>(scratch: &mut Option<T>) -> &mut T {
 impl<B: Backend> FeedForwardScratch<B> {
     pub(super) fn new(backend: &B, config: &ModelConfig, sizes: Sizes) -> DeviceResult<Self> {
         let moe = config.moe.as_ref().filter(|moe| moe.layers.contains(&true));
+        let width = |whole| backend.world().share(whole).len();
         let has_dense = moe.is_none_or(|moe| moe.layers.contains(&false));
         let shared = moe.filter(|moe| moe.num_shared_experts > 0).map(|moe| {
             Ok(SharedExperts {
-                scratch: MlpScratch::new(backend, sizes.rows, moe.num_shared_experts * moe.intermediate_size)?,
+                scratch: MlpScratch::new(backend, sizes.rows, width(moe.num_shared_experts * moe.intermediate_size))?,
                 out: backend.tensor(sizes.rows, config.hidden_size)?,
             })
         });
         Ok(Self {
-            dense: has_dense.then(|| MlpScratch::new(backend, sizes.rows, config.intermediate_size)).transpose()?,
+            dense: has_dense
+                .then(|| MlpScratch::new(backend, sizes.rows, width(config.intermediate_size)))
+                .transpose()?,
             router_logits: moe.map(|moe| backend.tensor(sizes.rows, moe.num_experts)).transpose()?,
             shared: shared.transpose()?,
         })
@@ -191,7 +199,8 @@ impl<B: Backend> Mlp<B> {
     fn load(loader: &mut Loader<'_, B>, config: &ModelConfig, prefix: &str) -> Result<Self, LoadError> {
         let part = |name: &str| format!("{prefix}.{name}");
         let [gate, up] = if config.fused_projections {
-            loader.split_projection(&part(FUSED_GATE_UP), [config.intermediate_size; 2])?
+            let width = config.intermediate_size;
+            loader.split_projection(&part(FUSED_GATE_UP), [(width, Split::Outputs(width)); 2])?
         } else {
             [loader.projection(&part("gate_proj"))?, loader.projection(&part("up_proj"))?]
         };

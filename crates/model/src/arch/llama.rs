@@ -13,6 +13,7 @@ use super::{Projection, Sizes, Specs, StepAdapters};
 use crate::LoadError;
 use crate::config::{LlamaConfig, ModelConfig};
 use crate::loader::Loader;
+use crate::split::Split;
 
 const FUSED_QKV: &str = "qkv_proj";
 
@@ -57,13 +58,14 @@ pub(super) fn layer_specs(config: &ModelConfig, own: &LlamaConfig, layer: usize,
     } else {
         for (name, heads) in [("q_proj", config.num_heads), ("k_proj", own.num_kv_heads), ("v_proj", own.num_kv_heads)]
         {
-            specs.linear(format!("{attention}.{name}"), heads * head_dim, hidden);
+            specs.shared(format!("{attention}.{name}"), heads * head_dim, hidden, Split::Outputs(heads));
             if own.qkv_bias {
                 specs.vector(format!("{attention}.{name}.bias"), heads * head_dim);
             }
         }
     }
-    specs.linear(format!("{attention}.o_proj"), hidden, config.num_heads * head_dim);
+    let split = Split::Inputs(config.num_heads);
+    specs.shared(format!("{attention}.o_proj"), hidden, config.num_heads * head_dim, split);
     if own.o_bias {
         specs.vector(format!("{attention}.o_proj.bias"), hidden);
     }
@@ -81,7 +83,8 @@ pub(super) fn build<B: MoeOps>(
     loader: &mut Loader<'_, B>,
 ) -> Result<Decoder<B, LlamaLayer<B>>, LoadError> {
     let backend = loader.backend;
-    let (heads, kv_heads, head_dim) = (config.num_heads, own.num_kv_heads, own.head_dim);
+    let [heads, kv_heads] = [config.num_heads, own.num_kv_heads].map(|heads| backend.world().share(heads).len());
+    let head_dim = own.head_dim;
     let activation = |heads: usize| backend.tensor(sizes.rows, heads * head_dim);
     let shared = Shared {
         eps: config.rms_norm_eps,
@@ -97,7 +100,8 @@ pub(super) fn build<B: MoeOps>(
         let attention = format!("model.layers.{layer}.self_attn");
         let part = |name: &str| format!("{attention}.{name}");
         let [q, k, v] = if config.fused_projections {
-            loader.split_projection(&part(FUSED_QKV), [heads, kv_heads, kv_heads].map(|heads| heads * head_dim))?
+            let heads = [config.num_heads, own.num_kv_heads, own.num_kv_heads];
+            loader.split_projection(&part(FUSED_QKV), heads.map(|heads| (heads * head_dim, Split::Outputs(heads))))?
         } else {
             [
                 loader.projection(&part("q_proj"))?,

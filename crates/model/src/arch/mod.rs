@@ -12,12 +12,13 @@ mod projection;
 
 use std::collections::BTreeMap;
 
-use baton_device::{Backend, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as DeviceResult};
+use baton_device::{Backend, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as DeviceResult, World};
 
 use crate::LoadError;
 use crate::checkpoint::{Role, TensorSpec};
 use crate::config::{Architecture, Family, ModelConfig};
 use crate::loader::Loader;
+use crate::split::Split;
 
 pub(crate) use decoder::EMBEDDING_WEIGHT;
 pub(crate) use projection::{AdaptedRows, AdapterScratch, AdapterWeights, Delta, Projection, StepAdapters};
@@ -73,13 +74,13 @@ pub(crate) struct Sizes {
 pub(crate) struct Specs(pub(crate) BTreeMap<String, TensorSpec>);
 
 impl Specs {
-    fn add(&mut self, name: String, shape: Vec<usize>, role: Role) {
-        self.0.insert(name.clone(), TensorSpec { name, shape, role, encoding: None });
+    fn add(&mut self, name: String, shape: Vec<usize>, role: Role, split: Split) {
+        self.0.insert(name.clone(), TensorSpec { name, shape, role, encoding: None, split });
     }
 
     /// `{prefix}.weight`, a matrix `[out, in]`.
     fn matrix(&mut self, prefix: String, out_features: usize, in_features: usize, role: Role) {
-        self.add(format!("{prefix}.weight"), vec![out_features, in_features], role);
+        self.add(format!("{prefix}.weight"), vec![out_features, in_features], role, Split::Whole);
     }
 
     /// `{prefix}.weight`, a matrix `[out, in]` that may be quantised.
@@ -87,14 +88,19 @@ impl Specs {
         self.matrix(prefix, out_features, in_features, Role::Linear);
     }
 
-    /// `{prefix}.weight` of a norm.
-    fn norm(&mut self, prefix: String, len: usize) {
-        self.add(format!("{prefix}.weight"), vec![len], Role::Vector);
+    /// As [`linear`](Self::linear), shared out among ranks.
+    fn shared(&mut self, prefix: String, out_features: usize, in_features: usize, split: Split) {
+        self.add(format!("{prefix}.weight"), vec![out_features, in_features], Role::Linear, split);
     }
 
-    /// A vector by its full name.
+    /// `{prefix}.weight` of a norm.
+    fn norm(&mut self, prefix: String, len: usize) {
+        self.vector(format!("{prefix}.weight"), len);
+    }
+
+    /// A vector by its full name. Biases are shared out as their weights are.
     fn vector(&mut self, name: String, len: usize) {
-        self.add(name, vec![len], Role::Vector);
+        self.add(name, vec![len], Role::Vector, Split::Whole);
     }
 }
 
@@ -159,10 +165,10 @@ pub(crate) fn ops(config: &ModelConfig) -> Vec<Op> {
     [Some(attention), has_experts.then_some(Op::FusedMoe)].into_iter().flatten().collect()
 }
 
-/// The cache that a model of this config keeps.
-pub(crate) fn kv_spec(config: &ModelConfig, dtype: KvDtype, block_size: usize) -> KvSpec {
+/// The cache that a rank of a model of this config keeps.
+pub(crate) fn kv_spec(config: &ModelConfig, world: World, dtype: KvDtype, block_size: usize) -> KvSpec {
     let layer = match &config.family {
-        Family::Llama(own) => LayerKv::Full { kv_heads: own.num_kv_heads, head_dim: own.head_dim },
+        Family::Llama(own) => LayerKv::Full { kv_heads: world.share(own.num_kv_heads).len(), head_dim: own.head_dim },
         Family::Deepseek(own) => LayerKv::Latent { rank: own.kv_lora_rank, rope: own.qk_rope_head_dim },
     };
     KvSpec { layers: vec![layer; config.num_layers + config.mtp_layers], dtype, block_size }

@@ -143,6 +143,6 @@ impl<B: Backend> AdapterScratch<B> {
             let widths: BTreeMap<usize, ()> = slots.iter().map(|slot| (width(slot), ())).collect();
             widths.into_keys().map(|width| Ok((width, backend.tensor(CHUNK, width)?))).collect::<DeviceResult<_>>()
         };
-        Ok(Self { inputs: tensors(|slot| slot.in_features)?, outputs: tensors(|slot| slot.rows.len())? })
+        Ok(Self { inputs: tensors(|slot| slot.columns.len())?, outputs: tensors(|slot| slot.rows.len())? })
     }
 }

@@ -24,6 +24,7 @@ use header::WEIGHTS;
 pub use plain::{StoredAs, Tensors};
 
 use crate::quant::{Encoding, Parts, StoredTensor};
+use crate::split::Split;
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -101,6 +102,8 @@ pub(crate) struct TensorSpec {
     pub(crate) role: Role,
     /// How it is stored, if not as floats of that shape.
     pub(crate) encoding: Option<Encoding>,
+    /// How ranks share it out.
+    pub(crate) split: Split,
 }
 
 impl TensorSpec {

@@ -114,7 +114,7 @@ pub fn quantize(
     // Its capabilities only: what no device keeps as stored becomes what this one keeps it as.
     let backend = Reference::new();
     load::log_fallbacks(format, specs.values());
-    load::check_device(backend.caps(), &config, specs.values(), &checkpoint, (formats, BTreeSet::new()))?;
+    load::check_device(&backend, &config, specs.values(), &checkpoint, (formats, BTreeSet::new()))?;
 
     let kept = |spec: &TensorSpec| match spec.role {
         Role::Vector => checkpoint.dtype(&spec.name),

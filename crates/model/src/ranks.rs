@@ -1,0 +1,264 @@
+//! A model on several ranks: each has its share of it, on a thread of its own, and all take every step together.
+//!
+//! Invariants: all ranks get the same orders one by one, so they come to the same sums in the same order; the first samples, and what it
+//! says is the step's output. No order is given before every rank has answered the last one. A rank that fails or panics fails the step, and
+//! lets the others go; the next step finds all of them ready, or the device lost. Whoever does not answer when others have is
+//! waited for no longer than `timeout`, and then never asked again.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use baton_device::{Backend, DeviceError, LatentOps, MoeOps, World};
+
+use crate::adapter::AdapterLoader;
+use crate::checkpoint::Files;
+use crate::load::{LoadError, LoadOptions, LoadReport, load_share};
+use crate::runner::ModelRunner;
+use crate::step::{RunError, RunSpec, Runner, SequenceOutput, StepOutput, StepPlan};
+
+/// The ranks of one model as a runner.
+pub struct Ranks<B: Backend> {
+    spec: RunSpec,
+    looks_ahead: bool,
+    ranks: Vec<Rank<B>>,
+    adapters: Option<AdapterLoader<B>>,
+    answers: Receiver<(usize, Answer)>,
+    first_failure: FirstFailure,
+    timeout: Duration,
+    /// A step has failed since ranks were last ready.
+    failed: bool,
+    /// Why nothing more can be asked.
+    lost: Option<String>,
+}
+
+struct Rank<B: Backend> {
+    backend: Arc<B>,
+    /// Ends the thread when dropped.
+    orders: Option<Sender<Order>>,
+    /// `None` once it was given up.
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Clone)]
+enum Order {
+    Step(Arc<StepPlan>),
+    /// With what the first rank sampled.
+    LookAhead(Arc<StepPlan>, Vec<SequenceOutput>),
+    Clear(Arc<[u32]>),
+}
+
+/// What the first rank sampled; nothing of the others. The outer error is a panic.
+type Answer = Result<Result<Vec<SequenceOutput>, DeviceError>, Box<dyn Any + Send>>;
+
+/// The rank that failed first: the others' failures may follow from its own.
+type FirstFailure = Arc<Mutex<Option<usize>>>;
+
+/// What a rank tells when it is loaded.
+struct Loaded<B: Backend> {
+    backend: Arc<B>,
+    adapter_loader: Option<AdapterLoader<B>>,
+    spec: RunSpec,
+    looks_ahead: bool,
+    report: LoadReport,
+}
+
+/// Loads a checkpoint onto the ranks that `backends` are, in their order, each on a thread of its own. The report is that of the
+/// whole model. A rank that does not answer for `timeout` after another has is lost.
+///
+/// # Panics
+/// If `backends` are not all ranks in their order, or loading one panics.
+pub fn load_ranks<B: Backend + LatentOps + MoeOps>(
+    backends: Vec<B>,
+    files: &Files,
+    options: &LoadOptions,
+    timeout: Duration,
+) -> Result<(Ranks<B>, LoadReport), LoadError> {
+    let size = backends.len();
+    let (answer, answers) = channel();
+    let first_failure = FirstFailure::default();
+    let loading: Vec<_> = (0..)
+        .zip(backends)
+        .map(|(rank, backend)| {
+            assert_eq!(backend.world(), World { rank, size }, "the ranks in their order");
+            let (files, options) = (files.clone(), options.clone());
+            let (answer, first_failure) = (answer.clone(), first_failure.clone());
+            let (loaded, outcome) = channel();
+            let (orders, taken) = channel();
+            let work = move || {
+                let runner = load_share(backend, &files, &options).map(|(runner, report)| {
+                    let (adapter_loader, looks_ahead) = (runner.adapter_loader(), runner.looks_ahead());
+                    let (backend, spec) = (runner.shared_backend(), runner.spec().clone());
+                    (runner, Loaded { backend, adapter_loader, spec, looks_ahead, report })
+                });
+                match runner {
+                    Ok((runner, told)) => {
+                        // Whoever loads has given up if nobody listens, here and below.
+                        let _ = loaded.send(Ok(told));
+                        obey(runner, taken, &first_failure, |result| drop(answer.send((rank, result))));
+                    }
+                    Err(error) => drop(loaded.send(Err(error))),
+                }
+            };
+            let thread = thread::Builder::new().name(format!("rank {rank}")).spawn(work).map_err(|e| {
+                LoadError::Device(DeviceError::Unavailable { device: format!("rank {rank}"), reason: e.to_string() })
+            })?;
+            Ok((outcome, orders, thread))
+        })
+        .collect::<Result<_, LoadError>>()?;
+
+    let (mut ranks, mut told, mut adapters, mut failure) = (Vec::new(), Vec::new(), Vec::new(), None);
+    for (outcome, orders, thread) in loading {
+        let Ok(loaded) = outcome.recv() else { resume_unwind(thread.join().expect_err("it ended without a word")) };
+        let (orders, thread) = (Some(orders), Some(thread));
+        match loaded {
+            Ok(Loaded { backend, adapter_loader, spec, looks_ahead, report }) => {
+                ranks.push(Rank { backend, orders, thread });
+                adapters.extend(adapter_loader);
+                told.push((spec, looks_ahead, report));
+            }
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    let mut told = told.into_iter();
+    let (spec, looks_ahead, mut report) = told.next().expect("there are ranks");
+    for (others, _, of_other) in told {
+        assert_eq!(spec, others, "ranks have the same limits");
+        report.add_rank(&of_other);
+    }
+    let adapters = AdapterLoader::of_ranks(adapters);
+    let ranks =
+        Ranks { spec, looks_ahead, ranks, adapters, answers, first_failure, timeout, failed: false, lost: None };
+    Ok((ranks, report))
+}
+
+/// A rank's thread: orders until there are no more.
+fn obey<B: Backend>(
+    mut runner: ModelRunner<B>,
+    orders: Receiver<Order>,
+    first_failure: &Mutex<Option<usize>>,
+    answer: impl Fn(Answer),
+) {
+    let backend = runner.shared_backend();
+    let mut attention = None;
+    for order in orders {
+        // After a panic a runner can go on: it keeps no state but the cache, which is cleared.
+        let result = catch_unwind(AssertUnwindSafe(|| match order {
+            Order::Step(plan) => {
+                let (outputs, of_step) = runner.compute(&plan)?;
+                attention = Some(of_step);
+                Ok(outputs)
+            }
+            Order::LookAhead(plan, mut outputs) => {
+                let attention = attention.as_ref().expect("a step came before");
+                runner.look_ahead(&plan, attention, &mut outputs)?;
+                Ok(outputs)
+            }
+            Order::Clear(blocks) => runner.clear(&blocks).map(|()| Vec::new()),
+        }));
+        if !matches!(result, Ok(Ok(_))) {
+            first_failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(backend.world().rank);
+            backend.leave();
+        }
+        answer(result);
+    }
+}
+
+impl<B: Backend> Ranks<B> {
+    /// Loads adapters onto all ranks; `None` if they were not loaded for any (see
+    /// [`LoadOptions::max_lora_rank`](crate::LoadOptions::max_lora_rank)).
+    pub fn adapter_loader(&self) -> Option<AdapterLoader<B>> {
+        self.adapters.clone()
+    }
+
+    /// Has all ranks do something; what the first of them sampled.
+    fn all(&mut self, order: &Order) -> Result<Vec<SequenceOutput>, DeviceError> {
+        if let Some(reason) = &self.lost {
+            return Err(self.lost_to(reason.clone()));
+        }
+        if self.failed {
+            self.ranks.iter().try_for_each(|rank| rank.backend.rejoin())?;
+            self.failed = false;
+        }
+        for Rank { orders, .. } in &self.ranks {
+            let orders = orders.as_ref().expect("until it is dropped");
+            orders.send(order.clone()).expect("a rank takes orders until there are no more");
+        }
+        let mut answers: Vec<Option<Answer>> = self.ranks.iter().map(|_| None).collect();
+        while answers.iter().any(Option::is_none) {
+            let Some((rank, answer)) = self.next_answer(&answers) else {
+                return Err(self.give_up(&answers));
+            };
+            answers[rank] = Some(answer);
+        }
+        let first_failure = self.first_failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.failed = first_failure.is_some();
+        match answers.swap_remove(first_failure.unwrap_or(0)).expect("all have answered") {
+            Ok(result) => result,
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+
+    /// Waits as long as a step takes, but once the first rank, which has the most to do, is through, or one has failed, no longer
+    /// than the timeout.
+    fn next_answer(&self, so_far: &[Option<Answer>]) -> Option<(usize, Answer)> {
+        let failed = |answer: &Option<Answer>| matches!(answer, Some(Ok(Err(_)) | Err(_)));
+        if so_far[0].is_some() || so_far.iter().any(failed) {
+            return self.answers.recv_timeout(self.timeout).ok();
+        }
+        self.answers.recv().ok()
+    }
+
+    /// Leaves those behind that have not answered.
+    fn give_up(&mut self, answers: &[Option<Answer>]) -> DeviceError {
+        let silent = (0..answers.len()).filter(|&rank| answers[rank].is_none());
+        let silent = silent.inspect(|&rank| self.ranks[rank].thread = None).map(|rank| rank.to_string());
+        let reason = format!("rank {} does not answer for {:?}", silent.collect::<Vec<_>>().join(", "), self.timeout);
+        self.lost = Some(reason.clone());
+        self.lost_to(reason)
+    }
+
+    fn lost_to(&self, reason: String) -> DeviceError {
+        DeviceError::Lost { device: self.ranks[0].backend.caps().device.clone(), reason }
+    }
+}
+
+impl<B: Backend> Runner for Ranks<B> {
+    fn spec(&self) -> &RunSpec {
+        &self.spec
+    }
+
+    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+        if plan.sequences.is_empty() {
+            return Ok(StepOutput::default());
+        }
+        let plan = Arc::new(plan.clone());
+        let mut sequences = self.all(&Order::Step(plan.clone()))?;
+        if self.looks_ahead {
+            sequences = self.all(&Order::LookAhead(plan, sequences))?;
+        }
+        Ok(StepOutput { sequences })
+    }
+
+    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
+        self.all(&Order::Clear(blocks.into()))?;
+        Ok(())
+    }
+}
+
+impl<B: Backend> Drop for Rank<B> {
+    /// Ends the thread and waits for it, unless it was given up.
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take() {
+            // How it ends does not matter any more: each of its orders was answered.
+            let _ = thread.join();
+        }
+    }
+}
