@@ -73,6 +73,7 @@ impl AscendError {
         match (&self, self.class()) {
             (Self::OutOfMemory { bytes, .. }, _) => DeviceError::OutOfMemory { device, bytes: *bytes, what: op },
             (_, Class::Lost) => DeviceError::Lost { device, reason: format!("{op}: {self}") },
+            (_, Class::Poisoned) => DeviceError::Poisoned { device, reason: format!("{op}: {self}") },
             _ => DeviceError::Execution { device, op, reason: self.to_string() },
         }
     }

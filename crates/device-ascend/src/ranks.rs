@@ -45,7 +45,7 @@ impl Place {
         if !self.left.load(Ordering::Relaxed) {
             return Ok(());
         }
-        Err(DeviceError::Lost {
+        Err(DeviceError::Poisoned {
             device: device.to_owned(),
             reason: "a rank left in the middle of a step: the ranks must be joined anew".into(),
         })

@@ -37,8 +37,8 @@ fn a_rank_that_leaves_ends_the_others_sums_until_all_are_made_anew() {
     let mut x = backends[0].tensor(1, 8).unwrap();
     backends[0].write(&[1.0; 8], &mut x).unwrap();
     backends[1].leave();
-    assert!(matches!(backends[0].all_reduce(&mut x), Err(DeviceError::Lost { .. })));
-    assert!(backends.iter().all(|backend| matches!(backend.rejoin(), Err(DeviceError::Lost { .. }))));
+    assert!(matches!(backends[0].all_reduce(&mut x), Err(DeviceError::Poisoned { .. })));
+    assert!(backends.iter().all(|backend| matches!(backend.rejoin(), Err(DeviceError::Poisoned { .. }))));
     drop((x, backends));
     simulator.expect_clean();
     let outcome = conformance::ranks(&ranks(&simulator, 2, &options(DType::BF16)), WeightFormat::BF16).unwrap();

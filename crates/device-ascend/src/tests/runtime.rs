@@ -153,6 +153,7 @@ fn a_fault_of_a_kernel_is_final_and_a_new_start_is_sound() {
     step(&owner).unwrap();
     simulator.control("fault=aclnnInplaceAdd:1:run");
     let error = step(&owner).expect_err("the kernel faulted");
+    assert!(matches!(error, DeviceError::Poisoned { .. }), "{error}");
     assert!(error.to_string().contains("507015") && error.to_string().contains("earlier"), "{error}");
     let again = step(&owner).expect_err("for ever");
     assert!(again.to_string().contains("507015"), "{again}");
@@ -288,7 +289,8 @@ fn every_failing_call_of_a_step_is_typed_and_leaves_nothing() {
             match (step(&owner), class) {
                 (Ok(()), Class::Memory) if call == "aclrtMalloc" => {}
                 (Err(DeviceError::Lost { .. }), Class::Lost) => {}
-                (Err(DeviceError::Execution { reason, .. }), class) if class != Class::Lost => {
+                (Err(DeviceError::Poisoned { .. }), Class::Poisoned) => {}
+                (Err(DeviceError::Execution { reason, .. }), class) if !class.is_final() => {
                     assert!(reason.contains(call) && reason.contains(&code.to_string()), "{call} {code}: {reason}");
                 }
                 (other, class) => panic!("{call} {code}: {other:?}, {class:?}"),

@@ -82,7 +82,7 @@ fn a_rank_that_does_not_come_loses_the_others_within_the_timeout() {
     places.iter().for_each(|place| place.all_here("ascend:0").expect("nobody left"));
     places[1].leave();
     places.iter().for_each(|place| {
-        assert!(matches!(place.all_here("ascend:0"), Err(DeviceError::Lost { .. })));
+        assert!(matches!(place.all_here("ascend:0"), Err(DeviceError::Poisoned { .. })));
     });
     drop(owners);
 }
