@@ -5,8 +5,12 @@
 //! hash, so a case means the same numbers on every machine. What ranks do together is [`ranks()`].
 
 mod inputs;
+mod name;
 mod ranks;
 mod tolerance;
+mod vectors;
+
+pub use vectors::{MAGIC, Vector, Vectors, VectorsError};
 
 use inputs::{Source, activation, on_grid, router_logits};
 pub use inputs::{random_blocks, uniform};
@@ -275,7 +279,7 @@ pub fn run<B: Full>(case: &Case, backend: &B) -> Result<Outcome> {
 }
 
 /// The numbers that one backend computes for a case with inputs that `inputs` holds, all outputs one after the other.
-fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> {
+pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> {
     let activation = |rows: usize, cols: usize, seed: u64| activation(b, inputs, rows, cols, seed);
     match *case {
         Case::Group { rows, in_features, ref weights } => {
