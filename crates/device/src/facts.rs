@@ -18,7 +18,7 @@ pub struct DeviceFacts {
     pub memory: Option<DeviceMemory>,
     /// Versions by what has them: `driver`, `toolkit`.
     pub versions: BTreeMap<String, String>,
-    /// Libraries that were looked for.
+    /// Libraries that were looked for, in that order.
     pub libraries: Vec<LibraryFacts>,
     /// Functions that were looked up in these, and whether they are there.
     pub symbols: BTreeMap<String, bool>,
@@ -37,13 +37,13 @@ pub struct DeviceMemory {
     pub free: u64,
 }
 
-/// A library by the role that it has for a device.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// A library that was opened or tried.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LibraryFacts {
-    /// `runtime`, `operators`.
+    /// What it is for: `runtime`, `operators`.
     pub role: String,
-    /// Files that were opened, as they were found.
-    pub opened: Vec<String>,
-    /// Files that could not be, each with the loader's own words.
-    pub tried: Vec<(String, String)>,
+    /// The file, as it was looked for.
+    pub file: String,
+    /// Why it does not serve, in the loader's own words; `None` if it does.
+    pub problem: Option<String>,
 }

@@ -18,7 +18,12 @@ fn the_kept_vectors_are_what_the_judge_computes() {
     for case in cases {
         let outputs = evaluate(&case, &Reference::new()).unwrap();
         let outcome = vectors[case.to_string().as_str()].outcome(&outputs, TOLERANCE);
-        let outcome = outcome.unwrap_or_else(|| panic!("{case} has {} outputs: run `cargo xtask vectors`", outputs.len()));
-        assert!(outcome.passed(), "{case}: error {}; if that was meant, run `cargo xtask vectors`", outcome.max_error());
+        let outcome =
+            outcome.unwrap_or_else(|| panic!("{case} has {} outputs: run `cargo xtask vectors`", outputs.len()));
+        assert!(
+            outcome.passed(),
+            "{case}: error {}; if that was meant, run `cargo xtask vectors`",
+            outcome.max_error()
+        );
     }
 }

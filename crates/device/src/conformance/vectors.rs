@@ -77,7 +77,8 @@ impl Vectors {
 
     /// Reads a file.
     pub fn parse(bytes: &[u8]) -> std::result::Result<Self, VectorsError> {
-        let mut rest = bytes.strip_prefix(MAGIC.as_bytes()).and_then(|b| b.strip_prefix(b"\n")).ok_or(VectorsError::Magic)?;
+        let mut rest =
+            bytes.strip_prefix(MAGIC.as_bytes()).and_then(|b| b.strip_prefix(b"\n")).ok_or(VectorsError::Magic)?;
         let mut list = Vec::new();
         loop {
             let number = list.len() + 2;
@@ -108,7 +109,8 @@ impl Vectors {
 /// Name and outputs from a line of the list.
 fn listed(line: &[u8]) -> Option<(String, usize)> {
     let mut words = std::str::from_utf8(line).ok()?.split(' ');
-    let (name, outputs, kept) = (words.next()?, words.next()?.parse::<u32>().ok()?, words.next()?.parse::<usize>().ok()?);
+    let (name, outputs, kept) =
+        (words.next()?, words.next()?.parse::<u32>().ok()?, words.next()?.parse::<usize>().ok()?);
     let outputs = outputs as usize;
     let whole = words.next().is_none() && outputs > 0 && kept == count(outputs);
     whole.then(|| (name.to_owned(), outputs))
