@@ -18,7 +18,7 @@ pub struct DeviceFacts {
     pub memory: Option<DeviceMemory>,
     /// Versions by what has them: `driver`, `toolkit`.
     pub versions: BTreeMap<String, String>,
-    /// Libraries that were looked for, in that order.
+    /// Libraries that were looked for.
     pub libraries: Vec<LibraryFacts>,
     /// Functions that were looked up in these, and whether they are there.
     pub symbols: BTreeMap<String, bool>,
@@ -37,13 +37,13 @@ pub struct DeviceMemory {
     pub free: u64,
 }
 
-/// A library that was opened or tried.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A library by the role that it has for a device.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LibraryFacts {
-    /// What it is for: `runtime`, `operators`.
+    /// `runtime`, `operators`.
     pub role: String,
-    /// The file, as it was looked for.
-    pub file: String,
-    /// Why it does not serve, in the loader's own words; `None` if it does.
-    pub problem: Option<String>,
+    /// Files that were opened, as they were found.
+    pub opened: Vec<String>,
+    /// Files that could not be, each with the loader's own words.
+    pub tried: Vec<(String, String)>,
 }

@@ -184,9 +184,10 @@ fn device_lines(facts: &DeviceFacts, line: &mut dyn FnMut(&str, &str)) {
     }
     facts.versions.iter().chain(&facts.details).for_each(|(name, value)| line(name, value));
     for library in &facts.libraries {
-        let problem =
-            library.problem.as_ref().map_or_else(String::new, |problem| format!(" does not serve: {problem}"));
-        line(&library.role, &format!("{}{problem}", library.file));
+        library.opened.iter().for_each(|file| line(&library.role, file));
+        for (file, problem) in &library.tried {
+            line(&library.role, &format!("{file} does not serve: {problem}"));
+        }
     }
     if !facts.symbols.is_empty() {
         let absent: Vec<&str> = facts.symbols.iter().filter(|(_, there)| !**there).map(|(name, _)| &**name).collect();

@@ -27,8 +27,10 @@ pub fn system() -> BTreeMap<&'static str, String> {
 
 /// A device as JSON.
 pub fn device(facts: &DeviceFacts) -> Value {
-    let library =
-        |library: &LibraryFacts| json!({"role": library.role, "file": library.file, "problem": library.problem});
+    let library = |library: &LibraryFacts| {
+        let tried = library.tried.iter().map(|(file, problem)| json!({"file": file, "problem": problem}));
+        json!({"role": library.role, "opened": library.opened, "tried": tried.collect::<Vec<_>>()})
+    };
     json!({
         "device": facts.device,
         "chip": facts.chip,
