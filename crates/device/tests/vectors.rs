@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-use baton_device::Reference;
+use baton_device::{DType, Reference};
 use baton_device::conformance::{Vectors, cases, evaluate};
 
 /// Mathematical functions of another machine's library may differ in the last digits.
@@ -16,7 +16,7 @@ fn the_kept_vectors_are_what_the_judge_computes() {
     let names: BTreeSet<String> = cases.iter().map(ToString::to_string).collect();
     assert!(vectors.keys().copied().eq(names.iter().map(String::as_str)), "run `cargo xtask vectors`");
     for case in cases {
-        let outputs = evaluate(&case, &Reference::new()).unwrap();
+        let outputs = evaluate(&case, &Reference::new(), DType::F32).unwrap();
         let outcome = vectors[case.to_string().as_str()].outcome(&outputs, TOLERANCE);
         let outcome =
             outcome.unwrap_or_else(|| panic!("{case} has {} outputs: run `cargo xtask vectors`", outputs.len()));

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use super::{Case, Outcome, evaluate};
-use crate::{Reference, Result};
+use crate::{DType, Reference, Result};
 
 /// The first line of a file.
 pub const MAGIC: &str = "baton-vectors 1";
@@ -63,7 +63,7 @@ impl Vectors {
     /// What the judge computes for each case.
     pub fn compute(cases: &[Case]) -> Result<Self> {
         let judge = Reference::new();
-        let vector = |case: &Case| Ok((case.to_string(), Vector::of(&evaluate(case, &judge)?)));
+        let vector = |case: &Case| Ok((case.to_string(), Vector::of(&evaluate(case, &judge, DType::F32)?)));
         Ok(Self { cases: cases.iter().map(vector).collect::<Result<_>>()? })
     }
 
@@ -170,7 +170,7 @@ mod tests {
         let cases = few();
         let vectors = Vectors::compute(&cases).unwrap();
         let (case, vector) = (&cases[1], vectors.by_name()[cases[1].to_string().as_str()]);
-        let mut outputs = evaluate(case, &Reference::new()).unwrap();
+        let mut outputs = evaluate(case, &Reference::new(), DType::F32).unwrap();
         assert!(vector.outcome(&outputs, 0.0).unwrap().passed());
         outputs[0] += 1e-3;
         assert!(!vector.outcome(&outputs, 2e-5).unwrap().passed());
