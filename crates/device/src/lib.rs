@@ -19,6 +19,7 @@ mod facts;
 mod ggml;
 mod host;
 pub mod int8;
+mod largest;
 mod reference;
 mod routing;
 
@@ -32,5 +33,6 @@ pub use error::{DeviceError, Result};
 pub use facts::{DeviceFacts, DeviceMemory, LibraryFacts};
 pub use ggml::{BlockFormat, Unpacked};
 pub use host::{ExpertSource, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, RowSource};
+pub use largest::first_largest;
 pub use reference::Reference;
 pub use routing::{GroupScore, Groups, Routing, Scoring, select_experts};
