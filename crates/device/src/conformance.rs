@@ -7,7 +7,7 @@
 mod name;
 mod vectors;
 
-pub use vectors::{MAGIC, Vector, Vectors, VectorsError};
+pub use vectors::{MAGIC, Vector, Vectors, VectorsError, name};
 mod inputs;
 mod tolerance;
 

@@ -1,14 +1,19 @@
 //! The one place that names concrete devices.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use baton_device::conformance::{self, Case, Outcome};
-use baton_device::{Backend, Caps, DeviceError, DeviceFacts, DeviceMemory, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, Caps, DType, DeviceError, DeviceFacts, DeviceMemory, LatentOps, MoeOps, Reference};
+use baton_device_ascend::{AscendBackend, AscendOptions, Chip, Search};
 use baton_device_cpu::{CpuBackend, CpuOptions, Limits};
 use baton_model::{Adapter, AdapterError, Files, LoadError, LoadOptions, LoadReport, Runner, load};
 
 use crate::memory;
+
+/// The longest that an Ascend device is waited for.
+const ASCEND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A device by the name an operator gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +22,8 @@ pub enum Device {
     Cpu,
     /// The naive judge.
     Reference,
+    /// A Huawei Ascend NPU, by its number among those that the runtime sees.
+    Ascend(u32),
 }
 
 /// Loads the adapter of a folder, for one runner.
@@ -39,14 +46,18 @@ pub struct CaseRunner {
 
 impl Device {
     /// What a machine may have: one of each kind.
-    pub const KINDS: &[Self] = &[Device::Cpu];
+    pub const KINDS: &[Self] = &[Device::Cpu, Device::Ascend(0)];
 
     /// Reads `--device`.
     pub fn parse(name: &str) -> Result<Self> {
         match name {
             "auto" | "cpu" => Ok(Device::Cpu),
             "reference" => Ok(Device::Reference),
-            other => bail!("--device {other}: this build serves on cpu and reference (auto takes cpu)"),
+            "ascend" => Ok(Device::Ascend(0)),
+            other => match other.strip_prefix("ascend:").map(str::parse) {
+                Some(Ok(number)) => Ok(Device::Ascend(number)),
+                _ => bail!("--device {other}: this build serves on cpu, reference and ascend:N (auto takes cpu)"),
+            },
         }
     }
 
@@ -62,14 +73,30 @@ impl Device {
         match self {
             Device::Cpu => DeviceFacts { memory, ..baton_device_cpu::probe() },
             Device::Reference => DeviceFacts { device: "reference".into(), count: 1, memory, ..DeviceFacts::default() },
+            Device::Ascend(number) => baton_device_ascend::probe(&Search::from_env(), number),
         }
     }
 
-    /// Opens the device for conformance cases, on all cores.
-    pub fn case_runner(self) -> Result<CaseRunner, DeviceError> {
+    /// The types of activations that a device as it was found computes in, the one that it serves in first.
+    pub fn activations(self, facts: &DeviceFacts) -> &'static [DType] {
+        match self {
+            Device::Cpu | Device::Reference => &[DType::F32],
+            Device::Ascend(_) => match facts.chip.as_deref().and_then(Chip::from_soc_name) {
+                Some(chip) if !chip.has_bf16() => &[DType::F16],
+                _ => &[DType::BF16, DType::F16, DType::F32],
+            },
+        }
+    }
+
+    /// Opens the device for conformance cases with activations of a type that it computes in, on all cores.
+    pub fn case_runner(self, activations: DType) -> Result<CaseRunner, DeviceError> {
         Ok(match self {
             Device::Cpu => case_runner(CpuBackend::new(&CpuOptions { threads: 0, isa: None })?),
             Device::Reference => case_runner(Reference::new()),
+            // So that an error names the operator that caused it.
+            Device::Ascend(number) => {
+                case_runner(AscendBackend::new(&AscendOptions { blocking: true, ..ascend(number, activations) })?)
+            }
         })
     }
 
@@ -78,7 +105,22 @@ impl Device {
         Ok(match self {
             Device::Cpu => erased(CpuBackend::new(&CpuOptions { threads, isa: None })?, files, options)?,
             Device::Reference => erased(Reference::new(), files, options)?,
+            Device::Ascend(number) => {
+                let activations = options.dtype.unwrap_or(self.activations(&self.probe())[0]);
+                erased(AscendBackend::new(&ascend(number, activations))?, files, options)?
+            }
         })
+    }
+}
+
+fn ascend(device: u32, activations: DType) -> AscendOptions {
+    AscendOptions {
+        device,
+        search: Search::from_env(),
+        activations,
+        timeout: ASCEND_TIMEOUT,
+        blocking: false,
+        fused: true,
     }
 }
 
