@@ -16,13 +16,14 @@ use crate::error::AscendError;
 use crate::forms::{self, CacheShape, Forms, LatentForm, LatentShape, NormShape};
 use crate::installation::{self, Installation};
 use crate::libraries::Search;
-use crate::linear::{Linear, float_bytes, linear_group};
+use crate::linear::{self, Linear, float_bytes, linear_group};
 use crate::object::{DataType, View};
 use crate::ops::fused_rows::add_rms_norm;
 use crate::ops::latent::LatentView;
 use crate::ops::{attention, fused_attention, fused_latent, index, latent, rope, rows};
 use crate::owner::Owner;
 use crate::plan::{AttentionPlan, Part, Step, mask_rows};
+use crate::quant;
 use crate::tensor::{Buffer, Tensor, Vector};
 
 /// How a device is opened.
@@ -80,7 +81,8 @@ impl AscendBackend {
         let device = DeviceOptions { id: options.device as i32, timeout: options.timeout, blocking: options.blocking };
         let owner = Arc::new(Owner::start(acl, name.clone(), device, chip)?);
         let masks = Buffer::with(&owner, encode(&mask_rows(), DataType::F32))?;
-        let caps = caps(name, soc, chip, options.activations);
+        let blocks = quant::offered(chip, &acl.operators, activations);
+        let caps = caps(name, soc, chip, options.activations, blocks);
         let forms = Forms::new(!options.fused);
         Ok(Self { caps, chip, activations, forms, owner, masks, windows: Mutex::default() })
     }
@@ -106,9 +108,10 @@ impl AscendBackend {
 }
 
 /// What a chip offers with activations of a type.
-fn caps(device: String, isa: String, chip: Chip, activations: DType) -> Caps {
+fn caps(device: String, isa: String, chip: Chip, activations: DType, blocks: Vec<WeightFormat>) -> Caps {
     let mut weight_formats = BTreeSet::from([WeightFormat::F32, WeightFormat::F16]);
     weight_formats.extend(chip.has_bf16().then_some(WeightFormat::BF16));
+    weight_formats.extend(blocks);
     let mut narrow_activations = BTreeSet::new();
     if activations != DType::F32 {
         narrow_activations.extend(weight_formats.iter().filter(|format| **format != WeightFormat::F32));
@@ -198,9 +201,9 @@ impl Backend for AscendBackend {
 
     fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
-        let (ids, table) = (indices(ids), table.rows());
-        let out = out.output(ids.len(), table.dtype);
-        self.queue("embed", ids.len(), move |device| index::embed(device, &ids, &table, &out))
+        let (ids, out) = (indices(ids), out.output(ids.len(), table.dtype()));
+        let table = table.view();
+        self.queue("embed", ids.len(), move |device| linear::embed(device, &ids, &table, &out))
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {

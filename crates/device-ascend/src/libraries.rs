@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn without_cann_the_reason_lists_everything_that_was_tried() {
-        let folder = std::env::temp_dir().join("baton-no-such-folder");
+        let folder = env::temp_dir().join("baton-no-such-folder");
         let search = Search { folder: Some(folder.clone()) };
         let unavailable = Acl::load(&search).err().expect("nothing is there");
         for role in [Role::Runtime, Role::Meta, Role::Operators] {

@@ -14,6 +14,7 @@ use std::time::Duration;
 use baton_device::{DeviceError, Result};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
+use crate::abi::operators::Operators;
 use crate::chip::Chip;
 use crate::device::{Device, DeviceOptions};
 use crate::error::AscendError;
@@ -54,6 +55,7 @@ enum Waited<T> {
 
 /// A device's thread.
 pub(crate) struct Owner {
+    acl: &'static Acl,
     name: String,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
@@ -94,7 +96,20 @@ impl Owner {
             Ok(Err(error)) => return Err(unavailable(error.to_string())),
             Err(_) => return Err(unavailable(format!("it did not open within {} s", patience.as_secs()))),
         }
-        Ok(Self { name, jobs: Some(jobs), thread: Some(thread), ended, patience, served, hung: AtomicBool::new(false) })
+        Ok(Self {
+            acl,
+            name,
+            jobs: Some(jobs),
+            thread: Some(thread),
+            ended,
+            patience,
+            served,
+            hung: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn operators(&self) -> &'static Operators {
+        &self.acl.operators
     }
 
     fn lost(&self, reason: String) -> DeviceError {

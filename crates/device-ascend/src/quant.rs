@@ -9,6 +9,7 @@
 //! Invariant: codes are row-major `[out, in]`; of int4 two share a byte, the low half first (UNCONFIRMED, as is that products
 //! per group take the transposed view of these rows as well as they take the other layout).
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use crate::chip::Chip;
 use crate::device::{Device, encode};
 use crate::error::AscendError;
 use crate::object::{DataType, View};
+use crate::ops::index::select;
 use crate::owner::Owner;
 use crate::tensor::Buffer;
 
@@ -48,8 +50,6 @@ pub(crate) enum Form {
     Int4,
     /// int8 codes, a scale for each row; activations in int8.
     Rows,
-    /// int8 codes, a scale for each row; activations as they are.
-    WideRows,
 }
 
 /// A weight in blocks.
@@ -77,42 +77,41 @@ impl Blocks {
     /// Keeps a matrix `[out, in]` in a format that is offered.
     pub(crate) fn new(
         owner: &Arc<Owner>,
-        operators: &Operators,
         matrix: &HostTensor<'_>,
         format: BlockFormat,
         activations: DataType,
     ) -> SeamResult<Self> {
         let &[rows, cols] = matrix.shape() else { panic!("{}: {:?} is no matrix", matrix.name(), matrix.shape()) };
         matrix.expect_keepable(WeightFormat::Ggml(format))?;
+        let refused = |reason: String| DeviceError::Format {
+            tensor: matrix.name().to_owned(),
+            dtype: matrix.dtype(),
+            format: WeightFormat::Ggml(format),
+            reason,
+        };
+        if !matches!(format, BlockFormat::Q8_0 | BlockFormat::Q4_0) {
+            return Err(refused("of block formats this device keeps Q8_0 and Q4_0".into()));
+        }
         if cols > LIMIT {
-            return Err(DeviceError::Format {
-                tensor: matrix.name().to_owned(),
-                dtype: matrix.dtype(),
-                format: WeightFormat::Ggml(format),
-                reason: format!("it has {cols} columns; blocks are kept up to {LIMIT}, wider weights as f16 or bf16"),
-            });
+            return Err(refused(format!(
+                "it has {cols} columns: blocks are kept up to {LIMIT}, wider rows as f16 or bf16"
+            )));
         }
         let Taken { codes, scales } = take(matrix, format);
         let groups = cols / GROUP;
         let by_row = scales.chunks_exact(groups).all(|row| row.iter().all(|scale| *scale == row[0]));
+        let operators = owner.operators();
         let narrow = operators.dynamic_quant.is_some() && operators.quant_matmul.is_some();
         let form = match (format, by_row) {
             (BlockFormat::Q8_0, true) if narrow => Form::Rows,
-            // Groups must be less than the whole row.
-            (BlockFormat::Q8_0, _) if groups == 1 => Form::WideRows,
             (BlockFormat::Q8_0, _) => Form::Int8,
-            (BlockFormat::Q4_0, _) => Form::Int4,
-            _ => panic!("{format} is not offered"),
+            _ => Form::Int4,
         };
-        let (scale_type, scale_dims) = match form {
-            Form::Rows => (DataType::F32, vec![rows]),
-            Form::WideRows => (activations, vec![rows]),
-            Form::Int8 | Form::Int4 => (activations, vec![rows, groups]),
-        };
-        let scales: Vec<f32> = match form {
-            Form::Rows | Form::WideRows => scales.into_iter().step_by(groups).collect(),
-            Form::Int8 | Form::Int4 => scales,
-        };
+        // The scales of a group that is a whole row are those of rows.
+        let per_row = form == Form::Rows || groups == 1;
+        let scale_type = if form == Form::Rows { DataType::F32 } else { activations };
+        let scale_dims = if per_row { vec![rows] } else { vec![rows, groups] };
+        let scales: Vec<f32> = if per_row { scales.into_iter().step_by(groups).collect() } else { scales };
         let (code_type, bytes) = match form {
             Form::Int4 => (DataType::I4, codes.as_chunks().0.iter().map(|[low, high]| low & 15 | high << 4).collect()),
             _ => (DataType::I8, codes),
@@ -150,19 +149,19 @@ struct Taken {
     scales: Vec<f32>,
 }
 
-/// Takes blocks apart, those of a file or made here.
+/// A matrix in blocks: a file's own, or made.
+pub(crate) fn block_bytes<'a>(matrix: &HostTensor<'a>, format: BlockFormat) -> Cow<'a, [u8]> {
+    match matrix.stored() {
+        Some(stored) if matrix.dtype() == DType::Ggml(format) => stored.into(),
+        _ => matrix.to_blocks(&|values| format.quantize(values)).into(),
+    }
+}
+
+/// Takes blocks apart.
 fn take(matrix: &HostTensor<'_>, format: BlockFormat) -> Taken {
-    let made;
-    let blocks = match matrix.stored() {
-        Some(stored) if matrix.dtype() == DType::Ggml(format) => stored,
-        _ => {
-            made = matrix.to_blocks(&|values| format.quantize(values));
-            &made
-        }
-    };
     let mut taken = Taken { codes: Vec::with_capacity(matrix.len()), scales: Vec::with_capacity(matrix.len() / GROUP) };
     let mut unpacked = Unpacked::default();
-    for block in blocks.chunks_exact(format.bytes()) {
+    for block in block_bytes(matrix, format).chunks_exact(format.bytes()) {
         format.unpack(block, &mut unpacked);
         taken.codes.extend(unpacked.codes[..GROUP].iter().map(|code| *code as u8));
         taken.scales.push(unpacked.group_scale(0));
@@ -178,70 +177,62 @@ fn halves() -> Vec<f32> {
 
 /// `out = x·Wᵀ`, all in the type of the activations. `out` is contiguous.
 pub(crate) fn product(device: &mut Device, x: &View, weight: &BlocksView, out: &View) -> Result<()> {
-    let rows = weight.codes.dims[0] as usize;
+    let (tokens, rows) = (x.dims[0] as usize, weight.codes.dims[0] as usize);
     if rows <= LIMIT {
         return part(device, x, weight, 0..rows, out);
     }
     // The operator takes no more; its results are put side by side.
-    let tokens = x.dims[0] as usize;
-    device.with_scratch(tokens * PART * out.dtype.bytes(), |device, block| {
-        for start in (0..rows).step_by(PART) {
-            let len = PART.min(rows - start);
-            let piece = View::new(block, out.dtype, &[tokens, len]);
+    for start in (0..rows).step_by(PART) {
+        let len = PART.min(rows - start);
+        device.with_views([(out.dtype, &[tokens, len])], |device, [piece]| {
             part(device, x, weight, start..start + len, &piece)?;
-            let (to, from) = (device.tensor(&out.narrow(1, start, len))?, device.tensor(&piece)?);
-            device.copy(&to, &from)?;
-        }
-        Ok(())
-    })
+            device.assign(&out.narrow(1, start, len), &piece)
+        })?;
+    }
+    Ok(())
 }
 
 /// The product with some rows.
 fn part(device: &mut Device, x: &View, weight: &BlocksView, rows: Range<usize>, out: &View) -> Result<()> {
     let narrow = |view: &View| view.narrow(0, rows.start, rows.len());
     let (codes, scales) = (narrow(&weight.codes), narrow(&weight.scales));
-    let [tokens, cols] = [x.dims[0], x.dims[1]].map(|d| d as usize);
-    let group = match weight.form {
-        Form::Int8 | Form::Int4 => GROUP as i32,
-        Form::WideRows => 0,
-        Form::Rows => {
-            let bytes = tokens * cols;
-            return device.with_scratch(bytes, |device, narrowed| {
-                device.with_scratch(tokens * DataType::F32.bytes(), |device, token_scales| {
-                    let narrowed = device.tensor(&View::new(narrowed, DataType::I8, &[tokens, cols]))?;
-                    let token_scales = device.tensor(&View::new(token_scales, DataType::F32, &[tokens]))?;
-                    let (x, out) = (device.tensor(x)?, device.tensor(out)?);
-                    let (codes, scales) = (device.tensor(&codes)?, device.tensor(&scales)?);
-                    device.dynamic_quant(&x, None, &narrowed, &token_scales)?;
-                    let token_scales = Some(&token_scales);
-                    device.quant_matmul(&narrowed, &codes, &scales, None, token_scales, None, false, true, &out)
-                })
-            });
-        }
-    };
-    let scales = if scales.dims.len() == 2 { scales.swap(0, 1) } else { scales };
+    if weight.form == Form::Rows {
+        return by_rows(device, x, &codes, &scales, out);
+    }
+    let (scales, group) = if scales.dims.len() == 2 { (scales.swap(0, 1), GROUP as i32) } else { (scales, 0) };
     let (x, out) = (device.tensor(x)?, device.tensor(out)?);
     let (codes, scales) = (device.tensor(&codes.swap(0, 1))?, device.tensor(&scales)?);
     device.weight_quant_batch_matmul(&x, &codes, &scales, None, None, None, None, group, &out)
 }
 
+/// The product of activations made int8 with int8 rows.
+fn by_rows(device: &mut Device, x: &View, codes: &View, scales: &View, out: &View) -> Result<()> {
+    let [tokens, cols] = [x.dims[0], x.dims[1]].map(|d| d as usize);
+    device.with_views(
+        [(DataType::I8, &[tokens, cols]), (DataType::F32, &[tokens])],
+        |device, [narrow, token_scales]| {
+            let (x, out) = (device.tensor(x)?, device.tensor(out)?);
+            let (narrow, token_scales) = (device.tensor(&narrow)?, device.tensor(&token_scales)?);
+            let (codes, scales) = (device.tensor(codes)?, device.tensor(scales)?);
+            device.dynamic_quant(&x, None, &narrow, &token_scales)?;
+            device.quant_matmul(&narrow, &codes, &scales, None, Some(&token_scales), None, false, true, &out)
+        },
+    )
+}
+
 /// `out[t] = row ids[t]`, widened. `ids` are integers `[tokens]`; `out` is contiguous `[tokens, in]`.
 pub(crate) fn rows(device: &mut Device, ids: &View, weight: &BlocksView, out: &View) -> Result<()> {
-    let (tokens, cols) = (ids.numel(), weight.codes.dims[1] as usize);
-    let groups = weight.scales.numel() / weight.codes.dims[0] as usize;
-    let values = tokens * cols;
-    device.with_scratch(values * DataType::F32.bytes(), |device, block| {
-        let wide = View::new(block, DataType::F32, &[tokens, cols]);
+    let (tokens, [rows, cols]) = (ids.numel(), [0, 1].map(|d| weight.codes.dims[d] as usize));
+    let groups = weight.scales.numel() / rows;
+    let all_scales = weight.scales.reshape(&[rows, groups]);
+    let shapes: [(DataType, &[usize]); 2] = [(DataType::F32, &[tokens, cols]), (all_scales.dtype, &[tokens, groups])];
+    device.with_views(shapes, |device, [wide, scales]| {
         codes(device, ids, weight, &wide)?;
-        device.with_scratch(tokens * groups * DataType::F32.bytes(), |device, block| {
-            let all = weight.scales.reshape(&[weight.codes.dims[0] as usize, groups]);
-            let picked = View::new(block, all.dtype, &[tokens, groups]);
-            pick(device, ids, &all, &picked)?;
-            device.with_type(&picked, DataType::F32, |device, scales| {
-                let product = device.tensor(&wide.reshape(&[tokens, groups, cols / groups]))?;
-                let scales = device.tensor(&scales.broadcast(2, cols / groups))?;
-                device.mul_in_place(&product, &scales)
-            })
+        select(device, &all_scales, ids, &scales)?;
+        device.with_type(&scales, DataType::F32, |device, scales| {
+            let product = device.tensor(&wide.reshape(&[tokens, groups, cols / groups]))?;
+            let scales = device.tensor(&scales.broadcast(2, cols / groups))?;
+            device.mul_in_place(&product, &scales)
         })?;
         device.convert(&wide, out)
     })
@@ -249,28 +240,21 @@ pub(crate) fn rows(device: &mut Device, ids: &View, weight: &BlocksView, out: &V
 
 /// The codes of some rows in f32.
 fn codes(device: &mut Device, ids: &View, weight: &BlocksView, out: &View) -> Result<()> {
-    let (tokens, rows) = (ids.numel(), weight.codes.dims[0] as usize);
+    let (tokens, [rows, cols]) = (ids.numel(), [0, 1].map(|d| weight.codes.dims[d] as usize));
     let Some(halves) = &weight.halves else {
-        return device.with_scratch(out.numel(), |device, block| {
-            let picked = View::new(block, weight.codes.dtype, &[tokens, out.numel() / tokens]);
-            pick(device, ids, &weight.codes, &picked)?;
+        return device.with_views([(weight.codes.dtype, &[tokens, cols])], |device, [picked]| {
+            select(device, &weight.codes, ids, &picked)?;
             device.convert(&picked, out)
         });
     };
-    let pairs = weight.codes.dims[1] as usize / 2;
-    let bytes = View::new(weight.codes.base, DataType::U8, &[rows, pairs]);
-    device.with_scratch(tokens * pairs, |device, block| {
-        let picked = View::new(block, DataType::U8, &[tokens, pairs]);
-        pick(device, ids, &bytes, &picked)?;
+    // Two to a byte: each byte stands for a row of the table.
+    let bytes = View::new(weight.codes.base, DataType::U8, &[rows, cols / 2]);
+    device.with_views([(DataType::U8, &[tokens, cols / 2])], |device, [picked]| {
+        select(device, &bytes, ids, &picked)?;
         device.with_type(&picked, DataType::I32, |device, index| {
             let (table, index) = (device.tensor(halves)?, device.tensor(index)?);
-            let out = device.tensor(&out.reshape(&[tokens, pairs, 2]))?;
+            let out = device.tensor(&out.reshape(&[tokens, cols / 2, 2]))?;
             device.embedding(&table, &index, &out)
         })
     })
-}
-
-fn pick(device: &mut Device, ids: &View, from: &View, out: &View) -> Result<()> {
-    let (ids, from, out) = (device.tensor(ids)?, device.tensor(from)?, device.tensor(out)?);
-    device.index_select(&from, 0, &ids, &out)
 }

@@ -37,8 +37,7 @@ impl Case {
     /// Keeps it, and gives `x·Wᵀ` for `tokens` rows and some of its own rows; each with what they should be.
     fn run(&self, tokens: usize, activations: DataType, form: Form) -> [(Vec<f32>, Vec<f32>); 2] {
         let owner = open();
-        let operators = owner.call("test", |device| Ok(device.operators())).expect("no work");
-        let kept = Blocks::new(&owner, operators, &self.tensor(), self.format, activations).expect("it is offered");
+        let kept = Blocks::new(&owner, &self.tensor(), self.format, activations).expect("it is offered");
         let (view, rows, cols) = (kept.view(), self.rows, self.cols);
         assert_eq!(view.form(), form);
         // Numbers that both types have.
@@ -141,9 +140,8 @@ fn blocks_are_made_of_floats_as_the_format_makes_them() {
     let bytes = encode(&values, DataType::F32);
     let made = HostTensor::new("weight", DType::F32, vec![3, 64], &bytes);
     let owner = open();
-    let operators = owner.call("test", |device| Ok(device.operators())).expect("no work");
     for format in [BlockFormat::Q8_0, BlockFormat::Q4_0] {
-        let kept = Blocks::new(&owner, operators, &made, format, DataType::F16).expect("it is offered");
+        let kept = Blocks::new(&owner, &made, format, DataType::F16).expect("it is offered");
         let (mut wide, view) = (vec![0.0; values.len()], kept.view());
         format.dequantize(&format.quantize(&values), &mut wide);
         let rows = owner
