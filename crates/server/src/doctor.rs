@@ -4,6 +4,7 @@
 //! to do about it, and makes the exit code 1. A device that nobody asked for may be missing.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
@@ -23,7 +24,7 @@ use crate::{backend::Device, facts, handoff::listed, load, memory, state_dir::St
 /// What `baton doctor` takes.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// Device(s) that must be there: auto (the CPU, today), cpu, or reference [default: the CPU; the others are looked for]
+    /// Device(s) that must be there: auto (the CPU, today), cpu, ascend:N, or reference [default: the CPU; the others are looked for]
     #[arg(long, value_name = "DEVICE,…", value_delimiter = ',')]
     device: Vec<String>,
 
@@ -148,29 +149,33 @@ impl Findings {
 
     fn text(&self) -> String {
         let mut text = String::new();
-        let mut line = |name: &str, value: &str| _ = writeln!(text, "{name:<20} {value}");
-        let words =
-            |facts: std::collections::BTreeMap<&str, String>| facts.into_values().collect::<Vec<_>>().join(", ");
-        line("baton", &words(facts::build()));
-        line("system", &words(facts::system()));
+        let words = |facts: BTreeMap<&str, String>| facts.into_values().collect::<Vec<_>>().join(", ");
+        line(&mut text, "baton", &words(facts::build()));
+        line(&mut text, "system", &words(facts::system()));
         if let Some((free, total)) = memory::available_bytes().zip(memory::total_bytes()) {
-            line("memory", &format!("{} free of {}", HumanBytes(free), HumanBytes(total)));
+            line(&mut text, "memory", &format!("{} free of {}", HumanBytes(free), HumanBytes(total)));
         }
-        self.open_files.iter().for_each(|limit| line("open files", &format!("{limit} at most")));
-        line("model", &self.model);
-        line("state folder", self.state_dir.as_deref().unwrap_or("not looked at: none is named (--state-dir)"));
+        self.open_files.iter().for_each(|limit| line(&mut text, "open files", &format!("{limit} at most")));
+        line(&mut text, "model", &self.model);
+        let state_dir = self.state_dir.as_deref().unwrap_or("not looked at: none is named (--state-dir)");
+        line(&mut text, "state folder", state_dir);
         for facts in &self.devices {
-            line("", "");
+            text.push('\n');
             let state = if facts.missing.is_empty() { "is there" } else { "cannot serve" };
-            line(&format!("device {}", facts.device), state);
-            device_lines(facts, &mut |name, value| line(&format!("  {name}"), value));
+            line(&mut text, &format!("device {}", facts.device), state);
+            device_lines(facts, &mut |name, value| line(&mut text, &format!("  {name}"), value));
         }
-        let problems =
-            if self.problems.is_empty() { vec!["nothing is missing".to_owned()] } else { self.problems.clone() };
         text.push('\n');
-        problems.iter().for_each(|problem| _ = writeln!(text, "{problem}"));
+        self.problems.iter().for_each(|problem| _ = writeln!(text, "{problem}"));
+        if self.problems.is_empty() {
+            text.push_str("nothing is missing\n");
+        }
         text
     }
+}
+
+fn line(text: &mut String, name: &str, value: &str) {
+    _ = writeln!(text, "{name:<20} {value}");
 }
 
 /// What there is to say of a device, what is missing last.

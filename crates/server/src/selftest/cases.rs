@@ -3,8 +3,8 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use baton_device::DeviceError;
-use baton_device::conformance::{Case, Outcome, Vectors};
+use baton_device::conformance::{Case, Outcome, Vectors, name};
+use baton_device::{Caps, DeviceError};
 use baton_handoff::Verdict;
 
 use super::Found;
@@ -20,6 +20,11 @@ impl<'a> Judge<'a> {
     /// Judges what `runner` computes.
     pub fn new(runner: CaseRunner, vectors: &'a Vectors) -> Self {
         Self { runner, vectors }
+    }
+
+    /// What the device offers.
+    pub fn caps(&self) -> &Caps {
+        &self.runner.caps
     }
 
     /// What became of a case, and whether the device is lost.
@@ -47,8 +52,7 @@ impl<'a> Judge<'a> {
             }
         };
         wrong(outcome, "differs from what the judge computes here");
-        let vectors = self.vectors.by_name();
-        let vector = vectors.get(case.to_string().as_str());
+        let vector = self.vectors.get(&name(case, self.runner.caps.activations));
         let against = |outputs: &[f32]| vector.and_then(|vector| vector.outcome(outputs, outcome.tolerance));
         let kept = against(&outcome.actual);
         match (&kept, against(&outcome.expected)) {

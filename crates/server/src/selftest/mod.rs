@@ -12,6 +12,7 @@ mod report;
 use std::{fs, path::PathBuf, process::ExitCode, time::Instant};
 
 use anyhow::{Context, Result, ensure};
+use baton_device::DType;
 use baton_device::conformance::{self, Case, Vectors};
 use baton_handoff::Verdict;
 use clap::Args;
@@ -29,7 +30,7 @@ const VECTORS: &[u8] =
 /// What `baton selftest` takes.
 #[derive(Debug, Args)]
 pub struct SelftestArgs {
-    /// Device: auto (the CPU, today), cpu, or reference (naive and slow, the judge of the others)
+    /// Device: auto (the CPU, today), cpu, ascend:N, or reference (naive and slow, the judge of the others)
     #[arg(long, default_value = "auto")]
     device: String,
 
@@ -50,18 +51,22 @@ pub struct SelftestArgs {
     vectors: Option<PathBuf>,
 }
 
-/// What is run: conformance cases, and behind them perhaps the bundled model.
+/// What is run: conformance cases, all with each type of activations that the device computes in, and behind them
+/// perhaps the bundled model.
 struct Chosen {
-    cases: Vec<Case>,
+    cases: Vec<(DType, Vec<Case>)>,
     model: bool,
 }
 
 impl Chosen {
     /// What has one of the texts in its name; all if there is none.
-    fn new(filter: &[String]) -> Result<Self> {
+    fn new(filter: &[String], activations: &[DType]) -> Result<Self> {
         let wanted = |name: &str| filter.is_empty() || filter.iter().any(|text| name.contains(text));
-        let cases = conformance::cases().into_iter().filter(|case| wanted(&case.to_string())).collect();
-        let chosen = Self { cases, model: wanted(model::NAME) };
+        let cases = |dtype: &DType| {
+            let wanted = |case: &Case| wanted(&conformance::name(case, *dtype));
+            (*dtype, conformance::cases().into_iter().filter(wanted).collect())
+        };
+        let chosen = Self { cases: activations.iter().map(cases).collect(), model: wanted(model::NAME) };
         let any = chosen.names().next().is_some();
         ensure!(any, "--filter {}: no case has that in its name; --list names them", filter.join(" "));
         Ok(chosen)
@@ -69,7 +74,8 @@ impl Chosen {
 
     /// Names and operations, in the order in which they are run.
     fn names(&self) -> impl Iterator<Item = (String, &'static str)> {
-        let cases = self.cases.iter().map(|case| (case.to_string(), case.operation()));
+        let cases = self.cases.iter().flat_map(|(dtype, cases)| cases.iter().map(|case| (*dtype, case)));
+        let cases = cases.map(|(dtype, case)| (conformance::name(case, dtype), case.operation()));
         cases.chain(self.model.then(|| (model::NAME.to_owned(), "model")))
     }
 }
@@ -89,14 +95,15 @@ pub fn main(args: &SelftestArgs) -> ExitCode {
 
 #[allow(clippy::print_stdout)] // what was asked for
 fn selftest(args: &SelftestArgs) -> Result<Verdict> {
-    let chosen = Chosen::new(&args.filter)?;
+    let device = Device::parse(&args.device)?;
+    let facts = device.probe();
+    let chosen = Chosen::new(&args.filter, device.activations(&facts))?;
     if args.list {
         chosen.names().for_each(|(name, _)| println!("{name}"));
         return Ok(Verdict::Skipped);
     }
-    let device = Device::parse(&args.device)?;
     let vectors = vectors(args)?;
-    let report = Report::new(&device.probe(), chosen.names());
+    let report = Report::new(&facts, chosen.names());
     let mut session = Session { args, redactor: Redactor::here(), bar: ProgressBar::hidden(), report };
     session.write()?;
     session.run(device, &chosen, &vectors)?;
@@ -120,35 +127,50 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn run(&mut self, device: Device, chosen: &Chosen, vectors: &Vectors) -> Result<()> {
-        let runner = match device.case_runner() {
-            Ok(runner) => runner,
-            Err(error) => {
-                self.report.unavailable(&error);
-                self.write()?;
-                return Err(error.into());
-            }
-        };
-        self.report.opened(&runner.caps);
         self.bar = ProgressBar::new(chosen.names().count() as u64);
-        let (caps, judge) = (runner.caps.clone(), Judge::new(runner, vectors));
-        let mut lost = false;
-        for (index, case) in chosen.cases.iter().enumerate() {
-            if lost {
-                break;
+        let mut next = 0..;
+        let mut index = || next.next().expect("it has no end");
+        let mut offered = None;
+        for (activations, cases) in chosen.cases.iter().filter(|(_, cases)| !cases.is_empty()) {
+            let judge = self.open(device, *activations, vectors)?;
+            offered.get_or_insert_with(|| judge.caps().clone());
+            for case in cases {
+                let mut lost = false;
+                self.case(index(), || {
+                    let found;
+                    (found, lost) = judge.judge(case);
+                    found
+                })?;
+                if lost {
+                    return Ok(());
+                }
             }
-            self.case(index, || {
-                let found;
-                (found, lost) = judge.judge(case);
-                found
-            })?;
         }
-        // The model opens the device for itself.
-        drop(judge);
-        if chosen.model && !lost {
-            self.case(chosen.cases.len(), || model::judge(&self.args.device, &caps))?;
+        if chosen.model {
+            let caps = match offered {
+                Some(caps) => caps,
+                None => self.open(device, chosen.cases[0].0, vectors)?.caps().clone(),
+            };
+            let name = &self.args.device;
+            self.case(index(), || model::judge(name, &caps))?;
         }
         self.bar.finish_and_clear();
         Ok(())
+    }
+
+    /// Opens the device; it is given back with what is returned.
+    fn open<'v>(&mut self, device: Device, activations: DType, vectors: &'v Vectors) -> Result<Judge<'v>> {
+        match device.case_runner(activations) {
+            Ok(runner) => {
+                self.report.opened(&runner.caps);
+                Ok(Judge::new(runner, vectors))
+            }
+            Err(error) => {
+                self.report.unavailable(&error);
+                self.write()?;
+                Err(error.into())
+            }
+        }
     }
 
     /// Runs a case, with the file of the report written before it begins and when it has ended.

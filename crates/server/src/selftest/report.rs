@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result};
 use baton_device::{Caps, DeviceError, DeviceFacts};
 use baton_handoff::Verdict;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use super::privacy::Redactor;
@@ -33,8 +33,8 @@ pub struct Report {
     baton: BTreeMap<&'static str, String>,
     system: BTreeMap<&'static str, String>,
     device: Value,
-    /// What it offers, once it is opened.
-    caps: Option<Value>,
+    /// What it offers, each time that it is opened.
+    caps: Vec<Value>,
     /// Why it could not be opened.
     unavailable: Option<String>,
     seconds: f64,
@@ -57,16 +57,24 @@ pub struct CaseReport {
 pub struct Found {
     pub verdict: Verdict,
     /// Largest difference from the judge on this machine; `None` if nothing was computed, or nothing finite.
+    #[serde(serialize_with = "shortest")]
     pub max_error: Option<f32>,
     /// Largest difference from the vectors.
+    #[serde(serialize_with = "shortest")]
     pub vector_error: Option<f32>,
     /// Largest difference allowed, of either.
+    #[serde(serialize_with = "shortest")]
     pub tolerance: Option<f32>,
     /// Why it failed or was skipped.
     pub reasons: Vec<String>,
     /// Figures of a model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub figures: Option<Value>,
+}
+
+/// In the fewest digits that mean the same f32.
+fn shortest<S: Serializer>(value: &Option<f32>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.map(|value| value.to_string().parse::<f64>().expect("a number")).serialize(serializer)
 }
 
 impl Found {
@@ -88,7 +96,7 @@ impl Report {
             baton: facts::build(),
             system: facts::system(),
             device: facts::device(facts),
-            caps: None,
+            caps: Vec::new(),
             unavailable: None,
             seconds: 0.0,
             cases: cases.into_iter().map(case).collect(),
@@ -97,7 +105,7 @@ impl Report {
 
     /// Enters what the opened device offers.
     pub fn opened(&mut self, caps: &Caps) {
-        self.caps = Some(facts::caps(caps));
+        self.caps.push(facts::caps(caps));
     }
 
     /// Enters that it could not be opened.
