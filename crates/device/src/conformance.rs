@@ -10,7 +10,7 @@ mod ranks;
 mod tolerance;
 mod vectors;
 
-pub use vectors::{MAGIC, Vector, Vectors, VectorsError};
+pub use vectors::{MAGIC, Vector, Vectors, VectorsError, name};
 
 use inputs::{Source, activation, on_grid, router_logits};
 pub use inputs::{random_blocks, uniform};

@@ -125,13 +125,39 @@ fn show(args: &VerifyArgs, report: &Report) -> Result<()> {
     Ok(())
 }
 
+/// Verifies a bundle on one device, as it serves.
+///
+/// # Errors
+/// What cannot be judged: no bundle, or a device that cannot be asked.
+pub fn on_device(name: &str, files: &Files, device: &str) -> Result<Report> {
+    let args = VerifyArgs {
+        bundle: None,
+        device: device.to_owned(),
+        devices: Vec::new(),
+        dtype: Dtype::Auto,
+        quantize: None,
+        kv_cache_dtype: KvCacheDtype::Auto,
+        threads: None,
+        trusted_keys: Vec::new(),
+        determinism: false,
+        against: None,
+        json: false,
+        html: None,
+    };
+    verify_files(&args, name, files)
+}
+
 fn verify(args: &VerifyArgs) -> Result<Report> {
-    let keys = trusted_keys(&args.trusted_keys)?;
     let (name, files) = load::files(args.bundle.as_deref())?;
-    let bundle = match Bundle::open(&files) {
+    verify_files(args, &name, &files)
+}
+
+fn verify_files(args: &VerifyArgs, name: &str, files: &Files) -> Result<Report> {
+    let keys = trusted_keys(&args.trusted_keys)?;
+    let bundle = match Bundle::open(files) {
         Ok(Some(bundle)) => bundle,
         Ok(None) => bail!("{name}: there is no handoff.json to verify; models/export/baton_export.py makes one"),
-        Err(error) if unreadable(&error) => return Err(error).with_context(|| name),
+        Err(error) if unreadable(&error) => return Err(error).with_context(|| name.to_owned()),
         Err(error) => {
             let mut report = Report::default();
             report.check(CheckName::Integrity, Err(vec![error.to_string()]));
@@ -145,7 +171,7 @@ fn verify(args: &VerifyArgs) -> Result<Report> {
     let mut texts_checked = false;
     for device in &devices {
         let settings = settings(args, device, (args.dtype, args.quantize), args.kv_cache_dtype)?;
-        let Some(mut subject) = Subject::load(&files, &settings, manifest, &mut report)? else { continue };
+        let Some(mut subject) = Subject::load(files, &settings, manifest, &mut report)? else { continue };
         if !texts_checked {
             text_parity(&manifest.cases, &subject.text, chrono::Local::now().naive_local()).enter(&mut report);
             texts_checked = true;
@@ -158,13 +184,13 @@ fn verify(args: &VerifyArgs) -> Result<Report> {
                 report.set_determinism(determinism(&manifest.cases, context, promised, &mut subject.replay)?);
             }
             if let Some(other) = &args.against {
-                report.set_comparison(compare(args, &files, &subject, &outcomes, other, manifest)?);
+                report.set_comparison(compare(args, files, &subject, &outcomes, other, manifest)?);
             }
         }
         let rounded = subject.facts.precision > PrecisionClass::Float32;
         drop(subject);
         if rounded && fits_exactly(manifest) {
-            add_exact(args, device, &files, manifest, &mut report)?;
+            add_exact(args, device, files, manifest, &mut report)?;
         }
     }
     checked.unchanged()?;
