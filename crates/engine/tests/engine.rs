@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
 use baton_engine::{
     Adapter, Engine, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, PromptScores,
-    Request, RunSpec, SamplingParams, SubmitError, Usage, spawn,
+    Request, RunError, RunSpec, SamplingParams, SubmitError, Usage, spawn, spawn_rebuildable,
 };
 use baton_model::{Constraint, ConstraintError, Grammar, TokenMask};
 
@@ -172,7 +172,7 @@ fn r14_a_device_that_keeps_failing_takes_the_engine_down_and_nobody_hangs() {
     let waiting: Vec<_> = (0..40).map(|family| handle.submit(request(family, 30)).unwrap()).collect();
     control.release();
     for stream in waiting.into_iter().chain([failing]) {
-        assert_eq!(reason(stream), FinishReason::Error(EngineFailure::DeviceFailed("mock fault".into())));
+        assert_eq!(reason(stream), FinishReason::Error(EngineFailure::Device(RunError::Failed("mock fault".into()))));
     }
     engine.join();
     assert!(!handle.stats().alive);

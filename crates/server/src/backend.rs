@@ -1,6 +1,6 @@
 //! The one place that names concrete devices.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use anyhow::{Result, bail};
 use baton_device::{Backend, Caps, LatentOps, MoeOps, Reference};
@@ -14,6 +14,15 @@ pub enum Device {
     Cpu,
     /// The naive judge.
     Reference,
+}
+
+/// How a device is used.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DeviceOptions {
+    /// Of the host; 0 takes all cores.
+    pub threads: usize,
+    /// The longest that a step may wait for the device; `None`: for ever.
+    pub timeout: Option<Duration>,
 }
 
 /// Loads the adapter of a folder, for one runner.
@@ -43,10 +52,19 @@ impl Device {
         Ok(CpuBackend::new(&CpuOptions { threads, isa: None })?.limits()?)
     }
 
-    /// Loads a checkpoint onto the device; `threads` 0 takes all cores.
-    pub fn load(self, threads: usize, files: &Files, options: &LoadOptions) -> Result<Loaded> {
+    /// `--device-timeout`, or what the device needs where nothing is said. The CPU computes on threads of ours, and a step
+    /// of a large model may rightly take minutes there.
+    pub fn timeout(self, given: Option<Duration>) -> Option<Duration> {
+        match self {
+            Device::Cpu | Device::Reference => given.filter(|timeout| !timeout.is_zero()),
+        }
+    }
+
+    /// Loads a checkpoint onto the device.
+    pub fn load(self, device: DeviceOptions, files: &Files, options: &LoadOptions) -> Result<Loaded> {
+        let cpu = CpuOptions { threads: device.threads, isa: None };
         Ok(match self {
-            Device::Cpu => erased(CpuBackend::new(&CpuOptions { threads, isa: None })?, files, options)?,
+            Device::Cpu => erased(CpuBackend::new(&cpu)?, files, options)?,
             Device::Reference => erased(Reference::new(), files, options)?,
         })
     }
