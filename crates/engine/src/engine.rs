@@ -63,11 +63,7 @@ pub fn spawn(runner: Box<dyn Runner>, config: EngineConfig) -> (EngineHandle, En
 ///
 /// # Panics
 /// As [`spawn`].
-pub fn spawn_rebuildable(
-    runner: Box<dyn Runner>,
-    rebuild: Rebuild,
-    config: EngineConfig,
-) -> (EngineHandle, Engine) {
+pub fn spawn_rebuildable(runner: Box<dyn Runner>, rebuild: Rebuild, config: EngineConfig) -> (EngineHandle, Engine) {
     start(runner, Some(rebuild), config)
 }
 
@@ -298,7 +294,7 @@ mod tests {
 
     use super::*;
     use crate::sim::{MockModel, MockRunner};
-    use crate::{Request, SubmitError};
+    use crate::{FinishReason, OutputEvent, Request, SubmitError};
 
     #[test]
     fn a_panic_of_the_engine_itself_still_ends_every_request() {

@@ -25,11 +25,11 @@ pub mod sim;
 pub use baton_model::{Adapter, RunError, RunSpec, Runner, SampledToken, SamplingParams};
 pub use engine::{Engine, spawn, spawn_rebuildable};
 pub use handle::{EngineConfig, EngineHandle, OutputStream};
+pub use rebuild::Rebuild;
 pub use request::{
     CacheScope, EngineFailure, FinishReason, HiddenStates, OutputEvent, PositionScore, PromptScores, Request,
     RequestId, SubmitError, Timings, Usage,
 };
-pub use rebuild::Rebuild;
 pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};
 pub use stats::{BlockStats, DeviceFailures, EngineStats, FinishedCounts, StepTokens};

@@ -28,6 +28,8 @@ pub enum AdapterRefusal {
     Missing(String),
     /// It cannot be served.
     Invalid(String),
+    /// There is nothing to load it for: the model is being loaded again.
+    Unavailable,
 }
 
 type Load = dyn Fn(&Path) -> Result<Adapter, AdapterRefusal> + Send + Sync;
@@ -144,6 +146,7 @@ impl Adapters {
                 }
                 Ok(_) => "its files have changed".to_owned(),
                 Err(AdapterRefusal::Missing(reason) | AdapterRefusal::Invalid(reason)) => reason,
+                Err(AdapterRefusal::Unavailable) => "there is nothing to load it for".to_owned(),
             };
             tracing::error!(name, reason, "an adapter is served no more, because it cannot be loaded again");
             old.supersede(None);
@@ -162,13 +165,7 @@ impl Adapters {
         }
     }
 
-    fn check(
-        &self,
-        loaded: &Loaded,
-        card: &ModelCard,
-        name: &str,
-        in_place: bool,
-    ) -> Result<(), String> {
+    fn check(&self, loaded: &Loaded, card: &ModelCard, name: &str, in_place: bool) -> Result<(), String> {
         let max = self.source.as_ref().map_or(0, |source| source.max);
         let printable = |name: &str| (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_graphic());
         if !printable(name) {
@@ -214,6 +211,7 @@ impl Adapters {
         let adapter = adapter.map_err(|refusal| match refusal {
             AdapterRefusal::Missing(reason) => ApiError::adapter_not_found("lora_path", &reason),
             AdapterRefusal::Invalid(reason) => ApiError::invalid("lora_path", reason),
+            AdapterRefusal::Unavailable => ApiError::rebuilding(),
         })?;
         let (rank, mib) = (adapter.rank(), adapter.bytes() >> 20);
         {

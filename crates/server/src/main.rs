@@ -10,6 +10,7 @@ mod load;
 mod memory;
 mod pull;
 mod quantize;
+mod reload;
 mod rollout;
 mod serve;
 mod settings;

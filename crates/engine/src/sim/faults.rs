@@ -50,7 +50,7 @@ fn r14_without_another_runner_a_broken_one_ends_the_engine_and_everything_in_it(
 fn r14_what_waits_runs_on_the_runner_that_takes_the_place_of_a_broken_one() {
     for (what, happens) in breaks() {
         let mut world = world(50);
-        let warm = submit(&mut world, request(7, 12, 2));
+        let warm = submit(&mut world, request(20, 12, 2));
         world.run();
         let ids: Vec<_> = (0..8).map(|family| submit(&mut world, request(family, 60, 20))).collect();
         happens(&world);
@@ -60,7 +60,7 @@ fn r14_what_waits_runs_on_the_runner_that_takes_the_place_of_a_broken_one() {
         let stats = world.core.stats();
         assert!(stats.rebuilding && stats.running == 0 && stats.waiting > 0, "{what}: {stats:?}");
         assert_eq!((stats.blocks.used, stats.blocks.cached), (0, 0), "{what}");
-        let again = submit(&mut world, request(7, 12, 2));
+        let again = submit(&mut world, request(20, 12, 2));
         world.run();
         assert_eq!((world.core.down(), world.core.stats().rebuilds), (None, 1), "{what}");
         let done = ids.iter().filter(|&&id| *world.end(id) == FinishReason::Length).count();
@@ -112,8 +112,8 @@ fn r14_runners_that_break_in_a_row_are_bounded_and_those_between_which_steps_are
     let mut world = world(50);
     for family in 0..6 {
         world.control.fail_steps_with(1, poisoned());
-        let failing = submit(&mut world, request(family, 12, 2));
-        let fine = submit(&mut world, request(family, 60, 2));
+        let failing = submit(&mut world, request(family, 60, 2));
+        let fine = submit(&mut world, request(family + 10, 60, 2));
         world.run();
         assert_eq!([world.end(failing), world.end(fine)], [&failed(poisoned()), &FinishReason::Length]);
     }

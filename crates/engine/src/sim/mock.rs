@@ -235,6 +235,12 @@ impl MockControl {
         self.0.0.lock().hang = true;
     }
 
+    /// Ends the hang of steps alone.
+    pub fn release_steps(&self) {
+        self.0.0.lock().hang = false;
+        self.0.1.notify_all();
+    }
+
     /// Ends what hangs.
     pub fn release(&self) {
         let mut state = self.0.0.lock();

@@ -14,9 +14,7 @@ use crate::constrain::MaskPool;
 use crate::core::Core;
 use crate::scheduler::RequestOutput;
 use crate::sequence::Rank;
-use crate::{
-    EngineConfig, FinishReason, OutputEvent, PositionScore, Rebuild, Request, RequestId, SubmitError, Usage,
-};
+use crate::{EngineConfig, FinishReason, OutputEvent, PositionScore, Rebuild, Request, RequestId, SubmitError, Usage};
 
 /// See the head of the file.
 pub(crate) struct World {
@@ -167,9 +165,8 @@ impl World {
     /// Has another runner loaded in the place of the broken one, if it can be.
     pub fn rebuild(&mut self) {
         drop(self.core.take_runner());
-        let rebuilt = (self.rebuild)().map(|inner| -> Box<dyn Runner> {
-            Box::new(Recorder { inner, plans: Arc::clone(&self.plans) })
-        });
+        let rebuilt = (self.rebuild)()
+            .map(|inner| -> Box<dyn Runner> { Box::new(Recorder { inner, plans: Arc::clone(&self.plans) }) });
         self.last_step = LastStep::default();
         let outputs = self.core.install(rebuilt, self.now);
         if self.core.down().is_some() {

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::{count, length};
 use crate::{
-    backend::{Device, Loaded},
+    backend::{Device, DeviceOptions, Loaded},
     load, memory,
     settings::{Dtype, KvCacheDtype, Quantize, STEP_TOKENS},
 };
