@@ -2,7 +2,7 @@
 //! tested with models.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_engine::Adapter;
@@ -267,7 +267,7 @@ async fn while_draining_no_adapter_comes_or_goes() {
 async fn adapters_are_loaded_again_for_another_runner_and_those_that_cannot_be_are_gone() {
     let (server, card) = Setup::default().start_loading().await;
     // As the files are at first, and later.
-    let digest = Arc::new(std::sync::Mutex::new(|path: &str| path.as_bytes().first().copied()));
+    let digest: Arc<Mutex<fn(&str) -> Option<u8>>> = Arc::new(Mutex::new(|path| path.bytes().next()));
     let load = {
         let digest = digest.clone();
         move |path: &Path| match digest.lock().unwrap()(path.to_str().expect("UTF-8")) {
@@ -290,7 +290,7 @@ async fn adapters_are_loaded_again_for_another_runner_and_those_that_cannot_be_a
     *digest.lock().unwrap() = |path| match path {
         "\u{2}changed" => Some(7),
         "\u{3}gone" => None,
-        other => other.as_bytes().first().copied(),
+        other => other.bytes().next(),
     };
     adapters.reload();
     assert_eq!(taken.iter().map(|adapter| adapter.current().is_some()).collect::<Vec<_>>(), [true, false, false]);
