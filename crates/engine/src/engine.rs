@@ -175,6 +175,8 @@ impl EngineThread {
         let rebuild = self.rebuild.clone().expect("a runner is broken only if there can be another");
         let rebuilt = rebuild::begin(self.core.take_runner(), rebuild, self.core.rebuilds_in_a_row());
         while self.stop.is_none() {
+            let expired = self.core.expire(self.now());
+            self.deliver(expired);
             if self.core.is_idle() {
                 self.rest();
             }
@@ -190,10 +192,7 @@ impl EngineThread {
                     self.deliver(outputs);
                     return true;
                 }
-                default(LOOK) => {
-                    let expired = self.core.expire(self.now());
-                    self.deliver(expired);
-                }
+                default(LOOK) => {}
             }
         }
         true
@@ -204,8 +203,9 @@ impl EngineThread {
             Command::Submit(submissions) => {
                 for Submission { id, group, request, arrival, events } in submissions {
                     self.shared.streams.lock().insert(id, events);
-                    let refused = self.core.add(id, group, request, arrival, self.now());
-                    self.deliver(refused.into_iter().collect());
+                    if let Some(refused) = self.core.add(id, group, request, arrival, self.now()) {
+                        self.deliver(vec![refused]);
+                    }
                 }
             }
             Command::Abort(id) => {
@@ -279,9 +279,10 @@ impl EngineThread {
             let outputs = self.core.fail_all(&failure, self.now());
             self.deliver(outputs);
         } else {
-            self.shared.streams.lock().seal(&failure);
             let mut stats = self.shared.stats.lock();
-            (stats.alive, stats.failure) = (false, Some(failure));
+            (stats.alive, stats.failure) = (false, Some(failure.clone()));
+            drop(stats);
+            self.shared.streams.lock().seal(&failure);
         }
         *self.shared.step_started.lock() = None;
         self.shared.drained.send_replace(true);

@@ -40,12 +40,15 @@ impl Streams {
         received
     }
 
-    /// Ends all streams, those to come as well, and says how many there were.
-    pub fn seal(&mut self, failure: &EngineFailure) -> usize {
-        let open = std::mem::take(&mut self.open);
-        open.values().for_each(|events| end(events, failure));
+    /// How many have not ended.
+    pub fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Ends all streams, those to come as well.
+    pub fn seal(&mut self, failure: &EngineFailure) {
+        std::mem::take(&mut self.open).values().for_each(|events| end(events, failure));
         self.sealed.get_or_insert_with(|| failure.clone());
-        open.len()
     }
 
     /// Why they are sealed, if they are.

@@ -2,12 +2,12 @@
 //! tell nobody anything.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use crate::EngineFailure;
-use crate::handle::{Command, Shared};
+use crate::handle::{Command, Shared, Submission};
 
 /// Tells the watchdog that the engine thread has ended, by being dropped.
 pub(crate) enum Never {}
@@ -23,7 +23,7 @@ pub(crate) fn watch(
     loop {
         let started = *shared.step_started.lock();
         // A step that begins meanwhile has until after the next look.
-        let left = started.map_or(timeout, |start| (start + timeout).saturating_duration_since(Instant::now()));
+        let left = started.map_or(timeout, |start| timeout.saturating_sub(start.elapsed()));
         match ended.recv_timeout(left) {
             Err(RecvTimeoutError::Timeout) => {}
             Ok(_) | Err(RecvTimeoutError::Disconnected) => return false,
@@ -41,21 +41,23 @@ fn give_up(shared: &Shared, commands: &Receiver<Command>, timeout: Duration) {
     tracing::error!(%failure, "the engine is given up");
     // Nothing enters the channel from now on.
     shared.gate.lock().down = true;
-    let mut ended = shared.streams.lock().seal(&failure);
-    // What the thread has not read. Should it read some after all, it finds the streams sealed.
-    for command in commands.try_iter() {
-        if let Command::Submit(submissions) = command {
-            ended += submissions.len();
-            let mut streams = shared.streams.lock();
-            submissions.into_iter().for_each(|submission| streams.insert(submission.id, submission.events));
-        }
-    }
+    // What the thread has not read. Should it read some before this does, it finds the streams sealed.
+    let unread = commands.try_iter().filter_map(|command| match command {
+        Command::Submit(submissions) => Some(submissions),
+        _ => None,
+    });
+    let unread: Vec<Submission> = unread.flatten().collect();
+    // Statistics first, as the thread does it, and in its order of locks.
     let mut stats = shared.stats.lock();
+    let mut streams = shared.streams.lock();
     stats.alive = false;
     stats.device_failures.count(&failure);
-    stats.failure = Some(failure);
-    stats.finished.error += ended as u64;
+    stats.failure = Some(failure.clone());
+    stats.finished.error += (streams.len() + unread.len()) as u64;
     (stats.running, stats.waiting, stats.background) = (0, 0, 0);
     drop(stats);
+    streams.seal(&failure);
+    unread.into_iter().for_each(|submission| streams.insert(submission.id, submission.events));
+    drop(streams);
     shared.drained.send_replace(true);
 }

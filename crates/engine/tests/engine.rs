@@ -443,6 +443,7 @@ fn rebuilding() -> (EngineHandle, Engine, MockControl, OutputStream) {
 #[test]
 fn r14_while_another_runner_is_loaded_requests_wait_leave_expire_and_then_run() {
     let (handle, _engine, control, waiting) = rebuilding();
+    eventually(|| handle.stats().waiting == 1);
     let stats = handle.stats();
     assert_eq!((stats.alive, stats.failure, stats.running, stats.waiting), (true, None, 0, 1));
     let (later, left) = (handle.submit(request(2, 20)).unwrap(), handle.submit(request(3, 20)).unwrap());
@@ -460,7 +461,7 @@ fn r14_while_another_runner_is_loaded_requests_wait_leave_expire_and_then_run() 
 
 #[tokio::test]
 async fn r19_a_drain_that_comes_while_another_runner_is_loaded_finishes_what_waits() {
-    let (handle, engine, control, waiting) = rebuilding();
+    let (handle, engine, control, waiting) = std::thread::spawn(rebuilding).join().unwrap();
     handle.drain();
     assert_eq!(handle.submit(request(2, 20)).err(), Some(SubmitError::Draining));
     control.release();

@@ -81,3 +81,17 @@ fn erased<B: Backend + LatentOps + MoeOps>(
         runner.adapter_loader().map(|loader| -> LoadAdapter { Box::new(move |folder| loader.load(folder)) });
     Ok(Loaded { runner: Box::new(runner), load_adapter, report, caps })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_of_the_cpu_are_timed_only_if_that_is_asked_for() {
+        for device in [Device::Cpu, Device::Reference] {
+            let timeout = |seconds: Option<u64>| device.timeout(seconds.map(Duration::from_secs));
+            assert_eq!([timeout(None), timeout(Some(0))], [None; 2]);
+            assert_eq!(timeout(Some(5)), Some(Duration::from_secs(5)));
+        }
+    }
+}

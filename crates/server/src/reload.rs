@@ -15,6 +15,7 @@ use parking_lot::RwLock;
 use tracing::info;
 
 use crate::backend::{Device, DeviceOptions, LoadAdapter, Loaded};
+use crate::memory;
 
 /// Where a model was loaded from, and how.
 pub struct Source {
@@ -95,6 +96,8 @@ pub fn rebuild(source: Source, loader: Option<AdapterLoader>, adapters: Adapters
             }
         };
         exchange(None);
+        // What the broken one held is free by now.
+        memory::trim();
         let loaded = source.load().map_err(|error| format!("{error:#}"))?;
         exchange(loaded.load_adapter);
         adapters.reload();
