@@ -3,6 +3,7 @@
 //! Invariant: made, used and dropped on the owner thread, between the phases' call and its return. They borrow device memory
 //! by address and never free it.
 
+use std::fmt;
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
@@ -20,7 +21,9 @@ impl DataType {
     pub(crate) const F32: Self = Self(data_type::FLOAT);
     pub(crate) const F16: Self = Self(data_type::FLOAT16);
     pub(crate) const BF16: Self = Self(data_type::BF16);
+    pub(crate) const I4: Self = Self(data_type::INT4);
     pub(crate) const I8: Self = Self(data_type::INT8);
+    pub(crate) const U8: Self = Self(data_type::UINT8);
     pub(crate) const I32: Self = Self(data_type::INT32);
     pub(crate) const I64: Self = Self(data_type::INT64);
     pub(crate) const BOOL: Self = Self(data_type::BOOL);
@@ -33,6 +36,17 @@ impl DataType {
             data_type::INT64 => 8,
             data_type::INT8 | data_type::UINT8 | data_type::BOOL => 1,
             other => panic!("no element of whole bytes: {other}"),
+        }
+    }
+}
+
+impl fmt::Display for DataType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            data_type::FLOAT => f.write_str("f32"),
+            data_type::FLOAT16 => f.write_str("f16"),
+            data_type::BF16 => f.write_str("bf16"),
+            other => write!(f, "type {other}"),
         }
     }
 }
@@ -71,6 +85,11 @@ impl View {
         Self { base, dtype, dims, strides, offset: 0, storage }
     }
 
+    /// Address of the first element.
+    pub(crate) fn start(&self) -> Address {
+        Address(self.base.0 + self.offset as usize * self.dtype.bytes())
+    }
+
     /// Number of elements.
     pub(crate) fn numel(&self) -> usize {
         self.dims.iter().product::<i64>() as usize
@@ -97,6 +116,13 @@ impl View {
         view.dims.swap(a, b);
         view.strides.swap(a, b);
         view
+    }
+
+    /// The dimensions in another order: dimension `i` of the result is `order[i]` of this.
+    pub(crate) fn permute(&self, order: &[usize]) -> Self {
+        assert_eq!(order.len(), self.dims.len(), "an order of {:?}", self.dims);
+        let pick = |from: &[i64]| order.iter().map(|&d| from[d]).collect();
+        Self { dims: pick(&self.dims), strides: pick(&self.strides), ..self.clone() }
     }
 
     /// `start..start + len` along a dimension.
@@ -262,5 +288,7 @@ mod tests {
         assert_eq!((part.dims, part.strides, part.offset), (vec![2, 4, 2], vec![2, 6, 1], 2));
         assert_eq!(view.broadcast(0, 3).strides, [0, 6, 1]);
         assert_eq!(view.reshape(&[2, 12]).strides, [12, 1]);
+        let turned = view.split(1, 2).permute(&[1, 0, 2]);
+        assert_eq!((turned.dims, turned.strides), (vec![2, 4, 3], vec![3, 6, 1]));
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use baton_device::{Result, Rows};
 
+use crate::device::rounded;
 use crate::object::{Address, DataType, View};
 use crate::owner::Owner;
 
@@ -88,6 +89,8 @@ impl Rows for Tensor {
 pub struct Vector {
     buffers: Vec<(Buffer, DataType)>,
     len: usize,
+    /// Whether the type of the activations holds all values as they are.
+    exact: bool,
 }
 
 impl Vector {
@@ -96,11 +99,17 @@ impl Vector {
         let mut dtypes = vec![DataType::F32];
         dtypes.extend((activations != DataType::F32).then_some(activations));
         let keep = |dtype| Ok((Buffer::with(owner, crate::device::encode(values, dtype))?, dtype));
-        Ok(Self { buffers: dtypes.into_iter().map(keep).collect::<Result<_>>()?, len: values.len() })
+        let exact = rounded(values.to_vec(), activations) == values;
+        Ok(Self { buffers: dtypes.into_iter().map(keep).collect::<Result<_>>()?, len: values.len(), exact })
     }
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    /// Whether nothing is lost in a type.
+    pub(crate) fn is_exact(&self, dtype: DataType) -> bool {
+        dtype == DataType::F32 || self.exact
     }
 
     /// `[len]` in a type.

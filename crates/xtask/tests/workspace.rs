@@ -9,8 +9,9 @@ use serde_json::Value;
 const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-ascend-sim", &[], &[]),
     ("baton-device", &[], &[]),
+    ("baton-device-ascend", &["baton-device"], &["baton-ascend-sim"]),
     ("baton-device-cpu", &["baton-device"], &[]),
-    ("baton-model", &["baton-device"], &["baton-device-cpu"]),
+    ("baton-model", &["baton-device"], &["baton-ascend-sim", "baton-device-ascend", "baton-device-cpu"]),
     ("baton-oracle", &[], &["baton-device", "baton-model"]),
     ("baton-engine", &["baton-model"], &["baton-device-cpu"]),
     ("baton-text", &[], &[]),
@@ -23,6 +24,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
         "baton",
         &[
             "baton-device",
+            "baton-device-ascend",
             "baton-device-cpu",
             "baton-encoder",
             "baton-engine",
@@ -33,7 +35,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
             "baton-model",
             "baton-text",
         ],
-        &[],
+        &["baton-ascend-sim"],
     ),
     ("baton-compare", &["baton-loadgen"], &[]),
     ("baton-loadgen", &[], &[]),
@@ -44,6 +46,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
 const PLAIN: &[&str] = &[
     "baton-ascend-sim",
     "baton-device",
+    "baton-device-ascend",
     "baton-device-cpu",
     "baton-encoder",
     "baton-handoff",
