@@ -115,8 +115,8 @@ impl Machine {
     /// Stream and position that complete an event; none if it was not recorded.
     pub fn target(&self, event: u64) -> Result<Option<(u64, u64)>, Refusal> {
         match self.events.get(event)?.recorded {
-            None => Ok(None),
             Some(Recorded::Queued { stream, position }) => Ok(Some((stream, position))),
+            None => Ok(None),
             Some(Recorded::Captured { .. }) => {
                 Err(refusal!(ACL_ERROR_RT_EVENT_CAPTURED, "the event was recorded in a capture"))
             }

@@ -69,8 +69,8 @@ pub struct Context {
 /// Counts since the start or the last `ascend_sim_reset`.
 #[derive(Default)]
 pub struct Counters {
-    pub calls: BTreeMap<String, u64>,
-    pub launches: BTreeMap<String, u64>,
+    pub calls: BTreeMap<&'static str, u64>,
+    pub launches: BTreeMap<&'static str, u64>,
     /// Copies and their bytes by direction.
     pub copies: BTreeMap<&'static str, (u64, u64)>,
     pub violations: Vec<String>,
@@ -258,7 +258,7 @@ pub fn call(symbol: &'static str, needs: Needs, body: impl FnOnce(&mut Machine) 
 /// [`call`], for a body that waits and so takes the lock itself.
 pub fn call_waiting(symbol: &'static str, needs: Needs, body: impl FnOnce(Guard) -> Result<(), Refusal>) -> i32 {
     let mut guard = lock();
-    *guard.counters.calls.entry(symbol.to_owned()).or_default() += 1;
+    *guard.counters.calls.entry(symbol).or_default() += 1;
     let admitted = guard.settings.injected(symbol).and_then(|_| guard.admit(needs));
     answer(symbol, admitted.and_then(|()| body(guard)))
 }

@@ -116,7 +116,6 @@ unsafe fn copied<T: Copy>(values: *const T, count: u64) -> Result<Vec<T>, Refusa
 }
 
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the C ABI has as many")]
 pub unsafe extern "C" fn aclCreateTensor(
     dims: *const i64,
     rank: u64,
@@ -154,7 +153,7 @@ pub unsafe extern "C" fn aclCreateTensor(
         if end > held {
             m.violation(format!("aclCreateTensor: a view that reaches element {end} of a storage of {held}: {meta:?}"));
         }
-        if data as u64 % TENSOR_ALIGNMENT != 0 {
+        if !(data as u64).is_multiple_of(TENSOR_ALIGNMENT) {
             m.violation(format!("aclCreateTensor: address {data:?} is not on a boundary of {TENSOR_ALIGNMENT} bytes"));
         }
         Ok(m.objects.tensors.insert(TensorObject { meta, address: data as u64 }))

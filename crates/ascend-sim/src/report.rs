@@ -2,7 +2,7 @@
 //!
 //! Invariant: what is live here and should not be is a leak; default contexts and streams belong to their device and do not count.
 
-use std::ffi::c_char;
+use std::{collections::BTreeMap, ffi::c_char};
 
 use crate::machine::{Counters, Machine, lock};
 
@@ -55,9 +55,7 @@ fn report(m: &Machine) -> String {
         ("device_blocks", blocks),
         ("host_blocks", m.memory.live_pinned()),
     ];
-    let counts = |counts: &std::collections::BTreeMap<String, u64>| {
-        object(counts.iter().map(|(k, v)| (k.as_str(), v.to_string())))
-    };
+    let counts = |counts: &BTreeMap<&'static str, u64>| object(counts.iter().map(|(&k, v)| (k, v.to_string())));
     let copies = m.counters.copies.iter().map(|(&direction, (count, bytes))| {
         (direction, object([("count", count.to_string()), ("bytes", bytes.to_string())]))
     });

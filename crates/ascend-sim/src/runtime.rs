@@ -18,17 +18,11 @@ pub struct Runtime<'a> {
     pub perturb: bool,
     pub peers: &'a [u32],
     pub memory: &'a mut Memory,
-    pub violations: &'a mut Vec<String>,
     /// Where the tensors of the operator lie, by their slot.
     pub addresses: &'a [u64],
 }
 
 impl Runtime<'_> {
-    /// Records what is undefined on a device but does not stop it.
-    pub fn violation(&mut self, text: impl Into<String>) {
-        self.violations.push(text.into());
-    }
-
     /// The view's elements as f32.
     pub fn load(&self, tensor: &Tensor) -> Result<Array, Fault> {
         let mut data = vec![0.0; tensor.numel()];

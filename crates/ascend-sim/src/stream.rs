@@ -208,9 +208,9 @@ impl Machine {
         }
     }
 
-    /// Lets a stream complete one more task, unless it has completed that at `position`; whether it had.
+    /// Lets a stream complete one more task, unless it has completed that at `position` or is gone; whether it had.
     pub fn poll(&mut self, stream: u64, position: u64) -> Result<bool, Refusal> {
-        let state = self.streams.get(stream)?;
+        let Ok(state) = self.streams.get(stream) else { return Ok(true) };
         let (next, context) = (state.done + 1, state.context);
         if next > position {
             return Ok(true);
@@ -235,7 +235,6 @@ impl Machine {
             perturb: self.settings.perturb,
             peers: &self.devices[device as usize].peers,
             memory: &mut self.memory,
-            violations: &mut self.counters.violations,
             addresses: &[],
         };
         Ok(work(&mut runtime))

@@ -1,5 +1,6 @@
 //! Chores of the workspace, one file each: `cargo xtask CHORE`.
 
+mod ascend_sim;
 mod conformance;
 mod long;
 mod random_model;
@@ -21,6 +22,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Chore {
+    /// Build the simulator of the Ascend runtime, and link it under the names of the libraries that it stands for
+    AscendSim(ascend_sim::Args),
     /// Run the suites of other people's clients, each in an environment of its own, and record versions and counts
     Conformance(conformance::Args),
     /// Run the checks that take too long, or need too much, for `.ci/run`
@@ -39,6 +42,7 @@ enum Chore {
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
+        Chore::AscendSim(args) => ascend_sim::main(&args),
         Chore::Conformance(args) => conformance::main(&args),
         Chore::Long(args) => long::main(&args),
         Chore::RandomModel(args) => random_model::main(&args),

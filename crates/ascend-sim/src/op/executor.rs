@@ -44,13 +44,19 @@ pub fn launch(
     stream: *mut c_void,
 ) -> i32 {
     let mut m = lock();
-    *m.counters.calls.entry(name.to_owned()).or_default() += 1;
+    *m.counters.calls.entry(name).or_default() += 1;
     let result = launch_with(&mut m, name, Range::new(workspace as u64, size), executor as u64, stream as u64);
     drop(m);
     answer(name, result)
 }
 
-fn launch_with(m: &mut Machine, name: &str, workspace: Range, executor: u64, stream: u64) -> Result<(), Refusal> {
+fn launch_with(
+    m: &mut Machine,
+    name: &'static str,
+    workspace: Range,
+    executor: u64,
+    stream: u64,
+) -> Result<(), Refusal> {
     let taken = m.objects.executors.remove(executor).map_err(|refusal| {
         m.violation(format!("{name}: {}", refusal.message));
         refusal!(ACLNN_ERR_INNER_NULLPTR, "{}", refusal.message)
@@ -60,7 +66,7 @@ fn launch_with(m: &mut Machine, name: &str, workspace: Range, executor: u64, str
         m.objects.executors.restore(executor, taken);
     }
     submitted?;
-    *m.counters.launches.entry(name.to_owned()).or_default() += 1;
+    *m.counters.launches.entry(name).or_default() += 1;
     Ok(())
 }
 
@@ -114,7 +120,7 @@ impl Executor {
                 return Err(Fault::OutOfRange("a fault that was asked for".to_owned()));
             }
             outer.write(workspace)?.fill(SCRATCH);
-            run(&mut Runtime { addresses: &addresses, memory: outer.memory, violations: outer.violations, ..*outer })?;
+            run(&mut Runtime { addresses: &addresses, memory: outer.memory, ..*outer })?;
             outer.write(workspace)?.fill(SCRATCH);
             if let Some(value) = spoiled {
                 outer.write(value)?.fill(SCRATCH);

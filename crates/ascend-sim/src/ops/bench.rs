@@ -44,7 +44,6 @@ impl Bench {
             perturb: self.perturb,
             peers: &[],
             memory: &mut memory,
-            violations: &mut Vec::new(),
             addresses: &self.addresses.borrow(),
         })
     }

@@ -102,7 +102,9 @@ pub extern "C" fn aclrtSynchronizeEventWithTimeout(event: *mut c_void, milliseco
 fn synchronize_event(symbol: &'static str, event: *mut c_void, milliseconds: i32) -> i32 {
     call_waiting(symbol, Needs::Init, |guard| {
         guard.sound()?;
-        let targets: Vec<_> = guard.target(own(&guard, event)?)?.into_iter().collect();
+        // A stream that was destroyed completed its tasks first.
+        let target = guard.target(own(&guard, event)?)?.filter(|(stream, _)| guard.streams.contains(*stream));
+        let targets: Vec<_> = target.into_iter().collect();
         synchronize(guard, &targets, timeout(milliseconds), ACL_ERROR_RT_WAIT_TIMEOUT)
     })
 }

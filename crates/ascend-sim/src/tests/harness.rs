@@ -15,7 +15,7 @@ pub use crate::{
     op::executor::*,
     ops::{arithmetic::*, copy::*, matmul::*},
     report::{ascend_sim_report, ascend_sim_reset},
-    rt::{device::*, event::*, graph::*, hccl::*, memory::*, stream::*},
+    rt::{copy::*, device::*, event::*, graph::*, hccl::*, memory::*, stream::*},
 };
 
 pub type Ptr = *mut c_void;

@@ -2,6 +2,8 @@
 //!
 //! [`RULES`] says by which test each rule of the simulator is held.
 
+#![allow(clippy::undocumented_unsafe_blocks, reason = "all call the C ABI with pointers to what the test itself holds")]
+
 mod collectives;
 mod faults;
 mod graphs;

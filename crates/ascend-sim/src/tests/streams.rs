@@ -88,3 +88,14 @@ fn a_stream_is_destroyed_after_its_tasks_and_the_default_one_with_its_context() 
     assert_eq!(s.download(address, 8), [1; 8]);
     assert_eq!(i64::from(aclrtDestroyStream(null_mut())), ACL_ERROR_RT_PARAM_INVALID);
 }
+
+#[test]
+fn an_event_of_a_stream_that_is_gone_is_complete() {
+    let s = Session::new();
+    let (second, mark) = (stream(), event(ACL_EVENT_SYNC));
+    assert_eq!((aclrtRecordEvent(mark, second), aclrtDestroyStream(second)), (0, 0));
+    let mut status = -1;
+    assert_eq!((unsafe { aclrtQueryEventStatus(mark, &mut status) }, aclrtSynchronizeEvent(mark)), (0, 0));
+    assert_eq!(i64::from(status), ACL_EVENT_RECORDED_STATUS_COMPLETE);
+    assert_eq!((aclrtStreamWaitEvent(s.stream, mark), s.synchronize()), (0, 0));
+}
