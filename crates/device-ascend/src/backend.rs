@@ -329,12 +329,12 @@ impl Backend for AscendBackend {
         let q = q.view();
         if q.dtype == dtype && forms::attention(self, &params, dtype, layer)? {
             let (step, mask) = (plan.step_with(Part::Whole), self.mask()?);
-            if step.fits(Part::Whole, blocks) {
-                return self.queue("paged_attention", rows, move |device| {
-                    let step = step.view(device, Part::Whole)?;
+            return self.queue("paged_attention", rows, move |device| {
+                step.calls(device, Part::Whole, blocks)?.into_iter().try_for_each(|(rows, step)| {
+                    let [q, out] = [&q, &out].map(|x| x.narrow(0, rows.start, rows.len()));
                     fused_attention::attend(device, &q, planes.each_ref(), &step, &mask, &params, &out)
-                });
-            }
+                })
+            });
         }
         let (step, masks) = (plan.step_with(Part::Composed), self.masks());
         self.queue("paged_attention", rows, move |device| {
@@ -447,12 +447,12 @@ impl LatentOps for AscendBackend {
             && let LatentForm::Fused { heads } = forms::latent(self, shape, layer)?
         {
             let (step, mask) = (plan.step_with(Part::Short), self.mask()?);
-            if step.fits(Part::Short, blocks) {
-                return self.queue("latent_attention", rows, move |device| {
-                    let step = step.view(device, Part::Short)?;
+            return self.queue("latent_attention", rows, move |device| {
+                step.calls(device, Part::Short, blocks)?.into_iter().try_for_each(|(rows, step)| {
+                    let [q, out] = [&q, &out].map(|x| x.narrow(0, rows.start, rows.len()));
                     fused_latent::attention(device, &step, heads, scale, &mask, &q, &weight, &planes, &out)
-                });
-            }
+                })
+            });
         }
         let (step, masks) = (plan.step_with(Part::Composed), self.masks());
         self.queue("latent_attention", rows, move |device| {

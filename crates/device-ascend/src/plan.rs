@@ -9,6 +9,7 @@
 //! Invariants: memory taken on the device's thread is given back behind the step. Blocks that pad a context are the
 //! sequence's own, so that what a failing sequence writes in this step reaches no other.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_device::{AttentionBatch, SequenceSpan};
@@ -78,7 +79,7 @@ pub(crate) struct Step {
 /// Sequences as fused attention takes them.
 struct Fused {
     part: Part,
-    sequences: Arc<Sequences>,
+    sequences: Sequences,
     /// Where their block numbers `[sequences, blocks]` begin in the indices.
     table: usize,
     blocks: usize,
@@ -246,7 +247,7 @@ fn append_sequences(indices: &mut Vec<i32>, spans: &[Span], part: Part, most: us
     for own in tables {
         indices.extend((0..blocks).map(|i| own[if i < own.len() { i } else { 0 }] as i32));
     }
-    Fused { part, sequences: Arc::new(Sequences { query_ends, lengths }), table, blocks }
+    Fused { part, sequences: Sequences { query_ends, lengths }, table, blocks }
 }
 
 /// Appends for each row and block how many positions lie before the row's window, and says where.
@@ -289,17 +290,22 @@ impl Step {
         self.fused.iter().find(|fused| fused.part == part).expect("a step with this part")
     }
 
-    /// Whether one fused operator takes the step on a cache of so many blocks.
-    pub(crate) fn fits(&self, part: Part, blocks: usize) -> bool {
-        self.fused(part).sequences.fit(blocks)
-    }
-
-    /// The step as fused operators take it.
-    pub(crate) fn view(&self, device: &mut Device, part: Part) -> Result<StepView> {
-        let Fused { sequences, table, blocks, .. } = self.fused(part);
+    /// The step as fused operators take it on a cache of so many blocks: the rows of each call, and their sequences.
+    pub(crate) fn calls(
+        &self,
+        device: &mut Device,
+        part: Part,
+        blocks: usize,
+    ) -> Result<Vec<(Range<usize>, StepView)>> {
+        let Fused { sequences, table, blocks: width, .. } = self.fused(part);
         let count = sequences.lengths.len();
-        let tables = self.indices(device, *table, count * blocks)?.reshape(&[count, *blocks]);
-        Ok(StepView { sequences: sequences.clone(), tables })
+        let tables = self.indices(device, *table, count * width)?.reshape(&[count, *width]);
+        let call = |range: Range<usize>| {
+            let tables = tables.narrow(0, range.start, range.len());
+            let (sequences, rows) = sequences.some(range);
+            (rows, StepView { sequences, tables })
+        };
+        Ok(sequences.calls(blocks).into_iter().map(call).collect())
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {

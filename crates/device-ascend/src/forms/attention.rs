@@ -1,7 +1,6 @@
 //! The forms of attention, full and latent, and the step on which they are tried.
 
 use std::fmt;
-use std::sync::Arc;
 
 use baton_device::conformance::uniform;
 use baton_device::{AttentionParams, Result as SeamResult};
@@ -162,17 +161,17 @@ const BLOCKS: usize = 5;
 const TABLE_DIMS: &[usize] = &[TABLES.len(), TABLES[0].len()];
 /// A window is tried at this length at most, so that contexts are longer.
 const WINDOW: usize = 40;
-/// The sequence whose context is longer than a block and than a window.
+/// The sequence whose context is longer than a block.
 const LONG: usize = 1;
 
 impl Step {
     /// A prompt, a decode step and a chunk behind a prefix.
     fn mixed() -> Self {
-        Self { spans: [(0, 5), (130, 1), (17, 3)] }
+        Self { spans: [(0, 5), (130, 1), (60, 3)] }
     }
 
     fn decode() -> Self {
-        Self { spans: [(4, 1), (130, 1), (19, 1)] }
+        Self { spans: [(4, 1), (130, 1), (62, 1)] }
     }
 
     fn rows(&self) -> usize {
@@ -192,7 +191,7 @@ impl Step {
         });
         let lengths = self.spans.iter().map(|&(start, tokens)| (start + tokens) as i64);
         let sequences = Sequences { query_ends: ends.collect(), lengths: lengths.collect() };
-        StepView { sequences: Arc::new(sequences), tables: tables.clone() }
+        StepView { sequences, tables: tables.clone() }
     }
 
     /// Turns keys at the borders of what is seen towards queries: `[slots, kv_heads * qk]`.
