@@ -54,11 +54,9 @@ pub(crate) enum Form {
 
 /// A weight in blocks.
 pub(crate) struct Blocks {
-    codes: Buffer,
-    scales: Buffer,
-    /// For each byte of two int4 their values, where codes are such bytes.
-    halves: Option<Buffer>,
     view: BlocksView,
+    /// What the view's windows lie on.
+    _buffers: Vec<Buffer>,
 }
 
 /// Where such a weight lies, for work that is queued.
@@ -69,7 +67,7 @@ pub(crate) struct BlocksView {
     codes: View,
     /// `[out, groups]`, or `[out]`.
     scales: View,
-    /// `[256, 2]`.
+    /// For each byte of two int4 their values, `[256, 2]`, where codes are such bytes.
     halves: Option<View>,
 }
 
@@ -128,7 +126,7 @@ impl Blocks {
             scales: View::new(scales.address(), scale_type, &scale_dims),
             halves: halves.as_ref().map(|table| View::new(table.address(), DataType::F32, &[256, 2])),
         };
-        Ok(Self { codes, scales, halves, view })
+        Ok(Self { view, _buffers: [codes, scales].into_iter().chain(halves).collect() })
     }
 
     pub(crate) fn view(&self) -> BlocksView {
