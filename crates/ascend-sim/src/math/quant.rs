@@ -64,14 +64,18 @@ mod tests {
     fn an_offset_is_added_before_the_scale() {
         // Columns (1, 2, 3) and (4, 5, 6).
         let w = [1, 2, 3, 4, 5, 6];
-        let cases: [(Shared, &[f32], Option<&[f32]>, [f32; 6]); 4] = [
-            (Shared::Tensor, &[2.0], None, [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]),
-            (Shared::Channel, &[1.0, 10.0], None, [1.0, 2.0, 3.0, 40.0, 50.0, 60.0]),
-            (Shared::Channel, &[1.0, 10.0], Some(&[-1.0, 1.0]), [0.0, 1.0, 2.0, 50.0, 60.0, 70.0]),
-            (Shared::Group(2), &[1.0, 2.0, 3.0, 4.0], Some(&[0.0, 0.0, 1.0, -6.0]), [1.0, 2.0, 12.0, 8.0, 10.0, 0.0]),
-        ];
-        for (shared, scale, offset, want) in cases {
-            assert_eq!(dequantize(&w, 3, scale, offset, shared), want, "{shared:?}");
+        for (shared, scale, offset, want) in [
+            (Shared::Tensor, vec![2.0], None, [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]),
+            (Shared::Channel, vec![1.0, 10.0], None, [1.0, 2.0, 3.0, 40.0, 50.0, 60.0]),
+            (Shared::Channel, vec![1.0, 10.0], Some(vec![-1.0, 1.0]), [0.0, 1.0, 2.0, 50.0, 60.0, 70.0]),
+            (
+                Shared::Group(2),
+                vec![1.0, 2.0, 3.0, 4.0],
+                Some(vec![0.0, 0.0, 1.0, -6.0]),
+                [1.0, 2.0, 12.0, 8.0, 10.0, 0.0],
+            ),
+        ] {
+            assert_eq!(dequantize(&w, 3, &scale, offset.as_deref(), shared), want, "{shared:?}");
         }
     }
 

@@ -216,7 +216,7 @@ mod tests {
 
     #[test]
     fn operands_broadcast_and_alpha_scales_the_second() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         for dtype in [F32, F16, BF16] {
             let (x, y) = (b.floats(&[2, 2], dtype, &[1.0, 2.0, 3.0, 4.0]), b.floats(&[2], dtype, &[10.0, 20.0]));
             let (alpha, out) = (Scalar::from_f64(0.5), b.out(&[2, 2], dtype));
@@ -235,7 +235,7 @@ mod tests {
 
     #[test]
     fn integers_are_computed_with_exactly() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let large = (1 << 60) + 1;
         let (x, out) = (b.ints(&[2], I64, &[large, -3]), b.out(&[2], I64));
         b.run(&Add { this: x.clone(), other: x.clone(), alpha: Scalar::from_f64(1.0), out: out.clone() }).unwrap();
@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn what_does_not_broadcast_is_refused() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (x, y) = (b.empty(&[2, 3], F32), b.empty(&[2], F32));
         for (dims, want) in [([2, 3], 161_002), ([3, 3], 161_002)] {
             let (alpha, out) = (Scalar::from_f64(1.0), b.out(&dims, F32));
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_result_is_rounded_once_to_the_dtype_of_its_output() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (x, out) = (b.floats(&[1], F16, &[1.0]), b.out(&[1], F16));
         // 1 + 2^-11 + 2^-12 rounds up to 1 + 2^-10; rounded in two steps it would be 1.
         let y = b.floats(&[1], F16, &[2f32.powi(-11)]);
@@ -266,7 +266,7 @@ mod tests {
 
     #[test]
     fn activations_keep_the_shape() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let x = b.floats(&[2, 2], F32, &[0.0, 1.0, f32::INFINITY, f32::NAN]);
         let (finite, wrong) = (b.out(&[2, 2], BOOL), b.out(&[4], BOOL));
         b.run(&IsFinite { this: x.clone(), out: finite.clone() }).unwrap();
@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn swiglu_halves_a_contiguous_row() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (x, out) = (b.floats(&[1, 4], F32, &[1.0, 2.0, 3.0, 4.0]), b.out(&[1, 2], F32));
         b.run(&SwiGlu { x, dim: -1, out: out.clone() }).unwrap();
         assert_eq!(b.read(&out), [silu(1.0) * 3.0, silu(2.0) * 4.0]);
@@ -295,7 +295,7 @@ mod tests {
             (Chip::P310, 32, 561_002),
             (Chip::P310, 96, 561_002),
         ] {
-            let mut b = Bench::new(chip);
+            let b = Bench::new(chip);
             let (x, out) = (b.empty(&[2, length], F16), b.out(&[2, length / 2], F16));
             assert_eq!(b.check(&SwiGlu { x, dim: 1, out }), want, "{chip:?} {length}");
         }

@@ -151,7 +151,9 @@ impl FusedInferAttentionScoreV3 {
         valid(n > 0 && kv > 0 && n % kv == 0, || format!("{n} query heads over {kv} key heads"))?;
         fits(n <= fused::HEADS_MAX, || format!("{n} query heads: at most {}", fused::HEADS_MAX))?;
         let precise = [0, 1].contains(&self.inner_precise) && (n == kv || self.inner_precise == 0);
-        valid(precise, || format!("innerPrecise {}: 0, or 1 with as many key heads as query heads", self.inner_precise))?;
+        valid(precise, || {
+            format!("innerPrecise {}: 0, or 1 with as many key heads as query heads", self.inner_precise)
+        })?;
         let pair = self.query_rope.is_some() == self.key_rope.is_some();
         valid(pair, || "queryRope and keyRope go together".to_owned())?;
         valid(self.softmax_lse_flag == self.softmax_lse.is_some(), || "softmaxLse goes with its flag".to_owned())?;
@@ -215,7 +217,8 @@ impl FusedInferAttentionScoreV3 {
         let (tokens, width) = (q[0], q[2]);
         let (queries, lengths) = self.lengths(tokens)?;
         let paged = self.block_table.is_some();
-        let (key, value) = if paged { (pages("key", key, kv)?, pages("value", value, kv)?) } else { (key.clone(), value.clone()) };
+        let (key, value) =
+            if paged { (pages("key", key, kv)?, pages("value", value, kv)?) } else { (key.clone(), value.clone()) };
         let heads_dim = key.rank().saturating_sub(2);
         let aligned = key.rank() == if paged { 4 } else { 3 }
             && value.rank() == key.rank()
@@ -253,7 +256,11 @@ impl FusedInferAttentionScoreV3 {
         } else {
             let even = qk == v && qk <= fused::WIDTH_MAX && qk % fused::WIDTH_STEP == 0;
             fits(even || qk == fused::WIDE_QK && fused::WIDE_V.contains(&v), || {
-                format!("widths {qk} and {v}: equal, a multiple of {} up to {}; or 192 with 128", fused::WIDTH_STEP, fused::WIDTH_MAX)
+                format!(
+                    "widths {qk} and {v}: equal, a multiple of {} up to {}; or 192 with 128",
+                    fused::WIDTH_STEP,
+                    fused::WIDTH_MAX
+                )
             })?;
         }
         shaped("attentionOut", &self.attention_out, &[tokens, n, v])?;
@@ -286,9 +293,10 @@ impl FusedInferAttentionScoreV3 {
     fn probe_mask(&self, rt: &Runtime) -> Result<(), Fault> {
         let Some(mask) = &self.atten_mask else { return Ok(()) };
         for r in [0, 1, 127, 128, 1023, fused::MASK as usize - 1] {
-            let ones = rt.load_ints(&fix(mask, 0..1, r))?.data;
+            let ones = rt.load_ints(&mask.at(r as i64))?.data;
             if let Some(c) = (0..ones.len()).find(|&c| (ones[c] != 0) != (c > r)) {
-                let text = format!("attenMask at row {r}, column {c} is {}: 1 above the diagonal, 0 elsewhere", ones[c]);
+                let text =
+                    format!("attenMask at row {r}, column {c} is {}: 1 above the diagonal, 0 elsewhere", ones[c]);
                 return Err(Fault::Violation(text));
             }
         }
@@ -342,7 +350,7 @@ fn rows(rt: &Runtime, parts: &[Tensor], range: &Range<usize>, table: Option<&[i6
         let (blocks, positions) = (part.dims[0] as usize, part.dims[1] as usize);
         let mut data = Vec::new();
         for (n, &block) in table.iter().enumerate().take(range.len().div_ceil(positions)) {
-            let page = fix(part, 0..1, row(block, blocks, "block")?);
+            let page = part.at(row(block, blocks, "block")? as i64);
             data.extend(rt.load(&narrow(&page, 0, 0, positions.min(range.len() - n * positions)))?.data);
         }
         loaded.push(data);

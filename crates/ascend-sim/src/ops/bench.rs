@@ -1,5 +1,10 @@
 //! A device for tests of single operators: memory, and operators run on it at once.
 
+use std::{
+    cell::RefCell,
+    sync::{LazyLock, Mutex, PoisonError},
+};
+
 use crate::{
     array::{Array, Chip, Fault, Ints, Meta, row_major},
     constants::*,
@@ -17,65 +22,69 @@ pub const I32: i64 = ACL_INT32;
 pub const I64: i64 = ACL_INT64;
 pub const BOOL: i64 = ACL_BOOL;
 
+/// One for all tests: each reserves much address space and gives none back.
+static MEMORY: LazyLock<Mutex<Memory>> = LazyLock::new(|| Mutex::new(Memory::new()));
+
 pub struct Bench {
     chip: Chip,
-    memory: Memory,
-    addresses: Vec<u64>,
-    violations: Vec<String>,
+    addresses: RefCell<Vec<u64>>,
     pub perturb: bool,
 }
 
 impl Bench {
     pub fn new(chip: Chip) -> Self {
-        Self { chip, memory: Memory::new(), addresses: Vec::new(), violations: Vec::new(), perturb: false }
+        Self { chip, addresses: RefCell::default(), perturb: false }
     }
 
-    fn runtime(&mut self) -> Runtime<'_> {
-        Runtime {
+    fn with<T>(&self, use_it: impl FnOnce(&mut Runtime) -> T) -> T {
+        let mut memory = MEMORY.lock().unwrap_or_else(PoisonError::into_inner);
+        use_it(&mut Runtime {
             device: 0,
             chip: self.chip,
             perturb: self.perturb,
             peers: &[],
-            memory: &mut self.memory,
-            violations: &mut self.violations,
-            addresses: &self.addresses,
-        }
+            memory: &mut memory,
+            violations: &mut Vec::new(),
+            addresses: &self.addresses.borrow(),
+        })
     }
 
     /// A dense tensor of garbage.
-    pub fn empty(&mut self, dims: &[i64], dtype: i64) -> Tensor {
+    pub fn empty(&self, dims: &[i64], dtype: i64) -> Tensor {
         let meta = Meta::dense(dims, dtype as i32);
         let bytes = dtype::bytes(meta.dtype, meta.numel() as u64).max(1);
-        self.addresses.push(self.memory.allocate(0, bytes).unwrap());
-        Tensor { meta, slot: self.addresses.len() - 1 }
+        let address = self.with(|rt| rt.memory.allocate(0, bytes)).unwrap();
+        let mut addresses = self.addresses.borrow_mut();
+        addresses.push(address);
+        Tensor { meta, slot: addresses.len() - 1 }
     }
 
-    pub fn out(&mut self, dims: &[i64], dtype: i64) -> Out {
+    pub fn out(&self, dims: &[i64], dtype: i64) -> Out {
         Out(self.empty(dims, dtype))
     }
 
-    pub fn fill(&mut self, tensor: &Tensor, data: &[f32]) {
-        self.runtime().store(tensor, &Array { dims: tensor.shape(), data: data.to_vec() }).unwrap();
+    pub fn fill(&self, tensor: &Tensor, data: &[f32]) {
+        self.with(|rt| rt.store(tensor, &Array { dims: tensor.shape(), data: data.to_vec() })).unwrap();
     }
 
-    pub fn floats(&mut self, dims: &[i64], dtype: i64, data: &[f32]) -> Tensor {
+    pub fn floats(&self, dims: &[i64], dtype: i64, data: &[f32]) -> Tensor {
         let tensor = self.empty(dims, dtype);
         self.fill(&tensor, data);
         tensor
     }
 
-    pub fn ints(&mut self, dims: &[i64], dtype: i64, data: &[i64]) -> Tensor {
+    pub fn ints(&self, dims: &[i64], dtype: i64, data: &[i64]) -> Tensor {
         let tensor = self.empty(dims, dtype);
-        self.runtime().store_ints(&tensor, &Ints { dims: tensor.shape(), data: data.to_vec() }).unwrap();
+        self.with(|rt| rt.store_ints(&tensor, &Ints { dims: tensor.shape(), data: data.to_vec() })).unwrap();
         tensor
     }
 
-    pub fn read(&mut self, tensor: &Tensor) -> Vec<f32> {
-        self.runtime().load(tensor).unwrap().data
+    pub fn read(&self, tensor: &Tensor) -> Vec<f32> {
+        self.with(|rt| rt.load(tensor)).unwrap().data
     }
 
-    pub fn read_ints(&mut self, tensor: &Tensor) -> Vec<i64> {
-        self.runtime().load_ints(tensor).unwrap().data
+    pub fn read_ints(&self, tensor: &Tensor) -> Vec<i64> {
+        self.with(|rt| rt.load_ints(tensor)).unwrap().data
     }
 
     /// Phase 1: 0, or the code it is refused with.
@@ -84,9 +93,9 @@ impl Bench {
     }
 
     /// Both phases, the first of which must pass.
-    pub fn run(&mut self, kernel: &impl Kernel) -> Result<(), Fault> {
+    pub fn run(&self, kernel: &impl Kernel) -> Result<(), Fault> {
         kernel.check(self.chip).unwrap();
-        kernel.run(&mut self.runtime())
+        self.with(|rt| kernel.run(rt))
     }
 }
 

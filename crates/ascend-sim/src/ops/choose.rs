@@ -82,7 +82,8 @@ impl Kernel for Topk {
 }
 
 operator! {
-    /// All elements along `dim` in order, and where they were. Equal ones keep their order, asked for or not.
+    /// All elements along `dim` in order, and where they were.
+    #[expect(dead_code, reason = "equal elements keep their order, asked for or not")]
     Sort = aclnnSort, aclnnSortGetWorkspaceSize
         (this: Tensor, stable: bool, dim: i64, descending: bool, values: Out, indices: Out)
 }
@@ -134,7 +135,7 @@ mod tests {
 
     #[test]
     fn the_first_of_the_largest_is_chosen() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let x = b.floats(&[2, 3], F16, &[1.0, 3.0, 3.0, 5.0, 4.0, 5.0]);
         for (dtype, keepdim, dims) in [(I32, false, vec![2]), (I64, true, vec![2, 1])] {
             let out = b.out(&dims, dtype);
@@ -149,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_best_come_in_order_with_their_indices() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let x = b.floats(&[2, 3], F32, &[1.0, 3.0, 2.0, 6.0, 4.0, 5.0]);
         let (values, indices) = (b.out(&[2, 2], F32), b.out(&[2, 2], I64));
         let best = |this: &Tensor, k, dim, largest, sorted| Topk {
@@ -173,7 +174,7 @@ mod tests {
 
     #[test]
     fn sorting_and_running_sums_go_along_their_dimension() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let x = b.floats(&[2, 3], F32, &[1.0, 3.0, 2.0, 6.0, 4.0, 5.0]);
         let (values, indices) = (b.out(&[2, 3], F32), b.out(&[2, 3], I64));
         let sort = Sort { this: x.clone(), stable: true, dim: 1, descending: true, values: values.clone(), indices };

@@ -1,133 +1,13 @@
-//! Mixture of experts: choosing experts, bringing tokens to them, their products, and adding up.
+//! Mixture of experts: bringing tokens to their experts, and adding up what these give.
 
-use super::view::{copy, fix, narrow, shaped, store, store_ints};
+use super::view::{copy, matrix, shaped, store, store_ints};
 use crate::{
     array::{Chip, Fault, Refusal},
-    limits::{
-        GATE_EXPERTS_MAX, GATE_GROUP_PAD, GATE_SOFTMAX_K_MAX, GROUPED_WIDTH_BELOW, Seen, check, fits, numbers, valid,
-    },
-    math::{
-        matmul::{Order, matmul},
-        moe::{Gate, dispatch, group_ends, softmax_top_k},
-        moves::row,
-    },
+    limits::{Seen, check, fits, numbers, valid},
+    math::{moe::dispatch, moves::row},
     op::{Kernel, Out, Tensor, operator},
     runtime::Runtime,
 };
-
-/// Refuses what is no matrix; its two dimensions.
-fn matrix(what: &str, x: &Tensor) -> Result<[i64; 2], Refusal> {
-    valid(x.rank() == 2, || format!("{what} {:?}: two dimensions", x.dims))?;
-    Ok([x.dims[0], x.dims[1]])
-}
-
-operator! {
-    /// Experts by softmax or sigmoid scores, perhaps from the best groups only.
-    MoeGatingTopK = aclnnMoeGatingTopK, aclnnMoeGatingTopKGetWorkspaceSize (
-        x: Tensor,
-        bias: Option<Tensor>,
-        k: i64,
-        k_group: i64,
-        group_count: i64,
-        group_select_mode: i64,
-        renorm: i64,
-        norm_type: i64,
-        out_flag: bool,
-        routed_scaling_factor: f64,
-        eps: f64,
-        y_out: Out,
-        expert_idx_out: Out,
-        out_out: Out,
-    )
-}
-
-impl Kernel for MoeGatingTopK {
-    fn check(&self, chip: Chip) -> Result<(), Refusal> {
-        check(chip, "MoeGatingTopK", &[&self.x, &self.bias, &self.y_out, &self.expert_idx_out, &self.out_out])?;
-        let [tokens, experts] = matrix("x", &self.x)?;
-        if let Some(bias) = &self.bias {
-            shaped("bias", bias, &[experts])?;
-        }
-        let modes = [self.group_select_mode, self.norm_type];
-        valid(modes.iter().all(|m| [0, 1].contains(m)), || format!("groupSelectMode and normType {modes:?}: 0 or 1"))?;
-        valid(self.renorm == 0, || format!("renorm {}: 0", self.renorm))?;
-        let (k, kept, groups) = (self.k, self.k_group, self.group_count);
-        fits(experts <= GATE_EXPERTS_MAX, || format!("{experts} experts: at most {GATE_EXPERTS_MAX}"))?;
-        valid(groups > 0 && experts % groups == 0, || format!("{experts} experts in {groups} groups"))?;
-        let size = experts / groups;
-        fits(size > self.group_select_mode, || format!("groups of {size} with groupSelectMode {}", modes[0]))?;
-        let padded = (size + GATE_GROUP_PAD - 1) / GATE_GROUP_PAD * GATE_GROUP_PAD * groups;
-        fits(padded <= GATE_EXPERTS_MAX, || format!("{groups} padded groups of {size} make {padded} experts"))?;
-        valid((1..=groups).contains(&kept), || format!("kGroup {kept} of {groups}"))?;
-        valid((1..=kept * size).contains(&k), || format!("k {k} of {kept} groups of {size}"))?;
-        shaped("yOut", &self.y_out, &[tokens, k])?;
-        shaped("expertIdxOut", &self.expert_idx_out, &[tokens, k])?;
-        shaped("outOut", &self.out_out, &[tokens, experts])
-    }
-
-    fn run(&self, rt: &mut Runtime) -> Result<(), Fault> {
-        let gate = Gate {
-            k: self.k as usize,
-            groups: self.group_count as usize,
-            kept_groups: self.k_group as usize,
-            two_best: self.group_select_mode == 1,
-            sigmoid: self.norm_type == 1,
-            scale: self.routed_scaling_factor,
-            epsilon: self.eps,
-        };
-        let x = rt.load(&self.x)?;
-        let bias = self.bias.as_ref().map(|bias| rt.load(bias)).transpose()?;
-        let (mut weights, mut experts, mut scores) = (Vec::new(), Vec::new(), Vec::new());
-        for logits in x.data.chunks_exact(x.dims[1]) {
-            let (chosen, weighed, all) = gate.choose(logits, bias.as_ref().map(|b| &b.data[..]));
-            experts.extend(chosen.into_iter().map(|e| e as i64));
-            weights.extend(weighed);
-            scores.extend(all);
-        }
-        store(rt, &self.y_out, weights)?;
-        store_ints(rt, &self.expert_idx_out, experts)?;
-        if self.out_flag { store(rt, &self.out_out, scores) } else { Ok(()) }
-    }
-}
-
-operator! {
-    /// Experts by softmax scores: the softmax over all (`renorm` 0) or over the chosen (1).
-    MoeGatingTopKSoftmaxV2 = aclnnMoeGatingTopKSoftmaxV2, aclnnMoeGatingTopKSoftmaxV2GetWorkspaceSize (
-        x: Tensor,
-        finished: Option<Tensor>,
-        k: i64,
-        renorm: i64,
-        output_softmax_result_flag: bool,
-        y_out: Out,
-        expert_idx_out: Out,
-        softmax_result_out: Option<Out>,
-    )
-}
-
-impl Kernel for MoeGatingTopKSoftmaxV2 {
-    fn check(&self, chip: Chip) -> Result<(), Refusal> {
-        let tensors: [&dyn Seen; 5] =
-            [&self.x, &self.finished, &self.y_out, &self.expert_idx_out, &self.softmax_result_out];
-        check(chip, "MoeGatingTopKSoftmaxV2", &tensors)?;
-        let [tokens, experts] = matrix("x", &self.x)?;
-        let plain = self.finished.is_none() && !self.output_softmax_result_flag && self.softmax_result_out.is_none();
-        fits(plain, || "finished tokens and the softmax's own result are not simulated".to_owned())?;
-        valid([0, 1].contains(&self.renorm), || format!("renorm {}: 0 or 1", self.renorm))?;
-        valid((1..=experts).contains(&self.k), || format!("k {} of {experts} experts", self.k))?;
-        fits(self.k <= GATE_SOFTMAX_K_MAX, || format!("k {}: at most {GATE_SOFTMAX_K_MAX}", self.k))?;
-        shaped("yOut", &self.y_out, &[tokens, self.k])?;
-        shaped("expertIdxOut", &self.expert_idx_out, &[tokens, self.k])
-    }
-
-    fn run(&self, rt: &mut Runtime) -> Result<(), Fault> {
-        let x = rt.load(&self.x)?;
-        let rows = x.data.chunks_exact(x.dims[1]);
-        let (experts, weights): (Vec<_>, Vec<_>) =
-            rows.map(|logits| softmax_top_k(logits, self.k as usize, self.renorm == 1)).unzip();
-        store(rt, &self.y_out, weights.concat())?;
-        store_ints(rt, &self.expert_idx_out, experts.into_iter().flatten().map(|e| e as i64))
-    }
-}
 
 operator! {
     /// Rows repeated once for each chosen expert and sorted by expert, where each went, and how many each expert has.
@@ -176,8 +56,8 @@ impl Kernel for MoeInitRoutingV2 {
         let experts = rt.load_ints(&self.expert_idx)?;
         let (places, counts) = dispatch(&experts.data, self.expert_num as usize)?;
         for (choice, &place) in places.iter().enumerate() {
-            let token = fix(&self.x, 0..1, choice / experts.dims[1]);
-            copy(rt, &token, &fix(&self.expanded_x_out, 0..1, place))?;
+            let token = self.x.at((choice / experts.dims[1]) as i64);
+            copy(rt, &token, &self.expanded_x_out.at(place as i64))?;
         }
         store_ints(rt, &self.expanded_row_idx_out, places.into_iter().map(|p| p as i64))?;
         let cumulative = self.expert_tokens_count_or_cumsum_flag == 1;
@@ -264,7 +144,9 @@ impl Kernel for MoeFinalizeRoutingV2 {
                 let given = row(places[at], choices, "row")? * width;
                 let scale = scales.as_ref().map_or(1.0, |s| f64::from(s.data[token * k + choice]));
                 let bias = match (&bias, &experts) {
-                    (Some(b), Some(e)) => &b.data[row(e.data[token * k + choice], b.dims[0], "expert")? * width..][..width],
+                    (Some(b), Some(e)) => {
+                        &b.data[row(e.data[token * k + choice], b.dims[0], "expert")? * width..][..width]
+                    }
                     _ => &[],
                 };
                 let biases = bias.iter().copied().chain(std::iter::repeat(0.0));
@@ -277,88 +159,102 @@ impl Kernel for MoeFinalizeRoutingV2 {
     }
 }
 
-operator! {
-    /// Groups of rows, each times its own matrix. Rows after the last group are left as they are.
-    GroupedMatmulV4 = aclnnGroupedMatmulV4, aclnnGroupedMatmulV4GetWorkspaceSize (
-        x: Vec<Tensor>,
-        weight: Vec<Tensor>,
-        bias: Option<Vec<Tensor>>,
-        scale: Option<Vec<Tensor>>,
-        offset: Option<Vec<Tensor>>,
-        antiquant_scale: Option<Vec<Tensor>>,
-        antiquant_offset: Option<Vec<Tensor>>,
-        per_token_scale: Option<Vec<Tensor>>,
-        group_list: Option<Tensor>,
-        activation_input: Option<Vec<Tensor>>,
-        activation_quant_scale: Option<Vec<Tensor>>,
-        activation_quant_offset: Option<Vec<Tensor>>,
-        split_item: i64,
-        group_type: i64,
-        group_list_type: i64,
-        act_type: i64,
-        out: Vec<Out>,
-        activation_feature_out: Option<Vec<Out>>,
-        dyn_quant_scale_out: Option<Vec<Out>>,
-    )
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{
+        bench::{BF16, Bench, F16, I32, I64, near, numbers},
+        grouped::tests::grouped,
+    };
 
-impl Kernel for GroupedMatmulV4 {
-    fn check(&self, chip: Chip) -> Result<(), Refusal> {
-        let one = [self.x.len(), self.weight.len(), self.out.len()] == [1; 3];
-        fits(one, || "only one tensor each in x, weight and out is simulated".to_owned())?;
-        let bias = self.bias.as_ref().and_then(|b| b.first());
-        let (x, weight, out) = (&self.x[0], &self.weight[0], &self.out[0]);
-        check(chip, "GroupedMatmulV4", &[x, weight, &bias.cloned(), &self.group_list, out as &dyn Seen])?;
-        let others = [
-            &self.scale,
-            &self.offset,
-            &self.antiquant_scale,
-            &self.antiquant_offset,
-            &self.per_token_scale,
-            &self.activation_input,
-            &self.activation_quant_scale,
-            &self.activation_quant_offset,
-        ];
-        let plain = others.iter().all(|o| o.is_none())
-            && self.activation_feature_out.is_none()
-            && self.dyn_quant_scale_out.is_none();
-        fits(plain, || "quantised experts are not simulated".to_owned())?;
-        valid([2, 3].contains(&self.split_item), || format!("splitItem {} for one output: 2 or 3", self.split_item))?;
-        let by_rows = self.group_type == 0 && self.act_type == 0;
-        fits(by_rows, || format!("groupType {} and actType {}: 0 is simulated", self.group_type, self.act_type))?;
-        valid([0, 1].contains(&self.group_list_type), || format!("groupListType {}: 0 or 1", self.group_list_type))?;
-        let [rows, k] = matrix("x", x)?;
-        valid(x.strides[1] == 1, || format!("x with strides {:?} is transposed", x.strides))?;
-        let w = &weight.dims;
-        valid(w.len() == 3 && w[1] == k, || format!("weight {w:?}: [experts, {k}, columns]"))?;
-        let widest = k.max(w[2]);
-        fits(widest < GROUPED_WIDTH_BELOW, || format!("a width of {widest}: below {GROUPED_WIDTH_BELOW}"))?;
-        shaped("out", out, &[rows, w[2]])?;
-        bias.map_or(Ok(()), |bias| shaped("bias", bias, &[w[0], w[2]]))?;
-        valid(self.group_list.is_some(), || "groupList is needed".to_owned())?;
-        self.group_list.as_ref().map_or(Ok(()), |list| shaped("groupList", list, &w[..1]))
+    fn routed(b: &Bench, x: &Tensor, experts: &[i64], flag: i64) -> MoeInitRoutingV2 {
+        let (tokens, width) = (x.dims[0], x.dims[1]);
+        MoeInitRoutingV2 {
+            x: x.clone(),
+            expert_idx: b.ints(&[tokens, experts.len() as i64 / tokens], I32, experts),
+            active_num: 0,
+            expert_capacity: 0,
+            expert_num: 3,
+            drop_pad_mode: 0,
+            expert_tokens_count_or_cumsum_flag: flag,
+            expert_tokens_before_capacity_flag: false,
+            expanded_x_out: b.out(&[experts.len() as i64, width], BF16),
+            expanded_row_idx_out: b.out(&[experts.len() as i64], I32),
+            expert_tokens_count_or_cumsum_out: Some(b.out(&[3], I32)),
+            expert_tokens_before_capacity_out: None,
+        }
     }
 
-    fn run(&self, rt: &mut Runtime) -> Result<(), Fault> {
-        let (x, weight, out) = (rt.load(&self.x[0])?, &self.weight[0], &self.out[0]);
-        let list = rt.load_ints(self.group_list.as_ref().expect("checked in phase 1"))?.data;
-        let (rows, k) = (x.dims[0], x.dims[1]);
-        let bias = self.bias.as_ref().and_then(|b| b.first()).map(|b| rt.load(b)).transpose()?;
-        let order = Order::of(rt.perturb, rows);
-        let mut start = 0;
-        for (e, end) in group_ends(&list, self.group_list_type == 0, rows)?.into_iter().enumerate() {
-            if end > start {
-                let columns = rt.load(&fix(weight, 0..1, e).transposed())?.data;
-                let mut product = matmul(&x.data[start * k..end * k], &columns, k, order);
-                if let Some(bias) = &bias {
-                    let n = bias.dims[1];
-                    let row = &bias.data[e * n..][..n];
-                    product.chunks_exact_mut(n).for_each(|p| p.iter_mut().zip(row).for_each(|(p, b)| *p += b));
-                }
-                store(rt, &narrow(out, 0, start, end - start), product)?;
-            }
-            start = end;
+    #[test]
+    fn tokens_meet_their_experts_and_come_back_weighed() {
+        let b = Bench::new(Chip::A2);
+        let x = b.floats(&[2, 32], BF16, &numbers(64, 1));
+        let chosen = [2, 0, 0, 1];
+        for (flag, told) in [(1, [2, 3, 4]), (2, [2, 1, 1])] {
+            let route = routed(&b, &x, &chosen, flag);
+            b.run(&route).unwrap();
+            let counts = route.expert_tokens_count_or_cumsum_out.as_ref().unwrap();
+            assert_eq!(b.read_ints(counts), told);
+            assert_eq!(b.read_ints(&route.expanded_row_idx_out), [3, 0, 1, 2]);
+
+            // Expert e multiplies by e + 1.
+            let weight = b.empty(&[3, 32, 32], BF16);
+            let scaled: Vec<f32> =
+                (0..3 * 1024).map(|i| if i % 1024 / 32 == i % 32 { (i / 1024 + 1) as f32 } else { 0.0 }).collect();
+            b.fill(&weight, &scaled);
+            let (list, out) = (b.ints(&[3], I64, &told), b.out(&[4, 32], BF16));
+            b.run(&grouped(&route.expanded_x_out, &weight, &list, &out, flag - 1)).unwrap();
+            let scales = b.floats(&[2, 2], BF16, &[0.5, 0.5, 1.0, 2.0]);
+            let result = b.out(&[2, 32], BF16);
+            let finalize = |mode, idx: &Tensor| MoeFinalizeRoutingV2 {
+                expanded_x: out.0.clone(),
+                expanded_row_idx: idx.clone(),
+                x1: Some(x.clone()),
+                x2: None,
+                bias: None,
+                scales: Some(scales.clone()),
+                expert_idx: Some(route.expert_idx.clone()),
+                drop_pad_mode: mode,
+                out: result.clone(),
+            };
+            let data = b.read(&x);
+            let want: Vec<f32> = data
+                .iter()
+                .enumerate()
+                .map(|(i, v)| v + if i < 32 { (1.5 + 0.5) * v } else { (1.0 + 2.0 * 2.0) * v })
+                .collect();
+            b.run(&finalize(2, &route.expanded_row_idx_out)).unwrap();
+            assert!(near(&b.read(&result), &want, 0.01));
+            // The older order lists all first choices, then all second ones.
+            let columns = b.ints(&[4], I32, &[3, 1, 0, 2]);
+            b.run(&finalize(0, &columns)).unwrap();
+            assert!(near(&b.read(&result), &want, 0.01));
+            let far = b.ints(&[4], I32, &[3, 0, 1, 4]);
+            assert!(matches!(b.run(&finalize(2, &far)), Err(Fault::OutOfRange(_))));
+            assert_eq!(b.check(&finalize(1, &far)), 161_002);
         }
-        Ok(())
+        let bad = routed(&b, &x, &[0, 1, 2, 3], 2);
+        assert!(matches!(b.run(&bad), Err(Fault::OutOfRange(_))));
+    }
+
+    #[test]
+    fn adding_up_on_310p_needs_whole_32s_and_mode_2() {
+        for (chip, width, mode, want) in
+            [(Chip::A2, 33, 0, 0), (Chip::P310, 32, 2, 0), (Chip::P310, 33, 2, 561_002), (Chip::P310, 32, 0, 161_002)]
+        {
+            let b = Bench::new(chip);
+            let op = MoeFinalizeRoutingV2 {
+                expanded_x: b.empty(&[4, width], F16),
+                expanded_row_idx: b.empty(&[4], I32),
+                x1: None,
+                x2: None,
+                bias: None,
+                scales: Some(b.empty(&[2, 2], F16)),
+                expert_idx: None,
+                drop_pad_mode: mode,
+                out: b.out(&[2, width], F16),
+            };
+            assert_eq!(b.check(&op), want, "{chip:?} {width} {mode}");
+        }
     }
 }

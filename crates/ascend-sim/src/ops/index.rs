@@ -57,7 +57,11 @@ impl Kernel for IndexSelect {
     }
 
     fn run(&self, rt: &mut Runtime) -> Result<(), Fault> {
-        let index = self.index.view(vec![self.index.numel() as i64], vec![*self.index.strides.first().unwrap_or(&1)], self.index.offset);
+        let index = self.index.view(
+            vec![self.index.numel() as i64],
+            vec![*self.index.strides.first().unwrap_or(&1)],
+            self.index.offset,
+        );
         gather(rt, &self.this, axis(&self.this, self.dim).expect("checked in phase 1"), &index, &self.out)
     }
 }
@@ -138,7 +142,7 @@ mod tests {
 
     #[test]
     fn embedding_takes_rows_in_the_shape_of_the_indices() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let weight = b.floats(&[3, 2], F16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         for dtype in [I32, I64] {
             let (indices, out) = (b.ints(&[2, 2], dtype, &[2, 0, 1, 2]), b.out(&[2, 2, 2], F16));
@@ -151,7 +155,7 @@ mod tests {
 
     #[test]
     fn slices_are_taken_along_any_dimension_of_any_view() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let x = b.ints(&[2, 3], I64, &[1, 2, 3, 4, 5, 6]);
         let (index, out) = (b.ints(&[2], I64, &[2, 1]), b.out(&[2, 2], I64));
         b.run(&IndexSelect { this: x.clone(), dim: -1, index: index.clone(), out: out.clone() }).unwrap();
@@ -167,17 +171,12 @@ mod tests {
 
     #[test]
     fn slices_are_written_where_the_indices_say() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (x, source) = (b.floats(&[3, 2], F32, &[0.0; 6]), b.floats(&[2, 2], F32, &[1.0, 2.0, 3.0, 4.0]));
         let (index, out) = (b.ints(&[2], I32, &[2, 0]), b.floats(&[3, 2], F32, &[9.0; 6]));
         let written = [3.0, 4.0, 0.0, 0.0, 1.0, 2.0];
-        let copy = IndexCopy {
-            this: inplace(&x),
-            dim: 0,
-            index: index.clone(),
-            source: source.clone(),
-            out: inplace(&out),
-        };
+        let copy =
+            IndexCopy { this: inplace(&x), dim: 0, index: index.clone(), source: source.clone(), out: inplace(&out) };
         b.run(&copy).unwrap();
         assert_eq!((b.read(&out), b.read(&x)), (written.to_vec(), vec![0.0; 6]));
         b.run(&InplaceIndexCopy { this: inplace(&x), dim: 0, index, source: source.clone() }).unwrap();
@@ -188,7 +187,7 @@ mod tests {
 
     #[test]
     fn an_index_outside_faults_when_it_runs_and_not_before() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (x, source) = (b.floats(&[3, 2], F32, &[0.0; 6]), b.floats(&[1, 2], F32, &[1.0, 2.0]));
         for (bad, fault) in [(2, false), (3, true), (-1, true)] {
             let (index, out) = (b.ints(&[1], I64, &[bad]), b.out(&[1, 2], F32));

@@ -115,7 +115,9 @@ impl KvRmsNormRopeCache {
         match self.cache_mode.as_deref() {
             Some("PA") => Ok(1),
             Some("PA_BNSD") => Ok(2),
-            other => Err(fits(false, || format!("cacheMode {other:?} is not simulated: \"PA\" or \"PA_BNSD\"")).unwrap_err()),
+            other => {
+                Err(fits(false, || format!("cacheMode {other:?} is not simulated: \"PA\" or \"PA_BNSD\"")).unwrap_err())
+            }
         }
     }
 }
@@ -180,7 +182,7 @@ impl Kernel for KvRmsNormRopeCache {
         }
         for (n, slot) in rt.load_ints(&self.index)?.data.into_iter().enumerate().filter(|(_, slot)| *slot != -1) {
             let slot = row(slot, blocks * size, "slot")?;
-            let place = |cache: &Tensor| fix(&fix(cache, at..at + 1, slot % size), 0..1, slot / size);
+            let place = |cache: &Tensor| fix(cache, at..at + 1, slot % size).at((slot / size) as i64);
             store(rt, &place(&self.ckv_cache), latents[n * latent..][..latent].to_vec())?;
             store(rt, &place(&self.k_cache), ropes[n * rope..][..rope].to_vec())?;
         }

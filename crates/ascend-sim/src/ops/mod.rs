@@ -4,6 +4,8 @@
 //! runs, since a device does no more. Arithmetic is in [`crate::math`].
 
 #[cfg(test)]
+mod attention_tests;
+#[cfg(test)]
 mod bench;
 mod view;
 
@@ -13,6 +15,8 @@ pub mod cache;
 pub mod choose;
 pub mod copy;
 pub mod experts;
+pub mod gate;
+pub mod grouped;
 pub mod index;
 pub mod latent;
 pub mod matmul;
@@ -20,3 +24,4 @@ pub mod norm;
 pub mod quant;
 pub mod rope;
 pub mod weight;
+pub mod weight_only;

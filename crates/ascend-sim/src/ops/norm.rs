@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_norm_runs_over_the_dimensions_of_its_weight() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let data = numbers(12, 1);
         let (x, gamma) = (b.floats(&[2, 2, 3], F32, &data), b.floats(&[3], F32, &[1.0, 2.0, -1.0]));
         let (y_out, rstd_out) = (b.out(&[2, 2, 3], F32), b.out(&[2, 2, 1], F32));
@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn a_row_on_310p_has_at_least_32_bytes() {
         for (chip, width, want) in [(Chip::A2, 15, 0), (Chip::P310, 16, 0), (Chip::P310, 15, 561_002)] {
-            let mut b = Bench::new(chip);
+            let b = Bench::new(chip);
             let (x, gamma, y_out) = (b.empty(&[2, width], F16), b.empty(&[width], F16), b.out(&[2, width], F16));
             let rstd_out = b.out(&[2, 1], F32);
             assert_eq!(b.check(&RmsNorm { x, gamma, epsilon: 1e-6, y_out, rstd_out }), want, "{chip:?} {width}");
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn a_sum_is_kept_beside_its_norm() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (x1, x2) = (b.floats(&[2, 16], BF16, &numbers(32, 1)), b.floats(&[2, 16], BF16, &numbers(32, 2)));
         let gamma = b.floats(&[16], BF16, &numbers(16, 3));
         let [y_out, x_out] = [0; 2].map(|_| b.out(&[2, 16], BF16));
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn softmax_runs_along_its_dimension() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (x, out) = (b.floats(&[2, 2], F32, &[0.0, 1.0, 0.0, 1.0]), b.out(&[2, 2], F32));
         b.run(&Softmax { this: x.clone(), dim: 0, out: out.clone() }).unwrap();
         assert_eq!(b.read(&out), [0.5; 4]);

@@ -1,14 +1,11 @@
-//! Quantised products: activations to bytes, bytes times bytes, and weights kept in few bits.
+//! Activations brought to bytes, and bytes times bytes.
 
 use super::view::{shaped, store, store_ints};
 use crate::{
     array::{Chip, Fault, Refusal},
     constants::*,
-    limits::{QUANT_GROUP_STEP, QUANT_MATRIX_MAX, Seen, check, fits, numbers, valid},
-    math::{
-        matmul::{Order, matmul},
-        quant::{Shared, dequantize, int_matmul, quantize_row, unpack_int4},
-    },
+    limits::{Seen, check, fits, numbers, valid},
+    math::quant::{int_matmul, quantize_row},
     op::{Kernel, Out, Tensor, operator},
     runtime::Runtime,
 };
@@ -104,106 +101,63 @@ impl Kernel for QuantMatmulV4 {
     }
 }
 
-operator! {
-    /// A product whose weight is kept as integers with scales: `(w + offset) * scale`.
-    WeightQuantBatchMatmulV2 = aclnnWeightQuantBatchMatmulV2, aclnnWeightQuantBatchMatmulV2GetWorkspaceSize (
-        x: Tensor,
-        weight: Tensor,
-        antiquant_scale: Tensor,
-        antiquant_offset: Option<Tensor>,
-        quant_scale: Option<Tensor>,
-        quant_offset: Option<Tensor>,
-        bias: Option<Tensor>,
-        antiquant_group_size: i32,
-        y: Out,
-    )
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::bench::{BF16, Bench, F16, F32, I8, I32, near, numbers};
 
-impl WeightQuantBatchMatmulV2 {
-    /// Whether each element of the weight holds eight values.
-    fn packed(&self) -> bool {
-        i64::from(self.weight.dtype) == ACL_INT32
-    }
-
-    /// Whether the weight is stored by columns, its view turned.
-    fn turned(&self) -> bool {
-        self.weight.strides[0] == 1 && self.weight.dims[0] != 1
-    }
-
-    /// Rows and columns of the weight.
-    fn sizes(&self) -> [i64; 2] {
-        let [k, n] = [self.weight.dims[0], self.weight.dims[1]];
-        match (self.packed(), self.turned()) {
-            (false, _) => [k, n],
-            (true, true) => [k * 8, n],
-            (true, false) => [k, n * 8],
+    #[test]
+    fn bytes_times_their_scale_give_the_row_back() {
+        let b = Bench::new(Chip::A2);
+        let data = numbers(64, 1);
+        let (x, y_out, scale_out) = (b.floats(&[2, 32], F16, &data), b.out(&[2, 32], I8), b.out(&[2], F32));
+        b.run(&DynamicQuant { x: x.clone(), smooth_scales: None, y_out: y_out.clone(), scale_out: scale_out.clone() })
+            .unwrap();
+        let (bytes, scales) = (b.read(&y_out), b.read(&scale_out));
+        for (i, v) in data.iter().enumerate() {
+            assert!((bytes[i] * scales[i / 32] - v).abs() <= scales[i / 32] * 0.5001);
+        }
+        let twice = b.floats(&[32], F16, &[2.0; 32]);
+        let smooth = DynamicQuant { x, smooth_scales: Some(twice), y_out: y_out.clone(), scale_out: scale_out.clone() };
+        b.run(&smooth).unwrap();
+        assert_eq!(b.read(&y_out), bytes);
+        assert!(near(&b.read(&scale_out), &scales.iter().map(|s| s * 2.0).collect::<Vec<_>>(), 1e-6));
+        for (chip, width, want) in [(Chip::A2, 33, 0), (Chip::P310, 64, 0), (Chip::P310, 33, 561_002)] {
+            let b = Bench::new(chip);
+            let (x, y_out, scale_out) = (b.empty(&[2, width], F16), b.out(&[2, width], I8), b.out(&[2], F32));
+            assert_eq!(b.check(&DynamicQuant { x, smooth_scales: None, y_out, scale_out }), want, "{chip:?} {width}");
         }
     }
 
-    fn shared(&self, chip: Chip) -> Result<Shared, Refusal> {
-        let ([k, n], scale, group) = (self.sizes(), &self.antiquant_scale.dims, i64::from(self.antiquant_group_size));
-        if group != 0 {
-            fits(numbers(chip).quant_groups, || "groups are not taken on this chip".to_owned())?;
-            let step = QUANT_GROUP_STEP;
-            let size = group % step == 0 && (step..k).contains(&group);
-            valid(size, || format!("antiquantGroupSize {group}: 0, or a multiple of {step} below {k}"))?;
-            shaped("antiquantScale", &self.antiquant_scale, &[(k + group - 1) / group, n])?;
-            return Ok(Shared::Group(group as usize));
-        }
-        let accepted: [&[i64]; 2] = if chip == Chip::P310 { [&[n], &[n, 1]] } else { [&[n], &[1, n]] };
-        if accepted.contains(&&scale[..]) {
-            return Ok(Shared::Channel);
-        }
-        let one = scale[..] == [1] && numbers(chip).quant_groups;
-        valid(one, || format!("antiquantScale {scale:?} for {n} columns"))?;
-        Ok(Shared::Tensor)
-    }
-}
-
-impl Kernel for WeightQuantBatchMatmulV2 {
-    fn check(&self, chip: Chip) -> Result<(), Refusal> {
-        let tensors: [&dyn Seen; 6] =
-            [&self.x, &self.weight, &self.antiquant_scale, &self.antiquant_offset, &self.bias, &self.y];
-        check(chip, "WeightQuantBatchMatmulV2", &tensors)?;
-        let plain = self.quant_scale.is_none() && self.quant_offset.is_none();
-        fits(plain, || "an output of bytes is not simulated".to_owned())?;
-        let matrices = self.x.rank() == 2 && self.weight.rank() == 2;
-        valid(matrices, || format!("{:?} x {:?}: two matrices", self.x.dims, self.weight.dims))?;
-        let whole = self.weight.is_contiguous() || self.weight.transposed().is_contiguous();
-        valid(whole, || format!("weight with strides {:?}: contiguous, or turned", self.weight.strides))?;
-        let ([k, n], m) = (self.sizes(), self.x.dims[0]);
-        fits(k.max(n) <= QUANT_MATRIX_MAX, || format!("a weight [{k}, {n}]: at most {QUANT_MATRIX_MAX} each"))?;
-        let inner = if self.turned() { k } else { n };
-        let narrow = i64::from(self.weight.dtype) == ACL_INT4;
-        valid(!narrow || inner % 2 == 0, || format!("four-bit rows of {inner}: an even number"))?;
-        shaped("x", &self.x, &[m, k])?;
-        self.shared(chip)?;
-        let offset = self.antiquant_offset.as_ref();
-        offset.map_or(Ok(()), |o| shaped("antiquantOffset", o, &self.antiquant_scale.dims))?;
-        self.bias.as_ref().map_or(Ok(()), |b| valid(b.numel() as i64 == n, || format!("bias {:?} for {n}", b.dims)))?;
-        shaped("y", &self.y, &[m, n])
-    }
-
-    fn run(&self, rt: &mut Runtime) -> Result<(), Fault> {
-        let [k, n] = self.sizes().map(|s| s as usize);
-        let columns = match (self.packed(), self.turned()) {
-            (false, _) => rt.load_ints(&self.weight.transposed())?.data,
-            (true, true) => unpack_int4(&rt.load_ints(&self.weight.transposed())?.data),
-            (true, false) => {
-                let rows = unpack_int4(&rt.load_ints(&self.weight)?.data);
-                (0..n).flat_map(|j| (0..k).map(|i| rows[i * n + j]).collect::<Vec<_>>()).collect()
-            }
+    #[test]
+    fn products_of_bytes_are_scaled_by_column_and_by_row() {
+        let b = Bench::new(Chip::A2);
+        let (x1, x2) = (b.ints(&[2, 3], I8, &[1, 2, 3, -4, 5, 6]), b.ints(&[2, 3], I8, &[1, 0, 2, 0, -1, 1]));
+        let (scale, rows) = (b.floats(&[2], F32, &[0.5, 2.0]), b.floats(&[2], F32, &[1.0, 10.0]));
+        let (ints, floats) = (b.ints(&[2], I32, &[1, -1]), b.floats(&[2], F32, &[100.0, 0.0]));
+        let out = b.out(&[2, 2], BF16);
+        let op = |x1: &Tensor, x2: &Tensor, bias: Option<&Tensor>, transpose_x1, transpose_x2| QuantMatmulV4 {
+            x1: x1.clone(),
+            x2: x2.clone(),
+            scale: scale.clone(),
+            offset: None,
+            pertoken_scale: Some(rows.clone()),
+            bias: bias.cloned(),
+            transpose_x1,
+            transpose_x2,
+            out: out.clone(),
         };
-        let scale = rt.load(&self.antiquant_scale)?.data;
-        let offset = self.antiquant_offset.as_ref().map(|o| rt.load(o)).transpose()?;
-        let shared = self.shared(rt.chip).expect("checked in phase 1");
-        let weight = dequantize(&columns, k, &scale, offset.as_ref().map(|o| &o.data[..]), shared);
-        let x = rt.load(&self.x)?;
-        let mut y = matmul(&x.data, &weight, k, Order::of(rt.perturb, x.dims[0]));
-        if let Some(bias) = &self.bias {
-            let bias = rt.load(bias)?.data;
-            y.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(&bias).for_each(|(y, b)| *y += b));
-        }
-        store(rt, &self.y, y)
+        // Sums of products: (7, 1), (8, 1).
+        b.run(&op(&x1, &x2, None, false, true)).unwrap();
+        assert_eq!(b.read(&out), [3.5, 2.0, 40.0, 20.0]);
+        b.run(&op(&x1, &x2, Some(&ints), false, true)).unwrap();
+        assert_eq!(b.read(&out), [4.0, 0.0, 45.0, 0.0]);
+        b.run(&op(&x1, &x2, Some(&floats), false, true)).unwrap();
+        assert_eq!(b.read(&out), [103.5, 2.0, 140.0, 20.0]);
+        assert_eq!(b.check(&op(&x1, &x2, None, false, false)), 161_002);
+        assert_eq!(b.check(&op(&x1, &x2.transposed(), None, false, false)), 161_002);
+        let turned = b.ints(&[3, 2], I8, &[1, -4, 2, 5, 3, 6]);
+        b.run(&op(&turned, &x2, None, true, true)).unwrap();
+        assert_eq!(b.read(&out), [3.5, 2.0, 40.0, 20.0]);
     }
 }

@@ -52,7 +52,9 @@ impl Kernel for RotaryPositionEmbedding {
             [batch, heads, positions, width] if self.mode == 0 => {
                 let half = dtype::bytes(self.x.dtype, width as u64 / 2);
                 let few = batch * heads <= 8 * positions;
-                fits(few && half % 32 == 0, || format!("x {dims:?}: halves of 32 bytes, batch * heads <= 8 * positions"))
+                fits(few && half.is_multiple_of(32), || {
+                    format!("x {dims:?}: halves of 32 bytes, batch * heads <= 8 * positions")
+                })
             }
             _ => Ok(()),
         }
@@ -101,7 +103,7 @@ mod tests {
     use crate::ops::view::narrow;
 
     /// Cosines and sines of `[tokens, 1, width]`, the two halves equal.
-    fn angles(b: &mut Bench, tokens: i64, width: i64, dtype: i64) -> (Tensor, Tensor) {
+    fn angles(b: &Bench, tokens: i64, width: i64, dtype: i64) -> (Tensor, Tensor) {
         let half = width / 2;
         let angle = |i: i64| (i / width) as f32 * 0.7 + (i % half) as f32 * 0.3 + 0.1;
         let [cos, sin] = [f32::cos, f32::sin].map(|f| (0..tokens * width).map(|i| f(angle(i))).collect::<Vec<_>>());
@@ -110,20 +112,19 @@ mod tests {
 
     #[test]
     fn every_head_of_a_token_turns_by_its_angles_and_keeps_its_length() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (t, n, d) = (3, 2, 8);
         let wide = b.floats(&[t, n, d + 4], F32, &numbers((t * n * (d + 4)) as usize, 1));
         let x = narrow(&wide, 2, 4, d as usize);
-        let (cos, sin) = angles(&mut b, t, d, F32);
+        let (cos, sin) = angles(&b, t, d, F32);
         let out = b.out(&[t, n, d], F32);
         b.run(&RotaryPositionEmbedding { x: x.clone(), cos: cos.clone(), sin: sin.clone(), mode: 0, out: out.clone() })
             .unwrap();
         let (x_read, y, cos, sin) = (b.read(&x), b.read(&out), b.read(&cos), b.read(&sin));
         for (row, (x, y)) in x_read.chunks(8).zip(y.chunks(8)).enumerate() {
             let at = row / n as usize * 8;
-            let want: Vec<f32> = (0..8)
-                .map(|i| x[i] * cos[at + i] + sin[at + i] * if i < 4 { -x[i + 4] } else { x[i - 4] })
-                .collect();
+            let want: Vec<f32> =
+                (0..8).map(|i| x[i] * cos[at + i] + sin[at + i] * if i < 4 { -x[i + 4] } else { x[i - 4] }).collect();
             assert!(near(y, &want, 1e-6));
             let norm = |v: &[f32]| v.iter().map(|v| v * v).sum::<f32>();
             assert!((norm(x) - norm(y)).abs() < 1e-4 * norm(x));
@@ -149,7 +150,7 @@ mod tests {
             (Chip::P310, vec![2, 4, 48], 0, 561_002),
             (Chip::P310, vec![2, 4, 32], 1, 161_002),
         ] {
-            let mut b = Bench::new(chip);
+            let b = Bench::new(chip);
             let x = b.empty(&dims, F16);
             let (cos, out) = (x.clone(), Out(x.clone()));
             let rope = RotaryPositionEmbedding { x, sin: cos.clone(), cos, mode, out };
@@ -159,7 +160,7 @@ mod tests {
 
     #[test]
     fn angles_cover_the_whole_width() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (x, out) = (b.empty(&[2, 4, 16], F16), b.out(&[2, 4, 16], F16));
         for (dims, want) in [([2, 1, 16], 0), ([1, 1, 16], 0), ([2, 1, 8], 161_002), ([4, 1, 16], 161_002)] {
             let cos = b.empty(&dims, F16);
@@ -170,9 +171,9 @@ mod tests {
 
     #[test]
     fn queries_and_keys_turn_in_place_as_apart() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (q, k) = (b.floats(&[2, 4, 64], F16, &numbers(512, 1)), b.floats(&[2, 1, 64], F16, &numbers(128, 2)));
-        let (cos, sin) = angles(&mut b, 2, 64, F16);
+        let (cos, sin) = angles(&b, 2, 64, F16);
         let out = b.out(&[2, 4, 64], F16);
         b.run(&RotaryPositionEmbedding { x: q.clone(), cos: cos.clone(), sin: sin.clone(), mode: 0, out: out.clone() })
             .unwrap();

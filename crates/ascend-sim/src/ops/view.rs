@@ -50,6 +50,12 @@ pub fn dense(tensor: &Tensor, dims: &[i64]) -> Tensor {
     tensor.view(dims.to_vec(), row_major(dims), tensor.offset)
 }
 
+/// Refuses (161002) what is no matrix; its two dimensions.
+pub fn matrix(what: &str, x: &Tensor) -> Result<[i64; 2], Refusal> {
+    valid(x.rank() == 2, || format!("{what} {:?}: two dimensions", x.dims))?;
+    Ok([x.dims[0], x.dims[1]])
+}
+
 /// Refuses (161002) a shape other than `want`.
 pub fn shaped(what: &str, tensor: &Tensor, want: &[i64]) -> Result<(), Refusal> {
     valid(tensor.dims == want, || format!("{what} has the shape {:?}, not {want:?}", tensor.dims))

@@ -32,7 +32,8 @@ impl Kernel for TransMatmulWeight {
         check(chip, "TransMatmulWeight", &[&self.weight])?;
         let dims = &self.weight.dims;
         valid(dims.len() == 2 && !dims.contains(&1), || format!("{dims:?} is no matrix of several rows and columns"))?;
-        let (held, want) = (self.weight.storage.iter().product::<i64>(), blocked_len(dims[0], dims[1], self.weight.dtype));
+        let (held, want) =
+            (self.weight.storage.iter().product::<i64>(), blocked_len(dims[0], dims[1], self.weight.dtype));
         valid(held >= want, || format!("storage of {held} elements, fewer than the {want} of whole blocks"))
     }
 
@@ -76,7 +77,9 @@ impl Kernel for ConvertWeightToINT4Pack {
         let mut want = self.weight.dims.clone();
         let per = if i64::from(self.packed.dtype) == ACL_INT4 { 1 } else { 8 };
         let inner = want.last_mut();
-        valid(inner.as_ref().is_some_and(|inner| **inner % 8 == 0), || "the last dimension is a multiple of 8".to_owned())?;
+        valid(inner.as_ref().is_some_and(|inner| **inner % 8 == 0), || {
+            "the last dimension is a multiple of 8".to_owned()
+        })?;
         inner.into_iter().for_each(|inner| *inner /= per);
         super::view::shaped("weightInt4Pack", &self.packed, &want)
     }
@@ -102,7 +105,7 @@ mod tests {
     use crate::ops::matmul::{MatmulWeightNz, Mm};
 
     /// A weight `[n, k]` in whole blocks of storage.
-    fn weight(b: &mut Bench, data: &[f32], n: i64, k: i64) -> Tensor {
+    fn weight(b: &Bench, data: &[f32], n: i64, k: i64) -> Tensor {
         let room = b.empty(&[blocked_len(n, k, F16 as i32)], F16);
         let ordinary = room.view(vec![n, k], vec![k, 1], 0);
         b.fill(&ordinary, data);
@@ -118,10 +121,10 @@ mod tests {
 
     #[test]
     fn a_weight_in_blocks_gives_the_same_product_and_garbage_when_passed_as_an_ordinary_one() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let (n, k) = (24, 40);
         let (x, data) = (b.floats(&[3, k], F16, &numbers(3 * 40, 1)), numbers(24 * 40, 2));
-        let w = weight(&mut b, &data, n, k);
+        let w = weight(&b, &data, n, k);
         let [before, after, garbage] = [0; 3].map(|_| b.out(&[3, n], F16));
         b.run(&Mm { this: x.clone(), mat2: turned(&w), out: before.clone(), cube_math_type: 0 }).unwrap();
         b.run(&TransMatmulWeight { weight: inplace(&w) }).unwrap();
@@ -141,7 +144,7 @@ mod tests {
 
     #[test]
     fn a_weight_needs_room_for_whole_blocks_and_several_rows_and_columns() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         for (dims, storage, want) in [
             ([24, 40], 32 * 48, 0),
             ([24, 40], 32 * 48 - 1, 161_002),
@@ -160,7 +163,7 @@ mod tests {
 
     #[test]
     fn four_bit_integers_are_packed_in_both_forms() {
-        let mut b = Bench::new(Chip::A2);
+        let b = Bench::new(Chip::A2);
         let values: Vec<i64> = (0..16).map(|i| i - 8).collect();
         let w = b.ints(&[2, 8], I32, &values);
         let (words, nibbles) = (b.out(&[2, 1], I32), b.out(&[2, 8], ACL_INT4));
