@@ -3,7 +3,6 @@
 //! Invariant: each projection of all experts held is one block of memory, gate and up together, so that one operator
 //! multiplies all of them.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use baton_device::{HostExperts, HostTensor, MoeOps, Result as SeamResult, Rows, Scoring, WeightFormat};
@@ -79,44 +78,48 @@ fn stack_type(formats: [WeightFormat; 3], activations: DataType) -> DataType {
     if others == [first; 2] { first } else { DataType::F32 }
 }
 
-impl AscendBackend {
-    /// Those of `held`, one after the other.
-    fn load_experts(&self, src: HostExperts<'_>, held: Range<usize>) -> SeamResult<Experts> {
-        let HostExperts { count, source, formats, routing, .. } = src;
-        assert!(held.end <= count && !held.is_empty(), "experts {held:?} of {count}");
-        let mut stacks: Option<[Stack; 2]> = None;
-        for (i, e) in held.clone().enumerate() {
-            let [gate, up, down] = source.expert(e)?;
-            let [gate_up_stack, down_stack] = match &stacks {
-                Some(stacks) => stacks,
-                None => {
-                    let dtype = stack_type(formats, self.activations);
-                    let &[inner, hidden] = gate.shape() else { panic!("{}: an expert has matrices", gate.name()) };
-                    let new = |shape| Stack::new(&self.owner, held.len(), shape, dtype);
-                    stacks.insert([new([2 * inner, hidden])?, new([hidden, inner])?])
-                }
-            };
-            let [hidden, inner] = down_stack.shape;
-            gate.expect_shape(&[inner, hidden])?;
-            up.expect_shape(&[inner, hidden])?;
-            down.expect_shape(&[hidden, inner])?;
-            gate_up_stack.put(self, i, 0, (&gate, formats[0]))?;
-            gate_up_stack.put(self, i, inner, (&up, formats[1]))?;
-            down_stack.put(self, i, 0, (&down, formats[2]))?;
-        }
-        let [gate_up, down] = stacks.expect("an expert is held");
+/// Both stacks, gate with up and down, filled expert by expert.
+fn load(backend: &AscendBackend, src: &mut HostExperts<'_>) -> SeamResult<[Stack; 2]> {
+    let (held, formats) = (src.held.clone(), src.formats);
+    let mut stacks: Option<[Stack; 2]> = None;
+    for (i, e) in held.clone().enumerate() {
+        let [gate, up, down] = src.source.expert(e)?;
+        let [gate_up_stack, down_stack] = match &stacks {
+            Some(stacks) => stacks,
+            None => {
+                let dtype = stack_type(formats, backend.activations);
+                let &[inner, hidden] = gate.shape() else { panic!("{}: an expert has matrices", gate.name()) };
+                let new = |shape| Stack::new(&backend.owner, held.len(), shape, dtype);
+                stacks.insert([new([2 * inner, hidden])?, new([hidden, inner])?])
+            }
+        };
+        let [hidden, inner] = down_stack.shape;
+        gate.expect_shape(&[inner, hidden])?;
+        up.expect_shape(&[inner, hidden])?;
+        down.expect_shape(&[hidden, inner])?;
+        gate_up_stack.put(backend, i, 0, (&gate, formats[0]))?;
+        gate_up_stack.put(backend, i, inner, (&up, formats[1]))?;
+        down_stack.put(backend, i, 0, (&down, formats[2]))?;
+    }
+    Ok(stacks.expect("an expert is held"))
+}
+
+impl MoeOps for AscendBackend {
+    type Experts = Experts;
+
+    fn expert_weights(&self, mut src: HostExperts<'_>) -> SeamResult<Experts> {
+        assert!(src.held.end <= src.count && !src.held.is_empty(), "experts {:?} of {}", src.held, src.count);
+        let [gate_up, down] = load(self, &mut src)?;
+        let HostExperts { count, held, routing, .. } = src;
         let bias = match &routing.scoring {
             Scoring::Softmax => None,
             Scoring::Sigmoid { correction_bias } => {
                 Some(Buffer::with(&self.owner, encode(correction_bias, DataType::F32))?)
             }
         };
-        let places = if held.start == 0 {
-            None
-        } else {
-            let place = |e: usize| ((e + count - held.start) % count) as i32;
-            Some(Buffer::with(&self.owner, (0..count).flat_map(|e| place(e).to_le_bytes()).collect())?)
-        };
+        let place = |e: usize| ((e + count - held.start) % count) as i32;
+        let places: Vec<u8> = (0..count).flat_map(|e| place(e).to_le_bytes()).collect();
+        let places = if held.start == 0 { None } else { Some(Buffer::with(&self.owner, places)?) };
         let per_expert = |buffer: &Buffer, dtype| View::new(buffer.address(), dtype, &[count]);
         let view = Arc::new(ExpertsView {
             gate_up: gate_up.view(held.len()),
@@ -130,15 +133,6 @@ impl AscendBackend {
         let form = forms::experts(self, &view)?;
         let buffers = [gate_up.buffer, down.buffer].into_iter().chain(bias).chain(places).collect();
         Ok(Experts { view, form, _buffers: buffers })
-    }
-}
-
-impl MoeOps for AscendBackend {
-    type Experts = Experts;
-
-    fn expert_weights(&self, src: HostExperts<'_>) -> SeamResult<Experts> {
-        let held = src.held.clone();
-        self.load_experts(src, held)
     }
 
     fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> SeamResult<()> {

@@ -3,8 +3,13 @@
 
 mod common;
 
+use std::ops::Range;
+
 use baton_device::conformance::{self, Case};
-use baton_device::{AttentionParams, Backend, DType, GroupScore, HostTensor, KvDtype, WeightFormat};
+use baton_device::{
+    AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostTensor, KvDtype, MoeOps, Reference, Routing,
+    Scoring, WeightFormat,
+};
 use baton_device_ascend::AscendBackend;
 use common::{A2, P310, Simulator};
 
@@ -170,4 +175,61 @@ fn a_sum_and_its_norm_are_one_launch_where_the_weight_is_the_same_in_the_type_of
     assert!(fused_norm.iter().zip(&norm).all(|(a, b)| (a - b).abs() <= 2f32.powi(-7) * b.abs()));
     assert!(line(&composed, "sum and norm").contains("561002"));
     simulator.control("refuse=aclnnAddRmsNorm:0");
+}
+
+/// What experts of a range give for some rows, and what the others would.
+fn held<B: MoeOps>(backend: &B, held: Range<usize>, groups: Option<Groups>) -> Vec<f32> {
+    const HIDDEN: usize = 32;
+    const WIDTH: usize = 16;
+    const COUNT: usize = 12;
+    const ROWS: usize = 7;
+    let bytes = |seed, len| -> Vec<u8> {
+        conformance::uniform(seed, len, 0.3).iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
+    };
+    let weights: Vec<_> = (0..COUNT as u64).map(|e| [0, 1, 2].map(|i| bytes(3 * e + i, HIDDEN * WIDTH))).collect();
+    let shapes = [[WIDTH, HIDDEN], [WIDTH, HIDDEN], [HIDDEN, WIDTH]];
+    let matrix = |e: usize, i: usize| HostTensor::new("expert", DType::BF16, shapes[i].to_vec(), &weights[e][i]);
+    let scoring = match groups {
+        Some(_) => Scoring::Sigmoid { correction_bias: conformance::uniform(90, COUNT, 0.1) },
+        None => Scoring::Softmax,
+    };
+    let experts = backend.expert_weights(HostExperts {
+        count: COUNT,
+        held,
+        source: &mut (0..COUNT).map(|e| [0, 1, 2].map(|i| matrix(e, i))).collect::<Vec<_>>(),
+        formats: [WeightFormat::BF16; 3],
+        routing: Routing { top_k: 4, scoring, groups, norm_topk_prob: true, scaling_factor: 1.5 },
+    });
+    let tensor = |seed, cols, scale| {
+        let mut tensor = backend.tensor(ROWS, cols).unwrap();
+        let values = conformance::uniform(seed, ROWS * cols, scale);
+        // Multiples that every type holds, so that all choose the same experts.
+        let values: Vec<f32> = values.iter().map(|x| (x * 64.0).round() / 64.0).collect();
+        backend.write(&values, &mut tensor).unwrap();
+        tensor
+    };
+    let (x, logits, mut out) = (tensor(91, HIDDEN, 1.0), tensor(92, COUNT, 2.0), backend.tensor(ROWS, HIDDEN).unwrap());
+    backend.fused_moe(&x, &logits, &experts.unwrap(), &mut out).unwrap();
+    let mut values = Vec::new();
+    backend.read(&out, &mut values).unwrap();
+    values
+}
+
+#[test]
+fn experts_that_are_held_elsewhere_add_nothing_whatever_the_form() {
+    let simulator = Simulator::new();
+    let (fused, composed) = (simulator.open_fused(A2, DType::BF16), simulator.open(A2, DType::BF16));
+    let sigmoid = Groups { count: 4, kept: 3, score: GroupScore::TwoBest };
+    for groups in [None, Some(sigmoid)] {
+        for range in [0..12, 0..5, 5..12, 3..4, 11..12] {
+            let judged = held(&Reference::new(), range.clone(), groups);
+            for backend in [&fused, &composed] {
+                let actual = held(backend, range.clone(), groups);
+                let error = actual.iter().zip(&judged).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(error < 1e-2, "{range:?}: {error}; {:?}", backend.forms());
+            }
+        }
+    }
+    simulator.expect_no_violation();
+    assert!(fused.forms().iter().all(|line| line.contains("GroupedMatmulV4")), "{:?}", fused.forms());
 }

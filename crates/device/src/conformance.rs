@@ -11,14 +11,13 @@ mod vectors;
 
 use std::thread;
 
-pub use vectors::{MAGIC, Vector, Vectors, VectorsError};
-
 use inputs::{Source, activation, on_grid, router_logits};
 pub use inputs::{random_blocks, uniform};
 use tolerance::tolerance;
+pub use vectors::{MAGIC, Vector, Vectors, VectorsError};
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, DType, GroupScore, Groups, HostExperts,
     HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Reference, Requirements, Result,
     RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat,
 };
@@ -406,14 +405,15 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
 /// # Panics
 /// If `backends` are not all the ranks in their order, or a rank panics.
 pub fn ranks<B: Full>(backends: &[B], format: WeightFormat) -> Result<Outcome> {
-    let caps = backends[0].caps();
-    let whole = Parts::new(format).evaluate(&Reference::new(), caps.activations)?;
+    let caps = backends.first().expect("a rank").caps();
+    let inputs = caps.activations;
+    let whole = Parts::new(format).evaluate(&Reference::new(), inputs)?;
     let parts: Result<Vec<Vec<f32>>> = thread::scope(|scope| {
         let threads: Vec<_> = backends
             .iter()
             .map(|b| {
                 scope.spawn(|| {
-                    let result = Parts::new(format).evaluate(b, caps.activations);
+                    let result = Parts::new(format).evaluate(b, inputs);
                     result.inspect_err(|_| b.leave())
                 })
             })
@@ -422,7 +422,7 @@ pub fn ranks<B: Full>(backends: &[B], format: WeightFormat) -> Result<Outcome> {
     });
     let actual = parts?.concat();
     assert_eq!(backends.iter().map(|b| b.world().rank).collect::<Vec<_>>(), (0..backends.len()).collect::<Vec<_>>());
-    let tolerance = tolerance::of_ranks(caps, &whole);
+    let tolerance = if inputs == DType::F32 { 2e-5 } else { Parts::tolerance(format, caps, &whole, backends.len()) };
     Ok(Outcome { expected: whole.repeat(backends.len()), actual, tolerance })
 }
 
@@ -454,6 +454,13 @@ impl Parts {
             weights: (0..=Self::EXPERTS).map(weights).collect(),
             bias: Source::new(WeightFormat::F32, vec![Self::HIDDEN], 1, 1.0),
         }
+    }
+
+    /// As of experts, and each rank's part is rounded once more.
+    fn tolerance(format: WeightFormat, caps: &Caps, whole: &[f32], ranks: usize) -> f32 {
+        let (hidden, intermediate) = (Self::HIDDEN, Self::WIDTH);
+        let case = Case::Moe { rows: Self::ROWS, hidden, intermediate, experts: Self::EXPERTS, format, groups: None };
+        tolerance(&case, caps, whole) * (1.0 + ranks as f32 / 8.0)
     }
 
     fn evaluate<B: Full>(&self, b: &B, inputs: DType) -> Result<Vec<f32>> {

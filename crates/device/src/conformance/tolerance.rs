@@ -6,11 +6,6 @@ use crate::{Caps, DType, WeightFormat};
 /// Of sums in f32, in another order than the judge's.
 const SUMS: f32 = 2e-5;
 
-/// What rounding explains where ranks add up a layer: that of experts, of each rank's part and of the sum.
-pub(super) fn of_ranks(caps: &Caps, expected: &[f32]) -> f32 {
-    SUMS + 10.0 * roundoff(caps.activations) * largest(expected)
-}
-
 /// The largest difference that rounding explains.
 pub(super) fn tolerance(case: &Case, caps: &Caps, expected: &[f32]) -> f32 {
     if caps.activations == DType::F32 {
