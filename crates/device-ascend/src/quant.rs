@@ -30,7 +30,7 @@ type Result<T> = std::result::Result<T, AscendError>;
 const GROUP: usize = 32;
 /// K and N of a product are at most this.
 const LIMIT: usize = 65_535;
-/// Rows of a larger weight that are multiplied together.
+/// The most rows of a larger weight that are multiplied together.
 const PART: usize = 32_768;
 
 /// Formats of blocks that the device keeps, with activations of this type.
@@ -102,8 +102,9 @@ impl Blocks {
         let narrow = operators.dynamic_quant.is_some() && operators.quant_matmul.is_some();
         let form = match (format, by_row) {
             (BlockFormat::Q8_0, true) if narrow => Form::Rows,
-            (BlockFormat::Q8_0, _) => Form::Int8,
-            _ => Form::Int4,
+            // Of one row nobody can tell whether it lies turned, and so along which dimension two codes share a byte.
+            (BlockFormat::Q4_0, _) if rows > 1 => Form::Int4,
+            _ => Form::Int8,
         };
         // The scales of a group that is a whole row are those of rows.
         let per_row = form == Form::Rows || groups == 1;
@@ -179,9 +180,10 @@ pub(crate) fn product(device: &mut Device, x: &View, weight: &BlocksView, out: &
     if rows <= LIMIT {
         return part(device, x, weight, 0..rows, out);
     }
-    // The operator takes no more; its results are put side by side.
-    for start in (0..rows).step_by(PART) {
-        let len = PART.min(rows - start);
+    // The operator takes no more; its results are put side by side. Parts are as even as can be: none of one row.
+    let part_rows = rows.div_ceil(rows.div_ceil(PART));
+    for start in (0..rows).step_by(part_rows) {
+        let len = part_rows.min(rows - start);
         device.with_views([(out.dtype, &[tokens, len])], |device, [piece]| {
             part(device, x, weight, start..start + len, &piece)?;
             device.assign(&out.narrow(1, start, len), &piece)
