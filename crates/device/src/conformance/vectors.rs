@@ -1,8 +1,8 @@
 //! Golden vectors: what [`Reference`] once computed for every case. They judge the judge of another machine, and
 //! with it the compiler, the processor and the memory that it runs on.
 //!
-//! A file is text, then numbers: a first line [`MAGIC`]; a line `case outputs kept` for each case; an empty line; then
-//! what is kept of all cases in their order, f32, little-endian. Inputs are not in it: they come from the counter hash of the list.
+//! A file is text, then numbers: a first line [`MAGIC`]; a line `name outputs kept` for each vector; an empty line; then
+//! what is kept of all of them in that order, f32, little-endian. Inputs are not in it: they come from the counter hash of the list.
 //! Invariant: of a case's outputs those are kept that [`kept`] names, evenly spread over all of them.
 
 use std::collections::BTreeMap;
@@ -14,7 +14,15 @@ use crate::{DType, Reference, Result};
 pub const MAGIC: &str = "baton-vectors 1";
 
 /// Outputs that are kept of a case, at most.
-const KEPT: usize = 512;
+const KEPT: usize = 256;
+
+/// Types of activations that devices compute in, and of the inputs that they are then judged by.
+const INPUTS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// The name of a case with inputs of a type: that of the case, and behind an `@` the type if it is not f32.
+pub fn name(case: &Case, inputs: DType) -> String {
+    if inputs == DType::F32 { case.to_string() } else { format!("{case}@{inputs}") }
+}
 
 /// How many outputs are kept.
 fn count(outputs: usize) -> usize {
@@ -26,11 +34,9 @@ fn kept(outputs: usize) -> impl Iterator<Item = usize> {
     (0..count(outputs)).map(move |i| i * outputs / count(outputs))
 }
 
-/// The vectors of many cases, in their order.
+/// Vectors by the [names](name) of their cases.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Vectors {
-    cases: Vec<(String, Vector)>,
-}
+pub struct Vectors(BTreeMap<String, Vector>);
 
 /// What is kept of one case.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,18 +66,19 @@ pub enum VectorsError {
 }
 
 impl Vectors {
-    /// What the judge computes for each case.
+    /// What the judge computes for each case, with inputs of each type.
     pub fn compute(cases: &[Case]) -> Result<Self> {
         let judge = Reference::new();
-        let vector = |case: &Case| Ok((case.to_string(), Vector::of(&evaluate(case, &judge, DType::F32)?)));
-        Ok(Self { cases: cases.iter().map(vector).collect::<Result<_>>()? })
+        let each = cases.iter().flat_map(|case| INPUTS.map(|inputs| (case, inputs)));
+        let vector = |(case, inputs)| Ok((name(case, inputs), Vector::of(&evaluate(case, &judge, inputs)?)));
+        Ok(Self(each.map(vector).collect::<Result<_>>()?))
     }
 
     /// The bytes of a file.
     pub fn encode(&self) -> Vec<u8> {
-        let line = |(name, vector): &(String, Vector)| format!("{name} {} {}\n", vector.outputs, vector.values.len());
-        let list: String = self.cases.iter().map(line).collect();
-        let values = self.cases.iter().flat_map(|(_, vector)| &vector.values);
+        let line = |(name, vector): (&String, &Vector)| format!("{name} {} {}\n", vector.outputs, vector.values.len());
+        let list: String = self.0.iter().map(line).collect();
+        let values = self.0.values().flat_map(|vector| &vector.values);
         format!("{MAGIC}\n{list}\n").into_bytes().into_iter().chain(values.flat_map(|v| v.to_le_bytes())).collect()
     }
 
@@ -97,12 +104,17 @@ impl Vectors {
         let mut values = rest.as_chunks().0.iter().map(|value| f32::from_le_bytes(*value));
         let vector = |outputs: usize| Vector { outputs, values: values.by_ref().take(count(outputs)).collect() };
         let (names, outputs): (Vec<String>, Vec<usize>) = list.into_iter().unzip();
-        Ok(Self { cases: names.into_iter().zip(outputs.into_iter().map(vector)).collect() })
+        Ok(Self(names.into_iter().zip(outputs.into_iter().map(vector)).collect()))
     }
 
-    /// By the cases' names.
-    pub fn by_name(&self) -> BTreeMap<&str, &Vector> {
-        self.cases.iter().map(|(name, vector)| (name.as_str(), vector)).collect()
+    /// By name.
+    pub fn get(&self, name: &str) -> Option<&Vector> {
+        self.0.get(name)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Vector)> {
+        self.0.iter().map(|(name, vector)| (name.as_str(), vector))
     }
 }
 
@@ -123,9 +135,13 @@ impl Vector {
 
     /// Outputs of the same case, judged by the vector; `None` if they are not as many, so that it is another case.
     pub fn outcome(&self, outputs: &[f32], tolerance: f32) -> Option<Outcome> {
-        let actual = Self::of(outputs);
-        let same = actual.outputs == self.outputs;
-        same.then(|| Outcome { expected: self.values.clone(), actual: actual.values, tolerance })
+        self.against(&Self::of(outputs), tolerance)
+    }
+
+    /// Another vector of the same case, likewise.
+    pub fn against(&self, other: &Self, tolerance: f32) -> Option<Outcome> {
+        let same = other.outputs == self.outputs;
+        same.then(|| Outcome { expected: self.values.clone(), actual: other.values.clone(), tolerance })
     }
 }
 
@@ -169,8 +185,8 @@ mod tests {
     fn a_wrong_number_or_another_case_is_noticed() {
         let cases = few();
         let vectors = Vectors::compute(&cases).unwrap();
-        let (case, vector) = (&cases[1], vectors.by_name()[cases[1].to_string().as_str()]);
-        let mut outputs = evaluate(case, &Reference::new(), DType::F32).unwrap();
+        let (case, vector) = (&cases[1], vectors.get(&name(&cases[1], DType::BF16)).unwrap());
+        let mut outputs = evaluate(case, &Reference::new(), DType::BF16).unwrap();
         assert!(vector.outcome(&outputs, 0.0).unwrap().passed());
         outputs[0] += 1e-3;
         assert!(!vector.outcome(&outputs, 2e-5).unwrap().passed());
