@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, HostLatent, HostLinear, HostRope,
-    HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostLatent,
+    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat, World,
 };
 
 use crate::cache::KvCache;
@@ -104,7 +104,16 @@ impl AscendBackend {
         Ok(backends)
     }
 
-    /// Memory of the device that is in use, was, and is reserved.
+    /// Memory of the device, as the runtime tells it: what this backend has reserved is not free.
+    ///
+    /// # Errors
+    /// What failed on the device, now or before.
+    pub fn memory(&self) -> Result<DeviceMemory> {
+        let (free, total) = self.owner.call("memory", |device| device.memory())?;
+        Ok(DeviceMemory { total: total as u64, free: free as u64 })
+    }
+
+    /// Memory of the device that is in use here, was, and is reserved.
     ///
     /// # Errors
     /// What failed on the device before.
