@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, HostLatent, HostLinear, HostRope,
-    HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostLatent,
+    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat, World,
 };
 
 use crate::cache::KvCache;
@@ -104,7 +104,16 @@ impl AscendBackend {
         Ok(backends)
     }
 
-    /// Memory of the device that is in use, was, and is reserved.
+    /// Memory of the device, as the runtime tells it: what this backend has reserved is not free.
+    ///
+    /// # Errors
+    /// What failed on the device, now or before.
+    pub fn memory(&self) -> Result<DeviceMemory> {
+        let (free, total) = self.owner.call("memory", |device| device.memory())?;
+        Ok(DeviceMemory { total: total as u64, free: free as u64 })
+    }
+
+    /// Memory of the device that is in use here, was, and is reserved.
     ///
     /// # Errors
     /// What failed on the device before.
@@ -348,12 +357,12 @@ impl Backend for AscendBackend {
         let q = q.view();
         if q.dtype == dtype && forms::attention(self, &params, dtype, layer)? {
             let (step, mask) = (plan.step_with(Part::Whole), self.mask()?);
-            if step.fits(Part::Whole, blocks) {
-                return self.queue("paged_attention", rows, move |device| {
-                    let step = step.view(device, Part::Whole)?;
+            return self.queue("paged_attention", rows, move |device| {
+                step.calls(device, Part::Whole, blocks)?.into_iter().try_for_each(|(rows, step)| {
+                    let [q, out] = [&q, &out].map(|x| x.narrow(0, rows.start, rows.len()));
                     fused_attention::attend(device, &q, planes.each_ref(), &step, &mask, &params, &out)
-                });
-            }
+                })
+            });
         }
         let (step, masks) = (plan.step_with(Part::Composed), self.masks());
         self.queue("paged_attention", rows, move |device| {
@@ -483,12 +492,12 @@ impl LatentOps for AscendBackend {
             && let LatentForm::Fused { heads } = forms::latent(self, shape, layer)?
         {
             let (step, mask) = (plan.step_with(Part::Short), self.mask()?);
-            if step.fits(Part::Short, blocks) {
-                return self.queue("latent_attention", rows, move |device| {
-                    let step = step.view(device, Part::Short)?;
+            return self.queue("latent_attention", rows, move |device| {
+                step.calls(device, Part::Short, blocks)?.into_iter().try_for_each(|(rows, step)| {
+                    let [q, out] = [&q, &out].map(|x| x.narrow(0, rows.start, rows.len()));
                     fused_latent::attention(device, &step, heads, scale, &mask, &q, &weight, &planes, &out)
-                });
-            }
+                })
+            });
         }
         let (step, masks) = (plan.step_with(Part::Composed), self.masks());
         self.queue("latent_attention", rows, move |device| {

@@ -29,7 +29,7 @@ pub struct Linear {
 enum Weight {
     /// `[out, in]`.
     Float(Buffer),
-    Blocks(Blocks),
+    Blocks(Box<Blocks>),
 }
 
 /// Where a weight lies, for work that is queued.
@@ -66,7 +66,7 @@ impl Linear {
         }
         let (dtype, weight) = match src.format {
             WeightFormat::Ggml(format) => {
-                (activations, Weight::Blocks(Blocks::new(owner, &src.weight, format, activations)?))
+                (activations, Weight::Blocks(Box::new(Blocks::new(owner, &src.weight, format, activations)?)))
             }
             _ => {
                 let (dtype, bytes) = float_bytes(&src.weight, src.format, activations)?;

@@ -26,7 +26,6 @@ impl DataType {
     pub(crate) const U8: Self = Self(data_type::UINT8);
     pub(crate) const I32: Self = Self(data_type::INT32);
     pub(crate) const I64: Self = Self(data_type::INT64);
-    pub(crate) const BOOL: Self = Self(data_type::BOOL);
 
     /// Bytes of an element; of the types above.
     pub(crate) fn bytes(self) -> usize {

@@ -28,11 +28,13 @@ const GRACE: Duration = Duration::from_secs(5);
 
 type Work = Box<dyn FnOnce(&mut Device) -> std::result::Result<(), AscendError> + Send>;
 
+type Answered = Box<dyn FnOnce(&mut Device, Option<Failure>) -> Option<Failure> + Send>;
+
 enum Job {
     /// Its failure waits for the next call of the thread: whoever else uses the device meanwhile has nothing to do with it.
     Submit(ThreadId, &'static str, Work),
     /// Gets the failure of the thread's earlier work, or nothing; answers by itself, and gives its failure.
-    Call(ThreadId, Box<dyn FnOnce(&mut Device, Option<Failure>) -> Option<Failure> + Send>),
+    Call(ThreadId, Answered),
     /// Behind all work that may use it.
     Free(Address),
     /// Runs also behind a failure: gives back what work has taken.

@@ -30,7 +30,7 @@ type Result<T> = std::result::Result<T, AscendError>;
 const GROUP: usize = 32;
 /// K and N of a product are at most this.
 const LIMIT: usize = 65_535;
-/// Rows of a larger weight that are multiplied together.
+/// The most rows of a larger weight that are multiplied together.
 const PART: usize = 32_768;
 
 /// Formats of blocks that the device keeps, with activations of this type.
@@ -54,11 +54,9 @@ pub(crate) enum Form {
 
 /// A weight in blocks.
 pub(crate) struct Blocks {
-    codes: Buffer,
-    scales: Buffer,
-    /// For each byte of two int4 their values, where codes are such bytes.
-    halves: Option<Buffer>,
     view: BlocksView,
+    /// What the view's windows lie on.
+    _buffers: Vec<Buffer>,
 }
 
 /// Where such a weight lies, for work that is queued.
@@ -69,7 +67,7 @@ pub(crate) struct BlocksView {
     codes: View,
     /// `[out, groups]`, or `[out]`.
     scales: View,
-    /// `[256, 2]`.
+    /// For each byte of two int4 their values, `[256, 2]`, where codes are such bytes.
     halves: Option<View>,
 }
 
@@ -104,8 +102,9 @@ impl Blocks {
         let narrow = operators.dynamic_quant.is_some() && operators.quant_matmul.is_some();
         let form = match (format, by_row) {
             (BlockFormat::Q8_0, true) if narrow => Form::Rows,
-            (BlockFormat::Q8_0, _) => Form::Int8,
-            _ => Form::Int4,
+            // Of one row nobody can tell whether it lies turned, and so along which dimension two codes share a byte.
+            (BlockFormat::Q4_0, _) if rows > 1 => Form::Int4,
+            _ => Form::Int8,
         };
         // The scales of a group that is a whole row are those of rows.
         let per_row = form == Form::Rows || groups == 1;
@@ -128,7 +127,7 @@ impl Blocks {
             scales: View::new(scales.address(), scale_type, &scale_dims),
             halves: halves.as_ref().map(|table| View::new(table.address(), DataType::F32, &[256, 2])),
         };
-        Ok(Self { codes, scales, halves, view })
+        Ok(Self { view, _buffers: [codes, scales].into_iter().chain(halves).collect() })
     }
 
     pub(crate) fn view(&self) -> BlocksView {
@@ -181,9 +180,10 @@ pub(crate) fn product(device: &mut Device, x: &View, weight: &BlocksView, out: &
     if rows <= LIMIT {
         return part(device, x, weight, 0..rows, out);
     }
-    // The operator takes no more; its results are put side by side.
-    for start in (0..rows).step_by(PART) {
-        let len = PART.min(rows - start);
+    // The operator takes no more; its results are put side by side. Parts are as even as can be: none of one row.
+    let part_rows = rows.div_ceil(rows.div_ceil(PART));
+    for start in (0..rows).step_by(part_rows) {
+        let len = part_rows.min(rows - start);
         device.with_views([(out.dtype, &[tokens, len])], |device, [piece]| {
             part(device, x, weight, start..start + len, &piece)?;
             device.assign(&out.narrow(1, start, len), &piece)

@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use baton_device::conformance::{self, Case};
 use baton_device::{
-    AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostTensor, KvDtype, MoeOps, Reference, Routing,
-    Scoring, WeightFormat,
+    AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostTensor, KvDtype, KvSpec,
+    LayerKv, MoeOps, Reference, Routing, Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_ascend::AscendBackend;
 use common::{A2, P310, Simulator};
@@ -232,4 +232,41 @@ fn experts_that_are_held_elsewhere_add_nothing_whatever_the_form() {
     }
     simulator.expect_no_violation();
     assert!(fused.forms().iter().all(|line| line.contains("GroupedMatmulV4")), "{:?}", fused.forms());
+}
+
+#[test]
+fn sequences_that_share_blocks_are_attended_to_in_calls_that_the_cache_has_blocks_for() {
+    let simulator = Simulator::new();
+    let attend = |backend: &AscendBackend| {
+        let (heads, kv_heads, head_dim) = (4, 2, 32);
+        let params = AttentionParams { heads, kv_heads, head_dim, scale: 0.2, window: None, softcap: None };
+        let layers = vec![LayerKv::Full { kv_heads, head_dim }];
+        let mut cache = backend.kv_cache(&KvSpec { layers, dtype: KvDtype::BF16, block_size: 128 }, 4).unwrap();
+        let mut values = Vec::new();
+        // A prompt of two blocks, then three sequences that go on from its first block, each in its own second.
+        for spans in
+            [vec![(0, 200, vec![2, 1])], vec![(128, 3, vec![2, 0]), (128, 1, vec![2, 1]), (128, 2, vec![2, 3])]]
+        {
+            let sequences: Vec<_> = spans
+                .iter()
+                .map(|(start, len, table)| SequenceSpan { start: *start, len: *len, block_table: table })
+                .collect();
+            let rows = sequences.iter().map(|s| s.len).sum();
+            let plan = backend.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();
+            let tensor = |seed, heads| {
+                let mut tensor = backend.tensor(rows, heads * head_dim).unwrap();
+                backend.write(&conformance::uniform(seed, rows * heads * head_dim, 1.0), &mut tensor).unwrap();
+                tensor
+            };
+            let (q, k, v, mut out) = (tensor(1, heads), tensor(2, kv_heads), tensor(3, kv_heads), tensor(4, heads));
+            backend.paged_attention(&q, &k, &v, &mut cache, 0, &plan, &params, &mut out).unwrap();
+            backend.read(&out, &mut values).unwrap();
+        }
+        values
+    };
+    let (fused, composed) = (simulator.open_fused(A2, DType::BF16), simulator.open(A2, DType::BF16));
+    let (actual, judged) = (attend(&fused), attend(&composed));
+    assert!(actual.iter().zip(&judged).all(|(a, b)| (a - b).abs() < 2e-2), "{:?}", fused.forms());
+    simulator.expect_no_violation();
+    assert!(fused.forms()[0].contains("FusedInferAttentionScoreV3"), "{:?}", fused.forms());
 }

@@ -83,6 +83,7 @@ macro_rules! handles {
             pub(crate) struct $name(pub(crate) *mut c_void);
 
             impl $name {
+                #[allow(dead_code)] // of some only
                 pub(crate) const NULL: Self = Self(std::ptr::null_mut());
             }
         )*

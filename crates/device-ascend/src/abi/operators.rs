@@ -41,8 +41,6 @@ kinds! {
     OptT(TensorPtr, Option<&'a Tensor>) |tensor| tensor.map_or(TensorPtr::NULL, Tensor::as_ptr);
     /// `const aclScalar *`.
     S(ScalarPtr, &'a Scalar) |scalar| scalar.as_ptr();
-    /// `const aclIntArray *`.
-    Ints(IntArrayPtr, &'a IntArray) |array| array.as_ptr();
     /// `const aclIntArray *` that may be null.
     OptInts(IntArrayPtr, Option<&'a IntArray>) |array| array.map_or(IntArrayPtr::NULL, IntArray::as_ptr);
     /// `const aclTensorList *`.

@@ -8,6 +8,7 @@
 mod attention;
 mod experts;
 mod rows;
+mod step;
 mod trial;
 
 use std::collections::BTreeSet;

@@ -3,7 +3,7 @@
 //! Invariants: queries lie one sequence behind the other; their lengths are given as running sums, those of the context per
 //! sequence. Keys and values of the step's own tokens are in the cache before. Elements are f16 or bf16.
 
-use std::sync::Arc;
+use std::ops::Range;
 
 use baton_device::AttentionParams;
 
@@ -34,10 +34,31 @@ pub(crate) struct Sequences {
 }
 
 impl Sequences {
-    /// Whether one call takes them on a cache of so many blocks: those that share blocks may together have more.
-    pub(crate) fn fit(&self, blocks: usize) -> bool {
-        let needed: usize = self.lengths.iter().map(|&length| (length as usize).div_ceil(BLOCK)).sum();
-        self.lengths.len() <= SEQUENCES && needed <= blocks
+    /// In as few calls as a cache of so many blocks allows: together the sequences of a call have no more, though they may
+    /// share some.
+    pub(crate) fn calls(&self, blocks: usize) -> Vec<Range<usize>> {
+        let mut calls: Vec<Range<usize>> = Vec::new();
+        let mut left = 0;
+        for (i, &length) in self.lengths.iter().enumerate() {
+            let needed = (length as usize).div_ceil(BLOCK);
+            match calls.last_mut() {
+                Some(call) if call.len() < SEQUENCES && needed <= left => call.end += 1,
+                _ => {
+                    calls.push(i..i + 1);
+                    left = blocks;
+                }
+            }
+            left -= needed;
+        }
+        calls
+    }
+
+    /// Some of them, and which queries are theirs.
+    pub(crate) fn some(&self, range: Range<usize>) -> (Self, Range<usize>) {
+        let before = if range.start == 0 { 0 } else { self.query_ends[range.start - 1] };
+        let query_ends: Vec<i64> = self.query_ends[range.clone()].iter().map(|end| end - before).collect();
+        let rows = before as usize..self.query_ends[range.end - 1] as usize;
+        (Self { query_ends, lengths: self.lengths[range].to_vec() }, rows)
     }
 
     /// Whether each has one query.
@@ -47,9 +68,8 @@ impl Sequences {
 }
 
 /// Sequences with their blocks, for work that is queued.
-#[derive(Clone)]
 pub(crate) struct StepView {
-    pub(crate) sequences: Arc<Sequences>,
+    pub(crate) sequences: Sequences,
     /// `[sequences, most blocks]` i32; what is behind a sequence's blocks is the number of any block.
     pub(crate) tables: View,
 }
@@ -61,7 +81,6 @@ pub(crate) fn mask() -> Vec<u8> {
 
 /// `out = softmax(scale * q·Kᵀ)·V`: q and out `[rows, heads * head_dim]`, the planes of the cache `[slots, kv_heads * head_dim]`,
 /// all of one type.
-#[allow(clippy::too_many_arguments)] // what attention is of
 pub(crate) fn attend(
     device: &mut Device,
     q: &View,
@@ -98,7 +117,6 @@ pub(crate) fn attend(
 
 /// Latent attention, absorbed: q `[rows, heads, rank]` and its rotated part `[rows, heads, rope]`, the planes of the cache
 /// `[slots, rank]` and `[slots, rope]`, out `[heads, rows, rank]`, all of one type. Heads are a power of two.
-#[allow(clippy::too_many_arguments)] // what attention is of
 pub(crate) fn attend_latent(
     device: &mut Device,
     [q, q_rope]: [&View; 2],
@@ -193,12 +211,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sequences_fit_if_the_cache_has_the_blocks_of_all() {
-        let decode = |lengths: Vec<i64>| Sequences { query_ends: (1..=lengths.len() as i64).collect(), lengths };
-        assert!(decode(vec![129, 128]).fit(3) && !decode(vec![129, 128]).fit(2), "shared blocks do not suffice");
-        assert!(decode(vec![1; 4096]).fit(4096) && !decode(vec![1; 4097]).fit(5000));
-        assert!(decode(vec![7, 9]).decode());
-        assert!(!Sequences { query_ends: vec![2, 3], lengths: vec![2, 3] }.decode());
+    fn a_call_has_as_many_sequences_as_the_cache_has_blocks_for() {
+        let sequences = |lengths: Vec<i64>| Sequences { query_ends: (1..=lengths.len() as i64).collect(), lengths };
+        // Two blocks, one, and two: they share some if the cache has only three.
+        let three = sequences(vec![129, 128, 200]);
+        for (blocks, ends) in [(5, vec![3]), (4, vec![2, 3]), (3, vec![2, 3]), (2, vec![1, 2, 3])] {
+            assert_eq!(three.calls(blocks).iter().map(|call| call.end).collect::<Vec<_>>(), ends, "{blocks} blocks");
+        }
+        assert_eq!(sequences(vec![1; 5000]).calls(9000), [0..4096, 4096..5000]);
+    }
+
+    #[test]
+    fn some_sequences_are_counted_from_their_own_first_query() {
+        let all = Sequences { query_ends: vec![3, 4, 9], lengths: vec![3, 40, 5] };
+        assert!(!all.decode());
+        let (some, rows) = all.some(1..3);
+        assert_eq!((some, rows), (Sequences { query_ends: vec![1, 6], lengths: vec![40, 5] }, 3..9));
+        assert!(all.some(1..2).0.decode());
     }
 
     #[test]

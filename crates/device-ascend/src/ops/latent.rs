@@ -21,6 +21,7 @@ pub(crate) struct LatentView {
 
 /// See [`LatentOps::latent_attention`](baton_device::LatentOps::latent_attention); the step's own latents and rotated keys are
 /// in the planes. `constants` are [`crate::plan::mask_rows`].
+#[allow(clippy::too_many_arguments)] // one input, one output, and where the rest lies
 pub(crate) fn attention(
     device: &mut Device,
     step: &Step,

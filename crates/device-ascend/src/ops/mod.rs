@@ -1,6 +1,7 @@
 //! Operations of the seam as operators of CANN, a file a family. Each works on views, on the owner thread.
 
 pub(crate) mod attention;
+mod each_expert;
 pub(crate) mod fused_attention;
 pub(crate) mod fused_cache;
 pub(crate) mod fused_latent;
