@@ -3,20 +3,22 @@
 //! Invariants: everything here happens on the owner thread. All work is on one stream, in order; the host sees a result only
 //! after [`Device::synchronize`].
 
+mod copies;
+mod memory;
+
 use std::cell::Cell;
 use std::ffi::CStr;
 use std::time::Duration;
 
 use half::{bf16, f16};
 
-use crate::abi::codes::{Class, describe};
-use crate::abi::consts::{malloc_policy, mem_attr, memcpy_kind, stream_flag};
+use crate::abi::consts::stream_flag;
 use crate::abi::operators::{Execute, Operators};
 use crate::abi::{Comm, Context, ExecutorPtr, Stream};
 use crate::chip::Chip;
 use crate::error::AscendError;
 use crate::libraries::Acl;
-use crate::memory::{MemoryUse, Pinned, Pool};
+use crate::memory::{Pinned, Pool};
 use crate::object::{Address, DataType, IntArray, Scalar, Tensor, TensorList, View};
 
 /// What a device is told when it is opened.
@@ -226,207 +228,6 @@ impl Device {
         let address = self.alloc(bytes)?;
         self.workspace = Some((address, bytes));
         Ok(address)
-    }
-
-    // Memory.
-
-    /// A block of at least `bytes`; its contents are whatever they were.
-    pub(crate) fn alloc(&mut self, bytes: usize) -> Result<Address, AscendError> {
-        let bytes = Pool::block_bytes(bytes);
-        if let Some(address) = self.pool.take(bytes) {
-            return Ok(address);
-        }
-        let (segment, size) = self.segment(bytes)?;
-        self.pool.adopt(segment, size);
-        Ok(self.pool.take(bytes).expect("a new segment has room"))
-    }
-
-    /// A new segment with room for a block, in the usual size or else, if that does not fit, just for it; if need be when all
-    /// that is free was given back.
-    fn segment(&mut self, bytes: usize) -> Result<(Address, usize), AscendError> {
-        let mut refused = None;
-        for (size, release) in [(Pool::segment_bytes(bytes), false), (bytes, false), (bytes, true)] {
-            if release {
-                self.release_free()?;
-            }
-            match self.malloc(size) {
-                Ok(address) => return Ok((address, size)),
-                Err(AscendError::Call { code, message, .. }) if describe(code).1 == Class::Memory => {
-                    refused = Some(message);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Err(AscendError::OutOfMemory { bytes, message: refused.expect("it was asked for") })
-    }
-
-    fn malloc(&self, bytes: usize) -> Result<Address, AscendError> {
-        let mut ptr = std::ptr::null_mut();
-        // SAFETY: a valid out pointer; `bytes` is over 0.
-        let code = unsafe { (self.acl.runtime.malloc)(&raw mut ptr, bytes, malloc_policy::HUGE_FIRST) };
-        self.check("aclrtMalloc", code)?;
-        Ok(Address(ptr.addr()))
-    }
-
-    /// Takes a block back; work that was queued may still use it.
-    pub(crate) fn free(&mut self, address: Address) {
-        self.pool.give_back(address);
-    }
-
-    /// What the pool holds.
-    pub(crate) fn usage(&self) -> MemoryUse {
-        self.pool.usage()
-    }
-
-    /// Gives segments that are free to the device.
-    pub(crate) fn release_free(&mut self) -> Result<(), AscendError> {
-        self.synchronize()?;
-        for address in self.pool.drain_free() {
-            // SAFETY: nothing uses the segment: all of it was given back, and the stream is done.
-            self.check("aclrtFree", unsafe { (self.acl.runtime.free)(address.as_ptr()) })?;
-        }
-        Ok(())
-    }
-
-    /// Free and total bytes of the device.
-    pub(crate) fn memory(&self) -> Result<(usize, usize), AscendError> {
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: valid out pointers.
-        let code = unsafe { (self.acl.runtime.mem_info)(mem_attr::HBM, &raw mut free, &raw mut total) };
-        self.check("aclrtGetMemInfo", code)?;
-        Ok((free, total))
-    }
-
-    /// Runs `work` with a block that is given back behind it.
-    pub(crate) fn with_scratch<T>(
-        &mut self,
-        bytes: usize,
-        work: impl FnOnce(&mut Self, Address) -> Result<T, AscendError>,
-    ) -> Result<T, AscendError> {
-        let block = self.alloc(bytes)?;
-        let result = work(self, block);
-        self.free(block);
-        result
-    }
-
-    /// Runs `work` with contiguous scratch views, which are given back behind it.
-    pub(crate) fn with_views<const N: usize, T>(
-        &mut self,
-        shapes: [(DataType, &[usize]); N],
-        work: impl FnOnce(&mut Self, [View; N]) -> Result<T, AscendError>,
-    ) -> Result<T, AscendError> {
-        let mut bytes = 0;
-        let starts = shapes.map(|(dtype, dims)| {
-            let start = bytes;
-            bytes += Pool::block_bytes(dims.iter().product::<usize>() * dtype.bytes());
-            start
-        });
-        self.with_scratch(bytes, |device, block| {
-            let view = |i: usize| View::new(Address(block.0 + starts[i]), shapes[i].0, shapes[i].1);
-            work(device, std::array::from_fn(view))
-        })
-    }
-
-    /// At least `bytes` zero bytes, which nobody writes to.
-    pub(crate) fn zeros(&mut self, bytes: usize) -> Result<Address, AscendError> {
-        if let Some((address, size)) = self.zeros {
-            if size >= bytes {
-                return Ok(address);
-            }
-            self.zeros = None;
-            self.free(address);
-        }
-        let address = self.alloc(bytes)?;
-        self.zeros = Some((address, bytes));
-        self.clear(address, bytes)?;
-        Ok(address)
-    }
-
-    // Copies.
-
-    /// Queues a copy of `data` to `to`. It is complete in itself: `data` may go at once.
-    pub(crate) fn upload(&mut self, data: &[u8], to: Address) -> Result<(), AscendError> {
-        for (piece, at) in data.chunks(Pinned::BYTES / 2).zip((0..).step_by(Pinned::BYTES / 2)) {
-            let pinned = self.pinned(piece.len())?;
-            // SAFETY: the pinned bytes are as many and used by nothing in flight; the device's block is the caller's.
-            let code = unsafe {
-                std::ptr::copy_nonoverlapping(piece.as_ptr(), pinned, piece.len());
-                (self.acl.runtime.memcpy_async)(
-                    Address(to.0 + at).as_ptr(),
-                    piece.len(),
-                    pinned.cast(),
-                    piece.len(),
-                    memcpy_kind::HOST_TO_DEVICE,
-                    self.stream,
-                )
-            };
-            self.check("aclrtMemcpyAsync", code)?;
-        }
-        Ok(())
-    }
-
-    /// Waits for everything queued and brings `len` bytes to the host.
-    pub(crate) fn download(&mut self, from: Address, len: usize) -> Result<Vec<u8>, AscendError> {
-        let mut data = Vec::with_capacity(len);
-        while data.len() < len {
-            let bytes = (len - data.len()).min(Pinned::BYTES / 2);
-            let pinned = self.pinned(bytes)?;
-            // SAFETY: the pinned bytes are as many and used by nothing in flight.
-            let code = unsafe {
-                (self.acl.runtime.memcpy_async)(
-                    pinned.cast(),
-                    bytes,
-                    Address(from.0 + data.len()).as_ptr(),
-                    bytes,
-                    memcpy_kind::DEVICE_TO_HOST,
-                    self.stream,
-                )
-            };
-            self.check("aclrtMemcpyAsync", code)?;
-            self.synchronize()?;
-            // SAFETY: the copy is done, and the next one begins after this.
-            data.extend_from_slice(unsafe { std::slice::from_raw_parts(pinned, bytes) });
-        }
-        Ok(data)
-    }
-
-    /// Queues a copy between blocks of the device.
-    pub(crate) fn copy_within(&mut self, from: Address, to: Address, bytes: usize) -> Result<(), AscendError> {
-        let kind = memcpy_kind::DEVICE_TO_DEVICE;
-        // SAFETY: both ranges are the caller's blocks.
-        let code =
-            unsafe { (self.acl.runtime.memcpy_async)(to.as_ptr(), bytes, from.as_ptr(), bytes, kind, self.stream) };
-        self.check("aclrtMemcpyAsync", code)
-    }
-
-    /// Queues a fill with zero bytes.
-    pub(crate) fn clear(&mut self, at: Address, bytes: usize) -> Result<(), AscendError> {
-        // SAFETY: the range is the caller's block.
-        let code = unsafe { (self.acl.runtime.memset_async)(at.as_ptr(), bytes, 0, bytes, self.stream) };
-        self.check("aclrtMemsetAsync", code)
-    }
-
-    fn pinned(&mut self, len: usize) -> Result<*mut u8, AscendError> {
-        if let Some(pinned) = self.pinned.take(len) {
-            return Ok(pinned);
-        }
-        self.synchronize()?;
-        Ok(self.pinned.take(len).expect("a piece is at most half of the arena"))
-    }
-
-    /// Waits until all queued work is done, or for as long as was allowed.
-    pub(crate) fn synchronize(&mut self) -> Result<(), AscendError> {
-        // SAFETY: our own stream.
-        let code = unsafe { (self.acl.runtime.synchronize)(self.stream, self.timeout_ms()) };
-        let result = self.check("aclrtSynchronizeStreamWithTimeout", code);
-        match result {
-            Ok(()) => self.pinned.reset(),
-            Err(AscendError::Call { call, code, message, .. }) => {
-                return Err(AscendError::Call { call, code, message, late: true });
-            }
-            Err(_) => {}
-        }
-        result
     }
 }
 

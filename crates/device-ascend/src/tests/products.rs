@@ -78,7 +78,7 @@ fn output(
 ) -> Result<Vec<f32>, AscendError> {
     let out = View::new(device.alloc(dims.iter().product::<usize>() * dtype.bytes())?, dtype, dims);
     work(device, &out)?;
-    device.with_type(&out, DataType::F32, |device, wide| values(device, wide))
+    device.with_type(&out, DataType::F32, values)
 }
 
 /// Half a unit in the last place of a type, for numbers of order one.

@@ -30,7 +30,7 @@ fn sum(owner: &Owner, rank: usize, len: usize, dtype: DataType, times: usize) ->
         let x = x.clone();
         owner.submit("sum", move |device| device.all_reduce(&x))?;
     }
-    owner.call("read", move |device| device.with_type(&x, DataType::F32, |device, wide| values(device, wide)))
+    owner.call("read", move |device| device.with_type(&x, DataType::F32, values))
 }
 
 /// The same on a thread for each rank.
