@@ -8,7 +8,7 @@ mod common;
 use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, LoadOptions, SamplingParams, ScoreRequest, Tensors, load};
+use baton_model::{Files, SamplingParams, ScoreRequest, Tensors, load};
 use common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
 
 /// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
@@ -189,9 +189,7 @@ fn dense_checkpoints_as_they_are_stored_stay_near<B: Backend + LatentOps + MoeOp
     let has_experts = |case: &str| ["mixtral", "qwen3-moe", "deepseek"].iter().any(|name| case.starts_with(name));
     for case in CASES.into_iter().filter(|case| !has_experts(case)) {
         let files = Files::folder(folder(case)).unwrap();
-        let backend = make();
-        let kv_dtype = *backend.caps().kv_dtypes.first().unwrap();
-        let mut runner = load(backend, &files, &LoadOptions { kv_dtype, ..options() }).unwrap().0;
+        let mut runner = load(make(), &files, &options()).unwrap().0;
         for prompt in prompts(case) {
             let logits = all_logits(&mut runner, &prompt.ids);
             let last = &logits[logits.len() - prompt.last_logits.len()..];
