@@ -18,6 +18,7 @@ pub struct Meta {
 
 impl Meta {
     /// A row-major view in ND format whose storage is its own shape.
+    #[cfg(test)]
     pub fn dense(dims: &[i64], dtype: i32) -> Self {
         let (dims, strides) = (dims.to_vec(), row_major(dims));
         Self { storage: dims.clone(), dims, strides, offset: 0, dtype, format: crate::constants::ACL_FORMAT_ND as i32 }

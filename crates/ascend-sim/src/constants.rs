@@ -134,6 +134,12 @@ table! {
     ACL_DEV_ATTR_VECTOR_CORE_NUM = 201;
     ACL_DEV_ATTR_TOTAL_GLOBAL_MEM_SIZE = 301;
     ACL_DEV_ATTR_L2_CACHE_SIZE = 302;
+    // cubeMathType
+    KEEP_DTYPE = 0;
+    ALLOW_FP32_DOWN_PRECISION = 1;
+    USE_FP16 = 2;
+    USE_HF32 = 3;
+    USE_FP32_ADD = 4;
     // Runtime errors
     ACL_SUCCESS = 0;
     ACL_ERROR_INVALID_PARAM = 100000;

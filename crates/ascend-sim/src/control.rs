@@ -6,7 +6,8 @@
 use std::{
     collections::BTreeMap,
     ffi::{CStr, c_char},
-    time::Duration,
+    path::PathBuf,
+    time::{Duration, SystemTime},
 };
 
 use crate::{
@@ -35,6 +36,10 @@ pub struct Settings {
     lost: Option<i32>,
     /// How long a collective waits for the other ranks.
     pub collective_timeout: Duration,
+    /// Where the report is written when a device is closed.
+    pub report: Option<PathBuf>,
+    /// A file of lines `key=value`, applied whenever it changes, and what it was when it was read last.
+    control: Option<(PathBuf, Option<(SystemTime, u64)>)>,
     /// What phase 1 of an operator returns.
     refused: BTreeMap<String, i32>,
     faults: Vec<Injected>,
@@ -59,7 +64,7 @@ pub enum Effect {
     Nan,
 }
 
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 15] = [
     "soc",
     "version",
     "devices",
@@ -73,6 +78,8 @@ const KEYS: [&str; 13] = [
     "refuse",
     "fault",
     "nan",
+    "report",
+    "control",
 ];
 
 impl Settings {
@@ -89,6 +96,8 @@ impl Settings {
             hang: false,
             lost: None,
             collective_timeout: Duration::from_secs(60),
+            report: None,
+            control: None,
             refused: BTreeMap::new(),
             faults: Vec::new(),
         };
@@ -124,9 +133,32 @@ impl Settings {
                 let (symbol, calls) = value.split_once(':').unwrap_or((value, "1"));
                 self.faults.push(Injected { symbol: symbol.to_owned(), calls: number(calls)?, effect: Effect::Nan });
             }
+            "report" => self.report = Some(value.into()),
+            "control" => self.control = Some((value.into(), None)),
             _ => return Err(format!("a key of {}", KEYS.join(", "))),
         }
         Ok(())
+    }
+
+    /// How often the file of settings is looked at while somebody waits; never, if there is none.
+    pub fn control_interval(&self) -> Option<Duration> {
+        self.control.as_ref().map(|_| Duration::from_millis(20))
+    }
+
+    /// Applies the file of settings if it has changed; the lines that could not be.
+    pub fn read_control(&mut self) -> Vec<String> {
+        let Some((path, last)) = &mut self.control else { return Vec::new() };
+        let now = std::fs::metadata(&*path).ok().and_then(|m| Some((m.modified().ok()?, m.len())));
+        if now.is_none() || *last == now {
+            return Vec::new();
+        }
+        *last = now;
+        let lines = std::fs::read_to_string(path).unwrap_or_default();
+        let apply = |line: &str| match line.split_once('=') {
+            Some((key, value)) => self.set(key, value).err().map(|accepted| format!("{line}: accepted is {accepted}")),
+            None => Some(format!("{line}: accepted is key=value")),
+        };
+        lines.lines().filter(|line| !line.is_empty()).filter_map(apply).collect()
     }
 
     fn inject(&mut self, value: &str) -> Result<(), String> {

@@ -23,6 +23,7 @@ pub fn exchange_mode(mode: i64) -> i64 {
 }
 
 pub struct Graph {
+    pub context: u64,
     pub status: i64,
     mode: i64,
     thread: u64,
@@ -66,6 +67,7 @@ impl Machine {
             return Err(refusal!(ACL_ERROR_RT_STREAM_CAPTURED, "the stream is being captured already"));
         }
         let graph = Graph {
+            context: self.streams.get(stream)?.context,
             status: ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE,
             mode,
             thread: thread_number(),

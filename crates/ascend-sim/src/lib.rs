@@ -26,6 +26,8 @@
 //! | `refuse` | `OPERATOR:CODE`: phase 1 of the operator returns the code; code 0 ends it | |
 //! | `fault` | `SYMBOL:N:CODE`: the n-th call from now returns the code. `SYMBOL:N:run`: it succeeds, and its task fails with 507015 when it runs (operators). `SYMBOL:N:hang`: as `hang=on` from that call on. Several with commas; empty forgets them | |
 //! | `nan` | `OPERATOR:N`: the first value that the n-th call from now writes is not a number | |
+//! | `report` | a file, replaced with the report whenever a device is reset (before its memory goes) and at `aclFinalize` | |
+//! | `control` | a file of lines `key=value`; all are applied when it changes, looked at whenever somebody synchronises or waits | |
 //!
 //! `ascend_sim_report` gives counters, what is live, and violations, as JSON; `ascend_sim_reset` forgets counters and violations.
 

@@ -125,6 +125,12 @@ impl Machine {
         self.counters.violations.push(text.into());
     }
 
+    /// Applies what the file of settings says by now.
+    pub fn look_at_control(&mut self) {
+        let refused = self.settings.read_control();
+        refused.into_iter().for_each(|line| self.violation(line));
+    }
+
     /// A visible device, by number.
     pub fn device(&mut self, device: i64) -> Result<&mut Device, Refusal> {
         let count = self.settings.devices;

@@ -30,6 +30,14 @@ pub extern "C" fn ascend_sim_reset() {
     m.devices.iter_mut().for_each(|device| device.peak = device.used);
 }
 
+/// Writes the report to the file that was set, if one was: all of it or nothing.
+pub fn write_report(m: &Machine) {
+    let Some(path) = &m.settings.report else { return };
+    let part = path.with_extension("part");
+    let written = std::fs::write(&part, report(m)).and_then(|()| std::fs::rename(&part, path));
+    written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+}
+
 fn report(m: &Machine) -> String {
     let defaults = m.devices.iter().filter(|d| m.contexts.contains(d.default_context)).count();
     let (blocks, bytes) = m.memory.live();

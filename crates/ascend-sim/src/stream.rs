@@ -291,13 +291,15 @@ pub fn synchronize(
     let deadline = timeout.map(|timeout| Instant::now() + timeout);
     for &(stream, position) in targets {
         loop {
+            guard.look_at_control();
             guard.settings.reachable()?;
             let Progress::Blocked(wake) = guard.advance(stream, position)? else { break };
             if deadline.is_some_and(|d| Instant::now() >= d) {
                 let waited = timeout.unwrap_or_default().as_millis();
                 return Err(refusal!(code, "the device did not finish within {waited} ms"));
             }
-            guard = wait(guard, [wake, deadline].into_iter().flatten().min());
+            let look = guard.settings.control_interval().map(|interval| Instant::now() + interval);
+            guard = wait(guard, [wake, deadline, look].into_iter().flatten().min());
         }
         let context = guard.streams.get(stream)?.context;
         guard.check_fault(context)?;

@@ -1,28 +1,31 @@
 //! The device traits: checks shapes, and queues each operation for the owner thread.
 
 use std::collections::BTreeSet;
-use std::ffi::CStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, HostLatent, HostLinear, HostRope,
-    HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat,
+    HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat, World,
 };
 
 use crate::cache::KvCache;
 use crate::chip::Chip;
-use crate::device::{Device, DeviceOptions, check, encode};
+use crate::device::{Device, DeviceOptions, encode};
 use crate::error::AscendError;
 use crate::forms::{self, CacheShape, Forms, LatentForm, LatentShape, NormShape};
-use crate::libraries::{Acl, Search};
-use crate::linear::{Linear, float_bytes, linear_group};
+use crate::installation::{self, Installation};
+use crate::libraries::Search;
+use crate::linear::{self, Linear, float_bytes, linear_group};
+use crate::memory::MemoryUse;
 use crate::object::{DataType, View};
 use crate::ops::fused_rows::add_rms_norm;
 use crate::ops::latent::LatentView;
 use crate::ops::{attention, fused_attention, fused_latent, index, latent, rope, rows};
 use crate::owner::Owner;
 use crate::plan::{AttentionPlan, Part, Step, mask_rows};
+use crate::quant;
+use crate::ranks::{self, Place};
 use crate::tensor::{Buffer, Tensor, Vector};
 
 /// How a device is opened.
@@ -49,6 +52,7 @@ pub struct AscendBackend {
     pub(crate) activations: DataType,
     pub(crate) forms: Forms,
     pub(crate) owner: Arc<Owner>,
+    place: Place,
     /// [`mask_rows`], `[2 * (BLOCK + 1), BLOCK]` in f32.
     masks: Buffer,
     /// Windows that attention was asked for, so that plans foresee them.
@@ -66,21 +70,8 @@ impl AscendBackend {
     pub fn new(options: &AscendOptions) -> Result<Self> {
         let name = format!("ascend:{}", options.device);
         let unavailable = |reason: String| DeviceError::Unavailable { device: name.clone(), reason };
-        let acl = open_libraries(&options.search).map_err(&unavailable)?;
-        let (count, soc) = devices(acl).map_err(|error| unavailable(error.to_string()))?;
-        if options.device >= count {
-            return Err(unavailable(format!(
-                "the runtime sees {count} devices{}",
-                if count == 0 {
-                    ": no driver (a toolkit without one puts a stub in its place), or none that this process may use"
-                } else {
-                    ""
-                }
-            )));
-        }
-        let Some(chip) = Chip::from_soc_name(&soc) else {
-            return Err(unavailable(format!("the chip calls itself {soc:?}; known are 910B (A2), 910C (A3) and 310P")));
-        };
+        let Installation { acl, soc, chip } = installation::find(&options.search, options.device)
+            .map_err(|unusable| unavailable(unusable.to_string()))?;
         let activations = match options.activations {
             DType::BF16 if !chip.has_bf16() => {
                 return Err(unavailable(format!("{chip} has no bf16 in any operator: ask for float16")));
@@ -93,9 +84,32 @@ impl AscendBackend {
         let device = DeviceOptions { id: options.device as i32, timeout: options.timeout, blocking: options.blocking };
         let owner = Arc::new(Owner::start(acl, name.clone(), device, chip)?);
         let masks = Buffer::with(&owner, encode(&mask_rows(), DataType::F32))?;
-        let caps = caps(name, soc, chip, options.activations);
+        let blocks = quant::offered(chip, &acl.operators, activations);
+        let caps = caps(name, soc, chip, options.activations, blocks);
         let forms = Forms::new(!options.fused);
-        Ok(Self { caps, chip, activations, forms, owner, masks, windows: Mutex::default() })
+        let place = Place::alone();
+        Ok(Self { caps, chip, activations, forms, owner, place, masks, windows: Mutex::default() })
+    }
+
+    /// Opens several devices as the ranks of one model, in this order; `options.device` is none of them.
+    ///
+    /// # Errors
+    /// As [`AscendBackend::new`], and [`DeviceError::Execution`] if they cannot be joined.
+    pub fn ranks(options: &AscendOptions, devices: &[u32]) -> Result<Vec<Self>> {
+        let open = |&device| Self::new(&AscendOptions { device, ..options.clone() });
+        let mut backends: Vec<_> = devices.iter().map(open).collect::<Result<_>>()?;
+        let owners: Vec<_> = backends.iter().map(|backend| backend.owner.clone()).collect();
+        let places = ranks::join(&owners)?;
+        backends.iter_mut().zip(places).for_each(|(backend, place)| backend.place = place);
+        Ok(backends)
+    }
+
+    /// Memory of the device that is in use, was, and is reserved.
+    ///
+    /// # Errors
+    /// What failed on the device before.
+    pub fn memory_use(&self) -> Result<MemoryUse> {
+        self.owner.call("memory", |device| Ok(device.usage()))
     }
 
     /// The form that operations take, a line for each shape met so far, with what speaks against a better one.
@@ -119,9 +133,10 @@ impl AscendBackend {
 }
 
 /// What a chip offers with activations of a type.
-fn caps(device: String, isa: String, chip: Chip, activations: DType) -> Caps {
+fn caps(device: String, isa: String, chip: Chip, activations: DType, blocks: Vec<WeightFormat>) -> Caps {
     let mut weight_formats = BTreeSet::from([WeightFormat::F32, WeightFormat::F16]);
     weight_formats.extend(chip.has_bf16().then_some(WeightFormat::BF16));
+    weight_formats.extend(blocks);
     let mut narrow_activations = BTreeSet::new();
     if activations != DType::F32 {
         narrow_activations.extend(weight_formats.iter().filter(|format| **format != WeightFormat::F32));
@@ -178,6 +193,10 @@ impl Backend for AscendBackend {
         &self.caps
     }
 
+    fn world(&self) -> World {
+        self.place.world
+    }
+
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {
         Tensor::new(&self.owner, capacity, cols, self.activations)
     }
@@ -211,9 +230,9 @@ impl Backend for AscendBackend {
 
     fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
-        let (ids, table) = (indices(ids), table.rows());
-        let out = out.output(ids.len(), table.dtype);
-        self.queue("embed", ids.len(), move |device| index::embed(device, &ids, &table, &out))
+        let (ids, out) = (indices(ids), out.output(ids.len(), table.dtype()));
+        let table = table.view();
+        self.queue("embed", ids.len(), move |device| linear::embed(device, &ids, &table, &out))
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
@@ -340,6 +359,23 @@ impl Backend for AscendBackend {
         self.queue("paged_attention", rows, move |device| {
             attention::paged(device, &step, &params, &masks, &q, &planes, &out)
         })
+    }
+
+    fn all_reduce(&self, x: &mut Tensor) -> Result<()> {
+        if self.place.world.size == 1 {
+            return Ok(());
+        }
+        self.place.all_here(&self.caps.device)?;
+        let (rows, x) = (x.rows(), x.view());
+        self.queue("all_reduce", rows, move |device| device.all_reduce(&x))
+    }
+
+    fn leave(&self) {
+        self.place.leave();
+    }
+
+    fn rejoin(&self) -> Result<()> {
+        self.place.all_here(&self.caps.device)
     }
 
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
@@ -480,50 +516,4 @@ impl AscendBackend {
             attention::write(device, &step, fused, heads, rows.each_ref(), &planes)
         })
     }
-}
-
-/// Opens and initialises the libraries of a search, once in a process.
-fn open_libraries(search: &Search) -> std::result::Result<&'static Acl, String> {
-    static OPENED: Mutex<Vec<(Search, &'static Acl)>> = Mutex::new(Vec::new());
-    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, acl)) = opened.iter().find(|(known, _)| known == search) {
-        return Ok(acl);
-    }
-    let acl = Acl::load(search).map_err(|unavailable| unavailable.to_string())?;
-    // SAFETY: no configuration is a null path.
-    let code = unsafe { (acl.runtime.init)(std::ptr::null()) };
-    match check(acl, "aclInit", code) {
-        Ok(()) | Err(AscendError::Call { code: REPEATED, .. }) => {}
-        Err(AscendError::Call { code: STUB, .. }) => {
-            return Err(
-                "the libraries found are stubs for linking: the toolkit's devlib folder is on the loader's path".into(),
-            );
-        }
-        Err(error) => return Err(error.to_string()),
-    }
-    opened.push((search.clone(), acl));
-    Ok(acl)
-}
-
-/// Of `aclInit`: somebody in this process did it before.
-const REPEATED: i32 = 100002;
-/// A library that is only there to link against.
-const STUB: i32 = 100039;
-
-/// How many devices there are, and what the first calls itself.
-fn devices(acl: &Acl) -> std::result::Result<(u32, String), AscendError> {
-    let mut count = 0;
-    // SAFETY: a valid out pointer.
-    let code = unsafe { (acl.runtime.device_count)(&raw mut count) };
-    match check(acl, "aclrtGetDeviceCount", code) {
-        // What a driver that is not there says instead of zero.
-        Err(AscendError::Call { code: 107001 | 207004 | 507899, .. }) => return Ok((0, String::new())),
-        other => other?,
-    }
-    // SAFETY: the library owns the text.
-    let soc = unsafe {
-        let name = (acl.runtime.soc_name)();
-        if name.is_null() { String::new() } else { CStr::from_ptr(name).to_string_lossy().into_owned() }
-    };
-    Ok((count, soc))
 }

@@ -3,18 +3,20 @@
 //! Invariants: everything here happens on the owner thread. All work is on one stream, in order; the host sees a result only
 //! after [`Device::synchronize`].
 
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::time::Duration;
 
 use half::{bf16, f16};
 
+use crate::abi::codes::{Class, describe};
 use crate::abi::consts::{malloc_policy, mem_attr, memcpy_kind, stream_flag};
 use crate::abi::operators::{Execute, Operators};
-use crate::abi::{Context, ExecutorPtr, Stream};
+use crate::abi::{Comm, Context, ExecutorPtr, Stream};
 use crate::chip::Chip;
 use crate::error::AscendError;
 use crate::libraries::Acl;
-use crate::memory::{Pinned, Pool};
+use crate::memory::{MemoryUse, Pinned, Pool};
 use crate::object::{Address, DataType, IntArray, Scalar, Tensor, TensorList, View};
 
 /// What a device is told when it is opened.
@@ -41,43 +43,83 @@ pub(crate) struct Device {
     workspace: Option<(Address, usize)>,
     /// Zero bytes.
     zeros: Option<(Address, usize)>,
+    /// The device's place among ranks.
+    pub(crate) comm: Option<Comm>,
+    /// Set by an error after which nothing can be asked of it any more.
+    dead: Cell<bool>,
 }
 
 impl Device {
-    /// Makes the device current on this thread, with a context and a stream of its own.
+    /// Makes the device current on this thread, with a context and a stream of its own. If that fails half-way, nothing of it
+    /// remains.
     pub(crate) fn open(acl: &'static Acl, options: DeviceOptions, chip: Chip) -> Result<Self, AscendError> {
-        let runtime = &acl.runtime;
-        let (mut context, mut stream, mut pinned) = (Context::NULL, Stream::NULL, std::ptr::null_mut());
-        // SAFETY: out pointers are valid; the thread makes the device current before anything needs one.
+        // SAFETY: the first call of this thread, which makes the device current for all that follow.
+        check(acl, "aclrtSetDevice", unsafe { (acl.runtime.set_device)(options.id) })?;
+        let mut device = Self {
+            acl,
+            options,
+            chip,
+            context: Context::NULL,
+            stream: Stream::NULL,
+            pool: Pool::default(),
+            pinned: Pinned::NONE,
+            workspace: None,
+            zeros: None,
+            comm: None,
+            dead: Cell::new(false),
+        };
+        match device.create() {
+            Ok(()) => Ok(device),
+            Err(error) => {
+                device.close();
+                Err(error)
+            }
+        }
+    }
+
+    fn create(&mut self) -> Result<(), AscendError> {
+        let runtime = &self.acl.runtime;
+        let mut pinned = std::ptr::null_mut();
+        let flags = (stream_flag::FAST_LAUNCH | stream_flag::FAST_SYNC) as u32;
+        // SAFETY: out pointers are valid, and the device is current.
         unsafe {
-            check(acl, "aclrtSetDevice", (runtime.set_device)(options.id))?;
-            check(acl, "aclrtCreateContext", (runtime.create_context)(&raw mut context, options.id))?;
-            check(acl, "aclrtSetCurrentContext", (runtime.set_context)(context))?;
-            let flags = (stream_flag::FAST_LAUNCH | stream_flag::FAST_SYNC) as u32;
-            check(acl, "aclrtCreateStreamWithConfig", (runtime.create_stream)(&raw mut stream, 0, flags))?;
-            check(acl, "aclrtMallocHost", (runtime.malloc_host)(&raw mut pinned, Pinned::BYTES))?;
+            let code = (runtime.create_context)(&raw mut self.context, self.options.id);
+            self.check("aclrtCreateContext", code)?;
+            self.check("aclrtSetCurrentContext", (runtime.set_context)(self.context))?;
+            let code = (runtime.create_stream)(&raw mut self.stream, 0, flags);
+            self.check("aclrtCreateStreamWithConfig", code)?;
+            self.check("aclrtMallocHost", (runtime.malloc_host)(&raw mut pinned, Pinned::BYTES))?;
         }
         // SAFETY: just allocated, and freed when the device is closed.
-        let pinned = unsafe { Pinned::new(pinned.cast(), Pinned::BYTES) };
-        Ok(Self { acl, options, chip, context, stream, pool: Pool::default(), pinned, workspace: None, zeros: None })
+        self.pinned = unsafe { Pinned::new(pinned.cast(), Pinned::BYTES) };
+        Ok(())
     }
 
     /// Gives everything back, as far as the device still takes it.
     pub(crate) fn close(mut self) {
         let runtime = &self.acl.runtime;
-        let blocks = self.pool.drain();
-        // SAFETY: nothing is used after this; what a dead device refuses is gone anyway, so results do not matter.
+        // SAFETY: what is destroyed was made and is used no more. What a dead device refuses is gone anyway, so results do not
+        // matter.
         unsafe {
-            if (runtime.synchronize)(self.stream, self.timeout_ms()) == 0 {
-                blocks.into_iter().for_each(|block| _ = (runtime.free)(block.as_ptr()));
-                (runtime.free_host)(self.pinned.start().cast());
-                (runtime.destroy_stream)(self.stream);
-            } else {
+            let done = !self.dead.get()
+                && (self.stream == Stream::NULL || (runtime.synchronize)(self.stream, self.timeout_ms()) == 0);
+            // A stream that is not done is ended first: it may still use the memory.
+            if !done && self.stream != Stream::NULL {
                 (runtime.destroy_stream_by_force)(self.stream);
-                blocks.into_iter().for_each(|block| _ = (runtime.free)(block.as_ptr()));
+            }
+            if let (Some(comm), Some(collectives)) = (self.comm.take(), &self.acl.collectives) {
+                (collectives.destroy)(comm);
+            }
+            self.pool.drain().into_iter().for_each(|segment| _ = (runtime.free)(segment.as_ptr()));
+            if !self.pinned.start().is_null() {
                 (runtime.free_host)(self.pinned.start().cast());
             }
-            (runtime.destroy_context)(self.context);
+            if done && self.stream != Stream::NULL {
+                (runtime.destroy_stream)(self.stream);
+            }
+            if self.context != Context::NULL {
+                (runtime.destroy_context)(self.context);
+            }
             (runtime.reset_device)(self.options.id);
         }
     }
@@ -90,8 +132,25 @@ impl Device {
         &self.acl.operators
     }
 
+    pub(crate) fn acl(&self) -> &'static Acl {
+        self.acl
+    }
+
+    #[cfg(test)]
+    pub(crate) fn context(&self) -> Context {
+        self.context
+    }
+
+    pub(crate) fn stream(&self) -> Stream {
+        self.stream
+    }
+
     fn check(&self, call: &'static str, code: i32) -> Result<(), AscendError> {
-        check(self.acl, call, code)
+        check(self.acl, call, code).inspect_err(|error| self.note(error))
+    }
+
+    pub(crate) fn note(&self, error: &AscendError) {
+        self.dead.set(self.dead.get() || error.class().is_final());
     }
 
     fn timeout_ms(&self) -> i32 {
@@ -132,9 +191,12 @@ impl Device {
         let workspace = match self.workspace(size as usize) {
             Ok(workspace) => workspace,
             Err(error) => {
-                if let Some(destroy) = self.acl.meta.destroy_executor {
-                    // SAFETY: the executor has not been consumed. That this frees one that is not repeatable: UNCONFIRMED.
-                    unsafe { destroy(executor) };
+                // No workspace where one is needed is refused by the second phase, which consumes the executor: the one way
+                // to be rid of it that is documented.
+                // SAFETY: the executor is fresh and used once; the library owns the text, which concerns nobody.
+                unsafe {
+                    execute(std::ptr::null_mut(), size, executor, self.stream);
+                    (self.acl.runtime.recent_error)();
                 }
                 return Err(error);
             }
@@ -142,6 +204,11 @@ impl Device {
         // SAFETY: the executor is fresh and used once; the workspace has `size` bytes.
         let code = unsafe { execute(workspace.as_ptr(), size, executor, self.stream) };
         self.check(name, code)?;
+        self.settle()
+    }
+
+    /// Behind an operation: waits for it where that was asked for.
+    pub(crate) fn settle(&mut self) -> Result<(), AscendError> {
         if self.options.blocking { self.synchronize() } else { Ok(()) }
     }
 
@@ -169,15 +236,28 @@ impl Device {
         if let Some(address) = self.pool.take(bytes) {
             return Ok(address);
         }
-        let address = match self.malloc(bytes) {
-            Err(AscendError::Call { code: 207001 | 207018, .. }) => {
+        let (segment, size) = self.segment(bytes)?;
+        self.pool.adopt(segment, size);
+        Ok(self.pool.take(bytes).expect("a new segment has room"))
+    }
+
+    /// A new segment with room for a block, in the usual size or else, if that does not fit, just for it; if need be when all
+    /// that is free was given back.
+    fn segment(&mut self, bytes: usize) -> Result<(Address, usize), AscendError> {
+        let mut refused = None;
+        for (size, release) in [(Pool::segment_bytes(bytes), false), (bytes, false), (bytes, true)] {
+            if release {
                 self.release_free()?;
-                self.malloc(bytes)?
             }
-            other => other?,
-        };
-        self.pool.adopt(address, bytes);
-        Ok(address)
+            match self.malloc(size) {
+                Ok(address) => return Ok((address, size)),
+                Err(AscendError::Call { code, message, .. }) if describe(code).1 == Class::Memory => {
+                    refused = Some(message);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(AscendError::OutOfMemory { bytes, message: refused.expect("it was asked for") })
     }
 
     fn malloc(&self, bytes: usize) -> Result<Address, AscendError> {
@@ -193,11 +273,16 @@ impl Device {
         self.pool.give_back(address);
     }
 
-    /// Gives free blocks to the device, for blocks of other sizes.
-    fn release_free(&mut self) -> Result<(), AscendError> {
+    /// What the pool holds.
+    pub(crate) fn usage(&self) -> MemoryUse {
+        self.pool.usage()
+    }
+
+    /// Gives segments that are free to the device.
+    pub(crate) fn release_free(&mut self) -> Result<(), AscendError> {
         self.synchronize()?;
         for address in self.pool.drain_free() {
-            // SAFETY: nothing uses the block: it was given back, and the stream is done.
+            // SAFETY: nothing uses the segment: all of it was given back, and the stream is done.
             self.check("aclrtFree", unsafe { (self.acl.runtime.free)(address.as_ptr()) })?;
         }
         Ok(())

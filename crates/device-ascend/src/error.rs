@@ -5,7 +5,7 @@ use std::fmt;
 
 use baton_device::DeviceError;
 
-use crate::abi::codes::{Class, describe};
+use crate::abi::codes::{Class, describe, describe_collective};
 
 /// A failed call.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +20,22 @@ pub enum AscendError {
         message: String,
         /// Whether the cause may be an earlier call: streams tell late.
         late: bool,
+    },
+    /// The device has no room, also when all that was free is given back.
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// The library's words.
+        message: String,
+    },
+    /// A collective function said so; its numbers are others than those of [`AscendError::Call`].
+    Collective {
+        /// Its name.
+        call: &'static str,
+        /// What it returned.
+        code: i32,
+        /// What the library calls it.
+        message: String,
     },
     /// The libraries lack an operator that is needed.
     Missing {
@@ -43,6 +59,8 @@ impl AscendError {
     pub fn class(&self) -> Class {
         match self {
             Self::Call { code, .. } => describe(*code).1,
+            Self::OutOfMemory { .. } => Class::Memory,
+            Self::Collective { code, .. } => describe_collective(*code).1,
             Self::Missing { .. } => Class::Unsupported,
             Self::Null { .. } => Class::Bug,
             Self::Gone { .. } => Class::Lost,
@@ -52,8 +70,10 @@ impl AscendError {
     /// As the seam tells it, of the device `device` during `op`.
     pub(crate) fn into_device_error(self, device: &str, op: &'static str) -> DeviceError {
         let device = device.to_owned();
-        match self.class() {
-            Class::Lost => DeviceError::Lost { device, reason: format!("{op}: {self}") },
+        match (&self, self.class()) {
+            (Self::OutOfMemory { bytes, .. }, _) => DeviceError::OutOfMemory { device, bytes: *bytes, what: op },
+            (_, Class::Lost) => DeviceError::Lost { device, reason: format!("{op}: {self}") },
+            (_, Class::Poisoned) => DeviceError::Poisoned { device, reason: format!("{op}: {self}") },
             _ => DeviceError::Execution { device, op, reason: self.to_string() },
         }
     }
@@ -71,6 +91,12 @@ impl fmt::Display for AscendError {
                     f.write_str("; the cause may be an earlier call")?;
                 }
                 Ok(())
+            }
+            Self::OutOfMemory { bytes, message } => {
+                write!(f, "no room for {bytes} bytes: {}", message.trim_end())
+            }
+            Self::Collective { call, code, message } => {
+                write!(f, "{call} gave {code} ({}): {}", describe_collective(*code).0, message.trim_end())
             }
             Self::Missing { operator } => write!(f, "CANN's libraries have no {operator}"),
             Self::Null { call } => write!(f, "{call} gave null"),

@@ -11,6 +11,7 @@ mod chip;
 mod device;
 mod error;
 mod forms;
+mod installation;
 mod libraries;
 mod linear;
 mod memory;
@@ -19,7 +20,15 @@ mod object;
 mod ops;
 mod owner;
 mod plan;
+mod probe;
+mod quant;
+mod ranks;
+#[cfg(test)]
+#[path = "../tests/common/simulator.rs"]
+mod simulator;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub use abi::codes::{Class, describe};
 pub use abi::consts::constants;
@@ -27,3 +36,5 @@ pub use backend::{AscendBackend, AscendOptions};
 pub use chip::Chip;
 pub use error::AscendError;
 pub use libraries::{Attempt, Role, Search, Unavailable};
+pub use memory::MemoryUse;
+pub use probe::probe;

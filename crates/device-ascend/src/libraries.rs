@@ -2,6 +2,7 @@
 //!
 //! Invariant: a library that was opened is never closed: the runtime has threads and exit handlers of its own.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fmt;
 use std::path::PathBuf;
@@ -95,7 +96,7 @@ pub struct Attempt {
 /// Why there are no libraries.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unavailable {
-    /// In a sentence.
+    /// In words.
     pub reason: String,
     /// Everything that was tried.
     pub attempts: Vec<Attempt>,
@@ -115,31 +116,29 @@ pub(crate) struct Acl {
     pub(crate) collectives: Option<Collectives>,
     /// What was opened and what was tried.
     pub(crate) attempts: Vec<Attempt>,
+    /// Every function and operator that was looked for, and whether it is there.
+    pub(crate) symbols: BTreeMap<&'static str, bool>,
 }
 
 impl Acl {
     /// Opens the libraries of a search. They stay open for the life of the process.
     pub(crate) fn load(search: &Search) -> Result<&'static Self, Unavailable> {
-        let mut attempts = Vec::new();
-        let runtime = first(search, Role::Runtime, &mut attempts, |library| {
-            // SAFETY: by CANN's ABI these names have the types of the table.
-            unsafe { Runtime::load(|name| symbol(library, name)) }
-        });
-        let meta = first(search, Role::Meta, &mut attempts, |library| {
-            // SAFETY: as above.
-            unsafe { Meta::load(|name| symbol(library, name)) }
-        });
-        let libraries = all(search, Role::Operators, &mut attempts);
-        let find = |name: &'static str| {
-            let prepare = format!("{name}GetWorkspaceSize");
-            libraries.iter().find_map(|library| Some([symbol(library, &prepare)?, symbol(library, name)?]))
+        let mut finds = Finds { search, attempts: Vec::new(), symbols: BTreeMap::new() };
+        // SAFETY: by CANN's ABI these names have the types of the tables.
+        let (runtime, meta, collectives) = unsafe {
+            (
+                finds.table(Role::Runtime, [Runtime::REQUIRED, Runtime::OPTIONAL], |find| Runtime::load(find)),
+                finds.table(Role::Meta, [Meta::REQUIRED, Meta::OPTIONAL], |find| Meta::load(find)),
+                finds.table(Role::Collectives, [Collectives::REQUIRED, Collectives::OPTIONAL], |find| {
+                    Collectives::load(find)
+                }),
+            )
         };
+        let libraries = finds.operator_libraries();
         // SAFETY: both phases come from one library, and have the types of the list by CANN's ABI.
-        let operators = unsafe { Operators::load(find) };
-        let collectives = first(search, Role::Collectives, &mut attempts, |library| {
-            // SAFETY: as above.
-            unsafe { Collectives::load(|name| symbol(library, name)) }
-        });
+        let operators = unsafe { Operators::load(|name| libraries.iter().find_map(|library| both(library, name))) };
+        finds.symbols.extend(Operators::NAMES.iter().map(|&name| (name, operators.has(name))));
+        let Finds { attempts, symbols, .. } = finds;
         let missing: Vec<_> = [
             (Role::Runtime, runtime.is_some()),
             (Role::Meta, meta.is_some()),
@@ -151,51 +150,76 @@ impl Acl {
         let (Some(runtime), Some(meta), []) = (runtime, meta, missing.as_slice()) else {
             return Err(Unavailable { reason: reason(&missing, &attempts), attempts });
         };
-        Ok(Box::leak(Box::new(Self { runtime, meta, operators, collectives, attempts })))
-    }
-
-    /// Every symbol that is looked for, and whether it is there.
-    pub(crate) fn symbols(&self) -> Vec<(&'static str, bool)> {
-        Operators::NAMES.iter().map(|&name| (name, self.operators.has(name))).collect()
+        Ok(Box::leak(Box::new(Self { runtime, meta, operators, collectives, attempts, symbols })))
     }
 }
 
-/// The first candidate that has everything.
-fn first<T>(
-    search: &Search,
-    role: Role,
-    attempts: &mut Vec<Attempt>,
-    take: impl Fn(&'static Library) -> Result<T, Vec<&'static str>>,
-) -> Option<T> {
-    for place in role.candidates().iter().flat_map(|name| search.places(name)) {
-        let taken = open(&place)
-            .and_then(|library| take(library).map_err(|missing| format!("it lacks {}", missing.join(", "))));
-        let (taken, problem) = match taken {
-            Ok(taken) => (Some(taken), None),
-            Err(problem) => (None, Some(problem)),
-        };
-        attempts.push(Attempt { role, place, problem });
-        if taken.is_some() {
-            return taken;
-        }
-    }
-    None
+/// A search under way.
+struct Finds<'a> {
+    search: &'a Search,
+    attempts: Vec<Attempt>,
+    symbols: BTreeMap<&'static str, bool>,
 }
 
-/// All candidates that can be opened, each once.
-fn all(search: &Search, role: Role, attempts: &mut Vec<Attempt>) -> Vec<&'static Library> {
-    let mut libraries = Vec::new();
-    for name in role.candidates() {
-        for place in search.places(name) {
-            let opened = open(&place);
-            attempts.push(Attempt { role, place, problem: opened.as_ref().err().cloned() });
-            if let Ok(library) = opened {
-                libraries.push(library);
+impl Finds<'_> {
+    /// A table of functions, of the first candidate that has all `names[0]`. What may be missing is looked up in the
+    /// candidates behind it too.
+    fn table<T>(
+        &mut self,
+        role: Role,
+        names: [&'static [&'static str]; 2],
+        load: impl FnOnce(&dyn Fn(&'static str) -> Option<Symbol>) -> Result<T, Vec<&'static str>>,
+    ) -> Option<T> {
+        let [required, optional] = names;
+        let mut libraries = Vec::new();
+        let find = |libraries: &[&'static Library], name| libraries.iter().find_map(|library| symbol(library, name));
+        for name in role.candidates() {
+            for place in self.search.places(name) {
+                let lacks = |library: &'static Library| {
+                    let lacks: Vec<_> = required.iter().copied().filter(|n| symbol(library, n).is_none()).collect();
+                    // Behind one that serves, whatever can be opened will do.
+                    let serves = lacks.is_empty() || !libraries.is_empty();
+                    if serves { Ok(library) } else { Err(format!("it lacks {}", lacks.join(", "))) }
+                };
+                if let Some(library) = self.attempt(role, place, lacks) {
+                    libraries.push(library);
+                    break;
+                }
+            }
+            if !libraries.is_empty() && optional.iter().all(|name| find(&libraries, name).is_some()) {
                 break;
             }
         }
+        let all = required.iter().chain(optional);
+        self.symbols.extend(all.map(|&name| (name, find(&libraries, name).is_some())));
+        load(&|name| find(&libraries, name)).ok()
     }
-    libraries
+
+    /// All candidates that have operators, each once.
+    fn operator_libraries(&mut self) -> Vec<&'static Library> {
+        let mut libraries = Vec::new();
+        for name in Role::Operators.candidates() {
+            let serves = |library| {
+                let any = Operators::NAMES.iter().any(|name| both(library, name).is_some());
+                if any { Ok(library) } else { Err("it has no operator that is in use".to_owned()) }
+            };
+            let mut places = self.search.places(name).into_iter();
+            libraries.extend(places.find_map(|place| self.attempt(Role::Operators, place, serves)));
+        }
+        libraries
+    }
+
+    /// Opens one, and notes what came of it.
+    fn attempt(
+        &mut self,
+        role: Role,
+        place: PathBuf,
+        serves: impl FnOnce(&'static Library) -> Result<&'static Library, String>,
+    ) -> Option<&'static Library> {
+        let result = open(&place).and_then(serves);
+        self.attempts.push(Attempt { role, place, problem: result.as_ref().err().cloned() });
+        result.ok()
+    }
 }
 
 fn open(place: &PathBuf) -> Result<&'static Library, String> {
@@ -210,16 +234,52 @@ fn symbol(library: &'static Library, name: &str) -> Option<Symbol> {
     Some(Symbol(*symbol))
 }
 
+/// Both phases of an operator, if the library has both.
+fn both(library: &'static Library, name: &str) -> Option<[Symbol; 2]> {
+    Some([symbol(library, &format!("{name}GetWorkspaceSize"))?, symbol(library, name)?])
+}
+
 fn reason(missing: &[Role], attempts: &[Attempt]) -> String {
     let roles: Vec<_> = missing.iter().map(Role::to_string).collect();
-    let tried: Vec<_> = attempts
+    let problems: Vec<_> = attempts
         .iter()
         .filter(|attempt| missing.contains(&attempt.role))
-        .filter_map(|attempt| Some(format!("{}: {}", attempt.place.display(), attempt.problem.as_ref()?)))
+        .filter_map(|attempt| Some((attempt.place.display(), attempt.problem.as_ref()?)))
         .collect();
-    format!(
-        "no usable CANN library for {}; is the toolkit installed and its set_env.sh sourced? tried {}",
-        roles.join(", "),
-        tried.join("; ")
-    )
+    let cause = if problems.iter().any(|(_, problem)| problem.contains("libascend_hal")) {
+        "the driver is not installed, or its folder is not on the loader's path"
+    } else {
+        "is the toolkit installed and its set_env.sh sourced?"
+    };
+    let tried: Vec<_> = problems.iter().map(|(place, problem)| format!("{place}: {problem}")).collect();
+    format!("no usable CANN library for {}: {cause} Tried {}", roles.join(", "), tried.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_cann_the_reason_lists_everything_that_was_tried() {
+        let folder = env::temp_dir().join("baton-no-such-folder");
+        let search = Search { folder: Some(folder.clone()) };
+        let unavailable = Acl::load(&search).err().expect("nothing is there");
+        for role in [Role::Runtime, Role::Meta, Role::Operators] {
+            for name in role.candidates() {
+                let place = folder.join(name).display().to_string();
+                assert!(unavailable.reason.contains(&place), "{place} in {unavailable}");
+            }
+        }
+        assert!(unavailable.attempts.iter().all(|attempt| attempt.problem.is_some()));
+    }
+
+    #[test]
+    fn the_loaders_own_path_comes_before_the_usual_folders_and_a_folder_given_alone() {
+        let search = Search::default();
+        let places = search.places("libascendcl.so");
+        assert_eq!(places[0], PathBuf::from("libascendcl.so"));
+        assert!(places.contains(&PathBuf::from("/usr/local/Ascend/cann/lib64/libascendcl.so")));
+        let search = Search { folder: Some("x".into()) };
+        assert_eq!(search.places("libascendcl.so"), [PathBuf::from("x/libascendcl.so")]);
+    }
 }

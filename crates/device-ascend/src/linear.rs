@@ -1,4 +1,5 @@
-//! Linear weights: float weights as the checkpoint has them, `[out, in]`, read transposed by the product.
+//! Linear weights: float weights as the checkpoint has them, `[out, in]`, read transposed by the product; weights in blocks
+//! as [`crate::quant`] has them.
 //!
 //! A product is in the weight's type with f32 sums: bf16 and f16 weights meet activations in that type and give it, f32
 //! weights give f32, so what must not be rounded (router logits) is not. Where activations are f32 for comparisons, all
@@ -11,25 +12,47 @@ use baton_device::{DType, DeviceError, HostLinear, HostTensor, Result as SeamRes
 use crate::device::{Device, encode};
 use crate::error::AscendError;
 use crate::object::{DataType, View};
+use crate::ops::index;
 use crate::owner::Owner;
+use crate::quant::{self, Blocks, BlocksView, block_bytes};
 use crate::tensor::{Buffer, Vector};
 
 /// A prepared weight.
 pub struct Linear {
-    /// `[out, in]`.
-    weight: Buffer,
+    weight: Weight,
     dtype: DataType,
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
     bias: Option<Vector>,
 }
 
+enum Weight {
+    /// `[out, in]`.
+    Float(Buffer),
+    Blocks(Blocks),
+}
+
 /// Where a weight lies, for work that is queued.
 #[derive(Clone)]
 pub(crate) struct LinearView {
-    /// `[in, out]`, strided.
-    pub(crate) transposed: View,
-    pub(crate) bias: Option<View>,
+    weight: WeightView,
+    /// Of the product and of its input.
+    dtype: DataType,
+    bias: Option<View>,
+}
+
+#[derive(Clone)]
+enum WeightView {
+    /// `[out, in]`.
+    Float(View),
+    Blocks(BlocksView),
+}
+
+impl LinearView {
+    /// Rows `[out, in]` in a float type.
+    pub(crate) fn float(rows: View) -> Self {
+        Self { dtype: rows.dtype, weight: WeightView::Float(rows), bias: None }
+    }
 }
 
 impl Linear {
@@ -41,8 +64,15 @@ impl Linear {
         if let Some(bias) = &src.bias {
             bias.expect_shape(&[out_features])?;
         }
-        let (dtype, bytes) = float_bytes(&src.weight, src.format, activations)?;
-        let weight = Buffer::with(owner, bytes)?;
+        let (dtype, weight) = match src.format {
+            WeightFormat::Ggml(format) => {
+                (activations, Weight::Blocks(Blocks::new(owner, &src.weight, format, activations)?))
+            }
+            _ => {
+                let (dtype, bytes) = float_bytes(&src.weight, src.format, activations)?;
+                (dtype, Weight::Float(Buffer::with(owner, bytes)?))
+            }
+        };
         let bias = src.bias.as_ref().map(|bias| Vector::new(owner, &bias.to_f32(), dtype)).transpose()?;
         Ok(Self { weight, dtype, out_features, in_features, bias })
     }
@@ -52,18 +82,21 @@ impl Linear {
         self.dtype
     }
 
-    /// `[out, in]`.
-    pub(crate) fn rows(&self) -> View {
-        View::new(self.weight.address(), self.dtype, &[self.out_features, self.in_features])
-    }
-
     pub(crate) fn view(&self) -> LinearView {
-        LinearView { transposed: self.rows().swap(0, 1), bias: self.bias.as_ref().map(|bias| bias.view(self.dtype)) }
+        let weight = match &self.weight {
+            Weight::Float(buffer) => {
+                let shape = [self.out_features, self.in_features];
+                WeightView::Float(View::new(buffer.address(), self.dtype, &shape))
+            }
+            Weight::Blocks(blocks) => WeightView::Blocks(blocks.view()),
+        };
+        let bias = self.bias.as_ref().map(|bias| bias.view(self.dtype));
+        LinearView { weight, dtype: self.dtype, bias }
     }
 }
 
-/// The type in which a weight of a float format is kept, and its elements in that type: its own bytes where they are that
-/// already.
+/// The type in which a weight is kept where products are of floats, and its elements in that type: its own bytes where they
+/// are that already; blocks in the type of the activations.
 pub(crate) fn float_bytes(
     tensor: &HostTensor<'_>,
     format: WeightFormat,
@@ -79,7 +112,12 @@ pub(crate) fn float_bytes(
         WeightFormat::F32 => DataType::F32,
         WeightFormat::F16 => DataType::F16,
         WeightFormat::BF16 => DataType::BF16,
-        WeightFormat::Ggml(_) => return Err(refused("this device keeps f32, f16 and bf16".into())),
+        WeightFormat::Ggml(blocks) => {
+            tensor.expect_keepable(format)?;
+            let mut values = vec![0.0; tensor.len()];
+            blocks.dequantize(&block_bytes(tensor, blocks), &mut values);
+            return Ok((activations, encode(&values, activations)));
+        }
     };
     let same = matches!(
         (tensor.dtype(), dtype),
@@ -111,7 +149,7 @@ pub(crate) fn stored_type(format: WeightFormat) -> DType {
 /// `out = x·Wᵀ + b` for each weight and out, which are in the weight's type. `x` is converted once for all weights of a type.
 pub(crate) fn linear_group(device: &mut Device, x: &View, group: &[(LinearView, View)]) -> Result<(), AscendError> {
     for dtype in [DataType::F32, DataType::F16, DataType::BF16] {
-        let mut of_type = group.iter().filter(|(weight, _)| weight.transposed.dtype == dtype).peekable();
+        let mut of_type = group.iter().filter(|(weight, _)| weight.dtype == dtype).peekable();
         if of_type.peek().is_some() {
             device.with_type(x, dtype, |device, x| {
                 of_type.try_for_each(|(weight, out)| linear(device, x, weight, out))
@@ -123,12 +161,28 @@ pub(crate) fn linear_group(device: &mut Device, x: &View, group: &[(LinearView, 
 
 /// As above for one weight, and x in its type.
 fn linear(device: &mut Device, x: &View, weight: &LinearView, out: &View) -> Result<(), AscendError> {
-    let math = device.cube_math();
-    let (x, w, y) = (device.tensor(x)?, device.tensor(&weight.transposed)?, device.tensor(out)?);
-    device.mm(&x, &w, &y, math)?;
+    match &weight.weight {
+        WeightView::Float(rows) => {
+            let math = device.cube_math();
+            let (x, w, y) = (device.tensor(x)?, device.tensor(&rows.swap(0, 1))?, device.tensor(out)?);
+            device.mm(&x, &w, &y, math)?;
+        }
+        WeightView::Blocks(blocks) => quant::product(device, x, blocks, out)?,
+    }
     if let Some(bias) = &weight.bias {
-        let (bias, one) = (device.tensor(bias)?, device.scalar(1.0, bias.dtype)?);
+        let (y, one) = (device.tensor(out)?, device.scalar(1.0, bias.dtype)?);
+        let bias = device.tensor(bias)?;
         device.add_in_place(&y, &bias, &one)?;
     }
     Ok(())
+}
+
+/// `out[t] = row ids[t]`, in the weight's type.
+pub(crate) fn embed(device: &mut Device, ids: &[i32], table: &LinearView, out: &View) -> Result<(), AscendError> {
+    match &table.weight {
+        WeightView::Float(rows) => index::embed(device, ids, rows, out),
+        WeightView::Blocks(blocks) => {
+            index::with_indices(device, ids, |device, ids| quant::rows(device, ids, blocks, out))
+        }
+    }
 }

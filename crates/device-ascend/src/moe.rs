@@ -3,12 +3,9 @@
 //! Invariant: each projection of all experts held is one block of memory, gate and up together, so that one operator
 //! multiplies all of them.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
-use baton_device::{
-    BlockFormat, DType, HostExperts, HostTensor, MoeOps, Result as SeamResult, Rows, Scoring, WeightFormat,
-};
+use baton_device::{HostExperts, HostTensor, MoeOps, Result as SeamResult, Rows, Scoring, WeightFormat};
 
 use crate::backend::AscendBackend;
 use crate::device::encode;
@@ -46,12 +43,7 @@ impl Stack {
         let at = (expert * self.shape[0] + start) * self.shape[1] * self.dtype.bytes();
         let to = Address(self.buffer.address().0 + at);
         let bytes = match format {
-            WeightFormat::Ggml(blocks) => {
-                rows.expect_keepable(format)?;
-                let mut values = vec![0.0; rows.len()];
-                blocks.dequantize(&block_bytes(rows, blocks), &mut values);
-                encode(&values, self.dtype)
-            }
+            WeightFormat::Ggml(_) => float_bytes(rows, format, self.dtype)?.1,
             _ => match float_bytes(rows, format, backend.activations)? {
                 (dtype, bytes) if dtype == self.dtype => bytes,
                 (_, bytes) => {
@@ -71,14 +63,6 @@ impl Stack {
 
 /// An expert's matrix and as what it is to be kept.
 type Matrix<'a> = (&'a HostTensor<'a>, WeightFormat);
-
-/// A matrix in blocks: a file's own, or made.
-fn block_bytes<'a>(rows: &HostTensor<'a>, blocks: BlockFormat) -> Cow<'a, [u8]> {
-    match rows.stored() {
-        Some(bytes) if rows.dtype() == DType::Ggml(blocks) => bytes.into(),
-        _ => rows.to_blocks(&|values| blocks.quantize(values)).into(),
-    }
-}
 
 /// The one type in which a layer's experts are kept: f32 where the formats differ, which holds them all. Blocks are kept as
 /// activations are: there are no grouped products of them here.

@@ -21,7 +21,9 @@ impl DataType {
     pub(crate) const F32: Self = Self(data_type::FLOAT);
     pub(crate) const F16: Self = Self(data_type::FLOAT16);
     pub(crate) const BF16: Self = Self(data_type::BF16);
+    pub(crate) const I4: Self = Self(data_type::INT4);
     pub(crate) const I8: Self = Self(data_type::INT8);
+    pub(crate) const U8: Self = Self(data_type::UINT8);
     pub(crate) const I32: Self = Self(data_type::INT32);
     pub(crate) const I64: Self = Self(data_type::INT64);
     pub(crate) const BOOL: Self = Self(data_type::BOOL);

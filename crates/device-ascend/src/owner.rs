@@ -1,18 +1,20 @@
 //! The thread that owns a device: it alone calls CANN. Work comes in order over a bounded channel.
 //!
-//! Invariants: what is submitted runs in that order. When a piece of work fails, what is submitted after it is skipped until a
-//! call brings the failure to the caller; then the device goes on, if its error lets it. A caller waits no longer than the
-//! device's timeout and a grace.
+//! Invariants: what is submitted runs in that order. When a piece of work fails, what the same thread submitted after it is
+//! skipped until a call of that thread brings the failure to it; then the device goes on, if its error lets it. A caller gives up when no work was
+//! done for as long as the device's timeout and a grace.
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle, ThreadId};
 use std::time::Duration;
 
 use baton_device::{DeviceError, Result};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
-use crate::abi::codes::Class;
+use crate::abi::operators::Operators;
 use crate::chip::Chip;
 use crate::device::{Device, DeviceOptions};
 use crate::error::AscendError;
@@ -27,10 +29,10 @@ const GRACE: Duration = Duration::from_secs(5);
 type Work = Box<dyn FnOnce(&mut Device) -> std::result::Result<(), AscendError> + Send>;
 
 enum Job {
-    /// Its failure waits for the next call.
-    Submit(&'static str, Work),
-    /// Gets the failure of earlier work, or nothing; answers by itself.
-    Call(Box<dyn FnOnce(&mut Device, Option<Failure>) + Send>),
+    /// Its failure waits for the next call of the thread: whoever else uses the device meanwhile has nothing to do with it.
+    Submit(ThreadId, &'static str, Work),
+    /// Gets the failure of the thread's earlier work, or nothing; answers by itself, and gives its failure.
+    Call(ThreadId, Box<dyn FnOnce(&mut Device, Option<Failure>) -> Option<Failure> + Send>),
     /// Behind all work that may use it.
     Free(Address),
     /// Runs also behind a failure: gives back what work has taken.
@@ -44,13 +46,23 @@ struct Failure {
     error: AscendError,
 }
 
+/// What came of waiting.
+enum Waited<T> {
+    Done(T),
+    Late,
+    Ended,
+}
+
 /// A device's thread.
 pub(crate) struct Owner {
+    acl: &'static Acl,
     name: String,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     ended: Receiver<()>,
     patience: Duration,
+    /// Jobs done. A caller gives up only if there was none for as long as its patience lasts.
+    served: Arc<AtomicU64>,
     /// Set when a wait was in vain; nobody waits again.
     hung: AtomicBool,
 }
@@ -61,18 +73,20 @@ impl Owner {
         let (jobs, queue) = bounded(QUEUE);
         let (opened, opening) = bounded(1);
         let (end, ended) = bounded::<()>(0);
+        let served = Arc::new(AtomicU64::new(0));
+        let count = served.clone();
         let work = move || {
             let _end = end;
             match Device::open(acl, options, chip) {
                 Ok(device) => {
                     let _ = opened.send(Ok(()));
-                    serve(device, &queue);
+                    serve(device, &queue, &count);
                 }
                 Err(error) => _ = opened.send(Err(error)),
             }
         };
         let unavailable = |reason| DeviceError::Unavailable { device: name.clone(), reason };
-        let thread = std::thread::Builder::new()
+        let thread = thread::Builder::new()
             .name(name.clone())
             .spawn(work)
             .map_err(|error| unavailable(format!("no thread for it: {error}")))?;
@@ -82,25 +96,56 @@ impl Owner {
             Ok(Err(error)) => return Err(unavailable(error.to_string())),
             Err(_) => return Err(unavailable(format!("it did not open within {} s", patience.as_secs()))),
         }
-        Ok(Self { name, jobs: Some(jobs), thread: Some(thread), ended, patience, hung: AtomicBool::new(false) })
+        Ok(Self {
+            acl,
+            name,
+            jobs: Some(jobs),
+            thread: Some(thread),
+            ended,
+            patience,
+            served,
+            hung: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn operators(&self) -> &'static Operators {
+        &self.acl.operators
     }
 
     fn lost(&self, reason: String) -> DeviceError {
         DeviceError::Lost { device: self.name.clone(), reason }
     }
 
-    fn send(&self, job: Job) -> Result<()> {
-        let late = || self.lost(format!("its thread does not answer for {} s", self.patience.as_secs()));
+    /// Tries until it goes well, the other side ends, or no job was done for as long as patience lasts; then nobody tries
+    /// again.
+    fn patiently<T>(&self, op: &str, mut attempt: impl FnMut(Duration) -> Waited<T>) -> Result<T> {
+        let late = || self.lost(format!("{op}: its thread does not answer for {} s", self.patience.as_secs_f32()));
         if self.hung.load(Ordering::Relaxed) {
             return Err(late());
         }
+        loop {
+            let before = self.served.load(Ordering::Relaxed);
+            match attempt(self.patience) {
+                Waited::Done(value) => return Ok(value),
+                Waited::Ended => return Err(self.lost(format!("{op}: its thread has ended"))),
+                Waited::Late if self.served.load(Ordering::Relaxed) == before => {
+                    self.hung.store(true, Ordering::Relaxed);
+                    return Err(late());
+                }
+                Waited::Late => {}
+            }
+        }
+    }
+
+    fn send(&self, op: &'static str, job: Job) -> Result<()> {
         let jobs = self.jobs.as_ref().expect("until it is dropped");
-        jobs.send_timeout(job, self.patience).map_err(|error| {
-            if error.is_timeout() {
-                self.hung.store(true, Ordering::Relaxed);
-                late()
-            } else {
-                self.lost("its thread has ended".into())
+        let mut job = Some(job);
+        self.patiently(op, |patience| match jobs.send_timeout(job.take().expect("not sent yet"), patience) {
+            Ok(()) => Waited::Done(()),
+            Err(SendTimeoutError::Disconnected(_)) => Waited::Ended,
+            Err(SendTimeoutError::Timeout(back)) => {
+                job = Some(back);
+                Waited::Late
             }
         })
     }
@@ -111,7 +156,7 @@ impl Owner {
         op: &'static str,
         work: impl FnOnce(&mut Device) -> std::result::Result<(), AscendError> + Send + 'static,
     ) -> Result<()> {
-        self.send(Job::Submit(op, Box::new(work)))
+        self.send(op, Job::Submit(thread::current().id(), op, Box::new(work)))
     }
 
     /// Runs work behind all that is queued and waits for its result, or for that of what failed before.
@@ -121,34 +166,41 @@ impl Owner {
         work: impl FnOnce(&mut Device) -> std::result::Result<T, AscendError> + Send + 'static,
     ) -> Result<T> {
         let (answer, answers) = bounded(1);
-        self.send(Job::Call(Box::new(move |device, earlier| {
+        let job = move |device: &mut Device, earlier| {
             let result = match earlier {
                 Some(failure) => Err(failure),
                 None => caught(|| work(device)).map_err(|error| Failure { op, error }),
             };
+            let failure = result.as_ref().err().cloned();
             // A caller that has given up needs no answer.
             let _ = answer.send(result);
-        })))?;
-        match answers.recv_timeout(self.patience) {
-            Ok(result) => result.map_err(|Failure { op, error }| error.into_device_error(&self.name, op)),
-            Err(error) if error.is_timeout() => {
-                self.hung.store(true, Ordering::Relaxed);
-                Err(self.lost(format!("{op}: no answer for {} s", self.patience.as_secs())))
-            }
-            Err(_) => Err(self.lost(format!("{op}: its thread has ended"))),
-        }
+            failure
+        };
+        self.send(op, Job::Call(thread::current().id(), Box::new(job)))?;
+        let result = self.patiently(op, |patience| match answers.recv_timeout(patience) {
+            Ok(result) => Waited::Done(result),
+            Err(RecvTimeoutError::Disconnected) => Waited::Ended,
+            Err(RecvTimeoutError::Timeout) => Waited::Late,
+        })?;
+        result.map_err(|Failure { op, error }| error.into_device_error(&self.name, op))
+    }
+
+    /// Disconnected when the thread has ended.
+    #[cfg(test)]
+    pub(crate) fn ended(&self) -> Receiver<()> {
+        self.ended.clone()
     }
 
     /// Gives a block back, behind all work queued before.
     pub(crate) fn free(&self, address: Address) {
         // Without its thread the device's memory is gone.
-        let _ = self.send(Job::Free(address));
+        let _ = self.send("free", Job::Free(address));
     }
 
     /// Gives back what work took on the device's thread, behind all work queued before, failed or not.
     pub(crate) fn tidy(&self, work: impl FnOnce(&mut Device) + Send + 'static) {
         // As above.
-        let _ = self.send(Job::Tidy(Box::new(work)));
+        let _ = self.send("tidy", Job::Tidy(Box::new(work)));
     }
 }
 
@@ -156,38 +208,43 @@ impl Drop for Owner {
     fn drop(&mut self) {
         self.jobs = None;
         // The channel closes when the thread ends; one that hangs in the driver is left behind.
-        let gone = !matches!(self.ended.recv_timeout(self.patience), Err(error) if error.is_timeout());
-        if let (true, Some(thread)) = (gone, self.thread.take()) {
+        let wait = |patience| match self.ended.recv_timeout(patience) {
+            Err(RecvTimeoutError::Timeout) => Waited::Late,
+            _ => Waited::Done(()),
+        };
+        if let (Ok(()), Some(thread)) = (self.patiently("close", wait), self.thread.take()) {
             let _ = thread.join();
         }
     }
 }
 
 /// Takes work until nobody can send any more.
-fn serve(mut device: Device, queue: &Receiver<Job>) {
-    let mut failure: Option<Failure> = None;
+fn serve(mut device: Device, queue: &Receiver<Job>, served: &AtomicU64) {
+    let mut failures: HashMap<ThreadId, Failure> = HashMap::new();
+    // What a poisoned or lost device fails with, it fails with for ever, and for everybody.
+    let mut end: Option<Failure> = None;
     for job in queue {
-        match job {
-            Job::Submit(op, work) => {
-                if failure.is_none() {
-                    failure = caught(|| work(&mut device)).err().map(|error| Failure { op, error });
-                }
+        let failure = match job {
+            Job::Submit(thread, op, work) if end.is_none() && !failures.contains_key(&thread) => {
+                let failure = caught(|| work(&mut device)).err().map(|error| Failure { op, error });
+                failures.extend(failure.clone().map(|failure| (thread, failure)));
+                failure
             }
-            Job::Call(work) => {
-                let sticky = failure.clone().filter(|failure| is_final(failure.error.class()));
-                work(&mut device, failure.take());
-                // What a poisoned or lost device fails with, it fails with for ever.
-                failure = sticky;
+            Job::Submit(..) => None,
+            Job::Call(thread, work) => work(&mut device, failures.remove(&thread).or_else(|| end.clone())),
+            Job::Free(address) => {
+                device.free(address);
+                None
             }
-            Job::Free(address) => device.free(address),
-            Job::Tidy(work) => work(&mut device),
-        }
+            Job::Tidy(work) => {
+                work(&mut device);
+                None
+            }
+        };
+        end = end.or(failure.filter(|failure| failure.error.class().is_final()));
+        served.fetch_add(1, Ordering::Relaxed);
     }
     device.close();
-}
-
-fn is_final(class: Class) -> bool {
-    matches!(class, Class::Poisoned | Class::Lost)
 }
 
 /// A panic is a bug of ours, and no reason to leave callers waiting.

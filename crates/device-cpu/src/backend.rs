@@ -58,8 +58,8 @@ impl CpuBackend {
         Self::with(options, alone)
     }
 
-    /// Ranks that compute a model together and share out the threads, one each at least; none waits longer than `timeout` for the
-    /// others. They gain nothing over one backend, whose threads share the work already: they are there to be tried.
+    /// Ranks that compute a model together and share out the threads, one each at least; none waits longer than `timeout`
+    /// for the others. They gain nothing over one backend, whose threads share the work already: they are there to be tried.
     ///
     /// # Errors
     /// As for [`CpuBackend::new`].

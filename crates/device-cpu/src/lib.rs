@@ -13,6 +13,7 @@ mod affinity;
 mod backend;
 mod blocks;
 mod cache;
+mod facts;
 mod isa;
 mod kernels;
 mod memory;
@@ -25,6 +26,7 @@ mod weight;
 
 pub use backend::{CpuBackend, CpuOptions};
 pub use cache::{AttentionPlan, KvCache};
+pub use facts::probe;
 pub use isa::Isa;
 pub use kernels::latent::Latent;
 pub use kernels::moe::Experts;

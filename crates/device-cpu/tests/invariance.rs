@@ -193,7 +193,8 @@ proptest! {
                 let weights = |b: &CpuBackend| {
                     let source = &mut (0..EXPERTS).map(expert).collect::<Vec<_>>();
                     let routing = routing.clone();
-                    b.expert_weights(HostExperts { count: EXPERTS, held: 0..EXPERTS, source, formats: [format; 3], routing }).unwrap()
+                    let (count, held, formats) = (EXPERTS, 0..EXPERTS, [format; 3]);
+                    b.expert_weights(HostExperts { count, held, source, formats, routing }).unwrap()
                 };
                 rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
                     let mut out = b.tensor(rows, hidden).unwrap();

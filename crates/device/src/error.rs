@@ -60,6 +60,15 @@ pub enum DeviceError {
         /// The device's own words, or how long it was waited for.
         reason: String,
     },
+    /// The device is there, but the context that holds everything made for it is broken: nothing more can be asked of
+    /// this backend. Another one, loaded in its place, sets the device up anew.
+    #[error("device {device} must be set up anew: {reason}")]
+    Poisoned {
+        /// Device name.
+        device: String,
+        /// The device's own words.
+        reason: String,
+    },
     /// The device reported an error while running.
     #[error("device {device} failed in {op}: {reason}")]
     Execution {

@@ -1,8 +1,8 @@
 //! Ranks: the backends that compute one model together, each on a thread of its own, and sums over them for ranks that
 //! have memory of the host in common.
 //!
-//! Invariants of a [`Communicator`]: every rank gets the same bits, since each adds the parts in the order of the ranks; nobody
-//! waits longer than the timeout; and once a rank has left, nobody waits at all until all of them begin anew.
+//! Invariants of a [`Communicator`]: every rank gets the same bits, since each adds the parts in the order of the ranks;
+//! nobody waits longer than the timeout; and once a rank has left, nobody waits at all until all of them begin anew.
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -23,8 +23,8 @@ impl World {
     /// A backend that computes a model by itself.
     pub const ALONE: World = World { rank: 0, size: 1 };
 
-    /// This rank's share of things numbered `0..count`, as even as can be. Of fewer things than ranks, a multiple of them, each is
-    /// the share of several.
+    /// This rank's share of things numbered `0..count`, as even as can be. Where there are fewer things than ranks, each is the
+    /// share of several.
     pub fn share(self, count: usize) -> Range<usize> {
         let start = count * self.rank / self.size;
         start..(count * (self.rank + 1) / self.size).max((start + 1).min(count))
@@ -107,8 +107,8 @@ impl Communicator {
         self.fail(&mut self.state(), format!("rank {} has left", self.world.rank));
     }
 
-    /// Makes sums possible again after a rank left. Not before all ranks have ended what they were in; any of them may call it,
-    /// or each.
+    /// Makes sums possible again after a rank left. Not before all ranks have ended what they were in; any of them may call
+    /// it, or each.
     pub fn rejoin(&self) {
         let mut state = self.state();
         state.failed = None;

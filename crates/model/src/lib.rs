@@ -35,7 +35,7 @@ pub use constraint::{Constraint, ConstraintError, Grammar, StepMasks, TokenMask}
 pub use cost::StepCost;
 pub use export::{ExportError, NewCheckpoint, NewTensor, quantize, tensor_shapes};
 pub use gguf::GgufTokenizer;
-pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, load};
+pub use load::{KvCacheSize, LoadError, LoadOptions, LoadReport, load, stored_dtype};
 pub use params::SamplingParams;
 pub use precision::{Conversion, Quantization};
 pub use ranks::{Ranks, load_ranks};

@@ -233,7 +233,7 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
     let kv_dtypes = [kv_dtype].into();
     let weight_formats = check_device(&backend, &config, specs.values(), &checkpoint, (formats, kv_dtypes))?;
 
-    let stored_dtype = checkpoint.dtype("model.embed_tokens.weight");
+    let stored_dtype = checkpoint.dtype(arch::EMBEDDING_WEIGHT);
     if let Some(stated) = config.dtype.filter(|stated| *stated != stored_dtype) {
         tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
     }
@@ -264,6 +264,22 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
         seconds: start.elapsed().as_secs_f64(),
     };
     Ok((ModelRunner::new(backend, model, cache, spec, AdapterSupport { slots, max_rank, scratch }), report))
+}
+
+/// The float type in which a checkpoint's matrices are, or in which those that are quantised would be kept: its
+/// embedding's, else bf16. Reads no weights.
+///
+/// # Errors
+/// As [`load`], of configs and headers.
+pub fn stored_dtype(files: &Files) -> Result<DType, LoadError> {
+    let opened = match files {
+        Files::Gguf(path) => gguf::open(files, path)?,
+        _ => open(files)?,
+    };
+    Ok(match opened.checkpoint.dtype(arch::EMBEDDING_WEIGHT) {
+        DType::Ggml(_) => DType::BF16,
+        float => float,
+    })
 }
 
 /// Opens a checkpoint of safetensors.

@@ -5,13 +5,15 @@
 //! while the device reads the rows, so that they are computed once. The first rank sees every tensor whole, checks it and
 //! adds it to the digest, also what other ranks keep; those see what they have a share of.
 
+mod experts;
+
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::Range;
 
 use baton_device::{
-    Backend, Caps, DType, DeviceError, ExpertSource, HostExperts, HostLatent, HostLinear, HostTensor, LatentOps,
-    MoeOps, Result as DeviceResult, Routing, RowSource, WeightFormat, World,
+    Backend, Caps, DType, HostLatent, HostLinear, HostTensor, LatentOps, Result as DeviceResult, RowSource,
+    WeightFormat, World,
 };
 use sha2::{Digest, Sha256};
 
@@ -249,35 +251,6 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(latent)
     }
 
-    /// `{prefix}.{expert}.{name}.weight` of this rank's share of a layer's experts, for the names of gate, up and down.
-    pub(crate) fn experts(
-        &mut self,
-        prefix: &str,
-        [gate, up, down]: [&str; 3],
-        count: usize,
-        routing: Routing,
-    ) -> Result<B::Experts, LoadError>
-    where
-        B: MoeOps,
-    {
-        let names = [gate, up, down];
-        let formats = names.map(|name| {
-            let mut formats = (0..count).map(|expert| self.format(&format!("{prefix}.{expert}.{name}.weight")));
-            let first = formats.next().expect("a layer has experts");
-            // Where stored types are mixed, f32 holds them all.
-            if formats.all(|f| f == first) { first } else { WeightFormat::F32 }
-        });
-        let (backend, held) = (self.backend, self.world.share(count));
-        let others = if self.sees_all() { held.end..count } else { 0..0 };
-        let mut source = LayerExperts { loader: self, prefix, names, formats, current: None };
-        let experts = backend.expert_weights(HostExperts { count, held, source: &mut source, formats, routing })?;
-        for expert in others {
-            source.read(expert)?;
-        }
-        source.release()?;
-        Ok(experts)
-    }
-
     /// The digest of all that was loaded, as lower-case hex.
     pub(crate) fn digest(self) -> String {
         self.digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
@@ -378,40 +351,6 @@ impl<'a, B: Backend> Loader<'a, B> {
             bytes_after: measured.format().bytes(spec.shape.iter().product()) as u64,
         });
         Ok(())
-    }
-}
-
-/// The experts of a layer on their way to a device.
-struct LayerExperts<'l, 'a, B: Backend> {
-    loader: &'l mut Loader<'a, B>,
-    prefix: &'l str,
-    names: [&'l str; 3],
-    formats: [WeightFormat; 3],
-    /// The one in hand.
-    current: Option<[Mapped<'a>; 3]>,
-}
-
-impl<B: Backend> LayerExperts<'_, '_, B> {
-    /// Unmaps the expert in hand.
-    fn release(&mut self) -> Result<(), CheckpointError> {
-        self.current.take().into_iter().flatten().try_for_each(|matrix| self.loader.record(matrix))
-    }
-
-    fn read(&mut self, expert: usize) -> Result<[HostTensor<'_>; 3], CheckpointError> {
-        self.release()?;
-        let mut read = |i: usize| {
-            let name = format!("{}.{expert}.{}.weight", self.prefix, self.names[i]);
-            let matrix = self.loader.map(&name)?;
-            Ok::<_, CheckpointError>(self.loader.convert(matrix, self.formats[i]))
-        };
-        let read = [read(0)?, read(1)?, read(2)?];
-        Ok(self.current.insert(read).each_ref().map(Mapped::host))
-    }
-}
-
-impl<B: Backend> ExpertSource for LayerExperts<'_, '_, B> {
-    fn expert(&mut self, expert: usize) -> baton_device::Result<[HostTensor<'_>; 3]> {
-        self.read(expert).map_err(|error| DeviceError::Source(error.into()))
     }
 }
 

@@ -1,9 +1,9 @@
 //! A model on several ranks: each has its share of it, on a thread of its own, and all take every step together.
 //!
-//! Invariants: all ranks get the same orders one by one, so they come to the same sums in the same order; the first samples, and what it
-//! says is the step's output. No order is given before every rank has answered the last one. A rank that fails or panics fails the step, and
-//! lets the others go; the next step finds all of them ready, or the device lost. Whoever does not answer when others have is
-//! waited for no longer than `timeout`, and then never asked again.
+//! Invariants: all ranks get the same orders one by one, and none before every rank has answered the last, so they come to the
+//! same sums in the same order. The first rank samples; what it says is the step's output. A rank that fails or panics fails
+//! the step by its own error and lets the others go; the next step finds all of them ready, or the device lost. A rank that does
+//! not answer is waited for no longer than the timeout once the first has answered or one has failed, and then never asked again.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -66,8 +66,8 @@ struct Loaded<B: Backend> {
     report: LoadReport,
 }
 
-/// Loads a checkpoint onto the ranks that `backends` are, in their order, each on a thread of its own. The report is that of the
-/// whole model. A rank that does not answer for `timeout` after another has is lost.
+/// Loads a checkpoint onto the ranks that `backends` are, in their order, each on a thread of its own. The report is that of
+/// the whole model. `timeout` is how long a rank may lag behind the first, or behind one that failed, before it is given up.
 ///
 /// # Panics
 /// If `backends` are not all ranks in their order, or loading one panics.
@@ -205,8 +205,8 @@ impl<B: Backend> Ranks<B> {
         }
     }
 
-    /// Waits as long as a step takes, but once the first rank, which has the most to do, is through, or one has failed, no longer
-    /// than the timeout.
+    /// Waits as long as a step takes, but once the first rank, which has the most to do, is through, or one has failed, no
+    /// longer than the timeout.
     fn next_answer(&self, so_far: &[Option<Answer>]) -> Option<(usize, Answer)> {
         let failed = |answer: &Option<Answer>| matches!(answer, Some(Ok(Err(_)) | Err(_)));
         if so_far[0].is_some() || so_far.iter().any(failed) {

@@ -68,6 +68,8 @@ enum Judged {
     Judge,
     #[serde(rename = "emulated")]
     Emulated,
+    #[serde(rename = "simulator")]
+    Simulator,
     #[serde(rename = "not run")]
     NotRun,
 }

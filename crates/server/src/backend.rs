@@ -4,14 +4,22 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use baton_device::{Backend, Caps, LatentOps, MoeOps, Reference};
+use baton_device::conformance::{self, Case, Outcome};
+use baton_device::{Backend, Caps, DType, DeviceError, DeviceFacts, DeviceMemory, LatentOps, MoeOps, Reference};
+use baton_device_ascend::{AscendBackend, AscendOptions, Chip, Search};
 use baton_device_cpu::{CpuBackend, CpuOptions, Limits};
 use baton_model::{
     Adapter, AdapterError, AdapterLoader, Files, LoadError, LoadOptions, LoadReport, Runner, load, load_ranks,
+    stored_dtype,
 };
 
 /// How long a rank is waited for by the others, which are as far as it is but for differences of load.
 const RANK_TIMEOUT: Duration = Duration::from_secs(60);
+
+use crate::memory;
+
+/// The longest that an Ascend device is waited for.
+const ASCEND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A device by the name an operator gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +28,8 @@ pub enum Device {
     Cpu,
     /// The naive judge.
     Reference,
+    /// A Huawei Ascend NPU, by its number among those that the runtime sees.
+    Ascend(u32),
 }
 
 /// Loads the adapter of a folder, for one runner.
@@ -37,19 +47,66 @@ pub struct Loaded {
     pub ranks: usize,
 }
 
+/// A device on which conformance cases are run.
+pub struct CaseRunner {
+    pub caps: Caps,
+    pub run: Box<dyn Fn(&Case) -> Result<Outcome, DeviceError>>,
+}
+
 impl Device {
+    /// What a machine may have: one of each kind.
+    pub const KINDS: &[Self] = &[Device::Cpu, Device::Ascend(0)];
+
     /// Reads `--device`.
     pub fn parse(name: &str) -> Result<Self> {
         match name {
             "auto" | "cpu" => Ok(Device::Cpu),
             "reference" => Ok(Device::Reference),
-            other => bail!("--device {other}: this build serves on cpu and reference (auto takes cpu)"),
+            "ascend" => Ok(Device::Ascend(0)),
+            other => match other.strip_prefix("ascend:").map(str::parse) {
+                Some(Ok(number)) => Ok(Device::Ascend(number)),
+                _ => bail!("--device {other}: this build serves on cpu, reference and ascend:N (auto takes cpu)"),
+            },
         }
     }
 
     /// Measures what the machine gives so many threads of the CPU.
     pub fn cpu_limits(threads: usize) -> Result<Limits> {
         Ok(CpuBackend::new(&CpuOptions { threads, isa: None })?.limits()?)
+    }
+
+    /// Finds out what the device is, whether or not it can serve, and loads nothing.
+    pub fn probe(self) -> DeviceFacts {
+        let memory = memory::total_bytes().zip(memory::available_bytes());
+        let memory = memory.map(|(total, free)| DeviceMemory { total, free });
+        match self {
+            Device::Cpu => DeviceFacts { memory, ..baton_device_cpu::probe() },
+            Device::Reference => DeviceFacts { device: "reference".into(), count: 1, memory, ..DeviceFacts::default() },
+            Device::Ascend(number) => baton_device_ascend::probe(&Search::from_env(), number),
+        }
+    }
+
+    /// The types of activations that a device as it was found computes in, the one that it serves in first.
+    pub fn activations(self, facts: &DeviceFacts) -> &'static [DType] {
+        match self {
+            Device::Cpu | Device::Reference => &[DType::F32],
+            Device::Ascend(_) => match facts.chip.as_deref().and_then(Chip::from_soc_name) {
+                Some(chip) if !chip.has_bf16() => &[DType::F16],
+                _ => &[DType::BF16, DType::F16, DType::F32],
+            },
+        }
+    }
+
+    /// Opens the device for conformance cases with activations of a type that it computes in, on all cores.
+    pub fn case_runner(self, activations: DType) -> Result<CaseRunner, DeviceError> {
+        Ok(match self {
+            Device::Cpu => case_runner(CpuBackend::new(&CpuOptions { threads: 0, isa: None })?),
+            Device::Reference => case_runner(Reference::new()),
+            // So that an error names the operator that caused it.
+            Device::Ascend(number) => {
+                case_runner(AscendBackend::new(&AscendOptions { blocking: true, ..ascend(number, activations) })?)
+            }
+        })
     }
 
     /// Loads a checkpoint onto so many ranks of the device; `threads` 0 takes all cores.
@@ -60,7 +117,30 @@ impl Device {
             (Device::Cpu, _) => erased_ranks(CpuBackend::ranks(&cpu, ranks, RANK_TIMEOUT)?, files, options)?,
             (Device::Reference, 1) => erased(Reference::new(), files, options)?,
             (Device::Reference, _) => erased_ranks(Reference::ranks(ranks, RANK_TIMEOUT), files, options)?,
+            (Device::Ascend(number), _) => {
+                let own = self.activations(&self.probe());
+                let stored =
+                    || stored_dtype(files).map(|stored| *own.iter().find(|d| **d == stored).unwrap_or(&own[0]));
+                let device = ascend(number, options.dtype.map_or_else(stored, Ok)?);
+                if ranks == 1 {
+                    erased(AscendBackend::new(&device)?, files, options)?
+                } else {
+                    let devices: Vec<u32> = (number..).take(ranks).collect();
+                    erased_ranks(AscendBackend::ranks(&device, &devices)?, files, options)?
+                }
+            }
         })
+    }
+}
+
+fn ascend(device: u32, activations: DType) -> AscendOptions {
+    AscendOptions {
+        device,
+        search: Search::from_env(),
+        activations,
+        timeout: ASCEND_TIMEOUT,
+        blocking: false,
+        fused: true,
     }
 }
 
@@ -90,4 +170,8 @@ fn erased_ranks<B: Backend + LatentOps + MoeOps>(
 
 fn erased_loader<B: Backend>(loader: AdapterLoader<B>) -> LoadAdapter {
     Box::new(move |folder| loader.load(folder))
+}
+
+fn case_runner<B: conformance::Full>(backend: B) -> CaseRunner {
+    CaseRunner { caps: backend.caps().clone(), run: Box::new(move |case| conformance::run(case, &backend)) }
 }

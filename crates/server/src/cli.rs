@@ -5,8 +5,8 @@ use std::ffi::OsString;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    bench::BenchArgs, handoff::verify::VerifyArgs, pull::PullArgs, quantize::QuantizeArgs, rollout::cli::RolloutArgs,
-    settings::ServeArgs,
+    bench::BenchArgs, doctor::DoctorArgs, handoff::verify::VerifyArgs, pull::PullArgs, quantize::QuantizeArgs,
+    rollout::cli::RolloutArgs, selftest::SelftestArgs, settings::ServeArgs,
 };
 
 /// Serves language models that were trained somewhere else.
@@ -32,6 +32,10 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Bring a new generation into service beside the one that serves, or take it back
     Rollout(Box<RolloutArgs>),
+    /// Say what this machine offers and what is missing, before anything is loaded
+    Doctor(DoctorArgs),
+    /// Check that a device computes every operation and the bundled model as it should, and write a report to send back
+    Selftest(SelftestArgs),
 }
 
 /// Puts `serve` in front when nothing is said.

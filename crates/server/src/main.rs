@@ -4,13 +4,16 @@ mod backend;
 mod bench;
 mod bundled;
 mod cli;
+mod doctor;
 mod encoder;
+mod facts;
 mod handoff;
 mod load;
 mod memory;
 mod pull;
 mod quantize;
 mod rollout;
+mod selftest;
 mod serve;
 mod settings;
 mod speculative;
@@ -22,10 +25,12 @@ use clap::{CommandFactory, FromArgMatches};
 
 use crate::{
     bench::BenchArgs,
+    doctor::DoctorArgs,
     handoff::verify::{self, VerifyArgs},
     pull::PullArgs,
     quantize::QuantizeArgs,
     rollout::cli::RolloutArgs,
+    selftest::SelftestArgs,
 };
 
 fn main() -> ExitCode {
@@ -48,6 +53,14 @@ fn main() -> ExitCode {
         },
         Some(("rollout", matches)) => match RolloutArgs::from_arg_matches(matches) {
             Ok(args) => return rollout::cli::main(&args),
+            Err(error) => Err(error.into()),
+        },
+        Some(("doctor", matches)) => match DoctorArgs::from_arg_matches(matches) {
+            Ok(args) => return doctor::main(&args),
+            Err(error) => Err(error.into()),
+        },
+        Some(("selftest", matches)) => match SelftestArgs::from_arg_matches(matches) {
+            Ok(args) => return selftest::main(&args),
             Err(error) => Err(error.into()),
         },
         _ => unreachable!("clap refuses a missing or unknown command"),

@@ -5,18 +5,28 @@ use std::fs;
 /// Bytes that can be taken without swapping: the kernel's estimate, or what is left of the control
 /// group's limit if that is less. `None` where the system does not say.
 pub fn available_bytes() -> Option<u64> {
-    let free = meminfo(&fs::read_to_string("/proc/meminfo").ok()?)?;
+    let free = meminfo(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")?;
     Some(free.min(cgroup_room().unwrap_or(u64::MAX)))
 }
 
-fn meminfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+/// Bytes of memory in all: the machine's, or the control group's limit if that is less.
+pub fn total_bytes() -> Option<u64> {
+    let total = meminfo(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")?;
+    Some(total.min(cgroup("memory.max").unwrap_or(u64::MAX)))
+}
+
+fn meminfo(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
 fn cgroup_room() -> Option<u64> {
-    let read = |file: &str| fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
-    Some(read("memory.max")?.saturating_sub(read("memory.current")?))
+    Some(cgroup("memory.max")?.saturating_sub(cgroup("memory.current")?))
+}
+
+/// A number of the control group; `None` where there is none, or no limit.
+fn cgroup(file: &str) -> Option<u64> {
+    fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse().ok()
 }
 
 /// Bytes of this process resident in memory.
@@ -63,7 +73,9 @@ pub fn trim() {}
 mod tests {
     #[test]
     fn meminfo_is_read_in_bytes() {
-        assert_eq!(super::meminfo("MemTotal: 9 kB\nMemAvailable:   24000 kB\n"), Some(24_576_000));
-        assert_eq!(super::meminfo("MemTotal: 9 kB\n"), None);
+        let text = "MemTotal: 9 kB\nMemAvailable:   24000 kB\n";
+        assert_eq!(super::meminfo(text, "MemAvailable:"), Some(24_576_000));
+        assert_eq!(super::meminfo(text, "MemTotal:"), Some(9216));
+        assert_eq!(super::meminfo("MemTotal: 9 kB\n", "MemAvailable:"), None);
     }
 }

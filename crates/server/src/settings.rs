@@ -120,7 +120,7 @@ pub struct ServeArgs {
     #[arg(long, env = "BATON_DEVICE", help_heading = "Model")]
     pub device: Option<String>,
 
-    /// Ranks that share out the model, each with its own memory, as tensor parallelism does; the parts of a CPU share its threads, which is to try it and gains nothing [default: 1]
+    /// Ranks that share out the model, a device each (tensor and expert parallelism); on cpu and reference they share the processors, which gains nothing and is there to be tried [default: 1]
     #[arg(long, value_name = "N", env = "BATON_TENSOR_PARALLEL_SIZE", help_heading = "Model")]
     pub tensor_parallel_size: Option<usize>,
 

@@ -88,6 +88,13 @@ fn a_device_that_is_not_there_is_named_with_those_that_are() {
 }
 
 #[test]
+fn a_number_of_ranks_that_does_not_divide_the_model_is_refused_with_those_that_do() {
+    let ranks = |n| refusal(&["--tensor-parallel-size", n, "--port", "0"]);
+    assert_names(&ranks("4"), &["4 ranks", "6 attention heads", "ranks of 1, 2"]);
+    assert_names(&ranks("0"), &["--tensor-parallel-size", "at least 1"]);
+}
+
+#[test]
 fn a_port_in_use_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = taken.local_addr().expect("an address").port().to_string();

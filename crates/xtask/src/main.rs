@@ -6,6 +6,7 @@ mod random_model;
 mod readme;
 mod rollouts;
 mod smoke;
+mod vectors;
 
 use std::path::Path;
 
@@ -32,6 +33,8 @@ enum Chore {
     Rollouts(rollouts::Args),
     /// Start a release binary with the bundled model and load it: readiness, throughput, disconnects
     Smoke(smoke::Args),
+    /// Write what the reference device computes for every conformance case, for `baton selftest`
+    Vectors,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -42,6 +45,7 @@ fn main() -> anyhow::Result<()> {
         Chore::Readme => readme::main(),
         Chore::Rollouts(args) => rollouts::main(&args),
         Chore::Smoke(args) => smoke::main(&args),
+        Chore::Vectors => vectors::main(),
     }
 }
 

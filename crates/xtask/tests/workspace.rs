@@ -24,6 +24,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
         "baton",
         &[
             "baton-device",
+            "baton-device-ascend",
             "baton-device-cpu",
             "baton-encoder",
             "baton-engine",
@@ -34,7 +35,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
             "baton-model",
             "baton-text",
         ],
-        &[],
+        &["baton-ascend-sim"],
     ),
     ("baton-compare", &["baton-loadgen"], &[]),
     ("baton-loadgen", &[], &[]),

@@ -265,6 +265,29 @@ fn keys_in_a_row_have_cumulative_lengths_and_may_come_in_two_parts() {
     }
 }
 
+#[test]
+fn two_parts_of_a_key_go_without_pages_and_with_a_key_head_for_each_query_head() {
+    let b = Bench::new(Chip::A2);
+    // Query heads, key heads, width, width of the values, width of the second part, the code.
+    for (n, kv, width, v, rope, want) in [
+        (2, 2, 128, 128, 64, 0),
+        (2, 1, 128, 128, 64, 561_002),
+        (2, 2, 64, 64, 64, 561_002),
+        (2, 2, 128, 64, 64, 561_002),
+        (2, 2, 128, 128, 32, 161_002),
+    ] {
+        let (query, out) = (b.empty(&[3, n, width], F16), b.out(&[3, n, v], F16));
+        let (key, value) = (b.empty(&[7, kv, width], F16), b.empty(&[7, kv, v], F16));
+        let (query_rope, key_rope) = (Some(b.empty(&[3, n, rope], F16)), Some(b.empty(&[7, kv, rope], F16)));
+        let one = fused(&query, &key, &value, &out, [n, kv], [&[1, 3], &[2, 7]]);
+        assert_eq!(b.check(&Fused { query_rope: query_rope.clone(), ..one }), 161_002, "half a pair");
+        let one = fused(&query, &key, &value, &out, [n, kv], [&[1, 3], &[2, 7]]);
+        assert_eq!(b.check(&Fused { query_rope, key_rope, ..one }), want, "{n} {kv} {width} {v} {rope}");
+    }
+    let (query_rope, key_rope) = (Some(b.empty(&[6, 4, 64], F16)), Some(b.empty(&[5, 4, 64], F16)));
+    assert_eq!(b.check(&Fused { query_rope, key_rope, ..paged(&b) }), 561_002);
+}
+
 /// Two sequences over latents in pages of 16: queries, their rotated part, the cache, and the table.
 fn latent(b: &Bench, tokens: i64, n: i64, single: bool) -> Fused {
     let dims = |d: i64| if single { vec![tokens, n, 1, d] } else { vec![tokens, n, d] };

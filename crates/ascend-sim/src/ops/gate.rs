@@ -204,4 +204,22 @@ mod tests {
             assert_eq!(b.check(&op(5, &y, &idx)), 161_002);
         }
     }
+
+    #[test]
+    fn a_softmax_gate_chooses_at_most_1024() {
+        let b = Bench::new(Chip::A2);
+        for (k, want) in [(1024, 0), (1025, 561_002)] {
+            let op = MoeGatingTopKSoftmaxV2 {
+                x: b.empty(&[1, 2000], F32),
+                finished: None,
+                k,
+                renorm: 0,
+                output_softmax_result_flag: false,
+                y_out: b.out(&[1, k], F32),
+                expert_idx_out: b.out(&[1, k], I32),
+                softmax_result_out: None,
+            };
+            assert_eq!(b.check(&op), want, "{k}");
+        }
+    }
 }

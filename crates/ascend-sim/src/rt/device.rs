@@ -7,6 +7,7 @@ use crate::{
     constants::*,
     machine::{Context, Machine, Needs, call, call_waiting, refusal, set_current, take_message},
     meta::put,
+    report::write_report,
     rt::{handle, timeout},
     stream::synchronize,
 };
@@ -26,9 +27,12 @@ pub extern "C" fn aclInit(_config: *const c_char) -> i32 {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn aclFinalize() -> i32 {
-    call("aclFinalize", Needs::Nothing, |m| match std::mem::replace(&mut m.initialized, false) {
-        true => Ok(()),
-        false => Err(refusal!(ACL_ERROR_REPEAT_FINALIZE, "aclFinalize without aclInit")),
+    call("aclFinalize", Needs::Nothing, |m| {
+        write_report(m);
+        match std::mem::replace(&mut m.initialized, false) {
+            true => Ok(()),
+            false => Err(refusal!(ACL_ERROR_REPEAT_FINALIZE, "aclFinalize without aclInit")),
+        }
     })
 }
 
@@ -96,9 +100,10 @@ pub unsafe extern "C" fn aclrtGetDevice(device: *mut i32) -> i32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn aclrtResetDevice(device: i32) -> i32 {
     call("aclrtResetDevice", Needs::Init, |m| {
-        let state = m.device(device.into())?;
-        state.references = state.references.saturating_sub(1);
-        if state.references == 0 {
+        let references = m.device(device.into())?.references.saturating_sub(1);
+        m.devices[device as usize].references = references;
+        write_report(m);
+        if references == 0 {
             release(m, device as u32);
         }
         Ok(())
@@ -109,6 +114,7 @@ pub extern "C" fn aclrtResetDevice(device: i32) -> i32 {
 pub extern "C" fn aclrtResetDeviceForce(device: i32) -> i32 {
     call("aclrtResetDeviceForce", Needs::Init, |m| {
         m.device(device.into())?.references = 0;
+        write_report(m);
         release(m, device as u32);
         Ok(())
     })
@@ -127,6 +133,7 @@ fn release(m: &mut Machine, device: u32) {
 fn drop_context(m: &mut Machine, context: u64) {
     m.streams.retain(|stream| stream.context != context);
     m.events.retain(|event| event.context != context);
+    m.graphs.retain(|graph| graph.context != context);
     m.contexts.remove(context).expect("the caller found it");
 }
 

@@ -24,8 +24,9 @@ pub fn check_stream_limit(m: &Machine) -> Result<(), Refusal> {
     let device = m.current_device()?;
     let of_device = |context: u64| m.contexts.get(context).is_ok_and(|c| c.device == device);
     let streams = m.streams.iter().filter(|(_, stream)| of_device(stream.context)).count();
+    let graphs = m.graphs.iter().filter(|(_, graph)| of_device(graph.context));
     let limit = stream_limit(m.settings.chip());
-    if streams + m.graphs.iter().map(|(_, graph)| graph.streams()).sum::<usize>() >= limit {
+    if streams + graphs.map(|(_, graph)| graph.streams()).sum::<usize>() >= limit {
         return Err(refusal!(ACL_ERROR_RT_NO_STREAM_RESOURCE, "all {limit} streams of the device are in use"));
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! One test at a time on the state of the process: a device, a stream, and short forms of the calls.
 
 use std::{
-    ffi::{CStr, c_void},
+    ffi::{CStr, CString, c_void},
     ptr::null_mut,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -9,9 +9,13 @@ use std::{
 pub use crate::{
     array::row_major,
     constants::*,
+    control::{Settings, ascend_sim_control},
     machine::lock,
     meta::*,
-    rt::{device::*, event::*, memory::*, stream::*},
+    op::executor::*,
+    ops::{arithmetic::*, copy::*, matmul::*},
+    report::{ascend_sim_report, ascend_sim_reset},
+    rt::{device::*, event::*, graph::*, hccl::*, memory::*, stream::*},
 };
 
 pub type Ptr = *mut c_void;
@@ -30,8 +34,16 @@ impl Session {
     pub fn new() -> Self {
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         aclInit(std::ptr::null());
-        aclrtResetDeviceForce(0);
+        let devices = {
+            let mut m = lock();
+            m.settings = Settings::from_environment();
+            m.settings.devices = 16;
+            m.devices.len() as i32
+        };
+        (0..devices).for_each(|device| assert_eq!(aclrtResetDeviceForce(device), 0));
+        lock().settings.devices = 2;
         lock().counters = Default::default();
+        message();
         assert_eq!(aclrtSetDevice(0), 0);
         let stream = made(|out| unsafe { aclrtCreateStream(out) });
         Self { stream, _turn: turn }
@@ -75,6 +87,38 @@ impl Session {
 
     pub fn violations(&self) -> Vec<String> {
         lock().counters.violations.clone()
+    }
+
+    /// The one violation there is, which has the words.
+    #[track_caller]
+    pub fn assert_violation(&self, words: &str) {
+        let violations = self.violations();
+        assert!(matches!(&violations[..], [one] if one.contains(words)), "{words:?} in {violations:?}");
+    }
+
+    /// `self + alpha * other`, all of one dense shape, with both phases.
+    pub fn add(&self, a: Ptr, b: Ptr, alpha: f32, out: Ptr) -> i32 {
+        let alpha = scalar(alpha);
+        self.run(|size, executor| unsafe { aclnnAddGetWorkspaceSize(a, b, alpha, out, size, executor) }, aclnnAdd)
+    }
+}
+
+/// `ascend_sim_control`.
+#[track_caller]
+pub fn control(text: &str) {
+    let text = CString::new(text).unwrap();
+    // SAFETY: the text ends in zero.
+    assert_eq!(unsafe { ascend_sim_control(text.as_ptr()) }, 0, "{:?}", message());
+}
+
+/// `ascend_sim_report`.
+pub fn report() -> String {
+    // SAFETY: the buffer has the room that is said.
+    unsafe {
+        let mut text = vec![0_u8; ascend_sim_report(null_mut(), 0) + 1];
+        ascend_sim_report(text.as_mut_ptr().cast(), text.len());
+        text.pop();
+        String::from_utf8(text).unwrap()
     }
 }
 

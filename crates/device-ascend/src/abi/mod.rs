@@ -37,7 +37,9 @@ macro_rules! functions {
             ///
             /// # Safety
             /// What `find` gives for a name is the address of the C function of that name, valid for the life of the process.
-            pub(crate) unsafe fn load(find: impl Fn(&'static str) -> Option<crate::abi::Symbol>) -> Result<Self, Vec<&'static str>> {
+            pub(crate) unsafe fn load(
+                find: impl Fn(&'static str) -> Option<crate::abi::Symbol>,
+            ) -> Result<Self, Vec<&'static str>> {
                 let missing: Vec<_> = Self::REQUIRED.iter().copied().filter(|name| find(name).is_none()).collect();
                 if !missing.is_empty() {
                     return Err(missing);

@@ -8,7 +8,7 @@ use crate::object::{DataType, View};
 type Result<T> = std::result::Result<T, AscendError>;
 
 /// Runs `work` with the numbers on the device, `[len]` in int32.
-fn with_indices<T>(
+pub(crate) fn with_indices<T>(
     device: &mut Device,
     indices: &[i32],
     work: impl FnOnce(&mut Device, &View) -> Result<T>,

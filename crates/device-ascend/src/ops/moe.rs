@@ -439,10 +439,7 @@ fn one_expert(
 ) -> Result<()> {
     let count = entries.len();
     let first = |view: &View| view.narrow(0, 0, count);
-    let weight = |all: &View, out: usize, into: usize| LinearView {
-        transposed: all.narrow(0, e, 1).reshape(&[out, into]).swap(0, 1),
-        bias: None,
-    };
+    let weight = |all: &View, out: usize, into: usize| LinearView::float(all.narrow(0, e, 1).reshape(&[out, into]));
     let (hidden, inner) = (experts.hidden(), experts.intermediate());
     let ids = parts.ids.narrow(0, entries.start, count);
     let (x_rows, gate_up, product, down) =

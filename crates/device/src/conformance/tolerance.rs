@@ -3,9 +3,11 @@
 use super::Case;
 use crate::{Caps, DType, WeightFormat};
 
+/// Of sums in f32, in another order than the judge's.
+const SUMS: f32 = 2e-5;
+
 /// The largest difference that rounding explains.
 pub(super) fn tolerance(case: &Case, caps: &Caps, expected: &[f32]) -> f32 {
-    const SUMS: f32 = 2e-5;
     if caps.activations == DType::F32 {
         return match case {
             // The judge does not make activations narrow: what is not on a grid differs by up to half a step of 127
@@ -17,8 +19,20 @@ pub(super) fn tolerance(case: &Case, caps: &Caps, expected: &[f32]) -> f32 {
     // Narrower activations: each rounding on the way to an output is off by at most the unit roundoff of its type, of a
     // number that is no larger than the largest output (inputs are of order one). Sums are f32, so their length adds
     // nothing; of rounded terms they average the errors.
-    let largest = expected.iter().fold(1.0, |max: f32, x| max.max(x.abs()));
-    SUMS + case.roundings() * case.roundoff(caps) * largest
+    SUMS + case.roundings() * case.roundoff(caps) * largest(expected)
+}
+
+fn largest(numbers: &[f32]) -> f32 {
+    numbers.iter().fold(1.0, |max: f32, x| max.max(x.abs()))
+}
+
+/// The largest error of a rounding of 1.
+fn roundoff(dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 | DType::Ggml(_) => 0.0,
+        DType::F16 => 0.5_f32.powi(11),
+        DType::BF16 => 0.5_f32.powi(8),
+    }
 }
 
 impl Case {
@@ -44,22 +58,17 @@ impl Case {
 
     /// The largest error of a rounding to the types in which a device with narrow activations computes the case, of 1.
     fn roundoff(&self, caps: &Caps) -> f32 {
-        let of = |dtype| match dtype {
-            DType::F32 | DType::Ggml(_) => 0.0,
-            DType::F16 => 0.5_f32.powi(11),
-            DType::BF16 => 0.5_f32.powi(8),
-        };
         let narrow = |format: &WeightFormat| match format {
             _ if !caps.narrow_activations.contains(format) => 0.0,
-            WeightFormat::BF16 => of(DType::BF16).max(of(caps.activations)),
-            _ => of(caps.activations),
+            WeightFormat::BF16 => roundoff(DType::BF16).max(roundoff(caps.activations)),
+            _ => roundoff(caps.activations),
         };
         match self {
             // A weight that meets activations as they are gives an exact product: router logits depend on it.
             Case::Linear { format, .. } => narrow(format),
             Case::Group { weights, .. } => weights.iter().map(|(_, format)| narrow(format)).fold(0.0, f32::max),
-            Case::Latent { format, .. } | Case::Moe { format, .. } => narrow(format).max(of(caps.activations)),
-            _ => of(caps.activations),
+            Case::Latent { format, .. } | Case::Moe { format, .. } => narrow(format).max(roundoff(caps.activations)),
+            _ => roundoff(caps.activations),
         }
     }
 }

@@ -8,8 +8,8 @@
 //! logits = head(norm(residual))
 //! ```
 //!
-//! What a half adds is summed over the ranks before it is used. Additions are fused into the norm that follows them. Gemma also scales the embeddings, norms what
-//! each half adds, and caps the logits.
+//! What a half adds is summed over the ranks first. Additions are fused into the norm that follows them. Gemma also scales the
+//! embeddings, norms what each half adds, and caps the logits.
 
 use baton_device::{Backend, HostRope, Result as DeviceResult};
 

@@ -55,6 +55,10 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
 
+    /// Ranks that share out the model, as for `baton serve`
+    #[arg(long, value_name = "N")]
+    tensor_parallel_size: Option<usize>,
+
     /// Public key file(s) of minisign, one of which must have signed the bundle
     #[arg(long, value_name = "FILE", num_args = 1..)]
     trusted_keys: Vec<PathBuf>,
@@ -121,13 +125,39 @@ fn show(args: &VerifyArgs, report: &Report) -> Result<()> {
     Ok(())
 }
 
+/// Verifies a bundle on one device, as it serves.
+///
+/// # Errors
+/// What cannot be judged: no bundle, or a device that cannot be asked.
+pub fn on_device(name: &str, files: &Files, device: &str) -> Result<Report> {
+    let args = VerifyArgs {
+        bundle: None,
+        device: device.to_owned(),
+        devices: Vec::new(),
+        dtype: Dtype::Auto,
+        quantize: None,
+        kv_cache_dtype: KvCacheDtype::Auto,
+        threads: None,
+        trusted_keys: Vec::new(),
+        determinism: false,
+        against: None,
+        json: false,
+        html: None,
+    };
+    verify_files(&args, name, files)
+}
+
 fn verify(args: &VerifyArgs) -> Result<Report> {
-    let keys = trusted_keys(&args.trusted_keys)?;
     let (name, files) = load::files(args.bundle.as_deref())?;
-    let bundle = match Bundle::open(&files) {
+    verify_files(args, &name, &files)
+}
+
+fn verify_files(args: &VerifyArgs, name: &str, files: &Files) -> Result<Report> {
+    let keys = trusted_keys(&args.trusted_keys)?;
+    let bundle = match Bundle::open(files) {
         Ok(Some(bundle)) => bundle,
         Ok(None) => bail!("{name}: there is no handoff.json to verify; models/export/baton_export.py makes one"),
-        Err(error) if unreadable(&error) => return Err(error).with_context(|| name),
+        Err(error) if unreadable(&error) => return Err(error).with_context(|| name.to_owned()),
         Err(error) => {
             let mut report = Report::default();
             report.check(CheckName::Integrity, Err(vec![error.to_string()]));
@@ -141,7 +171,7 @@ fn verify(args: &VerifyArgs) -> Result<Report> {
     let mut texts_checked = false;
     for device in &devices {
         let settings = settings(args, device, (args.dtype, args.quantize), args.kv_cache_dtype)?;
-        let Some(mut subject) = Subject::load(&files, &settings, manifest, &mut report)? else { continue };
+        let Some(mut subject) = Subject::load(files, &settings, manifest, &mut report)? else { continue };
         if !texts_checked {
             text_parity(&manifest.cases, &subject.text, chrono::Local::now().naive_local()).enter(&mut report);
             texts_checked = true;
@@ -154,13 +184,13 @@ fn verify(args: &VerifyArgs) -> Result<Report> {
                 report.set_determinism(determinism(&manifest.cases, context, promised, &mut subject.replay)?);
             }
             if let Some(other) = &args.against {
-                report.set_comparison(compare(args, &files, &subject, &outcomes, other, manifest)?);
+                report.set_comparison(compare(args, files, &subject, &outcomes, other, manifest)?);
             }
         }
         let rounded = subject.facts.precision > PrecisionClass::Float32;
         drop(subject);
         if rounded && fits_exactly(manifest) {
-            add_exact(args, device, &files, manifest, &mut report)?;
+            add_exact(args, device, files, manifest, &mut report)?;
         }
     }
     checked.unchanged()?;
@@ -283,6 +313,7 @@ fn settings(
         quantize,
         kv_cache_dtype: Some(kv_cache_dtype),
         threads: args.threads,
+        tensor_parallel_size: args.tensor_parallel_size,
         ..ServeArgs::default()
     }
     .resolve()

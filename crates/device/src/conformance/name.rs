@@ -1,0 +1,94 @@
+//! Names of cases, by which they are chosen, listed and reported. Invariant: a name says everything of its case, so no two
+//! of the list have one.
+
+use std::fmt;
+
+use super::Case;
+use crate::{AttentionParams, GroupScore, RopeLayout};
+
+impl Case {
+    /// The operation that it judges, of which there are several cases.
+    pub fn operation(&self) -> &'static str {
+        match self {
+            Case::Linear { .. } => "linear",
+            Case::Group { .. } => "linear-group",
+            Case::Made { .. } => "linear-made",
+            Case::Norm { .. } => "norm",
+            Case::Elementwise { .. } => "elementwise",
+            Case::Rope(_) => "rope",
+            Case::Attention { .. } => "attention",
+            Case::Latent { .. } => "latent",
+            Case::Moe { .. } => "moe",
+        }
+    }
+}
+
+/// The operation, and its formats and sizes: no spaces, rows before columns, inputs before outputs.
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.operation())?;
+        let history = match *self {
+            Case::Linear { rows, in_features, out_features, format, bias } => {
+                write!(f, "-{format}-{rows}x{in_features}x{out_features}{}", if bias { "-bias" } else { "" })?;
+                0
+            }
+            Case::Group { rows, in_features, ref weights } => {
+                write!(f, "-{rows}x{in_features}")?;
+                weights.iter().try_for_each(|(out_features, format)| write!(f, "-{format}x{out_features}"))?;
+                0
+            }
+            Case::Made { rows, in_features, out_features, block } => {
+                write!(f, "-{block}-{rows}x{in_features}x{out_features}")?;
+                0
+            }
+            Case::Norm { rows, cols, run } => {
+                write!(f, "-{rows}x{cols}-by{run}")?;
+                0
+            }
+            Case::Elementwise { rows, cols } => {
+                write!(f, "-{rows}x{cols}")?;
+                0
+            }
+            Case::Rope(RopeLayout { heads, head_dim, offset, dim, interleaved }) => {
+                write!(f, "-{heads}x{head_dim}-at{offset}-{dim}{}", if interleaved { "-interleaved" } else { "" })?;
+                0
+            }
+            Case::Attention { params, kv, history } => {
+                let AttentionParams { heads, kv_heads, head_dim, scale: _, window, softcap } = params;
+                write!(f, "-{kv}-{heads}over{kv_heads}x{head_dim}")?;
+                window.iter().try_for_each(|window| write!(f, "-window{window}"))?;
+                softcap.iter().try_for_each(|softcap| write!(f, "-cap{softcap}"))?;
+                history
+            }
+            Case::Latent { heads, nope, rope, v, rank, format, kv, history } => {
+                write!(f, "-{format}-{kv}-{heads}x{nope}+{rope}x{v}-rank{rank}")?;
+                history
+            }
+            Case::Moe { rows, hidden, intermediate, experts, format, groups } => {
+                write!(f, "-{format}-{rows}x{hidden}x{intermediate}-{experts}experts")?;
+                f.write_str(match groups {
+                    None => "",
+                    Some(GroupScore::Best) => "-best",
+                    Some(GroupScore::TwoBest) => "-two-best",
+                })?;
+                0
+            }
+        };
+        if history > 0 { write!(f, "-after{history}") } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::cases;
+
+    #[test]
+    fn every_case_has_a_name_of_its_own_in_one_word() {
+        let cases = cases();
+        let names: BTreeSet<String> = cases.iter().map(ToString::to_string).collect();
+        assert_eq!(names.len(), cases.len());
+        assert!(names.iter().all(|name| !name.contains(char::is_whitespace)));
+    }
+}

@@ -1,0 +1,49 @@
+//! What a device says of itself before anything is loaded onto it, for `baton doctor` and for reports.
+//!
+//! Each device crate has a function that finds this out and does not fail: what is not there is written down in
+//! [`DeviceFacts::missing`], with the reason.
+
+use std::collections::BTreeMap;
+
+/// A device as it was found, or not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// As an operator names it: `cpu`, `ascend:0`.
+    pub device: String,
+    /// The chip's or processor's own name, where it tells one.
+    pub chip: Option<String>,
+    /// Devices of this kind that were found.
+    pub count: usize,
+    /// Its memory.
+    pub memory: Option<DeviceMemory>,
+    /// Versions by what has them: `driver`, `toolkit`.
+    pub versions: BTreeMap<String, String>,
+    /// Libraries that were looked for.
+    pub libraries: Vec<LibraryFacts>,
+    /// Functions that were looked up in these, and whether they are there.
+    pub symbols: BTreeMap<String, bool>,
+    /// What else is worth knowing: `cores`, `instruction sets`.
+    pub details: BTreeMap<String, String>,
+    /// Every reason why it cannot serve; empty if it can.
+    pub missing: Vec<String>,
+}
+
+/// Memory of a device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// All of it.
+    pub total: u64,
+    /// What nobody uses.
+    pub free: u64,
+}
+
+/// A library by the role that it has for a device.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LibraryFacts {
+    /// `runtime`, `operators`.
+    pub role: String,
+    /// Files that were opened, as they were found.
+    pub opened: Vec<String>,
+    /// Files that could not be, each with the loader's own words.
+    pub tried: Vec<(String, String)>,
+}
