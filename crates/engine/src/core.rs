@@ -6,41 +6,84 @@
 //!   batch mates go on. So it is if its grammar fails, but for the blocks: their values are sound.
 //! - A step fails, panics, or answers something else than was asked: every sequence that holds blocks fails, every
 //!   block that holds anything is cleared, and the engine goes on with those that wait.
-//! - Steps fail [`max_failed_steps`](crate::EngineConfig::max_failed_steps) times in a row, or blocks
-//!   cannot be cleared: the engine is down for good. Everything fails.
+//! - Steps fail [`max_failed_steps`](crate::EngineConfig::max_failed_steps) times in a row, blocks cannot be cleared, or
+//!   the device says that it must be set up anew: the runner is broken. Where another can be loaded in its place, those
+//!   that wait, wait for it; it begins with an empty cache and no cached prefix.
+//! - The device is lost, nothing can be loaded, or [`max_rebuilds`](crate::EngineConfig::max_rebuilds) runners in a row
+//!   break before they have done a step: the engine is down for good. Everything fails.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use baton_model::{RunError, Runner, Score, ScoreRequest, SequenceOutput, SequenceStep, StepOutput, StepPlan};
+use baton_model::{RunError, RunSpec, Runner, Score, ScoreRequest, SequenceOutput, SequenceStep, StepOutput, StepPlan};
 
 use crate::constrain::MaskPool;
 use crate::handle::EngineConfig;
 use crate::scheduler::{RequestOutput, Scheduler};
 use crate::sequence::Sequence;
-use crate::{EngineFailure, EngineStats, Request, RequestId};
+use crate::{DeviceFailures, EngineFailure, EngineStats, Request, RequestId};
 
 /// See the head of the file.
 pub(crate) struct Core {
-    runner: Box<dyn Runner>,
+    /// Taken out when it is broken.
+    runner: Option<Box<dyn Runner>>,
+    spec: RunSpec,
     scheduler: Scheduler,
     masks: MaskPool,
     max_failed_steps: u32,
     failed_in_a_row: u32,
-    /// Why there are no more steps.
-    down: Option<EngineFailure>,
+    /// Runners that may be loaded before one of them does a step.
+    max_rebuilds: u32,
+    rebuilds_in_a_row: u32,
+    rebuilds: u64,
+    device_failures: DeviceFailures,
+    condition: Condition,
+}
+
+/// What becomes of the next step.
+enum Condition {
+    Sound,
+    /// There is none before another runner is there.
+    Broken(EngineFailure),
+    /// There is none.
+    Down(EngineFailure),
 }
 
 impl Core {
-    /// `secret`: the key of the prefix cache. `masks`: where those of grammars are computed.
-    pub fn new(runner: Box<dyn Runner>, config: &EngineConfig, secret: [u8; 32], masks: MaskPool) -> Self {
-        let scheduler = Scheduler::new(runner.spec(), config, secret);
-        Self { runner, scheduler, masks, max_failed_steps: config.max_failed_steps, failed_in_a_row: 0, down: None }
+    /// `secret`: the key of the prefix cache. `masks`: where those of grammars are computed. `rebuildable`: whether a
+    /// broken runner can be replaced.
+    pub fn new(
+        runner: Box<dyn Runner>,
+        rebuildable: bool,
+        config: &EngineConfig,
+        secret: [u8; 32],
+        masks: MaskPool,
+    ) -> Self {
+        Self {
+            spec: runner.spec().clone(),
+            scheduler: Scheduler::new(runner.spec(), config, secret),
+            runner: Some(runner),
+            masks,
+            max_failed_steps: config.max_failed_steps,
+            failed_in_a_row: 0,
+            max_rebuilds: if rebuildable { config.max_rebuilds } else { 0 },
+            rebuilds_in_a_row: 0,
+            rebuilds: 0,
+            device_failures: DeviceFailures::default(),
+            condition: Condition::Sound,
+        }
     }
 
     /// Adds an accepted request. `group` is the id of the first choice of its request.
-    pub fn add(&mut self, id: RequestId, group: RequestId, request: Request, arrival: Duration) {
-        self.scheduler.add(Sequence::new(id, group, request, arrival));
+    pub fn add(
+        &mut self,
+        id: RequestId,
+        group: RequestId,
+        request: Request,
+        arrival: Duration,
+        now: Duration,
+    ) -> Option<RequestOutput> {
+        self.scheduler.add(Sequence::new(id, group, request, arrival), now)
     }
 
     /// Ends a request at the client's wish; `None` if it has ended already.
@@ -60,7 +103,51 @@ impl Core {
 
     /// Why the engine takes no more steps, if so.
     pub fn down(&self) -> Option<&EngineFailure> {
-        self.down.as_ref()
+        match &self.condition {
+            Condition::Down(failure) => Some(failure),
+            _ => None,
+        }
+    }
+
+    /// Whether no step can be taken before [`install`](Self::install).
+    pub fn is_broken(&self) -> bool {
+        matches!(self.condition, Condition::Broken(_))
+    }
+
+    /// The broken runner, to be dropped before another is loaded: both may not fit onto the device.
+    pub fn take_runner(&mut self) -> Option<Box<dyn Runner>> {
+        self.runner.take()
+    }
+
+    /// Runners that were to take the place of a broken one since the last step.
+    pub fn rebuilds_in_a_row(&self) -> u32 {
+        self.rebuilds_in_a_row
+    }
+
+    /// Takes another runner, or why there is none.
+    pub fn install(&mut self, rebuilt: Result<Box<dyn Runner>, String>, now: Duration) -> Vec<RequestOutput> {
+        let Condition::Broken(failure) = &self.condition else { unreachable!("only a broken runner is replaced") };
+        let failure = failure.clone();
+        self.rebuilds_in_a_row += 1;
+        // Requests were accepted under the limits of the one before.
+        let same = |runner: &Box<dyn Runner>| match *runner.spec() == self.spec {
+            true => Ok(()),
+            false => Err(format!("its limits are others: {:?}, not {:?}", runner.spec(), self.spec)),
+        };
+        match rebuilt.and_then(|runner| same(&runner).map(|()| runner)) {
+            Ok(runner) => {
+                tracing::info!(in_a_row = self.rebuilds_in_a_row, "another runner takes the place of the broken one");
+                self.runner = Some(runner);
+                self.condition = Condition::Sound;
+                self.failed_in_a_row = 0;
+                self.rebuilds += 1;
+                self.scheduler.renewed(now)
+            }
+            Err(reason) => {
+                tracing::error!(reason, in_a_row = self.rebuilds_in_a_row, "no runner in the place of the broken one");
+                self.broken(failure, now)
+            }
+        }
     }
 
     /// Requests that started, or ended without starting, so far: of the foreground, and of the background.
@@ -68,25 +155,40 @@ impl Core {
         self.scheduler.left_queue()
     }
 
-    /// What the scheduler counts.
+    /// What is known between steps.
     pub fn stats(&self) -> EngineStats {
-        self.scheduler.stats()
+        EngineStats {
+            rebuilding: self.is_broken(),
+            failure: self.down().cloned(),
+            device_failures: self.device_failures,
+            rebuilds: self.rebuilds,
+            ..self.scheduler.stats()
+        }
+    }
+
+    /// Ends what waited or took too long.
+    pub fn expire(&mut self, now: Duration) -> Vec<RequestOutput> {
+        self.scheduler.expire(now)
     }
 
     /// Ends what waited or took too long and plans the next step. The plan is empty only if nothing is left to do.
     pub fn plan(&mut self, now: Duration) -> (Vec<RequestOutput>, StepPlan) {
-        let expired = self.scheduler.expire(now);
+        let expired = self.expire(now);
         (expired, self.scheduler.schedule(now))
     }
 
     /// Takes the planned step. `clock` is read when the runner is done.
     pub fn execute(&mut self, plan: &StepPlan, clock: &dyn Fn() -> Duration) -> Vec<RequestOutput> {
+        let runner = self.runner.as_mut().expect("a step is planned for a sound runner");
         let unclean = self.scheduler.take_unclean();
         if !unclean.is_empty()
-            && let Err(failure) = guard(|| self.runner.clear_blocks(&unclean))
+            && let Err(failure) = guard(|| runner.clear_blocks(&unclean))
         {
             tracing::error!(%failure, "cache blocks cannot be cleared");
-            return self.give_up(failure, clock());
+            let now = clock();
+            let mut outputs = self.failed(&failure, now);
+            outputs.extend(self.broken(failure, now));
+            return outputs;
         }
         // First, so that they are computed beside the step.
         for step in &plan.sequences {
@@ -94,29 +196,42 @@ impl Core {
                 self.masks.start(job);
             }
         }
-        let result = guard(|| self.runner.step(plan));
-        match result.and_then(|output| check(plan, output, self.runner.spec().vocab_size)) {
+        let result = guard(|| runner.step(plan));
+        match result.and_then(|output| check(plan, output, self.spec.vocab_size)) {
             Ok(output) => {
-                self.failed_in_a_row = 0;
+                (self.failed_in_a_row, self.rebuilds_in_a_row) = (0, 0);
                 self.scheduler.commit(plan, output, clock())
             }
             Err(failure) => {
                 self.failed_in_a_row += 1;
                 tracing::error!(%failure, in_a_row = self.failed_in_a_row, "step failed");
                 let now = clock();
-                let mut outputs = self.scheduler.fail_running(&failure, now);
-                if self.failed_in_a_row >= self.max_failed_steps {
-                    outputs.extend(self.give_up(failure, now));
+                let mut outputs = self.failed(&failure, now);
+                let for_good = matches!(failure, EngineFailure::Device(RunError::Poisoned(_) | RunError::Lost(_)));
+                if for_good || self.failed_in_a_row >= self.max_failed_steps {
+                    outputs.extend(self.broken(failure, now));
                 }
                 outputs
             }
         }
     }
 
-    fn give_up(&mut self, failure: EngineFailure, now: Duration) -> Vec<RequestOutput> {
-        let outputs = self.scheduler.fail_all(&failure, now);
-        self.down = Some(failure);
-        outputs
+    /// Ends all that hold blocks.
+    fn failed(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        self.device_failures.count(failure);
+        self.scheduler.fail_running(failure, now)
+    }
+
+    /// The runner is of no use any more. Those that wait go on waiting if there may be another.
+    fn broken(&mut self, failure: EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        let is_lost = matches!(failure, EngineFailure::Device(RunError::Lost(_)));
+        if is_lost || self.rebuilds_in_a_row >= self.max_rebuilds {
+            let outputs = self.scheduler.fail_all(&failure, now);
+            self.condition = Condition::Down(failure);
+            return outputs;
+        }
+        self.condition = Condition::Broken(failure);
+        Vec::new()
     }
 }
 
@@ -135,7 +250,7 @@ impl Core {
 /// clear blocks and to step again: it keeps no state per sequence but the cache, which is reset.
 fn guard<T>(work: impl FnOnce() -> Result<T, RunError>) -> Result<T, EngineFailure> {
     match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => result.map_err(|RunError(message)| EngineFailure::DeviceFailed(message)),
+        Ok(result) => result.map_err(EngineFailure::Device),
         Err(_) => Err(EngineFailure::Panicked),
     }
 }
@@ -168,7 +283,7 @@ fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepO
     };
     let answers = output.sequences.len() == plan.sequences.len()
         && plan.sequences.iter().zip(&output.sequences).all(|(step, result)| answers(step, result));
-    let failure = || EngineFailure::DeviceFailed("the output of the step does not answer its plan".into());
+    let failure = || EngineFailure::Device(RunError::Failed("the output of the step does not answer its plan".into()));
     answers.then_some(output).ok_or_else(failure)
 }
 

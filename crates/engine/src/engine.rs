@@ -4,7 +4,6 @@
 //!
 //! Invariant: whatever happens to the thread, every accepted request gets its `Finished` event.
 
-use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,33 +11,43 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use baton_model::Runner;
-use crossbeam_channel::{Receiver, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use parking_lot::Mutex;
 use rand::TryRngCore;
 use rand::rngs::OsRng;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
 use crate::constrain::MaskPool;
 use crate::core::Core;
-use crate::handle::{Command, EngineConfig, EngineHandle, Gate, Shared};
+use crate::handle::{Command, EngineConfig, EngineHandle, Gate, Shared, Submission};
+use crate::rebuild::{self, Rebuild};
 use crate::scheduler::RequestOutput;
-use crate::{EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, Timings, Usage};
+use crate::streams::Streams;
+use crate::watchdog::{self, Never};
+use crate::{EngineFailure, EngineStats};
 
 /// Threads that compute masks of grammars, at most: they take cores from the forward pass.
 const MAX_MASK_THREADS: usize = 2;
 
+/// How often deadlines are looked at while another runner is loaded.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// The engine thread, to be joined.
 pub struct Engine {
     thread: JoinHandle<()>,
+    /// Ends with the thread, or gives true and has given the thread up.
+    watchdog: Option<JoinHandle<bool>>,
 }
 
 impl Engine {
     /// Waits for the thread to end: after [`EngineHandle::shutdown`], when the engine gave up on its
-    /// runner, or when the last handle and stream are gone.
+    /// runner, or when the last handle and stream are gone. A thread whose step hangs is left to itself.
     pub fn join(self) {
-        // The thread catches its own panics; there is nothing to pass on.
-        let _ = self.thread.join();
+        let hung = self.watchdog.is_some_and(|watchdog| watchdog.join().unwrap_or(false));
+        if !hung {
+            // The thread catches its own panics; there is nothing to pass on.
+            let _ = self.thread.join();
+        }
     }
 }
 
@@ -47,12 +56,25 @@ impl Engine {
 /// # Panics
 /// If the system gives no thread or no random numbers: then there is no engine to report it.
 pub fn spawn(runner: Box<dyn Runner>, config: EngineConfig) -> (EngineHandle, Engine) {
+    start(runner, None, config)
+}
+
+/// As [`spawn`], with a way to load another runner in the place of one that breaks.
+///
+/// # Panics
+/// As [`spawn`].
+pub fn spawn_rebuildable(runner: Box<dyn Runner>, rebuild: Rebuild, config: EngineConfig) -> (EngineHandle, Engine) {
+    start(runner, Some(rebuild), config)
+}
+
+fn start(runner: Box<dyn Runner>, rebuild: Option<Rebuild>, config: EngineConfig) -> (EngineHandle, Engine) {
     let (sender, commands) = unbounded();
     let mut secret = [0; 32];
     OsRng.try_fill_bytes(&mut secret).expect("the system gives random numbers");
     let spec = runner.spec().clone();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let core = Core::new(runner, &config, secret, MaskPool::new(cores.min(MAX_MASK_THREADS)));
+    let masks = MaskPool::new(cores.min(MAX_MASK_THREADS));
+    let core = Core::new(runner, rebuild.is_some(), &config, secret, masks);
     let shared = Arc::new(Shared {
         spec,
         max_queued: config.max_queued,
@@ -60,34 +82,44 @@ pub fn spawn(runner: Box<dyn Runner>, config: EngineConfig) -> (EngineHandle, En
         gate: Mutex::new(Gate::default()),
         left_queue: [const { AtomicU64::new(0) }; 2],
         stats: Mutex::new(EngineStats { alive: true, ..core.stats() }),
+        streams: Mutex::new(Streams::default()),
         step_started: Mutex::new(None),
         drained: watch::Sender::new(false),
     });
+    let (alive, ended) = bounded(0);
+    let watchdog = config.device_timeout.map(|timeout| {
+        let (shared, commands) = (shared.clone(), commands.clone());
+        let watch = move || watchdog::watch(&shared, &commands, &ended, timeout);
+        std::thread::Builder::new().name("engine-watchdog".into()).spawn(watch).expect("the system gives a thread")
+    });
     let mut thread = EngineThread {
         core,
+        rebuild,
         shared: shared.clone(),
         commands,
-        streams: BTreeMap::new(),
         stop: None,
         draining: false,
         dropped_events: 0,
         last_step: Duration::ZERO,
+        _alive: alive,
     };
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || thread.run());
-    (EngineHandle { shared, commands: sender }, Engine { thread: thread.expect("the system gives a thread") })
+    let thread = thread.expect("the system gives a thread");
+    (EngineHandle { shared, commands: sender }, Engine { thread, watchdog })
 }
 
 struct EngineThread {
     core: Core,
+    rebuild: Option<Rebuild>,
     shared: Arc<Shared>,
     commands: Receiver<Command>,
-    /// One per accepted request that has not ended.
-    streams: BTreeMap<RequestId, UnboundedSender<OutputEvent>>,
     /// Set when there is to be no further step.
     stop: Option<EngineFailure>,
     draining: bool,
     dropped_events: u64,
     last_step: Duration,
+    /// Tells the watchdog when the thread ends.
+    _alive: Sender<Never>,
 }
 
 impl EngineThread {
@@ -107,11 +139,14 @@ impl EngineThread {
     /// Until told to stop, or nobody can tell anything any more.
     fn work(&mut self) {
         while self.stop.is_none() {
-            if self.core.is_idle() {
-                self.publish_stats();
-                if self.draining {
-                    self.shared.drained.send_replace(true);
+            if self.core.is_broken() {
+                if !self.replace_runner() {
+                    return;
                 }
+                continue;
+            }
+            if self.core.is_idle() {
+                self.rest();
                 match self.commands.recv() {
                     Ok(command) => self.obey(command),
                     Err(_) => return,
@@ -126,12 +161,51 @@ impl EngineThread {
         }
     }
 
+    /// Nothing is to be done.
+    fn rest(&mut self) {
+        self.publish_stats();
+        if self.draining {
+            self.shared.drained.send_replace(true);
+        }
+    }
+
+    /// Has another runner loaded in the place of the broken one, and goes on with everything but steps meanwhile. False
+    /// if nobody can tell anything any more.
+    fn replace_runner(&mut self) -> bool {
+        let rebuild = self.rebuild.clone().expect("a runner is broken only if there can be another");
+        let rebuilt = rebuild::begin(self.core.take_runner(), rebuild, self.core.rebuilds_in_a_row());
+        while self.stop.is_none() {
+            let expired = self.core.expire(self.now());
+            self.deliver(expired);
+            if self.core.is_idle() {
+                self.rest();
+            }
+            select! {
+                recv(self.commands) -> command => match command {
+                    Ok(command) => self.obey(command),
+                    Err(_) => return false,
+                },
+                recv(rebuilt) -> rebuilt => {
+                    let rebuilt = rebuilt.unwrap_or_else(|_| Err("there is no thread to load it on".into()));
+                    let outputs = self.core.install(rebuilt, self.now());
+                    self.stop = self.core.down().cloned();
+                    self.deliver(outputs);
+                    return true;
+                }
+                default(LOOK) => {}
+            }
+        }
+        true
+    }
+
     fn obey(&mut self, command: Command) {
         match command {
             Command::Submit(submissions) => {
-                for submission in submissions {
-                    self.streams.insert(submission.id, submission.events);
-                    self.core.add(submission.id, submission.group, submission.request, submission.arrival);
+                for Submission { id, group, request, arrival, events } in submissions {
+                    self.shared.streams.lock().insert(id, events);
+                    if let Some(refused) = self.core.add(id, group, request, arrival, self.now()) {
+                        self.deliver(vec![refused]);
+                    }
                 }
             }
             Command::Abort(id) => {
@@ -156,30 +230,30 @@ impl EngineThread {
         let outputs = self.core.execute(&plan, &|| epoch.elapsed());
         *self.shared.step_started.lock() = None;
         self.last_step = start.elapsed();
-        self.stop = self.core.down().cloned();
+        // The watchdog has ended everything if the step took too long.
+        let given_up = self.shared.streams.lock().sealed().cloned();
+        self.stop = given_up.or_else(|| self.core.down().cloned());
         self.deliver(outputs);
     }
 
     /// Statistics first: whoever sees its request finished sees it counted as well.
     fn deliver(&mut self, outputs: Vec<RequestOutput>) {
         self.publish_stats();
-        for RequestOutput { id, event } in outputs {
-            let finished = matches!(event, OutputEvent::Finished { .. });
-            let stream = self.streams.get(&id).expect("only requests that have not ended have output");
-            if stream.send(event).is_err() {
-                self.dropped_events += 1;
-            }
-            if finished {
-                self.streams.remove(&id);
-            }
-        }
+        let mut streams = self.shared.streams.lock();
+        let lost = outputs.into_iter().map(|output| streams.send(output)).filter(|sent| !sent).count();
+        self.dropped_events += lost as u64;
     }
 
     fn publish_stats(&self) {
         for (shared, left_queue) in self.shared.left_queue.iter().zip(self.core.left_queue()) {
             shared.store(left_queue, Ordering::Release);
         }
-        *self.shared.stats.lock() = EngineStats {
+        let mut stats = self.shared.stats.lock();
+        // Whoever gave the thread up has the last word: it comes to these statistics behind the streams.
+        if self.shared.streams.lock().sealed().is_some() {
+            return;
+        }
+        *stats = EngineStats {
             alive: self.stop.is_none(),
             dropped_events: self.dropped_events,
             last_step: self.last_step,
@@ -192,26 +266,23 @@ impl EngineThread {
         let failure = self.stop.get_or_insert(EngineFailure::ShuttingDown).clone();
         self.shared.gate.lock().down = true;
         for command in self.commands.try_iter().collect::<Vec<_>>() {
-            if let Command::Submit(submissions) = command {
-                for submission in submissions {
-                    self.streams.insert(submission.id, submission.events);
-                    if sound {
-                        self.core.add(submission.id, submission.group, submission.request, submission.arrival);
-                    }
+            match command {
+                Command::Submit(submissions) if sound => self.obey(Command::Submit(submissions)),
+                Command::Submit(submissions) => {
+                    let mut streams = self.shared.streams.lock();
+                    submissions.into_iter().for_each(|submission| streams.insert(submission.id, submission.events));
                 }
+                _ => {}
             }
         }
         if sound {
             let outputs = self.core.fail_all(&failure, self.now());
             self.deliver(outputs);
         } else {
-            self.shared.stats.lock().alive = false;
-            for stream in std::mem::take(&mut self.streams).into_values() {
-                let reason = FinishReason::Error(failure.clone());
-                let (usage, timings) = (Usage::default(), Timings::default());
-                // A client that has left needs no news.
-                let _ = stream.send(OutputEvent::Finished { reason, usage, timings });
-            }
+            let mut stats = self.shared.stats.lock();
+            (stats.alive, stats.failure) = (false, Some(failure.clone()));
+            drop(stats);
+            self.shared.streams.lock().seal(&failure);
         }
         *self.shared.step_started.lock() = None;
         self.shared.drained.send_replace(true);
@@ -224,7 +295,7 @@ mod tests {
 
     use super::*;
     use crate::sim::{MockModel, MockRunner};
-    use crate::{Request, SubmitError};
+    use crate::{FinishReason, OutputEvent, Request, SubmitError};
 
     #[test]
     fn a_panic_of_the_engine_itself_still_ends_every_request() {

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
+use crate::streams::Streams;
 use crate::{EngineStats, OutputEvent, Request, RequestId, SpeculationConfig, SubmitError};
 
 /// Limits of the engine. Those that exceed what the runner can do are lowered to it.
@@ -33,6 +34,11 @@ pub struct EngineConfig {
     pub speculation: Option<SpeculationConfig>,
     /// Steps that may fail in a row before the engine gives up on the runner.
     pub max_failed_steps: u32,
+    /// Runners that may be loaded in the place of a broken one, in a row and without a step between, before the engine
+    /// gives up; for [`crate::spawn_rebuildable`].
+    pub max_rebuilds: u32,
+    /// How long a step may take before the device counts as hung and the engine gives up; `None`: for ever.
+    pub device_timeout: Option<Duration>,
 }
 
 impl Default for EngineConfig {
@@ -45,6 +51,8 @@ impl Default for EngineConfig {
             cache_namespace: Vec::new(),
             speculation: None,
             max_failed_steps: 3,
+            max_rebuilds: 3,
+            device_timeout: None,
         }
     }
 }
@@ -82,6 +90,7 @@ pub(crate) struct Shared {
     /// How many accepted requests have started, or ended without starting: of the foreground, and of the background.
     pub left_queue: [AtomicU64; 2],
     pub stats: Mutex<EngineStats>,
+    pub streams: Mutex<Streams>,
     pub step_started: Mutex<Option<Instant>>,
     /// True once nothing is in flight and nothing new will come.
     pub drained: watch::Sender<bool>,

@@ -10,22 +10,26 @@ mod constrain;
 mod core;
 mod engine;
 mod handle;
+mod rebuild;
 mod request;
 mod scheduler;
 mod sequence;
 mod shared;
 mod speculate;
 mod stats;
+mod streams;
+mod watchdog;
 
 pub mod sim;
 
-pub use baton_model::{Adapter, RunSpec, Runner, SampledToken, SamplingParams};
-pub use engine::{Engine, spawn};
+pub use baton_model::{Adapter, RunError, RunSpec, Runner, SampledToken, SamplingParams};
+pub use engine::{Engine, spawn, spawn_rebuildable};
 pub use handle::{EngineConfig, EngineHandle, OutputStream};
+pub use rebuild::Rebuild;
 pub use request::{
     CacheScope, EngineFailure, FinishReason, HiddenStates, OutputEvent, PositionScore, PromptScores, Request,
     RequestId, SubmitError, Timings, Usage,
 };
 pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};
-pub use stats::{BlockStats, EngineStats, FinishedCounts, StepTokens};
+pub use stats::{BlockStats, DeviceFailures, EngineStats, FinishedCounts, StepTokens};

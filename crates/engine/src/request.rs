@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Adapter, ConstraintError, Grammar, SamplingParams, SequenceFailure};
+use baton_model::{Adapter, ConstraintError, Grammar, RunError, SamplingParams, SequenceFailure};
 
 /// The engine's own number for a request; strings that clients send are never keys. Ids grow in the order of
 /// acceptance, and those of background requests are above all others: of one priority, a smaller id goes first.
@@ -232,9 +232,15 @@ pub enum EngineFailure {
     /// The model computed NaN or infinity for this request. It would do so again.
     #[error("the model computed logits that are not finite")]
     NonFiniteLogits,
-    /// The device failed during a step of this request.
-    #[error("the device failed: {0}")]
-    DeviceFailed(String),
+    /// The device failed during a step of this request, or for good.
+    #[error(transparent)]
+    Device(#[from] RunError),
+    /// The device has not done a step within [`crate::EngineConfig::device_timeout`], which is this long.
+    #[error("the device has not answered for {} s", .0.as_secs_f32())]
+    Hung(Duration),
+    /// The device was set up anew, and the request's adapter could not be loaded again.
+    #[error("the adapter could not be loaded again after the device was set up anew")]
+    AdapterLost,
     /// Our own code panicked during a step of this request.
     #[error("the engine failed internally")]
     Panicked,

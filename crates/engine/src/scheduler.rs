@@ -27,7 +27,10 @@ use crate::block_manager::{BlockHasher, BlockManager};
 use crate::constrain::MaskJob;
 use crate::sequence::{Rank, Sequence, Start};
 use crate::speculate::{lookup, worth};
-use crate::{DraftMethod, EngineConfig, EngineStats, OutputEvent, RequestId, SpeculationConfig, SpeculationStats};
+use crate::{
+    DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, SpeculationConfig,
+    SpeculationStats,
+};
 
 /// An event for the client of one request.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,12 +81,17 @@ impl Scheduler {
         }
     }
 
-    /// Adds a request that the engine can finish. Its id is larger than all before in its class.
-    pub fn add(&mut self, sequence: Sequence) {
+    /// Adds a request that the engine can finish. Its id is larger than all before in its class. Ends it at once if its
+    /// adapter is of a runner that is gone.
+    pub fn add(&mut self, mut sequence: Sequence, now: Duration) -> Option<RequestOutput> {
         let is_background = sequence.id.is_background();
         let is_later = |other: &Sequence| other.id < sequence.id || other.id.is_background() != is_background;
         debug_assert!(self.waiting.values().all(is_later));
+        if !sequence.renew_adapter() {
+            return Some(self.finish(sequence, FinishReason::Error(EngineFailure::AdapterLost), now));
+        }
         self.waiting.insert(sequence.rank(), sequence);
+        None
     }
 
     /// Whether there is nothing to do.

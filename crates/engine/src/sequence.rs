@@ -95,6 +95,13 @@ impl Sequence {
         }
     }
 
+    /// Takes its adapter as the present runner has it; false if that does not have it.
+    pub fn renew_adapter(&mut self) -> bool {
+        let Some(adapter) = &self.adapter else { return true };
+        self.adapter = adapter.current();
+        self.adapter.is_some()
+    }
+
     pub fn rank(&self) -> Rank {
         Rank { is_background: self.id.is_background(), priority: self.priority, id: self.id }
     }

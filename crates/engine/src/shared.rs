@@ -68,7 +68,7 @@ impl View {
     fn with<T>(&self, work: impl FnOnce(&mut State) -> Result<T, RunError>) -> Result<T, RunError> {
         let mut state = self.state.lock();
         if state.views != self.number {
-            return Err(RunError("another engine has taken the model over".into()));
+            return Err(RunError::Failed("another engine has taken the model over".into()));
         }
         work(&mut state)
     }
@@ -168,7 +168,9 @@ mod tests {
         let (first, first_engine) = spawn(shared.view(32, 50).unwrap(), EngineConfig::default());
         let (second, _second_engine) = spawn(shared.view(32, 50).unwrap(), EngineConfig::default());
         let failed = collect(first.submit(request(3)).unwrap()).1;
-        assert!(matches!(failed, FinishReason::Error(EngineFailure::DeviceFailed(why)) if why.contains("taken")));
+        assert!(
+            matches!(failed, FinishReason::Error(EngineFailure::Device(RunError::Failed(why))) if why.contains("taken"))
+        );
         let request = request(30);
         assert_eq!(collect(second.submit(request.clone()).unwrap()), (MODEL.solo(&request), FinishReason::Length));
         first.shutdown();

@@ -6,6 +6,8 @@ mod background;
 #[cfg(test)]
 mod cases;
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod grammars;
 #[cfg(test)]
 mod invariants;

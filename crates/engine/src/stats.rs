@@ -3,14 +3,20 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::SpeculationStats;
+use baton_model::RunError;
+
+use crate::{EngineFailure, SpeculationStats};
 
 /// A snapshot of the engine. Counters start at zero with the engine and never fall; unless they say otherwise they
 /// count foreground and background alike.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct EngineStats {
-    /// Whether the engine takes steps. False once it was shut down or gave up on its device.
+    /// Whether the engine takes steps, or will again. False once it was shut down or gave up on its device.
     pub alive: bool,
+    /// Whether another runner is being loaded in the place of one that failed; meanwhile requests wait.
+    pub rebuilding: bool,
+    /// Why the engine gave up, if it did.
+    pub failure: Option<EngineFailure>,
     /// Gauge: foreground sequences that hold cache blocks and advance with every step.
     pub running: usize,
     /// Gauge: foreground sequences that wait for their first step or, preempted, for their next.
@@ -41,6 +47,10 @@ pub struct EngineStats {
     pub dropped_events: u64,
     /// Counter: steps that the runner failed as a whole.
     pub failed_steps: u64,
+    /// Counters: failures of the device.
+    pub device_failures: DeviceFailures,
+    /// Counter: runners loaded in the place of one that failed.
+    pub rebuilds: u64,
     /// Tokens computed per step; its count is the number of steps done.
     pub step_tokens: StepTokens,
     /// How long the last step took.
@@ -88,6 +98,36 @@ impl FinishedCounts {
     /// All requests that ended.
     pub fn total(&self) -> u64 {
         self.stop + self.length + self.aborted + self.error
+    }
+}
+
+/// Failures of the device, by class.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DeviceFailures {
+    /// [`RunError::Failed`].
+    pub failed: u64,
+    /// [`RunError::OutOfMemory`].
+    pub out_of_memory: u64,
+    /// [`RunError::Poisoned`].
+    pub poisoned: u64,
+    /// [`RunError::Lost`].
+    pub lost: u64,
+    /// [`EngineFailure::Hung`].
+    pub hung: u64,
+}
+
+impl DeviceFailures {
+    /// Counts a failure, if it is the device's.
+    pub(crate) fn count(&mut self, failure: &EngineFailure) {
+        let counter = match failure {
+            EngineFailure::Device(RunError::Failed(_)) => &mut self.failed,
+            EngineFailure::Device(RunError::OutOfMemory(_)) => &mut self.out_of_memory,
+            EngineFailure::Device(RunError::Poisoned(_)) => &mut self.poisoned,
+            EngineFailure::Device(RunError::Lost(_)) => &mut self.lost,
+            EngineFailure::Hung(_) => &mut self.hung,
+            _ => return,
+        };
+        *counter += 1;
     }
 }
 

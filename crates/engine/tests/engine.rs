@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use baton_engine::sim::{MockControl, MockModel, MockRunner};
 use baton_engine::{
     Adapter, Engine, EngineConfig, EngineFailure, EngineHandle, FinishReason, OutputEvent, OutputStream, PromptScores,
-    Request, RunSpec, SamplingParams, SubmitError, Usage, spawn,
+    Request, RunError, RunSpec, SamplingParams, SubmitError, Usage, spawn, spawn_rebuildable,
 };
 use baton_model::{Constraint, ConstraintError, Grammar, TokenMask};
 
 const MODEL: MockModel = MockModel::Hash { seed: 11, vocab_size: 500, end: Some((0, 20)) };
 
-fn start(config: EngineConfig) -> (EngineHandle, Engine, MockControl) {
-    let spec = RunSpec {
+fn spec() -> RunSpec {
+    RunSpec {
         vocab_size: 500,
         max_model_len: 4000,
         block_size: 8,
@@ -24,8 +24,11 @@ fn start(config: EngineConfig) -> (EngineHandle, Engine, MockControl) {
         max_step_tokens: 64,
         max_step_sequences: 16,
         max_draft_tokens: 5,
-    };
-    let runner = MockRunner::new(spec, MODEL);
+    }
+}
+
+fn start(config: EngineConfig) -> (EngineHandle, Engine, MockControl) {
+    let runner = MockRunner::new(spec(), MODEL);
     let control = runner.control();
     let (handle, engine) = spawn(Box::new(runner), config);
     (handle, engine, control)
@@ -172,7 +175,7 @@ fn r14_a_device_that_keeps_failing_takes_the_engine_down_and_nobody_hangs() {
     let waiting: Vec<_> = (0..40).map(|family| handle.submit(request(family, 30)).unwrap()).collect();
     control.release();
     for stream in waiting.into_iter().chain([failing]) {
-        assert_eq!(reason(stream), FinishReason::Error(EngineFailure::DeviceFailed("mock fault".into())));
+        assert_eq!(reason(stream), FinishReason::Error(EngineFailure::Device(RunError::Failed("mock fault".into()))));
     }
     engine.join();
     assert!(!handle.stats().alive);
@@ -409,4 +412,136 @@ fn a_time_limit_counts_from_submission_to_the_last_token() {
     assert_eq!(usage.completion_tokens, tokens.len());
     assert!(tokens.len() <= 20, "a step takes two milliseconds at least");
     assert_eq!(collect(limited(Duration::ZERO)).1, FinishReason::Error(EngineFailure::DeadlineExceeded));
+}
+
+/// An engine whose runner can be replaced.
+fn start_rebuildable(config: EngineConfig) -> (EngineHandle, Engine, MockControl) {
+    let runner = MockRunner::new(spec(), MODEL);
+    let (control, rebuild) = (runner.control(), runner.rebuild());
+    let (handle, engine) = spawn_rebuildable(Box::new(runner), rebuild, config);
+    (handle, engine, control)
+}
+
+fn poisoned() -> RunError {
+    RunError::Poisoned("mock fault".into())
+}
+
+/// An engine whose runner has just broken, and none other is there before the release; and one that waited meanwhile.
+fn rebuilding() -> (EngineHandle, Engine, MockControl, OutputStream) {
+    let (handle, engine, control) = start_rebuildable(EngineConfig { max_num_seqs: 1, ..EngineConfig::default() });
+    let running = hang(&handle, &control);
+    let waiting = handle.submit(request(1, 20)).unwrap();
+    control.fail_steps_with(1, poisoned());
+    control.hang_rebuilds();
+    // The step alone: the rebuild goes on hanging.
+    control.release_steps();
+    assert_eq!(reason(running), FinishReason::Error(EngineFailure::Device(poisoned())));
+    eventually(|| handle.stats().rebuilding);
+    (handle, engine, control, waiting)
+}
+
+#[test]
+fn r14_while_another_runner_is_loaded_requests_wait_leave_expire_and_then_run() {
+    let (handle, _engine, control, waiting) = rebuilding();
+    eventually(|| handle.stats().waiting == 1);
+    let stats = handle.stats();
+    assert_eq!((stats.alive, stats.failure, stats.running, stats.waiting), (true, None, 0, 1));
+    let (later, left) = (handle.submit(request(2, 20)).unwrap(), handle.submit(request(3, 20)).unwrap());
+    let late = handle.submit(Request { deadline: Some(Duration::ZERO), ..request(4, 20) }).unwrap();
+    left.abort();
+    assert_eq!(reason(left), FinishReason::Aborted);
+    assert_eq!(reason(late), FinishReason::Error(EngineFailure::QueueTimeout));
+    control.release();
+    for (stream, family) in [(waiting, 1), (later, 2)] {
+        assert_eq!(collect(stream).0, MODEL.solo(&request(family, 20)));
+    }
+    let stats = handle.stats();
+    assert_eq!((stats.rebuilds, stats.rebuilding, stats.device_failures.poisoned), (1, false, 1));
+}
+
+#[tokio::test]
+async fn r19_a_drain_that_comes_while_another_runner_is_loaded_finishes_what_waits() {
+    let (handle, engine, control, waiting) = std::thread::spawn(rebuilding).join().unwrap();
+    handle.drain();
+    assert_eq!(handle.submit(request(2, 20)).err(), Some(SubmitError::Draining));
+    control.release();
+    handle.drained().await;
+    assert_eq!(std::thread::spawn(move || reason(waiting)).join().unwrap(), FinishReason::Length);
+    handle.shutdown();
+    engine.join();
+}
+
+#[test]
+fn r20_a_shutdown_does_not_wait_for_another_runner_and_neither_does_the_end_of_the_last_client() {
+    let (handle, engine, _control, waiting) = rebuilding();
+    handle.shutdown();
+    assert_eq!(reason(waiting), FinishReason::Error(EngineFailure::ShuttingDown));
+    engine.join();
+
+    let (handle, engine, _control, waiting) = rebuilding();
+    drop((handle, waiting));
+    engine.join();
+}
+
+#[test]
+fn r14_a_lost_device_ends_everything_at_once_and_the_engine_says_why_it_is_down() {
+    let (handle, engine, control) = start_rebuildable(EngineConfig::default());
+    let running = hang(&handle, &control);
+    let waiting: Vec<_> = (0..40).map(|family| handle.submit(request(family, 30)).unwrap()).collect();
+    let lost = EngineFailure::Device(RunError::Lost("mock fault".into()));
+    control.fail_steps_with(1, RunError::Lost("mock fault".into()));
+    control.release();
+    for stream in waiting.into_iter().chain([running]) {
+        assert_eq!(reason(stream), FinishReason::Error(lost.clone()));
+    }
+    engine.join();
+    let stats = handle.stats();
+    assert_eq!((stats.alive, stats.failure, stats.device_failures.lost), (false, Some(lost), 1));
+    assert_eq!(handle.submit(request(0, 3)).err(), Some(SubmitError::EngineDown));
+}
+
+#[tokio::test]
+async fn r15_a_device_that_hangs_fails_its_requests_within_the_timeout_once_and_for_all() {
+    let timeout = Duration::from_millis(300);
+    let config = EngineConfig { max_num_seqs: 1, device_timeout: Some(timeout), ..EngineConfig::default() };
+    let (handle, engine, control) = start_rebuildable(config);
+    let streams = std::thread::spawn({
+        let (handle, control) = (handle.clone(), control.clone());
+        move || {
+            let running = hang(&handle, &control);
+            // One the thread knows of, and some that it never gets to read.
+            let others: Vec<_> = (1..5).map(|family| handle.submit(request(family, 30)).unwrap()).collect();
+            drop(handle.submit(request(5, 30)));
+            others.into_iter().chain([running]).collect::<Vec<_>>()
+        }
+    });
+    for stream in streams.join().unwrap() {
+        let end = std::thread::spawn(move || collect(stream)).join().unwrap();
+        assert_eq!(end, (vec![], FinishReason::Error(EngineFailure::Hung(timeout)), Usage::default()));
+    }
+    handle.drained().await;
+    let stats = handle.stats();
+    assert_eq!((stats.alive, &stats.failure), (false, &Some(EngineFailure::Hung(timeout))));
+    assert_eq!((stats.running, stats.waiting, stats.device_failures.hung, stats.finished.error), (0, 0, 1, 6));
+    assert_eq!(handle.submit(request(0, 3)).err(), Some(SubmitError::EngineDown));
+    handle.shutdown();
+    engine.join();
+
+    // What comes of the step after all reaches nobody, and changes nothing.
+    control.release();
+    eventually(|| handle.stats().step_under_way.is_none());
+    let late = handle.stats();
+    assert_eq!((late.alive, late.failure, late.finished), (false, stats.failure, stats.finished));
+}
+
+#[test]
+fn r15_steps_that_end_in_time_trip_nothing_however_long_they_take_together() {
+    let timeout = Duration::from_secs(2);
+    let (handle, _engine, control) = start(EngineConfig { device_timeout: Some(timeout), ..EngineConfig::default() });
+    control.delay_steps(Duration::from_millis(30));
+    let before = Instant::now();
+    let long = Request { stop_token_ids: vec![], ..request(0, 100) };
+    assert_eq!(reason(handle.submit(long).unwrap()), FinishReason::Length);
+    assert!(before.elapsed() > timeout);
+    assert!(handle.stats().alive);
 }

@@ -7,6 +7,7 @@
 use std::fmt::Write;
 
 use axum::response::{IntoResponse, Response};
+use baton_engine::{EngineFailure, RunError};
 use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Serialize;
@@ -287,9 +288,41 @@ impl ApiError {
         Self::engine(message).never()
     }
 
+    /// The device failed this request.
+    pub fn device(error: &RunError) -> Self {
+        let (code, message) = match error {
+            RunError::Failed(_) => ("engine_error", "the device failed"),
+            RunError::OutOfMemory(_) => ("device_out_of_memory", "the device had no memory for the request"),
+            RunError::Poisoned(_) => ("device_poisoned", "the device failed, and must be set up anew"),
+            RunError::Lost(_) => ("device_lost", "the device is lost"),
+        };
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, code, message)
+    }
+
+    /// The device does not answer.
+    pub fn device_hung() -> Self {
+        let message = "the device does not answer";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "device_hung", message)
+    }
+
     /// The engine takes no steps any more.
     pub fn engine_down() -> Self {
         Self::unavailable("engine_down", 5, "the engine has stopped")
+    }
+
+    /// As [`engine_down`](Self::engine_down), for whoever looks after the server.
+    pub fn engine_down_by(failure: &EngineFailure) -> Self {
+        let code = match failure {
+            EngineFailure::Device(RunError::Lost(_)) => "device_lost",
+            EngineFailure::Hung(_) => "device_hung",
+            _ => "engine_down",
+        };
+        Self::unavailable(code, 5, &format!("the engine has stopped: {failure}"))
+    }
+
+    /// The device has failed, and the model is not back yet.
+    pub fn rebuilding() -> Self {
+        Self::unavailable("rebuilding", 2, "the device has failed, and the model is being loaded again")
     }
 
     /// Our own fault.

@@ -200,7 +200,13 @@ impl Generation {
     /// Whether requests would be answered: its hand-off allows it and its engine runs.
     pub fn ready(&self) -> Result<(), ApiError> {
         self.handoff.check()?;
-        if self.engine.stats().alive { Ok(()) } else { Err(ApiError::engine_down()) }
+        let stats = self.engine.stats();
+        match stats.failure {
+            Some(failure) => Err(ApiError::engine_down_by(&failure)),
+            None if !stats.alive => Err(ApiError::engine_down()),
+            None if stats.rebuilding => Err(ApiError::rebuilding()),
+            None => Ok(()),
+        }
     }
 
     /// Requests that hold it.

@@ -276,9 +276,10 @@ pub fn stored_dtype(files: &Files) -> Result<DType, LoadError> {
         Files::Gguf(path) => gguf::open(files, path)?,
         _ => open(files)?,
     };
-    Ok(match opened.checkpoint.dtype(arch::EMBEDDING_WEIGHT) {
-        DType::Ggml(_) => DType::BF16,
-        float => float,
+    let embedding = opened.checkpoint.entries().find(|entry| entry.name == arch::EMBEDDING_WEIGHT);
+    Ok(match embedding.and_then(|entry| entry.dtype()) {
+        None | Some(DType::Ggml(_)) => DType::BF16,
+        Some(float) => float,
     })
 }
 

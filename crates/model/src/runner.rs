@@ -326,7 +326,13 @@ fn adapted_rows<B: Backend>(plan: &StepPlan, rank: usize) -> Vec<AdaptedRows<'_,
 
 impl From<DeviceError> for RunError {
     fn from(error: DeviceError) -> Self {
-        RunError(error.to_string())
+        let words = error.to_string();
+        match error {
+            DeviceError::OutOfMemory { .. } => Self::OutOfMemory(words),
+            DeviceError::Poisoned { .. } => Self::Poisoned(words),
+            DeviceError::Lost { .. } => Self::Lost(words),
+            _ => Self::Failed(words),
+        }
     }
 }
 

@@ -212,10 +212,22 @@ pub enum SequenceFailure {
     Grammar(#[from] ConstraintError),
 }
 
-/// A failure of the whole step.
-#[derive(Debug, thiserror::Error)]
-#[error("the device failed: {0}")]
-pub struct RunError(pub String);
+/// A failure of the whole step, by what can be asked of the runner from then on; with the device's own words.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RunError {
+    /// The step has failed. Once its blocks are cleared, another may go well.
+    #[error("the device failed: {0}")]
+    Failed(String),
+    /// As [`Failed`](Self::Failed), for want of memory.
+    #[error("the device has no memory for the step: {0}")]
+    OutOfMemory(String),
+    /// Nothing: it must be dropped, and another be loaded in its place.
+    #[error("the device must be set up anew: {0}")]
+    Poisoned(String),
+    /// Nothing, and no other can be loaded in its place: the device is gone.
+    #[error("the device is lost: {0}")]
+    Lost(String),
+}
 
 /// What the engine must know of a runner. Fixed for its life.
 #[derive(Debug, Clone, PartialEq)]

@@ -13,13 +13,15 @@ use baton_model::{
     stored_dtype,
 };
 
+use crate::memory;
+
 /// How long a rank is waited for by the others, which are as far as it is but for differences of load.
 const RANK_TIMEOUT: Duration = Duration::from_secs(60);
 
-use crate::memory;
-
-/// The longest that an Ascend device is waited for.
+/// The longest that an Ascend device is waited for, where nothing is said.
 const ASCEND_TIMEOUT: Duration = Duration::from_secs(60);
+/// Where it is to be waited for without end: the longest that its runtime can be told.
+const FOR_EVER: Duration = Duration::from_millis(i32::MAX as u64);
 
 /// A device by the name an operator gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +32,23 @@ pub enum Device {
     Reference,
     /// A Huawei Ascend NPU, by its number among those that the runtime sees.
     Ascend(u32),
+}
+
+/// How a device is used.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceOptions {
+    /// Among how many of its kind the model is shared out.
+    pub ranks: usize,
+    /// Of the host; 0 takes all cores.
+    pub threads: usize,
+    /// The longest that a step may wait for the device; `None`: for ever.
+    pub timeout: Option<Duration>,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        Self { ranks: 1, threads: 0, timeout: None }
+    }
 }
 
 /// Loads the adapter of a folder, for one runner.
@@ -109,8 +128,18 @@ impl Device {
         })
     }
 
-    /// Loads a checkpoint onto so many ranks of the device; `threads` 0 takes all cores.
-    pub fn load(self, ranks: usize, threads: usize, files: &Files, options: &LoadOptions) -> Result<Loaded> {
+    /// `--device-timeout`, or what the device needs where nothing is said. The CPU computes on threads of ours, and a step
+    /// of a large model may rightly take minutes there.
+    pub fn timeout(self, given: Option<Duration>) -> Option<Duration> {
+        match self {
+            Device::Cpu | Device::Reference => given.filter(|timeout| !timeout.is_zero()),
+            Device::Ascend(_) => Some(given.unwrap_or(ASCEND_TIMEOUT)).filter(|timeout| !timeout.is_zero()),
+        }
+    }
+
+    /// Loads a checkpoint onto the device.
+    pub fn load(self, device: DeviceOptions, files: &Files, options: &LoadOptions) -> Result<Loaded> {
+        let DeviceOptions { ranks, threads, timeout } = device;
         let cpu = CpuOptions { threads, isa: None };
         Ok(match (self, ranks) {
             (Device::Cpu, 1) => erased(CpuBackend::new(&cpu)?, files, options)?,
@@ -121,7 +150,8 @@ impl Device {
                 let own = self.activations(&self.probe());
                 let stored =
                     || stored_dtype(files).map(|stored| *own.iter().find(|d| **d == stored).unwrap_or(&own[0]));
-                let device = ascend(number, options.dtype.map_or_else(stored, Ok)?);
+                let activations = options.dtype.map_or_else(stored, Ok)?;
+                let device = AscendOptions { timeout: timeout.unwrap_or(FOR_EVER), ..ascend(number, activations) };
                 if ranks == 1 {
                     erased(AscendBackend::new(&device)?, files, options)?
                 } else {
@@ -174,4 +204,18 @@ fn erased_loader<B: Backend>(loader: AdapterLoader<B>) -> LoadAdapter {
 
 fn case_runner<B: conformance::Full>(backend: B) -> CaseRunner {
     CaseRunner { caps: backend.caps().clone(), run: Box::new(move |case| conformance::run(case, &backend)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_of_the_cpu_are_timed_only_if_that_is_asked_for() {
+        for device in [Device::Cpu, Device::Reference] {
+            let timeout = |seconds: Option<u64>| device.timeout(seconds.map(Duration::from_secs));
+            assert_eq!([timeout(None), timeout(Some(0))], [None; 2]);
+            assert_eq!(timeout(Some(5)), Some(Duration::from_secs(5)));
+        }
+    }
 }

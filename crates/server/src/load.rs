@@ -14,10 +14,11 @@ use sha2::{Digest as _, Sha256};
 use tracing::info;
 
 use crate::{
-    backend::{Device, Loaded},
+    backend::{Device, DeviceOptions, Loaded},
     bundled, encoder,
     handoff::{Handed, precision},
     pull,
+    reload::Source,
     settings::{LoraModule, Settings},
     speculative::SpeculativeConfig,
 };
@@ -30,8 +31,10 @@ pub struct Model {
     pub name: String,
     pub text: TextModel,
     pub loaded: Loaded,
-    /// By the names that the settings give them.
-    pub adapters: Vec<(String, Adapter)>,
+    /// What `loaded` can be loaded from again.
+    pub source: Source,
+    /// By the names that the settings give them, with their folders.
+    pub adapters: Vec<(String, PathBuf, Adapter)>,
     /// The report of `loaded` as JSON.
     pub report: Vec<u8>,
     /// Its bundle, as far as that can be judged without computing.
@@ -75,7 +78,7 @@ fn load_files(
     let handed = Handed::open(files, settings).with_context(context)?;
     // A bundle says what it is before its weights are loaded.
     handed.generation().iter().try_for_each(accept)?;
-    let Parts { text, text_files, loaded } = parts(files, settings, free).with_context(context)?;
+    let Parts { text, text_files, loaded, source } = parts(files, settings, free).with_context(context)?;
     handed.loaded(&loaded.caps, settings.handoff).with_context(context)?;
     let generation = handed.generation().unwrap_or_else(|| generation(&loaded, &text_files));
     accept(&generation)?;
@@ -86,7 +89,7 @@ fn load_files(
         fs::write(file, &report).with_context(|| format!("--load-report {}", file.display()))?;
     }
     let adapters = adapters(settings, &loaded)?;
-    Ok(Model { name, text, loaded, adapters, report, handed, generation, fingerprint })
+    Ok(Model { name, text, loaded, source, adapters, report, handed, generation, fingerprint })
 }
 
 /// What a checkpoint consists of once it is loaded.
@@ -95,6 +98,8 @@ pub struct Parts {
     /// What the text model was made of.
     pub text_files: Vec<Vec<u8>>,
     pub loaded: Loaded,
+    /// What `loaded` can be loaded from again.
+    pub source: Source,
 }
 
 /// Loads tokenizer, template and weights.
@@ -102,24 +107,31 @@ pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Pa
     let (text, text_files) = text(files, settings)?;
     let text = settings.tool_call_parser.applied(text)?;
     let device = Device::parse(&settings.device)?;
-    let loaded = device.load(settings.tensor_parallel_size, settings.threads, files, &options(settings, free))?;
+    let device_options = DeviceOptions {
+        ranks: settings.tensor_parallel_size,
+        threads: settings.threads,
+        timeout: device.timeout(settings.device_timeout),
+    };
+    let options = options(settings, free);
+    let loaded = device.load(device_options, files, &options)?;
     let vocab = loaded.runner.spec().vocab_size;
     ensure!(
         text.vocab_size() <= vocab,
         "the tokenizer has ids up to {}, the model's vocabulary ends at {vocab}",
         text.vocab_size() - 1
     );
-    Ok(Parts { text, text_files, loaded })
+    let source = Source::new(device, device_options, files, options, &loaded.report);
+    Ok(Parts { text, text_files, loaded, source })
 }
 
 /// The adapters that the settings name.
-fn adapters(settings: &Settings, loaded: &Loaded) -> Result<Vec<(String, Adapter)>> {
+fn adapters(settings: &Settings, loaded: &Loaded) -> Result<Vec<(String, PathBuf, Adapter)>> {
     let Some(load) = &loaded.load_adapter else { return Ok(Vec::new()) };
     let adapter = |LoraModule { name, path, .. }: &LoraModule| {
         let context = || format!("--lora-modules {name}={}", path.display());
         let adapter = load(path).with_context(context)?;
         info!(name, rank = adapter.rank(), mib = adapter.bytes() >> 20, "adapter loaded");
-        Ok((name.clone(), adapter))
+        Ok((name.clone(), path.clone(), adapter))
     };
     settings.lora_modules.iter().map(adapter).collect()
 }

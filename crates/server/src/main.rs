@@ -12,6 +12,7 @@ mod load;
 mod memory;
 mod pull;
 mod quantize;
+mod reload;
 mod rollout;
 mod selftest;
 mod serve;

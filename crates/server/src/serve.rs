@@ -5,10 +5,10 @@ use std::{io::IsTerminal, net::SocketAddr, path::Path, sync::Arc, time::SystemTi
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_engine::{Engine, EngineConfig};
 use baton_http::{
-    AdapterRefusal, Adapters, Admission, ApiKey, DecoderEmbeddings, DecoderPooling, Defaults, ModelCard, NewGeneration,
-    Service, ServiceConfig, Store, StoreLimits, Surface, Tls,
+    Adapters, Admission, ApiKey, DecoderEmbeddings, DecoderPooling, Defaults, ModelCard, NewGeneration, Service,
+    ServiceConfig, Store, StoreLimits, Surface, Tls,
 };
-use baton_model::{AdapterError, LoadReport};
+use baton_model::LoadReport;
 use clap::ArgMatches;
 use tokio::{
     net::TcpListener,
@@ -25,6 +25,7 @@ use crate::{
     handoff::Gate,
     load::{self, Kind, Model},
     memory,
+    reload::{self, AdapterLoader},
     rollout::{self, Control, Journal, Serving},
     settings::{GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, PoolingType, Secret, ServeArgs, Settings},
     speculative::SpeculativeConfig,
@@ -261,16 +262,19 @@ pub fn prepare(mut model: Model, settings: &Settings, names: Option<Vec<String>>
             width: model.loaded.report.hidden_size,
         }),
     };
-    let adapters = match model.loaded.load_adapter.take() {
+    let loader = model.loaded.load_adapter.take().map(AdapterLoader::new);
+    let adapters = match loader.clone() {
         None => Adapters::none(),
-        Some(load) => Adapters::new(settings.max_loras, move |folder| load(folder).map_err(refusal)),
+        Some(loader) => Adapters::new(settings.max_loras, move |folder| loader.load(folder)),
     };
     for LoraModule { name, base_model_name, .. } in &settings.lora_modules {
         let served = base_model_name.as_ref().is_none_or(|base| card.names.contains(base));
         ensure!(served, "--lora-modules {name}: its base_model_name is not served; {} is", card.names.join(", "));
     }
-    for (name, adapter) in model.adapters {
-        adapters.add(&card, &name, adapter, false).map_err(|reason| anyhow!("--lora-modules {name}: {reason}"))?;
+    for (name, folder, adapter) in model.adapters {
+        adapters
+            .add(&card, &name, folder, adapter, false)
+            .map_err(|reason| anyhow!("--lora-modules {name}: {reason}"))?;
     }
     let config = EngineConfig {
         max_num_seqs: settings.max_num_seqs,
@@ -279,22 +283,16 @@ pub fn prepare(mut model: Model, settings: &Settings, names: Option<Vec<String>>
         enable_prefix_caching: settings.enable_prefix_caching,
         speculation: settings.speculative_config.as_ref().map(SpeculativeConfig::speculation),
         cache_namespace: model.generation.0.to_vec(),
+        device_timeout: model.source.device_timeout(),
         ..EngineConfig::default()
     };
     let Loaded { runner, report, caps, .. } = model.loaded;
-    let (handle, engine) = baton_engine::spawn(runner, config);
+    let rebuild = reload::rebuild(model.source, loader, adapters.clone());
+    let (handle, engine) = baton_engine::spawn_rebuildable(runner, rebuild, config);
     let text = Arc::new(model.text);
     let gate = Gate::new(model.handed, settings, (caps, &report), handle.clone(), text.clone());
     let new = NewGeneration { engine: handle, text, card, adapters, handoff: gate.state() };
     Ok(Generation { new, engine, report, gate })
-}
-
-fn refusal(error: AdapterError) -> AdapterRefusal {
-    let reason = error.to_string();
-    match error {
-        AdapterError::Missing { .. } => AdapterRefusal::Missing(reason),
-        _ => AdapterRefusal::Invalid(reason),
-    }
 }
 
 /// Cancelled by SIGTERM or SIGINT; a second signal ends the process at once.

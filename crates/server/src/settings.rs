@@ -18,6 +18,10 @@ pub use values::*;
 /// Tokens of a step unless others are asked for: prompts are computed hardly faster in larger ones.
 pub const STEP_TOKENS: usize = 128;
 
+fn seconds_if_any<S: serde::Serializer>(value: &Option<Duration>, s: S) -> std::result::Result<S::Ok, S::Error> {
+    value.map(|value| value.as_secs()).serialize(s)
+}
+
 fn seconds<S: serde::Serializer>(value: &Duration, s: S) -> std::result::Result<S::Ok, S::Error> {
     s.serialize_u64(value.as_secs())
 }
@@ -123,6 +127,10 @@ pub struct ServeArgs {
     /// Ranks that share out the model, a device each (tensor and expert parallelism); on cpu and reference they share the processors, which gains nothing and is there to be tried [default: 1]
     #[arg(long, value_name = "N", env = "BATON_TENSOR_PARALLEL_SIZE", help_heading = "Model")]
     pub tensor_parallel_size: Option<usize>,
+
+    /// Seconds that a step may wait for the device; then its requests end with an error, the server is neither ready nor live, and only a restart helps; 0 waits for ever [default: as the device needs; 0 for cpu and reference, whose steps may rightly take long]
+    #[arg(long, value_name = "SECONDS", env = "BATON_DEVICE_TIMEOUT", help_heading = "Model")]
+    pub device_timeout: Option<u64>,
 
     /// Precision in which weights are kept [default: auto]
     #[arg(long, value_enum, env = "BATON_DTYPE", help_heading = "Model")]
@@ -257,6 +265,9 @@ pub struct Settings {
     pub drain_timeout: Duration,
     pub device: String,
     pub tensor_parallel_size: usize,
+    /// `None`: as the device needs.
+    #[serde(serialize_with = "seconds_if_any")]
+    pub device_timeout: Option<Duration>,
     pub dtype: Dtype,
     pub quantize: Option<Quantize>,
     pub max_model_len: Option<usize>,
@@ -413,6 +424,7 @@ impl ServeArgs {
             drain_timeout: Duration::from_secs(self.drain_timeout.unwrap_or(30)),
             device: self.device.unwrap_or_else(|| "auto".into()),
             tensor_parallel_size: positive("tensor-parallel-size", self.tensor_parallel_size.unwrap_or(1))?,
+            device_timeout: self.device_timeout.map(Duration::from_secs),
             dtype: self.dtype.unwrap_or(Dtype::Auto),
             quantize: self.quantize,
             max_model_len: self.max_model_len,

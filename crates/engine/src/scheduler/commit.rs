@@ -144,6 +144,17 @@ impl Scheduler {
         outputs
     }
 
+    /// Another runner has taken the place of one that failed, after [`fail_running`](Self::fail_running): nothing is in
+    /// its cache, and adapters are as it has them. Ends the requests whose adapter it does not have.
+    pub fn renewed(&mut self, now: Duration) -> Vec<RequestOutput> {
+        debug_assert!(self.running.is_empty(), "whoever held blocks has failed");
+        self.unclean.clear();
+        let lost = self.waiting.extract_if(.., |_, sequence| !sequence.renew_adapter());
+        let lost: Vec<Sequence> = lost.map(|(_, sequence)| sequence).collect();
+        let end = |sequence| self.finish(sequence, FinishReason::Error(EngineFailure::AdapterLost), now);
+        lost.into_iter().map(end).collect()
+    }
+
     /// Ends everything.
     pub fn fail_all(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
         let all =
@@ -158,7 +169,7 @@ impl Scheduler {
     }
 
     /// The last event of a sequence that is neither running nor waiting any more and holds no block.
-    fn finish(&mut self, sequence: Sequence, reason: FinishReason, now: Duration) -> RequestOutput {
+    pub(super) fn finish(&mut self, sequence: Sequence, reason: FinishReason, now: Duration) -> RequestOutput {
         debug_assert!(sequence.table.blocks().is_empty(), "an ended sequence holds no block");
         if sequence.start.is_none() {
             self.left_queue[usize::from(sequence.id.is_background())] += 1;

@@ -52,7 +52,7 @@ fn a_failed_step_of_the_foreground_ends_the_background_that_held_blocks() {
     world.control.fail_steps(1);
     world.run();
     for id in [client, paused] {
-        assert!(matches!(world.end(id), FinishReason::Error(EngineFailure::DeviceFailed(_))));
+        assert!(matches!(world.end(id), FinishReason::Error(EngineFailure::Device(_))));
     }
     assert_eq!(world.end(waiting), &FinishReason::Length);
 }

@@ -71,6 +71,6 @@ fn a_failed_step_and_an_abort_leave_no_work_behind() {
     world.run();
     assert_eq!(world.end(again), &FinishReason::Length);
     for id in &ids[1..] {
-        assert!(matches!(world.end(*id), FinishReason::Error(EngineFailure::DeviceFailed(_))));
+        assert!(matches!(world.end(*id), FinishReason::Error(EngineFailure::Device(_))));
     }
 }

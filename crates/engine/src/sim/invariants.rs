@@ -323,6 +323,10 @@ fn only_the_faulty_fail(world: &World) -> Result<(), String> {
             let fails = record.solo.len() < record.request.max_tokens as usize;
             ensure(fails && record.tokens == record.solo, || format!("{id:?} failed to follow its grammar"))
         }
+        Some((FinishReason::Error(EngineFailure::AdapterLost), _)) => {
+            let lost = record.request.adapter.as_ref().is_some_and(|adapter| adapter.current().is_none());
+            ensure(lost, || format!("{id:?} lost no adapter"))
+        }
         Some((FinishReason::Error(failure), _)) => {
             ensure(record.faulty, || format!("{id:?} failed without a fault: {failure}"))
         }

@@ -12,9 +12,9 @@ use baton_model::{
 };
 use parking_lot::{Condvar, Mutex};
 
-use crate::{HiddenStates, PositionScore, PromptScores, Request};
+use crate::{HiddenStates, PositionScore, PromptScores, Rebuild, Request};
 
-/// How long a hanging step waits for its release at most, so that a forgotten one ends a test.
+/// How long what hangs waits for its release at most, so that a forgotten one ends a test.
 const MAX_HANG: Duration = Duration::from_secs(60);
 
 /// What stands in for the weights.
@@ -170,7 +170,7 @@ enum Slot {
     NotFiniteDraft,
 }
 
-/// Faults to come and what happened so far. Clones control the same runner.
+/// Faults to come and what happened so far. Clones control the same runner, and those that take its place.
 #[derive(Clone, Default)]
 pub struct MockControl(Arc<(Mutex<State>, Condvar)>);
 
@@ -178,9 +178,12 @@ pub struct MockControl(Arc<(Mutex<State>, Condvar)>);
 struct State {
     delay: Duration,
     fail_steps: u32,
+    fault: Option<RunError>,
     fail_clears: u32,
+    fail_rebuilds: u32,
     panic_steps: u32,
     hang: bool,
+    hang_rebuilds: bool,
     not_finite_from: BTreeMap<u64, usize>,
     not_finite_tokens: BTreeSet<u32>,
     steps: u64,
@@ -197,7 +200,24 @@ impl MockControl {
 
     /// The next `n` steps fail as a whole, having spoilt all of memory.
     pub fn fail_steps(&self, n: u32) {
-        self.0.0.lock().fail_steps = n;
+        self.fail_steps_with(n, RunError::Failed("mock fault".into()));
+    }
+
+    /// As [`fail_steps`](Self::fail_steps), with this error. A runner that says that it is poisoned or lost says so from
+    /// then on.
+    pub fn fail_steps_with(&self, n: u32, error: RunError) {
+        let mut state = self.0.0.lock();
+        (state.fail_steps, state.fault) = (n, Some(error));
+    }
+
+    /// The next `n` attempts to load another runner fail.
+    pub fn fail_rebuilds(&self, n: u32) {
+        self.0.0.lock().fail_rebuilds = n;
+    }
+
+    /// Attempts to load another runner do not return before [`release`](Self::release), or a minute.
+    pub fn hang_rebuilds(&self) {
+        self.0.0.lock().hang_rebuilds = true;
     }
 
     /// The next `n` calls to clear blocks fail.
@@ -215,9 +235,17 @@ impl MockControl {
         self.0.0.lock().hang = true;
     }
 
-    /// Ends the hang.
-    pub fn release(&self) {
+    /// Ends the hang of steps alone.
+    pub fn release_steps(&self) {
         self.0.0.lock().hang = false;
+        self.0.1.notify_all();
+    }
+
+    /// Ends what hangs.
+    pub fn release(&self) {
+        let mut state = self.0.0.lock();
+        (state.hang, state.hang_rebuilds) = (false, false);
+        drop(state);
         self.0.1.notify_all();
     }
 
@@ -259,13 +287,35 @@ pub struct MockRunner {
     /// `[num_blocks * block_size]`
     slots: Vec<Slot>,
     control: MockControl,
+    /// What it says from now on.
+    broken: Option<RunError>,
 }
 
 impl MockRunner {
     /// A runner with empty memory.
     pub fn new(spec: RunSpec, model: MockModel) -> Self {
+        Self::under(MockControl::default(), spec, model)
+    }
+
+    fn under(control: MockControl, spec: RunSpec, model: MockModel) -> Self {
         let slots = vec![Slot::Empty; spec.num_blocks * spec.block_size];
-        Self { spec, model, slots, control: MockControl::default() }
+        Self { spec, model, slots, control, broken: None }
+    }
+
+    /// Makes another one like it, under the same control.
+    pub fn rebuild(&self) -> Rebuild {
+        let (control, spec, model) = (self.control.clone(), self.spec.clone(), self.model.clone());
+        Arc::new(move || {
+            let mut state = control.0.0.lock();
+            if state.hang_rebuilds {
+                control.0.1.wait_while_for(&mut state, |state| state.hang_rebuilds, MAX_HANG);
+            }
+            if state.fail_rebuilds > 0 {
+                state.fail_rebuilds -= 1;
+                return Err("mock fault while loading".into());
+            }
+            Ok(Box::new(Self::under(control.clone(), spec.clone(), model.clone())))
+        })
     }
 
     /// Its remote control.
@@ -403,6 +453,9 @@ impl Runner for MockRunner {
 
     fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
         self.check(plan);
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
         let control = self.control.clone();
         let mut state = control.0.0.lock();
         state.steps += 1;
@@ -418,7 +471,11 @@ impl Runner for MockRunner {
         }
         if state.fail_steps > 0 {
             state.fail_steps -= 1;
-            return Err(RunError("mock fault".into()));
+            let error = state.fault.clone().expect("set with the number of steps");
+            if matches!(error, RunError::Poisoned(_) | RunError::Lost(_)) {
+                self.broken = Some(error.clone());
+            }
+            return Err(error);
         }
         if state.panic_steps > 0 {
             state.panic_steps -= 1;
@@ -444,10 +501,13 @@ impl Runner for MockRunner {
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
         let mut state = self.control.0.0.lock();
         if state.fail_clears > 0 {
             state.fail_clears -= 1;
-            return Err(RunError("mock fault while clearing".into()));
+            return Err(RunError::Failed("mock fault while clearing".into()));
         }
         state.cleared.extend(blocks);
         for &block in blocks {

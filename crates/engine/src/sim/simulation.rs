@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Grammar, RunSpec, SamplingParams};
+use baton_model::{Grammar, RunError, RunSpec, SamplingParams};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -148,7 +148,11 @@ fn simulate(seed: u64) -> Run {
             world.abort(id);
         }
         if with_faults && rng.random_bool(0.02) {
-            world.control.fail_steps(1);
+            let words = || "mock fault".into();
+            let errors = [RunError::Failed, RunError::OutOfMemory, RunError::Poisoned, RunError::Lost];
+            let error = errors[[0, 0, 0, 1, 2, 2, 2, 2, 2, 3][rng.random_range(0..10)]](words());
+            world.control.fail_steps_with(1, error);
+            world.control.fail_rebuilds([0, 0, 1, 3][rng.random_range(0..4)]);
         }
         if with_faults && rng.random_bool(0.002) {
             world.control.panic_steps(1);
@@ -202,6 +206,7 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
         ("displaced background", runs.iter().filter(|run| run.displaced > 0).count()),
         ("prefix hit", count(|stats| stats.prefix_hit_tokens > 0)),
         ("failed step", count(|stats| stats.failed_steps > 0)),
+        ("runner in the place of another", count(|stats| stats.rebuilds > 0)),
         ("accepted draft", count(|stats| stats.speculation.as_ref().is_some_and(|s| s.accepted_tokens > 9))),
         (
             "rejected draft",

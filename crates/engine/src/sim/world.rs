@@ -14,7 +14,7 @@ use crate::constrain::MaskPool;
 use crate::core::Core;
 use crate::scheduler::RequestOutput;
 use crate::sequence::Rank;
-use crate::{EngineConfig, FinishReason, OutputEvent, PositionScore, Request, RequestId, SubmitError, Usage};
+use crate::{EngineConfig, FinishReason, OutputEvent, PositionScore, Rebuild, Request, RequestId, SubmitError, Usage};
 
 /// See the head of the file.
 pub(crate) struct World {
@@ -31,6 +31,7 @@ pub(crate) struct World {
     pub displaced: usize,
     model: MockModel,
     plans: Arc<Mutex<Option<StepPlan>>>,
+    rebuild: Rebuild,
 }
 
 /// One request as its client sees it.
@@ -71,7 +72,7 @@ pub(crate) struct LastStep {
 
 /// Keeps the last plan.
 struct Recorder {
-    inner: MockRunner,
+    inner: Box<dyn Runner>,
     plans: Arc<Mutex<Option<StepPlan>>>,
 }
 
@@ -98,10 +99,10 @@ impl World {
     /// As `new`, with threads that compute masks: they decide no output, and so a seed still replays a run.
     pub fn with_mask_threads(threads: usize, spec: RunSpec, config: &EngineConfig, model: MockModel) -> Self {
         let inner = MockRunner::new(spec.clone(), model.clone());
-        let (control, plans) = (inner.control(), Arc::default());
-        let runner = Recorder { inner, plans: Arc::clone(&plans) };
+        let (control, rebuild, plans) = (inner.control(), inner.rebuild(), Arc::default());
+        let runner = Recorder { inner: Box::new(inner), plans: Arc::clone(&plans) };
         Self {
-            core: Core::new(Box::new(runner), config, [42; 32], MaskPool::new(threads)),
+            core: Core::new(Box::new(runner), true, config, [42; 32], MaskPool::new(threads)),
             control,
             spec,
             now: Duration::ZERO,
@@ -112,6 +113,7 @@ impl World {
             displaced: 0,
             model,
             plans,
+            rebuild,
         }
     }
 
@@ -138,7 +140,8 @@ impl World {
                 faulty: false,
             };
             self.journal.insert(id, record);
-            self.core.add(id, group, request, self.now);
+            let refused = self.core.add(id, group, request, self.now, self.now);
+            self.note(refused.into_iter().collect());
             ids.push(id);
         }
         Ok(ids)
@@ -159,8 +162,25 @@ impl World {
         self.control.not_finite_from(id.0, position);
     }
 
-    /// One step of the engine, and all checks.
+    /// Has another runner loaded in the place of the broken one, if it can be.
+    pub fn rebuild(&mut self) {
+        drop(self.core.take_runner());
+        let rebuilt = (self.rebuild)()
+            .map(|inner| -> Box<dyn Runner> { Box::new(Recorder { inner, plans: Arc::clone(&self.plans) }) });
+        self.last_step = LastStep::default();
+        let outputs = self.core.install(rebuilt, self.now);
+        if self.core.down().is_some() {
+            self.journal.values_mut().for_each(|record| record.faulty |= record.end.is_none());
+        }
+        self.note(outputs);
+        self.check();
+    }
+
+    /// One step of the engine, or another runner in the place of a broken one; and all checks.
     pub fn step(&mut self) {
+        if self.core.is_broken() {
+            return self.rebuild();
+        }
         let (scheduler, stats) = (self.core.scheduler(), self.core.stats());
         let failed_before = stats.failed_steps;
         let of_class = |id: &RequestId| id.is_background() == scheduler.is_background_turn();
@@ -182,6 +202,12 @@ impl World {
         self.last_step.plan = self.plans.lock().take();
         let failed = self.core.stats().failed_steps > failed_before;
         let planned = self.last_step.planned();
+        if planned.is_empty() && failed {
+            // Blocks could not be cleared: there was no step to be judged.
+            self.last_step.running_before.clear();
+            self.last_step.head_before = None;
+            plan.sequences.iter().for_each(|step| self.record_mut(RequestId(step.id)).faulty = true);
+        }
         for &id in &planned {
             self.record_mut(id).started.get_or_insert(now);
         }

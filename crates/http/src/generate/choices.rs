@@ -317,7 +317,9 @@ impl From<Finish> for Ending {
 pub(crate) fn engine_failure(failure: &EngineFailure) -> ApiError {
     match failure {
         EngineFailure::NonFiniteLogits => ApiError::engine_always("the model computed values that are not finite"),
-        EngineFailure::DeviceFailed(_) => ApiError::engine("the device failed"),
+        EngineFailure::Device(error) => ApiError::device(error),
+        EngineFailure::Hung(_) => ApiError::device_hung(),
+        EngineFailure::AdapterLost => ApiError::engine("the adapter could not be loaded again after the device failed"),
         EngineFailure::Panicked => ApiError::internal(),
         EngineFailure::ShuttingDown => ApiError::draining(),
         EngineFailure::QueueTimeout => ApiError::overloaded(),

@@ -22,6 +22,7 @@ pub(super) fn families(
     let (waiting, blocks) = (stats.waiting as f64, &stats.blocks);
     let (block_size, num_blocks) = (spec.block_size.to_string(), spec.num_blocks.to_string());
     let cache = [("block_size", block_size.as_str()), ("num_gpu_blocks", num_blocks.as_str())];
+    let device = &stats.device_failures;
     let step_seconds = stats.step_under_way.unwrap_or_default().as_secs_f64();
     let mut families = vec![
         gauge("vllm:num_requests_running", "Sequences in the batch.", stats.running as f64),
@@ -46,6 +47,11 @@ pub(super) fn families(
         ),
         gauges("vllm:cache_config_info", "Settings of the cache, as labels.", &[(&cache, 1.0)]),
         gauge("baton_engine_alive", "1 while the engine takes steps.", f64::from(u8::from(stats.alive))),
+        gauge(
+            "baton_engine_rebuilding",
+            "1 while the model is loaded again after its device failed.",
+            f64::from(u8::from(stats.rebuilding)),
+        ),
         gauge("baton_step_under_way_seconds", "How long the step under way has been running.", step_seconds),
         gauges(
             "baton_kv_blocks",
@@ -68,6 +74,18 @@ pub(super) fn families(
             stats.finished.non_finite_logits,
         ),
         counter("baton_failed_steps_total", "Steps that failed as a whole.", stats.failed_steps),
+        counters(
+            "baton_device_failures_total",
+            "Failures of the device, by what could be asked of it from then on.",
+            &[
+                (&[("class", "failed")], device.failed),
+                (&[("class", "out_of_memory")], device.out_of_memory),
+                (&[("class", "poisoned")], device.poisoned),
+                (&[("class", "lost")], device.lost),
+                (&[("class", "hung")], device.hung),
+            ],
+        ),
+        counter("baton_rebuilds_total", "Times the model was loaded again after its device failed.", stats.rebuilds),
     ];
     if let Some(drafts) = &stats.speculation {
         let positions: Vec<String> = (0..drafts.accepted_by_position.len()).map(|i| i.to_string()).collect();

@@ -2,7 +2,7 @@
 //! tested with models.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_engine::Adapter;
@@ -260,5 +260,42 @@ async fn while_draining_no_adapter_comes_or_goes() {
     server.service.drain();
     for reply in [load(&server, "x", "a").await, unload(&server, "x").await] {
         assert_eq!((reply.status, reply.error_code().as_str()), (503, "draining"));
+    }
+}
+
+#[tokio::test]
+async fn adapters_are_loaded_again_for_another_runner_and_those_that_cannot_be_are_gone() {
+    let (server, card) = Setup::default().start_loading().await;
+    // As the files are at first, and later.
+    let digest: Arc<Mutex<fn(&str) -> Option<u8>>> = Arc::new(Mutex::new(|path| path.bytes().next()));
+    let load = {
+        let digest = digest.clone();
+        move |path: &Path| match digest.lock().unwrap()(path.to_str().expect("UTF-8")) {
+            Some(digest) => Ok(Adapter::new([digest; 32], 4, 0, ())),
+            None => Err(AdapterRefusal::Missing("it is gone".into())),
+        }
+    };
+    let adapters = Adapters::new(3, load);
+    let taken: Vec<Adapter> = ["kept", "changed", "gone"]
+        .into_iter()
+        .zip(1..)
+        .map(|(name, digest)| {
+            let path = format!("{}{name}", digest as u8 as char);
+            let adapter = Adapter::new([digest; 32], 4, 0, ());
+            adapters.add(&card, name, path.into(), adapter.clone(), false).unwrap();
+            adapter
+        })
+        .collect();
+    server.install_with(card, adapters.clone());
+    *digest.lock().unwrap() = |path| match path {
+        "\u{2}changed" => Some(7),
+        "\u{3}gone" => None,
+        other => other.bytes().next(),
+    };
+    adapters.reload();
+    assert_eq!(taken.iter().map(|adapter| adapter.current().is_some()).collect::<Vec<_>>(), [true, false, false]);
+    for (name, status) in [("kept", 200), ("changed", 404), ("gone", 404)] {
+        let reply = server.chat(json!({"model": name})).await;
+        assert_eq!(reply.status, status, "{name}: {reply:?}");
     }
 }

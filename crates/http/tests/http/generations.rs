@@ -172,7 +172,7 @@ async fn adapters_belong_to_the_generation_that_serves() {
     let server = Setup::default().start_loading().await.0;
     let (first, new) = Other::saying(0, &says(0));
     let adapters = Adapters::new(1, |_| unreachable!("nothing is loaded here"));
-    adapters.add(&new.card, "adapter", Adapter::new([7; 32], 4, 0, Arc::new(())), false).unwrap();
+    adapters.add(&new.card, "adapter", "folder".into(), Adapter::new([7; 32], 4, 0, Arc::new(())), false).unwrap();
     server.service.install(NewGeneration { adapters, ..new });
     let (second, new) = Other::saying(1, &says(1));
     server.service.stage(new).unwrap();

@@ -34,6 +34,8 @@ pub struct Setup {
     pub reply: String,
     pub config: ServiceConfig,
     pub engine: EngineConfig,
+    /// Whether another runner can take the place of a broken one.
+    pub rebuildable: bool,
     pub spec: RunSpec,
     pub defaults: Defaults,
     pub drain_timeout: Duration,
@@ -45,6 +47,7 @@ impl Default for Setup {
             reply: REPLY.into(),
             config: ServiceConfig::default(),
             engine: EngineConfig::default(),
+            rebuildable: false,
             spec: RunSpec {
                 vocab_size: 1024,
                 max_model_len: 512,
@@ -111,8 +114,11 @@ impl Setup {
         let text = Arc::new(abacus());
         let model = script(&text, &self.reply);
         let runner = MockRunner::new(self.spec, model);
-        let control = runner.control();
-        let (engine, _) = baton_engine::spawn(Box::new(runner), self.engine);
+        let (control, rebuild) = (runner.control(), runner.rebuild());
+        let (engine, _) = match self.rebuildable {
+            true => baton_engine::spawn_rebuildable(Box::new(runner), rebuild, self.engine),
+            false => baton_engine::spawn(Box::new(runner), self.engine),
+        };
         let service = Service::new(self.config);
         let card = ModelCard { defaults: self.defaults, ..card(DIGEST, "fp_test") };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -6,6 +6,7 @@ mod anthropic;
 mod batches;
 mod dialect_tools;
 mod encoders;
+mod faults;
 mod generations;
 mod handoff;
 mod harness;

@@ -10,7 +10,7 @@ mod tensors;
 use std::any::Any;
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use baton_device::{Backend, Caps, DeviceError, HostLinear, HostTensor, WeightFormat};
 use sha2::{Digest, Sha256};
@@ -38,13 +38,34 @@ struct Loaded {
     bytes: u64,
     /// The runner's own form: one without a device has its own.
     weights: Box<dyn Any + Send + Sync>,
+    /// See [`Adapter::supersede`].
+    successor: OnceLock<Option<Adapter>>,
 }
 
 impl Adapter {
     /// An adapter of a runner that knows what `weights` are. `digest` tells it from every other; `rank` is its
     /// largest, `bytes` what it takes on the device.
     pub fn new(digest: [u8; 32], rank: usize, bytes: u64, weights: impl Any + Send + Sync) -> Self {
-        Self(Arc::new(Loaded { digest, rank, bytes, weights: Box::new(weights) }))
+        Self(Arc::new(Loaded { digest, rank, bytes, weights: Box::new(weights), successor: OnceLock::new() }))
+    }
+
+    /// The runner it was loaded for has been replaced: from now on every clone stands for `successor`, the same adapter
+    /// loaded for the other runner, or for none if it could not be loaded again. Only the first call counts.
+    ///
+    /// # Panics
+    /// If the successor is another adapter.
+    pub fn supersede(&self, successor: Option<Adapter>) {
+        assert!(successor.as_ref().is_none_or(|successor| successor == self), "another adapter");
+        let _ = self.0.successor.set(successor);
+    }
+
+    /// The adapter as the present runner has it; `None` if it could not be loaded again.
+    pub fn current(&self) -> Option<Adapter> {
+        let mut current = self;
+        while let Some(successor) = current.0.successor.get() {
+            current = successor.as_ref()?;
+        }
+        Some(current.clone())
     }
 
     /// SHA-256 over all that decides what it computes.

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::{count, length};
 use crate::{
-    backend::{Device, Loaded},
+    backend::{Device, DeviceOptions, Loaded},
     load, memory,
     settings::{Dtype, KvCacheDtype, Quantize, STEP_TOKENS},
 };
@@ -136,7 +136,8 @@ pub fn main(args: &LocalArgs) -> Result<()> {
         kv_cache: KvCacheSize::AtMost(memory::available_bytes().map_or(u64::MAX, |free| free / 2)),
         ..LoadOptions::default()
     };
-    let mut loaded = Device::Cpu.load(1, args.threads, &files, &options).with_context(|| format!("model {name}"))?;
+    let device = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
+    let mut loaded = Device::Cpu.load(device, &files, &options).with_context(|| format!("model {name}"))?;
     let mut results = Vec::new();
     for test in tests {
         let rates = run(&mut loaded, test, args.repetitions).with_context(|| test.name())?;

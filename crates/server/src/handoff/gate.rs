@@ -98,7 +98,13 @@ impl Gate {
             return self;
         };
         let started = Instant::now();
-        let admission = match bundle.judge(&self.engine, &self.text) {
+        let before = self.engine.stats().rebuilds;
+        let judged = bundle.judge(&self.engine, &self.text).or_else(|error| match self.engine.stats() {
+            // The device failed meanwhile, and the model is loaded again.
+            stats if stats.rebuilding || stats.rebuilds > before => bundle.judge(&self.engine, &self.text),
+            _ => Err(error),
+        });
+        let admission = match judged {
             // Whoever shut it down has no use for it any more.
             Err(_) if !self.engine.stats().alive => return self,
             Err(error) => Admission::Failed { reason: format!("{error:#}") },
