@@ -96,7 +96,7 @@ pub(super) fn append_hidden(indices: &mut Vec<i32>, pieces: &[Piece], window: us
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Part, Span, Step};
+    use super::super::{Fused, Part, Span, Step};
     use super::*;
 
     /// A step for composed attention; each sequence has a thousand blocks of its own.
