@@ -58,6 +58,15 @@ fn cases_agree_on_a2_in_f32_as_closely_as_on_the_cpu() {
 }
 
 #[test]
+fn cases_agree_whatever_the_order_of_sums() {
+    let order = |state: &str| Simulator::new().control(&format!("perturb={state}"));
+    order("on");
+    let missing = judged(A2, DType::F32, false);
+    order("off");
+    assert_eq!(missing, expected(&[], &["f16", "bf16", "int8"], &[]));
+}
+
+#[test]
 fn cases_agree_on_a2_in_bf16_within_its_roundings() {
     for fused in [false, true] {
         assert_eq!(judged(A2, DType::BF16, fused), expected(&KEPT, &["f32", "f16", "int8"], &[]));

@@ -8,7 +8,7 @@ mod common;
 use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, LoadOptions, SamplingParams, ScoreRequest, Tensors, load};
+use baton_model::{Files, SamplingParams, ScoreRequest, Tensors, load};
 use common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
 
 /// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
@@ -185,30 +185,33 @@ macro_rules! goldens {
 
 /// Products in bf16, where a machine has them, round activations as training on GPUs does. Not for experts: those of a random
 /// model differ entirely, and a rounding may choose others.
-fn dense_checkpoints_as_they_are_stored_stay_near<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
+fn dense_checkpoints_as_they_are_stored_stay_near<B: Backend + LatentOps + MoeOps>(
+    tolerance: f64,
+    make: impl Fn() -> B,
+) {
     let has_experts = |case: &str| ["mixtral", "qwen3-moe", "deepseek"].iter().any(|name| case.starts_with(name));
     for case in CASES.into_iter().filter(|case| !has_experts(case)) {
         let files = Files::folder(folder(case)).unwrap();
-        let backend = make();
-        let kv_dtype = *backend.caps().kv_dtypes.first().unwrap();
-        let mut runner = load(backend, &files, &LoadOptions { kv_dtype, ..options() }).unwrap().0;
+        let mut runner = load(make(), &files, &options()).unwrap().0;
         for prompt in prompts(case) {
             let logits = all_logits(&mut runner, &prompt.ids);
             let last = &logits[logits.len() - prompt.last_logits.len()..];
-            within(0.15, last, &prompt.last_logits, &format!("{case}, {}", prompt.name));
+            within(tolerance, last, &prompt.last_logits, &format!("{case}, {}", prompt.name));
         }
     }
 }
 
 #[test]
 fn dense_checkpoints_as_they_are_stored_stay_near_on_the_cpu() {
-    dense_checkpoints_as_they_are_stored_stay_near(cpu);
+    dense_checkpoints_as_they_are_stored_stay_near(0.15, cpu);
 }
 
-/// There every activation is rounded to the type, not only those that meet weights.
+/// There every activation is rounded to the type, not only those that meet weights: a dozen roundings a layer, each off by up to
+/// 2^-8 of numbers from which logits of up to 12 are made. Of two to four layers they add up like a random walk, to 0.05 in the mean
+/// and some times that for the worst of all logits.
 #[test]
 fn dense_checkpoints_stay_near_on_a_simulated_ascend_in_bf16() {
-    dense_checkpoints_as_they_are_stored_stay_near(|| ascend(DType::BF16));
+    dense_checkpoints_as_they_are_stored_stay_near(0.5, || ascend(DType::BF16));
 }
 
 goldens!(reference, Reference::new);
