@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, DeviceError,
     HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result,
-    RopeLayout, Rows, WeightFormat, World,
+    RopeLayout, Rows, WeightFormat, World, first_largest,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -353,6 +353,12 @@ impl Backend for CpuBackend {
     fn read(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
         out.extend_from_slice(x.data());
+        Ok(())
+    }
+
+    fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
+        out.clear();
+        out.extend(x.data().chunks_exact(x.cols()).map(first_largest));
         Ok(())
     }
 }

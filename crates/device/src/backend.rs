@@ -17,7 +17,7 @@
 
 use crate::{
     AttentionBatch, AttentionParams, Caps, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, Result,
-    RopeLayout, World,
+    RopeLayout, World, first_largest,
 };
 
 /// Size of an activation.
@@ -177,12 +177,6 @@ pub trait Backend: Send + Sync + 'static {
         out.extend(values.chunks_exact(x.cols()).map(first_largest));
         Ok(())
     }
-}
-
-/// The index of the first of the largest; `None` unless all are finite.
-fn first_largest(row: &[f32]) -> Option<u32> {
-    let largest = |best: usize, (i, x): (usize, &f32)| if *x > row[best] { i } else { best };
-    row.iter().all(|x| x.is_finite()).then(|| row.iter().enumerate().fold(0, largest) as u32)
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), absorbed: the cache

@@ -53,6 +53,14 @@ pub struct Requirements {
 }
 
 impl Caps {
+    /// How a cache is kept that rounds as little as this device can.
+    ///
+    /// # Panics
+    /// If it keeps none.
+    pub fn widest_kv_dtype(&self) -> KvDtype {
+        *KvDtype::ALL.iter().find(|dtype| self.kv_dtypes.contains(dtype)).expect("a device keeps a cache")
+    }
+
     /// Every reason why a model cannot run here; empty if it can.
     pub fn refusals(&self, needs: &Requirements) -> Vec<String> {
         let ops = needs.ops.difference(&self.ops).map(|op| format!("device {} has no {op:?}", self.device));

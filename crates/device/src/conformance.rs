@@ -4,15 +4,20 @@
 //! purpose: tails of vectors, panels and blocks are where kernels break. Inputs come from a counter
 //! hash, so a case means the same numbers on every machine. What ranks do together is [`ranks()`].
 
+mod inputs;
 mod ranks;
+mod tolerance;
+
+use inputs::{Source, activation, on_grid, router_logits};
+pub use inputs::{random_blocks, uniform};
+pub use ranks::ranks;
+use tolerance::tolerance;
 
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Reference,
-    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat, int8,
+    HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Reference, Requirements, Result,
+    RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat,
 };
-
-pub use ranks::ranks;
 
 /// What a backend must offer to run the whole list.
 pub trait Full: Backend + LatentOps + MoeOps {}
@@ -259,24 +264,18 @@ impl Outcome {
     }
 }
 
-/// Runs one case on `backend` and on the judge.
+/// Runs one case on `backend` and on the judge. Inputs are numbers that the backend's activations hold, so that both compute
+/// with the same.
 pub fn run<B: Full>(case: &Case, backend: &B) -> Result<Outcome> {
-    let judge = Reference::new();
-    let tolerance = match case {
-        // The judge does not make activations narrow: what is not on a grid differs by up to half a step of 127
-        // (of 256 for bf16) for each of two products.
-        Case::Moe { format, .. } | Case::Latent { format, .. }
-            if backend.caps().narrow_activations.contains(format) =>
-        {
-            5e-3
-        }
-        _ => 2e-5,
-    };
-    Ok(Outcome { expected: evaluate(case, &judge)?, actual: evaluate(case, backend)?, tolerance })
+    let inputs = backend.caps().activations;
+    let expected = evaluate(case, &Reference::new(), inputs)?;
+    let tolerance = tolerance(case, backend.caps(), &expected);
+    Ok(Outcome { expected, actual: evaluate(case, backend, inputs)?, tolerance })
 }
 
-/// The numbers that one backend computes for a case, all outputs one after the other.
-pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
+/// The numbers that one backend computes for a case with inputs that `inputs` holds, all outputs one after the other.
+fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> {
+    let activation = |rows: usize, cols: usize, seed: u64| activation(b, inputs, rows, cols, seed);
     match *case {
         Case::Group { rows, in_features, ref weights } => {
             let scale = (in_features as f32).sqrt().recip();
@@ -293,17 +292,17 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
         Case::Made { rows, in_features, out_features, block } => {
             let shape = vec![out_features, in_features];
             let weight = Source::new(WeightFormat::BF16, shape, 1, (in_features as f32).sqrt().recip());
-            linear(b, (&weight, None, WeightFormat::Ggml(block)), rows)
+            linear(b, (&weight, None, WeightFormat::Ggml(block)), rows, inputs)
         }
         Case::Linear { rows, in_features, out_features, format, bias } => {
             let weight = Source::new(format, vec![out_features, in_features], 1, (in_features as f32).sqrt().recip());
             let bias = bias.then(|| Source::new(WeightFormat::F32, vec![out_features], 2, 1.0));
-            linear(b, (&weight, bias.as_ref(), format), rows)
+            linear(b, (&weight, bias.as_ref(), format), rows, inputs)
         }
         Case::Norm { rows, cols, run } => {
             let weight = b.vector(&Source::new(WeightFormat::F32, vec![run], 1, 1.0).tensor())?;
-            let mut x = activation(b, rows, cols, 2)?;
-            let mut residual = activation(b, rows, cols, 3)?;
+            let mut x = activation(rows, cols, 2)?;
+            let mut residual = activation(rows, cols, 3)?;
             let (mut y, mut z) = (b.tensor(rows, cols)?, b.tensor(rows, cols)?);
             b.rms_norm(&x, &weight, 1e-6, &mut y)?;
             b.add_rms_norm(&x, &mut residual, &weight, 1e-5, &mut z)?;
@@ -311,20 +310,20 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
             outputs(b, &[&x, &y, &z, &residual])
         }
         Case::Elementwise { rows, cols } => {
-            let mut gate = activation(b, rows, cols, 1)?;
-            let up = activation(b, rows, cols, 2)?;
+            let mut gate = activation(rows, cols, 1)?;
+            let up = activation(rows, cols, 2)?;
             let (mut silu, mut gelu, mut picked) = (b.tensor(rows, cols)?, b.tensor(rows, cols)?, b.tensor(2, cols)?);
             b.gated_activation(Activation::Silu, &gate, &up, &mut silu)?;
             b.gated_activation(Activation::GeluTanh, &gate, &up, &mut gelu)?;
             b.gather_rows(&silu, &[rows as u32 - 1, 0], &mut picked)?;
             b.add(&mut gate, &up)?;
-            let mut capped = activation(b, rows, cols, 3)?;
+            let mut capped = activation(rows, cols, 3)?;
             b.scale(&mut capped, 1.7)?;
             let mut scaled = b.tensor(rows, cols)?;
             b.gather_rows(&capped, &(0..rows as u32).collect::<Vec<_>>(), &mut scaled)?;
             b.softcap(&mut capped, 0.9)?;
             let every_other: Vec<u32> = (0..rows as u32).rev().step_by(2).collect();
-            let (mut some, mut added) = (b.tensor(rows, cols)?, activation(b, rows, cols, 4)?);
+            let (mut some, mut added) = (b.tensor(rows, cols)?, activation(rows, cols, 4)?);
             b.gather_rows(&up, &every_other, &mut some)?;
             b.add_rows(&some, &every_other, &mut added)?;
             outputs(b, &[&silu, &gelu, &gate, &picked, &scaled, &capped, &added])
@@ -334,7 +333,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
             let table = b.rope_table(&HostRope { inv_freq, scale: 1.25, max_positions: MAX_POSITIONS })?;
             let mut result = Vec::new();
             for step in Ragged::new(b.caps().kv_block_size, 0).steps() {
-                let mut x = activation(b, step.num_tokens(), layout.heads * layout.head_dim, 1)?;
+                let mut x = activation(step.num_tokens(), layout.heads * layout.head_dim, 1)?;
                 b.rope(&mut x, layout, &table, &step.plan(b)?)?;
                 result.extend(outputs(b, &[&x])?);
             }
@@ -343,9 +342,9 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
         Case::Attention { params, kv, history } => {
             let AttentionParams { heads, kv_heads, head_dim, .. } = params;
             over_steps(b, (LayerKv::Full { kv_heads, head_dim }, kv), history, |cache, plan, rows, seed| {
-                let q = activation(b, rows, heads * head_dim, seed)?;
-                let k = activation(b, rows, kv_heads * head_dim, seed + 1)?;
-                let v = activation(b, rows, kv_heads * head_dim, seed + 2)?;
+                let q = activation(rows, heads * head_dim, seed)?;
+                let k = activation(rows, kv_heads * head_dim, seed + 1)?;
+                let v = activation(rows, kv_heads * head_dim, seed + 2)?;
                 let mut out = b.tensor(rows, heads * head_dim)?;
                 b.paged_attention(&q, &k, &v, cache, 1, plan, &params, &mut out)?;
                 outputs(b, &[&out])
@@ -356,9 +355,9 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
             let weight = b.latent_weight(&HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format })?;
             let scale = ((nope + rope) as f32).sqrt().recip();
             over_steps(b, (LayerKv::Latent { rank, rope }, kv), history, |cache, plan, rows, seed| {
-                let q = activation(b, rows, heads * (nope + rope), seed)?;
-                let latent = activation(b, rows, rank, seed + 1)?;
-                let key = activation(b, rows, rope, seed + 2)?;
+                let q = activation(rows, heads * (nope + rope), seed)?;
+                let latent = activation(rows, rank, seed + 1)?;
+                let key = activation(rows, rope, seed + 2)?;
                 let mut out = b.tensor(rows, heads * v)?;
                 b.latent_attention(&q, &latent, &key, &weight, cache, 1, plan, scale, &mut out)?;
                 outputs(b, &[&out])
@@ -388,8 +387,8 @@ pub fn evaluate<B: Full>(case: &Case, b: &B) -> Result<Vec<f32>> {
                     scaling_factor: 1.5,
                 },
             })?;
-            let x = activation(b, rows, hidden, 1)?;
-            let logits = activation(b, rows, experts, 2)?;
+            let x = activation(rows, hidden, 1)?;
+            let logits = router_logits(b, inputs, rows, experts)?;
             let mut out = b.tensor(rows, hidden)?;
             b.fused_moe(&x, &logits, &weights, &mut out)?;
             outputs(b, &[&out])
@@ -468,28 +467,18 @@ fn over_steps<B: Backend>(
     Ok(result)
 }
 
-/// `n` numbers in (-scale, scale) from a hash of `seed` and their index (splitmix64).
-pub fn uniform(seed: u64, n: usize, scale: f32) -> Vec<f32> {
-    let value = |i: usize| {
-        let mut z = (seed << 32 | i as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..n).map(|i| value(i) * scale).collect()
-}
-
 /// A product with a matrix kept in a format, and some of its rows.
 fn linear<B: Backend>(
     b: &B,
     (weight, bias, format): (&Source, Option<&Source>, WeightFormat),
     rows: usize,
+    inputs: DType,
 ) -> Result<Vec<f32>> {
     let &[out_features, in_features] = weight.shape.as_slice() else { unreachable!("a matrix") };
     let weight = b.linear_weight(&HostLinear { weight: weight.tensor(), bias: bias.map(Source::tensor), format })?;
     let x = match format {
         WeightFormat::Ggml(_) | WeightFormat::BF16 => on_grid(b, rows, in_features, 3)?,
-        WeightFormat::F32 | WeightFormat::F16 => activation(b, rows, in_features, 3)?,
+        WeightFormat::F32 | WeightFormat::F16 => activation(b, inputs, rows, in_features, 3)?,
     };
     let mut y = b.tensor(rows, out_features)?;
     b.linear(&x, &weight, &mut y)?;
@@ -497,82 +486,6 @@ fn linear<B: Backend>(
     let mut embedded = b.tensor(rows, in_features)?;
     b.embed(&ids, &weight, &mut embedded)?;
     outputs(b, &[&y, &embedded])
-}
-
-/// Bytes of a stored tensor.
-struct Source {
-    dtype: DType,
-    shape: Vec<usize>,
-    data: Vec<u8>,
-}
-
-impl Source {
-    /// Random values in the element type from which `format` is usually made.
-    fn new(format: WeightFormat, shape: Vec<usize>, seed: u64, scale: f32) -> Self {
-        let values = uniform(seed, shape.iter().product(), scale);
-        let (dtype, data) = match format {
-            WeightFormat::F32 => (DType::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect()),
-            WeightFormat::F16 => {
-                (DType::F16, values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect())
-            }
-            WeightFormat::Ggml(block) => (DType::Ggml(block), random_blocks(block, seed, values.len(), scale)),
-            WeightFormat::BF16 => {
-                (DType::BF16, values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect())
-            }
-        };
-        Self { dtype, shape, data }
-    }
-
-    fn tensor(&self) -> HostTensor<'_> {
-        HostTensor::new("case", self.dtype, self.shape.clone(), &self.data)
-    }
-}
-
-/// Whole blocks of random bytes with scales that keep the values of order `scale`.
-pub fn random_blocks(block: BlockFormat, seed: u64, elements: usize, scale: f32) -> Vec<u8> {
-    let count = elements / block.elements();
-    let random = uniform(seed, count * block.bytes(), 128.0);
-    let mut bytes: Vec<u8> = random.iter().map(|v| v.floor() as i8 as u8).collect();
-    // The largest value of a block of scale 1.
-    let range = match block {
-        BlockFormat::Q4_0 | BlockFormat::Q4_1 => 16.0,
-        BlockFormat::Q5_0 | BlockFormat::Q5_1 => 32.0,
-        BlockFormat::Q8_0 | BlockFormat::IQ4_NL => 128.0,
-        BlockFormat::Q2_K => 16.0 * 4.0,
-        BlockFormat::Q3_K => 32.0 * 4.0,
-        BlockFormat::Q4_K => 64.0 * 16.0,
-        BlockFormat::Q5_K => 64.0 * 32.0,
-        BlockFormat::Q6_K => 128.0 * 32.0,
-        BlockFormat::IQ4_XS => 32.0 * 128.0,
-    };
-    for (i, bytes) in bytes.chunks_exact_mut(block.bytes()).enumerate() {
-        for (j, &offset) in block.scale_offsets().iter().enumerate() {
-            // Not all equal, so that a scale taken from another block shows.
-            let factor = 1.0 - (i % 7 + j) as f32 / 16.0;
-            let value = half::f16::from_f32(scale * factor / range);
-            bytes[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    bytes
-}
-
-fn activation<B: Backend>(b: &B, rows: usize, cols: usize, seed: u64) -> Result<B::Tensor> {
-    let mut t = b.tensor(rows, cols)?;
-    b.write(&uniform(seed, rows * cols, 1.0), &mut t)?;
-    Ok(t)
-}
-
-/// Values that [`int8`] and bf16 give back as they are, so that what a kernel does with them is judged to the last digits.
-fn on_grid<B: Backend>(b: &B, rows: usize, cols: usize, seed: u64) -> Result<B::Tensor> {
-    let mut values = uniform(seed, rows * cols, 127.0);
-    for (i, block) in values.chunks_mut(int8::BLOCK).enumerate() {
-        let step = [1.0 / 64.0, 1.0 / 128.0, 1.0 / 512.0][i % 3];
-        block.iter_mut().for_each(|v| *v = v.round() * step);
-        block[i % block.len()] = 127.0 * step;
-    }
-    let mut t = b.tensor(rows, cols)?;
-    b.write(&values, &mut t)?;
-    Ok(t)
 }
 
 fn outputs<B: Backend>(b: &B, tensors: &[&B::Tensor]) -> Result<Vec<f32>> {

@@ -45,8 +45,8 @@ pub struct LoadOptions {
     pub mtp: bool,
     /// Memory for the cache, of each rank.
     pub kv_cache: KvCacheSize,
-    /// How the cache keeps its elements.
-    pub kv_dtype: KvDtype,
+    /// How the cache keeps its elements; `None` for the widest that the device has.
+    pub kv_dtype: Option<KvDtype>,
     /// Largest rank of adapters; 0 if there are to be none.
     pub max_lora_rank: usize,
 }
@@ -62,7 +62,7 @@ impl Default for LoadOptions {
             max_draft_tokens: 0,
             mtp: false,
             kv_cache: KvCacheSize::AtMost(u64::MAX),
-            kv_dtype: KvDtype::F32,
+            kv_dtype: None,
             max_lora_rank: 0,
         }
     }
@@ -229,14 +229,15 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
     if let Some(format) = options.quantization {
         log_fallbacks(format.format(), specs.values());
     }
-    let kv_dtypes = [options.kv_dtype].into();
+    let kv_dtype = options.kv_dtype.unwrap_or_else(|| backend.caps().widest_kv_dtype());
+    let kv_dtypes = [kv_dtype].into();
     let weight_formats = check_device(&backend, &config, specs.values(), &checkpoint, (formats, kv_dtypes))?;
 
     let stored_dtype = checkpoint.dtype("model.embed_tokens.weight");
     if let Some(stated) = config.dtype.filter(|stated| *stated != stored_dtype) {
         tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
     }
-    let kv = arch::kv_spec(&config, backend.world(), options.kv_dtype, backend.caps().kv_block_size);
+    let kv = arch::kv_spec(&config, backend.world(), kv_dtype, backend.caps().kv_block_size);
     let num_blocks = num_blocks(&kv, &spec, options.kv_cache)?;
     let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
 

@@ -12,7 +12,8 @@ use crate::arch::{AdaptedRows, AdapterScratch, AdapterWeights, Model, StepAdapte
 use crate::loader::Slot;
 use crate::sampler::{Sampler, score};
 use crate::step::{
-    RunError, RunSpec, Runner, Score, ScoreRequest, SequenceFailure, SequenceOutput, SequenceStep, StepOutput, StepPlan,
+    RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure, SequenceOutput,
+    SequenceStep, StepOutput, StepPlan,
 };
 
 /// A model on a device.
@@ -25,6 +26,8 @@ pub struct ModelRunner<B: Backend> {
     sampler: Sampler,
     /// Logits on the host, reused.
     logits: Vec<f32>,
+    /// Greedy tokens, reused.
+    largest: Vec<Option<u32>>,
 }
 
 /// What a model needs to run adapters.
@@ -45,7 +48,7 @@ impl<B: Backend> ModelRunner<B> {
         adapters: AdapterSupport<B>,
     ) -> Self {
         let (backend, sampler) = (Arc::new(backend), Sampler::default());
-        Self { backend, model, cache, spec, adapters, sampler, logits: Vec::new() }
+        Self { backend, model, cache, spec, adapters, sampler, logits: Vec::new(), largest: Vec::new() }
     }
 
     /// Loads adapters for this runner; `None` if it was not loaded for any (see
@@ -131,6 +134,10 @@ impl<B: Backend> ModelRunner<B> {
         let vocab = self.spec.vocab_size;
         for group in groups_of_rows(&sampling, self.spec.logit_rows()) {
             let rows: Vec<u32> = group.iter().flat_map(|s| s.rows.clone()).collect();
+            if group.iter().all(|s| s.step.sample.as_ref().is_some_and(SampleRequest::takes_the_largest)) {
+                self.take_largest(&rows, group, &mut sequences)?;
+                continue;
+            }
             self.read_logits(&rows)?;
             let mut logits = self.logits.chunks_exact(vocab);
             for Sampling { index, step, rows } in group {
@@ -208,6 +215,27 @@ impl<B: Backend> ModelRunner<B> {
                 let request = plan.sequences[*index].request_behind(&output.sampled).expect("a token was sampled");
                 output.proposed.extend(self.sampler.choose(logits, &request).ok().map(|(token, _)| token));
             }
+        }
+        Ok(())
+    }
+
+    /// Samples sequences that all take the largest logit: it is found where the logits are.
+    fn take_largest(
+        &mut self,
+        rows: &[u32],
+        group: &[Sampling<'_>],
+        outputs: &mut [SequenceOutput],
+    ) -> Result<(), DeviceError> {
+        let logits = self.model.logits(&*self.backend, rows)?;
+        self.backend.argmax(logits, &mut self.largest)?;
+        let mut largest = self.largest.as_slice();
+        for Sampling { index, step, rows } in group {
+            let (own, others) = largest.split_at(rows.len());
+            largest = others;
+            outputs[*index].sampled = step.sample_along(|drafts, _| {
+                let token = own[drafts].ok_or(SequenceFailure::NonFiniteLogits)?;
+                Ok(SampledToken { token, logprob: 0.0, top: Vec::new() })
+            });
         }
         Ok(())
     }

@@ -12,6 +12,8 @@
 
 use std::cmp::Ordering;
 
+use baton_device::first_largest;
+
 use crate::choosable::choosable;
 use crate::philox::uniform;
 use crate::{SampleRequest, SampledToken, SamplingParams, Score, ScoreRequest, SequenceFailure, TokenMask};
@@ -44,10 +46,7 @@ impl Sampler {
     /// The next token, and the most likely one under the model alone.
     pub(crate) fn choose(&mut self, logits: &[f32], request: &SampleRequest) -> Result<(u32, u32), SequenceFailure> {
         let params = &*request.params;
-        let (finite, best) = scan(logits);
-        if !finite {
-            return Err(SequenceFailure::NonFiniteLogits);
-        }
+        let best = first_largest(logits).ok_or(SequenceFailure::NonFiniteLogits)?;
         let mask = choosable(logits.len(), request)?;
         if params.temperature == 0.0 && !params.changes_logits() {
             let token = match &mask {
@@ -104,27 +103,6 @@ impl Sampler {
     }
 }
 
-/// Whether all logits are finite, and the first of the largest. Sixteen maxima side by side compile to
-/// vector code, which one maximum that carries its index does not; finding the index is cheap then.
-fn scan(logits: &[f32]) -> (bool, u32) {
-    let mut finite = [true; 16];
-    let mut max = [f32::NEG_INFINITY; 16];
-    let (chunks, rest) = logits.as_chunks::<16>();
-    for chunk in chunks {
-        for lane in 0..16 {
-            finite[lane] &= chunk[lane].is_finite();
-            max[lane] = if chunk[lane] > max[lane] { chunk[lane] } else { max[lane] };
-        }
-    }
-    for &l in rest {
-        finite[0] &= l.is_finite();
-        max[0] = if l > max[0] { l } else { max[0] };
-    }
-    let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let best = logits.iter().position(|l| *l == max).unwrap_or(0);
-    (finite.into_iter().all(|f| f), best as u32)
-}
-
 /// The bit of each lane in a word of a mask. Comparing with constants compiles to vector code, shifting by lane does not.
 const BITS: [u32; 32] = {
     let mut bits = [0; 32];
@@ -136,7 +114,7 @@ const BITS: [u32; 32] = {
     bits
 };
 
-/// The first of the largest logits that the mask allows, of finite ones. As in [`scan`], maxima side by side.
+/// The first of the largest logits that the mask allows, of finite ones. As in [`first_largest`], maxima side by side.
 fn first_max_allowed(logits: &[f32], mask: &TokenMask) -> u32 {
     let mut max = [f32::NEG_INFINITY; 32];
     let mut raise = |chunk: &[f32], word: u32| {
@@ -266,10 +244,7 @@ fn draw(candidates: &[Candidate], u: f64) -> u32 {
 
 /// What a row says of the ids in question.
 pub(crate) fn score(logits: &[f32], request: &ScoreRequest) -> Result<Score, SequenceFailure> {
-    let (finite, best) = scan(logits);
-    if !finite {
-        return Err(SequenceFailure::NonFiniteLogits);
-    }
+    let best = first_largest(logits).ok_or(SequenceFailure::NonFiniteLogits)?;
     let row = LogProbs::new(logits, best);
     let logprobs = request.ids.iter().map(|&id| row.of(id)).collect();
     Ok(Score { logprobs, top: row.top(request.top as usize), hidden: Vec::new() })

@@ -125,6 +125,19 @@ pub struct SampleRequest {
 }
 
 impl SampleRequest {
+    /// Whether the token is the one with the largest logit and nothing else is asked of the logits. It stays so as the
+    /// request advances.
+    pub(crate) fn takes_the_largest(&self) -> bool {
+        let params = &*self.params;
+        params.temperature == 0.0
+            && params.logprobs.is_none()
+            && params.allowed_token_ids.is_none()
+            && params.bad_words.is_empty()
+            && self.position >= params.min_tokens
+            && self.masks.is_none()
+            && !params.changes_logits()
+    }
+
     /// The request for the token behind `token`, which was chosen.
     pub fn advance(&mut self, token: u32) {
         self.position += 1;

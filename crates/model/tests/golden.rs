@@ -1,11 +1,14 @@
 //! Every architecture against what Hugging Face transformers computes from the same checkpoint, in
 //! float64 (see the goldens in `models/golden`): logits, greedy continuations, logprobs.
 
+#[path = "../../device-ascend/tests/common/mod.rs"]
+mod ascend_sim;
 mod common;
 
-use baton_device::{Backend, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
+use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
-use baton_model::{Files, SamplingParams, ScoreRequest, Tensors, load};
+use baton_model::{Files, LoadOptions, SamplingParams, ScoreRequest, Tensors, load};
 use common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
 
 /// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
@@ -182,12 +185,13 @@ macro_rules! goldens {
 
 /// Products in bf16, where a machine has them, round activations as training on GPUs does. Not for experts: those of a random
 /// model differ entirely, and a rounding may choose others.
-#[test]
-fn dense_checkpoints_as_they_are_stored_stay_near_on_the_cpu() {
+fn dense_checkpoints_as_they_are_stored_stay_near<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
     let has_experts = |case: &str| ["mixtral", "qwen3-moe", "deepseek"].iter().any(|name| case.starts_with(name));
     for case in CASES.into_iter().filter(|case| !has_experts(case)) {
         let files = Files::folder(folder(case)).unwrap();
-        let mut runner = load(cpu(), &files, &options()).unwrap().0;
+        let backend = make();
+        let kv_dtype = *backend.caps().kv_dtypes.first().unwrap();
+        let mut runner = load(backend, &files, &LoadOptions { kv_dtype, ..options() }).unwrap().0;
         for prompt in prompts(case) {
             let logits = all_logits(&mut runner, &prompt.ids);
             let last = &logits[logits.len() - prompt.last_logits.len()..];
@@ -196,8 +200,24 @@ fn dense_checkpoints_as_they_are_stored_stay_near_on_the_cpu() {
     }
 }
 
+#[test]
+fn dense_checkpoints_as_they_are_stored_stay_near_on_the_cpu() {
+    dense_checkpoints_as_they_are_stored_stay_near(cpu);
+}
+
+/// There every activation is rounded to the type, not only those that meet weights.
+#[test]
+fn dense_checkpoints_stay_near_on_a_simulated_ascend_in_bf16() {
+    dense_checkpoints_as_they_are_stored_stay_near(|| ascend(DType::BF16));
+}
+
 goldens!(reference, Reference::new);
 goldens!(cpu, exact_cpu);
+goldens!(ascend_in_f32, || ascend(DType::F32));
+
+fn ascend(activations: DType) -> AscendBackend {
+    AscendBackend::new(&AscendOptions { fused: true, ..ascend_sim::options(activations) }).unwrap()
+}
 
 fn cpu() -> CpuBackend {
     CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap()

@@ -7,9 +7,11 @@ use serde_json::Value;
 
 /// Crate, the workspace crates it may use, and those its tests may use besides.
 const EDGES: &[(&str, &[&str], &[&str])] = &[
+    ("baton-ascend-sim", &[], &[]),
     ("baton-device", &[], &[]),
+    ("baton-device-ascend", &["baton-device"], &["baton-ascend-sim"]),
     ("baton-device-cpu", &["baton-device"], &[]),
-    ("baton-model", &["baton-device"], &["baton-device-cpu"]),
+    ("baton-model", &["baton-device"], &["baton-ascend-sim", "baton-device-ascend", "baton-device-cpu"]),
     ("baton-oracle", &[], &["baton-device", "baton-model"]),
     ("baton-engine", &["baton-model"], &["baton-device-cpu"]),
     ("baton-text", &[], &[]),
@@ -40,8 +42,17 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
 ];
 
 /// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.
-const PLAIN: &[&str] =
-    &["baton-device", "baton-device-cpu", "baton-encoder", "baton-handoff", "baton-hub", "baton-model", "baton-text"];
+const PLAIN: &[&str] = &[
+    "baton-ascend-sim",
+    "baton-device",
+    "baton-device-ascend",
+    "baton-device-cpu",
+    "baton-encoder",
+    "baton-handoff",
+    "baton-hub",
+    "baton-model",
+    "baton-text",
+];
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))

@@ -1,10 +1,11 @@
 //! What the ranks of a backend make together, beside what [`Reference`] makes alone.
 
-use std::ops::Range;
 use std::thread;
 
-use super::{Full, Outcome, Source, activation, outputs};
-use crate::{Activation, HostExperts, HostLinear, Reference, Result, Routing, Scoring, WeightFormat};
+use super::inputs::{Source, activation, router_logits};
+use super::tolerance::tolerance;
+use super::{Case, Full, Outcome, outputs};
+use crate::{Activation, Caps, DType, HostExperts, HostLinear, Reference, Result, Routing, Scoring, WeightFormat};
 
 /// What all ranks of a backend make together of a gated network, its width shared out, and of experts, each held by one
 /// rank: the numbers of every rank one after the other, beside what the judge makes of the whole.
@@ -12,13 +13,15 @@ use crate::{Activation, HostExperts, HostLinear, Reference, Result, Routing, Sco
 /// # Panics
 /// If `backends` are not all the ranks in their order, or a rank panics.
 pub fn ranks<B: Full>(backends: &[B], format: WeightFormat) -> Result<Outcome> {
-    let whole = Parts::new(format).evaluate(&Reference::new())?;
+    let caps = backends.first().expect("a rank").caps();
+    let inputs = caps.activations;
+    let whole = Parts::new(format).evaluate(&Reference::new(), inputs)?;
     let parts: Result<Vec<Vec<f32>>> = thread::scope(|scope| {
         let threads: Vec<_> = backends
             .iter()
             .map(|b| {
                 scope.spawn(|| {
-                    let result = Parts::new(format).evaluate(b);
+                    let result = Parts::new(format).evaluate(b, inputs);
                     result.inspect_err(|_| b.leave())
                 })
             })
@@ -27,7 +30,8 @@ pub fn ranks<B: Full>(backends: &[B], format: WeightFormat) -> Result<Outcome> {
     });
     let actual = parts?.concat();
     assert_eq!(backends.iter().map(|b| b.world().rank).collect::<Vec<_>>(), (0..backends.len()).collect::<Vec<_>>());
-    Ok(Outcome { expected: whole.repeat(backends.len()), actual, tolerance: 2e-5 })
+    let tolerance = if inputs == DType::F32 { 2e-5 } else { Parts::tolerance(format, caps, &whole, backends.len()) };
+    Ok(Outcome { expected: whole.repeat(backends.len()), actual, tolerance })
 }
 
 /// A layer that ranks share out.
@@ -60,7 +64,14 @@ impl Parts {
         }
     }
 
-    fn evaluate<B: Full>(&self, b: &B) -> Result<Vec<f32>> {
+    /// As of experts, and each rank's part is rounded once more.
+    fn tolerance(format: WeightFormat, caps: &Caps, whole: &[f32], ranks: usize) -> f32 {
+        let (hidden, intermediate) = (Self::HIDDEN, Self::WIDTH);
+        let case = Case::Moe { rows: Self::ROWS, hidden, intermediate, experts: Self::EXPERTS, format, groups: None };
+        tolerance(&case, caps, whole) * (1.0 + ranks as f32 / 8.0)
+    }
+
+    fn evaluate<B: Full>(&self, b: &B, inputs: DType) -> Result<Vec<f32>> {
         let (world, format, rows) = (b.world(), self.format, Self::ROWS);
         let [network, experts @ ..] = self.weights.as_slice() else { unreachable!("as made") };
         let share = world.share(Self::WIDTH);
@@ -68,7 +79,7 @@ impl Parts {
             let weight = source.tensor().rows(share.start, share.len());
             b.linear_weight(&HostLinear { weight, bias: None, format })
         };
-        let columns = columns(&network[2], share.clone());
+        let columns = network[2].columns(share.clone());
         let bias = (world.rank == 0).then(|| self.bias.tensor());
         let (gate, up) = (into(&network[0])?, into(&network[1])?);
         let down = b.linear_weight(&HostLinear { weight: columns.tensor(), bias, format })?;
@@ -87,8 +98,8 @@ impl Parts {
             },
         })?;
 
-        let x = activation(b, rows, Self::HIDDEN, 2)?;
-        let logits = activation(b, rows, Self::EXPERTS, 3)?;
+        let x = activation(b, inputs, rows, Self::HIDDEN, 2)?;
+        let logits = router_logits(b, inputs, rows, Self::EXPERTS)?;
         let inner = || b.tensor(rows, share.len());
         let (mut gates, mut ups, mut product) = (inner()?, inner()?, inner()?);
         let (mut sum, mut routed) = (b.tensor(rows, Self::HIDDEN)?, b.tensor(rows, Self::HIDDEN)?);
@@ -100,15 +111,6 @@ impl Parts {
         b.all_reduce(&mut routed)?;
         outputs(b, &[&sum, &routed])
     }
-}
-
-/// Some columns of a matrix of floats.
-fn columns(matrix: &Source, columns: Range<usize>) -> Source {
-    let size = matrix.dtype.bytes(1);
-    let row = matrix.shape[1] * size;
-    let part = |row: &[u8]| row[columns.start * size..columns.end * size].to_vec();
-    let data = matrix.data.chunks_exact(row).flat_map(part).collect();
-    Source { dtype: matrix.dtype, shape: vec![matrix.shape[0], columns.len()], data }
 }
 
 #[cfg(test)]

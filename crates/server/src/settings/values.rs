@@ -60,7 +60,7 @@ impl Dtype {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KvCacheDtype {
-    /// float32, whatever the weights: other dtypes change results, so they are asked for.
+    /// float32, whatever the weights, where the device can: other dtypes change results, so they are asked for.
     Auto,
     Float32,
     Bfloat16,
@@ -70,13 +70,14 @@ pub enum KvCacheDtype {
 }
 
 impl KvCacheDtype {
-    /// The dtype that a cache is kept in.
-    pub fn dtype(self) -> KvDtype {
+    /// The dtype that a cache is kept in; `None` for the widest that the device has.
+    pub fn dtype(self) -> Option<KvDtype> {
         match self {
-            KvCacheDtype::Auto | KvCacheDtype::Float32 => KvDtype::F32,
-            KvCacheDtype::Bfloat16 => KvDtype::BF16,
-            KvCacheDtype::Float16 => KvDtype::F16,
-            KvCacheDtype::Int8 => KvDtype::Int8,
+            KvCacheDtype::Auto => None,
+            KvCacheDtype::Float32 => Some(KvDtype::F32),
+            KvCacheDtype::Bfloat16 => Some(KvDtype::BF16),
+            KvCacheDtype::Float16 => Some(KvDtype::F16),
+            KvCacheDtype::Int8 => Some(KvDtype::Int8),
         }
     }
 }

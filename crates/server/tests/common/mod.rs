@@ -1,6 +1,7 @@
 //! What several of these tests need.
 #![allow(dead_code)] // each test takes what it needs
 
+pub mod abacus;
 pub mod bundle;
 
 use std::{fs, path::Path};

@@ -1,0 +1,529 @@
+//! The device traits: checks shapes, and queues each operation for the owner thread.
+
+use std::collections::BTreeSet;
+use std::ffi::CStr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use baton_device::{
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, HostLatent, HostLinear, HostRope,
+    HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat,
+};
+
+use crate::cache::KvCache;
+use crate::chip::Chip;
+use crate::device::{Device, DeviceOptions, check, encode};
+use crate::error::AscendError;
+use crate::forms::{self, CacheShape, Forms, LatentForm, LatentShape, NormShape};
+use crate::libraries::{Acl, Search};
+use crate::linear::{Linear, float_bytes, linear_group};
+use crate::object::{DataType, View};
+use crate::ops::fused_rows::add_rms_norm;
+use crate::ops::latent::LatentView;
+use crate::ops::{attention, fused_attention, fused_latent, index, latent, rope, rows};
+use crate::owner::Owner;
+use crate::plan::{AttentionPlan, Part, Step, mask_rows};
+use crate::tensor::{Buffer, Tensor, Vector};
+
+/// How a device is opened.
+#[derive(Debug, Clone)]
+pub struct AscendOptions {
+    /// Number among the devices that the runtime sees.
+    pub device: u32,
+    /// Where the libraries are.
+    pub search: Search,
+    /// Element type of activations; that of the checkpoint is natural. f32 computes everything in f32, for comparisons.
+    pub activations: DType,
+    /// The longest wait for the device.
+    pub timeout: Duration,
+    /// Wait behind every operator, so that an error names its cause.
+    pub blocking: bool,
+    /// Take fused operators where chip and shape allow; without them everything is composed of simple ones, for comparisons.
+    pub fused: bool,
+}
+
+/// An Ascend device.
+pub struct AscendBackend {
+    pub(crate) caps: Caps,
+    pub(crate) chip: Chip,
+    pub(crate) activations: DataType,
+    pub(crate) forms: Forms,
+    pub(crate) owner: Arc<Owner>,
+    /// [`mask_rows`], `[2 * (BLOCK + 1), BLOCK]` in f32.
+    masks: Buffer,
+    /// Windows that attention was asked for, so that plans foresee them.
+    windows: Mutex<BTreeSet<usize>>,
+}
+
+/// Tokens of a cache block: what fused attention takes everywhere.
+pub(crate) const BLOCK: usize = 128;
+
+impl AscendBackend {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] with what is missing: libraries, driver, device, or a chip that is known.
+    pub fn new(options: &AscendOptions) -> Result<Self> {
+        let name = format!("ascend:{}", options.device);
+        let unavailable = |reason: String| DeviceError::Unavailable { device: name.clone(), reason };
+        let acl = open_libraries(&options.search).map_err(&unavailable)?;
+        let (count, soc) = devices(acl).map_err(|error| unavailable(error.to_string()))?;
+        if options.device >= count {
+            return Err(unavailable(format!(
+                "the runtime sees {count} devices{}",
+                if count == 0 {
+                    ": no driver (a toolkit without one puts a stub in its place), or none that this process may use"
+                } else {
+                    ""
+                }
+            )));
+        }
+        let Some(chip) = Chip::from_soc_name(&soc) else {
+            return Err(unavailable(format!("the chip calls itself {soc:?}; known are 910B (A2), 910C (A3) and 310P")));
+        };
+        let activations = match options.activations {
+            DType::BF16 if !chip.has_bf16() => {
+                return Err(unavailable(format!("{chip} has no bf16 in any operator: ask for float16")));
+            }
+            DType::BF16 => DataType::BF16,
+            DType::F16 => DataType::F16,
+            DType::F32 => DataType::F32,
+            DType::Ggml(format) => return Err(unavailable(format!("activations are floats, not {format}"))),
+        };
+        let device = DeviceOptions { id: options.device as i32, timeout: options.timeout, blocking: options.blocking };
+        let owner = Arc::new(Owner::start(acl, name.clone(), device, chip)?);
+        let masks = Buffer::with(&owner, encode(&mask_rows(), DataType::F32))?;
+        let caps = caps(name, soc, chip, options.activations);
+        let forms = Forms::new(!options.fused);
+        Ok(Self { caps, chip, activations, forms, owner, masks, windows: Mutex::default() })
+    }
+
+    /// The form that operations take, a line for each shape met so far, with what speaks against a better one.
+    pub fn forms(&self) -> Vec<String> {
+        self.forms.lines()
+    }
+
+    /// Queues work on `rows` rows: none is no work.
+    pub(crate) fn queue(
+        &self,
+        op: &'static str,
+        rows: usize,
+        work: impl FnOnce(&mut Device) -> std::result::Result<(), AscendError> + Send + 'static,
+    ) -> Result<()> {
+        if rows == 0 { Ok(()) } else { self.owner.submit(op, work) }
+    }
+
+    fn masks(&self) -> View {
+        View::new(self.masks.address(), DataType::F32, &[2 * (BLOCK + 1), BLOCK])
+    }
+}
+
+/// What a chip offers with activations of a type.
+fn caps(device: String, isa: String, chip: Chip, activations: DType) -> Caps {
+    let mut weight_formats = BTreeSet::from([WeightFormat::F32, WeightFormat::F16]);
+    weight_formats.extend(chip.has_bf16().then_some(WeightFormat::BF16));
+    let mut narrow_activations = BTreeSet::new();
+    if activations != DType::F32 {
+        narrow_activations.extend(weight_formats.iter().filter(|format| **format != WeightFormat::F32));
+    }
+    // It multiplies f32 in f16.
+    narrow_activations.extend((chip == Chip::P310).then_some(WeightFormat::F32));
+    let kv_dtype = match activations {
+        DType::F16 => KvDtype::F16,
+        DType::BF16 => KvDtype::BF16,
+        _ => KvDtype::F32,
+    };
+    Caps {
+        device,
+        isa,
+        threads: 1,
+        kv_block_size: BLOCK,
+        kv_dtypes: [kv_dtype].into(),
+        activations,
+        ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
+        narrow_activations,
+        weight_formats,
+        row_invariant: false,
+    }
+}
+
+/// Numbers of rows, tokens and slots as the device takes them.
+fn indices(numbers: &[u32]) -> Vec<i32> {
+    numbers.iter().map(|&n| i32::try_from(n).expect("fewer than 2^31 rows")).collect()
+}
+
+/// Rotary tables, `[positions, 2, pairs]`: cosines, then sines, in f32.
+pub struct Rope {
+    table: View,
+    /// Keeps the memory.
+    _buffer: Buffer,
+}
+
+/// An up-projection split for absorption.
+pub struct Latent {
+    view: LatentView,
+    /// Keep the memory.
+    _buffers: [Buffer; 2],
+}
+
+impl Backend for AscendBackend {
+    type Tensor = Tensor;
+    type Vector = Vector;
+    type Linear = Linear;
+    type Rope = Rope;
+    type KvCache = KvCache;
+    type AttentionPlan = AttentionPlan;
+
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {
+        Tensor::new(&self.owner, capacity, cols, self.activations)
+    }
+
+    fn vector(&self, src: &HostTensor<'_>) -> Result<Vector> {
+        Vector::new(&self.owner, &src.to_f32(), self.activations)
+    }
+
+    fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
+        Linear::new(&self.owner, self.activations, src)
+    }
+
+    fn rope_table(&self, src: &HostRope) -> Result<Rope> {
+        let (cos, sin) = src.tables();
+        let pairs = src.inv_freq.len();
+        let rows = cos.chunks_exact(pairs).zip(sin.chunks_exact(pairs));
+        let table: Vec<f32> = rows.flat_map(|(cos, sin)| cos.iter().chain(sin).copied()).collect();
+        let buffer = Buffer::with(&self.owner, encode(&table, DataType::F32))?;
+        let table = View::new(buffer.address(), DataType::F32, &[src.max_positions, 2, pairs]);
+        Ok(Rope { table, _buffer: buffer })
+    }
+
+    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
+        KvCache::new(&self.owner, spec, num_blocks)
+    }
+
+    fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
+        let windows: Vec<usize> = self.windows.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+        Ok(AttentionPlan::new(&self.owner, batch, windows, &self.forms.parts()))
+    }
+
+    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+        assert_eq!(out.cols(), table.in_features, "width of an embedding");
+        let (ids, table) = (indices(ids), table.rows());
+        let out = out.output(ids.len(), table.dtype);
+        self.queue("embed", ids.len(), move |device| index::embed(device, &ids, &table, &out))
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
+        assert_eq!(x.cols(), out.cols(), "width of a norm");
+        let (x, gamma) = (x.view(), self.norm_weight(x, weight));
+        let out = out.output(x.dims[0] as usize, x.dtype);
+        self.queue("rms_norm", x.dims[0] as usize, move |device| rows::rms_norm(device, &x, &gamma, eps, &out))
+    }
+
+    fn rms_norm_in_place(&self, x: &mut Tensor, weight: &Vector, eps: f32) -> Result<()> {
+        let (rows, gamma, x) = (x.rows(), self.norm_weight(x, weight), x.view());
+        self.queue("rms_norm_in_place", rows, move |device| rows::rms_norm(device, &x, &gamma, eps, &x))
+    }
+
+    fn add_rms_norm(
+        &self,
+        x: &Tensor,
+        residual: &mut Tensor,
+        weight: &Vector,
+        eps: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let shape = NormShape { width: weight.len(), dtype: x.dtype() };
+        // The operator takes a weight in the type of the rows.
+        let alike = x.dtype() == residual.dtype() && weight.len() == x.cols() && weight.is_exact(shape.dtype);
+        if !alike || x.rows() == 0 || !forms::sum_and_norm(self, shape)? {
+            self.add(residual, x)?;
+            return self.rms_norm(residual, weight, eps, out);
+        }
+        assert_eq!((x.rows(), x.cols(), x.cols()), (residual.rows(), residual.cols(), out.cols()), "shapes of a sum");
+        let (rows, x, residual, gamma) = (x.rows(), x.view(), residual.view(), weight.view(shape.dtype));
+        let out = out.output(rows, shape.dtype);
+        self.queue("add_rms_norm", rows, move |device| add_rms_norm(device, &x, &residual, &gamma, eps, &out))
+    }
+
+    fn scale(&self, x: &mut Tensor, factor: f32) -> Result<()> {
+        let (rows, x) = (x.rows(), x.view());
+        self.queue("scale", rows, move |device| rows::scale(device, &x, factor))
+    }
+
+    fn softcap(&self, x: &mut Tensor, cap: f32) -> Result<()> {
+        let (rows, before) = (x.rows(), x.view());
+        let after = x.output(rows, DataType::F32);
+        self.queue("softcap", rows, move |device| {
+            device.with_type(&before, DataType::F32, |device, x| {
+                rows::softcap(device, x, cap)?;
+                if *x == after { Ok(()) } else { device.assign(&after, x) }
+            })
+        })
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        assert_eq!((x.rows(), x.cols()), (y.rows(), y.cols()), "shapes of a sum");
+        let (rows, x, y) = (x.rows(), x.view(), y.view());
+        self.queue("add", rows, move |device| rows::add(device, &x, &y))
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<()> {
+        self.linear_group(x, &mut [(weight, out)])
+    }
+
+    fn linear_group(&self, x: &Tensor, group: &mut [(&Linear, &mut Tensor)]) -> Result<()> {
+        let views = group.iter_mut().map(|(weight, out)| {
+            assert_eq!((x.cols(), out.cols()), (weight.in_features, weight.out_features), "widths of a product");
+            (weight.view(), out.output(x.rows(), weight.dtype()))
+        });
+        let (rows, x, views) = (x.rows(), x.view(), views.collect::<Vec<_>>());
+        self.queue("linear", rows, move |device| linear_group(device, &x, &views))
+    }
+
+    fn rope(&self, x: &mut Tensor, layout: RopeLayout, table: &Rope, plan: &AttentionPlan) -> Result<()> {
+        let (step, table) = (plan.step(), table.table.clone());
+        assert_eq!((x.rows(), x.cols()), (step.rows, layout.heads * layout.head_dim), "shape of rotated heads");
+        assert_eq!(layout.dim as i64, 2 * table.dims[2], "rotated columns");
+        let (rows, x) = (x.rows(), x.view());
+        self.queue("rope", rows, move |device| rope::rope(device, &x, layout, &table, &step))
+    }
+
+    fn gated_activation(&self, activation: Activation, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
+        assert_eq!((gate.rows(), gate.cols()), (up.rows(), up.cols()), "shapes of gate and up");
+        assert_eq!(gate.cols(), out.cols(), "width of a gated activation");
+        let (rows, gate, up) = (gate.rows(), gate.view(), up.view());
+        let out = out.output(rows, gate.dtype);
+        self.queue("gated_activation", rows, move |device| rows::gated(device, activation, &gate, &up, &out))
+    }
+
+    fn paged_attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let AttentionParams { heads, kv_heads, head_dim, window, .. } = *params;
+        let (step, planes, params) = (plan.step(), cache.planes(layer), *params);
+        for (x, heads) in [(q, heads), (k, kv_heads), (v, kv_heads)] {
+            assert_eq!((x.rows(), x.cols()), (step.rows, heads * head_dim), "shape of heads");
+        }
+        assert_eq!((out.cols(), planes[0].dims[1] as usize), (q.cols(), k.cols()), "widths of attention");
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner).extend(window);
+        if q.rows() == 0 {
+            out.output(0, q.dtype());
+            return Ok(());
+        }
+        self.write_cache(&step, [k, v], &planes, kv_heads, layer)?;
+        let (rows, dtype) = (q.rows(), planes[0].dtype);
+        let blocks = planes[0].dims[0] as usize / BLOCK;
+        let out = out.output(rows, q.dtype());
+        let q = q.view();
+        if q.dtype == dtype && forms::attention(self, &params, dtype, layer)? {
+            let (step, mask) = (plan.step_with(Part::Whole), self.mask()?);
+            if step.fits(Part::Whole, blocks) {
+                return self.queue("paged_attention", rows, move |device| {
+                    let step = step.view(device, Part::Whole)?;
+                    fused_attention::attend(device, &q, planes.each_ref(), &step, &mask, &params, &out)
+                });
+            }
+        }
+        let (step, masks) = (plan.step_with(Part::Composed), self.masks());
+        self.queue("paged_attention", rows, move |device| {
+            attention::paged(device, &step, &params, &masks, &q, &planes, &out)
+        })
+    }
+
+    fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
+        assert_eq!(x.cols(), out.cols(), "width of gathered rows");
+        let (x, rows) = (x.view(), indices(rows));
+        let out = out.output(rows.len(), x.dtype);
+        self.queue("gather_rows", rows.len(), move |device| index::gather(device, &x, &rows, &out))
+    }
+
+    fn add_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
+        assert_eq!((x.rows(), x.cols()), (rows.len(), out.cols()), "shape of added rows");
+        let (x, rows, out) = (x.view(), indices(rows), out.view());
+        self.queue("add_rows", rows.len(), move |device| index::add_rows(device, &x, &rows, &out))
+    }
+
+    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
+        cache.clear(&self.owner, blocks)
+    }
+
+    fn write(&self, data: &[f32], out: &mut Tensor) -> Result<()> {
+        assert!(data.len().is_multiple_of(out.cols()), "{} numbers in rows of {}", data.len(), out.cols());
+        let out = out.output(data.len() / out.cols(), self.activations);
+        let bytes = encode(data, out.dtype);
+        self.queue("write", bytes.len(), move |device| device.upload(&bytes, out.base))
+    }
+
+    fn read(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        if x.rows() > 0 {
+            let x = x.view();
+            *out = self.owner.call("read", move |device| rows::read(device, &x))?;
+        }
+        Ok(())
+    }
+
+    fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
+        out.clear();
+        if x.rows() > 0 {
+            let x = x.view();
+            *out = self.owner.call("argmax", move |device| index::argmax(device, &x))?;
+        }
+        Ok(())
+    }
+}
+
+impl AscendBackend {
+    /// The weight of a norm over x, in the type that the chip's operator takes with it.
+    fn norm_weight(&self, x: &Tensor, weight: &Vector) -> View {
+        assert!(x.cols().is_multiple_of(weight.len()), "a norm over {} of {} columns", weight.len(), x.cols());
+        weight.view(if self.chip == Chip::P310 { x.dtype() } else { DataType::F32 })
+    }
+}
+
+impl LatentOps for AscendBackend {
+    type Latent = Latent;
+
+    fn latent_weight(&self, src: &HostLatent<'_>) -> Result<Latent> {
+        let HostLatent { kv_b, heads, nope, rope, v, rank, format } = src;
+        kv_b.expect_shape(&[heads * (nope + v), *rank])?;
+        let (dtype, bytes) = float_bytes(kv_b, *format, self.activations)?;
+        let row = rank * dtype.bytes();
+        // Per head first the key rows, then the value rows.
+        let (keys, values): (Vec<_>, Vec<_>) =
+            bytes.chunks_exact((nope + v) * row).map(|head| head.split_at(nope * row)).unzip();
+        let buffers = [Buffer::with(&self.owner, keys.concat())?, Buffer::with(&self.owner, values.concat())?];
+        let view = LatentView {
+            keys: View::new(buffers[0].address(), dtype, &[*heads, *nope, *rank]),
+            values: View::new(buffers[1].address(), dtype, &[*heads, *v, *rank]),
+            rope: *rope,
+        };
+        Ok(Latent { view, _buffers: buffers })
+    }
+
+    fn latent_attention(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        rope_key: &Tensor,
+        weight: &Latent,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        scale: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (step, planes, weight) = (plan.step(), cache.planes(layer), weight.view.clone());
+        let [heads, nope, rank] = [0, 1, 2].map(|d| weight.keys.dims[d] as usize);
+        let widths = [(q, heads * (nope + weight.rope)), (latent, rank), (rope_key, weight.rope)];
+        for (x, cols) in widths {
+            assert_eq!((x.rows(), x.cols()), (step.rows, cols), "shape of latent attention");
+        }
+        assert_eq!(out.cols(), heads * weight.values.dims[1] as usize, "width of latent attention");
+        if q.rows() == 0 {
+            out.output(0, q.dtype());
+            return Ok(());
+        }
+        self.write_cache(&step, [latent, rope_key], &planes, 1, layer)?;
+        let (rows, dtype) = (q.rows(), planes[0].dtype);
+        let blocks = planes[0].dims[0] as usize / BLOCK;
+        let out = out.output(rows, q.dtype());
+        let q = q.view();
+        let shape = LatentShape { heads, rank, rope: weight.rope, dtype };
+        if q.dtype == dtype
+            && weight.keys.dtype == dtype
+            && let LatentForm::Fused { heads } = forms::latent(self, shape, layer)?
+        {
+            let (step, mask) = (plan.step_with(Part::Short), self.mask()?);
+            if step.fits(Part::Short, blocks) {
+                return self.queue("latent_attention", rows, move |device| {
+                    let step = step.view(device, Part::Short)?;
+                    fused_latent::attention(device, &step, heads, scale, &mask, &q, &weight, &planes, &out)
+                });
+            }
+        }
+        let (step, masks) = (plan.step_with(Part::Composed), self.masks());
+        self.queue("latent_attention", rows, move |device| {
+            latent::attention(device, &step, scale, &masks, &q, &weight, &planes, &out)
+        })
+    }
+}
+
+impl AscendBackend {
+    /// Writes a step's rows, two for each token, to the planes of a layer.
+    fn write_cache(
+        &self,
+        step: &Arc<Step>,
+        rows: [&Tensor; 2],
+        planes: &[View; 2],
+        heads: usize,
+        layer: usize,
+    ) -> Result<()> {
+        let dtype = planes[0].dtype;
+        let widths = planes.each_ref().map(|plane| plane.dims[1] as usize / heads);
+        let alike = rows.iter().all(|rows| rows.dtype() == dtype);
+        let fused = alike && forms::cache_write(self, CacheShape { heads, widths, dtype }, layer)?;
+        let (step, rows, planes) = (step.clone(), rows.map(Tensor::view), planes.clone());
+        self.owner.submit("cache write", move |device| {
+            attention::write(device, &step, fused, heads, rows.each_ref(), &planes)
+        })
+    }
+}
+
+/// Opens and initialises the libraries of a search, once in a process.
+fn open_libraries(search: &Search) -> std::result::Result<&'static Acl, String> {
+    static OPENED: Mutex<Vec<(Search, &'static Acl)>> = Mutex::new(Vec::new());
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, acl)) = opened.iter().find(|(known, _)| known == search) {
+        return Ok(acl);
+    }
+    let acl = Acl::load(search).map_err(|unavailable| unavailable.to_string())?;
+    // SAFETY: no configuration is a null path.
+    let code = unsafe { (acl.runtime.init)(std::ptr::null()) };
+    match check(acl, "aclInit", code) {
+        Ok(()) | Err(AscendError::Call { code: REPEATED, .. }) => {}
+        Err(AscendError::Call { code: STUB, .. }) => {
+            return Err(
+                "the libraries found are stubs for linking: the toolkit's devlib folder is on the loader's path".into(),
+            );
+        }
+        Err(error) => return Err(error.to_string()),
+    }
+    opened.push((search.clone(), acl));
+    Ok(acl)
+}
+
+/// Of `aclInit`: somebody in this process did it before.
+const REPEATED: i32 = 100002;
+/// A library that is only there to link against.
+const STUB: i32 = 100039;
+
+/// How many devices there are, and what the first calls itself.
+fn devices(acl: &Acl) -> std::result::Result<(u32, String), AscendError> {
+    let mut count = 0;
+    // SAFETY: a valid out pointer.
+    let code = unsafe { (acl.runtime.device_count)(&raw mut count) };
+    match check(acl, "aclrtGetDeviceCount", code) {
+        // What a driver that is not there says instead of zero.
+        Err(AscendError::Call { code: 107001 | 207004 | 507899, .. }) => return Ok((0, String::new())),
+        other => other?,
+    }
+    // SAFETY: the library owns the text.
+    let soc = unsafe {
+        let name = (acl.runtime.soc_name)();
+        if name.is_null() { String::new() } else { CStr::from_ptr(name).to_string_lossy().into_owned() }
+    };
+    Ok((count, soc))
+}

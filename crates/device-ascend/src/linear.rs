@@ -1,0 +1,134 @@
+//! Linear weights: float weights as the checkpoint has them, `[out, in]`, read transposed by the product.
+//!
+//! A product is in the weight's type with f32 sums: bf16 and f16 weights meet activations in that type and give it, f32
+//! weights give f32, so what must not be rounded (router logits) is not. Where activations are f32 for comparisons, all
+//! weights are kept as the f32 of what their format holds.
+
+use std::sync::Arc;
+
+use baton_device::{DType, DeviceError, HostLinear, HostTensor, Result as SeamResult, WeightFormat};
+
+use crate::device::{Device, encode};
+use crate::error::AscendError;
+use crate::object::{DataType, View};
+use crate::owner::Owner;
+use crate::tensor::{Buffer, Vector};
+
+/// A prepared weight.
+pub struct Linear {
+    /// `[out, in]`.
+    weight: Buffer,
+    dtype: DataType,
+    pub(crate) out_features: usize,
+    pub(crate) in_features: usize,
+    bias: Option<Vector>,
+}
+
+/// Where a weight lies, for work that is queued.
+#[derive(Clone)]
+pub(crate) struct LinearView {
+    /// `[in, out]`, strided.
+    pub(crate) transposed: View,
+    pub(crate) bias: Option<View>,
+}
+
+impl Linear {
+    pub(crate) fn new(owner: &Arc<Owner>, activations: DataType, src: &HostLinear<'_>) -> SeamResult<Self> {
+        let &[out_features, in_features] = src.weight.shape() else {
+            panic!("{}: a linear weight has two dimensions, not {:?}", src.weight.name(), src.weight.shape())
+        };
+        src.weight.expect_keepable(src.format)?;
+        if let Some(bias) = &src.bias {
+            bias.expect_shape(&[out_features])?;
+        }
+        let (dtype, bytes) = float_bytes(&src.weight, src.format, activations)?;
+        let weight = Buffer::with(owner, bytes)?;
+        let bias = src.bias.as_ref().map(|bias| Vector::new(owner, &bias.to_f32(), dtype)).transpose()?;
+        Ok(Self { weight, dtype, out_features, in_features, bias })
+    }
+
+    /// The type of the product and of its input.
+    pub(crate) fn dtype(&self) -> DataType {
+        self.dtype
+    }
+
+    /// `[out, in]`.
+    pub(crate) fn rows(&self) -> View {
+        View::new(self.weight.address(), self.dtype, &[self.out_features, self.in_features])
+    }
+
+    pub(crate) fn view(&self) -> LinearView {
+        LinearView { transposed: self.rows().swap(0, 1), bias: self.bias.as_ref().map(|bias| bias.view(self.dtype)) }
+    }
+}
+
+/// The type in which a weight of a float format is kept, and its elements in that type: its own bytes where they are that
+/// already.
+pub(crate) fn float_bytes(
+    tensor: &HostTensor<'_>,
+    format: WeightFormat,
+    activations: DataType,
+) -> SeamResult<(DataType, Vec<u8>)> {
+    let refused = |reason: String| DeviceError::Format {
+        tensor: tensor.name().to_owned(),
+        dtype: tensor.dtype(),
+        format,
+        reason,
+    };
+    let dtype = match format {
+        WeightFormat::F32 => DataType::F32,
+        WeightFormat::F16 => DataType::F16,
+        WeightFormat::BF16 => DataType::BF16,
+        WeightFormat::Ggml(_) => return Err(refused("this device keeps f32, f16 and bf16".into())),
+    };
+    let same = matches!(
+        (tensor.dtype(), dtype),
+        (DType::F32, DataType::F32) | (DType::F16, DataType::F16) | (DType::BF16, DataType::BF16)
+    );
+    let widened = activations == DataType::F32 && dtype != DataType::F32;
+    let bytes = match tensor.stored() {
+        Some(bytes) if same && !widened => return Ok((dtype, bytes.to_vec())),
+        _ => encode(&tensor.to_f32(), dtype),
+    };
+    let values =
+        HostTensor::new(tensor.name(), stored_type(format), vec![bytes.len() / dtype.bytes()], &bytes).to_f32();
+    // A device would go on with infinities, or with its largest number, and say nothing.
+    if let Some(i) = values.iter().position(|x| x.is_infinite()) {
+        return Err(refused(format!("element {i} is beyond the range of {format}; bf16 or f32 would hold it")));
+    }
+    Ok(if widened { (DataType::F32, encode(&values, DataType::F32)) } else { (dtype, bytes) })
+}
+
+pub(crate) fn stored_type(format: WeightFormat) -> DType {
+    match format {
+        WeightFormat::F32 => DType::F32,
+        WeightFormat::F16 => DType::F16,
+        WeightFormat::BF16 => DType::BF16,
+        WeightFormat::Ggml(blocks) => DType::Ggml(blocks),
+    }
+}
+
+/// `out = x·Wᵀ + b` for each weight and out, which are in the weight's type. `x` is converted once for all weights of a type.
+pub(crate) fn linear_group(device: &mut Device, x: &View, group: &[(LinearView, View)]) -> Result<(), AscendError> {
+    for dtype in [DataType::F32, DataType::F16, DataType::BF16] {
+        let mut of_type = group.iter().filter(|(weight, _)| weight.transposed.dtype == dtype).peekable();
+        if of_type.peek().is_some() {
+            device.with_type(x, dtype, |device, x| {
+                of_type.try_for_each(|(weight, out)| linear(device, x, weight, out))
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// As above for one weight, and x in its type.
+fn linear(device: &mut Device, x: &View, weight: &LinearView, out: &View) -> Result<(), AscendError> {
+    let math = device.cube_math();
+    let (x, w, y) = (device.tensor(x)?, device.tensor(&weight.transposed)?, device.tensor(out)?);
+    device.mm(&x, &w, &y, math)?;
+    if let Some(bias) = &weight.bias {
+        let (bias, one) = (device.tensor(bias)?, device.scalar(1.0, bias.dtype)?);
+        device.add_in_place(&y, &bias, &one)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,12 @@
+//! Operations of the seam as operators of CANN, a file a family. Each works on views, on the owner thread.
+
+pub(crate) mod attention;
+pub(crate) mod fused_attention;
+pub(crate) mod fused_cache;
+pub(crate) mod fused_latent;
+pub(crate) mod fused_rows;
+pub(crate) mod index;
+pub(crate) mod latent;
+pub(crate) mod moe;
+pub(crate) mod rope;
+pub(crate) mod rows;

@@ -1,0 +1,75 @@
+//! Every case of the shared list on simulated chips, judged by `Reference`. What a chip does not offer is skipped by name.
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use baton_device::{Backend, DType, conformance};
+use common::{A2, P310, Simulator};
+
+/// Runs what the chip offers, and gives what was missing for the others.
+fn judged(chip: &str, activations: DType, fused: bool) -> BTreeSet<String> {
+    let simulator = Simulator::new();
+    let backend = if fused { simulator.open_fused(chip, activations) } else { simulator.open(chip, activations) };
+    let (cases, mut missing, mut run) = (conformance::cases(), BTreeSet::new(), 0);
+    let (mut wrong, mut nearest) = (Vec::new(), 0.0_f32);
+    for case in &cases {
+        let refusals = backend.caps().refusals(&case.needs());
+        if refusals.is_empty() {
+            run += 1;
+            match conformance::run(case, &backend) {
+                Ok(outcome) if outcome.passed() => nearest = nearest.max(outcome.max_error() / outcome.tolerance),
+                Ok(outcome) => {
+                    wrong.push(format!("{case:?}: error {} over {}", outcome.max_error(), outcome.tolerance));
+                }
+                Err(error) => wrong.push(format!("{case:?}: {error}")),
+            }
+        }
+        missing.extend(refusals.into_iter().map(|refusal| {
+            let end = refusal.find("; it keeps").unwrap_or(refusal.len());
+            refusal[..end].trim_start_matches(&format!("device {} ", backend.caps().device)).to_owned()
+        }));
+    }
+    println!(
+        "{chip} in {activations}, fused {fused}: {run} of {} cases, the nearest to its tolerance at {nearest}; {missing:?}",
+        cases.len()
+    );
+    assert!(wrong.is_empty(), "{chip} in {activations}: {} of {run}\n{}", wrong.len(), wrong.join("\n"));
+    simulator.expect_no_violation();
+    missing
+}
+
+/// The refusals of caches in these dtypes and of weights in blocks, and further ones.
+fn expected(caches: &[&str], others: &[&str]) -> BTreeSet<String> {
+    let blocks = baton_device::BlockFormat::ALL.map(|block| format!("cannot keep {block} weights"));
+    let caches = caches.iter().map(|dtype| format!("cannot keep a cache in {dtype}"));
+    blocks.into_iter().chain(caches).chain(others.iter().map(|other| (*other).to_owned())).collect()
+}
+
+#[test]
+fn cases_agree_on_a2_in_f32_as_closely_as_on_the_cpu() {
+    for fused in [false, true] {
+        assert_eq!(judged(A2, DType::F32, fused), expected(&["f16", "bf16", "int8"], &[]));
+    }
+}
+
+#[test]
+fn cases_agree_on_a2_in_bf16_within_its_roundings() {
+    for fused in [false, true] {
+        assert_eq!(judged(A2, DType::BF16, fused), expected(&["f32", "f16", "int8"], &[]));
+    }
+}
+
+#[test]
+fn cases_agree_on_a2_in_f16_within_its_roundings() {
+    for fused in [false, true] {
+        assert_eq!(judged(A2, DType::F16, fused), expected(&["f32", "bf16", "int8"], &[]));
+    }
+}
+
+#[test]
+fn cases_agree_on_310p_in_f16_within_its_roundings() {
+    for fused in [false, true] {
+        assert_eq!(judged(P310, DType::F16, fused), expected(&["f32", "bf16", "int8"], &["cannot keep bf16 weights"]));
+    }
+}

@@ -1,0 +1,65 @@
+//! How far a device may be from the judge: what rounding explains, and no more.
+
+use super::Case;
+use crate::{Caps, DType, WeightFormat};
+
+/// The largest difference that rounding explains.
+pub(super) fn tolerance(case: &Case, caps: &Caps, expected: &[f32]) -> f32 {
+    const SUMS: f32 = 2e-5;
+    if caps.activations == DType::F32 {
+        return match case {
+            // The judge does not make activations narrow: what is not on a grid differs by up to half a step of 127
+            // (of 256 for bf16) for each of two products.
+            Case::Moe { format, .. } | Case::Latent { format, .. } if caps.narrow_activations.contains(format) => 5e-3,
+            _ => SUMS,
+        };
+    }
+    // Narrower activations: each rounding on the way to an output is off by at most the unit roundoff of its type, of a
+    // number that is no larger than the largest output (inputs are of order one). Sums are f32, so their length adds
+    // nothing; of rounded terms they average the errors.
+    let largest = expected.iter().fold(1.0, |max: f32, x| max.max(x.abs()));
+    SUMS + case.roundings() * case.roundoff(caps) * largest
+}
+
+impl Case {
+    /// Roundings to the type of activations on the way to an output.
+    fn roundings(&self) -> f32 {
+        match self {
+            // Of the weight where the device multiplies in less, of the product, of the bias, of their sum.
+            Case::Linear { .. } | Case::Group { .. } | Case::Made { .. } => 4.0,
+            // Of the sum with the residual, of the weight, of the result.
+            Case::Norm { .. } => 3.0,
+            // Of the activation or the scaled number, of the weight of a sum, of the result.
+            Case::Elementwise { .. } => 3.0,
+            // Of cosine and sine, of both products, of the result.
+            Case::Rope(_) => 4.0,
+            // Of the scaled query, of the softmax, of the result; once more where products are narrower.
+            Case::Attention { .. } => 4.0,
+            // As above, and of the absorbed query and of the mixed latents.
+            Case::Latent { .. } => 6.0,
+            // Of gate, up, activation, their product and down; of an expert's share and the sum.
+            Case::Moe { .. } => 8.0,
+        }
+    }
+
+    /// The largest error of a rounding to the types in which a device with narrow activations computes the case, of 1.
+    fn roundoff(&self, caps: &Caps) -> f32 {
+        let of = |dtype| match dtype {
+            DType::F32 | DType::Ggml(_) => 0.0,
+            DType::F16 => 0.5_f32.powi(11),
+            DType::BF16 => 0.5_f32.powi(8),
+        };
+        let narrow = |format: &WeightFormat| match format {
+            _ if !caps.narrow_activations.contains(format) => 0.0,
+            WeightFormat::BF16 => of(DType::BF16).max(of(caps.activations)),
+            _ => of(caps.activations),
+        };
+        match self {
+            // A weight that meets activations as they are gives an exact product: router logits depend on it.
+            Case::Linear { format, .. } => narrow(format),
+            Case::Group { weights, .. } => weights.iter().map(|(_, format)| narrow(format)).fold(0.0, f32::max),
+            Case::Latent { format, .. } | Case::Moe { format, .. } => narrow(format).max(of(caps.activations)),
+            _ => of(caps.activations),
+        }
+    }
+}
