@@ -14,6 +14,7 @@ pub use vectors::{MAGIC, Vector, Vectors, VectorsError, name};
 
 use inputs::{Source, activation, on_grid, router_logits};
 pub use inputs::{random_blocks, uniform};
+pub use ranks::ranks;
 use tolerance::tolerance;
 
 use crate::{
@@ -21,8 +22,6 @@ use crate::{
     HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Reference, Requirements, Result,
     RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat,
 };
-
-pub use ranks::ranks;
 
 /// What a backend must offer to run the whole list.
 pub trait Full: Backend + LatentOps + MoeOps {}

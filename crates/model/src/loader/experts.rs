@@ -7,7 +7,7 @@ use super::{Loader, Mapped};
 use crate::LoadError;
 use crate::checkpoint::CheckpointError;
 
-impl<'a, B: MoeOps> Loader<'a, B> {
+impl<B: MoeOps> Loader<'_, B> {
     /// `{prefix}.{expert}.{name}.weight` of this rank's share of a layer's experts, for the names of gate, up and down.
     pub(crate) fn experts(
         &mut self,
