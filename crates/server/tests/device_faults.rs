@@ -23,7 +23,8 @@ impl Faulty {
         fs::write(&control, "").expect("a file");
         let port = free_port().expect("a port");
         let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
-        command.args(["serve", "--port", &port.to_string(), "--device", "ascend:0", "--handoff", "off"]).args(flags);
+        command.args(["serve", "--port", &port.to_string(), "--device", "ascend:0", "--handoff", "off"]);
+        command.args(["--log-level", "warn"]).args(flags);
         command.env("BATON_ASCEND_LIBS", folder.path()).env("ASCEND_SIM_CONTROL", control);
         let server = LocalServer::launch(command, port, "/ready", PATIENCE).await.expect("it starts");
         Self { server, folder }
