@@ -151,7 +151,8 @@ impl Device {
                 let stored =
                     || stored_dtype(files).map(|stored| *own.iter().find(|d| **d == stored).unwrap_or(&own[0]));
                 let activations = options.dtype.map_or_else(stored, Ok)?;
-                let device = AscendOptions { timeout: timeout.unwrap_or(FOR_EVER), ..ascend(number, activations) };
+                let timeout = timeout.unwrap_or(FOR_EVER).min(FOR_EVER);
+                let device = AscendOptions { timeout, ..ascend(number, activations) };
                 if ranks == 1 {
                     erased(AscendBackend::new(&device)?, files, options)?
                 } else {
@@ -217,5 +218,7 @@ mod tests {
             assert_eq!([timeout(None), timeout(Some(0))], [None; 2]);
             assert_eq!(timeout(Some(5)), Some(Duration::from_secs(5)));
         }
+        assert_eq!(Device::Ascend(0).timeout(None), Some(ASCEND_TIMEOUT));
+        assert_eq!(Device::Ascend(0).timeout(Some(Duration::ZERO)), None);
     }
 }

@@ -1,8 +1,9 @@
 //! `baton selftest` and `baton doctor` through the real binary.
 
+mod common;
+
 use std::{
     fs,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -162,22 +163,9 @@ fn the_list_names_what_a_filter_chooses() {
     assert!(names.iter().all(|name| name.contains("rope") || name.contains("model")), "{names:?}");
 }
 
-/// A folder with the simulator under the names of CANN's libraries.
-fn simulator() -> TempDir {
-    let test = std::env::current_exe().expect("this test's path");
-    let library = test.parent().expect("its folder").join("libascend_sim.so");
-    assert!(library.exists(), "{} is built with the tests", library.display());
-    let folder = TempDir::new().expect("a folder");
-    let names = ["ascendcl", "nnopbase", "opapi_nn", "opapi_math", "opapi_transformer", "opapi", "hccl"];
-    for name in names.map(|name| format!("lib{name}.so")) {
-        symlink(&library, folder.path().join(name)).expect("a link");
-    }
-    folder
-}
-
 #[test]
 fn a_simulated_npu_is_judged_in_each_type_and_its_report_has_what_a_volunteer_sends() {
-    let folder = simulator();
+    let folder = common::simulator();
     let libraries = [("BATON_ASCEND_LIBS", folder.path().to_str().expect("UTF-8")), ("ASCEND_SIM_SOC", "Ascend910B3")];
     let few = [&["--device", "ascend:0"], &FEW[..], &["linear-bf16-3x33x17", "linear-Q2_K-1x256x1"]].concat();
     let (ended, report) = selftest_with(&libraries, &few);
@@ -205,7 +193,7 @@ fn a_simulated_npu_is_judged_in_each_type_and_its_report_has_what_a_volunteer_se
 
 #[test]
 fn an_operator_that_fails_fails_its_cases_with_the_devices_own_words() {
-    let folder = simulator();
+    let folder = common::simulator();
     let libraries = [
         ("BATON_ASCEND_LIBS", folder.path().to_str().expect("UTF-8")),
         ("ASCEND_SIM_SOC", "Ascend910B3"),
@@ -268,7 +256,7 @@ fn a_machine_without_cann_is_told_which_libraries_were_looked_for() {
 
 #[test]
 fn a_simulated_npu_is_told_with_chip_and_memory() {
-    let (folder, simulator) = (TempDir::new().expect("a folder"), simulator());
+    let (folder, simulator) = (TempDir::new().expect("a folder"), common::simulator());
     let variables =
         [("BATON_ASCEND_LIBS", simulator.path().to_str().expect("UTF-8")), ("ASCEND_SIM_SOC", "Ascend310P3")];
     let ended = baton_with(folder.path(), &variables, &["doctor", "--json", "--device", "ascend:0"]);

@@ -134,6 +134,7 @@ pub fn on_device(name: &str, files: &Files, device: &str) -> Result<Report> {
         bundle: None,
         device: device.to_owned(),
         devices: Vec::new(),
+        tensor_parallel_size: None,
         dtype: Dtype::Auto,
         quantize: None,
         kv_cache_dtype: KvCacheDtype::Auto,
