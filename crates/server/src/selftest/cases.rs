@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn what_a_device_does_not_offer_is_skipped_with_the_reason() {
         let reference = Reference::new();
-        let caps = baton_device::Caps { weight_formats: [].into(), ..reference.caps().clone() };
+        let caps = Caps { weight_formats: [].into(), ..reference.caps().clone() };
         let runner = CaseRunner { caps, run: Box::new(move |case| run(case, &reference)) };
         let vectors = Vectors::default();
         let found = Judge::new(runner, &vectors).skipped(&cases()[0]).expect("it has no f32");
