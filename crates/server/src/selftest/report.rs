@@ -102,7 +102,7 @@ impl Report {
             verdict: Verdict::NotRun,
             running: None,
             baton: facts::build(),
-            system: facts::system(),
+            system: facts::system().into_iter().map(|(name, value)| (name, redactor.text(&value))).collect(),
             device,
             caps: Vec::new(),
             unavailable: None,
@@ -114,7 +114,9 @@ impl Report {
 
     /// Enters what the opened device offers.
     pub fn opened(&mut self, caps: &Caps) {
-        self.caps.push(facts::caps(caps));
+        let mut caps = facts::caps(caps);
+        self.redactor.clean(&mut caps);
+        self.caps.push(caps);
     }
 
     /// Enters that it could not be opened.
