@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::error::Error;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -224,8 +225,10 @@ impl Finds<'_> {
 
 fn open(place: &PathBuf) -> Result<&'static Library, String> {
     // SAFETY: opening runs the library's initialisers; it is CANN's, or what the operator put in its place.
-    let library = unsafe { Library::new(place) }.map_err(|error| error.to_string())?;
-    Ok(Box::leak(Box::new(library)))
+    let library = unsafe { Library::new(place) };
+    // The loader's own words, which name the library that it lacks, are the source.
+    let words = |error: libloading::Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    Ok(Box::leak(Box::new(library.map_err(words)?)))
 }
 
 fn symbol(library: &'static Library, name: &str) -> Option<Symbol> {

@@ -69,7 +69,7 @@ fn examine(args: &DoctorArgs) -> Result<Findings> {
     let asked = args.device.iter().map(|name| Device::parse(name)).collect::<Result<Vec<_>>>()?;
     let required = if asked.is_empty() { vec![Device::Cpu] } else { asked.clone() };
     let looked_for = if asked.is_empty() { Device::KINDS.to_vec() } else { asked };
-    let mut problems = Vec::new();
+    let mut problems: Vec<String> = Vec::new();
     let mut devices = Vec::new();
     for device in looked_for {
         let mut facts = device.probe();
@@ -164,6 +164,10 @@ impl Findings {
             let state = if facts.missing.is_empty() { "is there" } else { "cannot serve" };
             line(&mut text, &format!("device {}", facts.device), state);
             device_lines(facts, &mut |name, value| line(&mut text, &format!("  {name}"), value));
+            // What is missing of a device that nobody asked for is no problem, and said here alone.
+            let problem = |reason: &&String| self.problems.iter().any(|problem| problem.ends_with(*reason));
+            let missing = facts.missing.iter().filter(|reason| !problem(reason));
+            missing.for_each(|reason| line(&mut text, "  missing", reason));
         }
         text.push('\n');
         self.problems.iter().for_each(|problem| _ = writeln!(text, "{problem}"));
@@ -178,7 +182,7 @@ fn line(text: &mut String, name: &str, value: &str) {
     _ = writeln!(text, "{name:<20} {value}");
 }
 
-/// What there is to say of a device, what is missing last.
+/// What there is to say of a device.
 fn device_lines(facts: &DeviceFacts, line: &mut dyn FnMut(&str, &str)) {
     facts.chip.iter().for_each(|chip| line("chip", chip));
     if facts.count > 1 {
@@ -200,5 +204,4 @@ fn device_lines(facts: &DeviceFacts, line: &mut dyn FnMut(&str, &str)) {
         line("functions", &format!("{found} of {} found", facts.symbols.len()));
         absent.iter().for_each(|name| line("not found", name));
     }
-    facts.missing.iter().for_each(|reason| line("missing", reason));
 }

@@ -27,12 +27,14 @@ impl<'a> Judge<'a> {
         &self.runner.caps
     }
 
+    /// Why a case is not run, if it needs what the device does not offer.
+    pub fn skipped(&self, case: &Case) -> Option<Found> {
+        let refusals = self.runner.caps.refusals(&case.needs());
+        (!refusals.is_empty()).then(|| Found::new(Verdict::Skipped, refusals))
+    }
+
     /// What became of a case, and whether the device is lost.
     pub fn judge(&self, case: &Case) -> (Found, bool) {
-        let refusals = self.runner.caps.refusals(&case.needs());
-        if !refusals.is_empty() {
-            return (Found::new(Verdict::Skipped, refusals), false);
-        }
         // A bug of ours fails its case, not the report of a machine that we may never see again.
         match catch_unwind(AssertUnwindSafe(|| (self.runner.run)(case))) {
             Ok(Ok(outcome)) => (self.compared(case, &outcome), false),
@@ -158,10 +160,10 @@ mod tests {
     #[test]
     fn what_a_device_does_not_offer_is_skipped_with_the_reason() {
         let reference = Reference::new();
-        let caps = baton_device::Caps { weight_formats: [].into(), ..reference.caps().clone() };
+        let caps = Caps { weight_formats: [].into(), ..reference.caps().clone() };
         let runner = CaseRunner { caps, run: Box::new(move |case| run(case, &reference)) };
         let vectors = Vectors::default();
-        let (found, _) = Judge::new(runner, &vectors).judge(&cases()[0]);
+        let found = Judge::new(runner, &vectors).skipped(&cases()[0]).expect("it has no f32");
         assert_eq!(found.verdict, Verdict::Skipped);
         assert!(found.reasons[0].contains("f32"), "{found:?}");
     }

@@ -103,8 +103,8 @@ fn selftest(args: &SelftestArgs) -> Result<Verdict> {
         return Ok(Verdict::Skipped);
     }
     let vectors = vectors(args)?;
-    let report = Report::new(&facts, chosen.names());
-    let mut session = Session { args, redactor: Redactor::here(), bar: ProgressBar::hidden(), report };
+    let report = Report::new(&facts, chosen.names(), Redactor::here());
+    let mut session = Session { args, bar: ProgressBar::hidden(), report };
     session.write()?;
     session.run(device, &chosen, &vectors)?;
     print!("{}", session.report);
@@ -120,7 +120,6 @@ fn vectors(args: &SelftestArgs) -> Result<Vectors> {
 /// A self-test on its way.
 struct Session<'a> {
     args: &'a SelftestArgs,
-    redactor: Redactor,
     bar: ProgressBar,
     report: Report,
 }
@@ -135,14 +134,19 @@ impl Session<'_> {
             let judge = self.open(device, *activations, vectors)?;
             offered.get_or_insert_with(|| judge.caps().clone());
             for case in cases {
+                let index = index();
+                if let Some(skipped) = judge.skipped(case) {
+                    self.end(index, skipped, 0.0);
+                    continue;
+                }
                 let mut lost = false;
-                self.case(index(), || {
+                self.case(index, || {
                     let found;
                     (found, lost) = judge.judge(case);
                     found
                 })?;
                 if lost {
-                    return Ok(());
+                    return self.write();
                 }
             }
         }
@@ -155,7 +159,7 @@ impl Session<'_> {
             self.case(index(), || model::judge(name, &caps))?;
         }
         self.bar.finish_and_clear();
-        Ok(())
+        self.write()
     }
 
     /// Opens the device; it is given back with what is returned.
@@ -173,18 +177,22 @@ impl Session<'_> {
         }
     }
 
-    /// Runs a case, with the file of the report written before it begins and when it has ended.
+    /// Runs a case; the file says so before it begins.
     fn case(&mut self, index: usize, run: impl FnOnce() -> Found) -> Result<()> {
         self.report.begin(index);
         self.write()?;
         let start = Instant::now();
         let found = run();
-        self.report.end(index, found, start.elapsed().as_secs_f64());
+        self.end(index, found, start.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn end(&mut self, index: usize, found: Found, seconds: f64) {
+        self.report.end(index, found, seconds);
         self.bar.inc(1);
-        self.write()
     }
 
     fn write(&self) -> Result<()> {
-        self.args.report.as_ref().map_or(Ok(()), |file| self.report.write(file, &self.redactor))
+        self.args.report.as_ref().map_or(Ok(()), |file| self.report.write(file))
     }
 }

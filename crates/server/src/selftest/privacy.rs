@@ -1,7 +1,7 @@
 //! What a report must not carry: who runs this machine, what it is called, and where its files lie.
 //!
-//! Libraries and drivers write paths and names into their messages, so every text of a report is cleaned, whoever wrote
-//! it: of an absolute path its last part stays, and names of this machine and its user become [`PRIVATE`].
+//! Libraries and drivers write paths and names into their messages, so every text of a report that is not our own is
+//! cleaned: of an absolute path its last part stays, and names of this machine and its user become [`PRIVATE`].
 
 use std::{collections::BTreeSet, env, fs, path::Path};
 
@@ -44,7 +44,8 @@ impl Redactor {
         }
     }
 
-    fn text(&self, text: &str) -> String {
+    /// Cleans a text.
+    pub fn text(&self, text: &str) -> String {
         let text = without_folders(text);
         // The longest first: a host's whole name before its first part.
         let mut names: Vec<&String> = self.names.iter().collect();

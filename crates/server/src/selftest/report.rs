@@ -1,7 +1,7 @@
 //! What a self-test found: a list of cases with their verdicts, as a table and as a file to send.
 //!
-//! Invariant: every chosen case is in the list from the start, as not run; so a file that was written while a driver took the
-//! process with it says how far it came, and in which case.
+//! Invariants: every chosen case is in the list from the start, as not run; so a file that was written while a driver took the
+//! process with it says how far it came, and in which case. What others wrote is cleaned when it is entered.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,6 +39,8 @@ pub struct Report {
     unavailable: Option<String>,
     seconds: f64,
     cases: Vec<CaseReport>,
+    #[serde(skip)]
+    redactor: Redactor,
 }
 
 /// One case.
@@ -86,31 +88,40 @@ impl Found {
 
 impl Report {
     /// A report of which nothing has run; cases by name and operation.
-    pub fn new(facts: &DeviceFacts, cases: impl IntoIterator<Item = (String, &'static str)>) -> Self {
+    pub fn new(
+        facts: &DeviceFacts,
+        cases: impl IntoIterator<Item = (String, &'static str)>,
+        redactor: Redactor,
+    ) -> Self {
         let found = || Found::new(Verdict::NotRun, Vec::new());
+        let mut device = facts::device(facts);
+        redactor.clean(&mut device);
         let case = |(name, operation)| CaseReport { name, operation, found: found(), seconds: 0.0 };
         Self {
             format: FORMAT,
             verdict: Verdict::NotRun,
             running: None,
             baton: facts::build(),
-            system: facts::system(),
-            device: facts::device(facts),
+            system: facts::system().into_iter().map(|(name, value)| (name, redactor.text(&value))).collect(),
+            device,
             caps: Vec::new(),
             unavailable: None,
             seconds: 0.0,
             cases: cases.into_iter().map(case).collect(),
+            redactor,
         }
     }
 
     /// Enters what the opened device offers.
     pub fn opened(&mut self, caps: &Caps) {
-        self.caps.push(facts::caps(caps));
+        let mut caps = facts::caps(caps);
+        self.redactor.clean(&mut caps);
+        self.caps.push(caps);
     }
 
     /// Enters that it could not be opened.
     pub fn unavailable(&mut self, error: &DeviceError) {
-        self.unavailable = Some(error.to_string());
+        self.unavailable = Some(self.redactor.text(&error.to_string()));
     }
 
     /// Enters that a case begins.
@@ -119,8 +130,9 @@ impl Report {
     }
 
     /// Enters what became of the case that ran.
-    pub fn end(&mut self, index: usize, found: Found, seconds: f64) {
+    pub fn end(&mut self, index: usize, mut found: Found, seconds: f64) {
         self.running = None;
+        found.reasons.iter_mut().for_each(|reason| *reason = self.redactor.text(reason));
         self.seconds += seconds;
         let case = &mut self.cases[index];
         (case.found, case.seconds) = (found, seconds);
@@ -142,12 +154,10 @@ impl Report {
         self.verdict
     }
 
-    /// Writes the file, in one step, without what is private.
-    pub fn write(&self, file: &Path, redactor: &Redactor) -> Result<()> {
-        let mut value = serde_json::to_value(self)?;
-        redactor.clean(&mut value);
+    /// Writes the file, in one step.
+    pub fn write(&self, file: &Path) -> Result<()> {
         let new = file.with_extension("new");
-        let written = fs::write(&new, serde_json::to_vec_pretty(&value)?).and_then(|()| fs::rename(&new, file));
+        let written = fs::write(&new, serde_json::to_vec_pretty(self)?).and_then(|()| fs::rename(&new, file));
         written.with_context(|| format!("--report {}", file.display()))
     }
 }
@@ -206,7 +216,7 @@ mod tests {
 
     fn report(verdicts: &[Verdict]) -> Report {
         let names = (0..verdicts.len()).map(|i| (format!("case-{i}"), "case"));
-        let mut report = Report::new(&DeviceFacts::default(), names);
+        let mut report = Report::new(&DeviceFacts::default(), names, Redactor::here());
         for (i, verdict) in verdicts.iter().enumerate().filter(|(_, verdict)| **verdict != Verdict::NotRun) {
             report.begin(i);
             report.end(i, Found::new(*verdict, vec![format!("reason {i}")]), 0.5);
@@ -235,7 +245,7 @@ mod tests {
         let file = folder.path().join("report.json");
         let mut report = report(&[Verdict::Pass, Verdict::NotRun, Verdict::NotRun]);
         report.begin(1);
-        report.write(&file, &Redactor::here()).unwrap();
+        report.write(&file).unwrap();
         let written: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
         assert_eq!((&written["running"], &written["verdict"]), (&"case-1".into(), &"not_run".into()));
         let verdicts: Vec<&Value> = written["cases"].as_array().unwrap().iter().map(|case| &case["verdict"]).collect();
