@@ -130,11 +130,11 @@ impl Core {
         let failure = failure.clone();
         self.rebuilds_in_a_row += 1;
         // Requests were accepted under the limits of the one before.
-        let same = |runner: &Box<dyn Runner>| match *runner.spec() == self.spec {
-            true => Ok(()),
+        let same = |runner: Box<dyn Runner>| match *runner.spec() == self.spec {
+            true => Ok(runner),
             false => Err(format!("its limits are others: {:?}, not {:?}", runner.spec(), self.spec)),
         };
-        match rebuilt.and_then(|runner| same(&runner).map(|()| runner)) {
+        match rebuilt.and_then(same) {
             Ok(runner) => {
                 tracing::info!(in_a_row = self.rebuilds_in_a_row, "another runner takes the place of the broken one");
                 self.runner = Some(runner);
