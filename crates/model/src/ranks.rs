@@ -171,6 +171,11 @@ fn obey<B: Backend>(
 }
 
 impl<B: Backend> Ranks<B> {
+    /// The first rank's device.
+    pub fn backend(&self) -> &B {
+        &self.ranks[0].backend
+    }
+
     /// Loads adapters onto all ranks; `None` if they were not loaded for any (see
     /// [`LoadOptions::max_lora_rank`](crate::LoadOptions::max_lora_rank)).
     pub fn adapter_loader(&self) -> Option<AdapterLoader<B>> {

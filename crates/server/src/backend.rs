@@ -9,8 +9,8 @@ use baton_device::{Backend, Caps, DType, DeviceError, DeviceFacts, DeviceMemory,
 use baton_device_ascend::{AscendBackend, AscendOptions, Chip, Search};
 use baton_device_cpu::{CpuBackend, CpuOptions, Limits};
 use baton_model::{
-    Adapter, AdapterError, AdapterLoader, Files, LoadError, LoadOptions, LoadReport, Runner, load, load_ranks,
-    stored_dtype,
+    Adapter, AdapterError, AdapterLoader, Files, LoadError, LoadOptions, LoadReport, ModelRunner, Ranks, RunError,
+    Runner, SequenceStep, StepPlan, load, load_ranks, stored_dtype,
 };
 
 use crate::memory;
@@ -43,11 +43,13 @@ pub struct DeviceOptions {
     pub threads: usize,
     /// The longest that a step may wait for the device; `None`: for ever.
     pub timeout: Option<Duration>,
+    /// Operations are composed of simple operators where the device has fused ones, too.
+    pub composed: bool,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { ranks: 1, threads: 0, timeout: None }
+        Self { ranks: 1, threads: 0, timeout: None, composed: false }
     }
 }
 
@@ -64,13 +66,18 @@ pub struct Loaded {
     pub caps: Caps,
     /// Among how many ranks the model is shared out.
     pub ranks: usize,
+    /// Which operators do what, where the device has several ways.
+    pub forms: Vec<String>,
 }
 
 /// A device on which conformance cases are run.
 pub struct CaseRunner {
     pub caps: Caps,
-    pub run: Box<dyn Fn(&Case) -> Result<Outcome, DeviceError>>,
+    pub run: RunCase,
 }
+
+/// Runs a case on a device.
+pub type RunCase = Box<dyn Fn(&Case) -> Result<Outcome, DeviceError>>;
 
 impl Device {
     /// What a machine may have: one of each kind.
@@ -128,6 +135,16 @@ impl Device {
         })
     }
 
+    /// Bytes for the cache of each rank, where nothing is said: a quarter of what is free of the device's own memory, or of the
+    /// host's, which ranks share. What cannot be known is not limited: the allocation itself then decides.
+    pub fn cache_bytes(self, host: Option<u64>, ranks: usize) -> u64 {
+        let free = match self {
+            Device::Cpu | Device::Reference => host.map(|free| free / ranks as u64),
+            Device::Ascend(_) => self.probe().memory.map(|memory| memory.free),
+        };
+        free.map_or(u64::MAX, |free| free / 4)
+    }
+
     /// `--device-timeout`, or what the device needs where nothing is said. The CPU computes on threads of ours, and a step
     /// of a large model may rightly take minutes there.
     pub fn timeout(self, given: Option<Duration>) -> Option<Duration> {
@@ -139,7 +156,7 @@ impl Device {
 
     /// Loads a checkpoint onto the device.
     pub fn load(self, device: DeviceOptions, files: &Files, options: &LoadOptions) -> Result<Loaded> {
-        let DeviceOptions { ranks, threads, timeout } = device;
+        let DeviceOptions { ranks, threads, timeout, composed } = device;
         let cpu = CpuOptions { threads, isa: None };
         Ok(match (self, ranks) {
             (Device::Cpu, 1) => erased(CpuBackend::new(&cpu)?, files, options)?,
@@ -152,12 +169,19 @@ impl Device {
                     || stored_dtype(files).map(|stored| *own.iter().find(|d| **d == stored).unwrap_or(&own[0]));
                 let activations = options.dtype.map_or_else(stored, Ok)?;
                 let timeout = timeout.unwrap_or(FOR_EVER).min(FOR_EVER);
-                let device = AscendOptions { timeout, ..ascend(number, activations) };
+                let device = AscendOptions { timeout, fused: !composed, ..ascend(number, activations) };
                 if ranks == 1 {
-                    erased(AscendBackend::new(&device)?, files, options)?
+                    let (mut runner, report) = load(AscendBackend::new(&device)?, files, options)?;
+                    warm_up(&mut runner)?;
+                    let forms = runner.backend().forms();
+                    Loaded { forms, ..loaded(runner, report) }
                 } else {
                     let devices: Vec<u32> = (number..).take(ranks).collect();
-                    erased_ranks(AscendBackend::ranks(&device, &devices)?, files, options)?
+                    let backends = AscendBackend::ranks(&device, &devices)?;
+                    let (mut runner, report) = load_ranks(backends, files, options, timeout)?;
+                    warm_up(&mut runner)?;
+                    let forms = runner.backend().forms();
+                    Loaded { forms, ..loaded_ranks(runner, report, ranks) }
                 }
             }
         })
@@ -175,16 +199,37 @@ fn ascend(device: u32, activations: DType) -> AscendOptions {
     }
 }
 
+/// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits.
+fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
+    let step = SequenceStep {
+        id: 0,
+        num_computed: 0,
+        tokens: vec![0],
+        draft: Vec::new(),
+        block_table: vec![0],
+        adapter: None,
+        sample: None,
+        propose: 0,
+        scores: Vec::new(),
+    };
+    runner.step(&StepPlan { sequences: vec![step] })?;
+    runner.clear_blocks(&[0])
+}
+
 /// On one device.
 fn erased<B: Backend + LatentOps + MoeOps>(
     backend: B,
     files: &Files,
     options: &LoadOptions,
 ) -> Result<Loaded, LoadError> {
-    let caps = backend.caps().clone();
     let (runner, report) = load(backend, files, options)?;
+    Ok(loaded(runner, report))
+}
+
+fn loaded<B: Backend>(runner: ModelRunner<B>, report: LoadReport) -> Loaded {
+    let caps = runner.backend().caps().clone();
     let load_adapter = runner.adapter_loader().map(erased_loader);
-    Ok(Loaded { runner: Box::new(runner), load_adapter, report, caps, ranks: 1 })
+    Loaded { runner: Box::new(runner), load_adapter, report, caps, ranks: 1, forms: Vec::new() }
 }
 
 /// On all ranks, in their order.
@@ -193,10 +238,15 @@ fn erased_ranks<B: Backend + LatentOps + MoeOps>(
     files: &Files,
     options: &LoadOptions,
 ) -> Result<Loaded, LoadError> {
-    let (caps, ranks) = (backends[0].caps().clone(), backends.len());
+    let ranks = backends.len();
     let (runner, report) = load_ranks(backends, files, options, RANK_TIMEOUT)?;
+    Ok(loaded_ranks(runner, report, ranks))
+}
+
+fn loaded_ranks<B: Backend>(runner: Ranks<B>, report: LoadReport, ranks: usize) -> Loaded {
+    let caps = runner.backend().caps().clone();
     let load_adapter = runner.adapter_loader().map(erased_loader);
-    Ok(Loaded { runner: Box::new(runner), load_adapter, report, caps, ranks })
+    Loaded { runner: Box::new(runner), load_adapter, report, caps, ranks, forms: Vec::new() }
 }
 
 fn erased_loader<B: Backend>(loader: AdapterLoader<B>) -> LoadAdapter {

@@ -111,8 +111,13 @@ pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Pa
         ranks: settings.tensor_parallel_size,
         threads: settings.threads,
         timeout: device.timeout(settings.device_timeout),
+        composed: settings.composed_operators,
     };
-    let options = options(settings, free);
+    ensure!(
+        !device_options.composed || matches!(device, Device::Ascend(_)),
+        "--composed-operators is of ascend; cpu and reference have one form of each operation"
+    );
+    let options = options(settings, device.cache_bytes(free, settings.tensor_parallel_size));
     let loaded = device.load(device_options, files, &options)?;
     let vocab = loaded.runner.spec().vocab_size;
     ensure!(
@@ -200,9 +205,7 @@ fn fetched(model: &str) -> Result<(String, Files)> {
     Ok((name, Files::folder(folder)?))
 }
 
-fn options(settings: &Settings, free: Option<u64>) -> LoadOptions {
-    // What cannot be known is not limited: the allocation itself then decides. Ranks share the memory that is free.
-    let quarter = free.map_or(u64::MAX, |free| free / 4 / settings.tensor_parallel_size as u64);
+fn options(settings: &Settings, cache_bytes: u64) -> LoadOptions {
     LoadOptions {
         dtype: settings.dtype.stored(),
         quantization: settings.quantize.map(Into::into),
@@ -212,7 +215,7 @@ fn options(settings: &Settings, free: Option<u64>) -> LoadOptions {
         max_draft_tokens: settings.speculative_config.as_ref().map_or(0, SpeculativeConfig::max_draft_tokens),
         mtp: settings.speculative_config.as_ref().is_some_and(SpeculativeConfig::uses_mtp),
         max_lora_rank: if settings.enable_lora { settings.max_lora_rank } else { 0 },
-        kv_cache: settings.kv_cache_memory_bytes.map_or(KvCacheSize::AtMost(quarter), KvCacheSize::Bytes),
+        kv_cache: settings.kv_cache_memory_bytes.map_or(KvCacheSize::AtMost(cache_bytes), KvCacheSize::Bytes),
         kv_dtype: settings.kv_cache_dtype.dtype(),
     }
 }
@@ -313,6 +316,7 @@ fn announce(name: &str, settings: &Settings, loaded: &Loaded) {
         seconds = format!("{:.2}", report.seconds),
         "model loaded"
     );
+    loaded.forms.iter().for_each(|form| info!("{form}"));
     if let Some(worst) = report.conversions.iter().max_by(|a, b| a.max_abs_error.total_cmp(&b.max_abs_error)) {
         let bytes = |of: fn(&Conversion) -> u64| report.conversions.iter().map(of).sum::<u64>() >> 20;
         info!(

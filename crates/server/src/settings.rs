@@ -132,6 +132,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", env = "BATON_DEVICE_TIMEOUT", help_heading = "Model")]
     pub device_timeout: Option<u64>,
 
+    /// Compose every operation of simple operators where an Ascend device has fused ones, too: slower, for comparisons and where a fused one misbehaves
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_COMPOSED_OPERATORS", help_heading = "Model")]
+    pub composed_operators: Option<bool>,
+
     /// Precision in which weights are kept [default: auto]
     #[arg(long, value_enum, env = "BATON_DTYPE", help_heading = "Model")]
     pub dtype: Option<Dtype>,
@@ -268,6 +272,7 @@ pub struct Settings {
     /// `None`: as the device needs.
     #[serde(serialize_with = "seconds_if_any")]
     pub device_timeout: Option<Duration>,
+    pub composed_operators: bool,
     pub dtype: Dtype,
     pub quantize: Option<Quantize>,
     pub max_model_len: Option<usize>,
@@ -425,6 +430,7 @@ impl ServeArgs {
             device: self.device.unwrap_or_else(|| "auto".into()),
             tensor_parallel_size: positive("tensor-parallel-size", self.tensor_parallel_size.unwrap_or(1))?,
             device_timeout: self.device_timeout.map(Duration::from_secs),
+            composed_operators: self.composed_operators.unwrap_or(false),
             dtype: self.dtype.unwrap_or(Dtype::Auto),
             quantize: self.quantize,
             max_model_len: self.max_model_len,

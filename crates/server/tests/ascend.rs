@@ -56,7 +56,6 @@ async fn abacus_is_as_right_as_its_reference_to_a_point() {
     let right = answers.iter().filter(|(row, answer)| is_right(row, answer)).count();
     let right_reference = references.iter().filter(|reference| reference["right"] == true).count();
     assert_eq!((answers.len(), references.len()), (360, 360));
-    println!("{right} of 360 right in bf16, the reference has {right_reference} in f32");
     assert!(right.abs_diff(right_reference) * 100 <= 360, "{right} of 360 right, the reference has {right_reference}");
     expect_clean(&simulated.report().await);
 }
