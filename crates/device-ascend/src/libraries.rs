@@ -226,8 +226,11 @@ impl Finds<'_> {
 fn open(place: &PathBuf) -> Result<&'static Library, String> {
     // SAFETY: opening runs the library's initialisers; it is CANN's, or what the operator put in its place.
     let library = unsafe { Library::new(place) };
-    // The loader's own words, which name the library that it lacks, are the source.
-    let words = |error: libloading::Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    // The loader's own words, which name the library that it lacks, are the source. Its own name a reader knows.
+    let words = |error: libloading::Error| {
+        let words = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+        words.strip_prefix(&format!("{}: ", place.display())).map_or(words.clone(), ToOwned::to_owned)
+    };
     Ok(Box::leak(Box::new(library.map_err(words)?)))
 }
 
@@ -254,8 +257,15 @@ fn reason(missing: &[Role], attempts: &[Attempt]) -> String {
     } else {
         "is the toolkit installed and its set_env.sh sourced?"
     };
-    let tried: Vec<_> = problems.iter().map(|(place, problem)| format!("{place}: {problem}")).collect();
-    format!("no usable CANN library for {}: {cause} Tried {}", roles.join(", "), tried.join("; "))
+    let mut tried: Vec<(&str, Vec<String>)> = Vec::new();
+    for (place, problem) in &problems {
+        match tried.iter_mut().find(|(known, _)| known == problem) {
+            Some((_, places)) => places.push(place.to_string()),
+            None => tried.push((problem, vec![place.to_string()])),
+        }
+    }
+    let tried: Vec<_> = tried.iter().map(|(problem, places)| format!("{problem} ({})", places.join(", "))).collect();
+    format!("no usable CANN library for {}: {cause} Tried: {}", roles.join(", "), tried.join("; "))
 }
 
 #[cfg(test)]

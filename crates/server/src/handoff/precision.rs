@@ -1,6 +1,6 @@
 //! What is rounded on the way to the numbers that are served, beyond what the trainer's golden values were.
 
-use baton_device::{Caps, KvDtype, WeightFormat};
+use baton_device::{Caps, DType, KvDtype, WeightFormat};
 use baton_handoff::{Feature, Manifest, PrecisionClass};
 use baton_model::LoadReport;
 
@@ -24,6 +24,9 @@ pub fn served(report: &LoadReport, caps: &Caps, manifest: &Manifest) -> (Precisi
         if manifest.trained.quantization.is_none() && matches!(format, WeightFormat::Ggml(_)) {
             class = class.max(of_weights(*format));
         }
+    }
+    if caps.activations != DType::F32 {
+        class = class.max(PrecisionClass::Half);
     }
     class = class.max(match report.kv_dtype {
         KvDtype::F32 => PrecisionClass::Float32,
@@ -62,13 +65,17 @@ fn of_activations(format: WeightFormat) -> PrecisionClass {
 }
 
 /// The precision of activations in words, as the device meets the weights that were loaded.
-pub fn activations(report: &LoadReport, caps: &Caps) -> &'static str {
+pub fn activations(report: &LoadReport, caps: &Caps) -> String {
+    if caps.activations != DType::F32 {
+        return caps.activations.to_string();
+    }
     let narrow = || report.weight_formats.iter().filter(|format| caps.narrow_activations.contains(format));
     let blocks = narrow().any(|format| matches!(format, WeightFormat::Ggml(_)));
-    match (narrow().any(|format| *format == WeightFormat::BF16), blocks) {
+    let words = match (narrow().any(|format| *format == WeightFormat::BF16), blocks) {
         (false, false) => "f32",
         (false, true) => "f32, int8 where they meet blocks",
         (true, false) => "f32, bf16 where they meet bf16",
         (true, true) => "f32, bf16 where they meet bf16, int8 where they meet blocks",
-    }
+    };
+    words.to_owned()
 }
