@@ -39,15 +39,20 @@ pub(crate) struct Formats {
 }
 
 impl Formats {
-    /// The format of a matrix. What is stored quantised is kept as bf16 unless something else is asked
-    /// for, or as f32 where a device has no bf16; but blocks as they are. Routers are f32: they are small, and a device
-    /// may make activations narrow for other formats, which can choose other experts.
+    /// The format of a matrix. Unless something else is asked for, what is stored quantised is kept in the device's type of
+    /// activations, or as bf16 where that is f32 and the device has bf16; but blocks as they are, if the device keeps such
+    /// blocks, else exactly where it can. Routers are f32: they are small, and a device may make activations narrow for other
+    /// formats, which can choose other experts.
     pub(crate) fn of(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
-        let stored = || match &spec.encoding {
-            None => checkpoint.dtype(&spec.name),
-            Some(Encoding::Blocks(blocks)) => DType::Ggml(blocks.of(spec.matrix()[1])),
-            Some(_) if caps.weight_formats.contains(&WeightFormat::BF16) => DType::BF16,
-            Some(_) => DType::F32,
+        let keeps = |dtype: DType| caps.weight_formats.contains(&dtype.into());
+        let stored = || {
+            let stored = match &spec.encoding {
+                None => checkpoint.dtype(&spec.name),
+                Some(Encoding::Blocks(blocks)) => DType::Ggml(blocks.of(spec.matrix()[1])),
+                Some(_) if caps.activations == DType::F32 && keeps(DType::BF16) => DType::BF16,
+                Some(_) => caps.activations,
+            };
+            if matches!(stored, DType::Ggml(_)) && !keeps(stored) { caps.activations } else { stored }
         };
         let float = || self.dtype.unwrap_or_else(stored).into();
         match spec.role {

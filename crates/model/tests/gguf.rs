@@ -1,12 +1,15 @@
 //! GGUF files against what Hugging Face transformers computes from the very weights that the file's blocks
 //! stand for, in float64: logits and greedy continuations.
 
+#[path = "../../device-ascend/tests/common/mod.rs"]
+mod ascend_sim;
 mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use baton_device::{Backend, DType, LatentOps, MoeOps, Reference, WeightFormat};
+use baton_device_ascend::AscendBackend;
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, GgufTokenizer, LoadOptions, LoadReport, ModelRunner, SamplingParams, load};
 use common::{all_logits, generate, options};
@@ -16,6 +19,9 @@ use serde_json::Value;
 const TOLERANCE: f64 = 1e-3;
 /// On the root mean square of differences, in standard deviations of the logits, where activations are bytes too: with weights of 8 bits, and of 4.
 const QUANTISED: [f32; 2] = [0.03, 0.15];
+
+/// The same where every activation is bf16.
+const ROUNDED: f32 = 0.05;
 
 const CASES: [&str; 3] = ["llama-rope3-Q4_0", "llama-256-Q4_K_M", "qwen2-tied-Q8_0"];
 
@@ -69,13 +75,11 @@ fn agrees<B: Backend + LatentOps + MoeOps>(backend: B, folder: &Path, case: &str
     }
 }
 
-/// Fed the golden continuation, the CPU in the file's own formats stays near the reference and chooses the golden
-/// token wherever it is ahead by more than 1.
-fn agrees_in_bytes(folder: &Path, case: &str) {
+/// Fed the golden continuation, a device in the formats that it takes the file's for stays near the reference and chooses the
+/// golden token wherever it is ahead by more than 1.
+fn stays_near<B: Backend + LatentOps + MoeOps>(backend: B, folder: &Path, case: &str, tolerance: f32) -> LoadReport {
     let path = folder.join(format!("{case}.gguf"));
-    let ((mut judge, _), (mut runner, report)) = (open(Reference::new(), &path, None), open(cpu(), &path, None));
-    assert_eq!(report.conversions, [], "{case}");
-    let tolerance = QUANTISED[usize::from(!case.ends_with("Q8_0"))];
+    let ((mut judge, _), (mut runner, report)) = (open(Reference::new(), &path, None), open(backend, &path, None));
     let mut clear = 0;
     for Golden { name, tokens, greedy, last } in goldens(folder, case) {
         let all = [tokens.as_slice(), &greedy].concat();
@@ -93,6 +97,13 @@ fn agrees_in_bytes(folder: &Path, case: &str) {
         }
     }
     assert!(clear > 10, "{case}: {clear} clear choices");
+    report
+}
+
+/// The CPU keeps the file's own blocks.
+fn agrees_in_bytes(folder: &Path, case: &str) {
+    let report = stays_near(cpu(), folder, case, QUANTISED[usize::from(!case.ends_with("Q8_0"))]);
+    assert_eq!(report.conversions, [], "{case}");
 }
 
 fn deviation(values: &[f32]) -> f32 {
@@ -117,6 +128,18 @@ fn every_file_agrees_with_transformers_on_the_cpu_when_widened() {
 #[test]
 fn every_file_stays_near_transformers_on_the_cpu() {
     CASES.iter().for_each(|case| agrees_in_bytes(&folder(), case));
+}
+
+#[test]
+fn a_device_widens_the_blocks_that_it_does_not_keep_and_says_so() {
+    let ascend = |activations| AscendBackend::new(&ascend_sim::options(activations)).unwrap();
+    for case in CASES {
+        agrees(ascend(DType::F32), &folder(), case, None);
+        let report = stays_near(ascend(DType::BF16), &folder(), case, ROUNDED);
+        // Of Q4_K_M blocks it keeps none.
+        assert_eq!(report.conversions.is_empty(), !case.ends_with("Q4_K_M"), "{case}");
+        assert!(report.conversions.iter().all(|c| c.to == WeightFormat::BF16), "{case}");
+    }
 }
 
 /// `BATON_GGUF_GOLDENS=FOLDER cargo test -p baton-model --test gguf -- --ignored`

@@ -94,7 +94,9 @@ fn judged(word: &str) -> &str {
         "golden" => "golden outputs of Hugging Face transformers",
         "conformance" => "the reference device, case by case",
         "emulated" => "the reference device, case by case, in an emulator",
-        "simulator" => "the reference device, case by case, through a simulator of its libraries; never run on hardware",
+        "simulator" => {
+            "the reference device, case by case, through a simulator of its libraries; never run on hardware"
+        }
         "bits" => "the checkpoint it is made from, to the last bit",
         "library" => "the values that the format's own library gives",
         "peft" => "golden outputs of peft",
