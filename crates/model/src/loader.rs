@@ -39,9 +39,9 @@ pub(crate) struct Formats {
 }
 
 impl Formats {
-    /// The format of a matrix. Unless something else is asked for, what is stored quantised is kept in the device's type of
-    /// activations, or as bf16 where that is f32 and the device has bf16; but blocks as they are, if the device keeps such
-    /// blocks, else exactly where it can. Routers are f32: they are small, and a device may make activations narrow for other
+    /// The format of a matrix. Unless something else is asked for, it is kept as it is stored if the device keeps that, blocks
+    /// included, else in the device's type of activations. What is stored quantised in another way is widened to that, too,
+    /// or to bf16 where that is f32 and the device has bf16. Routers are f32: they are small, and a device may make activations narrow for other
     /// formats, which can choose other experts.
     pub(crate) fn of(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
         let keeps = |dtype: DType| caps.weight_formats.contains(&dtype.into());
@@ -52,7 +52,7 @@ impl Formats {
                 Some(_) if caps.activations == DType::F32 && keeps(DType::BF16) => DType::BF16,
                 Some(_) => caps.activations,
             };
-            if matches!(stored, DType::Ggml(_)) && !keeps(stored) { caps.activations } else { stored }
+            if keeps(stored) { stored } else { caps.activations }
         };
         let float = || self.dtype.unwrap_or_else(stored).into();
         match spec.role {

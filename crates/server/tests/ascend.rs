@@ -20,15 +20,28 @@ struct Simulated {
 
 impl Simulated {
     async fn start(flags: &[&str]) -> Self {
+        Self::on("Ascend910B3", flags).await
+    }
+
+    async fn on(chip: &str, flags: &[&str]) -> Self {
         let folder = common::simulator();
         let port = free_port().expect("a port");
         let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
         command.args(["serve", "--port", &port.to_string(), "--device", "ascend:0", "--handoff", "off"]);
         command.args(["--log-level", "warn"]).args(flags);
         command.env("BATON_ASCEND_LIBS", folder.path()).env("ASCEND_SIM_DEVICES", "4");
-        command.env("ASCEND_SIM_REPORT", folder.path().join("report.json"));
+        command.env("ASCEND_SIM_SOC", chip).env("ASCEND_SIM_REPORT", folder.path().join("report.json"));
         let server = LocalServer::launch(command, port, "/ready", PATIENCE).await.expect("it starts");
         Self { server: Arc::new(server), folder }
+    }
+
+    /// What it answers to a sum.
+    async fn sum(&self) -> Value {
+        let message = json!({"role": "user", "content": "What is 347 + 286?"});
+        let body = json!({"messages": [message], "max_tokens": 120, "temperature": 0});
+        let (status, reply) = self.server.client().post("/v1/chat/completions", &body).await.expect("an answer");
+        assert_eq!(status, 200, "{reply}");
+        reply["choices"][0]["message"].clone()
     }
 
     /// Ends the server and gives the devices' report.
@@ -99,14 +112,17 @@ async fn two_devices_write_what_one_writes() {
         // In f32, where a sum over ranks cannot turn a near tie.
         let flags = ["--tensor-parallel-size", ranks, "--dtype", "float32"];
         let simulated = Simulated::start(&flags).await;
-        let body = json!({
-            "messages": [{"role": "user", "content": "What is 347 + 286?"}], "max_tokens": 120, "temperature": 0,
-        });
-        let (status, reply) = simulated.server.client().post("/v1/chat/completions", &body).await.expect("an answer");
-        assert_eq!(status, 200, "{reply}");
-        texts.push(reply["choices"][0]["message"].clone());
+        texts.push(simulated.sum().await);
         expect_clean(&simulated.report().await);
     }
     assert!(texts[0]["content"].as_str().expect("text").contains("633"), "{}", texts[0]);
     assert_eq!(texts[0], texts[1]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chip_without_bf16_serves_a_bf16_checkpoint_in_f16() {
+    let simulated = Simulated::on("Ascend310P3", &[]).await;
+    let answer = simulated.sum().await;
+    assert!(answer["content"].as_str().expect("text").contains("633"), "{answer}");
+    expect_clean(&simulated.report().await);
 }
