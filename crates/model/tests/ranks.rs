@@ -1,6 +1,8 @@
 //! Models on several ranks say what they say on one, whatever their architecture, their form of weights and their adapters;
 //! a rank that goes wrong ends a step and no more than that, unless it does not come back; what cannot be shared out is refused.
 
+#[path = "../../device-ascend/tests/common/mod.rs"]
+mod ascend_sim;
 mod common;
 #[path = "common/faulty.rs"]
 mod faulty;
@@ -10,6 +12,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use baton_device::{Backend, BlockFormat, DType, LatentOps, MoeOps, Reference};
+use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{
     Adapter, Files, LoadError, LoadOptions, LoadReport, Quantization, Ranks, RunError, Runner, SampledToken,
@@ -81,6 +84,24 @@ fn every_architecture_says_on_ranks_what_it_says_on_one() {
     for case in CASES {
         ranks_say_what_one_says(case, &golden(case), &options(), sizes(case));
     }
+}
+
+#[test]
+fn simulated_npus_say_together_what_the_reference_says_alone() {
+    let simulator = ascend_sim::Simulator::new();
+    simulator.control("devices=4");
+    let device = AscendOptions { fused: true, ..ascend_sim::options(DType::F32) };
+    for case in ["llama-rope3", "qwen3-moe", "mixtral", "deepseek-v3"] {
+        let (mut one, _) = load(Reference::new(), &golden(case), &options()).unwrap();
+        let expected = told(&mut one, None, &PROMPT);
+        for size in [1, 2, 4] {
+            let devices: Vec<u32> = (0..size).collect();
+            let backends = AscendBackend::ranks(&device, &devices).unwrap();
+            let (mut ranks, _) = load_ranks(backends, &golden(case), &options(), TIMEOUT).unwrap();
+            same(&told(&mut ranks, None, &PROMPT), &expected, &format!("{case} on {size} simulated devices"));
+        }
+    }
+    simulator.expect_clean();
 }
 
 #[test]
