@@ -5,23 +5,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostLatent,
-    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, Op, Result, RopeLayout, Rows, WeightFormat, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostLinear, HostRope,
+    HostTensor, KvDtype, KvSpec, Op, Result, RopeLayout, Rows, WeightFormat, World,
 };
 
 use crate::cache::KvCache;
 use crate::chip::Chip;
 use crate::device::{Device, DeviceOptions, encode};
 use crate::error::AscendError;
-use crate::forms::{self, CacheShape, Forms, LatentForm, LatentShape, NormShape};
+use crate::forms::{self, CacheShape, Forms, NormShape};
 use crate::installation::{self, Installation};
 use crate::libraries::Search;
-use crate::linear::{self, Linear, float_bytes, linear_group};
+use crate::linear::{self, Linear, linear_group};
 use crate::memory::MemoryUse;
 use crate::object::{DataType, View};
 use crate::ops::fused_rows::add_rms_norm;
-use crate::ops::latent::LatentView;
-use crate::ops::{attention, fused_attention, fused_latent, index, latent, rope, rows};
+use crate::ops::{attention, fused_attention, index, rope, rows};
 use crate::owner::Owner;
 use crate::plan::{AttentionPlan, Part, Step, mask_rows};
 use crate::quant;
@@ -136,7 +135,7 @@ impl AscendBackend {
         if rows == 0 { Ok(()) } else { self.owner.submit(op, work) }
     }
 
-    fn masks(&self) -> View {
+    pub(crate) fn masks(&self) -> View {
         View::new(self.masks.address(), DataType::F32, &[2 * (BLOCK + 1), BLOCK])
     }
 }
@@ -181,13 +180,6 @@ pub struct Rope {
     table: View,
     /// Keeps the memory.
     _buffer: Buffer,
-}
-
-/// An up-projection split for absorption.
-pub struct Latent {
-    view: LatentView,
-    /// Keep the memory.
-    _buffers: [Buffer; 2],
 }
 
 impl Backend for AscendBackend {
@@ -438,77 +430,9 @@ impl AscendBackend {
     }
 }
 
-impl LatentOps for AscendBackend {
-    type Latent = Latent;
-
-    fn latent_weight(&self, src: &HostLatent<'_>) -> Result<Latent> {
-        let HostLatent { kv_b, heads, nope, rope, v, rank, format } = src;
-        kv_b.expect_shape(&[heads * (nope + v), *rank])?;
-        let (dtype, bytes) = float_bytes(kv_b, *format, self.activations)?;
-        let row = rank * dtype.bytes();
-        // Per head first the key rows, then the value rows.
-        let (keys, values): (Vec<_>, Vec<_>) =
-            bytes.chunks_exact((nope + v) * row).map(|head| head.split_at(nope * row)).unzip();
-        let buffers = [Buffer::with(&self.owner, keys.concat())?, Buffer::with(&self.owner, values.concat())?];
-        let view = LatentView {
-            keys: View::new(buffers[0].address(), dtype, &[*heads, *nope, *rank]),
-            values: View::new(buffers[1].address(), dtype, &[*heads, *v, *rank]),
-            rope: *rope,
-        };
-        Ok(Latent { view, _buffers: buffers })
-    }
-
-    fn latent_attention(
-        &self,
-        q: &Tensor,
-        latent: &Tensor,
-        rope_key: &Tensor,
-        weight: &Latent,
-        cache: &mut KvCache,
-        layer: usize,
-        plan: &AttentionPlan,
-        scale: f32,
-        out: &mut Tensor,
-    ) -> Result<()> {
-        let (step, planes, weight) = (plan.step(), cache.planes(layer), weight.view.clone());
-        let [heads, nope, rank] = [0, 1, 2].map(|d| weight.keys.dims[d] as usize);
-        let widths = [(q, heads * (nope + weight.rope)), (latent, rank), (rope_key, weight.rope)];
-        for (x, cols) in widths {
-            assert_eq!((x.rows(), x.cols()), (step.rows, cols), "shape of latent attention");
-        }
-        assert_eq!(out.cols(), heads * weight.values.dims[1] as usize, "width of latent attention");
-        if q.rows() == 0 {
-            out.output(0, q.dtype());
-            return Ok(());
-        }
-        self.write_cache(&step, [latent, rope_key], &planes, 1, layer)?;
-        let (rows, dtype) = (q.rows(), planes[0].dtype);
-        let blocks = planes[0].dims[0] as usize / BLOCK;
-        let out = out.output(rows, q.dtype());
-        let q = q.view();
-        let shape = LatentShape { heads, rank, rope: weight.rope, dtype };
-        if q.dtype == dtype
-            && weight.keys.dtype == dtype
-            && let LatentForm::Fused { heads } = forms::latent(self, shape, layer)?
-        {
-            let (step, mask) = (plan.step_with(Part::Short), self.mask()?);
-            return self.queue("latent_attention", rows, move |device| {
-                step.calls(device, Part::Short, blocks)?.into_iter().try_for_each(|(rows, step)| {
-                    let [q, out] = [&q, &out].map(|x| x.narrow(0, rows.start, rows.len()));
-                    fused_latent::attention(device, &step, heads, scale, &mask, &q, &weight, &planes, &out)
-                })
-            });
-        }
-        let (step, masks) = (plan.step_with(Part::Composed), self.masks());
-        self.queue("latent_attention", rows, move |device| {
-            latent::attention(device, &step, scale, &masks, &q, &weight, &planes, &out)
-        })
-    }
-}
-
 impl AscendBackend {
     /// Writes a step's rows, two for each token, to the planes of a layer.
-    fn write_cache(
+    pub(crate) fn write_cache(
         &self,
         step: &Arc<Step>,
         rows: [&Tensor; 2],

@@ -12,6 +12,7 @@ mod device;
 mod error;
 mod forms;
 mod installation;
+mod latent;
 mod libraries;
 mod linear;
 mod memory;
