@@ -20,8 +20,11 @@ fn failed(error: RunError) -> FinishReason {
     FinishReason::Error(EngineFailure::Device(error))
 }
 
+/// Does something to a world.
+type Blow = fn(&World);
+
 /// Everything that leaves a runner of no use, but not the device.
-fn breaks() -> Vec<(&'static str, fn(&World))> {
+fn breaks() -> Vec<(&'static str, Blow)> {
     vec![
         ("poisoned", |world| world.control.fail_steps_with(1, RunError::Poisoned(words()))),
         ("failures in a row", |world| world.control.fail_steps(3)),

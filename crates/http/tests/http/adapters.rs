@@ -263,11 +263,14 @@ async fn while_draining_no_adapter_comes_or_goes() {
     }
 }
 
+/// What files a path has, as a digest.
+type DigestOf = fn(&str) -> Option<u8>;
+
 #[tokio::test]
 async fn adapters_are_loaded_again_for_another_runner_and_those_that_cannot_be_are_gone() {
     let (server, card) = Setup::default().start_loading().await;
     // As the files are at first, and later.
-    let digest: Arc<Mutex<fn(&str) -> Option<u8>>> = Arc::new(Mutex::new(|path| path.bytes().next()));
+    let digest: Arc<Mutex<DigestOf>> = Arc::new(Mutex::new(|path| path.bytes().next()));
     let load = {
         let digest = digest.clone();
         move |path: &Path| match digest.lock().unwrap()(path.to_str().expect("UTF-8")) {
@@ -278,9 +281,9 @@ async fn adapters_are_loaded_again_for_another_runner_and_those_that_cannot_be_a
     let adapters = Adapters::new(3, load);
     let taken: Vec<Adapter> = ["kept", "changed", "gone"]
         .into_iter()
-        .zip(1..)
+        .zip(1u8..)
         .map(|(name, digest)| {
-            let path = format!("{}{name}", digest as u8 as char);
+            let path = format!("{}{name}", digest as char);
             let adapter = Adapter::new([digest; 32], 4, 0, ());
             adapters.add(&card, name, path.into(), adapter.clone(), false).unwrap();
             adapter
