@@ -35,7 +35,9 @@ impl Source {
         options: LoadOptions,
         report: &LoadReport,
     ) -> Self {
-        let options = LoadOptions { kv_cache: KvCacheSize::Bytes(report.kv_bytes), ..options };
+        // The report's are those of all ranks, the options' those of each.
+        let kv_cache = KvCacheSize::Bytes(report.kv_bytes / device_options.ranks as u64);
+        let options = LoadOptions { kv_cache, ..options };
         Self { device, device_options, files: files.clone(), options, digest: report.digest.clone() }
     }
 

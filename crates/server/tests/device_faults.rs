@@ -25,7 +25,8 @@ impl Faulty {
         let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
         command.args(["serve", "--port", &port.to_string(), "--device", "ascend:0", "--handoff", "off"]);
         command.args(["--log-level", "warn"]).args(flags);
-        command.env("BATON_ASCEND_LIBS", folder.path()).env("ASCEND_SIM_CONTROL", control);
+        command.env("BATON_ASCEND_LIBS", folder.path()).env("ASCEND_SIM_DEVICES", "2");
+        command.env("ASCEND_SIM_CONTROL", control);
         let server = LocalServer::launch(command, port, "/ready", PATIENCE).await.expect("it starts");
         Self { server, folder }
     }
@@ -56,11 +57,32 @@ impl Faulty {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kernel_that_faults_costs_the_requests_of_its_step_and_the_model_is_loaded_again() {
-    let faulty = Faulty::start(&[]).await;
+    a_kernel_faults(&[], "aclnnEmbedding").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_fault_on_the_first_of_two_devices_both_are_loaded_again() {
+    // Only the first looks for the largest logit, behind all sums: so the other does not wait for it.
+    a_kernel_faults(&["--tensor-parallel-size", "2"], "aclnnArgMax").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_waits_for_another_s_sum_in_vain_ends_its_requests_in_time() {
+    let faulty = Faulty::start(&["--tensor-parallel-size", "2", "--device-timeout", "2"]).await;
+    assert_eq!(faulty.ask().await.0, 200);
+    faulty.happens("fault=aclnnEmbedding:1:run");
+    let (status, reply) = faulty.ask().await;
+    let code = reply["error"]["code"].as_str().unwrap_or_default();
+    assert!(status == 500 && code.starts_with("device_"), "{status} {reply}");
+    faulty.ends().await;
+}
+
+async fn a_kernel_faults(flags: &[&str], operator: &str) {
+    let faulty = Faulty::start(flags).await;
     let (status, before) = faulty.ask().await;
     assert_eq!(status, 200, "{before}");
     for rebuilds in 1..=2 {
-        faulty.happens(&format!("fault=aclnnEmbedding:{rebuilds}:run"));
+        faulty.happens(&format!("fault={operator}:{rebuilds}:run"));
         let (status, reply) = faulty.ask().await;
         assert_eq!((status, &reply["error"]["code"]), (500, &"device_poisoned".into()), "{reply}");
         // It waits for the model.
