@@ -159,8 +159,10 @@ impl Device {
         let DeviceOptions { ranks, threads, timeout, composed } = device;
         let cpu = CpuOptions { threads, isa: None };
         Ok(match (self, ranks) {
-            (Device::Cpu, 1) => erased(CpuBackend::new(&cpu)?, files, options)?,
-            (Device::Cpu, _) => erased_ranks(CpuBackend::ranks(&cpu, ranks, RANK_TIMEOUT)?, files, options)?,
+            (Device::Cpu, 1) => erased(CpuBackend::new(&cpu).map_err(LoadError::from)?, files, options)?,
+            (Device::Cpu, _) => {
+                erased_ranks(CpuBackend::ranks(&cpu, ranks, RANK_TIMEOUT).map_err(LoadError::from)?, files, options)?
+            }
             (Device::Reference, 1) => erased(Reference::new(), files, options)?,
             (Device::Reference, _) => erased_ranks(Reference::ranks(ranks, RANK_TIMEOUT), files, options)?,
             (Device::Ascend(number), _) => {
@@ -171,13 +173,14 @@ impl Device {
                 let timeout = timeout.unwrap_or(FOR_EVER).min(FOR_EVER);
                 let device = AscendOptions { timeout, fused: !composed, ..ascend(number, activations) };
                 if ranks == 1 {
-                    let (mut runner, report) = load(AscendBackend::new(&device)?, files, options)?;
+                    let (mut runner, report) =
+                        load(AscendBackend::new(&device).map_err(LoadError::from)?, files, options)?;
                     warm_up(&mut runner)?;
                     let forms = runner.backend().forms();
                     Loaded { forms, ..loaded(runner, report) }
                 } else {
                     let devices: Vec<u32> = (number..).take(ranks).collect();
-                    let backends = AscendBackend::ranks(&device, &devices)?;
+                    let backends = AscendBackend::ranks(&device, &devices).map_err(LoadError::from)?;
                     let (mut runner, report) = load_ranks(backends, files, options, timeout)?;
                     warm_up(&mut runner)?;
                     let forms = runner.backend().forms();

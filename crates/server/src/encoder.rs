@@ -132,6 +132,7 @@ fn refuse(settings: &Settings) -> Result<()> {
         ("handoff require", settings.handoff == HandoffPolicy::Require, "there are no bundles of them"),
         ("trusted-keys", !settings.trusted_keys.is_empty(), "there are no bundles of them"),
         ("tensor-parallel-size", settings.tensor_parallel_size != 1, "they compute as one"),
+        ("device-timeout", settings.device_timeout.is_some(), "they run on the CPU"),
         ("composed-operators", settings.composed_operators, "they run on the CPU"),
         ("threads", settings.threads != 0, "they compute on all cores, or as many as RAYON_NUM_THREADS says"),
     ];

@@ -37,11 +37,15 @@ impl Simulated {
 
     /// What it answers to a sum.
     async fn sum(&self) -> Value {
+        self.reply().await["choices"][0]["message"].clone()
+    }
+
+    async fn reply(&self) -> Value {
         let message = json!({"role": "user", "content": "What is 347 + 286?"});
         let body = json!({"messages": [message], "max_tokens": 120, "temperature": 0});
         let (status, reply) = self.server.client().post("/v1/chat/completions", &body).await.expect("an answer");
         assert_eq!(status, 200, "{reply}");
-        reply["choices"][0]["message"].clone()
+        reply
     }
 
     /// Ends the server and gives the devices' report.
@@ -107,16 +111,19 @@ async fn nothing_is_left_on_the_device_after_a_thousand_requests_of_which_many_a
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_devices_write_what_one_writes() {
-    let mut texts = Vec::new();
+    let (mut texts, mut fingerprints) = (Vec::new(), Vec::new());
     for ranks in ["1", "2"] {
         // In f32, where a sum over ranks cannot turn a near tie.
         let flags = ["--tensor-parallel-size", ranks, "--dtype", "float32"];
         let simulated = Simulated::start(&flags).await;
-        texts.push(simulated.sum().await);
+        let reply = simulated.reply().await;
+        texts.push(reply["choices"][0]["message"].clone());
+        fingerprints.push(reply["system_fingerprint"].clone());
         expect_clean(&simulated.report().await);
     }
     assert!(texts[0]["content"].as_str().expect("text").contains("633"), "{}", texts[0]);
     assert_eq!(texts[0], texts[1]);
+    assert_ne!(fingerprints[0], fingerprints[1], "it was two");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -53,7 +53,7 @@ pub fn is_right(row: &Value, answer: &Answer) -> bool {
     answer.content.is_empty() && *wanted == json!({"name": call["function"]["name"], "arguments": arguments})
 }
 
-/// Asks all questions, 32 at a time, and gives each with its answer.
+/// Asks all questions, at most 32 at a time, and gives each with its answer.
 pub async fn ask(server: &Arc<LocalServer>, questions: &[Value]) -> Vec<(Value, Answer)> {
     let calls: Vec<_> = questions
         .chunks(questions.len().div_ceil(32))
