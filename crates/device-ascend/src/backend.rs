@@ -170,6 +170,11 @@ fn caps(device: String, isa: String, chip: Chip, activations: DType, blocks: Vec
     }
 }
 
+/// The device does not look whether a row is there.
+fn below(numbers: &[u32], rows: usize) {
+    assert!(numbers.iter().all(|&n| (n as usize) < rows), "a number of a row that is not among {rows}");
+}
+
 /// Numbers of rows, tokens and slots as the device takes them.
 fn indices(numbers: &[u32]) -> Vec<i32> {
     numbers.iter().map(|&n| i32::try_from(n).expect("fewer than 2^31 rows")).collect()
@@ -231,6 +236,7 @@ impl Backend for AscendBackend {
 
     fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
+        below(ids, table.out_features);
         let (ids, out) = (indices(ids), out.output(ids.len(), table.dtype()));
         let table = table.view();
         self.queue("embed", ids.len(), move |device| linear::embed(device, &ids, &table, &out))
@@ -381,6 +387,7 @@ impl Backend for AscendBackend {
 
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
         assert_eq!(x.cols(), out.cols(), "width of gathered rows");
+        below(rows, x.rows());
         let (x, rows) = (x.view(), indices(rows));
         let out = out.output(rows.len(), x.dtype);
         self.queue("gather_rows", rows.len(), move |device| index::gather(device, &x, &rows, &out))
@@ -388,6 +395,7 @@ impl Backend for AscendBackend {
 
     fn add_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
         assert_eq!((x.rows(), x.cols()), (rows.len(), out.cols()), "shape of added rows");
+        below(rows, out.rows());
         let (x, rows, out) = (x.view(), indices(rows), out.view());
         self.queue("add_rows", rows.len(), move |device| index::add_rows(device, &x, &rows, &out))
     }

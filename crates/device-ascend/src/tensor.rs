@@ -107,9 +107,9 @@ impl Vector {
         self.len
     }
 
-    /// Whether nothing is lost in a type.
+    /// Whether it is kept in a type and nothing is lost there.
     pub(crate) fn is_exact(&self, dtype: DataType) -> bool {
-        dtype == DataType::F32 || self.exact
+        dtype == DataType::F32 || self.exact && self.buffers.iter().any(|(_, kept)| *kept == dtype)
     }
 
     /// `[len]` in a type.

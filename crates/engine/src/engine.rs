@@ -280,9 +280,12 @@ impl EngineThread {
             self.deliver(outputs);
         } else {
             let mut stats = self.shared.stats.lock();
-            (stats.alive, stats.failure) = (false, Some(failure.clone()));
+            let mut streams = self.shared.streams.lock();
+            // What clients were told stands.
+            let told = streams.sealed().unwrap_or(&failure).clone();
+            (stats.alive, stats.failure) = (false, Some(told));
             drop(stats);
-            self.shared.streams.lock().seal(&failure);
+            streams.seal(&failure);
         }
         *self.shared.step_started.lock() = None;
         self.shared.drained.send_replace(true);

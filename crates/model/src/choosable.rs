@@ -33,6 +33,15 @@ pub(crate) fn choosable(vocab_size: usize, request: &SampleRequest) -> Result<Op
     Ok(mask)
 }
 
+/// Whether any of the rules can apply, now or as the request advances.
+pub(crate) fn restricts(request: &SampleRequest) -> bool {
+    let params = &*request.params;
+    request.masks.is_some()
+        || params.allowed_token_ids.is_some()
+        || !params.bad_words.is_empty()
+        || request.position < params.min_tokens
+}
+
 /// Takes the ids away, unless nothing would be left.
 fn refuse(mask: &mut Option<TokenMask>, vocab_size: usize, ids: impl Iterator<Item = u32>) {
     let mut ids = ids.peekable();

@@ -65,6 +65,11 @@ impl SamplingParams {
         Self { temperature: 0.0, ..Self::default() }
     }
 
+    /// Whether the largest logit of those that may be chosen is taken as it is.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.temperature == 0.0 && !self.changes_logits()
+    }
+
     /// Whether single logits are changed before one is chosen.
     pub(crate) fn changes_logits(&self) -> bool {
         !self.logit_bias.is_empty() || self.has_penalties()

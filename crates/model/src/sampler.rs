@@ -48,7 +48,7 @@ impl Sampler {
         let params = &*request.params;
         let best = first_largest(logits).ok_or(SequenceFailure::NonFiniteLogits)?;
         let mask = choosable(logits.len(), request)?;
-        if params.temperature == 0.0 && !params.changes_logits() {
+        if params.is_greedy() {
             let token = match &mask {
                 Some(mask) if !mask.allows(best) => first_max_allowed(logits, mask),
                 _ => best,

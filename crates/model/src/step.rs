@@ -9,6 +9,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use crate::choosable::restricts;
 use crate::{Adapter, ConstraintError, SamplingParams, StepMasks};
 
 /// Work of one step. Sequence ids are distinct.
@@ -128,14 +129,7 @@ impl SampleRequest {
     /// Whether the token is the one with the largest logit and nothing else is asked of the logits. It stays so as the
     /// request advances.
     pub(crate) fn takes_the_largest(&self) -> bool {
-        let params = &*self.params;
-        params.temperature == 0.0
-            && params.logprobs.is_none()
-            && params.allowed_token_ids.is_none()
-            && params.bad_words.is_empty()
-            && self.position >= params.min_tokens
-            && self.masks.is_none()
-            && !params.changes_logits()
+        self.params.is_greedy() && self.params.logprobs.is_none() && !restricts(self)
     }
 
     /// The request for the token behind `token`, which was chosen.
@@ -263,4 +257,35 @@ pub trait Runner: Send {
     fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError>;
     /// Zeroes cache blocks, after a sequence failed.
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_request_that_asks_for_nothing_else_takes_the_largest() {
+        let greedy = SamplingParams { temperature: 0.0, logprobs: None, ..SamplingParams::default() };
+        let request = |params: SamplingParams, position| SampleRequest {
+            params: Arc::new(params),
+            position,
+            history: Vec::new(),
+            prompt_len: 0,
+            masks: None,
+        };
+        assert!(request(greedy.clone(), 0).takes_the_largest());
+        let at_least = SamplingParams { min_tokens: 2, suppressed_until_min: [1].into(), ..greedy.clone() };
+        assert!(request(at_least.clone(), 2).takes_the_largest());
+        for other in [
+            at_least,
+            SamplingParams { temperature: 0.5, ..greedy.clone() },
+            SamplingParams { logprobs: Some(0), ..greedy.clone() },
+            SamplingParams { allowed_token_ids: Some([1].into()), ..greedy.clone() },
+            SamplingParams { bad_words: vec![vec![1]], ..greedy.clone() },
+            SamplingParams { logit_bias: vec![(1, 1.0)], ..greedy.clone() },
+            SamplingParams { repetition_penalty: 1.5, ..greedy },
+        ] {
+            assert!(!request(other.clone(), 1).takes_the_largest(), "{other:?}");
+        }
+    }
 }

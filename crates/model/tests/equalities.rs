@@ -250,6 +250,13 @@ fn poisoned_by_token_7() -> Copy {
 }
 
 fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: Case) {
+    // Whose largest logits are found where the logits are, and whose rows are brought to the sampler.
+    for params in [|_| SamplingParams { logprobs: None, ..params(0) }, params] {
+        spares_its_batch(&make, params);
+    }
+}
+
+fn spares_its_batch<B: Backend + LatentOps + MoeOps>(make: &impl Fn() -> B, params: impl Fn(usize) -> SamplingParams) {
     let copy = poisoned_by_token_7();
     let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
     let healthy = [1, 2, 3, 4];

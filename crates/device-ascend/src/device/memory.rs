@@ -117,8 +117,11 @@ impl Device {
             self.free(address);
         }
         let address = self.alloc(bytes)?;
+        if let Err(error) = self.clear(address, bytes) {
+            self.free(address);
+            return Err(error);
+        }
         self.zeros = Some((address, bytes));
-        self.clear(address, bytes)?;
         Ok(address)
     }
 }

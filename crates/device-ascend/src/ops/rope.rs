@@ -18,7 +18,7 @@ pub(crate) fn rope(device: &mut Device, x: &View, layout: RopeLayout, table: &Vi
     let key = (table.base, interleaved, x.dtype);
     let [cos, sin] = step.angles(device, key, dim, |device, out| angles(device, table, interleaved, step, out))?;
     let part = x.split(1, heads).narrow(2, offset, dim);
-    if takes(device.chip(), &layout) {
+    if takes(device.chip(), &layout) && device.operators().rotary.is_some() {
         let rows = step.rows;
         return device.with_views([(x.dtype, &[rows, heads, dim])], |device, [rotated]| {
             {

@@ -15,6 +15,7 @@ use crate::{Activation, Caps, DType, HostExperts, HostLinear, Reference, Result,
 pub fn ranks<B: Full>(backends: &[B], format: WeightFormat) -> Result<Outcome> {
     let caps = backends.first().expect("a rank").caps();
     let inputs = caps.activations;
+    assert_eq!(backends.iter().map(|b| b.world().rank).collect::<Vec<_>>(), (0..backends.len()).collect::<Vec<_>>());
     let whole = Parts::new(format).evaluate(&Reference::new(), inputs)?;
     let parts: Result<Vec<Vec<f32>>> = thread::scope(|scope| {
         let threads: Vec<_> = backends
@@ -29,7 +30,6 @@ pub fn ranks<B: Full>(backends: &[B], format: WeightFormat) -> Result<Outcome> {
         threads.into_iter().map(|thread| thread.join().expect("a rank does not panic")).collect()
     });
     let actual = parts?.concat();
-    assert_eq!(backends.iter().map(|b| b.world().rank).collect::<Vec<_>>(), (0..backends.len()).collect::<Vec<_>>());
     let tolerance = if inputs == DType::F32 { 2e-5 } else { Parts::tolerance(format, caps, &whole, backends.len()) };
     Ok(Outcome { expected: whole.repeat(backends.len()), actual, tolerance })
 }

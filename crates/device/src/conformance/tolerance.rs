@@ -66,6 +66,7 @@ impl Case {
         match self {
             // A weight that meets activations as they are gives an exact product: router logits depend on it.
             Case::Linear { format, .. } => narrow(format),
+            Case::Made { block, .. } => narrow(&WeightFormat::Ggml(*block)),
             Case::Group { weights, .. } => weights.iter().map(|(_, format)| narrow(format)).fold(0.0, f32::max),
             Case::Latent { format, .. } | Case::Moe { format, .. } => narrow(format).max(roundoff(caps.activations)),
             _ => roundoff(caps.activations),
