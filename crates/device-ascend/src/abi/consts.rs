@@ -5,7 +5,6 @@ macro_rules! constants {
     ($($(#[$group_meta:meta])* $group:ident { $($(#[$meta:meta])* $name:ident = $c_name:literal, $value:expr;)* })*) => {
         $(
             $(#[$group_meta])*
-            #[allow(dead_code)] // the list is the ABI's
             pub(crate) mod $group {
                 $($(#[$meta])* pub(crate) const $name: i32 = $value;)*
             }
@@ -32,7 +31,6 @@ constants! {
     }
     format {
         ND = "ACL_FORMAT_ND", 2;
-        FRACTAL_NZ = "ACL_FORMAT_FRACTAL_NZ", 29;
     }
     memcpy_kind {
         HOST_TO_DEVICE = "ACL_MEMCPY_HOST_TO_DEVICE", 1;
@@ -48,14 +46,6 @@ constants! {
     stream_flag {
         FAST_LAUNCH = "ACL_STREAM_FAST_LAUNCH", 1;
         FAST_SYNC = "ACL_STREAM_FAST_SYNC", 2;
-    }
-    capture_mode {
-        GLOBAL = "ACL_MODEL_RI_CAPTURE_MODE_GLOBAL", 0;
-        THREAD_LOCAL = "ACL_MODEL_RI_CAPTURE_MODE_THREAD_LOCAL", 1;
-        RELAXED = "ACL_MODEL_RI_CAPTURE_MODE_RELAXED", 2;
-    }
-    sys_param {
-        DETERMINISTIC = "ACL_OPT_DETERMINISTIC", 0;
     }
     cann_attr {
         INF_NAN = "ACL_CANN_ATTR_INF_NAN", 0;

@@ -21,7 +21,6 @@ macro_rules! functions {
         }
     ) => {
         $(#[$meta])*
-        #[allow(dead_code)] // the table is the ABI's, not what happens to be called
         pub(crate) struct $table {
             $(pub(crate) $required: unsafe extern "C" fn($($required_arg),*) -> $required_result,)*
             $(pub(crate) $optional: Option<unsafe extern "C" fn($($optional_arg),*) -> $optional_result>,)*
@@ -95,10 +94,6 @@ handles! {
     Context;
     /// `aclrtStream`.
     Stream;
-    /// `aclrtEvent`.
-    Event;
-    /// `aclmdlRI`: a captured graph.
-    Graph;
     /// `aclTensor *`.
     TensorPtr;
     /// `aclScalar *`.

@@ -113,7 +113,7 @@ macro_rules! operators {
         }
 
         /// Operators, queued on the device's stream.
-        #[allow(dead_code, clippy::too_many_arguments)] // the list is the ABI's, and so are its arguments
+        #[allow(clippy::too_many_arguments)] // as many as the ABI's
         impl Device {
             $(
                 $(#[$meta])*
@@ -142,14 +142,8 @@ operators! {
     add_rms_norm: "aclnnAddRmsNorm" (a: T, b: T, gamma: T, epsilon: F64, out: T, rstd: T, sum: T);
     /// `[M, K] x [K, N]`.
     mm: "aclnnMm" (x: T, weight: T, out: T, cube_math: I8);
-    /// 1 to 6 dimensions.
-    matmul: "aclnnMatmul" (x: T, weight: T, out: T, cube_math: I8);
     /// `[B, M, K] x [B, K, N]`.
     batch_mat_mul: "aclnnBatchMatMul" (x: T, y: T, out: T, cube_math: I8);
-    /// With a weight in FRACTAL_NZ.
-    matmul_weight_nz: "aclnnMatmulWeightNz" (x: T, weight: T, out: T, cube_math: I8);
-    /// Rewrites a weight in FRACTAL_NZ, in place.
-    trans_matmul_weight: "aclnnTransMatmulWeight" (weight: T);
     /// int8 or int4 weight, float activation.
     weight_quant_batch_matmul: "aclnnWeightQuantBatchMatmulV2" (
         x: T, weight: T, scale: T, offset: OptT, quant_scale: OptT, quant_offset: OptT, bias: OptT, group: Int, out: T
@@ -219,12 +213,8 @@ operators! {
     topk: "aclnnTopk" (x: T, k: I64, dim: I64, largest: Bool, sorted: Bool, values: T, indices: T);
     /// Conversion.
     cast: "aclnnCast" (x: T, dtype: Type, out: T);
-    /// `out = x + alpha * y`.
-    add: "aclnnAdd" (x: T, y: T, alpha: S, out: T);
     /// `x += alpha * y`.
     add_in_place: "aclnnInplaceAdd" (x: T, y: T, alpha: S);
-    /// `out = x - alpha * y`.
-    sub: "aclnnSub" (x: T, y: T, alpha: S, out: T);
     /// `out = x * y`.
     mul: "aclnnMul" (x: T, y: T, out: T);
     /// `x *= y`.
@@ -235,12 +225,4 @@ operators! {
     muls_in_place: "aclnnInplaceMuls" (x: T, factor: S);
     /// Any view to any view, with broadcast and conversion.
     copy: "aclnnInplaceCopy" (x: T, source: T);
-    /// Along `dim`.
-    cat: "aclnnCat" (tensors: List, dim: I64, out: T);
-    /// Fills with zeros.
-    zero: "aclnnInplaceZero" (x: T);
-    /// Fills with a value.
-    fill: "aclnnInplaceFillScalar" (x: T, value: S);
-    /// Running sums along `dim`.
-    cumsum: "aclnnCumsum" (x: T, dim: I64, dtype: Type, out: T);
 }

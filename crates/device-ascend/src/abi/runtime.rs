@@ -2,12 +2,11 @@
 
 use std::ffi::{c_char, c_void};
 
-use super::{
-    Comm, Context, Event, ExecutorPtr, Graph, IntArrayPtr, ScalarPtr, Stream, TensorListPtr, TensorPtr, functions,
-};
+use super::{Comm, Context, IntArrayPtr, ScalarPtr, Stream, TensorListPtr, TensorPtr, functions};
 
 functions! {
     /// `libascendcl.so` or `libacl_rt.so`.
+    #[cfg_attr(not(test), allow(dead_code))] // `memcpy` waits for no stream: tests read too early with it
     pub(crate) struct Runtime {
         required {
             init: "aclInit" fn(*const c_char) -> i32;
@@ -19,32 +18,23 @@ functions! {
             create_context: "aclrtCreateContext" fn(*mut Context, i32) -> i32;
             destroy_context: "aclrtDestroyContext" fn(Context) -> i32;
             set_context: "aclrtSetCurrentContext" fn(Context) -> i32;
-            set_param: "aclrtCtxSetSysParamOpt" fn(i32, i64) -> i32;
             cann_attribute: "aclGetCannAttribute" fn(i32, *mut i32) -> i32;
             create_stream: "aclrtCreateStreamWithConfig" fn(*mut Stream, u32, u32) -> i32;
             destroy_stream: "aclrtDestroyStream" fn(Stream) -> i32;
             destroy_stream_by_force: "aclrtDestroyStreamForce" fn(Stream) -> i32;
             synchronize: "aclrtSynchronizeStreamWithTimeout" fn(Stream, i32) -> i32;
-            stream_wait: "aclrtStreamWaitEvent" fn(Stream, Event) -> i32;
-            create_event: "aclrtCreateEventExWithFlag" fn(*mut Event, u32) -> i32;
-            destroy_event: "aclrtDestroyEvent" fn(Event) -> i32;
-            record_event: "aclrtRecordEvent" fn(Event, Stream) -> i32;
             malloc: "aclrtMalloc" fn(*mut *mut c_void, usize, i32) -> i32;
             free: "aclrtFree" fn(*mut c_void) -> i32;
             malloc_host: "aclrtMallocHost" fn(*mut *mut c_void, usize) -> i32;
             free_host: "aclrtFreeHost" fn(*mut c_void) -> i32;
             mem_info: "aclrtGetMemInfo" fn(i32, *mut usize, *mut usize) -> i32;
-            memcpy: "aclrtMemcpy" fn(*mut c_void, usize, *const c_void, usize, i32) -> i32;
             memcpy_async: "aclrtMemcpyAsync" fn(*mut c_void, usize, *const c_void, usize, i32, Stream) -> i32;
             memset_async: "aclrtMemsetAsync" fn(*mut c_void, usize, i32, usize, Stream) -> i32;
         }
         optional {
+            memcpy: "aclrtMemcpy" fn(*mut c_void, usize, *const c_void, usize, i32) -> i32;
             version: "aclrtGetVersion" fn(*mut i32, *mut i32, *mut i32) -> i32;
             package_version: "aclsysGetVersionStr" fn(*mut c_char, *mut c_char) -> i32;
-            capture_begin: "aclmdlRICaptureBegin" fn(Stream, i32) -> i32;
-            capture_end: "aclmdlRICaptureEnd" fn(Stream, *mut Graph) -> i32;
-            graph_execute: "aclmdlRIExecuteAsync" fn(Graph, Stream) -> i32;
-            graph_destroy: "aclmdlRIDestroy" fn(Graph) -> i32;
         }
     }
 }
@@ -63,10 +53,7 @@ functions! {
             create_tensor_list: "aclCreateTensorList" fn(*const TensorPtr, u64) -> TensorListPtr;
             destroy_tensor_list: "aclDestroyTensorList" fn(TensorListPtr) -> i32;
         }
-        optional {
-            set_repeatable: "aclSetAclOpExecutorRepeatable" fn(ExecutorPtr) -> i32;
-            destroy_executor: "aclDestroyAclOpExecutor" fn(ExecutorPtr) -> i32;
-        }
+        optional {}
     }
 }
 
