@@ -210,8 +210,8 @@ impl<B: Backend> Ranks<B> {
         }
     }
 
-    /// Waits as long as a step takes, but once the first rank, which has the most to do, is through, or one has failed, no
-    /// longer than the timeout.
+    /// Waits as long as a step takes, but once the first rank, which has the most to do, is through, or one has failed, for no
+    /// answer longer than the timeout.
     fn next_answer(&self, so_far: &[Option<Answer>]) -> Option<(usize, Answer)> {
         let failed = |answer: &Option<Answer>| matches!(answer, Some(Ok(Err(_)) | Err(_)));
         if so_far[0].is_some() || so_far.iter().any(failed) {

@@ -117,7 +117,11 @@ pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Pa
         !device_options.composed || matches!(device, Device::Ascend(_)),
         "--composed-operators is of ascend; cpu and reference have one form of each operation"
     );
-    let options = options(settings, device.cache_bytes(free, settings.tensor_parallel_size));
+    let kv_cache = settings.kv_cache_memory_bytes.map_or_else(
+        || KvCacheSize::AtMost(device.cache_bytes(free, settings.tensor_parallel_size)),
+        KvCacheSize::Bytes,
+    );
+    let options = options(settings, kv_cache);
     let loaded = device.load(device_options, files, &options)?;
     let vocab = loaded.runner.spec().vocab_size;
     ensure!(
@@ -205,7 +209,7 @@ fn fetched(model: &str) -> Result<(String, Files)> {
     Ok((name, Files::folder(folder)?))
 }
 
-fn options(settings: &Settings, cache_bytes: u64) -> LoadOptions {
+fn options(settings: &Settings, kv_cache: KvCacheSize) -> LoadOptions {
     LoadOptions {
         dtype: settings.dtype.stored(),
         quantization: settings.quantize.map(Into::into),
@@ -215,7 +219,7 @@ fn options(settings: &Settings, cache_bytes: u64) -> LoadOptions {
         max_draft_tokens: settings.speculative_config.as_ref().map_or(0, SpeculativeConfig::max_draft_tokens),
         mtp: settings.speculative_config.as_ref().is_some_and(SpeculativeConfig::uses_mtp),
         max_lora_rank: if settings.enable_lora { settings.max_lora_rank } else { 0 },
-        kv_cache: settings.kv_cache_memory_bytes.map_or(KvCacheSize::AtMost(cache_bytes), KvCacheSize::Bytes),
+        kv_cache,
         kv_dtype: settings.kv_cache_dtype.dtype(),
     }
 }

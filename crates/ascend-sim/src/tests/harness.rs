@@ -42,7 +42,7 @@ impl Session {
         };
         (0..devices).for_each(|device| assert_eq!(aclrtResetDeviceForce(device), 0));
         lock().settings.devices = 2;
-        lock().counters = Default::default();
+        ascend_sim_reset();
         message();
         assert_eq!(aclrtSetDevice(0), 0);
         let stream = made(|out| unsafe { aclrtCreateStream(out) });

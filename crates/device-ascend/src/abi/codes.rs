@@ -107,8 +107,8 @@ pub fn describe(code: i32) -> (&'static str, Class) {
     }
 }
 
-/// The same for results of collectives. One that failed leaves the ranks at different sums, so it calls for no less than
-/// beginning anew.
+/// The same for results of collectives (the names are UNCONFIRMED). Ranks that wait for one whose call was refused learn of it
+/// by their timeout.
 pub fn describe_collective(code: i32) -> (&'static str, Class) {
     use Class::{Bug, Lost, Memory, Poisoned, Unsupported};
     match code {

@@ -148,12 +148,21 @@ fn trial(device: &mut Device, form: MoeForm, layer: &ExpertsView) -> Result<Verd
         [(dtype, &[ROWS, hidden]), (DataType::F32, &[ROWS, layer.count]), (dtype, &[ROWS, hidden])];
     device.with_views(shapes, |device, [x, logits, out]| {
         device.upload(&encode(&uniform(1, ROWS * hidden, 1.0), dtype), x.base)?;
-        device.upload(&encode(&uniform(2, ROWS * layer.count, 4.0), DataType::F32), logits.base)?;
+        // Where some experts are held elsewhere, every second row prefers those that are here.
+        let preferred = |i: usize| {
+            let (row, expert) = (i / layer.count, i % layer.count);
+            layer.held.len() < layer.count && row % 2 == 1 && layer.held.contains(&expert)
+        };
+        let mut scores = uniform(2, ROWS * layer.count, 4.0);
+        scores.iter_mut().enumerate().filter(|(i, _)| preferred(*i)).for_each(|(_, score)| *score += 4.0);
+        device.upload(&encode(&scores, DataType::F32), logits.base)?;
         let mut numbers = |form| {
             moe(device, form, &x, &logits, layer, &out)?;
             floats(device, &out)
         };
-        Ok(agree(&numbers(form)?, &numbers(MoeForm::COMPOSED)?, dtype))
+        let (numbers_of_form, judge) = (numbers(form)?, numbers(MoeForm::COMPOSED)?);
+        assert!(judge.iter().any(|x| *x != 0.0), "a trial of experts of which none is chosen");
+        Ok(agree(&numbers_of_form, &judge, dtype))
     })
 }
 

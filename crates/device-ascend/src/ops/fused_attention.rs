@@ -93,7 +93,8 @@ pub(crate) fn attend(
     let AttentionParams { heads, kv_heads, head_dim, scale, window, softcap } = *params;
     assert_eq!(softcap, None, "scores are not bounded here");
     let paged = |plane: &View| plane.reshape(&[plane.dims[0] as usize / BLOCK, BLOCK, kv_heads * head_dim]);
-    // Mode 4 sees so many positions before a query's own, of which the last is the last of its context.
+    // Mode 4 sees so many positions before a query's own, of which the last is the last of its context. That the window's
+    // own position does not count, and that mode 3 takes as many queries as keys: UNCONFIRMED; the trial tells.
     let (mode, before, behind) = match window {
         None => (3, UNBOUNDED, UNBOUNDED),
         Some(window) => (4, window as i64 - 1, 0),
