@@ -8,9 +8,11 @@ use serde_json::Value;
 /// Crate, the workspace crates it may use, and those its tests may use besides.
 const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-ascend-sim", &[], &[]),
+    ("baton-cuda-sim", &[], &[]),
     ("baton-device", &[], &[]),
     ("baton-device-ascend", &["baton-device"], &["baton-ascend-sim"]),
     ("baton-device-cpu", &["baton-device"], &[]),
+    ("baton-device-cuda", &["baton-device"], &["baton-cuda-sim"]),
     ("baton-model", &["baton-device"], &["baton-ascend-sim", "baton-device-ascend", "baton-device-cpu"]),
     ("baton-oracle", &[], &["baton-device", "baton-model"]),
     ("baton-engine", &["baton-model"], &["baton-device-cpu"]),
@@ -45,9 +47,11 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
 /// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.
 const PLAIN: &[&str] = &[
     "baton-ascend-sim",
+    "baton-cuda-sim",
     "baton-device",
     "baton-device-ascend",
     "baton-device-cpu",
+    "baton-device-cuda",
     "baton-encoder",
     "baton-handoff",
     "baton-hub",

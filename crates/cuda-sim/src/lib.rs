@@ -1,0 +1,1 @@
+//! A simulator of the CUDA driver, NVRTC and cuBLASLt for tests on machines without a GPU.
