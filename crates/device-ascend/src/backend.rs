@@ -103,15 +103,6 @@ impl AscendBackend {
         Ok(backends)
     }
 
-    /// Memory of the device, as the runtime tells it: what this backend has reserved is not free.
-    ///
-    /// # Errors
-    /// What failed on the device, now or before.
-    pub fn memory(&self) -> Result<DeviceMemory> {
-        let (free, total) = self.owner.call("memory", |device| device.memory())?;
-        Ok(DeviceMemory { total: total as u64, free: free as u64 })
-    }
-
     /// Memory of the device that is in use here, was, and is reserved.
     ///
     /// # Errors
@@ -201,6 +192,12 @@ impl Backend for AscendBackend {
 
     fn world(&self) -> World {
         self.place.world
+    }
+
+    fn memory(&self) -> Result<Option<DeviceMemory>> {
+        let (free, total) = self.owner.call("memory", |device| device.memory())?;
+        let MemoryUse { reserved, used, .. } = self.memory_use()?;
+        Ok(Some(DeviceMemory { total: total as u64, free: (free + reserved - used) as u64 }))
     }
 
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {

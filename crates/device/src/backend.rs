@@ -16,8 +16,8 @@
 //!   are in the batch, however a sequence is cut into steps.
 
 use crate::{
-    AttentionBatch, AttentionParams, Caps, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, Result,
-    RopeLayout, World, first_largest,
+    AttentionBatch, AttentionParams, Caps, DeviceMemory, HostExperts, HostLatent, HostLinear, HostRope, HostTensor,
+    KvSpec, Result, RopeLayout, World, first_largest,
 };
 
 /// Size of an activation.
@@ -57,6 +57,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Which rank this is, as it was made.
     fn world(&self) -> World {
         World::ALONE
+    }
+
+    /// Memory of the device as it is now, if it has its own: what this backend has reserved and does not use is free. `None`
+    /// where it is the host's.
+    fn memory(&self) -> Result<Option<DeviceMemory>> {
+        Ok(None)
     }
 
     // Load time.

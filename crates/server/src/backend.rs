@@ -3,17 +3,17 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use baton_device::conformance::{self, Case, Outcome};
 use baton_device::{Backend, Caps, DType, DeviceError, DeviceFacts, DeviceMemory, LatentOps, MoeOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions, Chip, Search};
 use baton_device_cpu::{CpuBackend, CpuOptions, Limits};
 use baton_model::{
-    Adapter, AdapterError, AdapterLoader, Files, LoadError, LoadOptions, LoadReport, ModelRunner, Ranks, RunError,
-    Runner, SequenceStep, StepPlan, load, load_ranks, stored_dtype,
+    Adapter, AdapterError, AdapterLoader, Files, KvCacheSize, LoadError, LoadOptions, LoadReport, ModelRunner, Ranks,
+    RunError, Runner, SequenceStep, StepPlan, load, load_ranks, stored_dtype,
 };
 
-use crate::memory;
+use crate::{memory, settings::Settings};
 
 /// How long a rank is waited for by the others, which are as far as it is but for differences of load.
 const RANK_TIMEOUT: Duration = Duration::from_secs(60);
@@ -22,6 +22,9 @@ const RANK_TIMEOUT: Duration = Duration::from_secs(60);
 const ASCEND_TIMEOUT: Duration = Duration::from_secs(60);
 /// Where it is to be waited for without end: the longest that its runtime can be told.
 const FOR_EVER: Duration = Duration::from_millis(i32::MAX as u64);
+
+/// The share of a device's own memory that is taken where nothing is said.
+const DEVICE_SHARE: f64 = 0.9;
 
 /// A device by the name an operator gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,14 +138,32 @@ impl Device {
         })
     }
 
-    /// Bytes for the cache of each rank, where nothing is said: a quarter of what is free of the device's own memory, or of the
-    /// host's, which ranks share. What cannot be known is not limited: the allocation itself then decides.
-    pub fn cache_bytes(self, host: Option<u64>, ranks: usize) -> u64 {
-        let free = match self {
-            Device::Cpu | Device::Reference => host.map(|free| free / ranks as u64),
-            Device::Ascend(_) => self.probe().memory.map(|memory| memory.free),
-        };
-        free.map_or(u64::MAX, |free| free / 4)
+    /// The cache of each rank. Where nothing is said, a device with memory of its own gives what its share leaves, and ranks on
+    /// the host share a quarter of its `free` bytes; what cannot be known is not limited: the allocation itself then decides.
+    pub fn cache_size(self, settings: &Settings, free: Option<u64>) -> Result<KvCacheSize> {
+        let share = settings.gpu_memory_utilization;
+        if let Some(bytes) = settings.kv_cache_memory_bytes {
+            ensure!(
+                share.is_none(),
+                "--kv-cache-memory-bytes and --gpu-memory-utilization both size the cache: give one"
+            );
+            return Ok(KvCacheSize::Bytes(bytes));
+        }
+        Ok(match self {
+            Device::Cpu | Device::Reference => {
+                ensure!(
+                    share.is_none(),
+                    "--gpu-memory-utilization is of devices with memory of their own; here it is --kv-cache-memory-bytes"
+                );
+                let quarter = free.map_or(u64::MAX, |free| free / 4);
+                KvCacheSize::AtMost(quarter / settings.tensor_parallel_size as u64)
+            }
+            Device::Ascend(_) => {
+                let share = share.unwrap_or(DEVICE_SHARE);
+                ensure!(share > 0.0 && share <= 1.0, "--gpu-memory-utilization {share}: above 0, at most 1");
+                KvCacheSize::Share(share)
+            }
+        })
     }
 
     /// `--device-timeout`, or what the device needs where nothing is said. The CPU computes on threads of ours, and a step

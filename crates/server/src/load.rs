@@ -117,10 +117,7 @@ pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Pa
         !device_options.composed || matches!(device, Device::Ascend(_)),
         "--composed-operators is of ascend; cpu and reference have one form of each operation"
     );
-    let kv_cache = settings.kv_cache_memory_bytes.map_or_else(
-        || KvCacheSize::AtMost(device.cache_bytes(free, settings.tensor_parallel_size)),
-        KvCacheSize::Bytes,
-    );
+    let kv_cache = device.cache_size(settings, free)?;
     let options = options(settings, kv_cache);
     let loaded = device.load(device_options, files, &options)?;
     let vocab = loaded.runner.spec().vocab_size;

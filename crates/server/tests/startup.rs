@@ -112,6 +112,12 @@ fn a_certificate_that_is_missing_or_none_is_named() {
 }
 
 #[test]
+fn a_share_of_memory_is_refused_where_there_is_none_to_share() {
+    let share = ["--port", "0", "--gpu-memory-utilization", "0.5"];
+    assert_names(&refusal(&share), &["--gpu-memory-utilization", "--kv-cache-memory-bytes"]);
+}
+
+#[test]
 fn a_context_beyond_the_models_is_refused() {
     assert_names(&refusal(&["--port", "0", "--max-model-len", "4096"]), &["4096", "1024"]);
 }
