@@ -212,7 +212,7 @@ impl Backend for AscendBackend {
     }
 
     fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
-        Linear::new(&self.owner, self.activations, src)
+        Linear::new(self, src)
     }
 
     fn rope_table(&self, src: &HostRope) -> Result<Rope> {
@@ -235,6 +235,7 @@ impl Backend for AscendBackend {
     }
 
     fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+        assert!(table.is_table, "rows are looked up in what was prepared as a table");
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
         below(ids, table.out_features);
         let (ids, out) = (indices(ids), out.output(ids.len(), table.dtype()));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use baton_device::DType;
 use baton_device_ascend::{AscendBackend, AscendOptions, Search};
 
-pub use simulator::{Simulator, libraries};
+pub use simulator::{NAMES, Simulator, libraries, library};
 
 /// A chip of each family, as the runtime calls it.
 pub const A2: &str = "Ascend910B3";
