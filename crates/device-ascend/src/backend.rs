@@ -40,7 +40,8 @@ pub struct AscendOptions {
     pub timeout: Duration,
     /// Wait behind every operator, so that an error names its cause.
     pub blocking: bool,
-    /// Take fused operators where chip and shape allow; without them everything is composed of simple ones, for comparisons.
+    /// Take fused operators, and weights in FRACTAL_NZ, where chip and shape allow; without them everything is composed of simple
+    /// operators on weights as they are, for comparisons.
     pub fused: bool,
 }
 

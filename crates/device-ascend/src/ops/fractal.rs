@@ -2,7 +2,8 @@
 //! first. Rows become blocks where they lie; from then on nothing but a product understands them.
 //!
 //! `[out, in]` of 16 bits lies as `[in / 16, out / 16, 16, 16]`, padded with zeros to whole blocks: a block is a row-major piece
-//! of the matrix, and blocks run along `out` first.
+//! of the matrix, and blocks run along `out` first. That a product takes the turned view over storage of that shape, and that
+//! the conversion takes storage larger than its view: UNCONFIRMED, as all of it; a trial decides.
 
 use crate::abi::consts::format;
 use crate::abi::operators::MATMUL_WEIGHT_SIZE;
