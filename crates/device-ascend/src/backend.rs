@@ -40,7 +40,8 @@ pub struct AscendOptions {
     pub timeout: Duration,
     /// Wait behind every operator, so that an error names its cause.
     pub blocking: bool,
-    /// Take fused operators where chip and shape allow; without them everything is composed of simple ones, for comparisons.
+    /// Take fused operators, and weights in FRACTAL_NZ, where chip and shape allow; without them everything is composed of simple
+    /// operators on weights as they are, for comparisons.
     pub fused: bool,
 }
 
@@ -209,7 +210,7 @@ impl Backend for AscendBackend {
     }
 
     fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
-        Linear::new(&self.owner, self.activations, src)
+        Linear::new(self, src)
     }
 
     fn rope_table(&self, src: &HostRope) -> Result<Rope> {
@@ -232,6 +233,7 @@ impl Backend for AscendBackend {
     }
 
     fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+        assert!(table.is_table, "rows are looked up in what was prepared as a table");
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
         below(ids, table.out_features);
         let (ids, out) = (indices(ids), out.output(ids.len(), table.dtype()));

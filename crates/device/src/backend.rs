@@ -83,7 +83,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Digests the batch. Slots of all new tokens must lie within their block tables.
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<Self::AttentionPlan>;
     /// `out[t] = row ids[t] of table`, widened to f32. The table is a linear weight so that a tied
-    /// head shares its memory. Ids are below the table's rows.
+    /// head shares its memory, and was prepared as [`Purpose::Table`](crate::Purpose::Table). Ids are below the table's rows.
     fn embed(&self, ids: &[u32], table: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
     /// Root-mean-square norm over each run of `weight.len()` columns (a whole row, or each head):
     /// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467).
