@@ -14,6 +14,8 @@
 //! Invariant: no result depends on the order of slots within an expert, which is left to chance; each row's sums are in one order.
 
 #include "baton.cuh"
+#include "blocks.cuh"
+#include "moe.cuh"
 
 /// How logits choose and weigh experts, and which are held here.
 struct Routing {
@@ -28,17 +30,6 @@ struct Routing {
     float scale;
     /// The experts held: `first .. first + held`.
     int first, held;
-};
-
-/// Slots `first .. first + count` of one expert, numbered among those held; none if that is negative.
-struct Tile {
-    int expert, first, count;
-};
-
-/// One matrix of every expert held: where it lies, and the bytes from one expert and one row to the next.
-struct Stack {
-    const unsigned char* data;
-    long long expert, row;
 };
 
 // ---------------------------------------------------------------------------------------------------------------- choosing
@@ -224,37 +215,50 @@ __global__ void __launch_bounds__(1024)
     }
 }
 
-// ----------------------------------------------------------------------------------------------------------------- reading
-
-/// N elements from the `i`th of a row on; `i` is a multiple of N. Of 8 elements the row is aligned to 16 bytes.
-template <int N, typename W>
-__device__ __forceinline__ void read(const W* row, int i, float (&out)[N]) {
-    const Vec<W, N> all = load<N>(row + i);
-    for (int j = 0; j < N; ++j) out[j] = to_float(all[j]);
-}
-
-template <int N, typename W>
-__device__ __forceinline__ void read_weights(const unsigned char* row, int i, float (&out)[N]) {
-    read(reinterpret_cast<const W*>(row), i, out);
-}
-
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
 // --------------------------------------------------------------------------------------------------- products for few rows
 
-/// Adds to `sums[r][c]` this lane's part of row `x[r]` times row `weight[c]`, of `k` elements each.
-template <int N, typename W, typename T, int ROWS, int COLS>
+/// Four elements of a row of `k`, from a multiple of 4 on; zeros behind the end. With N = 8, `k` is a multiple of 8 and the row aligned
+/// to 16 bytes.
+template <int N, typename T>
+__device__ __forceinline__ void read_four(float (&out)[4], const T* row, int first, int k) {
+    if constexpr (N == 8) {
+        Vec<T, 4> all = {};
+        if (first < k) all = load<4>(row + first);
+        for (int i = 0; i < 4; ++i) out[i] = to_float(all[i]);
+    } else {
+        for (int i = 0; i < 4; ++i) out[i] = first + i < k ? to_float(row[first + i]) : 0.0f;
+    }
+}
+
+/// Adds to `sums[r][c]` this lane's part of row `x[r]` times row `weight[c]` in format F, of `k` elements each.
+template <typename F, int N, typename T, int ROWS, int COLS>
 __device__ __forceinline__ void add_products(
     float (&sums)[ROWS][COLS], const T* const (&x)[ROWS], const unsigned char* const (&weight)[COLS], int k) {
-#pragma unroll 2
-    for (int i = lane_id() * N; i < k; i += 32 * N) {
-        float w[COLS][N];
-        for (int c = 0; c < COLS; ++c) read_weights<N, W>(weight[c], i, w[c]);
-        for (int r = 0; r < ROWS; ++r) {
-            float v[N];
-            read(x[r], i, v);
-            for (int c = 0; c < COLS; ++c) {
-                for (int j = 0; j < N; ++j) sums[r][c] = fmaf(v[j], w[c][j], sums[r][c]);
+    const int t = lane_id() % 4;
+    for (int span = lane_id() / 4; span < spans(k); span += LANES / 4) {
+        typename F::Codes codes[COLS];
+        typename F::Scales scales[COLS];
+#pragma unroll
+        for (int c = 0; c < COLS; ++c) F::load_codes(codes[c], weight[c], k, span, t);
+#pragma unroll
+        for (int c = 0; c < COLS; ++c) F::load_scales(scales[c], weight[c], k, span);
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            float w[COLS][8];
+#pragma unroll
+            for (int c = 0; c < COLS; ++c) F::values(w[c], codes[c], scales[c], chunk);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float v[4];
+                    read_four<N>(v, x[r], span * SPAN + chunk * CHUNK + column<F::GROUP>(j, t), k);
+#pragma unroll
+                    for (int c = 0; c < COLS; ++c) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[r][c] = fmaf(v[i], w[c][j * 4 + i], sums[r][c]);
+                    }
+                }
             }
         }
     }
@@ -262,15 +266,6 @@ __device__ __forceinline__ void add_products(
 
 /// Columns that a warp computes.
 constexpr int FEW = 2;
-
-/// Rows of a stack from `col` on, `cols` of which there are: beyond, the last one again.
-template <int COLS>
-__device__ __forceinline__ void rows_of(const Stack& stack, int expert, int col, int cols, const unsigned char* (&rows)[COLS]) {
-    for (int c = 0; c < COLS; ++c) {
-        const int row = col + c < cols ? col + c : cols - 1;
-        rows[c] = stack.data + expert * stack.expert + row * stack.row;
-    }
-}
 
 /// `h[slot] = silu(gate·x) ⊙ up·x`: x `[rows, hidden]`, h `[slots, inner]`. A block of four warps takes FEW columns each of a tile of up
 /// to ROWS slots. Where `order` is null, slots are pairs.
@@ -287,11 +282,11 @@ __global__ void __launch_bounds__(128)
         rows[r] = x + static_cast<long long>((order ? order[slot] : slot) / top_k) * hidden;
     }
     const unsigned char *gates[FEW], *ups[FEW];
-    rows_of(gate, tile.expert, col, inner, gates);
-    rows_of(up, tile.expert, col, inner, ups);
+    rows_of(gates, gate, tile.expert, col, inner);
+    rows_of(ups, up, tile.expert, col, inner);
     float g[ROWS][FEW] = {}, u[ROWS][FEW] = {};
-    add_products<N, G>(g, rows, gates, hidden);
-    add_products<N, U>(u, rows, ups, hidden);
+    add_products<G, N>(g, rows, gates, hidden);
+    add_products<U, N>(u, rows, ups, hidden);
     for (int r = 0; r < ROWS; ++r) {
         for (int c = 0; c < FEW; ++c) {
             const float value = silu(warp_sum(g[r][c])) * warp_sum(u[r][c]);
@@ -314,9 +309,9 @@ __global__ void __launch_bounds__(128)
     for (int r = 0; r < ROWS; ++r)
         rows[r] = h + static_cast<long long>(tile.first + (r < tile.count ? r : 0)) * inner;
     const unsigned char* downs[FEW];
-    rows_of(down, tile.expert, col, hidden, downs);
+    rows_of(downs, down, tile.expert, col, hidden);
     float sums[ROWS][FEW] = {};
-    add_products<N, D>(sums, rows, downs, inner);
+    add_products<D, N>(sums, rows, downs, inner);
     for (int r = 0; r < ROWS; ++r) {
         for (int c = 0; c < FEW; ++c) {
             const float value = warp_sum(sums[r][c]);
@@ -327,223 +322,53 @@ __global__ void __launch_bounds__(128)
     }
 }
 
-/// `out[row] = Σ weight · down·h[pair]` where slots are pairs. A block takes four columns of a row, and a warp for each of its pairs.
+/// `out[row] = Σ weight · down·h[pair]` where slots are pairs. A block of up to eight warps takes four columns of a row, and a warp some of
+/// its pairs.
 template <typename T, typename D, int N>
-__global__ void __launch_bounds__(1024)
-    direct_down(const T* h, Stack down, const int* ids, const float* weights, int inner, int hidden, T* out) {
+__global__ void __launch_bounds__(256)
+    direct_down(const T* h, Stack down, const int* ids, const float* weights, int top_k, int inner, int hidden, T* out) {
     constexpr int COLS = 4;
-    __shared__ float parts[32][COLS];
-    const int top_k = blockDim.x / 32, i = warp_id(), lane = lane_id();
-    const int pair = blockIdx.y * top_k + i, col = blockIdx.x * COLS;
-    const int id = ids[pair];
-
-    float sums[1][COLS] = {};
-    if (id >= 0) {
-        const T* rows[1] = {h + static_cast<long long>(pair) * inner};
-        const unsigned char* downs[COLS];
-        rows_of(down, id, col, hidden, downs);
-        add_products<N, D>(sums, rows, downs, inner);
-    }
-    for (int c = 0; c < COLS; ++c) {
-        const float sum = warp_sum(sums[0][c]);
-        if (lane == 0) parts[i][c] = id >= 0 ? weights[pair] * sum : 0.0f;
+    __shared__ float parts[LANES][COLS];
+    const int col = blockIdx.x * COLS;
+    for (int i = warp_id(); i < top_k; i += blockDim.x / LANES) {
+        const int pair = blockIdx.y * top_k + i, id = ids[pair];
+        float sums[1][COLS] = {};
+        if (id >= 0) {
+            const T* rows[1] = {h + static_cast<long long>(pair) * inner};
+            const unsigned char* downs[COLS];
+            rows_of(downs, down, id, col, hidden);
+            add_products<D, N>(sums, rows, downs, inner);
+        }
+        for (int c = 0; c < COLS; ++c) {
+            const float sum = warp_sum(sums[0][c]);
+            if (lane_id() == 0) parts[i][c] = id >= 0 ? weights[pair] * sum : 0.0f;
+        }
     }
     __syncthreads();
-    if (threadIdx.x < COLS && col + static_cast<int>(threadIdx.x) < hidden) {
+    const int c = threadIdx.x;
+    if (c < COLS && col + c < hidden) {
         float sum = 0.0f;
-        for (int j = 0; j < top_k; ++j) sum += parts[j][threadIdx.x];
-        out[static_cast<long long>(blockIdx.y) * hidden + col + threadIdx.x] = from_float<T>(sum);
+        for (int i = 0; i < top_k; ++i) sum += parts[i][c];
+        out[static_cast<long long>(blockIdx.y) * hidden + col + c] = from_float<T>(sum);
     }
-}
-
-// ----------------------------------------------------------------------------------------------- products on tensor cores
-
-/// How a block of four warps multiplies ROWS rows with COLS columns of each of some matrices: warps stand DOWN below each other and ACROSS
-/// beside each other, and each has DOWN_TILES by ACROSS_TILES tiles of 16 by 8. A stage of shared memory holds DEPTH
-/// elements of each row of both sides, 128 bytes, of which the 16-byte parts are permuted by the row's number, so that the eight
-/// rows of an ldmatrix lie in different banks.
-template <int ROWS_, int MATRICES_>
-struct Shape {
-    static constexpr int ROWS = ROWS_, MATRICES = MATRICES_, DEPTH = 64;
-    static constexpr int COLS = (ROWS == 16 ? 64 : 128) / MATRICES;
-    static constexpr int DOWN = ROWS == 128 ? 2 : 1, ACROSS = 4 / DOWN;
-    static constexpr int DOWN_TILES = ROWS / DOWN / 16, ACROSS_TILES = COLS / ACROSS / 8;
-    static constexpr int STAGE_BYTES = (ROWS + MATRICES * COLS) * DEPTH * 2;
-    static constexpr int STAGES = ROWS == 16 ? 4 : 3;
-    using Sums = float[MATRICES][DOWN_TILES][ACROSS_TILES][4];
-};
-
-/// Where a 16-byte part of a row lies in a side of a stage.
-__device__ __forceinline__ unsigned char* part_of(unsigned char* side, int row, int part) {
-    return side + row * 128 + ((part ^ row) & 7) * 16;
-}
-
-template <typename A, typename B>
-constexpr bool same = false;
-template <typename A>
-constexpr bool same<A, A> = true;
-
-/// Brings COLS rows of a matrix from the `from`th on, `rows` of which there are, to a side of a stage: elements `at .. at + 8` of `k`.
-template <typename T, typename W, int COLS>
-__device__ __forceinline__ void fetch_weights(unsigned char* side, const unsigned char* matrix, long long stride, int from, int rows, int at, int k) {
-    const int part = threadIdx.x % 8;
-    for (int r = threadIdx.x / 8; r < COLS; r += 16) {
-        const bool valid = from + r < rows && at < k;
-        const unsigned char* row = matrix + (valid ? (from + r) * stride : 0);
-        if constexpr (same<T, W>) {
-            cp_async_16(part_of(side, r, part), row + (valid ? at * sizeof(W) : 0), valid);
-        } else {
-            float wide[8] = {};
-            if (valid) read_weights<8, W>(row, at, wide);
-            Vec<T, 8> narrow;
-            for (int i = 0; i < 8; ++i) narrow[i] = from_float<T>(wide[i]);
-            store(reinterpret_cast<T*>(part_of(side, r, part)), narrow);
-        }
-    }
-}
-
-/// `sums = x·Wᵀ` of one tile: rows `row_of` of x (negative for zeros), in shared memory; `k` is a multiple of 8. `S::MATRICES` matrices
-/// of the types W, of `cols` rows, from row `col` on.
-template <typename S, typename T, typename... W>
-__device__ __forceinline__ void multiply(
-    unsigned char* shared, const T* x, const int* row_of, const Stack (&stacks)[S::MATRICES], int expert, int col, int cols, int k,
-    typename S::Sums& sums) {
-    const int lane = lane_id(), warp = warp_id();
-    const int down = warp / S::ACROSS * (S::DOWN_TILES * 16), across = warp % S::ACROSS * (S::ACROSS_TILES * 8);
-    const int steps = (k + S::DEPTH - 1) / S::DEPTH;
-
-    const auto fetch = [&](int step) {
-        if (step < steps) {
-            unsigned char* side = shared + step % S::STAGES * S::STAGE_BYTES;
-            const int part = threadIdx.x % 8, at = step * S::DEPTH + part * 8;
-            for (int r = threadIdx.x / 8; r < S::ROWS; r += 16) {
-                const int row = row_of[r];
-                const bool valid = row >= 0 && at < k;
-                cp_async_16(part_of(side, r, part), x + (valid ? static_cast<long long>(row) * k + at : 0), valid);
-            }
-            side += S::ROWS * 128;
-            int m = 0;
-            (..., (fetch_weights<T, W, S::COLS>(
-                       side + m * S::COLS * 128, stacks[m].data + expert * stacks[m].expert, stacks[m].row, col, cols, at, k),
-                   ++m));
-        }
-        cp_async_commit();
-    };
-
-    for (int step = 0; step < S::STAGES - 1; ++step) fetch(step);
-    for (int step = 0; step < steps; ++step) {
-        cp_async_wait<S::STAGES - 2>();
-        __syncthreads();
-        fetch(step + S::STAGES - 1);
-        unsigned char* side = shared + step % S::STAGES * S::STAGE_BYTES;
-        unsigned char* weights = side + S::ROWS * 128;
-#pragma unroll
-        for (int half = 0; half < S::DEPTH / 32; ++half) {
-            unsigned b[S::MATRICES][S::ACROSS_TILES][4];
-#pragma unroll
-            for (int m = 0; m < S::MATRICES; ++m) {
-#pragma unroll
-                for (int j = 0; j < S::ACROSS_TILES; ++j)
-                    ldmatrix_x4(b[m][j], part_of(weights, m * S::COLS + across + j * 8 + lane % 8, half * 4 + lane / 8));
-            }
-#pragma unroll
-            for (int quarter = 0; quarter < 2; ++quarter) {
-#pragma unroll
-                for (int i = 0; i < S::DOWN_TILES; ++i) {
-                    unsigned a[4];
-                    ldmatrix_x4(a, part_of(side, down + i * 16 + lane % 16, half * 4 + quarter * 2 + lane / 16));
-#pragma unroll
-                    for (int m = 0; m < S::MATRICES; ++m) {
-#pragma unroll
-                        for (int j = 0; j < S::ACROSS_TILES; ++j) {
-                            const unsigned pair[2] = {b[m][j][quarter * 2], b[m][j][quarter * 2 + 1]};
-                            mma_16816<T>(sums[m][i][j], a, pair);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Calls `put(row, col, sums of each matrix)` for each number of a tile that this thread has: two neighbouring columns.
-template <typename S, typename Put>
-__device__ __forceinline__ void for_pairs(const typename S::Sums& sums, const Put& put) {
-    const int lane = lane_id(), warp = warp_id();
-    const int down = warp / S::ACROSS * (S::DOWN_TILES * 16) + lane / 4;
-    const int across = warp % S::ACROSS * (S::ACROSS_TILES * 8) + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < S::DOWN_TILES; ++i) {
-#pragma unroll
-        for (int j = 0; j < S::ACROSS_TILES; ++j) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) put(down + i * 16 + half * 8, across + j * 8, i, j, half * 2);
-        }
-    }
-}
-
-/// As skinny_gate_up, for tiles of up to ROWS slots; `hidden` and `inner` are multiples of 8.
-template <typename T, typename G, typename U, int ROWS>
-__global__ void __launch_bounds__(128)
-    grouped_gate_up(const T* x, Stack gate, Stack up, const int* order, const Tile* tiles, int top_k, int hidden, int inner, T* h) {
-    using S = Shape<ROWS, 2>;
-    SHARED(shared);
-    __shared__ int row_of[ROWS];
-    const Tile tile = tiles[blockIdx.x];
-    if (tile.expert < 0) return;
-    for (int r = threadIdx.x; r < ROWS; r += 128) row_of[r] = r < tile.count ? order[tile.first + r] / top_k : -1;
-    __syncthreads();
-
-    const int from = blockIdx.y * S::COLS;
-    typename S::Sums sums = {};
-    multiply<S, T, G, U>(shared, x, row_of, {gate, up}, tile.expert, from, inner, hidden, sums);
-    for_pairs<S>(sums, [&](int row, int col, int i, int j, int half) {
-        if (row >= tile.count || from + col >= inner) return;
-        Vec<T, 2> both;
-        for (int c = 0; c < 2; ++c) both[c] = from_float<T>(silu(sums[0][i][j][half + c]) * sums[1][i][j][half + c]);
-        store(h + static_cast<long long>(tile.first + row) * inner + from + col, both);
-    });
-}
-
-/// As skinny_down, for tiles of up to ROWS slots; `inner` and `hidden` are multiples of 8.
-template <typename T, typename D, int ROWS>
-__global__ void __launch_bounds__(128)
-    grouped_down(const T* h, Stack down, const int* order, const Tile* tiles, int inner, int hidden, T* y) {
-    using S = Shape<ROWS, 1>;
-    SHARED(shared);
-    __shared__ int row_of[ROWS];
-    const Tile tile = tiles[blockIdx.x];
-    if (tile.expert < 0) return;
-    for (int r = threadIdx.x; r < ROWS; r += 128) row_of[r] = r < tile.count ? tile.first + r : -1;
-    __syncthreads();
-
-    const int from = blockIdx.y * S::COLS;
-    typename S::Sums sums = {};
-    multiply<S, T, D>(shared, h, row_of, {down}, tile.expert, from, hidden, inner, sums);
-    for_pairs<S>(sums, [&](int row, int col, int i, int j, int half) {
-        if (row >= tile.count || from + col >= hidden) return;
-        Vec<T, 2> both;
-        for (int c = 0; c < 2; ++c) both[c] = from_float<T>(sums[0][i][j][half + c]);
-        store(y + static_cast<long long>(order[tile.first + row]) * hidden + from + col, both);
-    });
 }
 
 // --------------------------------------------------------------------------------------------------------------- combining
 
-/// `out[row] = Σ weight · y[pair]` by ascending expert: y `[pairs, hidden]`. A thread takes N columns of a row.
+/// `out[row] = Σ weight · y[pair]` by ascending expert: y `[pairs, hidden]`. A thread takes four columns of a row. N as in `read_four`.
 template <typename T, int N>
 __global__ void __launch_bounds__(128)
     combine(const T* y, const int* ids, const float* weights, int top_k, int hidden, T* out) {
-    const int col = (blockIdx.x * 128 + threadIdx.x) * N;
+    const int col = (blockIdx.x * 128 + threadIdx.x) * 4;
     if (col >= hidden) return;
-    float sums[N] = {};
+    float sums[4] = {};
     for (int i = 0; i < top_k; ++i) {
         const int pair = blockIdx.y * top_k + i;
         if (ids[pair] < 0) continue;
-        float part[N];
-        read(y + static_cast<long long>(pair) * hidden, col, part);
-        for (int j = 0; j < N; ++j) sums[j] = fmaf(weights[pair], part[j], sums[j]);
+        float part[4];
+        read_four<N>(part, y + static_cast<long long>(pair) * hidden, col, hidden);
+        for (int c = 0; c < 4; ++c) sums[c] = fmaf(weights[pair], part[c], sums[c]);
     }
     T* to = out + static_cast<long long>(blockIdx.y) * hidden + col;
-    for (int j = 0; j < N; ++j) to[j] = from_float<T>(sums[j]);
+    for (int c = 0; c < 4 && col + c < hidden; ++c) to[c] = from_float<T>(sums[c]);
 }
