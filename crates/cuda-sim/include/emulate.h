@@ -20,10 +20,6 @@
 #include <type_traits>
 #include <utility>
 
-#ifndef EMULATED_VERSION
-#define EMULATED_VERSION 0
-#endif
-
 #define __global__
 #define __device__
 #define __host__
@@ -39,18 +35,6 @@ struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-
-#define EMULATED_VECTOR(scalar, name, align2, align4)                                                     \
-    struct alignas(align2) name##2 { scalar x, y; };                                                      \
-    struct alignas(align4) name##4 { scalar x, y, z, w; };                                                \
-    inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                                  \
-    inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
-EMULATED_VECTOR(float, float, 8, 16)
-EMULATED_VECTOR(int, int, 8, 16)
-EMULATED_VECTOR(unsigned, uint, 8, 16)
-EMULATED_VECTOR(signed char, char, 2, 4)
-EMULATED_VECTOR(unsigned char, uchar, 2, 4)
-#undef EMULATED_VECTOR
 
 namespace emulated {
 
@@ -113,8 +97,12 @@ struct Run {
     unsigned shared; ///< Bytes of dynamic shared memory.
     unsigned long long order; ///< Of threads in a block: 0 forward, 1 reverse, else the seed of a shuffle.
     unsigned long long* next; ///< The next block that nobody has taken; shared by all host threads of the launch.
-    char message[256]; ///< Why it failed.
+    int code; ///< The driver's code for it, if it failed, and why.
+    char message[256];
 };
+
+/// Codes of the driver.
+constexpr int ILLEGAL_ADDRESS = 700, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719;
 
 /// One host thread's block. Made once and used for any number of launches, of any module.
 struct Worker {
@@ -165,15 +153,18 @@ extern "C" __attribute__((visibility("hidden"))) void emulated_switch(void** sav
     __builtin_unreachable();
 }
 
-/// Ends the launch with a reason.
-template <typename... A> [[noreturn]] inline void fail(const char* format, A... values) {
+/// Ends the launch with a code and a reason.
+template <typename... A> [[noreturn]] inline void fail_with(int code, const char* format, A... values) {
     const Worker& w = *worker;
+    w.run->code = code;
     char* text = w.run->message;
     int start = snprintf(text, sizeof w.run->message, "%s, block (%u, %u, %u), thread (%u, %u, %u): ", w.run->kernel->name, w.block.x,
                          w.block.y, w.block.z, w.current->thread.x, w.current->thread.y, w.current->thread.z);
     if (start >= 0 && size_t(start) < sizeof w.run->message) snprintf(text + start, sizeof w.run->message - start, format, values...);
     leave();
 }
+
+template <typename... A> [[noreturn]] inline void fail(const char* format, A... values) { fail_with(LAUNCH_FAILED, format, values...); }
 
 inline Lane& lane() { return *worker->current; }
 inline Warp& warp() { return worker->warps[(worker->current - worker->lanes) / WARP]; }
@@ -197,41 +188,6 @@ inline void release_block() {
     for (unsigned i = 0; i < worker->threads; i++)
         if (worker->lanes[i].state == State::AtBlock) worker->lanes[i].state = State::Ready;
     worker->waiting = 0;
-}
-
-/// Two bytes as a number.
-using Widen = float (*)(unsigned short);
-
-inline void multiply(Warp& w, Widen widen) {
-    float a[16][16], b[16][8];
-    for (unsigned l = 0; l < WARP; l++) {
-        unsigned row = l / 4, pair = l % 4 * 2;
-        for (unsigned i = 0; i < 4; i++)
-            for (unsigned half = 0; half < 2; half++)
-                a[row + i % 2 * 8][pair + i / 2 * 8 + half] = widen(static_cast<unsigned short>(w.a[l][i] >> half * 16));
-        for (unsigned i = 0; i < 2; i++)
-            for (unsigned half = 0; half < 2; half++)
-                b[pair + i * 8 + half][row] = widen(static_cast<unsigned short>(w.b[l][i] >> half * 16));
-    }
-    for (unsigned m = 0; m < 16; m++) {
-        float sums[8] = {};
-        for (unsigned k = 0; k < 16; k++)
-            for (unsigned n = 0; n < 8; n++) sums[n] += a[m][k] * b[k][n];
-        memcpy(w.product[m], sums, sizeof sums);
-    }
-}
-
-/// Rows of 8 elements of 16 bits at the addresses that lanes brought, dealt out to the lanes.
-inline void deal(Warp& w, bool transposed) {
-    for (unsigned m = 0; m < 4; m++) {
-        unsigned short rows[8][8];
-        for (unsigned r = 0; r < 8; r++) memcpy(rows[r], reinterpret_cast<const void*>(w.brought[m * 8 + r]), 16);
-        for (unsigned l = 0; l < WARP; l++) {
-            unsigned r = l / 4, c = l % 4 * 2;
-            w.matrices[l][m] =
-                transposed ? rows[c][r] | unsigned(rows[c + 1][r]) << 16 : rows[r][c] | unsigned(rows[r][c + 1]) << 16;
-        }
-    }
 }
 
 /// Waits until all lanes of the warp that have not returned are at the same meeting. The last one does what it is for.
@@ -276,60 +232,9 @@ template <typename T> inline T pick(const unsigned long long* values, unsigned i
     return value;
 }
 
-/// d += a · b, 16 x 16 times 16 x 8, fragments as mma.m16n8k16 lays them out.
-inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Widen widen) {
-    whole_warp("mma");
-    Warp& w = warp();
-    unsigned l = lane().index;
-    memcpy(w.a[l], a, sizeof a);
-    memcpy(w.b[l], b, sizeof b);
-    meet(Meeting::Mma, [=](Warp& w) { multiply(w, widen); });
-    for (unsigned i = 0; i < 4; i++) d[i] += w.product[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
-}
-
-inline void ldmatrix_x4(unsigned (&r)[4], const void* row, bool transposed) {
-    whole_warp("ldmatrix");
-    if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix of a row at %p, which is not a multiple of 16", row);
-    Warp& w = warp();
-    w.brought[lane().index] = reinterpret_cast<uintptr_t>(row);
-    meet(Meeting::Ldmatrix, [=](Warp& w) { deal(w, transposed); });
-    memcpy(r, w.matrices[lane().index], sizeof r);
-}
-
-/// Asks for a copy of 16 bytes. What they hold until somebody has waited for it is undefined.
-inline void cp_async_16(void* to, const void* from, bool valid) {
-    if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) % 16)
-        fail("cp.async from %p to %p, of which one is not a multiple of 16", from, to);
-    Lane& self = lane();
-    if (self.copies == self.capacity) {
-        self.capacity = self.capacity ? self.capacity * 2 : 64;
-        self.copy = static_cast<Copy*>(realloc(self.copy, self.capacity * sizeof(Copy)));
-    }
-    memset(to, POISON, 16);
-    self.copy[self.copies++] = {to, from, valid, self.group};
-}
-
-inline void cp_async_commit() { lane().group++; }
-
-/// All groups but the last `pending` arrive.
-inline void cp_async_wait(unsigned pending) {
-    Lane& self = lane();
-    unsigned kept = 0;
-    for (unsigned i = 0; i < self.copies; i++) {
-        Copy copy = self.copy[i];
-        if (copy.group + pending >= self.group) {
-            self.copy[kept++] = copy;
-        } else if (copy.valid) {
-            memcpy(copy.to, copy.from, 16);
-        } else {
-            memset(copy.to, 0, 16);
-        }
-    }
-    self.copies = kept;
-}
-
 template <typename T> inline void aligned(const T* pointer, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail("an access of %zu bytes at %p, which is misaligned", bytes, static_cast<const void*>(pointer));
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes)
+        fail_with(MISALIGNED_ADDRESS, "an access of %zu bytes at %p, which is misaligned", bytes, static_cast<const void*>(pointer));
 }
 
 /// Dynamic shared memory: its end is the end of what may be touched.
@@ -419,6 +324,7 @@ inline void put_in_order(unsigned char* order, unsigned count, unsigned long lon
 inline bool describe_deadlock(Worker& w) {
     unsigned at_warp = 0;
     for (unsigned i = 0; i < w.threads; i++) at_warp += w.lanes[i].state == State::AtWarp;
+    w.run->code = LAUNCH_FAILED;
     snprintf(w.run->message, sizeof w.run->message,
              "%s, block (%u, %u, %u): deadlock: %u threads wait at a barrier, %u at a warp collective, for others that never come",
              w.run->kernel->name, w.block.x, w.block.y, w.block.z, w.waiting, at_warp);
@@ -517,168 +423,11 @@ EMULATED_API inline bool emulated_run(emulated::Worker* with, emulated::Run* run
 
 /// For a handler of signals, on the thread that is in `emulated_run`: a lane touched an address that it may not, and the launch ends.
 EMULATED_API [[noreturn]] inline void emulated_escape(const void* address) {
-    emulated::fail("illegal access of the address %p", address);
+    emulated::fail_with(emulated::ILLEGAL_ADDRESS, "illegal access of the address %p", address);
 }
 
-#define threadIdx (::emulated::lane().thread)
-#define blockIdx (::emulated::worker->block)
-#define blockDim (::emulated::worker->block_dim)
-#define gridDim (::emulated::worker->grid_dim)
-constexpr int warpSize = 32;
-
-inline void __syncthreads() {
-    using namespace emulated;
-    if (++worker->waiting < worker->live) return pause(State::AtBlock);
-    release_block();
-}
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-    emulated::full(mask);
-    emulated::meet(emulated::Meeting::SyncWarp, [](emulated::Warp&) {});
-}
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() {}
-[[noreturn]] inline void __trap() { emulated::fail("__trap"); }
-
-template <typename T> inline T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
-    unsigned own = emulated::lane().index, w = width;
-    return emulated::pick<T>(emulated::exchange(mask, value), (own & ~(w - 1)) | (source & (w - 1)));
-}
-template <typename T> inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
-    unsigned own = emulated::lane().index, from = own ^ bits, w = width;
-    return emulated::pick<T>(emulated::exchange(mask, value), from < (own & ~(w - 1)) + w ? from : own);
-}
-template <typename T> inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    unsigned own = emulated::lane().index, w = width;
-    return emulated::pick<T>(emulated::exchange(mask, value), (own & (w - 1)) + delta < w ? own + delta : own);
-}
-template <typename T> inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    unsigned own = emulated::lane().index, w = width;
-    return emulated::pick<T>(emulated::exchange(mask, value), (own & (w - 1)) >= delta ? own - delta : own);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-    // The bits of lanes that returned are zero.
-    const unsigned long long* votes = emulated::exchange(mask, predicate ? 1u : 0u);
-    unsigned ballot = 0;
-    for (unsigned i = 0; i < emulated::warp().lanes; i++) ballot |= unsigned(votes[i] == 1) << i;
-    return ballot;
-}
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
-
-// The new value of an atomic replacement of `*at`; gives the old one.
-template <typename T, typename F> inline T emulated_replace(T* at, F replace) {
-    T old = *const_cast<volatile T*>(at), changed = replace(old);
-    while (!__atomic_compare_exchange(at, &old, &changed, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) changed = replace(old);
-    return old;
-}
-inline float atomicAdd(float* at, float value) { return emulated_replace(at, [=](float old) { return old + value; }); }
-inline int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
-inline unsigned atomicAdd(unsigned* at, unsigned value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
-inline int atomicMax(int* at, int value) { return emulated_replace(at, [=](int old) { return old > value ? old : value; }); }
-inline unsigned atomicMax(unsigned* at, unsigned value) { return emulated_replace(at, [=](unsigned old) { return old > value ? old : value; }); }
-inline int atomicExch(int* at, int value) { return __atomic_exchange_n(at, value, __ATOMIC_RELAXED); }
-inline unsigned atomicExch(unsigned* at, unsigned value) { return __atomic_exchange_n(at, value, __ATOMIC_RELAXED); }
-inline unsigned atomicCAS(unsigned* at, unsigned compare, unsigned value) {
-    return emulated_replace(at, [=](unsigned old) { return old == compare ? value : old; });
-}
-
-template <typename T> inline T __ldg(const T* at) { return *at; }
-template <typename T> inline T __ldcs(const T* at) { return *at; }
-template <typename T> inline void __stcs(T* at, T value) { *at = value; }
-
-template <typename To, typename From> inline To emulated_bits(From value) {
-    static_assert(sizeof(To) == sizeof(From), "the same bits as another type");
-    To bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
-inline int __float_as_int(float x) { return emulated_bits<int>(x); }
-inline float __uint_as_float(unsigned x) { return emulated_bits<float>(x); }
-inline float __int_as_float(int x) { return emulated_bits<float>(x); }
-inline int __float2int_rn(float x) { return x != x ? 0 : x >= 0x1p31f ? INT32_MAX : x <= -0x1p31f ? INT32_MIN : int(lrintf(x)); }
-inline int __float2int_rz(float x) { return x != x ? 0 : x >= 0x1p31f ? INT32_MAX : x <= -0x1p31f ? INT32_MIN : int(x); }
-inline float __int2float_rn(int x) { return static_cast<float>(x); }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __log2f(float x) { return log2f(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __dp4a(int a, int b, int c) {
-    for (int i = 0; i < 4; i++) c += static_cast<signed char>(a >> i * 8) * static_cast<signed char>(b >> i * 8);
-    return c;
-}
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-    unsigned long long bytes = (unsigned long long)y << 32 | x;
-    unsigned picked = 0;
-    for (int i = 0; i < 4; i++) {
-        unsigned s = selector >> i * 4 & 15, byte = unsigned(bytes >> (s & 7) * 8) & 0xff;
-        picked |= (s & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << i * 8;
-    }
-    return picked;
-}
-
-#define EMULATED_MINMAX(T)                                      \
-    constexpr T min(T a, T b) { return b < a ? b : a; }         \
-    constexpr T max(T a, T b) { return a < b ? b : a; }
-EMULATED_MINMAX(int)
-EMULATED_MINMAX(unsigned)
-EMULATED_MINMAX(long long)
-EMULATED_MINMAX(unsigned long long)
-#undef EMULATED_MINMAX
-inline float min(float a, float b) { return fminf(a, b); }
-inline float max(float a, float b) { return fmaxf(a, b); }
-
+#include "emulate_cuda.h"
+#include "emulate_tensor.h"
 #ifdef EMULATED_MAIN
-// What a program of one file needs beside: device memory, a launch that ends the program when it fails.
-#include <csignal>
-#include <ucontext.h>
-
-namespace emulated {
-
-inline void on_fault(int, siginfo_t* info, void*) {
-    if (!worker) abort();
-    emulated_escape(info->si_addr);
-}
-
-/// `count` elements of device memory, poisoned, with a guard behind.
-template <typename T> T* device(size_t count) {
-    size_t bytes = (count * sizeof(T) + 15) / 16 * 16;
-    unsigned char* start = map_guarded(bytes);
-    if (!start) abort();
-    memset(start, POISON, bytes);
-    return reinterpret_cast<T*>(start);
-}
-
-/// Runs a grid; the program ends with status 1 and the reason if it fails. CUDA_SIM_ORDER is the order of threads.
-template <auto F, typename... A> void launch(const char* name, dim3 grid, dim3 block, unsigned shared, A... arguments) {
-    static_assert(sizeof...(A) == sizeof(Entry<F>::bytes) / sizeof(unsigned) - 1, "as many arguments as the kernel has parameters");
-    static Worker* own = [] {
-        static unsigned char handlers[64 << 10];
-        stack_t alternate{};
-        alternate.ss_sp = handlers;
-        alternate.ss_size = sizeof handlers;
-        sigaltstack(&alternate, nullptr);
-        struct sigaction action{};
-        action.sa_sigaction = on_fault;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        const int signals[] = {SIGSEGV, SIGBUS, SIGFPE};
-        for (int signal : signals) sigaction(signal, &action, nullptr);
-        return emulated_worker();
-    }();
-    const char* order = getenv("CUDA_SIM_ORDER");
-    Kernel made = kernel<F>(name);
-    void* pointers[] = {static_cast<void*>(&arguments)..., nullptr};
-    unsigned long long next = 0;
-    Run run = {&made, pointers, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, 0, &next, {}};
-    run.order = !order || !strcmp(order, "forward") ? 0 : !strcmp(order, "reverse") ? 1 : strtoull(order, nullptr, 10) + 2;
-    if (emulated_run(own, &run)) return;
-    fprintf(stderr, "%s\n", run.message);
-    exit(1);
-}
-
-} // namespace emulated
+#include "emulate_main.h"
 #endif

@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 //! Attention over the paged cache, as the seam's `paged_attention` says, and the part of latent attention for which there is no
 //! faster kernel.
 //!
@@ -349,3 +350,6 @@ __global__ void merge(const Tile* tiles, Partials partials, int splits, int widt
         out[index * width + d] = from_float<T>(sum / weight);
     }
 }
+=======
+#include "baton.cuh"
+>>>>>>> host

@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 //! Writing to the cache: this step's keys and values, or latents and rotated keys, each head of each row into its slot.
 //!
 //! Invariant: what is kept of a number is what `KvDtype::round` of the seam says, bit for bit.
@@ -56,3 +57,6 @@ __global__ void write_slots(const T* a, const T* b, Plane first, Plane second, c
                  plane.scales + at);
     }
 }
+=======
+#include "baton.cuh"
+>>>>>>> host
