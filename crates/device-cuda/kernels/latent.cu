@@ -31,11 +31,11 @@ template <typename T, typename KV, int RANK, int ROPE> struct Layout {
 
 /// absorbed `[rows, heads, RANK]`, rotated queries as `rotated_q` says, mixed `[rows, heads, RANK]`. Four times two warps make
 /// scores of 16 rows and 16 positions; for the sums each of them takes some columns of all rows.
-/// Grid: (runs of 64 pairs, splits, tiles).
+/// Grid: (runs of 64 pairs, splits, tiles of at most `tokens`).
 template <typename T, typename KV, int RANK, int ROPE>
 __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, Heads rotated_q, Plane latents, Plane rotated,
-                                                             Step step, const Tile* tiles, Scores of, Partials partials,
-                                                             T* mixed) {
+                                                             Step step, const Tile* tiles, int tokens, Scores of,
+                                                             Partials partials, T* mixed) {
     using L = Layout<T, KV, RANK, ROPE>;
     constexpr int STRIDE = L::STRIDE, COLUMNS = RANK >= 128 ? RANK / 8 : 16;
     SHARED(shared);
@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
             if (pair + row >= pairs) continue;
             const float weight = totals[0][row] + totals[1][row];
             const size_t index = static_cast<size_t>(tile.row) * of.heads + pair + row;
-            const size_t at = index * gridDim.y + blockIdx.y;
+            const size_t in_list = static_cast<size_t>(blockIdx.z) * tokens * of.heads + pair + row;
+            const size_t at = in_list * gridDim.y + blockIdx.y;
             const int column = warp * COLUMNS + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; n++) {
