@@ -23,10 +23,8 @@ use crate::gpu::Launch;
 pub enum Source {
     /// Norms, sums, functions of single numbers, rotation, copies of rows.
     Rows,
-    /// Products with weights in floats.
+    /// Products with weights, rows of weights.
     Linear,
-    /// Products with weights in blocks.
-    Blocks,
     /// Attention over keys and values.
     Attention,
     /// Attention over latents.
@@ -38,22 +36,24 @@ pub enum Source {
 }
 
 /// Headers that sources may include.
-const HEADERS: [(&CStr, &str); 1] = [(c"baton.cuh", include_str!("../kernels/baton.cuh"))];
+const HEADERS: [(&CStr, &str); 2] = [
+    (c"baton.cuh", include_str!("../kernels/baton.cuh")),
+    (c"blocks.cuh", include_str!("../kernels/blocks.cuh")),
+];
 
 /// Dynamic shared memory that a kernel may have without being told so.
 const SHARED: u32 = 48 << 10;
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 7] =
-        [Source::Rows, Source::Linear, Source::Blocks, Source::Attention, Source::Latent, Source::Cache, Source::Moe];
+    pub const ALL: [Source; 6] =
+        [Source::Rows, Source::Linear, Source::Attention, Source::Latent, Source::Cache, Source::Moe];
 
     /// The file's name.
     pub const fn file(self) -> &'static str {
         match self {
             Source::Rows => "rows.cu",
             Source::Linear => "linear.cu",
-            Source::Blocks => "blocks.cu",
             Source::Attention => "attention.cu",
             Source::Latent => "latent.cu",
             Source::Cache => "cache.cu",
@@ -66,7 +66,6 @@ impl Source {
         match self {
             Source::Rows => include_str!("../kernels/rows.cu"),
             Source::Linear => include_str!("../kernels/linear.cu"),
-            Source::Blocks => include_str!("../kernels/blocks.cu"),
             Source::Attention => include_str!("../kernels/attention.cu"),
             Source::Latent => include_str!("../kernels/latent.cu"),
             Source::Cache => include_str!("../kernels/cache.cu"),
