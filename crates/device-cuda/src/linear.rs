@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use baton_device::{HostLinear, Result, WeightFormat};
 
+use crate::error::not_yet;
 use crate::gpu::Gpu;
-use crate::rows::not_yet;
 use crate::tensor::{DataType, Tensor};
 
 /// A linear weight with its bias.

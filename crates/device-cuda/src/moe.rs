@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use baton_device::{DeviceError, GroupScore, HostExperts, HostTensor, Result, Routing, Rows, Scoring, WeightFormat};
 
+use crate::blocks;
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
 use crate::program::{Kernel, Source};
@@ -254,8 +255,8 @@ impl Stack {
 
     /// Writes an expert's matrix.
     fn put(&self, gpu: &Gpu, expert: usize, matrix: &HostTensor<'_>) -> Result<()> {
-        let bytes = blocks::pack(matrix, self.format)?;
-        gpu.write(&self.buffer, expert * self.rows * self.stride, &bytes)
+        matrix.expect_keepable(self.format)?;
+        blocks::write(gpu, &self.buffer, expert * self.rows * self.stride, matrix, self.format)
     }
 
     /// `Stack` of the kernels.
@@ -289,12 +290,7 @@ fn packed(routing: &Routing, count: usize, first: usize, held: usize) -> Box<[u8
 
 /// Whether weights go to the tensor cores as they are: `Shape::COPIED` of the kernels.
 fn is_copied(activations: DataType, format: WeightFormat) -> bool {
-    match format {
-        WeightFormat::F32 => activations == DataType::F32,
-        WeightFormat::F16 => activations == DataType::F16,
-        WeightFormat::BF16 => activations == DataType::BF16,
-        WeightFormat::Ggml(_) => false,
-    }
+    blocks::float(format) == Some(activations)
 }
 
 /// `Shape` of the kernels.
@@ -324,7 +320,7 @@ enum Way<'a> {
 impl Kernels {
     fn new(gpu: &Gpu, activations: DataType, shape: Shape, formats: [WeightFormat; 3]) -> Result<Self> {
         let t = activations.name();
-        let [gate, up, down] = formats.map(blocks::name);
+        let [gate, up, down] = formats.map(blocks::type_name);
         let kernel = |name: String| gpu.kernel(Source::Moe, name);
         let lanes = shape.count.div_ceil(32);
         let route = |logits: &str| kernel(format!("route<{logits}, {lanes}>"));
@@ -380,34 +376,5 @@ impl Kernels {
         }
         let [others @ .., largest] = self.tiled.as_slice() else { unreachable!("there is one") };
         Way::Tiled(others.iter().find(|tiled| pairs * 4 <= shape.count * tiled.slots * 3).unwrap_or(largest))
-    }
-}
-
-mod blocks {
-    use super::*;
-    pub fn name(format: WeightFormat) -> String {
-        match format {
-            WeightFormat::F32 => "Dense<float>".into(),
-            WeightFormat::F16 => "Dense<f16>".into(),
-            WeightFormat::BF16 => "Dense<bf16>".into(),
-            WeightFormat::Ggml(_) => unimplemented!(),
-        }
-    }
-    pub fn row_bytes(format: WeightFormat, cols: usize) -> usize {
-        format.bytes(cols.next_multiple_of(8))
-    }
-    pub fn pack(matrix: &HostTensor<'_>, format: WeightFormat) -> Result<Vec<u8>> {
-        let cols = matrix.shape()[1];
-        let mut out = Vec::new();
-        let dtype = match format {
-            WeightFormat::F32 => DataType::F32,
-            WeightFormat::F16 => DataType::F16,
-            _ => DataType::BF16,
-        };
-        for row in matrix.to_f32().chunks(cols) {
-            out.extend(dtype.encode(row));
-            out.resize(out.len().next_multiple_of(8 * dtype.bytes()), 0);
-        }
-        Ok(out)
     }
 }

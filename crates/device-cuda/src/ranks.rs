@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use baton_device::{DeviceError, Result, Rows, World};
 use cudarc::nccl::sys::{self as nccl, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
 
-use crate::context::Handle;
+use crate::context::{Context, Handle};
 use crate::gpu::Gpu;
 use crate::libraries;
 use crate::tensor::{DataType, Tensor};
@@ -26,6 +26,7 @@ pub(crate) struct Place {
 pub(crate) struct Group {
     /// Each rank's end, until they were aborted.
     ends: Vec<Mutex<Option<Handle<ncclComm_t>>>>,
+    contexts: Vec<Arc<Context>>,
     /// Why there are to be no more sums.
     failed: OnceLock<String>,
 }
@@ -148,6 +149,10 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
+        // The graphs of a broken context are not given back, and would be waited for.
+        if self.contexts.iter().any(|context| context.whole().is_err()) {
+            return;
+        }
         for end in &mut self.ends {
             if let Some(end) = end.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
                 // SAFETY: live until now; all ranks' GPUs are closed.
@@ -179,7 +184,8 @@ pub(crate) fn join(gpus: &[Arc<Gpu>], devices: &[u32]) -> Result<Vec<Place>> {
         }
     }
     let ends = ends.into_iter().map(|end| Mutex::new(Some(Handle(end)))).collect();
-    let group = Arc::new(Group { ends, failed: OnceLock::new() });
+    let contexts = gpus.iter().map(|gpu| gpu.context().clone()).collect();
+    let group = Arc::new(Group { ends, contexts, failed: OnceLock::new() });
     gpus.iter().for_each(|gpu| gpu.outlive(group.clone()));
     Ok((0..size).map(|rank| Place { world: World { rank, size }, group: Some(group.clone()) }).collect())
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use baton_device::{Activation, HostRope, Result, RopeLayout};
 
+use crate::error::not_yet;
 use crate::gpu::Gpu;
 use crate::plan::AttentionPlan;
 use crate::tensor::{DataType, Tensor, Vector};
@@ -94,9 +95,4 @@ impl RowKernels {
     pub(crate) fn argmax(&self, _x: &Tensor, _out: &mut Vec<Option<u32>>) -> Result<()> {
         not_yet(&self.gpu)
     }
-}
-
-pub(crate) fn not_yet<T>(gpu: &Gpu) -> Result<T> {
-    let (device, reason) = (gpu.name().to_owned(), "its kernels are not there yet".into());
-    Err(baton_device::DeviceError::Execution { device, op: "operation", reason })
 }
