@@ -250,6 +250,10 @@ impl Backend for CudaBackend {
         self.place.rejoin(self.gpu.name())
     }
 
+    fn submit(&self) -> Result<()> {
+        self.gpu.flush()
+    }
+
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
         self.rows.gather_rows(x, rows, out)
     }
