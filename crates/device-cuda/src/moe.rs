@@ -140,11 +140,8 @@ impl MoeKernels {
         assert_eq!((logits.rows(), x.dtype()), (rows, activations), "rows and type of experts' input");
         let out = out.output(rows, activations);
         let pairs = rows * top_k;
-        let way = kernels.way(*shape, rows);
-        let bound = match way {
-            Way::Direct => pairs,
-            Way::Tiled(tiled) => pairs.min(pairs / tiled.slots + held),
-        };
+        let tiled = tiles(*shape, rows, |tiled: &Tiled| tiled.slots, &kernels.tiled);
+        let bound = tiled.map_or(pairs, |tiled| pairs.min(pairs / tiled.slots + held));
 
         let scratch = |numbers: usize, bytes: usize| gpu.scratch(numbers * bytes);
         let (ids, weights, tiles) = (scratch(pairs, 4)?, scratch(pairs, 4)?, scratch(bound, 12)?);
@@ -158,7 +155,7 @@ impl MoeKernels {
         let pointer = |buffer: &Buffer| Arg::Ptr(buffer.address());
         let null = Arg::Ptr(0);
 
-        let own_tiles = if let Way::Direct = way { pointer(&tiles) } else { null.clone() };
+        let own_tiles = if tiled.is_none() { pointer(&tiles) } else { null.clone() };
         let [narrow, wide] = &kernels.route;
         let route = if logits.dtype() == DataType::F32 { wide } else { narrow };
         let bias = experts.bias.as_ref().map_or(0, Buffer::address);
@@ -178,8 +175,8 @@ impl MoeKernels {
             ],
         )?;
         let x = Arg::Ptr(x.address());
-        match way {
-            Way::Direct => {
+        match tiled {
+            None => {
                 let [gate_up, direct_down] = &kernels.direct;
                 launch(
                     gate_up,
@@ -200,7 +197,7 @@ impl MoeKernels {
                     ],
                 )
             }
-            Way::Tiled(Tiled { slots, gate_up, down: tiled_down, columns, shared }) => {
+            Some(Tiled { slots, gate_up, down: tiled_down, columns, shared }) => {
                 let order = scratch(pairs, 4)?;
                 let y = scratch(pairs * hidden, activations.bytes())?;
                 launch(
@@ -311,12 +308,6 @@ impl Staged {
     }
 }
 
-/// How a number of rows is computed.
-enum Way<'a> {
-    Direct,
-    Tiled(&'a Tiled),
-}
-
 impl Kernels {
     fn new(gpu: &Gpu, activations: DataType, shape: Shape, formats: [WeightFormat; 3]) -> Result<Self> {
         let t = activations.name();
@@ -366,15 +357,31 @@ impl Kernels {
             combine: kernel(format!("combine<{t}, {vector}>"))?,
         })
     }
+}
 
-    /// Pairs are computed one by one where few of them share an expert: sorting costs more than a weight read twice.
-    /// Otherwise in tiles that most experts fill once.
-    fn way(&self, shape: Shape, rows: usize) -> Way<'_> {
-        let pairs = rows * shape.top_k;
-        if rows == 1 || pairs * 4 <= shape.count {
-            return Way::Direct;
+/// The tiles in which a number of rows is computed: the smallest that most experts fill once. `None` where few pairs share an
+/// expert, and each is computed by itself: sorting costs more than a weight that is read twice.
+fn tiles<T>(shape: Shape, rows: usize, slots: impl Fn(&T) -> usize, sizes: &[T]) -> Option<&T> {
+    let pairs = rows * shape.top_k;
+    if rows == 1 || pairs * 4 <= shape.count {
+        return None;
+    }
+    sizes.iter().find(|size| pairs * 4 <= shape.count * slots(size) * 3).or(sizes.last())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_rows_take_larger_tiles_and_a_single_one_takes_none() {
+        for (count, top_k) in [(8, 2), (64, 6), (128, 8), (256, 8), (384, 8)] {
+            let shape = Shape { hidden: 1, inner: 1, count, held: count, top_k };
+            let sizes: Vec<_> =
+                (1..4096).map(|rows| tiles(shape, rows, |size| *size, &[16, 64, 128]).copied()).collect();
+            assert_eq!((sizes[0], sizes[4094]), (None, Some(128)), "{top_k} of {count}");
+            assert!(sizes.is_sorted(), "{top_k} of {count}");
+            assert!(sizes.contains(&Some(16)) && sizes.contains(&Some(64)), "{top_k} of {count}");
         }
-        let [others @ .., largest] = self.tiled.as_slice() else { unreachable!("there is one") };
-        Way::Tiled(others.iter().find(|tiled| pairs * 4 <= shape.count * tiled.slots * 3).unwrap_or(largest))
     }
 }

@@ -1,4 +1,8 @@
-//! Several GPUs that compute one model: NCCL joins them, and sums are queued like everything else, so a step's graph has them in it.
+//! Several GPUs that compute one model: NCCL joins them, and sums are queued like everything else.
+//!
+//! A step's graph has them in it if `NCCL_GRAPH_REGISTER=0` is in the environment. Without it NCCL may agree with the other ranks on
+//! buffers while it is captured, and waits for ever for one that runs the same step without a graph, which the lists of
+//! different ranks do not rule out. Then a step is graphs with sums between them.
 //!
 //! Invariants: a rank waits for the others on its stream alone. Once a rank has left, the others stand at another sum than
 //! it: what NCCL still waits for is aborted, which ends their streams, and the ranks are of no use any more, to anybody.
@@ -27,6 +31,8 @@ pub(crate) struct Group {
     /// Each rank's end, until they were aborted.
     ends: Vec<Mutex<Option<Handle<ncclComm_t>>>>,
     contexts: Vec<Arc<Context>>,
+    /// Whether graphs may have sums in them.
+    captured: bool,
     /// Why there are to be no more sums.
     failed: OnceLock<String>,
 }
@@ -44,6 +50,10 @@ impl Place {
     pub(crate) fn all_reduce(&self, gpu: &Arc<Gpu>, x: &mut Tensor) -> Result<()> {
         let Some(group) = &self.group else { return Ok(()) };
         group.whole(gpu.name())?;
+        if !group.captured {
+            gpu.flush()?;
+        }
+        let captured = group.captured;
         let (group, rank, at, count) = (group.clone(), self.world.rank, x.address(), x.rows() * x.cols());
         if count == 0 {
             return Ok(());
@@ -60,7 +70,8 @@ impl Place {
                 // are the caller's until the stream has passed, and they may be both input and output.
                 unsafe { nccl::ncclAllReduce(data, data, count, dtype, ncclRedOp_t::ncclSum, end, stream.cast()) }
             })
-        })
+        })?;
+        if captured { Ok(()) } else { gpu.flush() }
     }
 
     /// An error if what sums gave is worth nothing: a rank has left, or NCCL has failed meanwhile.
@@ -185,7 +196,8 @@ pub(crate) fn join(gpus: &[Arc<Gpu>], devices: &[u32]) -> Result<Vec<Place>> {
     }
     let ends = ends.into_iter().map(|end| Mutex::new(Some(Handle(end)))).collect();
     let contexts = gpus.iter().map(|gpu| gpu.context().clone()).collect();
-    let group = Arc::new(Group { ends, contexts, failed: OnceLock::new() });
+    let captured = std::env::var("NCCL_GRAPH_REGISTER").is_ok_and(|register| register == "0");
+    let group = Arc::new(Group { ends, contexts, captured, failed: OnceLock::new() });
     gpus.iter().for_each(|gpu| gpu.outlive(group.clone()));
     Ok((0..size).map(|rank| Place { world: World { rank, size }, group: Some(group.clone()) }).collect())
 }
