@@ -16,9 +16,10 @@ use baton_device::Result;
 use cudarc::driver::sys::{self, CUgraphExec, CUresult, CUstream, CUstreamCaptureMode};
 
 use crate::context::{Context, Handle};
-use crate::gpu::{Arg, Counters, Launch, add};
+use crate::gpu::{Arg, Launch};
 use crate::program::Kernel;
 use crate::staging::{self, Staging};
+use crate::statistics::{Counters, add};
 
 /// Lists that are remembered of those that were seen once: prompts make many that never come again.
 const SEEN: usize = 64;

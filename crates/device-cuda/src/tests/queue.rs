@@ -5,9 +5,10 @@ use std::sync::Arc;
 use baton_device::DeviceError;
 
 use super::gpu;
-use crate::gpu::{Gpu, Statistics};
+use crate::gpu::Gpu;
 use crate::memory::Buffer;
 use crate::simulator::Simulator;
+use crate::statistics::Statistics;
 
 /// Bytes of the buffers of these tests.
 const BYTES: usize = 1000;
