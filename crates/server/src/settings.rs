@@ -128,7 +128,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "BATON_TENSOR_PARALLEL_SIZE", help_heading = "Model")]
     pub tensor_parallel_size: Option<usize>,
 
-    /// Seconds that a step may wait for the device; then its requests end with an error, the server is neither ready nor live, and only a restart helps; 0 waits for ever [default: 60 for ascend; 0 for cpu and reference, whose steps may rightly take long]
+    /// Seconds that a step may wait for the device; then its requests end with an error, the server is neither ready nor live, and only a restart helps; 0 waits for ever [default: 60 for cuda and ascend; 0 for cpu and reference, whose steps may rightly take long]
     #[arg(long, value_name = "SECONDS", env = "BATON_DEVICE_TIMEOUT", help_heading = "Model")]
     pub device_timeout: Option<u64>,
 

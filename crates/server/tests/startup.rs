@@ -84,7 +84,9 @@ fn a_missing_folder_is_named() {
 
 #[test]
 fn a_device_that_is_not_there_is_named_with_those_that_are() {
-    assert_names(&refusal(&["--device", "cuda:0", "--port", "0"]), &["cuda:0", "cpu"]);
+    assert_names(&refusal(&["--device", "tpu:0", "--port", "0"]), &["tpu:0", "cpu", "cuda:N"]);
+    let absent = refusal(&["--device", "cuda:0", "--port", "0"]);
+    assert_names(&absent, &["cuda:0", "unavailable", "libcuda"]);
 }
 
 #[test]
