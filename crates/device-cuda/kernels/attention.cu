@@ -24,6 +24,7 @@ template <int H, int K> struct Wide {
 };
 
 /// Shared memory of `attend`: queries, then two stages of keys and values, or of their bytes and behind these their numbers.
+/// At the end all of it holds sums in f32, `[KEY_WARPS, ROWS, D]`.
 template <typename T, typename KV, int D, typename S> struct Layout {
     static constexpr bool BYTES = Same<KV, signed char>::value;
     static constexpr int STRIDE = D + PAD;
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane 
     }
 
     // The warps of a row join their parts in shared memory, from where the result leaves in whole lines.
-    float* joined = reinterpret_cast<float*>(stages);
+    float* joined = reinterpret_cast<float*>(shared);
     __shared__ float largest[S::KEY_WARPS][L::ROWS], weights[S::KEY_WARPS][L::ROWS];
     cp_async_wait<0>();
     __syncthreads();
