@@ -297,10 +297,10 @@ __global__ void __launch_bounds__(128) unpack(const unsigned char* weight, const
     }
 }
 
-/// `out[r, i] = x[r, i] + bias[i]`, `[count / cols, cols]`; out may be x.
+/// `out[r, i] = x[r, i] + bias[i]`, `[count / cols, cols]`, or x in another type where there is no bias; out may be x.
 ///
 /// Grid and block: a thread per element.
 template <typename X, typename Y> __global__ void __launch_bounds__(256) add_bias(const X* x, const float* bias, Y* out, long long count, int cols) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < count) out[i] = from_float<Y>(to_float(x[i]) + bias[i % cols]);
+    if (i < count) out[i] = from_float<Y>(to_float(x[i]) + (bias ? bias[i % cols] : 0));
 }
