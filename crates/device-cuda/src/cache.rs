@@ -103,8 +103,7 @@ impl KvCache {
         assert!(plan.highest_block() < self.blocks, "block {} of {}", plan.highest_block(), self.blocks);
         let [a, b] = &self.layers[layer].planes;
         let heads = a.heads.max(b.heads);
-        let launch =
-            Launch { grid: [plan.rows() as u32, 2, 1], block: [32 * heads.min(8) as u32, 1, 1], shared: 0 };
+        let launch = Launch { grid: [plan.rows() as u32, 2, 1], block: [32 * heads.min(8) as u32, 1, 1], shared: 0 };
         let args = [Arg::Ptr(first), Arg::Ptr(second), a.arg(), b.arg(), Arg::Ptr(plan.slots())];
         gpu.launch(&self.write, launch, &args)
     }

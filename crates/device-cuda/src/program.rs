@@ -36,9 +36,10 @@ pub enum Source {
 }
 
 /// Headers that sources may include.
-const HEADERS: [(&CStr, &str); 2] = [
+const HEADERS: [(&CStr, &str); 3] = [
     (c"baton.cuh", include_str!("../kernels/baton.cuh")),
     (c"blocks.cuh", include_str!("../kernels/blocks.cuh")),
+    (c"context.cuh", include_str!("../kernels/context.cuh")),
 ];
 
 /// Dynamic shared memory that a kernel may have without being told so.
