@@ -19,7 +19,7 @@ use crate::tensor::DataType;
 /// What the vendor recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// `out = x · weightᵀ`, row-major, sums in f32.
+/// `out = x · weightᵀ`, row-major, contiguous, sums in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Matmul {
     /// Rows of x and out.
@@ -38,8 +38,6 @@ pub(crate) struct Matmul {
     pub(crate) weight: u64,
     /// `[rows, n]`.
     pub(crate) out: u64,
-    /// Elements from one row of out to the next.
-    pub(crate) out_stride: usize,
 }
 
 /// cuBLASLt on one device.
@@ -57,7 +55,6 @@ struct Shape {
     k: usize,
     input: DataType,
     output: DataType,
-    out_stride: usize,
     /// Of x, weight and out, in bytes.
     alignment: [u32; 3],
 }
@@ -92,20 +89,23 @@ impl Blas {
 
     /// Queues a product.
     pub(crate) fn queue(&self, gpu: &Gpu, product: &Matmul) -> Result<()> {
-        let Matmul { rows, n, k, input, output, x, weight, out, out_stride } = *product;
+        let product = *product;
+        let Matmul { rows, n, k, input, output, x, weight, out } = product;
         if rows == 0 || n == 0 {
             return Ok(());
         }
         let alignment = [x, weight, out].map(|address| 1 << address.trailing_zeros().min(8));
-        let plan = self.plan(gpu.context(), Shape { rows, n, k, input, output, out_stride, alignment })?;
+        let plan = self.plan(gpu.context(), Shape { rows, n, k, input, output, alignment })?;
         let (handle, workspace) = (self.handle, self.workspace);
         // The plan is the shape's own, so that its descriptor stands for both.
         let key = [plan.product.0 as u64, x, weight, out];
         gpu.call("matmul", &key, move |context, stream| {
             // SAFETY: descriptors as made for these matrices, which are the caller's until the stream has passed; the
             // algorithm was chosen for them and for the workspace.
-            let code = unsafe { plan.run(handle, [x, weight, out], workspace, stream) };
-            check(context, "cublasLtMatmul", code)
+            match unsafe { plan.run(handle, [x, weight, out], workspace, stream) } {
+                cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
+                code => Err(context.foreign("matmul", format!("cublasLtMatmul gave {code:?}: {product:?}"), stream)),
+            }
         })
     }
 
@@ -129,7 +129,9 @@ impl Blas {
             // SAFETY: each made once.
             unsafe {
                 lt::cublasLtMatmulDescDestroy(plan.product.0);
-                [plan.weight, plan.x, plan.out].map(|layout| lt::cublasLtMatrixLayoutDestroy(layout.0));
+                for layout in [plan.weight, plan.x, plan.out] {
+                    lt::cublasLtMatrixLayoutDestroy(layout.0);
+                }
             }
         }
         // SAFETY: made once.
@@ -179,17 +181,18 @@ impl Plan {
 
     fn new(context: &Context, handle: lt::cublasLtHandle_t, shape: Shape) -> Result<Self> {
         use lt::cublasLtMatmulPreferenceAttributes_t::*;
-        let Shape { rows, n, k, input, output, out_stride, alignment } = shape;
+        let Shape { rows, n, k, input, output, alignment } = shape;
         let check = |call, code| check(context, call, code);
         let mut product = std::ptr::null_mut();
         let (sums, scale) = (lt::cublasComputeType_t::CUBLAS_COMPUTE_32F, lt::cudaDataType_t::CUDA_R_32F);
         let transposed = TRANSPOSED;
-        let layout = |dtype: DataType, rows: usize, cols: usize, leading: usize| {
+        let layout = |dtype: DataType, rows: usize, cols: usize| {
             let mut layout = std::ptr::null_mut();
-            let (rows, cols, leading) = (rows as u64, cols as u64, leading as i64);
+            let leading = rows as i64;
             // SAFETY: a valid out pointer.
-            let code =
-                unsafe { lt::cublasLtMatrixLayoutCreate(&raw mut layout, element(dtype), rows, cols, leading) };
+            let code = unsafe {
+                lt::cublasLtMatrixLayoutCreate(&raw mut layout, element(dtype), rows as u64, cols as u64, leading)
+            };
             check("cublasLtMatrixLayoutCreate", code).map(|()| Handle(layout))
         };
         // SAFETY: valid pointers, and sizes of what they point to.
@@ -200,7 +203,7 @@ impl Plan {
             let code = lt::cublasLtMatmulDescSetAttribute(product, attribute, value, size);
             check("cublasLtMatmulDescSetAttribute", code)?;
         }
-        let (weight, x, out) = (layout(input, k, n, k)?, layout(input, k, rows, k)?, layout(output, n, rows, out_stride)?);
+        let (weight, x, out) = (layout(input, k, n)?, layout(input, k, rows)?, layout(output, n, rows)?);
         let mut preference = std::ptr::null_mut();
         let mut found = 0;
         // SAFETY: as above; a heuristic's result is plain data, for which zeros are a value.
@@ -256,13 +259,9 @@ fn element(dtype: DataType) -> lt::cudaDataType_t {
     }
 }
 
-/// A failure in the device shows at the next call of the driver, with its class.
 fn check(context: &Context, op: &'static str, code: cublasStatus_t) -> Result<()> {
     match code {
         cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
-        code => {
-            context.enter()?;
-            Err(DeviceError::Execution { device: context.name.clone(), op, reason: format!("{code:?}") })
-        }
+        code => Err(DeviceError::Execution { device: context.name.clone(), op, reason: format!("{code:?}") }),
     }
 }
