@@ -38,6 +38,8 @@ pub(crate) struct Matmul {
     pub(crate) weight: u64,
     /// `[rows, n]`.
     pub(crate) out: u64,
+    /// Elements from one row of out to the next.
+    pub(crate) out_stride: usize,
 }
 
 /// cuBLASLt on one device.
@@ -55,6 +57,7 @@ struct Shape {
     k: usize,
     input: DataType,
     output: DataType,
+    out_stride: usize,
     /// Of x, weight and out, in bytes.
     alignment: [u32; 3],
 }
@@ -90,12 +93,12 @@ impl Blas {
     /// Queues a product.
     pub(crate) fn queue(&self, gpu: &Gpu, product: &Matmul) -> Result<()> {
         let product = *product;
-        let Matmul { rows, n, k, input, output, x, weight, out } = product;
+        let Matmul { rows, n, k, input, output, x, weight, out, out_stride } = product;
         if rows == 0 || n == 0 {
             return Ok(());
         }
         let alignment = [x, weight, out].map(|address| 1 << address.trailing_zeros().min(8));
-        let plan = self.plan(gpu.context(), Shape { rows, n, k, input, output, alignment })?;
+        let plan = self.plan(gpu.context(), Shape { rows, n, k, input, output, out_stride, alignment })?;
         let (handle, workspace) = (self.handle, self.workspace);
         // The plan is the shape's own, so that its descriptor stands for both.
         let key = [plan.product.0 as u64, x, weight, out];
@@ -181,18 +184,17 @@ impl Plan {
 
     fn new(context: &Context, handle: lt::cublasLtHandle_t, shape: Shape) -> Result<Self> {
         use lt::cublasLtMatmulPreferenceAttributes_t::*;
-        let Shape { rows, n, k, input, output, alignment } = shape;
+        let Shape { rows, n, k, input, output, out_stride, alignment } = shape;
         let check = |call, code| check(context, call, code);
         let mut product = std::ptr::null_mut();
         let (sums, scale) = (lt::cublasComputeType_t::CUBLAS_COMPUTE_32F, lt::cudaDataType_t::CUDA_R_32F);
         let transposed = TRANSPOSED;
-        let layout = |dtype: DataType, rows: usize, cols: usize| {
+        let layout = |dtype: DataType, rows: usize, cols: usize, leading: usize| {
             let mut layout = std::ptr::null_mut();
-            let leading = rows as i64;
+            let (rows, cols, leading) = (rows as u64, cols as u64, leading as i64);
             // SAFETY: a valid out pointer.
-            let code = unsafe {
-                lt::cublasLtMatrixLayoutCreate(&raw mut layout, element(dtype), rows as u64, cols as u64, leading)
-            };
+            let code =
+                unsafe { lt::cublasLtMatrixLayoutCreate(&raw mut layout, element(dtype), rows, cols, leading) };
             check("cublasLtMatrixLayoutCreate", code).map(|()| Handle(layout))
         };
         // SAFETY: valid pointers, and sizes of what they point to.
@@ -203,7 +205,7 @@ impl Plan {
             let code = lt::cublasLtMatmulDescSetAttribute(product, attribute, value, size);
             check("cublasLtMatmulDescSetAttribute", code)?;
         }
-        let (weight, x, out) = (layout(input, k, n)?, layout(input, k, rows)?, layout(output, n, rows)?);
+        let (weight, x, out) = (layout(input, k, n, k)?, layout(input, k, rows, k)?, layout(output, n, rows, out_stride)?);
         let mut preference = std::ptr::null_mut();
         let mut found = 0;
         // SAFETY: as above; a heuristic's result is plain data, for which zeros are a value.
