@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, World,
+    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rows, World,
 };
 
 use crate::attention::AttentionKernels;
@@ -15,6 +15,7 @@ use crate::compiler::default_cache;
 use crate::gpu::{Gpu, GpuOptions};
 use crate::latent::{Latent, LatentKernels};
 use crate::libraries;
+use crate::limits;
 use crate::linear::{self, Linear, LinearKernels};
 use crate::moe::{Experts, MoeKernels};
 use crate::plan::{AttentionPlan, Planner};
@@ -120,6 +121,17 @@ impl CudaBackend {
     /// What failed on the device, now or before.
     pub fn memory(&self) -> Result<DeviceMemory> {
         self.gpu.memory()
+    }
+
+    /// Measures what the device does at most, in the type of activations: bytes copied within its memory, each counted as it
+    /// is read and as it is written, and multiply-adds of a large product.
+    ///
+    /// # Errors
+    /// No memory for that, and what fails on the device.
+    pub fn limits(&self) -> Result<Limits> {
+        let mul_adds = limits::multiplied(&self.gpu, self.activations)?;
+        let mul_adds = [(self.caps.activations.to_string(), mul_adds)].into();
+        Ok(Limits { bytes: limits::copied(&self.gpu)?, access: "copy", mul_adds })
     }
 
     /// What was done so far.
