@@ -109,7 +109,7 @@ impl CudaBackend {
         let open = |&device| Self::new(&CudaOptions { device, ..options.clone() });
         let mut backends: Vec<_> = devices.iter().map(open).collect::<Result<_>>()?;
         let gpus: Vec<_> = backends.iter().map(|backend| backend.gpu.clone()).collect();
-        let places = ranks::join(&gpus)?;
+        let places = ranks::join(&gpus, devices)?;
         backends.iter_mut().zip(places).for_each(|(backend, place)| backend.place = place);
         Ok(backends)
     }
@@ -250,7 +250,11 @@ impl Backend for CudaBackend {
     }
 
     fn rejoin(&self) -> Result<()> {
-        self.place.rejoin()
+        self.place.rejoin(self.gpu.name())
+    }
+
+    fn submit(&self) -> Result<()> {
+        self.gpu.flush()
     }
 
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
@@ -276,13 +280,15 @@ impl Backend for CudaBackend {
         if x.rows() > 0 {
             let mut bytes = vec![0; x.bytes()];
             self.gpu.read(x.address(), &mut bytes)?;
+            self.place.whole(self.gpu.name())?;
             x.dtype().decode(&bytes, out);
         }
         Ok(())
     }
 
     fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        self.rows.argmax(x, out)
+        self.rows.argmax(x, out)?;
+        self.place.whole(self.gpu.name())
     }
 }
 

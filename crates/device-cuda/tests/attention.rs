@@ -2,10 +2,10 @@
 
 use std::sync::OnceLock;
 
-use cuda_sim::Simulator;
 use baton_device::conformance::{self, Case};
 use baton_device::{Backend, DType};
 use baton_device_cuda::{CudaBackend, CudaOptions};
+use cuda_sim::Simulator;
 
 fn simulator() -> Simulator {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
