@@ -381,7 +381,7 @@ template <auto F> constexpr Kernel kernel(const char* name) {
 
 } // namespace emulated
 
-#define EMULATED_API extern "C" __attribute__((visibility("default")))
+#define EMULATED_API extern "C" __attribute__((visibility("default"), used))
 
 /// A worker, or null if there is no memory. It is never given back.
 EMULATED_API inline emulated::Worker* emulated_worker() {
