@@ -1,1 +1,0 @@
-#include "baton.cuh"

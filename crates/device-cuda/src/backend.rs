@@ -11,15 +11,17 @@ use baton_device::{
 
 use crate::attention::AttentionKernels;
 use crate::cache::{self, KvCache};
-use crate::gpu::{Gpu, GpuOptions, Statistics};
+use crate::compiler::default_cache;
+use crate::gpu::{Gpu, GpuOptions};
 use crate::latent::{Latent, LatentKernels};
 use crate::libraries;
 use crate::linear::{self, Linear, LinearKernels};
 use crate::moe::{Experts, MoeKernels};
 use crate::plan::{AttentionPlan, Planner};
-use crate::program::{Source, default_cache};
+use crate::program::Source;
 use crate::ranks::{self, Place};
 use crate::rows::{Rope, RowKernels};
+use crate::statistics::Statistics;
 use crate::tensor::{DataType, Tensor, Vector};
 
 /// How a GPU is opened.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use baton_device::{KvDtype, KvSpec, Result};
 
+use crate::error::not_yet;
 use crate::gpu::Gpu;
-use crate::rows::not_yet;
 use crate::tensor::DataType;
 
 /// Tokens of a block.

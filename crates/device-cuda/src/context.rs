@@ -3,12 +3,12 @@
 //! Invariant: once a call has shown that the context is broken, nothing made in it is touched again, not even to free it:
 //! the next backend resets the context, and old addresses would then be somebody else's.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use baton_device::{DeviceError, Result};
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUresult};
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUresult, CUstream};
 
 use crate::error::{Class, class, describe};
 
@@ -27,7 +27,7 @@ pub(crate) struct Context {
     pub(crate) name: String,
     device: CUdevice,
     context: Handle<CUcontext>,
-    broken: OnceLock<Broken>,
+    broken: Arc<OnceLock<Broken>>,
 }
 
 /// Why nothing more can be asked.
@@ -36,10 +36,21 @@ struct Broken {
     reason: String,
 }
 
-static CONTEXTS: Mutex<Option<HashMap<u32, Weak<Context>>>> = Mutex::new(None);
+/// What is known of a device's context.
+struct Known {
+    context: Weak<Context>,
+    /// Outlives it: what sticks to the context is there until somebody resets it.
+    broken: Arc<OnceLock<Broken>>,
+}
+
+static CONTEXTS: Mutex<BTreeMap<u32, Known>> = Mutex::new(BTreeMap::new());
 
 impl Context {
     /// The context of a device: the one in use unless it is broken, else a new one. The libraries are there.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`]; and [`DeviceError::Lost`] where a broken context stays so: some errors last as long as
+    /// the process.
     pub(crate) fn open(ordinal: u32) -> Result<Arc<Self>> {
         let name = format!("cuda:{ordinal}");
         let unavailable = |reason: String| DeviceError::Unavailable { device: name.clone(), reason };
@@ -48,13 +59,13 @@ impl Context {
             code => Err(unavailable(format!("{call} gave {}", describe(code)))),
         };
         let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
-        let contexts = contexts.get_or_insert_default();
-        let existing = contexts.get(&ordinal).and_then(Weak::upgrade);
-        if let Some(context) = existing.as_ref().filter(|context| context.broken.get().is_none()) {
-            return Ok(context.clone());
+        let broken = contexts.get(&ordinal).is_some_and(|known| known.broken.get().is_some());
+        let shared = contexts.get(&ordinal).and_then(|known| known.context.upgrade());
+        if let Some(context) = shared.filter(|_| !broken) {
+            return Ok(context);
         }
         let (mut device, mut context, mut count) = (0, std::ptr::null_mut(), 0);
-        // SAFETY: valid out pointers.
+        // SAFETY: valid out pointers; what was made in a broken context is touched no more.
         unsafe {
             check("cuInit", sys::cuInit(0))?;
             check("cuDeviceGetCount", sys::cuDeviceGetCount(&raw mut count))?;
@@ -62,14 +73,22 @@ impl Context {
                 return Err(unavailable(format!("the driver shows {count} devices, numbered from 0")));
             }
             check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, ordinal as c_int))?;
-            if existing.is_some() {
-                // Everything in it goes, with the error that sticks to it.
-                check("cuDevicePrimaryCtxReset", sys::cuDevicePrimaryCtxReset_v2(device))?;
+            if broken {
+                // Everything in it goes, with the error that sticks to it. What these say decides nothing: the next do.
+                sys::cuDevicePrimaryCtxRelease_v2(device);
+                sys::cuDevicePrimaryCtxReset_v2(device);
             }
             check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&raw mut context, device))?;
         }
-        let context = Arc::new(Self { name, device, context: Handle(context), broken: OnceLock::new() });
-        contexts.insert(ordinal, Arc::downgrade(&context));
+        let state = Arc::new(OnceLock::new());
+        let context = Arc::new(Self { name, device, context: Handle(context), broken: state.clone() });
+        contexts.insert(ordinal, Known { context: Arc::downgrade(&context), broken: state });
+        if broken {
+            context.memory().map_err(|error| {
+                let reason = format!("its context stays broken in this process: {error}");
+                DeviceError::Lost { device: context.name.clone(), reason }
+            })?;
+        }
         Ok(context)
     }
 
@@ -101,8 +120,22 @@ impl Context {
         let reason = format!("{detail}{space}{}", describe(code));
         match class(code) {
             Class::Memory | Class::Call => DeviceError::Execution { device: self.name.clone(), op, reason },
-            Class::Poisoned => self.end(self.broken.get_or_init(|| Broken { lost: false, reason })),
-            Class::Lost => self.end(self.broken.get_or_init(|| Broken { lost: true, reason })),
+            Class::Poisoned => {
+                self.end(self.broken.get_or_init(|| Broken { lost: false, reason: format!("{op}: {reason}") }))
+            }
+            Class::Lost => {
+                self.end(self.broken.get_or_init(|| Broken { lost: true, reason: format!("{op}: {reason}") }))
+            }
+        }
+    }
+
+    /// The error of another library's failed call, which may have met one of the driver: then that.
+    pub(crate) fn foreign(&self, op: &'static str, reason: String, stream: CUstream) -> DeviceError {
+        // SAFETY: a stream of this context.
+        let code = unsafe { sys::cuStreamQuery(stream) };
+        match class(code) {
+            Class::Poisoned | Class::Lost => self.failure(op, code, &reason),
+            Class::Memory | Class::Call => DeviceError::Execution { device: self.name.clone(), op, reason },
         }
     }
 

@@ -6,7 +6,6 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_device::{DeviceError, DeviceMemory, Result};
@@ -14,10 +13,11 @@ use cudarc::driver::sys::{self, CUresult, CUstream};
 
 use crate::blas::{Blas, Matmul};
 use crate::context::{Context, Handle};
-use crate::memory::{Arena, Block, Buffer, Kind};
+use crate::memory::{Block, Buffer, Kind, Memory};
 use crate::program::{Kernel, Programs, Source};
 use crate::queue::Queue;
 use crate::staging::{Loader, Slot};
+use crate::statistics::{Counters, Statistics, add};
 
 /// Shape of a launch. A grid with a zero in it is no work.
 #[derive(Debug, Clone, Copy)]
@@ -47,50 +47,6 @@ pub(crate) enum Arg {
     Bytes(Box<[u8]>),
 }
 
-/// What was done so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Statistics {
-    /// Kernels and calls of libraries that were queued.
-    pub launches: u64,
-    /// Lists of them that ran one by one.
-    pub lists: u64,
-    /// Lists that ran as a graph.
-    pub replays: u64,
-    /// Graphs that were made.
-    pub captures: u64,
-    /// Copies to the device in steps.
-    pub uploads: u64,
-    /// Bytes of those.
-    pub uploaded: u64,
-    /// Copies to the host.
-    pub reads: u64,
-    /// Bytes of those.
-    pub read: u64,
-    /// Allocations of the driver.
-    pub allocations: u64,
-    /// Bytes of those that were not given back.
-    pub allocated: u64,
-}
-
-/// [`Statistics`] while they are counted.
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) launches: AtomicU64,
-    pub(crate) lists: AtomicU64,
-    pub(crate) replays: AtomicU64,
-    pub(crate) captures: AtomicU64,
-    pub(crate) uploads: AtomicU64,
-    pub(crate) uploaded: AtomicU64,
-    pub(crate) reads: AtomicU64,
-    pub(crate) read: AtomicU64,
-    pub(crate) allocations: AtomicU64,
-}
-
-/// Counts.
-pub(crate) fn add(counter: &AtomicU64, more: usize) {
-    counter.fetch_add(more as u64, Ordering::Relaxed);
-}
-
 /// How a GPU is opened.
 pub(crate) struct GpuOptions {
     /// Number among the devices that the driver shows.
@@ -116,15 +72,6 @@ pub(crate) struct Gpu {
     counters: Counters,
 }
 
-struct Memory {
-    lasting: Arena,
-    scratch: Arena,
-    /// Lasting blocks that queued work may still use.
-    freed: Vec<Block>,
-    /// Allocations of the driver with their sizes.
-    chunks: Vec<(u64, usize)>,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -143,19 +90,13 @@ impl Gpu {
         }
         let queue = Queue::new(&context, options.graphs)?;
         let loader = Loader::new(&context)?;
-        let memory = Memory {
-            lasting: Arena::new(options.isolated),
-            scratch: Arena::new(options.isolated),
-            freed: Vec::new(),
-            chunks: Vec::new(),
-        };
         Ok(Arc::new(Self {
             capability,
             programs: Mutex::new(Programs::new(capability, options.cache.clone())),
             queue: Mutex::new(Some(queue)),
             loader: Mutex::new(Some(loader)),
             blas: Blas::new(&context)?,
-            memory: Mutex::new(memory),
+            memory: Mutex::new(Memory::new(options.isolated)),
             counters: Counters::default(),
             context,
         }))
@@ -321,7 +262,7 @@ impl Gpu {
         self.with_queue(|queue| {
             queue.flush(&self.context, &self.counters)?;
             queue.read(&self.context, address, out)?;
-            self.release(&mut lock(&self.memory));
+            self.release();
             Ok(())
         })
     }
@@ -338,7 +279,7 @@ impl Gpu {
         self.with_queue(|queue| {
             queue.flush(&self.context, &self.counters)?;
             queue.synchronize(&self.context)?;
-            self.release(&mut lock(&self.memory));
+            self.release();
             Ok(())
         })
     }
@@ -351,30 +292,12 @@ impl Gpu {
 
     /// What was done so far.
     pub(crate) fn statistics(&self) -> Statistics {
-        let Counters { launches, lists, replays, captures, uploads, uploaded, reads, read, allocations } =
-            &self.counters;
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Statistics {
-            launches: of(launches),
-            lists: of(lists),
-            replays: of(replays),
-            captures: of(captures),
-            uploads: of(uploads),
-            uploaded: of(uploaded),
-            reads: of(reads),
-            read: of(read),
-            allocations: of(allocations),
-            allocated: lock(&self.memory).chunks.iter().map(|(_, bytes)| *bytes as u64).sum(),
-        }
+        self.counters.read(lock(&self.memory).allocated())
     }
 
     /// Called by buffers that are dropped.
     pub(crate) fn give_back(&self, block: Block, kind: Kind) {
-        let mut memory = lock(&self.memory);
-        match kind {
-            Kind::Scratch => memory.scratch.give(block),
-            Kind::Lasting => memory.freed.push(block),
-        }
+        lock(&self.memory).give(kind, block);
     }
 
     fn with_queue<T>(&self, work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
@@ -383,26 +306,24 @@ impl Gpu {
 
     fn block(&self, bytes: usize, kind: Kind, what: &'static str) -> Result<Block> {
         self.context.enter()?;
-        let take = |memory: &mut Memory| memory.arena(kind).take(bytes);
-        if let Some(block) = take(&mut lock(&self.memory)) {
+        if let Some(block) = lock(&self.memory).take(kind, bytes) {
             return Ok(block);
         }
-        if !lock(&self.memory).freed.is_empty() {
+        if lock(&self.memory).is_waiting() {
             self.synchronize()?;
         }
         let mut memory = lock(&self.memory);
-        if let Some(block) = take(&mut memory) {
+        if let Some(block) = memory.take(kind, bytes) {
             return Ok(block);
         }
-        for wanted in memory.arena(kind).wanted(bytes) {
+        for wanted in memory.wanted(bytes) {
             let mut address = 0;
             // SAFETY: a valid out pointer.
             match unsafe { sys::cuMemAlloc_v2(&raw mut address, wanted) } {
                 CUresult::CUDA_SUCCESS => {
                     add(&self.counters.allocations, 1);
-                    memory.chunks.push((address, wanted));
-                    memory.arena(kind).add(address, wanted);
-                    return Ok(take(&mut memory).expect("room in a new chunk"));
+                    memory.add(kind, address, wanted);
+                    return Ok(memory.take(kind, bytes).expect("room in a new chunk"));
                 }
                 CUresult::CUDA_ERROR_OUT_OF_MEMORY => {}
                 code => self.context.check("cuMemAlloc", code)?,
@@ -412,29 +333,15 @@ impl Gpu {
     }
 
     /// Gives back what nothing uses any more: the stream has passed, and nothing is queued.
-    fn release(&self, memory: &mut Memory) {
-        for block in std::mem::take(&mut memory.freed) {
-            memory.lasting.give(block);
-        }
-        for chunk in memory.lasting.idle() {
-            memory.chunks.retain(|(address, _)| *address != chunk);
-            self.free(chunk);
-        }
+    fn release(&self) {
+        let idle = lock(&self.memory).passed();
+        idle.into_iter().for_each(|chunk| self.free(chunk));
     }
 
     fn free(&self, address: u64) {
         if self.context.enter_to_free() {
             // SAFETY: allocated once, and nothing uses it.
             unsafe { sys::cuMemFree_v2(address) };
-        }
-    }
-}
-
-impl Memory {
-    fn arena(&mut self, kind: Kind) -> &mut Arena {
-        match kind {
-            Kind::Lasting => &mut self.lasting,
-            Kind::Scratch => &mut self.scratch,
         }
     }
 }
@@ -451,8 +358,8 @@ impl Drop for Gpu {
         }
         self.blas.free(&self.context);
         lock(&self.programs).free(&self.context);
-        let chunks: Vec<_> = lock(&self.memory).chunks.drain(..).collect();
-        chunks.into_iter().for_each(|(address, _)| self.free(address));
+        let chunks = lock(&self.memory).all();
+        chunks.into_iter().for_each(|chunk| self.free(chunk));
     }
 }
 

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use baton_device::{HostLatent, Result};
 
 use crate::cache::KvCache;
+use crate::error::not_yet;
 use crate::gpu::Gpu;
 use crate::plan::AttentionPlan;
-use crate::rows::not_yet;
 use crate::tensor::{DataType, Tensor};
 
 /// The up-projection.

@@ -9,6 +9,7 @@ mod backend;
 mod blas;
 mod blocks;
 mod cache;
+mod compiler;
 mod context;
 mod error;
 mod gpu;
@@ -23,11 +24,18 @@ mod program;
 mod queue;
 mod ranks;
 mod rows;
+#[cfg(test)]
+#[path = "../tests/common/simulator.rs"]
+mod simulator;
 mod staging;
+mod statistics;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub use backend::{CudaBackend, CudaOptions};
-pub use gpu::Statistics;
+pub use compiler::compile;
 pub use probe::probe;
-pub use program::{Source, compile};
+pub use program::Source;
+pub use statistics::Statistics;
 pub use tensor::DataType;

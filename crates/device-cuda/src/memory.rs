@@ -4,6 +4,7 @@
 //! except scratch, which only the one stream uses, in order. Scratch is first-fit among blocks of its own, so that equal
 //! steps get equal addresses.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::gpu::Gpu;
@@ -60,11 +61,85 @@ pub(crate) struct Block {
     pub(crate) bytes: usize,
 }
 
+/// All memory of a device that is held here.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    lasting: Arena,
+    scratch: Arena,
+    /// Lasting blocks that queued work may still use.
+    freed: Vec<Block>,
+    /// Allocations of the driver with their sizes.
+    chunks: BTreeMap<u64, usize>,
+}
+
+impl Memory {
+    /// Nothing yet. `isolated`: every block a chunk of its own, so that the checks of driver and tools see what reaches
+    /// beyond it.
+    pub(crate) fn new(isolated: bool) -> Self {
+        let arena = || Arena { chunks: Vec::new(), isolated };
+        Self { lasting: arena(), scratch: arena(), freed: Vec::new(), chunks: BTreeMap::new() }
+    }
+
+    /// A block, if there is room.
+    pub(crate) fn take(&mut self, kind: Kind, bytes: usize) -> Option<Block> {
+        self.arena(kind).take(bytes)
+    }
+
+    /// Gives a block back.
+    pub(crate) fn give(&mut self, kind: Kind, block: Block) {
+        match kind {
+            Kind::Scratch => self.scratch.give(block),
+            Kind::Lasting => self.freed.push(block),
+        }
+    }
+
+    /// Whether blocks wait for the stream to pass.
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.freed.is_empty()
+    }
+
+    /// The stream has passed and nothing is queued: what was given back is free. Hands over the chunks in which nothing is
+    /// in use.
+    pub(crate) fn passed(&mut self) -> Vec<u64> {
+        self.freed.drain(..).for_each(|block| self.lasting.give(block));
+        let idle = self.lasting.idle();
+        idle.iter().for_each(|chunk| _ = self.chunks.remove(chunk));
+        idle
+    }
+
+    /// Bytes to ask of the driver for a block that finds no room: first the better, then the least.
+    pub(crate) fn wanted(&self, bytes: usize) -> [usize; 2] {
+        self.lasting.wanted(bytes)
+    }
+
+    /// Takes over memory of the driver.
+    pub(crate) fn add(&mut self, kind: Kind, address: u64, bytes: usize) {
+        self.chunks.insert(address, bytes);
+        self.arena(kind).add(address, bytes);
+    }
+
+    /// Hands over all chunks.
+    pub(crate) fn all(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.chunks).into_keys().collect()
+    }
+
+    /// Bytes of all chunks.
+    pub(crate) fn allocated(&self) -> u64 {
+        self.chunks.values().map(|bytes| *bytes as u64).sum()
+    }
+
+    fn arena(&mut self, kind: Kind) -> &mut Arena {
+        match kind {
+            Kind::Lasting => &mut self.lasting,
+            Kind::Scratch => &mut self.scratch,
+        }
+    }
+}
+
 /// Chunks of the driver and what is free in them.
 #[derive(Debug)]
-pub(crate) struct Arena {
+struct Arena {
     chunks: Vec<Chunk>,
-    /// Every block a chunk of its own, so that the checks of driver and tools see what reaches beyond it.
     isolated: bool,
 }
 
@@ -77,12 +152,8 @@ struct Chunk {
 }
 
 impl Arena {
-    pub(crate) fn new(isolated: bool) -> Self {
-        Self { chunks: Vec::new(), isolated }
-    }
-
     /// The first place with room, if there is any.
-    pub(crate) fn take(&mut self, bytes: usize) -> Option<Block> {
+    fn take(&mut self, bytes: usize) -> Option<Block> {
         let room = self.room(bytes);
         let isolated = self.isolated;
         let fit = |chunk: &mut Chunk| {
@@ -100,7 +171,7 @@ impl Arena {
     }
 
     /// Gives a block back.
-    pub(crate) fn give(&mut self, block: Block) {
+    fn give(&mut self, block: Block) {
         let room = self.room(block.bytes);
         let chunk = self.chunks.iter_mut().find(|chunk| chunk.holds(block.address)).expect("a block of this arena");
         let offset = (block.address - chunk.address) as usize;
@@ -108,29 +179,30 @@ impl Arena {
         chunk.free.insert(at, (offset, room));
         // With the next one first: its removal does not move this one.
         for left in [at, at.wrapping_sub(1)] {
-            if let Some(&[(start, length), (next, more)]) = chunk.free.get(left..).and_then(|free| free.first_chunk()) {
-                if start + length == next {
-                    chunk.free[left] = (start, length + more);
-                    chunk.free.remove(left + 1);
-                }
+            let pair = chunk.free.get(left..).and_then(|free| free.first_chunk());
+            if let Some(&[(start, length), (next, more)]) = pair
+                && start + length == next
+            {
+                chunk.free[left] = (start, length + more);
+                chunk.free.remove(left + 1);
             }
         }
     }
 
     /// Bytes to ask of the driver for a block that finds no room: first the better, then the least.
-    pub(crate) fn wanted(&self, bytes: usize) -> [usize; 2] {
+    fn wanted(&self, bytes: usize) -> [usize; 2] {
         let room = self.room(bytes);
         let least = if self.isolated { room } else { room.next_multiple_of(GRANULE) };
         [if self.isolated || least >= CHUNK { least } else { CHUNK }, least]
     }
 
     /// Takes over memory of the driver.
-    pub(crate) fn add(&mut self, address: u64, bytes: usize) {
+    fn add(&mut self, address: u64, bytes: usize) {
         self.chunks.push(Chunk { address, bytes, free: vec![(0, bytes)] });
     }
 
     /// Hands over the chunks in which nothing is in use.
-    pub(crate) fn idle(&mut self) -> Vec<u64> {
+    fn idle(&mut self) -> Vec<u64> {
         let idle = |chunk: &mut Chunk| chunk.free == [(0, chunk.bytes)];
         self.chunks.extract_if(.., idle).map(|chunk| chunk.address).collect()
     }
@@ -150,9 +222,13 @@ impl Chunk {
 mod tests {
     use super::*;
 
+    fn arena() -> Arena {
+        Arena { chunks: Vec::new(), isolated: false }
+    }
+
     #[test]
     fn equal_requests_get_equal_addresses_and_all_of_them_together_leave_one_range() {
-        let mut arena = Arena::new(false);
+        let mut arena = arena();
         arena.add(1 << 20, 1 << 20);
         let sizes = [1, 300, 70_000, 256, 0, 4096];
         let mut before = Vec::new();
@@ -172,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_full_arena_says_so_and_what_is_given_back_is_found_again() {
-        let mut arena = Arena::new(false);
+        let mut arena = arena();
         arena.add(4096, 1024);
         let blocks: Vec<Block> = (0..4).map(|_| arena.take(256).expect("room")).collect();
         assert_eq!(arena.take(1), None);
@@ -184,9 +260,9 @@ mod tests {
 
     #[test]
     fn large_blocks_are_asked_for_as_they_are_and_small_ones_together() {
-        let arena = Arena::new(false);
+        let arena = arena();
         assert_eq!(arena.wanted(10), [CHUNK, GRANULE]);
         assert_eq!(arena.wanted(CHUNK + 1), [CHUNK + GRANULE; 2]);
-        assert_eq!(Arena::new(true).wanted(10), [10, 10]);
+        assert_eq!(Arena { chunks: Vec::new(), isolated: true }.wanted(10), [10, 10]);
     }
 }

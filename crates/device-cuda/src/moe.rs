@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use baton_device::{HostExperts, Result};
 
+use crate::error::not_yet;
 use crate::gpu::Gpu;
-use crate::rows::not_yet;
 use crate::tensor::{DataType, Tensor};
 
 /// A layer's experts.

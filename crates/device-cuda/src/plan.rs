@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use baton_device::{AttentionBatch, Result};
 
+use crate::error::not_yet;
 use crate::gpu::Gpu;
-use crate::rows::not_yet;
 
 /// Makes plans: owns the places on the device into which they are copied.
 pub(crate) struct Planner {

@@ -10,7 +10,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
 use crate::context::Context;
 use crate::gpu::{OLDEST, too_old};
-use crate::{libraries, program};
+use crate::{compiler, libraries};
 
 /// The longest that the driver may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -59,7 +59,7 @@ fn ask(device: u32, facts: &mut DeviceFacts) -> Result<()> {
             facts.count = count as usize;
         }
     }
-    let (major, minor) = program::version();
+    let (major, minor) = compiler::version();
     facts.versions.insert("NVRTC".into(), format!("{major}.{minor}"));
     // SAFETY: asks nothing of a device.
     let blas = unsafe { cudarc::cublaslt::sys::cublasLtGetVersion() };

@@ -11,18 +11,20 @@
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 use baton_device::Result;
 use cudarc::driver::sys::{self, CUgraphExec, CUresult, CUstream, CUstreamCaptureMode};
 
 use crate::context::{Context, Handle};
-use crate::gpu::{Arg, Counters, Launch, add};
+use crate::gpu::{Arg, Launch};
 use crate::program::Kernel;
 use crate::staging::{self, Staging};
+use crate::statistics::{Counters, add};
 
-/// Lists that are remembered.
-const REMEMBERED: usize = 64;
+/// Lists that are remembered of those that were seen once: prompts make many that never come again.
+const SEEN: usize = 64;
+/// Graphs that are kept: one for each number of rows that decode steps often have. A graph takes some megabytes of the device.
+const KEPT: usize = 128;
 /// The shortest list that is worth a graph: a graph's launch costs about as much as two kernels'.
 const WORTHWHILE: usize = 4;
 /// Commands after which a list runs anyway, so that the device is not idle during a long step's queueing.
@@ -46,7 +48,9 @@ pub(crate) struct Queue {
     words: Vec<u64>,
     /// Where in `words` each argument of each kernel is.
     args: Vec<usize>,
-    /// Most recently seen first.
+    /// Lists that were seen once, the latest first.
+    seen: VecDeque<Vec<u64>>,
+    /// Lists that were seen again, the latest first.
     lists: VecDeque<List>,
     /// Graphs that are not needed any more, and may still run.
     retired: Vec<Handle<CUgraphExec>>,
@@ -55,15 +59,8 @@ pub(crate) struct Queue {
 
 struct List {
     words: Vec<u64>,
-    graph: Graph,
-}
-
-enum Graph {
-    /// Seen once.
-    None,
-    Made(Handle<CUgraphExec>),
-    /// It could not be captured.
-    Impossible,
+    /// `None` if the list could not be captured.
+    graph: Option<Handle<CUgraphExec>>,
 }
 
 impl Queue {
@@ -74,6 +71,7 @@ impl Queue {
             commands: Vec::new(),
             words: Vec::new(),
             args: Vec::new(),
+            seen: VecDeque::new(),
             lists: VecDeque::new(),
             retired: Vec::new(),
             graphs,
@@ -151,37 +149,39 @@ impl Queue {
 
     /// Runs the list in the best way that is known of it.
     fn run_remembered(&mut self, context: &Context, counters: &Counters) -> Result<()> {
-        let known = self.lists.iter().position(|list| list.words == self.words);
-        let mut list = match known.and_then(|at| self.lists.remove(at)) {
-            Some(list) => list,
+        let graph = match self.known(context, counters)? {
+            Some(graph) => graph,
             None => {
-                if self.lists.len() == REMEMBERED {
-                    self.retired.extend(self.lists.pop_back().and_then(|list| list.graph.made()));
-                }
-                self.lists.push_front(List { words: self.words.clone(), graph: Graph::None });
                 add(&counters.lists, 1);
                 return self.run(context);
             }
         };
-        if let Graph::None = list.graph {
-            list.graph = self.capture(context)?.map_or(Graph::Impossible, |graph| {
-                add(&counters.captures, 1);
-                Graph::Made(graph)
-            });
+        add(&counters.replays, 1);
+        // SAFETY: a graph of this context, made of the list at hand.
+        context.check("step", unsafe { sys::cuGraphLaunch(graph.0, self.stream.0) })
+    }
+
+    /// The list's graph, made if it was seen before.
+    fn known(&mut self, context: &Context, counters: &Counters) -> Result<Option<Handle<CUgraphExec>>> {
+        if let Some(at) = self.lists.iter().position(|list| list.words == self.words) {
+            let list = self.lists.remove(at).expect("as found");
+            let graph = list.graph;
+            self.lists.push_front(list);
+            return Ok(graph);
         }
-        let graph = list.graph.made();
-        self.lists.push_front(list);
-        match graph {
-            Some(graph) => {
-                counters.replays.fetch_add(1, Ordering::Relaxed);
-                // SAFETY: a graph of this context, made of the list at hand.
-                context.check("step", unsafe { sys::cuGraphLaunch(graph.0, self.stream.0) })
-            }
-            None => {
-                add(&counters.lists, 1);
-                self.run(context)
-            }
+        let Some(at) = self.seen.iter().position(|words| *words == self.words) else {
+            self.seen.truncate(SEEN - 1);
+            self.seen.push_front(self.words.clone());
+            return Ok(None);
+        };
+        let words = self.seen.remove(at).expect("as found");
+        let graph = self.capture(context)?;
+        add(&counters.captures, usize::from(graph.is_some()));
+        for list in self.lists.drain(self.lists.len().min(KEPT - 1)..) {
+            self.retired.extend(list.graph);
         }
+        self.lists.push_front(List { words, graph });
+        Ok(graph)
     }
 
     /// The list as a graph; `None` if something in it cannot be captured.
@@ -199,14 +199,19 @@ impl Queue {
                 if captured.is_ok() {
                     code = sys::cuGraphInstantiateWithFlags(&raw mut ready, graph, 0);
                 }
+                if !ready.is_null() {
+                    // So that the first launch need not; what it says decides nothing.
+                    sys::cuGraphUpload(ready, self.stream.0);
+                }
                 sys::cuGraphDestroy(graph);
             }
             (captured, code)
         };
+        let failure = captured.and_then(|()| context.check("capture", code)).err();
         context.whole()?;
-        let made = captured.is_ok() && code == CUresult::CUDA_SUCCESS && !ready.is_null();
+        let made = failure.is_none() && !ready.is_null();
         if !made {
-            let reason = captured.err().map_or_else(|| format!("{code:?}"), |error| error.to_string());
+            let reason = failure.map_or_else(String::new, |error| error.to_string());
             tracing::warn!(
                 device = context.name,
                 commands = self.commands.len(),
@@ -219,13 +224,15 @@ impl Queue {
 
     /// Puts every command on the stream.
     fn run(&self, context: &Context) -> Result<()> {
+        let mut pointers = Vec::new();
         for command in &self.commands {
             match command {
                 Command::Call(call) => call(context, self.stream.0)?,
                 Command::Kernel { kernel, launch, args } => {
                     let word = |at: &usize| (&raw const self.words[*at]).cast_mut().cast::<c_void>();
-                    let mut args: Vec<*mut c_void> = self.args[args.clone()].iter().map(word).collect();
-                    kernel.launch(context, launch, &mut args, self.stream.0)?;
+                    pointers.clear();
+                    pointers.extend(self.args[args.clone()].iter().map(word));
+                    kernel.launch(context, launch, &mut pointers, self.stream.0)?;
                 }
             }
         }
@@ -261,18 +268,12 @@ impl Queue {
 
     /// Gives everything back; the stream has passed, or the context is broken.
     pub(crate) fn free(mut self, context: &Context) {
-        self.retired.extend(self.lists.drain(..).filter_map(|list| list.graph.made()));
+        self.retired.extend(self.lists.drain(..).filter_map(|list| list.graph));
         if context.enter_to_free() {
             self.passed();
             // SAFETY: made once, and empty.
             unsafe { sys::cuStreamDestroy_v2(self.stream.0) };
         }
         self.staging.free(context);
-    }
-}
-
-impl Graph {
-    fn made(&self) -> Option<Handle<CUgraphExec>> {
-        if let Graph::Made(graph) = self { Some(*graph) } else { None }
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use baton_device::{Result, World};
 
+use crate::error::not_yet;
 use crate::gpu::Gpu;
-use crate::rows::not_yet;
 use crate::tensor::Tensor;
 
 /// A rank's place among those that it was joined with.
