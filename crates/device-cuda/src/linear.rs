@@ -225,7 +225,7 @@ impl LinearKernels {
             let (input, dtype) = converted.as_ref().map_or((x.address(), x.dtype()), |to| (to.address(), *math));
             if direct {
                 let fitting = || products.iter().filter(|product| product.input == dtype);
-                let product = fitting().find(|product| rows <= product.tile[0]).or(fitting().last());
+                let product = fitting().find(|product| rows <= product.tile[0]).or(fitting().next_back());
                 let product = product.expect("a product of M");
                 parts.chunks(GROUP).try_for_each(|parts| self.product(product, input, rows, parts))?;
             } else {
