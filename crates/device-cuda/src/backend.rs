@@ -109,7 +109,7 @@ impl CudaBackend {
         let open = |&device| Self::new(&CudaOptions { device, ..options.clone() });
         let mut backends: Vec<_> = devices.iter().map(open).collect::<Result<_>>()?;
         let gpus: Vec<_> = backends.iter().map(|backend| backend.gpu.clone()).collect();
-        let places = ranks::join(&gpus)?;
+        let places = ranks::join(&gpus, devices)?;
         backends.iter_mut().zip(places).for_each(|(backend, place)| backend.place = place);
         Ok(backends)
     }
@@ -166,9 +166,10 @@ impl Backend for CudaBackend {
     }
 
     fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
+        let cache = KvCache::new(&self.gpu, self.activations, spec, num_blocks)?;
         // Made when all weights are there, so that the kernels that these need are known: no step waits for a compiler.
         self.gpu.compile()?;
-        KvCache::new(&self.gpu, spec, num_blocks)
+        Ok(cache)
     }
 
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
@@ -249,7 +250,11 @@ impl Backend for CudaBackend {
     }
 
     fn rejoin(&self) -> Result<()> {
-        self.place.rejoin()
+        self.place.rejoin(self.gpu.name())
+    }
+
+    fn submit(&self) -> Result<()> {
+        self.gpu.flush()
     }
 
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
@@ -275,13 +280,15 @@ impl Backend for CudaBackend {
         if x.rows() > 0 {
             let mut bytes = vec![0; x.bytes()];
             self.gpu.read(x.address(), &mut bytes)?;
+            self.place.whole(self.gpu.name())?;
             x.dtype().decode(&bytes, out);
         }
         Ok(())
     }
 
     fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        self.rows.argmax(x, out)
+        self.rows.argmax(x, out)?;
+        self.place.whole(self.gpu.name())
     }
 }
 

@@ -19,7 +19,7 @@ use crate::tensor::DataType;
 /// What the vendor recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// `out = x · weightᵀ`, row-major, sums in f32.
+/// `out = x · weightᵀ`, row-major, contiguous, sums in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Matmul {
     /// Rows of x and out.

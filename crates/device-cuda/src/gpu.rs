@@ -4,6 +4,7 @@
 //! queue and stream together; where memory's lock is taken as well, it is taken second. Loading has a stream and a lock
 //! of its own and touches only memory that no queued work uses.
 
+use std::any::Any;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -70,6 +71,8 @@ pub(crate) struct Gpu {
     blas: Blas,
     memory: Mutex<Memory>,
     counters: Counters,
+    /// What graphs refer to.
+    outlived: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -98,6 +101,7 @@ impl Gpu {
             blas: Blas::new(&context)?,
             memory: Mutex::new(Memory::new(options.isolated)),
             counters: Counters::default(),
+            outlived: Mutex::default(),
             context,
         }))
     }
@@ -168,6 +172,11 @@ impl Gpu {
             queue.push_call(op, key, Box::new(run));
             Ok(())
         })
+    }
+
+    /// Holds something until all graphs are given back.
+    pub(crate) fn outlive(&self, what: Arc<dyn Any + Send + Sync>) {
+        lock(&self.outlived).push(what);
     }
 
     /// Queues a matrix product of cuBLASLt.

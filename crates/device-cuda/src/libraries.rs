@@ -124,6 +124,17 @@ pub(crate) fn ready(device: &str) -> Result<()> {
     Err(DeviceError::Unavailable { device: device.to_owned(), reason: missing.join("; ") })
 }
 
+/// An error if there is nothing to join several GPUs with.
+pub(crate) fn collectives(device: &str) -> Result<()> {
+    match find().roles.iter().find(|(role, _)| role.name == "collectives") {
+        Some((role, false)) => {
+            let reason = format!("{} is not found: {}", role.file, role.origin);
+            Err(DeviceError::Unavailable { device: device.to_owned(), reason })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The shared objects in a folder that have a role, and the one that NVRTC opens by name when it compiles.
 fn libraries(folder: PathBuf) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());

@@ -30,21 +30,34 @@ pub enum Source {
     Latent,
     /// Writing to the cache.
     Cache,
-    /// Experts.
+    /// Experts: choosing them, few rows, sums.
     Moe,
+    /// Experts on tensor cores.
+    MoeGrouped,
 }
 
 /// Headers that sources may include.
-pub(crate) const HEADERS: [(&CStr, &str); 2] =
-    [(c"baton.cuh", include_str!("../kernels/baton.cuh")), (c"blocks.cuh", include_str!("../kernels/blocks.cuh"))];
+pub(crate) const HEADERS: [(&CStr, &str); 4] = [
+    (c"baton.cuh", include_str!("../kernels/baton.cuh")),
+    (c"blocks.cuh", include_str!("../kernels/blocks.cuh")),
+    (c"moe.cuh", include_str!("../kernels/moe.cuh")),
+    (c"context.cuh", include_str!("../kernels/context.cuh")),
+];
 
 /// Dynamic shared memory that a kernel may have without being told so.
 const SHARED: u32 = 48 << 10;
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 6] =
-        [Source::Rows, Source::Linear, Source::Attention, Source::Latent, Source::Cache, Source::Moe];
+    pub const ALL: [Source; 7] = [
+        Source::Rows,
+        Source::Linear,
+        Source::Attention,
+        Source::Latent,
+        Source::Cache,
+        Source::Moe,
+        Source::MoeGrouped,
+    ];
 
     /// The file's name.
     pub const fn file(self) -> &'static str {
@@ -55,6 +68,7 @@ impl Source {
             Source::Latent => "latent.cu",
             Source::Cache => "cache.cu",
             Source::Moe => "moe.cu",
+            Source::MoeGrouped => "moe_grouped.cu",
         }
     }
 
@@ -67,6 +81,7 @@ impl Source {
             Source::Latent => include_str!("../kernels/latent.cu"),
             Source::Cache => include_str!("../kernels/cache.cu"),
             Source::Moe => include_str!("../kernels/moe.cu"),
+            Source::MoeGrouped => include_str!("../kernels/moe_grouped.cu"),
         }
     }
 }

@@ -158,6 +158,11 @@ pub trait Backend: Send + Sync + 'static {
     fn rejoin(&self) -> Result<()> {
         Ok(())
     }
+    /// Says that a step asks for nothing more: a device that collects what it is asked for begins it now. For ranks that bring
+    /// nothing to the host, while others wait for their sums.
+    fn submit(&self) -> Result<()> {
+        Ok(())
+    }
     /// `out[i] = x[rows[i]]`.
     fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<()>;
     /// `out[rows[i]] += x[i]`. Rows are distinct.
