@@ -108,8 +108,8 @@ template <typename W> struct Dense {
 
     static __device__ __forceinline__ long long row_bytes(int k) { return static_cast<long long>((k + 7) / 8 * 8) * sizeof(W); }
 
-    /// What lane t has of a span; `whole` if the span does not reach beyond the row, which has k columns, padded ones too.
-    static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* row, int k, int span, int t, bool whole) {
+    /// What lane t has of a span; `whole` says that the span does not reach beyond the row.
+    static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* row, int k, int span, int t, bool whole = false) {
         row += (span * (SPAN / 8) + t) * (8 * sizeof(W));
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
@@ -187,7 +187,7 @@ template <int LOW, int HIGH, int OFFSET, int GROUP_, bool NESTED, bool MIN_, boo
         return (static_cast<long long>(spans(k)) * (16 * (LOW + HIGH) + SCALE_BYTES) + (k + 255) / 256 * NESTED_BYTES + 15) / 16 * 16;
     }
 
-    static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* row, int k, int span, int t, bool) {
+    static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* row, int k, int span, int t, bool = false) {
         load_words(codes.low, row + (span * 4 + t) * (4 * LOW));
         if constexpr (HIGH > 0) load_words(codes.high, row + spans(k) * (16 * LOW) + (span * 4 + t) * (4 * HIGH));
     }

@@ -29,6 +29,17 @@ template <typename Y, typename F> __device__ __forceinline__ Vec<Y, STEP> over_s
     return result;
 }
 
+/// `out = x`, rounded to Y.
+template <typename X, typename Y> __global__ void __launch_bounds__(256) convert(const X* x, Y* out, long long count) {
+    each_element(
+        count,
+        [&](long long i) {
+            Vec<X, STEP> a = load<STEP>(x + i);
+            store(out + i, over_step<Y>([&](int j) { return to_float(a[j]); }));
+        },
+        [&](long long i) { out[i] = from_float<Y>(to_float(x[i])); });
+}
+
 /// `x *= factor`.
 template <typename X> __global__ void __launch_bounds__(256) scale(X* x, float factor, long long count) {
     each_element(

@@ -222,6 +222,12 @@ impl RowKernels {
     }
 }
 
+/// Queues the rows in use of `x` in another type, to an address.
+pub(crate) fn convert(gpu: &Gpu, x: &Tensor, (to, dtype): (u64, DataType)) -> Result<()> {
+    let kernel = gpu.kernel(Source::Rows, expression("convert", &[x.dtype(), dtype]))?;
+    gpu.launch(&kernel, elements(len(x)), &[Arg::Ptr(x.address()), Arg::Ptr(to), Arg::I64(len(x) as i64)])
+}
+
 /// A kernel's name with its parameters; the name may have its first ones.
 fn expression(name: &str, types: &[DataType]) -> String {
     let types: Vec<_> = types.iter().map(|dtype| dtype.name()).collect();
