@@ -19,7 +19,7 @@ use crate::tensor::DataType;
 /// What the vendor recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// `out = x · weightᵀ`, row-major, sums in f32.
+/// `out = x · weightᵀ`, row-major, contiguous, sums in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Matmul {
     /// Rows of x and out.
@@ -193,8 +193,7 @@ impl Plan {
             let mut layout = std::ptr::null_mut();
             let (rows, cols, leading) = (rows as u64, cols as u64, leading as i64);
             // SAFETY: a valid out pointer.
-            let code =
-                unsafe { lt::cublasLtMatrixLayoutCreate(&raw mut layout, element(dtype), rows, cols, leading) };
+            let code = unsafe { lt::cublasLtMatrixLayoutCreate(&raw mut layout, element(dtype), rows, cols, leading) };
             check("cublasLtMatrixLayoutCreate", code).map(|()| Handle(layout))
         };
         // SAFETY: valid pointers, and sizes of what they point to.
@@ -205,7 +204,8 @@ impl Plan {
             let code = lt::cublasLtMatmulDescSetAttribute(product, attribute, value, size);
             check("cublasLtMatmulDescSetAttribute", code)?;
         }
-        let (weight, x, out) = (layout(input, k, n, k)?, layout(input, k, rows, k)?, layout(output, n, rows, out_stride)?);
+        let (weight, x, out) =
+            (layout(input, k, n, k)?, layout(input, k, rows, k)?, layout(output, n, rows, out_stride)?);
         let mut preference = std::ptr::null_mut();
         let mut found = 0;
         // SAFETY: as above; a heuristic's result is plain data, for which zeros are a value.

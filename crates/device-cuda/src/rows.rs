@@ -171,12 +171,8 @@ impl RowKernels {
         // `RopeLayout` of the kernel.
         let layout = [heads, head_dim, offset, table.pairs, usize::from(interleaved)];
         let layout = layout.iter().flat_map(|number| (*number as i32).to_ne_bytes()).collect();
-        let args = [
-            Arg::Ptr(x.address()),
-            Arg::Ptr(table.table.address()),
-            Arg::Ptr(plan.positions()),
-            Arg::Bytes(layout),
-        ];
+        let args =
+            [Arg::Ptr(x.address()), Arg::Ptr(table.table.address()), Arg::Ptr(plan.positions()), Arg::Bytes(layout)];
         self.gpu.launch(&self.kernel("rope", &[x.dtype()])?, by_rows(x.rows(), pairs), &args)
     }
 
