@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rows, World,
+    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rows,
+    World,
 };
 
 use crate::attention::AttentionKernels;
@@ -115,14 +116,6 @@ impl CudaBackend {
         Ok(backends)
     }
 
-    /// Memory of the device, as the driver tells it: what this backend has reserved is not free.
-    ///
-    /// # Errors
-    /// What failed on the device, now or before.
-    pub fn memory(&self) -> Result<DeviceMemory> {
-        self.gpu.memory()
-    }
-
     /// Measures what the device does at most, in the type of activations: bytes copied within its memory, each counted as it
     /// is read and as it is written, and multiply-adds of a large product.
     ///
@@ -159,6 +152,10 @@ impl Backend for CudaBackend {
 
     fn world(&self) -> World {
         self.place.world
+    }
+
+    fn memory(&self) -> Result<Option<DeviceMemory>> {
+        self.gpu.memory().map(Some)
     }
 
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {

@@ -110,6 +110,15 @@ impl Device {
         }
     }
 
+    /// Tokens of a step unless others are asked for: above these, prompts are computed hardly faster.
+    pub fn step_tokens(self) -> usize {
+        match self {
+            Device::Cpu | Device::Reference | Device::Ascend(_) => 128,
+            // Tiles of a product must fill all multiprocessors, also where a model is narrow.
+            Device::Cuda(_) => 4096,
+        }
+    }
+
     /// Measures what the machine gives so many threads of the CPU.
     pub fn cpu_limits(threads: usize) -> Result<Limits> {
         Ok(CpuBackend::new(&CpuOptions { threads, isa: None })?.limits()?)

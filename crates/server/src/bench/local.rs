@@ -19,7 +19,7 @@ use super::{count, length};
 use crate::{
     backend::{Device, DeviceOptions, Loaded},
     load, memory,
-    settings::{Dtype, KvCacheDtype, Quantize, STEP_TOKENS},
+    settings::{Dtype, KvCacheDtype, Quantize},
 };
 
 /// What `baton bench local` takes; letters are those of `llama-bench`.
@@ -33,9 +33,13 @@ pub struct LocalArgs {
     #[arg(long, default_value = "cpu")]
     device: String,
 
-    /// Tokens of a prompt, computed in steps as by `baton serve`; 0 for no prompts
+    /// Tokens of a prompt; 0 for no prompts
     #[arg(short = 'p', long, value_name = "N,N,…", value_delimiter = ',', default_value = "512", value_parser = length)]
     n_prompt: Vec<usize>,
+
+    /// Tokens of a prompt that a step computes [default: as `baton serve`]
+    #[arg(long, value_name = "N", value_parser = count)]
+    ubatch_size: Option<usize>,
 
     /// Tokens that each stream decodes; 0 for no decoding
     #[arg(short = 'n', long, value_name = "N,N,…", value_delimiter = ',', default_value = "128", value_parser = length)]
@@ -77,6 +81,7 @@ pub struct LocalArgs {
 /// One line: some sequences, each from `depth` tokens on.
 #[derive(Debug, Clone, Copy)]
 struct Test {
+    prompt: bool,
     streams: usize,
     depth: usize,
     tokens: usize,
@@ -87,7 +92,7 @@ struct Test {
 impl Test {
     /// As `llama-bench` names it.
     fn name(&self) -> String {
-        let kind = if self.step == 1 { "tg" } else { "pp" };
+        let kind = if self.prompt { "pp" } else { "tg" };
         let mut name = format!("{kind}{}", self.tokens);
         if self.depth > 0 {
             let _ = write!(name, " @ d{}", self.depth);
@@ -123,17 +128,18 @@ impl Rates {
 
 /// Runs the command.
 pub fn main(args: &LocalArgs) -> Result<()> {
-    let tests = args.tests();
+    let kind = Device::parse(&args.device)?;
+    let step_tokens = args.ubatch_size.unwrap_or_else(|| kind.step_tokens());
+    let tests = args.tests(step_tokens);
     ensure!(!tests.is_empty(), "nothing to measure: -p and -n are 0");
     let longest = tests.iter().map(|t| t.depth + t.tokens).max().expect("not empty");
     let streams = tests.iter().map(|t| t.streams).max().expect("not empty");
-    let kind = Device::parse(&args.device)?;
     let (name, files) = load::files(args.model.as_deref())?;
     let options = LoadOptions {
         dtype: args.dtype.stored(),
         quantization: args.quantize.map(Into::into),
         max_model_len: Some(longest),
-        max_step_tokens: STEP_TOKENS.max(streams),
+        max_step_tokens: step_tokens.max(streams),
         max_step_sequences: streams,
         kv_dtype: args.kv_cache_dtype.dtype(),
         kv_cache: kind.ample_cache(memory::available_bytes()),
@@ -156,18 +162,25 @@ pub fn main(args: &LocalArgs) -> Result<()> {
 }
 
 impl LocalArgs {
-    fn tests(&self) -> Vec<Test> {
+    fn tests(&self, step_tokens: usize) -> Vec<Test> {
         let mut tests = Vec::new();
         for &depth in &self.n_depth {
             let some = |lengths: &[usize]| lengths.iter().copied().filter(|&n| n > 0).collect::<Vec<_>>();
             tests.extend(some(&self.n_prompt).into_iter().map(|tokens| Test {
+                prompt: true,
                 streams: 1,
                 depth,
                 tokens,
-                step: STEP_TOKENS,
+                step: step_tokens,
             }));
             for tokens in some(&self.n_gen) {
-                tests.extend(self.streams.iter().map(|&streams| Test { streams, depth, tokens, step: 1 }));
+                tests.extend(self.streams.iter().map(|&streams| Test {
+                    prompt: false,
+                    streams,
+                    depth,
+                    tokens,
+                    step: 1,
+                }));
             }
         }
         tests
@@ -286,8 +299,8 @@ fn as_json(name: &str, loaded: &Loaded, limits: Option<&Limits>, results: &[(Tes
         let [bytes, mul_adds] = shares(loaded, limits, rates);
         json!({
             "test": test.name(),
-            "n_prompt": if test.step == 1 { 0 } else { test.tokens },
-            "n_gen": if test.step == 1 { test.tokens } else { 0 },
+            "n_prompt": if test.prompt { test.tokens } else { 0 },
+            "n_gen": if test.prompt { 0 } else { test.tokens },
             "n_depth": test.depth,
             "streams": test.streams,
             "median_ts": rates.median(),
