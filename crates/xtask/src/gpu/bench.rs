@@ -179,7 +179,7 @@ pub fn throughput(site: &Site, url: &str, log: &str, streams: usize, until: Inst
 pub async fn serve(site: &Site, log: &str, flags: &[&str], until: Instant) -> Result<LocalServer> {
     let port = free_port()?;
     let mut command = site.command(&site.baton);
-    command.args(["serve", "--port", &port.to_string(), "--device", &site.device, "--log-level", "info"]).args(flags);
+    command.args(["serve", "--port", &port.to_string(), "--device", &site.device, "--log-level", "warn"]).args(flags);
     let file = site.logs().join(format!("serve-{log}.err"));
     command.stdout(fs::File::create(site.logs().join(format!("serve-{log}.out")))?).stderr(fs::File::create(&file)?);
     let limit = until.saturating_duration_since(Instant::now());
