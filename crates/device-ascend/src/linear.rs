@@ -164,14 +164,14 @@ fn linear(device: &mut Device, x: &View, weight: &LinearView, out: &View) -> Res
     match &weight.weight {
         WeightView::Float(rows) => {
             let math = device.cube_math();
-            let (x, w, y) = (device.tensor(x)?, device.tensor(&rows.swap(0, 1))?, device.tensor(out)?);
+            let (x, w, y) = (device.tensor(x), device.tensor(&rows.swap(0, 1)), device.tensor(out));
             device.mm(&x, &w, &y, math)?;
         }
         WeightView::Blocks(blocks) => quant::product(device, x, blocks, out)?,
     }
     if let Some(bias) = &weight.bias {
-        let (y, one) = (device.tensor(out)?, device.scalar(1.0, bias.dtype)?);
-        let bias = device.tensor(bias)?;
+        let (y, one) = (device.tensor(out), device.scalar(1.0, bias.dtype));
+        let bias = device.tensor(bias);
         device.add_in_place(&y, &bias, &one)?;
     }
     Ok(())

@@ -33,7 +33,7 @@ use crate::abi::operators::Execute;
 use crate::abi::{ExecutorPtr, Stream, TensorListPtr};
 use crate::device::{Device, check};
 use crate::error::AscendError;
-use crate::object::{Address, DataType, Scalar, Tensor, View};
+use crate::object::{Address, DataType, ScalarHandle, TensorHandle, View};
 use crate::simulator::Simulator;
 
 type Result<T> = std::result::Result<T, AscendError>;
@@ -67,9 +67,15 @@ fn matrix(device: &mut Device) -> Result<View> {
     Ok(floats(device, &[1.0; 64], DataType::F32)?.reshape(&[8, 8]))
 }
 
+/// Its tensor.
+fn tensor(device: &mut Device) -> Result<TensorHandle> {
+    let x = matrix(device)?;
+    TensorHandle::new(&device.acl().meta, &device.tensor(&x))
+}
+
 /// `x += x`.
 fn double(device: &mut Device, x: &View) -> Result<()> {
-    let (x, one) = (device.tensor(x)?, device.scalar(1.0, DataType::F32)?);
+    let (x, one) = (device.tensor(x), device.scalar(1.0, DataType::F32));
     device.add_in_place(&x, &x, &one)
 }
 
@@ -79,12 +85,12 @@ struct Prepared {
     size: u64,
     executor: ExecutorPtr,
     stream: Stream,
-    operands: (Tensor, Scalar),
+    operands: (TensorHandle, ScalarHandle),
 }
 
 fn prepare(device: &mut Device) -> Result<Prepared> {
-    let x = matrix(device)?;
-    let (x, one) = (device.tensor(&x)?, device.scalar(1.0, DataType::F32)?);
+    let x = tensor(device)?;
+    let one = ScalarHandle::new(&device.acl().meta, &device.scalar(1.0, DataType::F32))?;
     let operator = device.operators().add_in_place.expect("the simulator has it");
     let (mut size, mut executor) = (0, ExecutorPtr::NULL);
     // SAFETY: live operands, valid out pointers.
@@ -249,8 +255,7 @@ fn a_tensor_destroyed_between_the_phases() {
 #[test]
 fn an_element_of_a_list_destroyed_with_its_list() {
     let work = |device: &mut Device| {
-        let x = matrix(device)?;
-        let tensor = device.tensor(&x)?;
+        let tensor = tensor(device)?;
         let elements = [tensor.as_ptr()];
         let meta = &device.acl().meta;
         // SAFETY: one live handle.
@@ -325,7 +330,7 @@ fn a_row_that_the_table_does_not_have() {
         let index = View::new(device.alloc(64)?, DataType::I32, &[2]);
         device.upload(&[1i32, 8].map(i32::to_le_bytes).concat(), index.base)?;
         let out = View::new(device.alloc(64)?, DataType::F32, &[2, 8]);
-        let (x, index, out) = (device.tensor(&x)?, device.tensor(&index)?, device.tensor(&out)?);
+        let (x, index, out) = (device.tensor(&x), device.tensor(&index), device.tensor(&out));
         device.index_select(&x, 0, &index, &out)
     };
     fails(work, 507015);
@@ -338,7 +343,7 @@ fn bf16_on_a_chip_without_it() {
     let owner = open();
     let result = owner.call("mistake", |device| {
         let x = floats(device, &[1.0; 8], DataType::BF16)?;
-        let (x, one) = (device.tensor(&x)?, device.scalar(1.0, DataType::BF16)?);
+        let (x, one) = (device.tensor(&x), device.scalar(1.0, DataType::BF16));
         device.muls_in_place(&x, &one)
     });
     assert!(result.expect_err("it is refused").to_string().contains("161002"));
@@ -347,8 +352,7 @@ fn bf16_on_a_chip_without_it() {
 #[test]
 fn a_tensor_that_is_never_destroyed() {
     let (simulator, error) = wrongly(|device| {
-        let x = matrix(device)?;
-        forget(device.tensor(&x)?);
+        forget(tensor(device)?);
         Ok(())
     });
     assert!(error.is_none(), "{error:?}");
