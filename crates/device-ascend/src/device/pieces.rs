@@ -180,9 +180,15 @@ impl Device {
         let issued = self.issue_all(piece);
         self.pieces.ending = Some(Ending::Issue);
         let mut graph = Graph::NULL;
-        // SAFETY: the stream is being captured; a valid out pointer.
-        let code = unsafe { (functions.capture_end)(self.stream, &raw mut graph) };
-        match issued.and(self.check("aclmdlRICaptureEnd", code)) {
+        // SAFETY: our own stream; a valid out pointer.
+        let mut end = || unsafe { (functions.capture_end)(self.stream, &raw mut graph) };
+        let code = end();
+        let ended = self.check("aclmdlRICaptureEnd", code);
+        if ended.is_err() {
+            // Should the refused call have left the capture open, nothing would run any more; should it not, this does nothing.
+            end();
+        }
+        match issued.and(ended) {
             Ok(()) => Ok(graph),
             Err(error) => {
                 if graph != Graph::NULL {
