@@ -295,7 +295,7 @@ fn a_capture_that_fails_is_the_last_and_no_step_fails_of_it() {
         ("aclmdlRICaptureEnd:2:107025", 1),
         ("aclnnMm:2:561003", 0),
         ("aclnnSiluGetWorkspaceSize:1:107030", 2),
-        ("aclrtMemcpyAsync:6:107030", 1),
+        ("aclrtMemcpyAsync:5:107030", 1),
     ] {
         let (logits, line, runs) = run(Some(fault));
         let [name, _, code] = fault.split(':').collect::<Vec<_>>()[..] else { panic!("{fault}") };
