@@ -79,12 +79,11 @@ pub(crate) enum Call {
     },
 }
 
-/// Calls that follow each other, each with the operation of the seam that made it, on a workspace.
-#[derive(Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Piece {
-    pub(crate) workspace: Option<(Address, usize)>,
-    pub(crate) calls: Vec<(&'static str, Call)>,
-}
+/// Calls that follow each other, each with the operation of the seam that made it.
+pub(crate) type Piece = Vec<(&'static str, Call)>;
+
+/// Where a device's workspace lies, and its bytes.
+pub(crate) type Workspace = Option<(Address, usize)>;
 
 /// What is known of a piece.
 #[derive(Debug, PartialEq, Eq)]
@@ -96,13 +95,21 @@ pub(crate) enum Met<G> {
     Graph(G),
 }
 
+/// A graph that may be run.
+struct Kept<G> {
+    graph: G,
+    /// On which it was captured.
+    workspace: Workspace,
+    /// When it was last asked for.
+    used: u64,
+}
+
 /// Graphs by what they do. `K` are pieces, `G` handles of graphs.
 pub(crate) struct Graphs<K, G> {
     hasher: RandomState,
     /// Pieces that were met, by hash: if two share one, a graph is made a step early.
     seen: HashSet<u64>,
-    /// Each with when it was last asked for.
-    kept: HashMap<K, (G, u64)>,
+    kept: HashMap<K, Kept<G>>,
     clock: u64,
     most: usize,
     /// Not to be used any more, but perhaps running.
@@ -122,12 +129,17 @@ impl<K: Eq + std::hash::Hash, G: Copy> Graphs<K, G> {
         }
     }
 
-    /// Looks a piece up, and remembers that it was met.
-    pub(crate) fn meet(&mut self, piece: &K) -> Met<G> {
+    /// Looks a piece up, to be run on a workspace, and remembers that it was met.
+    pub(crate) fn meet(&mut self, piece: &K, workspace: Workspace) -> Met<G> {
         self.clock += 1;
-        if let Some((graph, used)) = self.kept.get_mut(piece) {
-            *used = self.clock;
-            return Met::Graph(*graph);
+        match self.kept.get_mut(piece) {
+            Some(kept) if kept.workspace == workspace => {
+                kept.used = self.clock;
+                return Met::Graph(kept.graph);
+            }
+            // It would use memory that is no workspace any more.
+            Some(_) => self.retired.extend(self.kept.remove(piece).map(|kept| kept.graph)),
+            None => {}
         }
         if self.seen.len() == MOST_SEEN {
             self.seen.clear();
@@ -136,17 +148,17 @@ impl<K: Eq + std::hash::Hash, G: Copy> Graphs<K, G> {
     }
 
     /// Keeps the graph of a piece, in the place of the one that was not asked for longest if there are too many.
-    pub(crate) fn keep(&mut self, piece: K, graph: G) {
+    pub(crate) fn keep(&mut self, piece: K, workspace: Workspace, graph: G) {
         if self.kept.len() >= self.most {
-            let oldest = self.kept.values().map(|(_, used)| *used).min().expect("there are some");
-            self.retired.extend(self.kept.extract_if(|_, (_, used)| *used == oldest).map(|(_, (graph, _))| graph));
+            let oldest = self.kept.values().map(|kept| kept.used).min().expect("there are some");
+            self.retired.extend(self.kept.extract_if(|_, kept| kept.used == oldest).map(|(_, kept)| kept.graph));
         }
-        self.kept.insert(piece, (graph, self.clock));
+        self.kept.insert(piece, Kept { graph, workspace, used: self.clock });
     }
 
     /// None is used any more.
     pub(crate) fn retire_all(&mut self) {
-        self.retired.extend(self.kept.drain().map(|(_, (graph, _))| graph));
+        self.retired.extend(self.kept.drain().map(|(_, kept)| kept.graph));
     }
 
     /// Those that may be destroyed when nothing runs.
@@ -163,19 +175,22 @@ impl<K: Eq + std::hash::Hash, G: Copy> Graphs<K, G> {
 mod tests {
     use super::*;
 
+    const WORKSPACE: Workspace = Some((Address(4096), 512));
+
     #[test]
     fn a_piece_has_a_graph_from_its_second_time_on_and_the_one_that_is_not_asked_for_goes() {
         let mut graphs = Graphs::new(2);
         for piece in 0..2 {
-            assert_eq!(graphs.meet(&piece), Met::First);
-            assert_eq!(graphs.meet(&piece), Met::Again);
-            graphs.keep(piece, piece + 10);
+            assert_eq!(graphs.meet(&piece, None), Met::First);
+            assert_eq!(graphs.meet(&piece, WORKSPACE), Met::Again, "the first time brought the workspace");
+            graphs.keep(piece, WORKSPACE, piece + 10);
         }
-        assert_eq!(graphs.meet(&0), Met::Graph(10));
-        assert_eq!(graphs.meet(&2), Met::First);
-        graphs.keep(2, 12);
+        assert_eq!(graphs.meet(&0, WORKSPACE), Met::Graph(10));
+        assert_eq!(graphs.meet(&2, WORKSPACE), Met::First);
+        graphs.keep(2, WORKSPACE, 12);
         assert_eq!(graphs.take_retired(), [11], "the other was asked for since");
-        assert_eq!([0, 1, 2].map(|piece| graphs.meet(&piece)), [Met::Graph(10), Met::Again, Met::Graph(12)]);
+        let met = [0, 1, 2].map(|piece| graphs.meet(&piece, WORKSPACE));
+        assert_eq!(met, [Met::Graph(10), Met::Again, Met::Graph(12)]);
         graphs.retire_all();
         let mut retired = graphs.take_retired();
         retired.sort_unstable();
@@ -183,16 +198,17 @@ mod tests {
     }
 
     #[test]
-    fn pieces_that_differ_in_an_address_alone_are_two() {
-        let piece = |at: usize, workspace| Piece {
-            workspace,
-            calls: vec![("write", Call::Clear { at: Address(at), bytes: 8 })],
-        };
-        let mut graphs = Graphs::new(2);
-        assert_eq!(graphs.meet(&piece(512, None)), Met::First);
-        graphs.keep(piece(512, None), 1);
-        assert_eq!(graphs.meet(&piece(1024, None)), Met::First);
-        assert_eq!(graphs.meet(&piece(512, Some((Address(4096), 512)))), Met::First);
-        assert_eq!(graphs.meet(&piece(512, None)), Met::Graph(1));
+    fn pieces_that_differ_in_an_address_alone_are_two_and_a_graph_is_of_one_workspace() {
+        let piece = |at: usize| vec![("write", Call::Clear { at: Address(at), bytes: 8 })];
+        let mut graphs: Graphs<Piece, u32> = Graphs::new(2);
+        assert_eq!(graphs.meet(&piece(512), WORKSPACE), Met::First);
+        graphs.keep(piece(512), WORKSPACE, 1);
+        assert_eq!(graphs.meet(&piece(1024), WORKSPACE), Met::First);
+        assert_eq!(graphs.meet(&piece(512), WORKSPACE), Met::Graph(1));
+        for moved in [Some((Address(8192), 512)), Some((Address(4096), 1024)), None] {
+            assert_eq!(graphs.meet(&piece(512), moved), Met::Again);
+            assert_eq!(graphs.take_retired(), [1]);
+            graphs.keep(piece(512), WORKSPACE, 1);
+        }
     }
 }

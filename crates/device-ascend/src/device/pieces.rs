@@ -16,7 +16,7 @@ use crate::graphs::{Call, Graphs, LEAST_CALLS, MOST_CALLS, MOST_GRAPHS, Met, Pie
 pub(crate) struct Pieces {
     /// The operation whose calls are being collected.
     collecting: Option<&'static str>,
-    calls: Vec<(&'static str, Call)>,
+    calls: Piece,
     /// What is being done with a piece that has ended, whose scratch memory the pool does not know to be in use.
     ending: Option<Ending>,
     graphs: Graphs<Piece, Graph>,
@@ -129,7 +129,7 @@ impl Device {
         if self.pieces.calls.is_empty() {
             return Ok(());
         }
-        let piece = Piece { workspace: self.workspace, calls: std::mem::take(&mut self.pieces.calls) };
+        let piece = std::mem::take(&mut self.pieces.calls);
         self.pieces.ending = Some(Ending::Issue);
         let result = self.run_piece(piece);
         self.pieces.ending = None;
@@ -144,20 +144,22 @@ impl Device {
     }
 
     fn run_piece(&mut self, piece: Piece) -> Result<(), AscendError> {
-        if piece.calls.len() < LEAST_CALLS {
+        if piece.len() < LEAST_CALLS {
             return self.issue_all(&piece);
         }
-        match self.pieces.graphs.meet(&piece) {
+        match self.pieces.graphs.meet(&piece, self.workspace) {
             Met::Graph(graph) => self.run_graph(graph),
             Met::Again if self.pieces.objection.get().is_none() => match self.capture(&piece) {
                 Ok(graph) => {
-                    self.pieces.graphs.keep(piece, graph);
+                    self.pieces.graphs.keep(piece, self.workspace, graph);
                     self.run_graph(graph)
                 }
                 Err(error) if error.class().is_final() => Err(error),
                 Err(error) => {
+                    self.issue_all(&piece)?;
+                    // The calls are sound: it was the capture.
                     self.pieces.stop(&error);
-                    self.issue_all(&piece)
+                    Ok(())
                 }
             },
             Met::First | Met::Again => self.issue_all(&piece),
@@ -165,7 +167,7 @@ impl Device {
     }
 
     fn issue_all(&mut self, piece: &Piece) -> Result<(), AscendError> {
-        piece.calls.iter().try_for_each(|(op, call)| {
+        piece.iter().try_for_each(|(op, call)| {
             self.issue(call).map_err(|error| AscendError::Collected { op, error: Box::new(error) })
         })
     }

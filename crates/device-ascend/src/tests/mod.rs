@@ -1,5 +1,6 @@
 //! The layers below the seam, through the simulator.
 
+mod graphs;
 mod installations;
 mod mutations;
 mod products;
