@@ -55,6 +55,7 @@ fn a_piece_of_several_operations_is_issued_captured_and_then_run() {
         assert_eq!(calls(&simulator, "aclnnInplaceMulsGetWorkspaceSize"), prepared);
     }
     drop(owner);
+    assert_eq!(calls(&simulator, "aclmdlRIDestroy"), 1);
     simulator.expect_clean();
 }
 
@@ -83,6 +84,21 @@ fn the_same_calls_on_another_block_are_another_piece() {
         }
         assert_eq!(calls(&simulator, RUN), graphs);
     }
+}
+
+#[test]
+fn the_same_operators_with_another_number_are_another_piece() {
+    let simulator = Simulator::new();
+    let owner = open();
+    let x = numbers(&owner);
+    for factor in [2.0, 0.5, 2.0, 0.5, 4.0, 0.25, 2.0] {
+        let before = read(&owner, &x).unwrap()[0];
+        let at = x.clone();
+        let work = move |device: &mut Device| (0..4).try_for_each(|_| scale(device, &at, factor));
+        owner.submit("scale", move |device| device.collect("scale", work)).unwrap();
+        assert_eq!(read(&owner, &x).unwrap()[0], before * factor.powi(4), "{factor}");
+    }
+    assert_eq!(calls(&simulator, RUN), 3);
 }
 
 #[test]
@@ -125,16 +141,14 @@ fn a_failure_is_that_of_the_operation_and_thread_that_made_the_call() {
     let simulator = Simulator::new();
     let owner = open();
     for other_first in [false, true] {
-        let x = numbers(&owner);
+        let [x, y] = [(); 2].map(|()| numbers(&owner));
         simulator.control("fault=aclnnInplaceMulsGetWorkspaceSize:6:561002");
         double(&owner, "first", &x, 4);
         double(&owner, "second", &x, 4);
         double(&owner, "third", &x, 4);
         if other_first {
-            let mine = numbers;
             std::thread::scope(|scope| {
                 let other = scope.spawn(|| {
-                    let y = mine(&owner);
                     double(&owner, "theirs", &y, 1);
                     read(&owner, &y)
                 });
@@ -152,6 +166,78 @@ fn a_failure_is_that_of_the_operation_and_thread_that_made_the_call() {
         assert_eq!(read(&owner, &x).unwrap(), [64.0, 192.0]);
         simulator.calm();
     }
+    drop(owner);
+    simulator.expect_clean();
+}
+
+#[test]
+fn what_an_operation_collected_before_it_failed_is_dropped() {
+    let simulator = Simulator::new();
+    let owner = open();
+    let x = numbers(&owner);
+    let at = x.clone();
+    let work = move |device: &mut Device| {
+        scale(device, &at, 2.0)?;
+        device.alloc(1 << 40).map(drop)
+    };
+    double(&owner, "before", &x, 1);
+    owner.submit("step", move |device| device.collect("step", work)).unwrap();
+    assert!(matches!(read(&owner, &x), Err(DeviceError::OutOfMemory { what: "step", .. })));
+    // What could be given back had to be waited for, so it was all issued.
+    assert_eq!(read(&owner, &x).unwrap(), [4.0, 12.0]);
+    let at = x.clone();
+    let work = move |device: &mut Device| scale(device, &at, 2.0).and(Err(AscendError::Null { call: "test" }));
+    owner.submit("step", move |device| device.collect("step", work)).unwrap();
+    assert!(matches!(read(&owner, &x), Err(DeviceError::Execution { op: "step", .. })));
+    assert_eq!(read(&owner, &x).unwrap(), [4.0, 12.0]);
+    drop(owner);
+    simulator.expect_clean();
+}
+
+#[test]
+fn graphs_go_with_the_segments_that_they_may_use() {
+    let simulator = Simulator::new();
+    let owner = open();
+    // A segment of its own.
+    let block = owner.call("test", |device| device.alloc(9 << 20)).unwrap();
+    let x = View::new(block, DataType::F32, &[2]);
+    for _ in 0..3 {
+        double(&owner, "double", &x, 4);
+        read(&owner, &x).unwrap();
+    }
+    owner.call("test", Device::release_free).unwrap();
+    assert_eq!(simulator.live()["graphs"], 1, "the segment is in use");
+    owner.free(block);
+    owner.call("test", Device::release_free).unwrap();
+    assert_eq!(simulator.live().get("graphs"), None);
+    drop(owner);
+    simulator.expect_clean();
+}
+
+#[test]
+fn a_segment_that_is_free_stays_while_calls_that_use_it_are_issued() {
+    let simulator = Simulator::new();
+    simulator.control("memory=67108864");
+    let owner = open();
+    let x = numbers(&owner);
+    let all_but_one = |device: &mut Device| {
+        let segment = device.alloc(9 << 20)?;
+        while let Ok(_block) = device.alloc(1 << 20) {}
+        while let Ok(_block) = device.alloc(1) {}
+        device.free(segment);
+        Ok(())
+    };
+    owner.call("test", all_but_one).unwrap();
+    let at = x.clone();
+    let work = move |device: &mut Device| {
+        device.with_scratch(9 << 20, |device, scratch| {
+            scale(device, &at, 2.0)?;
+            device.clear(scratch, 9 << 20)
+        })
+    };
+    owner.submit("step", move |device| device.collect("step", work)).unwrap();
+    let result = read(&owner, &x);
+    assert!(matches!(result, Err(DeviceError::OutOfMemory { what: "step", .. })), "{result:?}");
     drop(owner);
     simulator.expect_clean();
 }
