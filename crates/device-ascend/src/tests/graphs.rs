@@ -216,12 +216,14 @@ fn graphs_go_with_the_segments_that_they_may_use() {
 
 #[test]
 fn a_segment_that_is_free_stays_while_calls_that_use_it_are_issued() {
+    /// A segment as a whole.
+    const SEGMENT: usize = (10 << 20) - 512;
     let simulator = Simulator::new();
     simulator.control("memory=67108864");
     let owner = open();
     let x = numbers(&owner);
     let all_but_one = |device: &mut Device| {
-        let segment = device.alloc(9 << 20)?;
+        let segment = device.alloc(SEGMENT)?;
         while let Ok(_block) = device.alloc(1 << 20) {}
         while let Ok(_block) = device.alloc(1) {}
         device.free(segment);
@@ -230,9 +232,9 @@ fn a_segment_that_is_free_stays_while_calls_that_use_it_are_issued() {
     owner.call("test", all_but_one).unwrap();
     let at = x.clone();
     let work = move |device: &mut Device| {
-        device.with_scratch(9 << 20, |device, scratch| {
+        device.with_scratch(SEGMENT, |device, scratch| {
             scale(device, &at, 2.0)?;
-            device.clear(scratch, 9 << 20)
+            device.clear(scratch, SEGMENT)
         })
     };
     owner.submit("step", move |device| device.collect("step", work)).unwrap();
