@@ -216,10 +216,10 @@ fn graphs_go_with_the_segments_that_they_may_use() {
 
 #[test]
 fn a_segment_that_is_free_stays_while_calls_that_use_it_are_issued() {
-    /// A segment as a whole.
-    const SEGMENT: usize = (10 << 20) - 512;
+    /// More than the first segment has: one as a whole.
+    const SEGMENT: usize = (34 << 20) - 512;
     let simulator = Simulator::new();
-    simulator.control("memory=67108864");
+    simulator.control("memory=100663296");
     let owner = open();
     let x = numbers(&owner);
     let all_but_one = |device: &mut Device| {
