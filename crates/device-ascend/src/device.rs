@@ -156,6 +156,11 @@ impl Device {
         self.context
     }
 
+    #[cfg(test)]
+    pub(crate) fn workspace_now(&self) -> Option<(Address, usize)> {
+        self.workspace
+    }
+
     pub(crate) fn stream(&self) -> Stream {
         self.stream
     }

@@ -23,14 +23,22 @@
 //! | a row that the table does not have | indices are in range (507015) |
 //! | bf16 on a chip without it | dtypes of the chip (161002) |
 //! | a tensor that is never destroyed | what is live at the end |
+//! | a graph run in the place of calls on another block | the numbers: a graph has the addresses of its capture |
+//! | a graph run after its memory was given back | addresses are the device's (507015) |
+//! | a graph run after its workspace became a block | the numbers: a workspace is overwritten |
+//! | a wait inside of a capture | nothing of a captured stream runs (107027) |
+//! | a copy that waits inside of a capture | unsafe calls end a capture (107030) |
+//! | a graph destroyed before it ran | a queued graph is there when it runs |
 
 use std::mem::forget;
 
 use baton_device::DeviceError;
 
 use super::{floats, open, values};
+use crate::abi::consts::capture_mode;
 use crate::abi::operators::Execute;
-use crate::abi::{ExecutorPtr, Stream, TensorListPtr};
+use crate::abi::runtime::GraphFunctions;
+use crate::abi::{ExecutorPtr, Graph, Stream, TensorListPtr};
 use crate::device::{Device, check};
 use crate::error::AscendError;
 use crate::object::{Address, DataType, ScalarHandle, TensorHandle, View};
@@ -359,6 +367,117 @@ fn a_tensor_that_is_never_destroyed() {
     assert_eq!(simulator.live().get("tensors"), Some(&1));
 }
 
+fn functions(device: &Device) -> GraphFunctions {
+    device.acl().runtime.graph_functions().expect("the simulator has them")
+}
+
+/// The graph of `work`.
+fn captured(device: &mut Device, work: impl FnOnce(&mut Device) -> Result<()>) -> Result<Graph> {
+    let (functions, mut graph) = (functions(device), Graph::NULL);
+    // SAFETY: the device's own stream, a valid out pointer.
+    let code = unsafe { (functions.capture_begin)(device.stream(), capture_mode::THREAD_LOCAL) };
+    check(device.acl(), "aclmdlRICaptureBegin", code)?;
+    let result = work(device);
+    // SAFETY: as above.
+    let code = unsafe { (functions.capture_end)(device.stream(), &raw mut graph) };
+    result.and(check(device.acl(), "aclmdlRICaptureEnd", code))?;
+    Ok(graph)
+}
+
+fn run_graph(device: &Device, graph: Graph) -> Result<()> {
+    // SAFETY: the simulator looks handles up.
+    let code = unsafe { (functions(device).execute)(graph, device.stream()) };
+    check(device.acl(), "aclmdlRIExecuteAsync", code)
+}
+
+/// A device on which `x += x` ran once, so that it has a workspace.
+fn doubled(device: &mut Device) -> Result<View> {
+    let x = matrix(device)?;
+    double(device, &x)?;
+    Ok(x)
+}
+
+#[test]
+fn a_graph_run_in_the_place_of_calls_on_another_block() {
+    let work = |device: &mut Device| {
+        let (x, y) = (doubled(device)?, matrix(device)?);
+        let graph = captured(device, |device| double(device, &x))?;
+        run_graph(device, graph)?;
+        assert_eq!((values(device, &x)?[0], values(device, &y)?[0]), (4.0, 1.0), "it should have been the other");
+        Ok(())
+    };
+    assert!(wrongly(work).1.is_none());
+}
+
+#[test]
+fn a_graph_run_after_its_memory_was_given_back() {
+    let work = |device: &mut Device| {
+        doubled(device)?;
+        let x = View::new(device.alloc(40 << 20)?, DataType::F32, &[8, 8]);
+        let graph = captured(device, |device| double(device, &x))?;
+        device.free(x.base);
+        device.release_free()?;
+        run_graph(device, graph)
+    };
+    fails(work, 507015);
+}
+
+#[test]
+fn a_graph_run_after_its_workspace_became_a_block() {
+    let work = |device: &mut Device| {
+        let x = doubled(device)?;
+        let graph = captured(device, |device| double(device, &x))?;
+        let workspace = device.workspace_now().expect("it has one").0;
+        device.upload(&[0; 64], workspace)?;
+        run_graph(device, graph)?;
+        let block = View::new(workspace, DataType::F32, &[16]);
+        assert!(values(device, &block)?.iter().all(|x| x.is_nan()), "what lay there is gone");
+        Ok(())
+    };
+    assert!(wrongly(work).1.is_none());
+}
+
+#[test]
+fn a_wait_inside_of_a_capture() {
+    let work = |device: &mut Device| {
+        let x = doubled(device)?;
+        captured(device, |device| {
+            double(device, &x)?;
+            device.synchronize()
+        })
+        .map(drop)
+    };
+    fails(work, 107027);
+}
+
+#[test]
+fn a_copy_that_waits_inside_of_a_capture() {
+    let work = |device: &mut Device| {
+        let x = doubled(device)?;
+        let memcpy = device.acl().runtime.memcpy.expect("the simulator has it");
+        captured(device, |device| {
+            let mut seen = [0u8; 32];
+            // SAFETY: as many bytes as the array has.
+            let code = unsafe { memcpy(seen.as_mut_ptr().cast(), 32, x.base.as_ptr(), 32, 2) };
+            check(device.acl(), "aclrtMemcpy", code)
+        })
+        .map(drop)
+    };
+    fails(work, 107030);
+}
+
+#[test]
+fn a_graph_destroyed_before_it_ran() {
+    let work = |device: &mut Device| {
+        let x = doubled(device)?;
+        let graph = captured(device, |device| double(device, &x))?;
+        run_graph(device, graph)?;
+        // SAFETY: a live handle; that it is queued is the mistake.
+        check(device.acl(), "aclmdlRIDestroy", unsafe { (functions(device).destroy)(graph) })
+    };
+    violates(work, "destroyed before it ran");
+}
+
 #[test]
 fn what_is_right_breaks_no_rule() {
     let (simulator, error) = wrongly(|device| {
@@ -368,7 +487,11 @@ fn what_is_right_breaks_no_rule() {
         let prepared = prepare(device)?;
         let workspace = device.alloc(prepared.size as usize)?;
         prepared.execute(device, workspace, prepared.size)?;
-        device.synchronize()
+        let graph = captured(device, |device| double(device, &x))?;
+        run_graph(device, graph)?;
+        device.synchronize()?;
+        // SAFETY: it has run, and is used no more.
+        check(device.acl(), "aclmdlRIDestroy", unsafe { (functions(device).destroy)(graph) })
     });
     assert!(error.is_none(), "{error:?}");
     simulator.expect_clean();
