@@ -10,7 +10,7 @@ use baton_device::{
     AttentionBatch, Backend, DType, DeviceError, HostLinear, HostTensor, KvDtype, KvSpec, Result, SequenceSpan,
     WeightFormat,
 };
-use baton_device_ascend::{AscendBackend, AscendOptions};
+use baton_device_ascend::{AscendBackend, AscendOptions, Class, describe};
 use common::layer::{EPS, HIDDEN, KvCache, LLAMA_KV, Linear, Llama, Maker, Scratch, Tensor, Vector};
 use common::{A2, P310, Simulator, options};
 
@@ -303,6 +303,53 @@ fn a_capture_that_fails_is_the_last_and_no_step_fails_of_it() {
         assert!(logits == sound, "{fault}");
         assert!(all > runs && runs == 2 * kept, "{fault}: {runs} of {all} runs");
     }
+}
+
+#[test]
+fn any_call_that_fails_while_graphs_are_made_and_run_is_typed_and_leaves_nothing() {
+    let simulator = Simulator::new();
+    // Of three steps, so that pieces are met, captured and run.
+    let run = |fault: Option<String>| {
+        let backend = simulator.open_fused(A2, DType::BF16);
+        let mut decoder = Decoder::new(&backend);
+        decoder.step(SEQUENCES, 0, PROMPT, None).unwrap();
+        simulator.reset();
+        fault.into_iter().for_each(|fault| simulator.control(&format!("fault={fault}")));
+        let positions = PROMPT..PROMPT + 3;
+        let result: Result<Vec<_>> = positions.map(|position| decoder.step(SEQUENCES, position, 1, None)).collect();
+        simulator.calm();
+        let calls = calls(&simulator);
+        drop(decoder);
+        drop(backend);
+        simulator.expect_clean();
+        (result, calls)
+    };
+    let (sound, counts) = run(None);
+    let sound = sound.unwrap();
+    let (mut failed, mut all) = (0, 0);
+    for (turn, (symbol, count)) in counts.into_iter().enumerate() {
+        // A refusal of these leaves what they should have taken away.
+        if ["aclDestroy", "aclmdlRIDestroy"].iter().any(|prefix| symbol.starts_with(prefix)) {
+            continue;
+        }
+        // Each function in turn, those of graphs in every way.
+        let ways = if symbol.starts_with("aclmdlRI") { 3 } else { 1 };
+        for way in turn..turn + ways {
+            let (n, code) = [(1, 561002), (count.div_ceil(2), 507015), (count, 507899)][way % 3];
+            let (result, _) = run(Some(format!("{symbol}:{n}:{code}")));
+            let fits = match (&result, describe(code).1) {
+                (Ok(logits), _) => *logits == sound,
+                (Err(DeviceError::Lost { .. }), Class::Lost) => true,
+                (Err(DeviceError::Poisoned { .. }), Class::Poisoned) => true,
+                // What makes an object gives null, and no code.
+                (Err(DeviceError::Execution { .. }), class) => !class.is_final() || symbol.starts_with("aclCreate"),
+                _ => false,
+            };
+            assert!(fits, "{symbol} {n} gives {code}: {:?}", result.map(|_| "other numbers"));
+            (failed, all) = (failed + usize::from(result.is_err()), all + 1);
+        }
+    }
+    assert!(all > 25 && failed > all / 2, "{failed} of {all}");
 }
 
 #[test]
