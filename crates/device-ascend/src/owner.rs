@@ -133,8 +133,15 @@ impl Owner {
         })
     }
 
-    /// Why no graphs are made, or not any more.
+    /// Why no graphs are made, or not any more, once all is done that was queued before.
     pub(crate) fn objection(&self) -> Option<&str> {
+        let (done, answer) = bounded(1);
+        // Not a call: a failure that waits for one is not for whoever asks this.
+        self.tidy(move |_| _ = done.send(()));
+        let _ = self.patiently("objection", |patience| match answer.recv_timeout(patience) {
+            Err(RecvTimeoutError::Timeout) => Waited::Late,
+            _ => Waited::Done(()),
+        });
         self.objection.get().map(String::as_str)
     }
 
