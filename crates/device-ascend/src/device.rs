@@ -251,6 +251,14 @@ impl Device {
         self.workspace = Some((address, bytes));
         Ok(address)
     }
+
+    /// Gives the workspace back, which otherwise stays as large as the largest was.
+    pub(crate) fn release_workspace(&mut self) {
+        if let Some((address, _)) = self.workspace.take() {
+            self.free(address);
+            self.pieces.start_anew();
+        }
+    }
 }
 
 /// Turns a code into an error with the library's words, which only this thread can read, and only now.

@@ -156,6 +156,12 @@ impl<K: Eq + std::hash::Hash, G: Copy> Graphs<K, G> {
         self.kept.insert(piece, Kept { graph, workspace, used: self.clock });
     }
 
+    /// Nothing was met, and no graph is used any more.
+    pub(crate) fn forget(&mut self) {
+        self.seen.clear();
+        self.retire_all();
+    }
+
     /// None is used any more.
     pub(crate) fn retire_all(&mut self) {
         self.retired.extend(self.kept.drain().map(|(_, kept)| kept.graph));

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use baton_device::conformance::uniform;
 use baton_device::{
-    AttentionBatch, Backend, DType, DeviceError, HostLinear, HostTensor, KvDtype, KvSpec, Result, SequenceSpan,
-    WeightFormat,
+    AttentionBatch, Backend, DType, DeviceError, HostLinear, HostTensor, KvDtype, KvSpec, Purpose, Result,
+    SequenceSpan, WeightFormat,
 };
 use baton_device_ascend::{AscendBackend, AscendOptions, Class, describe};
 use common::layer::{EPS, HIDDEN, KvCache, LLAMA_KV, Linear, Llama, Maker, Scratch, Tensor, Vector};
@@ -38,7 +38,7 @@ impl<'a> Decoder<'a> {
         let spec = KvSpec { layers: vec![LLAMA_KV; LAYERS], dtype: KvDtype::BF16, block_size: 128 };
         Self {
             make,
-            embedding: make.seeded(7, VOCAB, HIDDEN),
+            embedding: make.purposed(7, VOCAB, HIDDEN, Purpose::Table),
             layers: (0..LAYERS as u64).map(|seed| Llama::new(make, seed + 1)).collect(),
             norm: make.norm(HIDDEN),
             cache: backend.kv_cache(&spec, 3 * SEQUENCES).unwrap(),
@@ -104,7 +104,7 @@ fn with_and_without<T>(work: impl Fn(&Simulator, &AscendBackend) -> T) -> [T; 2]
         let runs = graph_runs(&simulator);
         assert_eq!(runs == 0, refused, "graphs that ran: {runs}");
         let line = backend.forms().pop().unwrap();
-        assert_eq!(line.contains("207000"), refused, "{line}");
+        assert!(if refused { line.contains("207000") } else { line.ends_with("graphs") }, "{line}");
         drop(backend);
         simulator.expect_clean();
         simulator.reset();
@@ -154,16 +154,19 @@ fn whatever_comes_between_the_steps_the_numbers_are_those_without_graphs() {
         // Another batch, and back.
         go(&mut decoder, 2, 4, None);
         go(&mut decoder, SEQUENCES, 2, None);
-        // Weights come, are used, and go; others take their place in memory.
-        for seed in [21, 22] {
-            let adapter = decoder.make.seeded(seed, HIDDEN, HIDDEN);
+        // Weights come, are used, and go; others take their place in memory. One that is brought into blocks takes the
+        // workspace along.
+        for (seed, purpose) in [(21, Purpose::Adapter), (22, Purpose::Adapter), (23, Purpose::Product)] {
+            let adapter = decoder.make.purposed(seed, HIDDEN, HIDDEN, purpose);
             go(&mut decoder, SEQUENCES, 4, Some(&adapter));
             go(&mut decoder, SEQUENCES, 1, None);
         }
         // Rows in f32 where they were bf16, of the same sizes: another piece at the same addresses.
         let bytes: Vec<u8> = uniform(23, HIDDEN * HIDDEN, 0.1).iter().flat_map(|x| x.to_le_bytes()).collect();
         let weight = HostTensor::new("wide", DType::F32, vec![HIDDEN, HIDDEN], &bytes);
-        let wide = backend.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32 }).unwrap();
+        let wide = backend
+            .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Adapter })
+            .unwrap();
         go(&mut decoder, SEQUENCES, 4, Some(&wide));
         drop(wide);
         // A prompt in the middle, blocks that are cleared, a cache that is made anew.

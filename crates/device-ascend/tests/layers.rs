@@ -6,7 +6,8 @@ mod common;
 use baton_device::conformance::uniform;
 use baton_device::{
     Activation, AttentionBatch, Backend, DType, GroupScore, Groups, HostExperts, HostLatent, HostLinear, HostRope,
-    HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, RopeLayout, Routing, Scoring, SequenceSpan, WeightFormat,
+    HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, RopeLayout, Routing, Scoring, SequenceSpan,
+    WeightFormat,
 };
 use baton_device_ascend::AscendBackend;
 use common::layer::{EPS, HIDDEN, KvCache, LLAMA_KV, Llama, Maker, Plan, Scratch};
@@ -130,7 +131,9 @@ fn a_deepseek_like_layer_takes_34_launches_of_at_least_23() {
 fn router(backend: &AscendBackend, experts: usize) -> <AscendBackend as Backend>::Linear {
     let bytes: Vec<u8> = uniform(2, experts * HIDDEN, 0.1).iter().flat_map(|x| x.to_le_bytes()).collect();
     let weight = HostTensor::new("router", DType::F32, vec![experts, HIDDEN], &bytes);
-    backend.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32 }).unwrap()
+    backend
+        .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
+        .unwrap()
 }
 
 fn deepseek(simulator: &Simulator, backend: &AscendBackend) -> Cost {

@@ -70,6 +70,11 @@ impl Pieces {
         let _ = self.objection.set(error.to_string());
     }
 
+    /// Nothing counts as met, so that calls bring a workspace that suffices before they are captured.
+    pub(super) fn start_anew(&mut self) {
+        self.graphs.forget();
+    }
+
     /// No graph is run any more.
     pub(super) fn retire_graphs(&mut self) {
         self.graphs.retire_all();

@@ -2,7 +2,8 @@
 
 use baton_device::conformance::uniform;
 use baton_device::{
-    Activation, AttentionParams, Backend, DType, HostLinear, HostRope, HostTensor, LayerKv, RopeLayout, WeightFormat,
+    Activation, AttentionParams, Backend, DType, HostLinear, HostRope, HostTensor, LayerKv, Purpose, RopeLayout,
+    WeightFormat,
 };
 use baton_device_ascend::AscendBackend;
 
@@ -33,9 +34,13 @@ impl Maker<'_> {
     }
 
     pub fn seeded(&self, seed: u64, out: usize, into: usize) -> Linear {
+        self.purposed(seed, out, into, Purpose::Product)
+    }
+
+    pub fn purposed(&self, seed: u64, out: usize, into: usize, purpose: Purpose) -> Linear {
         let bytes = Self::bytes(seed, out * into);
         let weight = HostTensor::new("weight", DType::BF16, vec![out, into], &bytes);
-        self.backend.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::BF16 }).unwrap()
+        self.backend.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::BF16, purpose }).unwrap()
     }
 
     pub fn norm(&self, width: usize) -> Vector {
