@@ -9,7 +9,8 @@
 //! - for the second time, it is captured while it is issued, and the graph is run;
 //! - from then on the graph is run: none of its calls goes through phase 1 and no object is made for it.
 //!
-//! What decides is the whole piece: every operator with all shapes, strides, types, addresses and numbers, and the workspace.
+//! What decides is the whole piece: every operator with all shapes, strides, types, addresses and numbers. A graph is of one
+//! workspace besides, and goes when that moves.
 //! A graph holds nothing else from the host, so it does what the calls would do. Addresses stay right by themselves: an
 //! operation takes its scratch memory from the pool whenever it is made, collected or not, so what a piece names is the
 //! piece's own now, and if a block has gone to somebody else meanwhile, the piece names another one and is another piece. The
@@ -21,7 +22,7 @@
 //!   (`device/pieces.rs`). Blocks that collected calls use may hence go back to the pool at once, as ever.
 //! - The workspace belongs to all calls. If it grows while a piece is issued, it grows into memory that was not in the pool
 //!   when the piece was collected, and no segment is given back to the device meanwhile. While a piece is captured it does not
-//!   grow: the calls asked for as much before.
+//!   grow: the calls asked for as much before; and when it is given back, nothing counts as met any more.
 //! - A piece is of one thread: before work of another, and before any call that is answered, it ends. So a failure
 //!   is the thread's whose work failed, in the operation that made the call (`owner.rs`).
 //! - A graph is destroyed only when the stream has been waited for since it was last run.
@@ -33,7 +34,8 @@
 //!
 //! UNCONFIRMED on hardware: how many streams and how much memory a graph takes (207008 when they run out); that phase 1 may
 //! run while a capture goes on (other users of CANN do it); that a capture that forbids this thread unsafe calls is not
-//! disturbed by what operators do inside.
+//! disturbed by what operators do inside; that a graph may be queued again before its last run has ended (107037 says that
+//! something of the kind is refused).
 //!
 //! [`forms`]: crate::AscendBackend::forms
 
