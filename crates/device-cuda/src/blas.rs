@@ -19,7 +19,7 @@ use crate::tensor::DataType;
 /// What the vendor recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// `out = x · weightᵀ`, row-major, sums in f32.
+/// `out = x · weightᵀ`, row-major, contiguous, sums in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Matmul {
     /// Rows of x and out.
@@ -92,7 +92,8 @@ impl Blas {
 
     /// Queues a product.
     pub(crate) fn queue(&self, gpu: &Gpu, product: &Matmul) -> Result<()> {
-        let Matmul { rows, n, k, input, output, x, weight, out, out_stride } = *product;
+        let product = *product;
+        let Matmul { rows, n, k, input, output, x, weight, out, out_stride } = product;
         if rows == 0 || n == 0 {
             return Ok(());
         }
@@ -104,8 +105,10 @@ impl Blas {
         gpu.call("matmul", &key, move |context, stream| {
             // SAFETY: descriptors as made for these matrices, which are the caller's until the stream has passed; the
             // algorithm was chosen for them and for the workspace.
-            let code = unsafe { plan.run(handle, [x, weight, out], workspace, stream) };
-            check(context, "cublasLtMatmul", code)
+            match unsafe { plan.run(handle, [x, weight, out], workspace, stream) } {
+                cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
+                code => Err(context.foreign("matmul", format!("cublasLtMatmul gave {code:?}: {product:?}"), stream)),
+            }
         })
     }
 
@@ -129,7 +132,9 @@ impl Blas {
             // SAFETY: each made once.
             unsafe {
                 lt::cublasLtMatmulDescDestroy(plan.product.0);
-                [plan.weight, plan.x, plan.out].map(|layout| lt::cublasLtMatrixLayoutDestroy(layout.0));
+                for layout in [plan.weight, plan.x, plan.out] {
+                    lt::cublasLtMatrixLayoutDestroy(layout.0);
+                }
             }
         }
         // SAFETY: made once.
@@ -256,13 +261,9 @@ fn element(dtype: DataType) -> lt::cudaDataType_t {
     }
 }
 
-/// A failure in the device shows at the next call of the driver, with its class.
 fn check(context: &Context, op: &'static str, code: cublasStatus_t) -> Result<()> {
     match code {
         cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
-        code => {
-            context.enter()?;
-            Err(DeviceError::Execution { device: context.name.clone(), op, reason: format!("{code:?}") })
-        }
+        code => Err(DeviceError::Execution { device: context.name.clone(), op, reason: format!("{code:?}") }),
     }
 }

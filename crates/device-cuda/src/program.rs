@@ -37,10 +37,11 @@ pub enum Source {
 }
 
 /// Headers that sources may include.
-pub(crate) const HEADERS: [(&CStr, &str); 3] = [
+pub(crate) const HEADERS: [(&CStr, &str); 4] = [
     (c"baton.cuh", include_str!("../kernels/baton.cuh")),
     (c"blocks.cuh", include_str!("../kernels/blocks.cuh")),
     (c"moe.cuh", include_str!("../kernels/moe.cuh")),
+    (c"context.cuh", include_str!("../kernels/context.cuh")),
 ];
 
 /// Dynamic shared memory that a kernel may have without being told so.

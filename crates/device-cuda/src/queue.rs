@@ -199,14 +199,19 @@ impl Queue {
                 if captured.is_ok() {
                     code = sys::cuGraphInstantiateWithFlags(&raw mut ready, graph, 0);
                 }
+                if !ready.is_null() {
+                    // So that the first launch need not; what it says decides nothing.
+                    sys::cuGraphUpload(ready, self.stream.0);
+                }
                 sys::cuGraphDestroy(graph);
             }
             (captured, code)
         };
+        let failure = captured.and_then(|()| context.check("capture", code)).err();
         context.whole()?;
-        let made = captured.is_ok() && code == CUresult::CUDA_SUCCESS && !ready.is_null();
+        let made = failure.is_none() && !ready.is_null();
         if !made {
-            let reason = captured.err().map_or_else(|| format!("{code:?}"), |error| error.to_string());
+            let reason = failure.map_or_else(String::new, |error| error.to_string());
             tracing::warn!(
                 device = context.name,
                 commands = self.commands.len(),
