@@ -166,9 +166,10 @@ impl Backend for CudaBackend {
     }
 
     fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
+        let cache = KvCache::new(&self.gpu, self.activations, spec, num_blocks)?;
         // Made when all weights are there, so that the kernels that these need are known: no step waits for a compiler.
         self.gpu.compile()?;
-        KvCache::new(&self.gpu, spec, num_blocks)
+        Ok(cache)
     }
 
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {

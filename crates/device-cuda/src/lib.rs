@@ -24,6 +24,9 @@ mod program;
 mod queue;
 mod ranks;
 mod rows;
+#[cfg(test)]
+#[path = "../tests/common/simulator.rs"]
+mod simulator;
 mod staging;
 mod statistics;
 mod tensor;

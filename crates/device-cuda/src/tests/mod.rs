@@ -8,7 +8,7 @@ use crate::gpu::{Gpu, GpuOptions};
 use crate::simulator::Simulator;
 
 /// An open GPU of the simulator.
-fn gpu(simulator: &Simulator) -> Arc<Gpu> {
-    crate::libraries::ready("cuda:0").unwrap(); // opened by the simulator
+fn gpu(_: &Simulator) -> Arc<Gpu> {
+    crate::libraries::ready("cuda:0").unwrap();
     Gpu::open(&GpuOptions { device: 0, cache: None, graphs: true, isolated: false }).unwrap()
 }

@@ -140,10 +140,11 @@ fn what_cannot_be_captured_runs_all_the_same() {
     let simulator = Simulator::new();
     let gpu = gpu(&simulator);
     let (slot, out) = (gpu.slot(BYTES, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
-    for fault in ["cuStreamEndCapture:1:901", "cuGraphInstantiateWithFlags:1:2"] {
-        simulator.control(&format!("fault={fault}"));
-        let noise = fault.len() as u8;
+    for (noise, fault) in [(1, "cuMemsetD8Async:1:900"), (2, "cuGraphInstantiateWithFlags:1:2")] {
+        step(&gpu, &slot, &out, 7, noise);
+        assert_eq!(read(&gpu, &out), [7; BYTES]);
         let before = gpu.statistics();
+        simulator.control(&format!("fault={fault}"));
         for number in 0..5 {
             step(&gpu, &slot, &out, number, noise);
             assert_eq!(read(&gpu, &out), [number; BYTES]);
@@ -190,7 +191,7 @@ fn an_error_that_sticks_poisons_every_call_and_a_new_backend_begins_anew() {
     let simulator = Simulator::new();
     let broken = gpu(&simulator);
     let out = broken.alloc(BYTES, "an output").unwrap();
-    simulator.control("fault=cuMemsetD8Async:1:run:700");
+    simulator.control("fault=cuStreamSynchronize:1:700");
     broken.fill(out.address(), BYTES, 8).unwrap();
     let mut bytes = [0; BYTES];
     for _ in 0..2 {
@@ -209,7 +210,8 @@ fn an_error_that_sticks_poisons_every_call_and_a_new_backend_begins_anew() {
     fresh.fill(other.address(), BYTES, 9).unwrap();
     assert_eq!(read(&fresh, &other), [9; BYTES]);
     drop((other, fresh));
-    simulator.expect_clean();
+    // What libraries and host hold for a context that is gone is not asked back: the driver takes it at the reset.
+    assert_eq!(simulator.left(), [("blas_handles", 1), ("host_blocks", 4)]);
 }
 
 #[test]
