@@ -292,7 +292,8 @@ fn cuda(device: u32, activations: DType, kernels: Option<PathBuf>) -> CudaOption
     CudaOptions { device, activations, cache: kernels.or(own.cache), ..own }
 }
 
-/// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits.
+/// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits;
+/// three times, since an Ascend device makes graphs of what it meets again, and runs them from then on.
 fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
     let step = SequenceStep {
         id: 0,
@@ -305,7 +306,10 @@ fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
         propose: 0,
         scores: Vec::new(),
     };
-    runner.step(&StepPlan { sequences: vec![step] })?;
+    let plan = StepPlan { sequences: vec![step] };
+    for _ in 0..3 {
+        runner.step(&plan)?;
+    }
     runner.clear_blocks(&[0])
 }
 

@@ -45,13 +45,19 @@ impl Product {
         let mut found = unsafe { std::mem::zeroed::<Heuristic>() };
         let mut count = 0;
         let (handle, desc) = (self.handle, self.desc);
-        let code =
-            cublasLtMatmulAlgoGetHeuristic(handle, desc, a, b, c, d, self.preference, 1, &mut found, &mut count);
+        let code = cublasLtMatmulAlgoGetHeuristic(handle, desc, a, b, c, d, self.preference, 1, &mut found, &mut count);
         assert_eq!(count, i32::from(code == 0));
         (code, found)
     }
 
-    fn run(&self, session: &Session, beta: f32, [a, b, d]: [u64; 3], found: &Heuristic, workspace: (u64, usize)) -> i32 {
+    fn run(
+        &self,
+        session: &Session,
+        beta: f32,
+        [a, b, d]: [u64; 3],
+        found: &Heuristic,
+        workspace: (u64, usize),
+    ) -> i32 {
         let [al, bl, cl, dl] = self.layouts;
         let (handle, desc, stream, algorithm) = (self.handle, self.desc, session.stream, &found.algorithm);
         let (at, bytes) = workspace;
