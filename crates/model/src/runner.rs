@@ -80,6 +80,7 @@ impl<B: Backend> ModelRunner<B> {
     pub(crate) fn compute(&mut self, plan: &StepPlan) -> Result<(Vec<SequenceOutput>, B::AttentionPlan), DeviceError> {
         let attention = self.forward(plan)?;
         let outputs = if self.speaks() { self.sample(plan)? } else { Vec::new() };
+        self.backend.submit()?;
         Ok((outputs, attention))
     }
 
@@ -216,7 +217,7 @@ impl<B: Backend> ModelRunner<B> {
                 output.proposed.extend(self.sampler.choose(logits, &request).ok().map(|(token, _)| token));
             }
         }
-        Ok(())
+        self.backend.submit()
     }
 
     /// Samples sequences that all take the largest logit: it is found where the logits are.

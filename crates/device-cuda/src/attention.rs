@@ -1,0 +1,367 @@
+//! Attention over keys and values, and what it shares with attention over latents: which kernel attends, into how many
+//! splits a context is cut, how they are joined.
+//!
+//! On tensor cores: activations of 16 bits and heads whose width is a multiple of 16, at most 256. One token takes up to 16
+//! query heads of a key head together, so its context is read once for all of them; many tokens of a sequence are taken 64
+//! at a time. Everything else is done number by number.
+//!
+//! Levers that are not pulled: warp-group products and bulk copies of compute capability 9.0, and the merge of splits
+//! within the last block that ends.
+
+use std::sync::Arc;
+
+use baton_device::{AttentionParams, LayerKv, Result, Rows};
+use cudarc::driver::sys::CUdevice_attribute;
+
+use crate::cache::{KvCache, Layer, Plane, expect};
+use crate::gpu::{Arg, Gpu, Launch};
+use crate::latent::Absorbed;
+use crate::memory::Buffer;
+use crate::plan::{AttentionPlan, Pod, Tiles};
+use crate::program::{Kernel, Source};
+use crate::rows;
+use crate::tensor::{DataType, Tensor};
+
+/// Elements by which rows in shared memory are longer than what they hold, as kernels have it.
+pub(crate) const PAD: usize = 8;
+/// Splits at most: every thread that joins them reads as many numbers.
+const MOST: usize = 64;
+
+/// A reason to split contexts: until there are so many blocks for each multiprocessor, as long as splits have so many
+/// positions.
+#[derive(Debug, Clone, Copy)]
+struct Reason {
+    blocks: usize,
+    positions: usize,
+}
+
+/// Blocks of one token are short: few of them leave the device idle, and the more there are the more evenly they end.
+const SINGLE_REASONS: [Reason; 2] = [Reason { blocks: 2, positions: 64 }, Reason { blocks: 16, positions: 256 }];
+/// Those of many tokens leave much to join.
+const WIDE_REASONS: [Reason; 1] = [Reason { blocks: 2, positions: 512 }];
+
+/// How a layer's elements are kept beside activations of a type.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kept {
+    pub(crate) activations: DataType,
+    /// The element's name in kernels.
+    pub(crate) element: &'static str,
+    /// It is a byte, with a scale.
+    pub(crate) bytes: bool,
+}
+
+/// What attends to a layer.
+pub(crate) enum Attend {
+    Full(Full),
+    Latent(Absorbed),
+}
+
+impl Attend {
+    pub(crate) fn new(gpu: &Gpu, kept: &Kept, kv: LayerKv) -> Result<Self> {
+        Ok(match kv {
+            LayerKv::Full { head_dim, .. } => Self::Full(Full::new(gpu, kept, head_dim)?),
+            LayerKv::Latent { rank, rope } => Self::Latent(Absorbed::new(gpu, kept, rank, rope)?),
+        })
+    }
+}
+
+/// Bytes of shared memory that a block can have on the chip.
+pub(crate) fn shared_memory(gpu: &Gpu) -> Result<usize> {
+    let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    Ok(gpu.context().attribute(attribute)?.max(0) as usize)
+}
+
+/// Attention number by number, and the merge of splits.
+pub(crate) struct RowWise {
+    attend: Kernel,
+    pub(crate) merge: Kernel,
+    /// Of a key, in bytes as floats.
+    shared: u32,
+}
+
+impl RowWise {
+    /// For keys and values so wide.
+    pub(crate) fn new(gpu: &Gpu, kept: &Kept, key: usize, value: usize) -> Result<Self> {
+        let t = kept.activations.name();
+        let attend = format!("attend_rows<{t}, {}, {}>", kept.element, value.div_ceil(32));
+        Ok(Self {
+            attend: gpu.kernel(Source::Attention, attend)?,
+            merge: gpu.kernel(Source::Attention, format!("merge<{t}>"))?,
+            shared: (key * size_of::<f32>()) as u32,
+        })
+    }
+
+    /// Attends: `inputs` are two `Heads` and three `Plane` as the kernel has them.
+    pub(crate) fn attend(&self, pass: &Pass<'_>, inputs: [Arg; 5], scores: &Arg) -> Result<()> {
+        let grid = [(pass.tiles.count() * pass.tiles.tokens) as u32, pass.heads as u32];
+        pass.split(grid[0] * grid[1], |splits, partials| {
+            let launch = Launch { grid: [grid[0], grid[1], splits], block: [128, 1, 1], shared: self.shared };
+            let rest = [Arg::Ptr(pass.tiles.address), Arg::I32(pass.tiles.tokens as i32), scores.clone(), partials];
+            let args: Vec<Arg> =
+                inputs.into_iter().chain([pass.step.clone()]).chain(rest).chain([Arg::Ptr(pass.out)]).collect();
+            pass.gpu.launch(&self.attend, launch, &args)
+        })
+    }
+}
+
+/// One list of tiles on its way through attention.
+pub(crate) struct Pass<'a> {
+    pub(crate) gpu: &'a Arc<Gpu>,
+    pub(crate) merge: &'a Kernel,
+    pub(crate) step: Arg,
+    pub(crate) tiles: &'a Tiles,
+    /// Query heads.
+    pub(crate) heads: usize,
+    /// Of a value.
+    pub(crate) width: usize,
+    /// Positions that a token sees.
+    pub(crate) window: Option<usize>,
+    /// `[rows, heads * width]`.
+    pub(crate) out: u64,
+}
+
+impl Pass<'_> {
+    /// Runs `attend` with a number of splits and a place for what they leave, and joins them. Without splits it needs
+    /// `blocks` blocks.
+    fn split(&self, blocks: u32, attend: impl FnOnce(u32, Arg) -> Result<()>) -> Result<()> {
+        let reasons = if self.tiles.tokens == 1 { &SINGLE_REASONS[..] } else { &WIDE_REASONS };
+        let visible = self.window.and_then(usize::checked_next_power_of_two).unwrap_or(usize::MAX);
+        let longest = visible.min(self.tiles.longest());
+        let splits = splits(reasons, blocks as usize, longest, self.gpu.multiprocessors() as usize);
+        if splits == 1 {
+            return attend(1, partials(0, 0));
+        }
+        let (tiles, count) = (self.tiles, self.tiles.count() * self.tiles.tokens * self.heads * splits);
+        let sums = self.gpu.scratch(count * self.width * size_of::<f32>())?;
+        let weights = self.gpu.scratch(count * size_of::<[f32; 2]>())?;
+        let partials = partials(sums.address(), weights.address());
+        attend(splits as u32, partials.clone())?;
+        let grid = [(tiles.count() * tiles.tokens) as u32, self.heads as u32, 1];
+        let block = [self.width.next_multiple_of(32).min(128) as u32, 1, 1];
+        let (tokens, splits, width) = (tiles.tokens as i32, splits as i32, self.width as i32);
+        let args = [
+            Arg::Ptr(tiles.address),
+            Arg::I32(tokens),
+            partials,
+            Arg::I32(splits),
+            Arg::I32(width),
+            Arg::Ptr(self.out),
+        ];
+        self.gpu.launch(self.merge, Launch { grid, block, shared: 0 }, &args)
+    }
+
+    /// Attends on tensor cores with `blocks` blocks to a tile: `inputs` are what the kernel takes before the step.
+    pub(crate) fn tiled(
+        &self,
+        kernel: &Kernel,
+        (blocks, threads, shared): (usize, u32, u32),
+        inputs: impl IntoIterator<Item = Arg>,
+        rest: impl IntoIterator<Item = Arg>,
+    ) -> Result<()> {
+        let (blocks, tiles) = (blocks as u32, self.tiles.count() as u32);
+        self.split(blocks * tiles, |splits, partials| {
+            let launch = Launch { grid: [blocks, splits, tiles], block: [threads, 1, 1], shared };
+            let middle = [self.step.clone(), Arg::Ptr(self.tiles.address)];
+            let args: Vec<Arg> =
+                inputs.into_iter().chain(middle).chain(rest).chain([partials, Arg::Ptr(self.out)]).collect();
+            self.gpu.launch(kernel, launch, &args)
+        })
+    }
+}
+
+/// `Partials` of kernels.
+fn partials(sums: u64, weights: u64) -> Arg {
+    Pod::default().ptr(sums).ptr(weights).arg()
+}
+
+/// How many splits: a power of two, so that few lengths of a context change it.
+fn splits(reasons: &[Reason], blocks: usize, longest: usize, multiprocessors: usize) -> usize {
+    let of = |reason: &Reason| (reason.blocks * multiprocessors / blocks.max(1)).min(longest / reason.positions);
+    let most = reasons.iter().map(of).max().unwrap_or(1).clamp(1, MOST);
+    1 << most.ilog2()
+}
+
+/// `Scores` of kernels.
+pub(crate) fn scores(params: &AttentionParams) -> Arg {
+    let window = params.window.map_or(0, |window| window.min(i32::MAX as usize));
+    let pod = Pod::default().int(params.heads).int(params.kv_heads).float(params.scale);
+    pod.float(params.softcap.unwrap_or(0.0)).int(window).arg()
+}
+
+/// `Heads` of kernels: where the first is, and how many elements rows and heads are apart.
+pub(crate) fn heads(address: u64, row: usize, head: usize) -> Arg {
+    Pod::default().ptr(address).int(row).int(head).arg()
+}
+
+/// An input in the type of activations: where it is, and what keeps it there.
+pub(crate) fn in_type(gpu: &Arc<Gpu>, x: &Tensor, dtype: DataType) -> Result<(u64, Option<Buffer>)> {
+    if x.dtype() == dtype {
+        return Ok((x.address(), None));
+    }
+    let buffer = gpu.scratch(x.rows() * x.cols() * dtype.bytes())?;
+    rows::convert(gpu, x, (buffer.address(), dtype))?;
+    Ok((buffer.address(), Some(buffer)))
+}
+
+/// Attention over full keys and values.
+pub(crate) struct Full {
+    /// One token with many heads; the best that the chip has room for.
+    single: Option<Tiled>,
+    /// Many tokens with two heads, and with one.
+    wide: Vec<Tiled>,
+    rows: RowWise,
+}
+
+/// A kernel on tensor cores.
+struct Tiled {
+    kernel: Kernel,
+    shared: u32,
+    /// Query heads of a block.
+    heads: usize,
+}
+
+/// How a kernel's warps share out a tile, as kernels have it.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    name: &'static str,
+    /// Rows of queries.
+    rows: usize,
+    key_warps: usize,
+    /// Positions of a tile.
+    keys: usize,
+    heads: usize,
+}
+
+const SINGLE: Shape = Shape { name: "Single", rows: 16, key_warps: 4, keys: 64, heads: 16 };
+const WIDE: [Shape; 3] = [
+    Shape { name: "Wide<2, 64>", rows: 128, key_warps: 1, keys: 64, heads: 2 },
+    Shape { name: "Wide<1, 64>", rows: 64, key_warps: 1, keys: 64, heads: 1 },
+    Shape { name: "Wide<1, 16>", rows: 64, key_warps: 1, keys: 16, heads: 1 },
+];
+
+impl Shape {
+    /// Dynamic shared memory of the kernel; it has little else.
+    fn shared(self, head_dim: usize, bytes: bool) -> usize {
+        let Shape { rows, key_warps, keys, .. } = self;
+        let stride = 2 * (head_dim + PAD);
+        let stages = if bytes { 4 * keys * (head_dim + 4) + 2 * keys * stride } else { 4 * keys * stride };
+        (rows * stride + stages).max(key_warps * rows * head_dim * size_of::<f32>())
+    }
+
+    fn fits(self, head_dim: usize, bytes: bool, room: usize) -> bool {
+        let more = 2 * self.key_warps * self.rows * size_of::<f32>();
+        // Two heads' sums of more columns than these take more registers than a thread has.
+        (self.heads != 2 || head_dim <= 128) && self.shared(head_dim, bytes) + more <= room
+    }
+}
+
+impl Full {
+    fn new(gpu: &Gpu, kept: &Kept, head_dim: usize) -> Result<Self> {
+        let Kept { activations, element, bytes } = *kept;
+        let tensor_cores = activations != DataType::F32 && head_dim.is_multiple_of(16) && head_dim <= 256;
+        let room = if tensor_cores { shared_memory(gpu)? } else { 0 };
+        let tiled = |shape: Shape| {
+            let name = format!("attend<{}, {element}, {head_dim}, {}>", activations.name(), shape.name);
+            let shared = shape.shared(head_dim, bytes) as u32;
+            Ok(Tiled { kernel: gpu.kernel(Source::Attention, name)?, shared, heads: shape.heads })
+        };
+        let first = |shapes: &[Shape], heads: usize| {
+            let fit = |shape: &&Shape| shape.heads == heads && shape.fits(head_dim, bytes, room);
+            shapes.iter().find(fit).copied().map(tiled).transpose()
+        };
+        let (single, two, one) = (first(&[SINGLE], SINGLE.heads)?, first(&WIDE, 2)?, first(&WIDE, 1)?);
+        let wide = two.into_iter().chain(one).collect();
+        Ok(Self { single, wide, rows: RowWise::new(gpu, kept, head_dim, head_dim)? })
+    }
+
+    /// The kernel for tiles of so many tokens, where so many query heads share a key head.
+    fn kernel(&self, tokens: usize, group: usize) -> Option<&Tiled> {
+        let single = self.single.as_ref().filter(|_| tokens == 1);
+        single.or_else(|| self.wide.iter().find(|tiled| tiled.heads <= group))
+    }
+}
+
+/// The kernels of this file, for activations of a type.
+pub(crate) struct AttentionKernels {
+    gpu: Arc<Gpu>,
+    activations: DataType,
+}
+
+impl AttentionKernels {
+    pub(crate) fn new(gpu: &Arc<Gpu>, activations: DataType) -> Result<Self> {
+        Ok(Self { gpu: gpu.clone(), activations })
+    }
+
+    #[allow(clippy::too_many_arguments)] // as the seam has them
+    pub(crate) fn paged(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let AttentionParams { heads: query_heads, kv_heads, head_dim, window, .. } = *params;
+        let Layer { kv, planes: [keys, values], attend: Attend::Full(full) } = cache.layer(layer) else {
+            panic!("layer {layer} caches latents")
+        };
+        assert_eq!(*kv, LayerKv::Full { kv_heads, head_dim }, "shape of layer {layer}");
+        expect(q, plan, query_heads * head_dim);
+        expect(k, plan, kv_heads * head_dim);
+        expect(v, plan, kv_heads * head_dim);
+        assert_eq!(out.cols(), q.cols(), "width of attention");
+        let out = out.output(plan.rows(), self.activations);
+        let gpu = &self.gpu;
+        let [q, k, v] = [q, k, v].map(|x| in_type(gpu, x, self.activations));
+        let (q, k, v) = (q?, k?, v?);
+        cache.write(gpu, layer, plan, [k.0, v.0])?;
+        let (scores, group) = (scores(params), query_heads / kv_heads);
+        for tiles in plan.tiles() {
+            let (merge, step) = (&full.rows.merge, plan.step());
+            let pass = Pass { gpu, merge, step, tiles, heads: query_heads, width: head_dim, window, out };
+            match full.kernel(tiles.tokens, group) {
+                Some(Tiled { kernel, shared, heads }) => {
+                    let blocks = kv_heads * group.div_ceil(*heads);
+                    let inputs = [Arg::Ptr(q.0), keys.arg(), values.arg()];
+                    pass.tiled(kernel, (blocks, 128, *shared), inputs, [scores.clone()])?;
+                }
+                None => {
+                    let q = heads(q.0, query_heads * head_dim, head_dim);
+                    let inputs = [q, heads(0, 0, 0), keys.arg(), Plane::none(), values.arg()];
+                    full.rows.attend(&pass, inputs, &scores)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contexts_are_split_until_the_device_is_full_and_no_further_than_is_worth_it() {
+        let single = |blocks, longest| splits(&SINGLE_REASONS, blocks, longest, 132);
+        assert_eq!([64, 128, 4096, 1 << 20].map(|longest| single(8, longest)), [1, 2, 32, MOST]);
+        assert_eq!([8, 512, 1024, 4096].map(|blocks| single(blocks, 4096)), [32, 4, 2, 1]);
+        let wide = |blocks, longest| splits(&WIDE_REASONS, blocks, longest, 132);
+        assert_eq!([512, 1024, 1 << 20].map(|longest| wide(16, longest)), [1, 2, 16]);
+        assert_eq!(wide(300, 1 << 20), 1);
+    }
+
+    #[test]
+    fn a_hopper_has_room_for_every_shape_and_smaller_chips_for_one() {
+        for bytes in [false, true] {
+            for head_dim in [64, 128] {
+                assert!(WIDE.iter().chain([&SINGLE]).all(|shape| shape.fits(head_dim, bytes, 227 << 10)));
+            }
+            assert!(WIDE[1].fits(256, bytes, 227 << 10) && SINGLE.fits(256, bytes, 227 << 10));
+            // Compute capability 8.6.
+            assert!(WIDE[1..].iter().any(|shape| shape.fits(256, bytes, 99 << 10)));
+        }
+    }
+}

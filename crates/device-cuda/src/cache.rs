@@ -1,0 +1,144 @@
+//! The cache: block memory of all layers, and what writes to it.
+//!
+//! A layer has two planes, of keys and values or of latents and rotated keys, `[blocks, heads, 16, width]`: a head's sixteen
+//! positions lie together, so that reading a context is reading a few thousand bytes at a time. For bytes each plane has
+//! scales beside it, `[blocks, heads, 16]` in f32.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use baton_device::{KvDtype, KvSpec, LayerKv, Result, Rows};
+
+use crate::attention::{Attend, Kept};
+use crate::gpu::{Arg, Gpu, Launch};
+use crate::memory::Buffer;
+use crate::plan::{AttentionPlan, Pod};
+use crate::program::{Kernel, Source};
+use crate::tensor::{DataType, Tensor};
+
+/// Tokens of a block: of one head in bf16 and 128 columns, 4 KiB.
+pub(crate) const BLOCK: usize = 16;
+
+/// How elements can be kept beside activations of a type. Of those that were rounded to 16 bits nothing wider keeps more, so
+/// it is not offered: `auto` would choose it, and pay twice the memory.
+pub(crate) fn kv_dtypes(activations: DataType) -> BTreeSet<KvDtype> {
+    match activations {
+        DataType::F32 => KvDtype::ALL.into(),
+        DataType::F16 => [KvDtype::F16, KvDtype::Int8].into(),
+        DataType::BF16 => [KvDtype::BF16, KvDtype::Int8].into(),
+    }
+}
+
+/// The name of an element in kernels.
+fn element(dtype: KvDtype) -> &'static str {
+    match dtype {
+        KvDtype::F32 => DataType::F32.name(),
+        KvDtype::F16 => DataType::F16.name(),
+        KvDtype::BF16 => DataType::BF16.name(),
+        KvDtype::Int8 => "signed char",
+    }
+}
+
+/// Block memory of all layers.
+pub struct KvCache {
+    layers: Vec<Layer>,
+    blocks: usize,
+    write: Kernel,
+}
+
+/// What one layer keeps, and what attends to it.
+pub(crate) struct Layer {
+    pub(crate) kv: LayerKv,
+    pub(crate) planes: [Plane; 2],
+    pub(crate) attend: Attend,
+}
+
+/// Keys or values, latents or rotated keys.
+pub(crate) struct Plane {
+    heads: usize,
+    width: usize,
+    data: Buffer,
+    /// Of bytes.
+    scales: Option<Buffer>,
+}
+
+impl KvCache {
+    /// Zeroed, for activations of a type.
+    pub(crate) fn new(gpu: &Arc<Gpu>, activations: DataType, spec: &KvSpec, blocks: usize) -> Result<Self> {
+        assert_eq!(spec.block_size, BLOCK, "tokens of a block");
+        assert!(blocks < i32::MAX as usize / BLOCK, "{blocks} blocks");
+        let kept = Kept { activations, element: element(spec.dtype), bytes: spec.dtype == KvDtype::Int8 };
+        let layer = |&kv: &LayerKv| {
+            let shapes = match kv {
+                LayerKv::Full { kv_heads, head_dim } => [(kv_heads, head_dim); 2],
+                LayerKv::Latent { rank, rope } => [(1, rank), (1, rope)],
+            };
+            let [first, second] = shapes.map(|(heads, width)| Plane::new(gpu, spec.dtype, blocks, heads, width));
+            Ok(Layer { kv, planes: [first?, second?], attend: Attend::new(gpu, &kept, kv)? })
+        };
+        let write = gpu.kernel(Source::Cache, format!("write_slots<{}, {}>", activations.name(), kept.element))?;
+        Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()?, blocks, write })
+    }
+
+    /// Zeroes blocks in every layer.
+    pub(crate) fn clear(&mut self, gpu: &Arc<Gpu>, blocks: &[u32]) -> Result<()> {
+        for plane in self.layers.iter().flat_map(|layer| &layer.planes) {
+            for buffer in std::iter::once(&plane.data).chain(&plane.scales) {
+                let bytes = buffer.bytes() / self.blocks;
+                for &block in blocks {
+                    gpu.fill(buffer.address() + u64::from(block) * bytes as u64, bytes, 0)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A layer.
+    pub(crate) fn layer(&self, layer: usize) -> &Layer {
+        &self.layers[layer]
+    }
+
+    /// Writes the rows of a step into their slots: at `first` and `second`, in the type of activations, those of each plane.
+    pub(crate) fn write(&self, gpu: &Gpu, layer: usize, plan: &AttentionPlan, [first, second]: [u64; 2]) -> Result<()> {
+        assert!(plan.highest_block() < self.blocks, "block {} of {}", plan.highest_block(), self.blocks);
+        let [a, b] = &self.layers[layer].planes;
+        let heads = a.heads.max(b.heads);
+        let launch = Launch { grid: [plan.rows() as u32, 2, 1], block: [32 * heads.min(8) as u32, 1, 1], shared: 0 };
+        let args = [Arg::Ptr(first), Arg::Ptr(second), a.arg(), b.arg(), Arg::Ptr(plan.slots())];
+        gpu.launch(&self.write, launch, &args)
+    }
+}
+
+impl Plane {
+    fn new(gpu: &Arc<Gpu>, dtype: KvDtype, blocks: usize, heads: usize, width: usize) -> Result<Self> {
+        let (size, scaled) = match dtype {
+            KvDtype::F32 => (4, false),
+            KvDtype::F16 | KvDtype::BF16 => (2, false),
+            KvDtype::Int8 => (1, true),
+        };
+        let memory = |bytes: usize| {
+            let buffer = gpu.alloc(blocks.saturating_mul(bytes), "key/value blocks")?;
+            gpu.fill(buffer.address(), buffer.bytes(), 0)?;
+            Ok(buffer)
+        };
+        let positions = heads * BLOCK;
+        let scales = scaled.then(|| memory(positions * size_of::<f32>())).transpose()?;
+        Ok(Self { heads, width, data: memory(positions * width * size)?, scales })
+    }
+
+    /// `Plane` of kernels.
+    pub(crate) fn arg(&self) -> Arg {
+        let scales = self.scales.as_ref().map_or(0, Buffer::address);
+        Pod::default().ptr(self.data.address()).ptr(scales).int(self.heads).int(self.width).arg()
+    }
+
+    /// A plane of nothing.
+    pub(crate) fn none() -> Arg {
+        Pod::default().ptr(0).ptr(0).int(1).int(0).arg()
+    }
+}
+
+/// Checks the shape of an input of a step.
+pub(crate) fn expect(x: &Tensor, plan: &AttentionPlan, cols: usize) {
+    assert_eq!((x.rows(), x.cols()), (plan.rows(), cols), "shape of an input of attention");
+}

@@ -1,0 +1,316 @@
+//! Linear weights and products with them.
+//!
+//! A product is in the type M that [`math`] says, with f32 sums:
+//! - Few rows are bound by reading the weight. `product` reads it once for up to 64 rows, as it lies; `product_f32` does where M is
+//!   f32.
+//! - Many rows are cuBLASLt's. A weight that does not lie as M is widened first, a part at a time that stays in the second
+//!   cache: against the product of many rows that costs little.
+//!
+//! What a weight in f32 gives is f32 and unrounded, since router logits depend on it; everything else gives the type of
+//! activations.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use baton_device::{BlockFormat, HostLinear, Result, Rows, WeightFormat};
+
+use crate::blas::Matmul;
+use crate::blocks::{self, padded, type_name};
+use crate::gpu::{Arg, Gpu, Launch};
+use crate::memory::Buffer;
+use crate::program::{Kernel, Source};
+use crate::rows;
+use crate::staging::Slot;
+use crate::tensor::{DataType, Tensor};
+
+/// Weights of one launch.
+const GROUP: usize = 4;
+/// Bytes of a weight that is widened for cuBLASLt, at a time.
+const WIDENED: usize = 32 << 20;
+/// Rows from which on a float weight that lies as cuBLASLt wants it is cuBLASLt's.
+const FEW: usize = 16;
+/// The same of f32, where tensor cores do not help.
+const FEW_F32: usize = 8;
+/// The same of weights that would be widened first.
+const SOME: usize = 64;
+
+/// A linear weight with its bias.
+pub struct Linear {
+    format: WeightFormat,
+    pub(crate) out_features: usize,
+    pub(crate) in_features: usize,
+    /// As [`crate::blocks`] says.
+    weight: Buffer,
+    /// In f32.
+    bias: Option<Buffer>,
+    kernels: Kernels,
+}
+
+/// What is done with a weight of a format.
+struct Kernels {
+    /// Smallest tiles first.
+    products: Vec<Product>,
+    /// Rows in the type of an embedding.
+    embed: Kernel,
+    /// Rows in M.
+    widen: Kernel,
+    /// What is left to do to cuBLASLt's result.
+    add_bias: Kernel,
+    /// M.
+    math: DataType,
+    /// Type of cuBLASLt's results: that of `out` if it gives it.
+    sums: DataType,
+    /// Type of results.
+    out: DataType,
+}
+
+/// A product in one launch.
+struct Product {
+    /// Type of the rows that it takes.
+    input: DataType,
+    /// Rows and features of a block.
+    tile: [usize; 2],
+    /// The most warps of a block.
+    warps: usize,
+    kernel: Kernel,
+}
+
+/// The most rows whose product is our own kernels'.
+fn few(format: WeightFormat, math: DataType) -> usize {
+    match (blocks::float(format) == Some(math), math) {
+        (true, DataType::F32) => FEW_F32,
+        (true, _) => FEW,
+        (false, _) => SOME,
+    }
+}
+
+/// Formats in which weights, also those of experts, can be kept.
+pub(crate) fn weight_formats() -> BTreeSet<WeightFormat> {
+    use WeightFormat::{BF16, F16, F32, Ggml};
+    [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect()
+}
+
+/// Formats whose weights meet activations of a type that were rounded to it; the others give f32.
+pub(crate) fn narrow(activations: DataType) -> BTreeSet<WeightFormat> {
+    let narrow = |format: &WeightFormat| activations != DataType::F32 && *format != WeightFormat::F32;
+    weight_formats().into_iter().filter(narrow).collect()
+}
+
+/// The type in which a weight meets activations: its own if it is that of the activations, or f32 if one of them is; blocks
+/// meet activations as they are. f16 and bf16 meet in bf16, which overflows for neither.
+pub(crate) fn math(format: WeightFormat, activations: DataType) -> DataType {
+    match blocks::float(format) {
+        None => activations,
+        Some(own) if own == activations => own,
+        Some(own) if own == DataType::F32 || activations == DataType::F32 => DataType::F32,
+        Some(_) => DataType::BF16,
+    }
+}
+
+/// The kernels of linear and blocks, for activations of a type.
+pub(crate) struct LinearKernels {
+    gpu: Arc<Gpu>,
+    activations: DataType,
+    ids: Slot,
+}
+
+impl LinearKernels {
+    pub(crate) fn new(gpu: &Arc<Gpu>, activations: DataType) -> Result<Self> {
+        Ok(Self { gpu: gpu.clone(), activations, ids: gpu.slot(4096, "tokens")? })
+    }
+
+    /// Load time: checks shape and format, packs, uploads, asks for the kernels that the format needs.
+    pub(crate) fn weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
+        let &[out_features, in_features] = src.weight.shape() else {
+            panic!("{}: a linear weight has two dimensions, not {:?}", src.weight.name(), src.weight.shape())
+        };
+        let bias = src.bias.as_ref().map(|bias| {
+            bias.expect_shape(&[out_features])?;
+            self.gpu.load(&DataType::F32.encode(&bias.to_f32()), "a bias")
+        });
+        Ok(Linear {
+            format: src.format,
+            out_features,
+            in_features,
+            weight: blocks::load(&self.gpu, &src.weight, src.format)?,
+            bias: bias.transpose()?,
+            kernels: self.kernels(src.format)?,
+        })
+    }
+
+    fn kernels(&self, format: WeightFormat) -> Result<Kernels> {
+        let kernel = |name: String| self.gpu.kernel(Source::Linear, name);
+        let math = math(format, self.activations);
+        let out = if math == DataType::F32 { DataType::F32 } else { self.activations };
+        let sums = if out == math { math } else { DataType::F32 };
+        let (f, m, s, y) = (type_name(format), math.name(), sums.name(), out.name());
+        let tiled = |(tiles, panels, warps): (usize, usize, usize)| {
+            let kernel = kernel(format!("product<{f}, {m}, {y}, {tiles}, {panels}>"))?;
+            Ok(Product { input: math, tile: [8 * tiles, 16 * panels], warps, kernel })
+        };
+        let exact = |input: DataType| {
+            let kernel = kernel(format!("product_f32<{f}, {}>", input.name()))?;
+            Ok(Product { input, tile: [FEW_F32, 1], warps: 4, kernel })
+        };
+        let products = match math {
+            DataType::F32 if self.activations == DataType::F32 => vec![exact(DataType::F32)?],
+            DataType::F32 => vec![exact(self.activations)?, exact(DataType::F32)?],
+            _ => {
+                let tiles = [(1, 1, 8), (2, 1, 8), (4, 2, 4), (8, 2, 4)];
+                let few = tiles.into_iter().filter(|(tiles, ..)| 8 * tiles <= few(format, math));
+                few.map(tiled).collect::<Result<_>>()?
+            }
+        };
+        Ok(Kernels {
+            products,
+            embed: kernel(format!("unpack<{f}, {y}>"))?,
+            widen: kernel(format!("unpack<{f}, {m}>"))?,
+            add_bias: kernel(format!("add_bias<{s}, {y}>"))?,
+            math,
+            sums,
+            out,
+        })
+    }
+
+    /// `out[t] = row ids[t]`.
+    pub(crate) fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+        assert_eq!(out.cols(), table.in_features, "width of an embedding");
+        assert!(ids.iter().all(|id| (*id as usize) < table.out_features), "a token beyond {}", table.out_features);
+        let to = out.output(ids.len(), table.kernels.out);
+        let ids_bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        let address = self.gpu.upload(&self.ids, &ids_bytes)?;
+        self.unpack(table, &table.kernels.embed, (address, 0), [ids.len(), table.in_features], to)
+    }
+
+    /// Rows of a weight, so many of so many columns: those at `ids`, or those from `first` on.
+    fn unpack(
+        &self,
+        weight: &Linear,
+        kernel: &Kernel,
+        (ids, first): (u64, usize),
+        [rows, k]: [usize; 2],
+        out: u64,
+    ) -> Result<()> {
+        let lanes = k.div_ceil(128) * 4;
+        let threads = lanes.next_multiple_of(32).min(128);
+        let grid = [rows as u32, lanes.div_ceil(threads) as u32, 1];
+        let launch = Launch { grid, block: [threads as u32, 1, 1], shared: 0 };
+        let args = [
+            Arg::Ptr(weight.weight.address()),
+            Arg::Ptr(ids),
+            Arg::I32(first as i32),
+            Arg::I32(k as i32),
+            Arg::Ptr(out),
+        ];
+        self.gpu.launch(kernel, launch, &args)
+    }
+
+    /// Every weight of the group with one input. Those of a format share launches, and the input in their type.
+    pub(crate) fn group(&self, x: &Tensor, group: &mut [(&Linear, &mut Tensor)]) -> Result<()> {
+        let rows = x.rows();
+        let mut parts = Vec::with_capacity(group.len());
+        for (weight, out) in group {
+            assert_eq!((x.cols(), out.cols()), (weight.in_features, weight.out_features), "widths of a product");
+            parts.push((*weight, out.output(rows, weight.kernels.out)));
+        }
+        if rows == 0 {
+            return Ok(());
+        }
+        parts.sort_by_key(|(weight, _)| weight.format);
+        for parts in parts.chunk_by(|(a, _), (b, _)| a.format == b.format) {
+            let weight = parts[0].0;
+            let Kernels { products, math, .. } = &weight.kernels;
+            let direct = rows <= few(weight.format, *math);
+            let taken = x.dtype() == *math || direct && products.iter().any(|product| product.input == x.dtype());
+            let converted = if taken && x.cols() == padded(x.cols()) { None } else { Some(self.convert(x, *math)?) };
+            let (input, dtype) = converted.as_ref().map_or((x.address(), x.dtype()), |to| (to.address(), *math));
+            if direct {
+                let fitting = || products.iter().filter(|product| product.input == dtype);
+                let product = fitting().find(|product| rows <= product.tile[0]).or(fitting().next_back());
+                let product = product.expect("a product of M");
+                parts.chunks(GROUP).try_for_each(|parts| self.product(product, input, rows, parts))?;
+            } else {
+                parts.iter().try_for_each(|(weight, out)| self.many_rows(input, rows, weight, *out))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `x` in another type, its rows padded as those of weights are.
+    fn convert(&self, x: &Tensor, to: DataType) -> Result<Buffer> {
+        let columns = padded(x.cols());
+        let count = x.rows() * columns;
+        let converted = self.gpu.scratch(count * to.bytes())?;
+        if columns == x.cols() {
+            rows::convert(&self.gpu, x, (converted.address(), to))?;
+            return Ok(converted);
+        }
+        let kernel = self.gpu.kernel(Source::Linear, format!("pad_rows<{}, {}>", x.dtype().name(), to.name()))?;
+        let addresses = [x.address(), converted.address()].map(Arg::Ptr);
+        let shape = [Arg::I64(count as i64), Arg::I32(x.cols() as i32), Arg::I32(columns as i32)];
+        self.gpu.launch(&kernel, one_each(count), &[&addresses[..], &shape].concat())?;
+        Ok(converted)
+    }
+
+    /// The product with up to [`GROUP`] weights of one format, in one launch.
+    fn product(&self, product: &Product, x: u64, rows: usize, parts: &[(&Linear, u64)]) -> Result<()> {
+        let k = padded(parts[0].0.in_features);
+        let [tile_rows, features] = product.tile;
+        let blocks: usize = parts.iter().map(|(weight, _)| weight.out_features.div_ceil(features)).sum();
+        // A power of two, as sums are added up in halves. Where blocks are many, the shorter end of each is worth more than
+        // the shorter way to it.
+        let most = if blocks >= 2048 { product.warps / 2 } else { product.warps };
+        let warps = k.div_ceil(128).next_power_of_two().min(most);
+        let launch = Launch {
+            grid: [blocks as u32, rows.div_ceil(tile_rows) as u32, 1],
+            block: [32 * warps as u32, 1, 1],
+            shared: 0,
+        };
+        let args = [Arg::Bytes(group_bytes(parts)), Arg::Ptr(x), Arg::I32(rows as i32), Arg::I32(k as i32)];
+        self.gpu.launch(&product.kernel, launch, &args)
+    }
+
+    /// The product by cuBLASLt.
+    fn many_rows(&self, x: u64, rows: usize, weight: &Linear, out: u64) -> Result<()> {
+        let (format, n, k) = (weight.format, weight.out_features, padded(weight.in_features));
+        let Kernels { math, sums, out: output, ref widen, ref add_bias, .. } = weight.kernels;
+        let wide = if sums == output { None } else { Some(self.gpu.scratch(rows * n * sums.bytes())?) };
+        let to = wide.as_ref().map_or(out, Buffer::address);
+        let product = Matmul { rows, n, k, input: math, output: sums, out_stride: n, x, weight: 0, out: to };
+        if blocks::float(format) == Some(math) {
+            self.gpu.matmul(&Matmul { weight: weight.weight.address(), ..product })?;
+        } else {
+            let part = (WIDENED / (k * math.bytes())).next_multiple_of(128).min(n);
+            let widened = self.gpu.scratch(part * k * math.bytes())?;
+            for first in (0..n).step_by(part) {
+                let rows = part.min(n - first);
+                self.unpack(weight, widen, (0, first), [rows, k], widened.address())?;
+                let out = to + (first * sums.bytes()) as u64;
+                self.gpu.matmul(&Matmul { n: rows, weight: widened.address(), out, ..product })?;
+            }
+        }
+        if weight.bias.is_none() && sums == output {
+            return Ok(());
+        }
+        let bias = weight.bias.as_ref().map_or(0, Buffer::address);
+        let count = rows * n;
+        let args = [Arg::Ptr(to), Arg::Ptr(bias), Arg::Ptr(out), Arg::I64(count as i64), Arg::I32(n as i32)];
+        self.gpu.launch(add_bias, one_each(count), &args)
+    }
+}
+
+/// A thread for each of so many elements.
+fn one_each(count: usize) -> Launch {
+    Launch { grid: [count.div_ceil(256) as u32, 1, 1], block: [256, 1, 1], shared: 0 }
+}
+
+/// `Group` of `kernels/linear.cu`.
+fn group_bytes(parts: &[(&Linear, u64)]) -> Box<[u8]> {
+    let mut bytes = Vec::with_capacity(GROUP * 32);
+    for (weight, out) in parts {
+        let bias = weight.bias.as_ref().map_or(0, Buffer::address);
+        bytes.extend([weight.weight.address(), bias, *out, weight.out_features as u64].map(u64::to_ne_bytes).concat());
+    }
+    bytes.resize(GROUP * 32, 0);
+    bytes.into()
+}

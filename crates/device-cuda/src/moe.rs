@@ -1,0 +1,387 @@
+//! Mixture of experts: how a layer's experts lie on the device, and which of the kernels in `moe.cu` compute them.
+//!
+//! Invariant: what is queued for a number of rows depends on that number alone, whatever the logits are, so a step can be replayed.
+
+use std::sync::Arc;
+
+use baton_device::{DeviceError, GroupScore, HostExperts, HostTensor, Result, Routing, Rows, Scoring, WeightFormat};
+
+use crate::blocks;
+use crate::gpu::{Arg, Gpu, Launch};
+use crate::memory::Buffer;
+use crate::program::{Kernel, Source};
+use crate::tensor::{DataType, Tensor};
+
+/// Experts of a layer, of which the kernels keep a few numbers for each lane.
+const MOST_EXPERTS: usize = 1024;
+/// Threads of most kernels' blocks.
+const THREADS: u32 = 128;
+/// Columns of a block of the kernels for few rows, two for each warp; of `direct_down`; of `combine`, four for each thread.
+const COLUMNS: usize = 8;
+const DIRECT_COLUMNS: usize = 4;
+const COMBINED: usize = 512;
+/// Slots of a tile of the kernels for few rows, where pairs are sorted.
+const SKINNY: usize = 8;
+
+/// The experts of a layer that are held here.
+pub struct Experts {
+    shape: Shape,
+    /// `Routing` of the kernels.
+    routing: Box<[u8]>,
+    bias: Option<Buffer>,
+    gate: Stack,
+    up: Stack,
+    down: Stack,
+    kernels: Kernels,
+}
+
+/// Sizes of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    hidden: usize,
+    /// Width of an expert.
+    inner: usize,
+    /// Experts in all.
+    count: usize,
+    /// Of which so many are here.
+    held: usize,
+    top_k: usize,
+}
+
+/// One matrix of every expert held, one behind the other.
+struct Stack {
+    buffer: Buffer,
+    format: WeightFormat,
+    rows: usize,
+    /// Bytes of a row.
+    stride: usize,
+}
+
+struct Kernels {
+    /// Of logits as activations are, and in f32.
+    route: [Kernel; 2],
+    sort: Kernel,
+    direct: [Kernel; 2],
+    tiled: Vec<Tiled>,
+    combine: Kernel,
+}
+
+/// Kernels that multiply tiles of so many slots.
+struct Tiled {
+    slots: usize,
+    gate_up: Kernel,
+    down: Kernel,
+    /// Columns of a block of each.
+    columns: [usize; 2],
+    /// Bytes of shared memory of each.
+    shared: [usize; 2],
+}
+
+/// What layers of experts are made on.
+pub(crate) struct MoeKernels {
+    gpu: Arc<Gpu>,
+    activations: DataType,
+}
+
+impl MoeKernels {
+    pub(crate) fn new(gpu: &Arc<Gpu>, activations: DataType) -> Result<Self> {
+        Ok(Self { gpu: gpu.clone(), activations })
+    }
+
+    /// Packs the experts held, one after the other, and asks for their kernels.
+    ///
+    /// # Errors
+    /// What reading them gives, [`DeviceError::Shape`] and [`DeviceError::Format`] of their matrices, and too little memory.
+    pub(crate) fn experts(&self, src: HostExperts<'_>) -> Result<Experts> {
+        let (gpu, activations) = (&self.gpu, self.activations);
+        let HostExperts { count, held, source, formats, routing } = src;
+        assert!(held.end <= count && !held.is_empty(), "experts {held:?} of {count}");
+        assert!(routing.top_k <= count.min(32), "{} experts of {count} for each row", routing.top_k);
+        if count > MOST_EXPERTS {
+            let reason = format!("its kernels route among at most {MOST_EXPERTS} experts of a layer, not {count}");
+            return Err(DeviceError::Unavailable { device: gpu.name().to_owned(), reason });
+        }
+        let mut stacks: Option<[Stack; 3]> = None;
+        for (i, e) in held.clone().enumerate() {
+            let matrices = source.expert(e)?;
+            let stacks = match &stacks {
+                Some(stacks) => stacks,
+                None => stacks.insert(Stack::three(gpu, held.len(), &matrices[0], formats)?),
+            };
+            let [gate, _, down] = stacks;
+            for (stack, (matrix, inputs)) in stacks.iter().zip(matrices.iter().zip([down, down, gate].map(|s| s.rows)))
+            {
+                matrix.expect_shape(&[stack.rows, inputs])?;
+                stack.put(gpu, i, matrix)?;
+            }
+        }
+        let [gate, up, down] = stacks.expect("an expert is held");
+        let shape = Shape { hidden: down.rows, inner: gate.rows, count, held: held.len(), top_k: routing.top_k };
+        let bias = match &routing.scoring {
+            Scoring::Softmax => None,
+            Scoring::Sigmoid { correction_bias } => {
+                assert_eq!(correction_bias.len(), count, "a bias for each expert");
+                Some(gpu.load(&DataType::F32.encode(correction_bias), "a router's bias")?)
+            }
+        };
+        let kernels = Kernels::new(gpu, activations, shape, [&gate, &up, &down].map(|stack| stack.format))?;
+        let routing = packed(&routing, count, held.start, held.len());
+        Ok(Experts { shape, routing, bias, gate, up, down, kernels })
+    }
+
+    /// Queues `out = Σ weight · expert(x)`: x, out `[rows, hidden]` of the activations' type, logits `[rows, experts]`, of that
+    /// type or f32.
+    pub(crate) fn fused(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {
+        let Self { gpu, activations } = self;
+        let Experts { shape, kernels, .. } = experts;
+        let (activations, Shape { hidden, inner, count, held, top_k }) = (*activations, *shape);
+        let rows = x.rows();
+        assert_eq!((x.cols(), out.cols(), logits.cols()), (hidden, hidden, count), "widths of experts");
+        assert_eq!((logits.rows(), x.dtype()), (rows, activations), "rows and type of experts' input");
+        let out = out.output(rows, activations);
+        let pairs = rows * top_k;
+        let tiled = tiles(*shape, rows, |tiled: &Tiled| tiled.slots, &kernels.tiled);
+        let bound = tiled.map_or(pairs, |tiled| pairs.min(pairs / tiled.slots + held));
+
+        let scratch = |numbers: usize, bytes: usize| gpu.scratch(numbers * bytes);
+        let (ids, weights, tiles) = (scratch(pairs, 4)?, scratch(pairs, 4)?, scratch(bound, 12)?);
+        let h = scratch(pairs * inner, activations.bytes())?;
+        let [gate, up, down] = [&experts.gate, &experts.up, &experts.down].map(Stack::argument);
+        let sizes = |sizes: &[usize]| sizes.iter().map(|n| Arg::I32(*n as i32)).collect::<Vec<_>>();
+        let launch = |kernel: &Kernel, grid: [usize; 2], threads: u32, shared: usize, args: &[&[Arg]]| {
+            let grid = [grid[0] as u32, grid[1] as u32, 1];
+            gpu.launch(kernel, Launch { grid, block: [threads, 1, 1], shared: shared as u32 }, &args.concat())
+        };
+        let pointer = |buffer: &Buffer| Arg::Ptr(buffer.address());
+        let null = Arg::Ptr(0);
+
+        let own_tiles = if tiled.is_none() { pointer(&tiles) } else { null.clone() };
+        let [narrow, wide] = &kernels.route;
+        let route = if logits.dtype() == DataType::F32 { wide } else { narrow };
+        let bias = experts.bias.as_ref().map_or(0, Buffer::address);
+        launch(
+            route,
+            [rows.div_ceil(4), 1],
+            THREADS,
+            4 * 2 * count * 4,
+            &[
+                &[
+                    Arg::Ptr(logits.address()),
+                    Arg::Ptr(bias),
+                    Arg::Bytes(experts.routing.clone()),
+                    Arg::I32(rows as i32),
+                ],
+                &[pointer(&ids), pointer(&weights), own_tiles],
+            ],
+        )?;
+        let x = Arg::Ptr(x.address());
+        match tiled {
+            None => {
+                let [gate_up, direct_down] = &kernels.direct;
+                launch(
+                    gate_up,
+                    [bound, inner.div_ceil(COLUMNS)],
+                    THREADS,
+                    0,
+                    &[&[x, gate, up, null, pointer(&tiles)], &sizes(&[top_k, hidden, inner]), &[pointer(&h)]],
+                )?;
+                launch(
+                    direct_down,
+                    [hidden.div_ceil(DIRECT_COLUMNS), rows],
+                    32 * top_k.min(8) as u32,
+                    0,
+                    &[
+                        &[pointer(&h), down, pointer(&ids), pointer(&weights)],
+                        &sizes(&[top_k, inner, hidden]),
+                        &[Arg::Ptr(out)],
+                    ],
+                )
+            }
+            Some(Tiled { slots, gate_up, down: tiled_down, columns, shared }) => {
+                let order = scratch(pairs, 4)?;
+                let y = scratch(pairs * hidden, activations.bytes())?;
+                launch(
+                    &kernels.sort,
+                    [1, 1],
+                    1024,
+                    0,
+                    &[&[pointer(&ids)], &sizes(&[pairs, held, *slots, bound]), &[pointer(&order), pointer(&tiles)]],
+                )?;
+                launch(
+                    gate_up,
+                    [bound, inner.div_ceil(columns[0])],
+                    THREADS,
+                    shared[0],
+                    &[
+                        &[x, gate, up, pointer(&order), pointer(&tiles)],
+                        &sizes(&[top_k, hidden, inner]),
+                        &[pointer(&h)],
+                    ],
+                )?;
+                launch(
+                    tiled_down,
+                    [bound, hidden.div_ceil(columns[1])],
+                    THREADS,
+                    shared[1],
+                    &[&[pointer(&h), down, pointer(&order), pointer(&tiles)], &sizes(&[inner, hidden]), &[pointer(&y)]],
+                )?;
+                let grid = [hidden.div_ceil(COMBINED), rows];
+                launch(
+                    &kernels.combine,
+                    grid,
+                    THREADS,
+                    0,
+                    &[&[pointer(&y), pointer(&ids), pointer(&weights)], &sizes(&[top_k, hidden]), &[Arg::Ptr(out)]],
+                )
+            }
+        }
+    }
+}
+
+impl Stack {
+    /// Room for gates, ups and downs of `experts` experts with matrices as `gate` is.
+    fn three(gpu: &Arc<Gpu>, experts: usize, gate: &HostTensor<'_>, formats: [WeightFormat; 3]) -> Result<[Self; 3]> {
+        let &[inner, hidden] = gate.shape() else { panic!("{}: an expert has matrices", gate.name()) };
+        let [gate, up, down] = formats;
+        let new = |rows: usize, cols: usize, format: WeightFormat| -> Result<Self> {
+            let stride = blocks::row_bytes(format, cols);
+            Ok(Self { buffer: gpu.alloc(experts * rows * stride, "experts")?, format, rows, stride })
+        };
+        Ok([new(inner, hidden, gate)?, new(inner, hidden, up)?, new(hidden, inner, down)?])
+    }
+
+    /// Writes an expert's matrix.
+    fn put(&self, gpu: &Gpu, expert: usize, matrix: &HostTensor<'_>) -> Result<()> {
+        matrix.expect_keepable(self.format)?;
+        blocks::write(gpu, &self.buffer, expert * self.rows * self.stride, matrix, self.format)
+    }
+
+    /// `Stack` of the kernels.
+    fn argument(&self) -> Arg {
+        let words = [self.buffer.address(), (self.rows * self.stride) as u64, self.stride as u64];
+        Arg::Bytes(words.iter().flat_map(|word| word.to_ne_bytes()).collect())
+    }
+}
+
+/// `Routing` of the kernels.
+fn packed(routing: &Routing, count: usize, first: usize, held: usize) -> Box<[u8]> {
+    let Routing { top_k, scoring, groups, norm_topk_prob, scaling_factor } = routing;
+    let (groups, kept, two_best) =
+        groups.map_or((0, 0, false), |groups| (groups.count, groups.kept, groups.score == GroupScore::TwoBest));
+    let sigmoid = matches!(scoring, Scoring::Sigmoid { .. });
+    let number = |n: usize| n as u32;
+    let words = [
+        number(count),
+        number(*top_k),
+        u32::from(sigmoid),
+        number(groups),
+        number(kept),
+        u32::from(two_best),
+        u32::from(*norm_topk_prob),
+        scaling_factor.to_bits(),
+        number(first),
+        number(held),
+    ];
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// Whether weights go to the tensor cores as they are: `Shape::COPIED` of the kernels.
+fn is_copied(activations: DataType, format: WeightFormat) -> bool {
+    blocks::float(format) == Some(activations)
+}
+
+/// `Shape` of the kernels.
+struct Staged {
+    /// Of all matrices together.
+    columns: usize,
+    /// Shared memory of all stages.
+    bytes: usize,
+}
+
+impl Staged {
+    fn new(activations: DataType, format: WeightFormat, slots: usize) -> Self {
+        match (is_copied(activations, format), slots) {
+            (true, 16) => Self { columns: 64, bytes: 4 * (slots + 64) * 128 },
+            (true, _) => Self { columns: 128, bytes: 3 * (slots + 128) * 128 },
+            (false, _) => Self { columns: 64, bytes: 4 * slots * 256 },
+        }
+    }
+}
+
+impl Kernels {
+    fn new(gpu: &Gpu, activations: DataType, shape: Shape, formats: [WeightFormat; 3]) -> Result<Self> {
+        let t = activations.name();
+        let [gate, up, down] = formats.map(blocks::type_name);
+        let kernel = |name: String| gpu.kernel(Source::Moe, name);
+        let lanes = shape.count.div_ceil(32);
+        let route = |logits: &str| kernel(format!("route<{logits}, {lanes}>"));
+        // Rows that begin at multiples of 16 bytes are read so.
+        let aligned = shape.hidden.is_multiple_of(8) && shape.inner.is_multiple_of(8);
+        let vector = if aligned { 8 } else { 1 };
+        let few = |slots: usize| kernel(format!("skinny_gate_up<{t}, {gate}, {up}, {vector}, {slots}>"));
+        let tensor_cores = aligned
+            && activations != DataType::F32
+            && formats[0] == formats[1]
+            && !formats.contains(&WeightFormat::F32);
+        let tiled = if tensor_cores {
+            let tiled = |slots: usize| {
+                let [into, out_of] =
+                    [Staged::new(activations, formats[0], slots), Staged::new(activations, formats[2], slots)];
+                let kernel = |name: String| gpu.kernel(Source::MoeGrouped, name);
+                Ok(Tiled {
+                    slots,
+                    gate_up: kernel(format!("grouped_gate_up<{t}, {gate}, {slots}>"))?,
+                    down: kernel(format!("grouped_down<{t}, {down}, {slots}>"))?,
+                    columns: [into.columns / 2, out_of.columns],
+                    shared: [into.bytes, out_of.bytes],
+                })
+            };
+            // What is taken apart in registers leaves none for the sums of larger tiles.
+            let copied = formats.iter().all(|format| is_copied(activations, *format));
+            let slots: &[usize] = if copied { &[16, 64, 128] } else { &[16, 64] };
+            slots.iter().map(|slots| tiled(*slots)).collect::<Result<_>>()?
+        } else {
+            vec![Tiled {
+                slots: SKINNY,
+                gate_up: few(SKINNY)?,
+                down: kernel(format!("skinny_down<{t}, {down}, {vector}, {SKINNY}>"))?,
+                columns: [COLUMNS; 2],
+                shared: [0; 2],
+            }]
+        };
+        Ok(Self {
+            route: [route(t)?, route(DataType::F32.name())?],
+            sort: kernel("sort_pairs".into())?,
+            direct: [few(1)?, kernel(format!("direct_down<{t}, {down}, {vector}>"))?],
+            tiled,
+            combine: kernel(format!("combine<{t}, {vector}>"))?,
+        })
+    }
+}
+
+/// The tiles in which a number of rows is computed: the smallest that most experts fill once. `None` where few pairs share an
+/// expert, and each is computed by itself: sorting costs more than a weight that is read twice.
+fn tiles<T>(shape: Shape, rows: usize, slots: impl Fn(&T) -> usize, sizes: &[T]) -> Option<&T> {
+    let pairs = rows * shape.top_k;
+    if rows == 1 || pairs * 4 <= shape.count {
+        return None;
+    }
+    sizes.iter().find(|size| pairs * 4 <= shape.count * slots(size) * 3).or(sizes.last())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_rows_take_larger_tiles_and_a_single_one_takes_none() {
+        for (count, top_k) in [(8, 2), (64, 6), (128, 8), (256, 8), (384, 8)] {
+            let shape = Shape { hidden: 1, inner: 1, count, held: count, top_k };
+            let sizes: Vec<_> =
+                (1..4096).map(|rows| tiles(shape, rows, |size| *size, &[16, 64, 128]).copied()).collect();
+            assert_eq!((sizes[0], sizes[4094]), (None, Some(128)), "{top_k} of {count}");
+            assert!(sizes.is_sorted(), "{top_k} of {count}");
+            assert!(sizes.contains(&Some(16)) && sizes.contains(&Some(64)), "{top_k} of {count}");
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! The list of what a step does, collected before any of it runs, and graphs of lists that came before.
+//!
+//! A decode step is the same few hundred launches again and again, with other contents at the same addresses. So launches are
+//! not made at once. When something must be brought to the host, or to the device where queued work reads it, the list
+//! runs: one by one the first time, captured as a graph the second, and from then on as that graph, which costs the host
+//! one call.
+//!
+//! Invariant: a graph runs for a list only if the list is word for word the one that it was made of: functions, shapes,
+//! arguments, and of library calls the whole key. What is not in the list (contents of buffers) is read when it runs.
+
+use std::collections::VecDeque;
+use std::ffi::c_void;
+use std::ops::Range;
+use std::sync::Arc;
+
+use baton_device::Result;
+use cudarc::driver::sys::{self, CUgraphExec, CUresult, CUstream, CUstreamCaptureMode};
+
+use crate::context::{Context, Owned};
+use crate::gpu::{Arg, Launch};
+use crate::program::Kernel;
+use crate::staging::{self, Staging};
+use crate::statistics::{Counters, add};
+
+/// Lists that are remembered of those that were seen once: prompts make many that never come again.
+const SEEN: usize = 64;
+/// Graphs that are kept: one for each number of rows that decode steps often have. A graph takes some megabytes of the device.
+const KEPT: usize = 128;
+/// The shortest list that is worth a graph: a graph's launch costs about as much as two kernels'.
+const WORTHWHILE: usize = 4;
+/// Commands after which a list runs anyway, so that the device is not idle during a long step's queueing.
+const LONGEST: usize = 4096;
+
+/// A call that puts work on a stream.
+type Call = Box<dyn Fn(&Context, CUstream) -> Result<()> + Send>;
+
+enum Command {
+    Kernel { kernel: Kernel, launch: Launch, args: Range<usize> },
+    Call(Call),
+}
+
+/// What was queued, and the stream that it will run on.
+pub(crate) struct Queue {
+    stream: Owned<CUstream>,
+    staging: Staging,
+    commands: Vec<Command>,
+    /// Everything about the commands, one after the other: what two equal lists have in common. Arguments are passed from
+    /// here.
+    words: Vec<u64>,
+    /// Where in `words` each argument of each kernel is.
+    args: Vec<usize>,
+    /// Lists that were seen once, the latest first.
+    seen: VecDeque<Vec<u64>>,
+    /// Lists that were seen again, the latest first.
+    lists: VecDeque<List>,
+    /// Graphs that are not needed any more, and may still run.
+    retired: Vec<Owned<CUgraphExec>>,
+    graphs: bool,
+}
+
+struct List {
+    words: Vec<u64>,
+    /// `None` if the list could not be captured.
+    graph: Option<Owned<CUgraphExec>>,
+}
+
+impl Queue {
+    pub(crate) fn new(context: &Arc<Context>, graphs: bool) -> Result<Self> {
+        Ok(Self {
+            stream: staging::stream(context)?,
+            staging: Staging::new(context)?,
+            commands: Vec::new(),
+            words: Vec::new(),
+            args: Vec::new(),
+            seen: VecDeque::new(),
+            lists: VecDeque::new(),
+            retired: Vec::new(),
+            graphs,
+        })
+    }
+
+    /// Queues a kernel, which is compiled.
+    pub(crate) fn push(&mut self, kernel: &Kernel, launch: Launch, args: &[Arg]) {
+        let function = kernel.function().expect("compiled");
+        let Launch { grid, block, shared } = launch;
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        self.words.extend([
+            function as u64,
+            pair(grid[0], grid[1]),
+            pair(grid[2], block[0]),
+            pair(block[1], block[2]),
+            pair(shared, args.len() as u32),
+        ]);
+        let first = self.args.len();
+        for arg in args {
+            self.args.push(self.words.len());
+            match arg {
+                Arg::Ptr(address) => self.words.push(*address),
+                Arg::I32(value) => self.words.push(u64::from(value.cast_unsigned())),
+                Arg::U32(value) => self.words.push(u64::from(*value)),
+                Arg::I64(value) => self.words.push(value.cast_unsigned()),
+                Arg::F32(value) => self.words.push(u64::from(value.to_bits())),
+                Arg::Bytes(bytes) => self.words.extend(bytes.chunks(8).map(|part| {
+                    let mut word = [0; 8];
+                    word[..part.len()].copy_from_slice(part);
+                    u64::from_ne_bytes(word)
+                })),
+            }
+        }
+        self.commands.push(Command::Kernel { kernel: kernel.clone(), launch, args: first..self.args.len() });
+    }
+
+    /// Queues a call that `op` and `key` say everything about.
+    pub(crate) fn push_call(&mut self, op: &'static str, key: &[u64], call: Call) {
+        // Names are compared by their text: it is short, and a key of another operation may look alike.
+        self.words.push(op.len() as u64 | (key.len() as u64) << 32);
+        self.words.extend(op.bytes().map(u64::from));
+        self.words.extend(key);
+        self.commands.push(Command::Call(call));
+    }
+
+    /// Whether something queued has an address in the range among its arguments. An address within a buffer counts as the
+    /// buffer's only if it is in the range: whoever overwrites a buffer passes its beginning.
+    pub(crate) fn uses(&self, range: &Range<u64>) -> bool {
+        self.words.iter().any(|word| range.contains(word))
+    }
+
+    /// Whether it is time to run.
+    pub(crate) fn is_full(&self) -> bool {
+        self.commands.len() >= LONGEST
+    }
+
+    /// Runs the list.
+    pub(crate) fn flush(&mut self, context: &Arc<Context>, counters: &Counters) -> Result<()> {
+        if self.commands.is_empty() {
+            return Ok(());
+        }
+        add(&counters.launches, self.commands.len());
+        let result = if self.graphs && self.commands.len() >= WORTHWHILE {
+            self.run_remembered(context, counters)
+        } else {
+            add(&counters.lists, 1);
+            self.run(context)
+        };
+        self.commands.clear();
+        self.words.clear();
+        self.args.clear();
+        result
+    }
+
+    /// Runs the list in the best way that is known of it.
+    fn run_remembered(&mut self, context: &Arc<Context>, counters: &Counters) -> Result<()> {
+        let graph = match self.known(context, counters)? {
+            Some(graph) => graph,
+            None => {
+                add(&counters.lists, 1);
+                return self.run(context);
+            }
+        };
+        add(&counters.replays, 1);
+        // SAFETY: a graph of this context, made of the list at hand.
+        context.check("step", unsafe { sys::cuGraphLaunch(graph, self.stream.get()) })
+    }
+
+    /// The list's graph, made if it was seen before.
+    fn known(&mut self, context: &Arc<Context>, counters: &Counters) -> Result<Option<CUgraphExec>> {
+        if let Some(at) = self.lists.iter().position(|list| list.words == self.words) {
+            let list = self.lists.remove(at).expect("as found");
+            let graph = list.graph.as_ref().map(Owned::get);
+            self.lists.push_front(list);
+            return Ok(graph);
+        }
+        let Some(at) = self.seen.iter().position(|words| *words == self.words) else {
+            self.seen.truncate(SEEN - 1);
+            self.seen.push_front(self.words.clone());
+            return Ok(None);
+        };
+        let words = self.seen.remove(at).expect("as found");
+        let made = self.capture(context)?;
+        let graph = made.as_ref().map(Owned::get);
+        add(&counters.captures, usize::from(graph.is_some()));
+        for list in self.lists.drain(self.lists.len().min(KEPT - 1)..) {
+            self.retired.extend(list.graph);
+        }
+        self.lists.push_front(List { words, graph: made });
+        Ok(graph)
+    }
+
+    /// The list as a graph; `None` if something in it cannot be captured.
+    fn capture(&self, context: &Arc<Context>) -> Result<Option<Owned<CUgraphExec>>> {
+        let (mut graph, mut ready) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // Another thread may load meanwhile, which is none of this stream's business.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: a stream of this context, valid out pointers; every graph that is made is destroyed once.
+        let (captured, code) = unsafe {
+            context.check("capture", sys::cuStreamBeginCapture_v2(self.stream.get(), mode))?;
+            let captured = self.run(context);
+            // Also behind a failure: else the stream would stay in capture.
+            let mut code = sys::cuStreamEndCapture(self.stream.get(), &raw mut graph);
+            if code == CUresult::CUDA_SUCCESS && !graph.is_null() {
+                if captured.is_ok() {
+                    code = sys::cuGraphInstantiateWithFlags(&raw mut ready, graph, 0);
+                }
+                if !ready.is_null() {
+                    // So that the first launch need not; what it says decides nothing.
+                    sys::cuGraphUpload(ready, self.stream.get());
+                }
+                sys::cuGraphDestroy(graph);
+            }
+            (captured, code)
+        };
+        // SAFETY: made once; whoever drops it has waited for what runs it.
+        let give_back = |graph| drop(unsafe { sys::cuGraphExecDestroy(graph) });
+        let ready = (!ready.is_null()).then(|| Owned::new(context, ready, give_back));
+        let failure = captured.and_then(|()| context.check("capture", code)).err();
+        context.whole()?;
+        let made = ready.filter(|_| failure.is_none());
+        if made.is_none() {
+            let reason = failure.map_or_else(String::new, |error| error.to_string());
+            tracing::warn!(
+                device = context.name,
+                commands = self.commands.len(),
+                reason,
+                "a step runs without a graph"
+            );
+        }
+        Ok(made)
+    }
+
+    /// Puts every command on the stream.
+    fn run(&self, context: &Context) -> Result<()> {
+        let mut pointers = Vec::new();
+        for command in &self.commands {
+            match command {
+                Command::Call(call) => call(context, self.stream.get())?,
+                Command::Kernel { kernel, launch, args } => {
+                    let word = |at: &usize| (&raw const self.words[*at]).cast_mut().cast::<c_void>();
+                    pointers.clear();
+                    pointers.extend(self.args[args.clone()].iter().map(word));
+                    kernel.launch(context, launch, &mut pointers, self.stream.get())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies to the device behind what the stream was given, ahead of what is queued.
+    pub(crate) fn upload(&mut self, context: &Context, address: u64, bytes: &[u8]) -> Result<()> {
+        self.staging.upload(context, self.stream.get(), address, bytes)
+    }
+
+    /// Copies to the host and waits; nothing is queued.
+    pub(crate) fn read(&mut self, context: &Context, address: u64, out: &mut [u8]) -> Result<()> {
+        self.staging.read(context, self.stream.get(), address, out)?;
+        self.passed();
+        Ok(())
+    }
+
+    /// Waits for the stream; nothing is queued.
+    pub(crate) fn synchronize(&mut self, context: &Context) -> Result<()> {
+        staging::synchronize(context, self.stream.get())?;
+        self.passed();
+        Ok(())
+    }
+
+    fn passed(&mut self) {
+        self.staging.passed();
+        self.retired.clear();
+    }
+}

@@ -1,0 +1,60 @@
+//! Every case of the shared list on a simulated GPU, judged by `Reference`. What is not offered is skipped by name.
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use baton_device::{Backend, DType, conformance};
+use common::Simulator;
+
+/// Runs what is offered, and gives what was missing for the others. `BATON_CASES` names a part of the cases, by a piece of their
+/// description.
+fn judged(activations: DType, setting: &str) -> BTreeSet<String> {
+    let simulator = Simulator::new();
+    simulator.control(setting);
+    let backend = simulator.open(activations);
+    let part = std::env::var("BATON_CASES").unwrap_or_default();
+    let (mut missing, mut wrong, mut run) = (BTreeSet::new(), Vec::new(), 0);
+    for case in conformance::cases().iter().filter(|case| format!("{case:?}").contains(&part)) {
+        let refusals = backend.caps().refusals(&case.needs());
+        if refusals.is_empty() {
+            run += 1;
+            match conformance::run(case, &backend) {
+                Ok(outcome) if outcome.passed() => {}
+                Ok(outcome) => {
+                    wrong.push(format!("{case:?}: error {} over {}", outcome.max_error(), outcome.tolerance));
+                }
+                Err(error) => wrong.push(format!("{case:?}: {error}")),
+            }
+        }
+        missing.extend(refusals.into_iter().map(|refusal| {
+            let end = refusal.find("; it keeps").unwrap_or(refusal.len());
+            refusal[..end].trim_start_matches(&format!("device {} ", backend.caps().device)).to_owned()
+        }));
+    }
+    assert!(wrong.is_empty(), "{activations}: {} of {run}\n{}", wrong.len(), wrong.join("\n"));
+    drop(backend);
+    simulator.expect_clean();
+    missing
+}
+
+#[test]
+fn cases_agree_in_f32_as_closely_as_on_the_cpu() {
+    assert_eq!(judged(DType::F32, "order=forward"), BTreeSet::new());
+}
+
+#[test]
+fn cases_agree_in_bf16_within_its_roundings() {
+    assert_eq!(judged(DType::BF16, "order=forward"), BTreeSet::new());
+}
+
+#[test]
+fn cases_agree_in_f16_within_its_roundings() {
+    assert_eq!(judged(DType::F16, "order=forward"), BTreeSet::new());
+}
+
+#[test]
+fn cases_agree_whatever_the_order_of_threads() {
+    assert_eq!(judged(DType::BF16, "order=reverse"), BTreeSet::new());
+    assert_eq!(judged(DType::F32, "order=77"), BTreeSet::new());
+}

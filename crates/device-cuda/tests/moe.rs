@@ -1,0 +1,106 @@
+//! Experts beyond the shared cases: every size of tile, blocks for single rows, formats that differ.
+
+mod common;
+
+use baton_device::conformance::{self, Case, random_blocks, uniform};
+use baton_device::{
+    Backend, BlockFormat, DType, ExpertSource, HostExperts, HostTensor, MoeOps, Reference, Result, Routing, Scoring,
+    WeightFormat,
+};
+use common::Simulator;
+
+#[test]
+fn every_size_of_tile_gives_the_judges_numbers() {
+    let simulator = Simulator::new();
+    simulator.control("order=11");
+    let backend = simulator.open(DType::BF16);
+    // Pairs for each expert on average: less than one, 22, 75. The last block of each tile has few of its columns and rows.
+    let cases = [(1, 8, WeightFormat::BF16), (60, 8, WeightFormat::BF16), (200, 8, WeightFormat::BF16)];
+    let q4 = WeightFormat::Ggml(BlockFormat::Q4_K);
+    for (rows, experts, format) in cases.into_iter().chain([(1, 4, q4), (4, 4, q4), (70, 4, q4)]) {
+        let (hidden, intermediate) = if format == q4 { (256, 256) } else { (136, 200) };
+        let case = Case::Moe { rows, hidden, intermediate, experts, format, groups: None };
+        let outcome = conformance::run(&case, &backend).unwrap();
+        assert!(outcome.passed(), "{case:?}: {} of {}", outcome.max_error(), outcome.tolerance);
+        // Tolerances are for the worst that rounding can do.
+        assert!(outcome.max_error() < outcome.tolerance / 8.0, "{case:?}: {}", outcome.max_error());
+    }
+    for slots in [16, 64] {
+        assert_eq!(simulator.count(&format!("kernels.grouped_down<bf16, Q4_K, {slots}>")), 1, "{slots}");
+    }
+    for slots in [64, 128] {
+        assert_eq!(simulator.count(&format!("kernels.grouped_gate_up<bf16, Dense<bf16>, {slots}>")), 1, "{slots}");
+    }
+    assert_eq!(simulator.count("kernels.direct_down<bf16, Q4_K, 8>"), 1);
+    drop(backend);
+    simulator.expect_clean();
+}
+
+const HIDDEN: usize = 64;
+const INNER: usize = 96;
+const EXPERTS: usize = 40;
+
+/// Experts of f16 gates, bf16 ups and downs in blocks, of which some are held.
+#[derive(Default)]
+struct Mixed([Vec<u8>; 3]);
+
+impl ExpertSource for Mixed {
+    fn expert(&mut self, expert: usize) -> Result<[HostTensor<'_>; 3]> {
+        let values = |seed: usize| uniform((seed + expert) as u64, HIDDEN * INNER, 0.2);
+        let f16 = |v: &f32| half::f16::from_f32(*v).to_le_bytes();
+        let bf16 = |v: &f32| half::bf16::from_f32(*v).to_le_bytes();
+        self.0 = [
+            values(1000).iter().flat_map(f16).collect(),
+            values(2000).iter().flat_map(bf16).collect(),
+            random_blocks(BlockFormat::Q8_0, 3000 + expert as u64, HIDDEN * INNER, 0.2),
+        ];
+        let [gate, up, down] = &self.0;
+        Ok([
+            HostTensor::new("gate", DType::F16, vec![INNER, HIDDEN], gate),
+            HostTensor::new("up", DType::BF16, vec![INNER, HIDDEN], up),
+            HostTensor::new("down", DType::Ggml(BlockFormat::Q8_0), vec![HIDDEN, INNER], down),
+        ])
+    }
+}
+
+fn mixed<B: MoeOps>(b: &B, rows: usize) -> Vec<f32> {
+    let experts = b
+        .expert_weights(HostExperts {
+            count: EXPERTS,
+            held: 7..33,
+            source: &mut Mixed::default(),
+            formats: [WeightFormat::F16, WeightFormat::BF16, WeightFormat::Ggml(BlockFormat::Q8_0)],
+            routing: Routing {
+                top_k: 4,
+                scoring: Scoring::Sigmoid { correction_bias: uniform(1, EXPERTS, 0.3) },
+                groups: None,
+                norm_topk_prob: true,
+                scaling_factor: 2.5,
+            },
+        })
+        .unwrap();
+    let tensor = |cols: usize, seed: u64| {
+        let mut x = b.tensor(rows, cols).unwrap();
+        b.write(&uniform(seed, rows * cols, 1.0), &mut x).unwrap();
+        x
+    };
+    let (x, logits, mut out) = (tensor(HIDDEN, 2), tensor(EXPERTS, 3), b.tensor(rows, HIDDEN).unwrap());
+    b.fused_moe(&x, &logits, &experts, &mut out).unwrap();
+    let mut values = Vec::new();
+    b.read(&out, &mut values).unwrap();
+    values
+}
+
+#[test]
+fn formats_may_differ_and_experts_be_elsewhere() {
+    let simulator = Simulator::new();
+    let backend = simulator.open(DType::F32);
+    for rows in [2, 11, 30] {
+        let (expected, actual) = (mixed(&Reference::new(), rows), mixed(&backend, rows));
+        let error = expected.iter().zip(&actual).map(|(e, a)| (e - a).abs()).fold(0.0, f32::max);
+        assert!(error < 2e-5, "{rows} rows: {error}");
+        assert!(expected.iter().any(|x| *x != 0.0));
+    }
+    drop(backend);
+    simulator.expect_clean();
+}

@@ -1,0 +1,165 @@
+//! Several simulated GPUs that compute one layer.
+
+mod common;
+
+use std::thread;
+
+use baton_device::{Backend, DType, DeviceError, WeightFormat, conformance};
+use baton_device_cuda::{CudaBackend, Statistics};
+use common::{Simulator, options};
+
+fn ranks(simulator: &Simulator, size: u32, activations: DType) -> Vec<CudaBackend> {
+    simulator.control(&format!("devices={size}"));
+    CudaBackend::ranks(&options(activations), &(0..size).collect::<Vec<_>>()).unwrap()
+}
+
+/// Steps of graphs with sums in them, or between them.
+fn put_sums_in_graphs(wanted: bool) {
+    // SAFETY: the simulator is one test's at a time, and nothing else of a test reads the environment meanwhile.
+    unsafe { std::env::set_var("NCCL_GRAPH_REGISTER", if wanted { "0" } else { "1" }) };
+}
+
+#[test]
+fn ranks_make_what_one_device_makes_each_the_same_bits() {
+    let simulator = Simulator::new();
+    for (activations, sizes) in [(DType::F32, &[1, 2, 4][..]), (DType::F16, &[4]), (DType::BF16, &[2, 4])] {
+        for &size in sizes {
+            let backends = ranks(&simulator, size, activations);
+            let format = if activations == DType::F16 { WeightFormat::F16 } else { WeightFormat::BF16 };
+            let outcome = conformance::ranks(&backends, format).unwrap();
+            assert!(outcome.passed(), "{size} in {activations}: {} of {}", outcome.max_error(), outcome.tolerance);
+            let bits: Vec<_> = outcome.actual.iter().map(|x| x.to_bits()).collect();
+            let each: Vec<_> = bits.chunks_exact(bits.len() / size as usize).collect();
+            assert!(each.iter().all(|rank| *rank == each[0]), "{size} in {activations}");
+        }
+    }
+    simulator.expect_clean();
+}
+
+/// Some steps of two ranks, of which the second brings nothing to the host: sums of what is there, over and over.
+fn steps(backends: &[CudaBackend], count: usize) -> Vec<f32> {
+    let step = |rank: usize, x: &mut <CudaBackend as Backend>::Tensor| -> Result<(), DeviceError> {
+        let b = &backends[rank];
+        b.scale(x, 0.5)?;
+        b.all_reduce(x)?;
+        b.scale(x, 1.0 + rank as f32 / 4.0)?;
+        b.all_reduce(x)?;
+        b.scale(x, 1.5)
+    };
+    let start = |rank: usize| {
+        let b = &backends[rank];
+        let mut x = b.tensor(2, 8).unwrap();
+        let values: Vec<f32> = (0..16).map(|i| (i + rank) as f32 / 8.0).collect();
+        b.write(&values, &mut x).unwrap();
+        x
+    };
+    let mut values = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut x = start(1);
+            for _ in 0..count {
+                step(1, &mut x).unwrap();
+                backends[1].submit().unwrap();
+            }
+        });
+        let mut x = start(0);
+        for _ in 0..count {
+            step(0, &mut x).unwrap();
+            backends[0].read(&x, &mut values).unwrap();
+        }
+    });
+    values
+}
+
+#[test]
+fn steps_are_replayed_with_sums_in_their_graphs_or_between_them_and_come_to_the_same() {
+    let simulator = Simulator::new();
+    let mut made = Vec::new();
+    for inside in [false, true] {
+        put_sums_in_graphs(inside);
+        let backends = ranks(&simulator, 2, DType::F32);
+        made.push(steps(&backends, 6));
+        for backend in &backends {
+            let Statistics { captures, replays, .. } = backend.statistics();
+            // Five commands are worth a graph together, and one by one they are not.
+            assert_eq!((captures, replays), if inside { (1, 5) } else { (0, 0) }, "of {}", backend.caps().device);
+        }
+    }
+    put_sums_in_graphs(false);
+    assert_eq!(made[0], made[1]);
+    assert!(made[0].iter().all(|x| *x != 0.0), "{:?}", made[0]);
+    simulator.expect_clean();
+}
+
+#[test]
+fn a_rank_that_leaves_ends_the_others_sums_until_all_are_made_anew() {
+    let simulator = Simulator::new();
+    for waits in [false, true] {
+        let backends = ranks(&simulator, 2, DType::BF16);
+        let mut x = backends[0].tensor(1, 8).unwrap();
+        backends[0].write(&[1.0; 8], &mut x).unwrap();
+        thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                if waits {
+                    // It may be in its sum by now, or about to come to it: either ends.
+                    thread::sleep(std::time::Duration::from_millis(50));
+                }
+                backends[1].leave();
+            });
+            if !waits {
+                other.join().unwrap();
+            }
+            let result = backends[0].all_reduce(&mut x).and_then(|()| backends[0].read(&x, &mut Vec::new()));
+            assert!(matches!(result, Err(DeviceError::Poisoned { .. })), "{result:?}");
+        });
+        assert!(backends.iter().all(|backend| matches!(backend.rejoin(), Err(DeviceError::Poisoned { .. }))));
+        drop((x, backends));
+        let outcome = conformance::ranks(&ranks(&simulator, 2, DType::BF16), WeightFormat::BF16).unwrap();
+        assert!(outcome.passed());
+    }
+}
+
+#[test]
+fn a_sum_that_fails_is_the_end_of_all_ranks() {
+    let simulator = Simulator::new();
+    for fault in ["ncclAllReduce:1:6", "ncclAllReduce:2:1", "ncclCommGetAsyncError:1:6"] {
+        let backends = ranks(&simulator, 2, DType::F32);
+        simulator.control(&format!("fault={fault}"));
+        let sum = |backend: &CudaBackend| {
+            let mut x = backend.tensor(1, 8)?;
+            backend.write(&[1.0; 8], &mut x)?;
+            backend.all_reduce(&mut x)?;
+            backend.read(&x, &mut Vec::new())
+        };
+        let results: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = backends.iter().map(|backend| scope.spawn(|| sum(backend))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        simulator.control("fault=");
+        // The other may have come to its end before.
+        assert!(results.iter().any(Result::is_err), "{fault}");
+        let ends = |result: &Result<(), DeviceError>| matches!(result, Ok(()) | Err(DeviceError::Poisoned { .. }));
+        assert!(results.iter().all(ends), "{fault}: {results:?}");
+        assert!(
+            backends.iter().all(|backend| matches!(backend.rejoin(), Err(DeviceError::Poisoned { .. }))),
+            "{fault}"
+        );
+        drop(backends);
+        let outcome = conformance::ranks(&ranks(&simulator, 2, DType::F32), WeightFormat::F32).unwrap();
+        assert!(outcome.passed(), "{fault}");
+    }
+}
+
+#[test]
+fn devices_that_cannot_be_joined_are_refused_in_words() {
+    let simulator = Simulator::new();
+    simulator.control("devices=2");
+    simulator.control("fault=ncclCommInitAll:1:5");
+    match CudaBackend::ranks(&options(DType::F32), &[0, 1]).map(|_| ()) {
+        Err(DeviceError::Execution { op, reason, .. }) => {
+            assert!(op == "ranks" && reason.contains("ncclInvalidUsage"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(simulator.left(), []);
+}
