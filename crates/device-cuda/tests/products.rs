@@ -7,7 +7,8 @@ use baton_device::{
     Backend, BlockFormat, DType, HostLinear, HostTensor, Result, Rows, WeightFormat, WeightFormat::BF16,
     WeightFormat::F16, WeightFormat::F32,
 };
-use common::Simulator;
+use baton_device_cuda::{CudaBackend, CudaOptions};
+use common::{Simulator, options};
 
 const Q4_0: WeightFormat = WeightFormat::Ggml(BlockFormat::Q4_0);
 const Q4_K: WeightFormat = WeightFormat::Ggml(BlockFormat::Q4_K);
@@ -18,7 +19,8 @@ const Q8_0: WeightFormat = WeightFormat::Ggml(BlockFormat::Q8_0);
 fn judged(activations: DType, cases: &[(usize, usize, usize, WeightFormat)]) {
     let simulator = Simulator::new();
     simulator.control("order=5");
-    let backend = simulator.open(activations);
+    // Whatever a kernel touches beyond a buffer is a fault.
+    let backend = CudaBackend::new(&CudaOptions { isolated: true, ..options(activations) }).unwrap();
     for &(rows, in_features, out_features, format) in cases {
         let case = Case::Linear { rows, in_features, out_features, format, bias: rows % 3 != 0 };
         let outcome = conformance::run(&case, &backend).unwrap();
