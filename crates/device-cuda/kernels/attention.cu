@@ -279,8 +279,16 @@ __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q,
     };
     auto dot = [&](const float* x, const Plane& plane, size_t at) {
         const KV* key = reinterpret_cast<const KV*>(plane.data) + at * plane.width;
+        constexpr int N = WIDE<KV>;
+        // Rows of whole parts of 16 bytes begin at one.
+        const int whole = plane.width % N == 0 ? plane.width : 0;
         float sum = 0.0f;
-        for (int d = 0; d < plane.width; d++) sum += x[d] * kept(key[d]);
+        for (int d = 0; d < whole; d += N) {
+            const Vec<KV, N> part = load<N>(key + d);
+#pragma unroll
+            for (int i = 0; i < N; i++) sum += x[d + i] * kept(part[i]);
+        }
+        for (int d = whole; d < plane.width; d++) sum += x[d] * kept(key[d]);
         return Same<KV, signed char>::value && plane.width > 0 ? sum * plane.scales[at] : sum;
     };
 
