@@ -6,13 +6,13 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use baton_device::{DeviceError, Result};
 use cudarc::cublaslt::sys::{self as lt, cublasStatus_t};
 use cudarc::driver::sys::{self, CUresult, CUstream};
 
-use crate::context::{Context, Handle};
+use crate::context::{Context, Owned};
 use crate::gpu::Gpu;
 use crate::tensor::DataType;
 
@@ -44,9 +44,9 @@ pub(crate) struct Matmul {
 
 /// cuBLASLt on one device.
 pub(crate) struct Blas {
-    handle: Handle<lt::cublasLtHandle_t>,
-    workspace: u64,
-    plans: Mutex<HashMap<Shape, Plan>>,
+    handle: Arc<Owned<lt::cublasLtHandle_t>>,
+    workspace: Owned<u64>,
+    plans: Mutex<HashMap<Shape, Arc<Plan>>>,
 }
 
 /// What decides about the algorithm.
@@ -62,32 +62,34 @@ struct Shape {
     alignment: [u32; 3],
 }
 
-/// How a shape is computed. Descriptors live as long as [`Blas`].
-#[derive(Debug, Clone, Copy)]
+/// How a shape is computed. Kept as long as [`Blas`], so that the address of its descriptor stands for it.
 struct Plan {
-    product: Handle<lt::cublasLtMatmulDesc_t>,
-    weight: Handle<lt::cublasLtMatrixLayout_t>,
-    x: Handle<lt::cublasLtMatrixLayout_t>,
-    out: Handle<lt::cublasLtMatrixLayout_t>,
+    product: Owned<lt::cublasLtMatmulDesc_t>,
+    weight: Owned<lt::cublasLtMatrixLayout_t>,
+    x: Owned<lt::cublasLtMatrixLayout_t>,
+    out: Owned<lt::cublasLtMatrixLayout_t>,
     algorithm: lt::cublasLtMatmulAlgo_t,
 }
 
 impl Blas {
-    pub(crate) fn new(context: &Context) -> Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Self> {
         let (mut handle, mut workspace) = (std::ptr::null_mut(), 0);
         context.enter()?;
-        // SAFETY: valid out pointers.
-        unsafe {
-            check(context, "cublasLtCreate", lt::cublasLtCreate(&raw mut handle))?;
-            match sys::cuMemAlloc_v2(&raw mut workspace, WORKSPACE) {
-                CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                    let (device, what) = (context.name.clone(), "the workspace of products");
-                    return Err(DeviceError::OutOfMemory { device, bytes: WORKSPACE, what });
-                }
-                code => context.check("cuMemAlloc", code)?,
+        // SAFETY: a valid out pointer.
+        check(context, "cublasLtCreate", unsafe { lt::cublasLtCreate(&raw mut handle) })?;
+        // SAFETY: made once.
+        let handle = Owned::new(context, handle, |handle| drop(unsafe { lt::cublasLtDestroy(handle) }));
+        // SAFETY: a valid out pointer.
+        match unsafe { sys::cuMemAlloc_v2(&raw mut workspace, WORKSPACE) } {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let (device, what) = (context.name.clone(), "the workspace of products");
+                return Err(DeviceError::OutOfMemory { device, bytes: WORKSPACE, what });
             }
+            code => context.check("cuMemAlloc", code)?,
         }
-        Ok(Self { handle: Handle(handle), workspace, plans: Mutex::default() })
+        // SAFETY: allocated once, and no product runs.
+        let workspace = Owned::new(context, workspace, |address| drop(unsafe { sys::cuMemFree_v2(address) }));
+        Ok(Self { handle: Arc::new(handle), workspace, plans: Mutex::default() })
     }
 
     /// Queues a product.
@@ -99,49 +101,28 @@ impl Blas {
         }
         let alignment = [x, weight, out].map(|address| 1 << address.trailing_zeros().min(8));
         let plan = self.plan(gpu.context(), Shape { rows, n, k, input, output, out_stride, alignment })?;
-        let (handle, workspace) = (self.handle, self.workspace);
+        let (handle, workspace) = (self.handle.clone(), self.workspace.get());
         // The plan is the shape's own, so that its descriptor stands for both.
-        let key = [plan.product.0 as u64, x, weight, out];
+        let key = [plan.product.get() as u64, x, weight, out];
         gpu.call("matmul", &key, move |context, stream| {
             // SAFETY: descriptors as made for these matrices, which are the caller's until the stream has passed; the
             // algorithm was chosen for them and for the workspace.
-            match unsafe { plan.run(handle, [x, weight, out], workspace, stream) } {
+            match unsafe { plan.run(handle.get(), [x, weight, out], workspace, stream) } {
                 cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
                 code => Err(context.foreign("matmul", format!("cublasLtMatmul gave {code:?}: {product:?}"), stream)),
             }
         })
     }
 
-    fn plan(&self, context: &Context, shape: Shape) -> Result<Plan> {
+    fn plan(&self, context: &Context, shape: Shape) -> Result<Arc<Plan>> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&shape) {
-            return Ok(*plan);
+            return Ok(plan.clone());
         }
         context.enter()?;
-        let plan = Plan::new(context, self.handle.0, shape)?;
-        plans.insert(shape, plan);
+        let plan = Arc::new(Plan::new(context, self.handle.get(), shape)?);
+        plans.insert(shape, plan.clone());
         Ok(plan)
-    }
-
-    /// Gives everything back; nothing of it runs any more.
-    pub(crate) fn free(&self, context: &Context) {
-        if !context.enter_to_free() {
-            return;
-        }
-        for (_, plan) in self.plans.lock().unwrap_or_else(PoisonError::into_inner).drain() {
-            // SAFETY: each made once.
-            unsafe {
-                lt::cublasLtMatmulDescDestroy(plan.product.0);
-                for layout in [plan.weight, plan.x, plan.out] {
-                    lt::cublasLtMatrixLayoutDestroy(layout.0);
-                }
-            }
-        }
-        // SAFETY: made once.
-        unsafe {
-            sys::cuMemFree_v2(self.workspace);
-            lt::cublasLtDestroy(self.handle.0);
-        }
     }
 }
 
@@ -152,7 +133,7 @@ impl Plan {
     /// The addresses are those of matrices as planned, which live until the stream has passed.
     unsafe fn run(
         &self,
-        handle: Handle<lt::cublasLtHandle_t>,
+        handle: lt::cublasLtHandle_t,
         [x, weight, out]: [u64; 3],
         workspace: u64,
         stream: CUstream,
@@ -162,18 +143,18 @@ impl Plan {
         // SAFETY: as the caller says; the scalars are read now.
         unsafe {
             lt::cublasLtMatmul(
-                handle.0,
-                self.product.0,
+                handle,
+                self.product.get(),
                 (&raw const one).cast(),
                 address(weight),
-                self.weight.0,
+                self.weight.get(),
                 address(x),
-                self.x.0,
+                self.x.get(),
                 (&raw const zero).cast(),
                 address(out),
-                self.out.0,
+                self.out.get(),
                 address(out),
-                self.out.0,
+                self.out.get(),
                 &raw const self.algorithm,
                 address(workspace),
                 WORKSPACE,
@@ -194,25 +175,37 @@ impl Plan {
             let (rows, cols, leading) = (rows as u64, cols as u64, leading as i64);
             // SAFETY: a valid out pointer.
             let code = unsafe { lt::cublasLtMatrixLayoutCreate(&raw mut layout, element(dtype), rows, cols, leading) };
-            check("cublasLtMatrixLayoutCreate", code).map(|()| Handle(layout))
+            check("cublasLtMatrixLayoutCreate", code)?;
+            // SAFETY: made once.
+            Ok(Owned::on_host(layout, |layout| drop(unsafe { lt::cublasLtMatrixLayoutDestroy(layout) })))
         };
-        // SAFETY: valid pointers, and sizes of what they point to.
-        unsafe {
-            check("cublasLtMatmulDescCreate", lt::cublasLtMatmulDescCreate(&raw mut product, sums, scale))?;
-            let attribute = lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-            let (value, size) = ((&raw const transposed).cast(), size_of_val(&transposed));
-            let code = lt::cublasLtMatmulDescSetAttribute(product, attribute, value, size);
-            check("cublasLtMatmulDescSetAttribute", code)?;
-        }
+        // SAFETY: a valid out pointer.
+        let code = unsafe { lt::cublasLtMatmulDescCreate(&raw mut product, sums, scale) };
+        check("cublasLtMatmulDescCreate", code)?;
+        // SAFETY: made once.
+        let product = Owned::on_host(product, |product| drop(unsafe { lt::cublasLtMatmulDescDestroy(product) }));
+        let attribute = lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        let (value, size) = ((&raw const transposed).cast(), size_of_val(&transposed));
+        // SAFETY: a live descriptor, a valid pointer and the size of what it points to.
+        let code = unsafe { lt::cublasLtMatmulDescSetAttribute(product.get(), attribute, value, size) };
+        check("cublasLtMatmulDescSetAttribute", code)?;
         let (weight, x, out) =
             (layout(input, k, n, k)?, layout(input, k, rows, k)?, layout(output, n, rows, out_stride)?);
         let mut preference = std::ptr::null_mut();
         let mut found = 0;
-        // SAFETY: as above; a heuristic's result is plain data, for which zeros are a value.
+        // SAFETY: a valid out pointer.
+        let code = unsafe { lt::cublasLtMatmulPreferenceCreate(&raw mut preference) };
+        check("cublasLtMatmulPreferenceCreate", code)?;
+        let give_back = |preference| {
+            // SAFETY: made once.
+            unsafe { lt::cublasLtMatmulPreferenceDestroy(preference) };
+        };
+        let preference = Owned::on_host(preference, give_back);
+        // SAFETY: live objects, valid pointers and sizes of what they point to; a heuristic's result is plain data, for which zeros
+        // are a value.
         let (code, best) = unsafe {
-            check("cublasLtMatmulPreferenceCreate", lt::cublasLtMatmulPreferenceCreate(&raw mut preference))?;
             let set = |attribute, value: *const c_void, size| {
-                let code = lt::cublasLtMatmulPreferenceSetAttribute(preference, attribute, value, size);
+                let code = lt::cublasLtMatmulPreferenceSetAttribute(preference.get(), attribute, value, size);
                 check("cublasLtMatmulPreferenceSetAttribute", code)
             };
             let workspace = WORKSPACE as u64;
@@ -229,22 +222,21 @@ impl Plan {
             let mut best: lt::cublasLtMatmulHeuristicResult_t = std::mem::zeroed();
             let code = lt::cublasLtMatmulAlgoGetHeuristic(
                 handle,
-                product,
-                weight.0,
-                x.0,
-                out.0,
-                out.0,
-                preference,
+                product.get(),
+                weight.get(),
+                x.get(),
+                out.get(),
+                out.get(),
+                preference.get(),
                 1,
                 &raw mut best,
                 &raw mut found,
             );
-            lt::cublasLtMatmulPreferenceDestroy(preference);
             (code, best)
         };
         check("cublasLtMatmulAlgoGetHeuristic", code)?;
         check("cublasLtMatmulAlgoGetHeuristic", if found == 0 { NOTHING } else { best.state })?;
-        Ok(Self { product: Handle(product), weight, x, out, algorithm: best.algo })
+        Ok(Self { product, weight, x, out, algorithm: best.algo })
     }
 }
 

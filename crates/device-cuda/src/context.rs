@@ -30,6 +30,37 @@ pub(crate) struct Context {
     broken: Arc<OnceLock<Broken>>,
 }
 
+/// What was made once: given back when it is dropped, unless it lies in a context that is broken.
+pub(crate) struct Owned<T: Copy> {
+    handle: Handle<T>,
+    context: Option<Arc<Context>>,
+    give_back: fn(T),
+}
+
+impl<T: Copy> Owned<T> {
+    /// `give_back` does that. Whoever drops the result has waited for what uses it.
+    pub(crate) fn new(context: &Arc<Context>, handle: T, give_back: fn(T)) -> Self {
+        Self { handle: Handle(handle), context: Some(context.clone()), give_back }
+    }
+
+    /// As [`Owned::new`], of what lies on the host alone.
+    pub(crate) fn on_host(handle: T, give_back: fn(T)) -> Self {
+        Self { handle: Handle(handle), context: None, give_back }
+    }
+
+    pub(crate) fn get(&self) -> T {
+        self.handle.0
+    }
+}
+
+impl<T: Copy> Drop for Owned<T> {
+    fn drop(&mut self) {
+        if self.context.as_ref().is_none_or(|context| context.enter().is_ok()) {
+            (self.give_back)(self.handle.0);
+        }
+    }
+}
+
 /// Why nothing more can be asked.
 struct Broken {
     lost: bool,
@@ -102,11 +133,6 @@ impl Context {
     /// An error if it is broken.
     pub(crate) fn whole(&self) -> Result<()> {
         self.broken.get().map_or(Ok(()), |broken| Err(self.end(broken)))
-    }
-
-    /// Whether what was made in it may be given back: on this thread from now on.
-    pub(crate) fn enter_to_free(&self) -> bool {
-        self.enter().is_ok()
     }
 
     /// The error of a failed call. One that breaks the context is remembered.

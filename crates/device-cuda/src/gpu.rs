@@ -64,14 +64,13 @@ pub(crate) struct GpuOptions {
 pub(crate) struct Gpu {
     context: Arc<Context>,
     capability: (i32, i32),
-    programs: Mutex<Programs>,
-    /// Until it is dropped.
-    queue: Mutex<Option<Queue>>,
-    loader: Mutex<Option<Loader>>,
+    queue: Mutex<Queue>,
+    loader: Mutex<Loader>,
     blas: Blas,
+    programs: Mutex<Programs>,
     memory: Mutex<Memory>,
     counters: Counters,
-    /// What graphs refer to.
+    /// What graphs refer to: dropped behind the queue, which has them.
     outlived: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
@@ -91,13 +90,11 @@ impl Gpu {
         if capability < OLDEST {
             return Err(DeviceError::Unavailable { device: context.name.clone(), reason: too_old(capability) });
         }
-        let queue = Queue::new(&context, options.graphs)?;
-        let loader = Loader::new(&context)?;
         Ok(Arc::new(Self {
             capability,
             programs: Mutex::new(Programs::new(capability, options.cache.clone())),
-            queue: Mutex::new(Some(queue)),
-            loader: Mutex::new(Some(loader)),
+            queue: Mutex::new(Queue::new(&context, options.graphs)?),
+            loader: Mutex::new(Loader::new(&context)?),
             blas: Blas::new(&context)?,
             memory: Mutex::new(Memory::new(options.isolated)),
             counters: Counters::default(),
@@ -236,7 +233,7 @@ impl Gpu {
     pub(crate) fn write(&self, buffer: &Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
         assert!(offset + bytes.len() <= buffer.bytes(), "{} bytes at {offset} of {}", bytes.len(), buffer.bytes());
         let mut loader = lock(&self.loader);
-        loader.as_mut().expect("open").write(&self.context, buffer.address() + offset as u64, bytes)
+        loader.write(&self.context, buffer.address() + offset as u64, bytes)
     }
 
     /// Copies into a slot, behind what was queued before if that uses it, and gives its address.
@@ -310,7 +307,7 @@ impl Gpu {
     }
 
     fn with_queue<T>(&self, work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
-        work(lock(&self.queue).as_mut().expect("open"))
+        work(&mut lock(&self.queue))
     }
 
     fn block(&self, bytes: usize, kind: Kind, what: &'static str) -> Result<Block> {
@@ -348,7 +345,7 @@ impl Gpu {
     }
 
     fn free(&self, address: u64) {
-        if self.context.enter_to_free() {
+        if self.context.enter().is_ok() {
             // SAFETY: allocated once, and nothing uses it.
             unsafe { sys::cuMemFree_v2(address) };
         }
@@ -359,14 +356,6 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         // What fails here fails because the device is gone, and then nothing is left to give back.
         let _ = self.synchronize();
-        if let Some(queue) = lock(&self.queue).take() {
-            queue.free(&self.context);
-        }
-        if let Some(loader) = lock(&self.loader).take() {
-            loader.free(&self.context);
-        }
-        self.blas.free(&self.context);
-        lock(&self.programs).free(&self.context);
         let chunks = lock(&self.memory).all();
         chunks.into_iter().for_each(|chunk| self.free(chunk));
     }

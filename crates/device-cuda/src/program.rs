@@ -14,7 +14,7 @@ use baton_device::{DeviceError, Result};
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult, CUstream};
 
 use crate::compiler::{Image, Target, Unit};
-use crate::context::{Context, Handle};
+use crate::context::{Context, Handle, Owned};
 use crate::gpu::Launch;
 
 /// A file of kernels.
@@ -162,7 +162,7 @@ pub(crate) struct Programs {
     target: Target,
     cache: Option<PathBuf>,
     kernels: BTreeMap<(Source, String), Kernel>,
-    modules: Vec<Handle<CUmodule>>,
+    modules: Vec<Owned<CUmodule>>,
 }
 
 impl Programs {
@@ -182,7 +182,7 @@ impl Programs {
     }
 
     /// Compiles what is not yet.
-    pub(crate) fn compile(&mut self, context: &Context) -> Result<()> {
+    pub(crate) fn compile(&mut self, context: &Arc<Context>) -> Result<()> {
         let mut wanted: BTreeMap<Source, Vec<Kernel>> = BTreeMap::new();
         for ((source, _), kernel) in self.kernels.iter().filter(|(_, kernel)| kernel.function().is_none()) {
             wanted.entry(*source).or_default().push(kernel.clone());
@@ -211,40 +211,31 @@ impl Programs {
                     (load(context, &image)?, image)
                 }
             };
+            let handle = module.get();
             self.modules.push(module);
             for (kernel, lowered) in kernels.iter().zip(&image.lowered) {
-                let function = function(context, module, lowered)?;
+                let function = function(context, handle, lowered)?;
                 kernel.0.function.set(function).expect("compiled once: its owner holds a lock");
             }
         }
         Ok(())
     }
-
-    /// Gives everything back; nothing of it runs any more.
-    pub(crate) fn free(&mut self, context: &Context) {
-        for module in self.modules.drain(..) {
-            if context.enter_to_free() {
-                // SAFETY: loaded once.
-                unsafe { sys::cuModuleUnload(module.0) };
-            }
-        }
-    }
 }
 
-fn load(context: &Context, image: &Image) -> Result<Handle<CUmodule>> {
+fn load(context: &Arc<Context>, image: &Image) -> Result<Owned<CUmodule>> {
     let mut module = std::ptr::null_mut();
     // SAFETY: a valid out pointer, and a whole image: NVRTC made it, and PTX ends in zero.
     let code = unsafe { sys::cuModuleLoadData(&raw mut module, image.code.as_ptr().cast()) };
     context.check("cuModuleLoadData", code)?;
-    Ok(Handle(module))
+    // SAFETY: loaded once, and nothing of it runs.
+    Ok(Owned::new(context, module, |module| drop(unsafe { sys::cuModuleUnload(module) })))
 }
 
-fn function(context: &Context, module: Handle<CUmodule>, lowered: &CStr) -> Result<Function> {
+fn function(context: &Context, module: CUmodule, lowered: &CStr) -> Result<Function> {
     let (mut function, mut fixed) = (std::ptr::null_mut(), 0);
     // SAFETY: valid out pointers, a text that ends in zero, a module of this context.
     unsafe {
-        context
-            .check("cuModuleGetFunction", sys::cuModuleGetFunction(&raw mut function, module.0, lowered.as_ptr()))?;
+        context.check("cuModuleGetFunction", sys::cuModuleGetFunction(&raw mut function, module, lowered.as_ptr()))?;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
         context.check("cuFuncGetAttribute", sys::cuFuncGetAttribute(&raw mut fixed, attribute, function))?;
     }

@@ -11,11 +11,12 @@
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::ops::Range;
+use std::sync::Arc;
 
 use baton_device::Result;
 use cudarc::driver::sys::{self, CUgraphExec, CUresult, CUstream, CUstreamCaptureMode};
 
-use crate::context::{Context, Handle};
+use crate::context::{Context, Owned};
 use crate::gpu::{Arg, Launch};
 use crate::program::Kernel;
 use crate::staging::{self, Staging};
@@ -40,7 +41,7 @@ enum Command {
 
 /// What was queued, and the stream that it will run on.
 pub(crate) struct Queue {
-    stream: Handle<CUstream>,
+    stream: Owned<CUstream>,
     staging: Staging,
     commands: Vec<Command>,
     /// Everything about the commands, one after the other: what two equal lists have in common. Arguments are passed from
@@ -53,20 +54,20 @@ pub(crate) struct Queue {
     /// Lists that were seen again, the latest first.
     lists: VecDeque<List>,
     /// Graphs that are not needed any more, and may still run.
-    retired: Vec<Handle<CUgraphExec>>,
+    retired: Vec<Owned<CUgraphExec>>,
     graphs: bool,
 }
 
 struct List {
     words: Vec<u64>,
     /// `None` if the list could not be captured.
-    graph: Option<Handle<CUgraphExec>>,
+    graph: Option<Owned<CUgraphExec>>,
 }
 
 impl Queue {
-    pub(crate) fn new(context: &Context, graphs: bool) -> Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>, graphs: bool) -> Result<Self> {
         Ok(Self {
-            stream: Handle(staging::stream(context)?),
+            stream: staging::stream(context)?,
             staging: Staging::new(context)?,
             commands: Vec::new(),
             words: Vec::new(),
@@ -130,7 +131,7 @@ impl Queue {
     }
 
     /// Runs the list.
-    pub(crate) fn flush(&mut self, context: &Context, counters: &Counters) -> Result<()> {
+    pub(crate) fn flush(&mut self, context: &Arc<Context>, counters: &Counters) -> Result<()> {
         if self.commands.is_empty() {
             return Ok(());
         }
@@ -148,7 +149,7 @@ impl Queue {
     }
 
     /// Runs the list in the best way that is known of it.
-    fn run_remembered(&mut self, context: &Context, counters: &Counters) -> Result<()> {
+    fn run_remembered(&mut self, context: &Arc<Context>, counters: &Counters) -> Result<()> {
         let graph = match self.known(context, counters)? {
             Some(graph) => graph,
             None => {
@@ -158,14 +159,14 @@ impl Queue {
         };
         add(&counters.replays, 1);
         // SAFETY: a graph of this context, made of the list at hand.
-        context.check("step", unsafe { sys::cuGraphLaunch(graph.0, self.stream.0) })
+        context.check("step", unsafe { sys::cuGraphLaunch(graph, self.stream.get()) })
     }
 
     /// The list's graph, made if it was seen before.
-    fn known(&mut self, context: &Context, counters: &Counters) -> Result<Option<Handle<CUgraphExec>>> {
+    fn known(&mut self, context: &Arc<Context>, counters: &Counters) -> Result<Option<CUgraphExec>> {
         if let Some(at) = self.lists.iter().position(|list| list.words == self.words) {
             let list = self.lists.remove(at).expect("as found");
-            let graph = list.graph;
+            let graph = list.graph.as_ref().map(Owned::get);
             self.lists.push_front(list);
             return Ok(graph);
         }
@@ -175,42 +176,46 @@ impl Queue {
             return Ok(None);
         };
         let words = self.seen.remove(at).expect("as found");
-        let graph = self.capture(context)?;
+        let made = self.capture(context)?;
+        let graph = made.as_ref().map(Owned::get);
         add(&counters.captures, usize::from(graph.is_some()));
         for list in self.lists.drain(self.lists.len().min(KEPT - 1)..) {
             self.retired.extend(list.graph);
         }
-        self.lists.push_front(List { words, graph });
+        self.lists.push_front(List { words, graph: made });
         Ok(graph)
     }
 
     /// The list as a graph; `None` if something in it cannot be captured.
-    fn capture(&self, context: &Context) -> Result<Option<Handle<CUgraphExec>>> {
+    fn capture(&self, context: &Arc<Context>) -> Result<Option<Owned<CUgraphExec>>> {
         let (mut graph, mut ready) = (std::ptr::null_mut(), std::ptr::null_mut());
         // Another thread may load meanwhile, which is none of this stream's business.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: a stream of this context, valid out pointers; every graph that is made is destroyed once.
         let (captured, code) = unsafe {
-            context.check("capture", sys::cuStreamBeginCapture_v2(self.stream.0, mode))?;
+            context.check("capture", sys::cuStreamBeginCapture_v2(self.stream.get(), mode))?;
             let captured = self.run(context);
             // Also behind a failure: else the stream would stay in capture.
-            let mut code = sys::cuStreamEndCapture(self.stream.0, &raw mut graph);
+            let mut code = sys::cuStreamEndCapture(self.stream.get(), &raw mut graph);
             if code == CUresult::CUDA_SUCCESS && !graph.is_null() {
                 if captured.is_ok() {
                     code = sys::cuGraphInstantiateWithFlags(&raw mut ready, graph, 0);
                 }
                 if !ready.is_null() {
                     // So that the first launch need not; what it says decides nothing.
-                    sys::cuGraphUpload(ready, self.stream.0);
+                    sys::cuGraphUpload(ready, self.stream.get());
                 }
                 sys::cuGraphDestroy(graph);
             }
             (captured, code)
         };
+        // SAFETY: made once; whoever drops it has waited for what runs it.
+        let give_back = |graph| drop(unsafe { sys::cuGraphExecDestroy(graph) });
+        let ready = (!ready.is_null()).then(|| Owned::new(context, ready, give_back));
         let failure = captured.and_then(|()| context.check("capture", code)).err();
         context.whole()?;
-        let made = failure.is_none() && !ready.is_null();
-        if !made {
+        let made = ready.filter(|_| failure.is_none());
+        if made.is_none() {
             let reason = failure.map_or_else(String::new, |error| error.to_string());
             tracing::warn!(
                 device = context.name,
@@ -219,7 +224,7 @@ impl Queue {
                 "a step runs without a graph"
             );
         }
-        Ok(made.then_some(Handle(ready)))
+        Ok(made)
     }
 
     /// Puts every command on the stream.
@@ -227,12 +232,12 @@ impl Queue {
         let mut pointers = Vec::new();
         for command in &self.commands {
             match command {
-                Command::Call(call) => call(context, self.stream.0)?,
+                Command::Call(call) => call(context, self.stream.get())?,
                 Command::Kernel { kernel, launch, args } => {
                     let word = |at: &usize| (&raw const self.words[*at]).cast_mut().cast::<c_void>();
                     pointers.clear();
                     pointers.extend(self.args[args.clone()].iter().map(word));
-                    kernel.launch(context, launch, &mut pointers, self.stream.0)?;
+                    kernel.launch(context, launch, &mut pointers, self.stream.get())?;
                 }
             }
         }
@@ -241,39 +246,25 @@ impl Queue {
 
     /// Copies to the device behind what the stream was given, ahead of what is queued.
     pub(crate) fn upload(&mut self, context: &Context, address: u64, bytes: &[u8]) -> Result<()> {
-        self.staging.upload(context, self.stream.0, address, bytes)
+        self.staging.upload(context, self.stream.get(), address, bytes)
     }
 
     /// Copies to the host and waits; nothing is queued.
     pub(crate) fn read(&mut self, context: &Context, address: u64, out: &mut [u8]) -> Result<()> {
-        self.staging.read(context, self.stream.0, address, out)?;
+        self.staging.read(context, self.stream.get(), address, out)?;
         self.passed();
         Ok(())
     }
 
     /// Waits for the stream; nothing is queued.
     pub(crate) fn synchronize(&mut self, context: &Context) -> Result<()> {
-        staging::synchronize(context, self.stream.0)?;
+        staging::synchronize(context, self.stream.get())?;
         self.passed();
         Ok(())
     }
 
     fn passed(&mut self) {
         self.staging.passed();
-        for graph in self.retired.drain(..) {
-            // SAFETY: made once, and it runs no more.
-            unsafe { sys::cuGraphExecDestroy(graph.0) };
-        }
-    }
-
-    /// Gives everything back; the stream has passed, or the context is broken.
-    pub(crate) fn free(mut self, context: &Context) {
-        self.retired.extend(self.lists.drain(..).filter_map(|list| list.graph));
-        if context.enter_to_free() {
-            self.passed();
-            // SAFETY: made once, and empty.
-            unsafe { sys::cuStreamDestroy_v2(self.stream.0) };
-        }
-        self.staging.free(context);
+        self.retired.clear();
     }
 }

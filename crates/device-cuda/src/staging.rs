@@ -4,12 +4,12 @@
 //! Invariant: pinned memory is written again only when the stream has passed the copies that read it.
 
 use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use baton_device::Result;
 use cudarc::driver::sys::{self, CUevent, CUstream};
 
-use crate::context::{Context, Handle};
+use crate::context::{Context, Owned};
 use crate::memory::Buffer;
 
 /// Bytes of a part of a long copy.
@@ -17,17 +17,19 @@ const PART: usize = 4 << 20;
 
 /// Page-locked host memory.
 struct Pinned {
-    start: Handle<*mut c_void>,
+    start: Owned<*mut c_void>,
     bytes: usize,
 }
 
 impl Pinned {
-    fn new(context: &Context, bytes: usize) -> Result<Self> {
+    fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
         context.enter()?;
         let mut start = std::ptr::null_mut();
         // SAFETY: a valid out pointer.
         context.check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut start, bytes, 0) })?;
-        Ok(Self { start: Handle(start), bytes })
+        // SAFETY: allocated once, and no copy is under way.
+        let free = |start| drop(unsafe { sys::cuMemFreeHost(start) });
+        Ok(Self { start: Owned::new(context, start, free), bytes })
     }
 
     /// Nobody reads or writes the range on the device's side.
@@ -35,16 +37,9 @@ impl Pinned {
         assert!(offset + bytes.len() <= self.bytes, "{} bytes at {offset} of {}", bytes.len(), self.bytes);
         // SAFETY: within the allocation, which is ours alone.
         unsafe {
-            let place = self.start.0.cast::<u8>().add(offset);
+            let place = self.start.get().cast::<u8>().add(offset);
             place.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
             place.cast::<c_void>().cast_const()
-        }
-    }
-
-    fn free(self, context: &Context) {
-        if context.enter_to_free() {
-            // SAFETY: allocated once, and no copy is under way: callers have waited.
-            unsafe { sys::cuMemFreeHost(self.start.0) };
         }
     }
 }
@@ -58,7 +53,7 @@ pub(crate) struct Staging {
 }
 
 impl Staging {
-    pub(crate) fn new(context: &Context) -> Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Self> {
         Ok(Self { up: Pinned::new(context, PART)?, used: 0, down: Pinned::new(context, PART)? })
     }
 
@@ -81,7 +76,7 @@ impl Staging {
     /// Copies from the device behind all that `stream` was given, and waits for it.
     pub(crate) fn read(&mut self, context: &Context, stream: CUstream, address: u64, out: &mut [u8]) -> Result<()> {
         for (at, part) in (0u64..).step_by(PART).zip(out.chunks_mut(PART)) {
-            let start = self.down.start.0;
+            let start = self.down.start.get();
             // SAFETY: the target has PART bytes and nobody else uses it, the source is the caller's.
             let code = unsafe { sys::cuMemcpyDtoHAsync_v2(start, address + at, part.len(), stream) };
             context.check("read", code)?;
@@ -96,12 +91,6 @@ impl Staging {
     pub(crate) fn passed(&mut self) {
         self.used = 0;
     }
-
-    /// Gives the memory back; the stream has passed everything.
-    pub(crate) fn free(self, context: &Context) {
-        self.up.free(context);
-        self.down.free(context);
-    }
 }
 
 /// Waits for a stream.
@@ -112,21 +101,22 @@ pub(crate) fn synchronize(context: &Context, stream: CUstream) -> Result<()> {
 
 /// Load-time copies, on a stream of their own, so that loading does not disturb steps.
 pub(crate) struct Loader {
-    stream: Handle<CUstream>,
+    stream: Owned<CUstream>,
     /// One is filled while the other is copied.
-    parts: Vec<(Pinned, Handle<CUevent>)>,
+    parts: Vec<(Pinned, Owned<CUevent>)>,
 }
 
 impl Loader {
-    pub(crate) fn new(context: &Context) -> Result<Self> {
-        let stream = Handle(stream(context)?);
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Self> {
+        let stream = stream(context)?;
         let part = |_| {
             let pinned = Pinned::new(context, PART)?;
             let mut event = std::ptr::null_mut();
             let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
             // SAFETY: a valid out pointer.
             context.check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut event, flags) })?;
-            Ok((pinned, Handle(event)))
+            // SAFETY: made once, and passed.
+            Ok((pinned, Owned::new(context, event, |event| drop(unsafe { sys::cuEventDestroy_v2(event) }))))
         };
         Ok(Self { stream, parts: (0..2).map(part).collect::<Result<_>>()? })
     }
@@ -139,40 +129,26 @@ impl Loader {
             // SAFETY: handles of this context; the event tells when the copy before last no longer reads `pinned`. The target
             // is the caller's.
             unsafe {
-                context.check("load", sys::cuEventSynchronize(event.0))?;
+                context.check("load", sys::cuEventSynchronize(event.get()))?;
                 let source = pinned.fill(0, part);
                 let target = address + (i * PART) as u64;
-                context.check("load", sys::cuMemcpyHtoDAsync_v2(target, source, part.len(), self.stream.0))?;
-                context.check("load", sys::cuEventRecord(event.0, self.stream.0))?;
+                context.check("load", sys::cuMemcpyHtoDAsync_v2(target, source, part.len(), self.stream.get()))?;
+                context.check("load", sys::cuEventRecord(event.get(), self.stream.get()))?;
             }
         }
-        synchronize(context, self.stream.0)
-    }
-
-    /// Gives everything back: every write has waited.
-    pub(crate) fn free(self, context: &Context) {
-        for (pinned, event) in self.parts {
-            pinned.free(context);
-            if context.enter_to_free() {
-                // SAFETY: made once, and passed.
-                unsafe { sys::cuEventDestroy_v2(event.0) };
-            }
-        }
-        if context.enter_to_free() {
-            // SAFETY: made once, and empty.
-            unsafe { sys::cuStreamDestroy_v2(self.stream.0) };
-        }
+        synchronize(context, self.stream.get())
     }
 }
 
 /// A stream that does not wait for the default one.
-pub(crate) fn stream(context: &Context) -> Result<CUstream> {
+pub(crate) fn stream(context: &Arc<Context>) -> Result<Owned<CUstream>> {
     context.enter()?;
     let mut stream = std::ptr::null_mut();
     let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
     // SAFETY: a valid out pointer.
     context.check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
-    Ok(stream)
+    // SAFETY: made once, and empty.
+    Ok(Owned::new(context, stream, |stream| drop(unsafe { sys::cuStreamDestroy_v2(stream) })))
 }
 
 /// A place on the device for something of a step: at one address for as long as it is large enough.

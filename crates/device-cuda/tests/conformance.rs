@@ -38,6 +38,11 @@ fn judged(activations: DType, setting: &str) -> BTreeSet<String> {
     missing
 }
 
+/// The refusals of caches in these dtypes: beside narrow activations they are kept in the same type, or in bytes.
+fn caches(dtypes: [&str; 2]) -> BTreeSet<String> {
+    dtypes.map(|dtype| format!("cannot keep a cache in {dtype}")).into()
+}
+
 #[test]
 fn cases_agree_in_f32_as_closely_as_on_the_cpu() {
     assert_eq!(judged(DType::F32, "order=forward"), BTreeSet::new());
@@ -45,16 +50,16 @@ fn cases_agree_in_f32_as_closely_as_on_the_cpu() {
 
 #[test]
 fn cases_agree_in_bf16_within_its_roundings() {
-    assert_eq!(judged(DType::BF16, "order=forward"), BTreeSet::new());
+    assert_eq!(judged(DType::BF16, "order=forward"), caches(["f32", "f16"]));
 }
 
 #[test]
 fn cases_agree_in_f16_within_its_roundings() {
-    assert_eq!(judged(DType::F16, "order=forward"), BTreeSet::new());
+    assert_eq!(judged(DType::F16, "order=forward"), caches(["f32", "bf16"]));
 }
 
 #[test]
 fn cases_agree_whatever_the_order_of_threads() {
-    assert_eq!(judged(DType::BF16, "order=reverse"), BTreeSet::new());
+    assert_eq!(judged(DType::BF16, "order=reverse"), caches(["f32", "f16"]));
     assert_eq!(judged(DType::F32, "order=77"), BTreeSet::new());
 }

@@ -120,6 +120,37 @@ fn a_rank_that_leaves_ends_the_others_sums_until_all_are_made_anew() {
 }
 
 #[test]
+fn a_sum_that_fails_is_the_end_of_all_ranks() {
+    let simulator = Simulator::new();
+    for fault in ["ncclAllReduce:1:6", "ncclAllReduce:2:1", "ncclCommGetAsyncError:1:6"] {
+        let backends = ranks(&simulator, 2, DType::F32);
+        simulator.control(&format!("fault={fault}"));
+        let sum = |backend: &CudaBackend| {
+            let mut x = backend.tensor(1, 8)?;
+            backend.write(&[1.0; 8], &mut x)?;
+            backend.all_reduce(&mut x)?;
+            backend.read(&x, &mut Vec::new())
+        };
+        let results: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = backends.iter().map(|backend| scope.spawn(|| sum(backend))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        simulator.control("fault=");
+        // The other may have come to its end before.
+        assert!(results.iter().any(Result::is_err), "{fault}");
+        let ends = |result: &Result<(), DeviceError>| matches!(result, Ok(()) | Err(DeviceError::Poisoned { .. }));
+        assert!(results.iter().all(ends), "{fault}: {results:?}");
+        assert!(
+            backends.iter().all(|backend| matches!(backend.rejoin(), Err(DeviceError::Poisoned { .. }))),
+            "{fault}"
+        );
+        drop(backends);
+        let outcome = conformance::ranks(&ranks(&simulator, 2, DType::F32), WeightFormat::F32).unwrap();
+        assert!(outcome.passed(), "{fault}");
+    }
+}
+
+#[test]
 fn devices_that_cannot_be_joined_are_refused_in_words() {
     let simulator = Simulator::new();
     simulator.control("devices=2");

@@ -4,6 +4,7 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
@@ -62,6 +63,21 @@ impl Simulator {
     /// One of the simulator's counts.
     pub fn count(&self, name: &str) -> u64 {
         self.simulator.count(name)
+    }
+
+    /// Every setting as at first, and nothing counted.
+    pub fn begin_anew(&self) {
+        self.simulator.reset();
+    }
+
+    /// How often each function was called.
+    pub fn calls(&self) -> BTreeMap<String, u64> {
+        let report = self.simulator.report();
+        let call = |entry: &str| {
+            let (name, count) = entry.trim_matches(['{', '}']).rsplit_once(':')?;
+            Some((name.strip_prefix("\"calls.")?.strip_suffix('"')?.to_owned(), count.parse().ok()?))
+        };
+        report.split(',').filter_map(call).collect()
     }
 
     /// Things of a kind that are live.
