@@ -14,18 +14,13 @@ constexpr int PAD = 8;
 /// Scores are powers of two: a factor on the scale, and one special instruction for each.
 constexpr float LOG2_E = 1.44269504f;
 
-/// Rows of a step, by row: its position, where the block numbers of its sequence begin, and these, those of each sequence
-/// padded to a multiple of four.
-struct Step {
-    const int* positions;
-    const int* tables;
-    const int* blocks;
-};
-
-/// Some new tokens of one sequence: its first row, and how many.
-struct Tile {
+/// Some new tokens of one sequence: the first one's row, how many they are, the first one's position, and where the block
+/// numbers of the sequence begin among those of the step, each sequence's padded to a multiple of four.
+struct alignas(16) Tile {
     int row;
     int tokens;
+    int position;
+    int table;
 };
 
 /// Keys, values, latents or rotated keys of a layer: `[blocks, heads, 16, width]`, and for bytes a scale for each head of each
