@@ -100,11 +100,15 @@ pub struct Problem {
 impl Problem {
     /// Rows, columns and depth of the product, if it is one and of supported types.
     fn sizes(&self) -> Result<[usize; 3], Fail> {
-        let turned = |layout: &Layout, turned: bool| if turned { (layout.cols, layout.rows) } else { (layout.rows, layout.cols) };
+        let turned = |layout: &Layout, turned: bool| {
+            if turned { (layout.cols, layout.rows) } else { (layout.rows, layout.cols) }
+        };
         let ((m, k), (depth, n)) = (turned(&self.a, self.desc.trans_a), turned(&self.b, self.desc.trans_b));
         let fits = k == depth && [self.c, self.d].iter().all(|l| (l.rows, l.cols) == (m, n));
         let layouts = [self.a, self.b, self.c, self.d];
-        if !fits || layouts.iter().any(|l| l.ld < l.rows as i64 || l.batch != self.d.batch || l.rows == 0 || l.cols == 0) {
+        if !fits
+            || layouts.iter().any(|l| l.ld < l.rows as i64 || l.batch != self.d.batch || l.rows == 0 || l.cols == 0)
+        {
             return Err(fail!(INVALID_VALUE, "layouts that are no product: {layouts:?}"));
         }
         let (input, output) = (self.a.dtype, self.d.dtype);

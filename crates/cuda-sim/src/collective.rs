@@ -45,7 +45,8 @@ pub struct Ring {
 struct Round {
     came: BTreeMap<u32, Meeting>,
     left: u32,
-    done: bool,
+    /// How it came out, once all have come.
+    outcome: Option<Result<(), Fail>>,
 }
 
 /// One rank's part of a sum over ranks.
@@ -91,17 +92,22 @@ impl Machine {
         let found = self.rings.get_mut(&ring).expect("a communicator has its ring");
         let size = found.size;
         let round = found.rounds.entry(number).or_default();
-        if found.aborted || round.done {
+        if found.aborted {
             return Ok(true);
+        }
+        if let Some(outcome) = &round.outcome {
+            return outcome.clone().map(|()| true);
         }
         round.came.insert(rank, *meeting);
         if round.came.len() < size as usize {
             return Ok(false);
         }
-        round.done = true;
         let parts: Vec<Meeting> = round.came.values().copied().collect();
+        let outcome = self.add_up(&parts);
+        let round = self.rings.get_mut(&ring).and_then(|found| found.rounds.get_mut(&number));
+        round.expect("found above").outcome = Some(outcome.clone());
         notify();
-        self.add_up(&parts).map(|()| true)
+        outcome.map(|()| true)
     }
 
     fn depart(&mut self, ring: u64, number: u64, meeting: &Meeting) -> Result<Progress, Fail> {

@@ -113,7 +113,9 @@ fn write_sources(folder: &Path, source: &Source) -> std::io::Result<()> {
         std::fs::write(path, text)?;
     }
     let mut text = format!("#line 1 \"{}\"\n{}\n", source.name, source.text);
-    text.push_str("extern \"C\" __attribute__((visibility(\"default\"))) const emulated::Kernel emulated_kernels[] = {\n");
+    text.push_str(
+        "extern \"C\" __attribute__((visibility(\"default\"))) const emulated::Kernel emulated_kernels[] = {\n",
+    );
     for expression in &source.expressions {
         text.push_str(&format!("    emulated::kernel<&{expression}>(\"{expression}\"),\n"));
     }

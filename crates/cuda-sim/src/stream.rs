@@ -30,13 +30,25 @@ pub enum Side {
 #[derive(Clone)]
 pub enum Task {
     Launch(Arc<Launch>),
-    Copy { to: Side, from: Side, bytes: u64 },
+    Copy {
+        to: Side,
+        from: Side,
+        bytes: u64,
+    },
     /// `count` times the lowest `width` bytes of `value`.
-    Fill { at: u64, value: u32, width: u64, count: u64 },
+    Fill {
+        at: u64,
+        value: u32,
+        width: u64,
+        count: u64,
+    },
     Product(Arc<Product>),
     Record(u64),
     /// Until the stream has completed its task at the position.
-    Wait { stream: u64, position: u64 },
+    Wait {
+        stream: u64,
+        position: u64,
+    },
     /// One rank's part of a collective.
     Meet(Meeting),
     /// Every task of a captured graph.

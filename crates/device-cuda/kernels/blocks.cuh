@@ -1,8 +1,8 @@
 // How weights lie in device memory, and how four lanes take a row apart. For every kernel that reads a weight.
 //
 // A row `[k]` starts at a multiple of 16 bytes. Its columns are spans of 128, those chunks of 32, and four lanes share a span: lane t of
-// four has 8 columns of each chunk, as four pairs (`column` says which). A pair is a register half of `mma_16816`'s b, and of its a, if the
-// other factor is taken at the same columns: the order of the columns of a product is free.
+// four has 8 columns of each chunk, as four pairs (`column` says which). Two pairs are a row's part of `mma_16816`'s a, and the same of x a
+// column's of its b: the order of the columns of a product is free.
 //
 // Floats (`Dense`) lie as they are in a checkpoint, padded with zeros to a multiple of 8. Blocks of small integers (`Packed`) keep
 // their bits, in planes that are read 16 bytes at a time, each for all spans of the row:
@@ -55,25 +55,22 @@ template <> __device__ __forceinline__ unsigned subtract_pairs<bf16>(unsigned a,
 }
 #endif
 
-/// A number that M holds, twice.
-template <typename M> constexpr unsigned TWICE_ONE = 0;
-template <> constexpr unsigned TWICE_ONE<f16> = 0x3c003c00u;
-template <> constexpr unsigned TWICE_ONE<bf16> = 0x3f803f80u;
+/// A pair of ones.
+template <typename M> constexpr unsigned ONES = SAME<M, f16> ? 0x3c003c00u : 0x3f803f80u;
 
-/// Two codes, one in each half of `codes`, as a pair of M: exact.
-template <typename M, int BITS, int OFFSET> __device__ __forceinline__ unsigned exact_pair(unsigned codes) {
-    if constexpr (SAME<M, f16>) {
-        // 1024 + code, and the same for the offset.
-        return subtract_pairs<f16>(codes | 0x64006400u, 0x64006400u | OFFSET << 16 | OFFSET);
-    } else if constexpr (BITS < 8) {
-        // 128 + code: a mantissa of 7 bits.
-        return subtract_pairs<bf16>(codes | 0x43004300u, 0x43004300u | OFFSET << 16 | OFFSET);
-    } else {
-        // As floats they have 8 significant bits at most, so that their upper halves are all of them.
-        float first = byte_number<OFFSET>(codes, 0), second = byte_number<OFFSET>(codes, 2);
-        return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x7632);
-    }
+/// `(word & mask) | base` in one instruction.
+__device__ __forceinline__ unsigned masked_or(unsigned word, unsigned mask, unsigned base) {
+#ifdef BATON_EMULATED
+    return (word & mask) | base;
+#else
+    unsigned result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(base));
+    return result;
+#endif
 }
+
+/// A number in both halves.
+template <unsigned x> constexpr unsigned TWICE = x << 16 | x;
 
 template <int WORDS> __device__ __forceinline__ void load_words(unsigned (&words)[WORDS], const unsigned char* from) {
     const unsigned* source = reinterpret_cast<const unsigned*>(from);
@@ -100,6 +97,8 @@ template <typename W> struct Dense {
     static constexpr int GROUP = CHUNK;
     static constexpr bool SCALED = false;
     static constexpr bool MIN = false;
+    /// Spans of two rows that a lane loads at once.
+    static constexpr int DEPTH = 1;
 
     /// What a lane has of a span.
     struct Codes {
@@ -109,12 +108,13 @@ template <typename W> struct Dense {
 
     static __device__ __forceinline__ long long row_bytes(int k) { return static_cast<long long>((k + 7) / 8 * 8) * sizeof(W); }
 
-    static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* row, int k, int span, int t) {
+    /// What lane t has of a span; `whole` says that the span does not reach beyond the row.
+    static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* row, int k, int span, int t, bool whole = false) {
+        row += (span * (SPAN / 8) + t) * (8 * sizeof(W));
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
-            int first = span * SPAN + c * CHUNK + column<GROUP>(0, t);
-            if (first < k) {
-                load_words(codes.words[c], row + first * static_cast<long long>(sizeof(W)));
+            if (whole || span * SPAN + c * CHUNK + column<GROUP>(0, t) < k) {
+                load_words(codes.words[c], row + c * (CHUNK * sizeof(W)));
             } else {
 #pragma unroll
                 for (unsigned& word : codes.words[c]) word = 0;
@@ -165,6 +165,7 @@ template <int LOW, int HIGH, int OFFSET, int GROUP_, bool NESTED, bool MIN_, boo
     static constexpr bool SCALED = true;
     static constexpr bool MIN = MIN_;
     static constexpr int BITS = TABLE ? 8 : LOW + HIGH;
+    static constexpr int DEPTH = LOW + HIGH > 4 ? 1 : 2;
     /// Groups of a span.
     static constexpr int GROUPS = SPAN / GROUP;
     /// Bytes of the scales of a span.
@@ -186,7 +187,7 @@ template <int LOW, int HIGH, int OFFSET, int GROUP_, bool NESTED, bool MIN_, boo
         return (static_cast<long long>(spans(k)) * (16 * (LOW + HIGH) + SCALE_BYTES) + (k + 255) / 256 * NESTED_BYTES + 15) / 16 * 16;
     }
 
-    static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* row, int k, int span, int t) {
+    static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* row, int k, int span, int t, bool = false) {
         load_words(codes.low, row + (span * 4 + t) * (4 * LOW));
         if constexpr (HIGH > 0) load_words(codes.high, row + spans(k) * (16 * LOW) + (span * 4 + t) * (4 * HIGH));
     }
@@ -209,35 +210,51 @@ template <int LOW, int HIGH, int OFFSET, int GROUP_, bool NESTED, bool MIN_, boo
 
     /// The codes of a chunk in M, exact.
     template <typename M> static __device__ __forceinline__ void pairs(unsigned (&pair)[4], const Codes& codes, int chunk) {
+        // Where a code is the low end of a mantissa, M's number is a power of two and the code; what is too much is taken off.
+        constexpr bool F16 = SAME<M, f16>;
+        constexpr unsigned POWER = TWICE<F16 ? 0x6400 : 0x4300>;
 #pragma unroll
-        for (int p = 0; p < 4; p++) pair[p] = exact_pair<M, BITS, OFFSET>(code_pair(codes, 4 * chunk + p));
+        for (int p = 0; p < 4; p++) {
+            int f = 4 * chunk + p;
+            if constexpr (F16 || BITS < 8) {
+                unsigned code = TABLE ? code_pair<0>(codes, f) | POWER : code_pair<POWER>(codes, f);
+                pair[p] = subtract_pairs<M>(code, POWER | TWICE<OFFSET>);
+            } else {
+                // As floats they have 8 significant bits at most, so that their upper halves are all of them.
+                pair[p] = __byte_perm(__float_as_uint(code_number(codes, f, 0)), __float_as_uint(code_number(codes, f, 1)), 0x7632);
+            }
+        }
     }
 
     /// The weights of a chunk.
     static __device__ __forceinline__ void values(float (&value)[8], const Codes& codes, const Scales& scales, int chunk) {
 #pragma unroll
-        for (int p = 0; p < 4; p++) {
-            int group = GROUP == CHUNK ? chunk : 2 * chunk + p / 2;
-            unsigned both = code_pair(codes, 4 * chunk + p);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float product = scale(scales, group) * byte_number<OFFSET>(both, 2 * i);
-                value[2 * p + i] = MIN ? product + minimum(scales, group) : product;
-            }
+        for (int i = 0; i < 8; i++) {
+            int group = GROUP == CHUNK ? chunk : 2 * chunk + i / 4;
+            float product = scale(scales, group) * code_number(codes, 4 * chunk + i / 2, i % 2);
+            value[i] = MIN ? product + minimum(scales, group) : product;
         }
     }
 
 private:
-    template <int B> static __device__ __forceinline__ unsigned field(const unsigned* words, int f) {
+    /// Moved so that its field f begins at bit `to`: the second half's at bit `to` of the upper half.
+    template <int B> static __device__ __forceinline__ unsigned moved(const unsigned* words, int f, int to) {
         constexpr int PER_WORD = 16 / B;
-        constexpr unsigned MASK = (1u << B) - 1;
-        return words[f / PER_WORD] >> f % PER_WORD * B & (MASK | MASK << 16);
+        int from = f % PER_WORD * B;
+        return from >= to ? words[f / PER_WORD] >> (from - to) : words[f / PER_WORD] << (to - from);
     }
 
-    static __device__ __forceinline__ unsigned code_pair(const Codes& codes, int f) {
-        unsigned both = field<LOW>(codes.low, f);
-        if constexpr (HIGH > 0) both |= field<HIGH>(codes.high, f) << LOW;
+    /// The codes of a pair, one in each half, and the bits of `base`; of a table its values.
+    template <unsigned base> static __device__ __forceinline__ unsigned code_pair(const Codes& codes, int f) {
+        unsigned both = masked_or(moved<LOW>(codes.low, f, 0), TWICE<(1 << LOW) - 1>, base);
+        if constexpr (HIGH > 0) both = masked_or(moved<HIGH>(codes.high, f, LOW), TWICE<((1 << HIGH) - 1) << LOW>, both);
         return TABLE ? look_up(both) : both;
+    }
+
+    /// A code of a pair.
+    static __device__ __forceinline__ float code_number(const Codes& codes, int f, int half) {
+        if constexpr (LOW == 8) return byte_number<OFFSET>(codes.low[f / 2], f % 2 + 2 * half);
+        return byte_number<OFFSET>(code_pair<0>(codes, f), 2 * half);
     }
 
     static __device__ __forceinline__ float number(const Scales& scales, int i, f16 factor) {

@@ -17,6 +17,14 @@ template <typename KV> __device__ inline KV keep(float x) {
 /// One warp writes one head of one position.
 template <typename T, typename KV>
 __device__ inline void keep_row(const T* from, KV* to, int width, float*) {
+    if constexpr (Same<T, KV>::value) {
+        // Rows of whole parts of 16 bytes begin at one.
+        constexpr int N = WIDE<T>;
+        if (width % N == 0) {
+            for (int i = lane_id() * N; i < width; i += LANES * N) store(to + i, load<N>(from + i));
+            return;
+        }
+    }
     for (int i = lane_id(); i < width; i += LANES) to[i] = keep<KV>(to_float(from[i]));
 }
 

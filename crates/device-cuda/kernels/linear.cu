@@ -1,7 +1,7 @@
 // Products with weights, and rows of weights.
 //
 // kernel         of what                                                       bound by
-// product        up to 64 rows of 16 bits, weights of 16 bits or in blocks     bandwidth: each weight is read once per 16 · TILES rows
+// product        up to 64 rows of 16 bits, weights of 16 bits or in blocks     bandwidth: each weight is read once for 8 · TILES rows
 // product_f32    few rows, sums of f32 products: weights or rows in f32        bandwidth up to 8 rows, then f32 arithmetic
 // unpack         weights as numbers: embeddings, and panels for cuBLASLt       bandwidth
 // add_bias       behind a product of cuBLASLt                                  bandwidth
@@ -30,182 +30,181 @@ __device__ __forceinline__ Weight weight_of_block(const Group& group, int featur
 #pragma unroll
     for (int i = 1; i < 4; i++) {
         int blocks = (weight.out_features + features - 1) / features;
-        if (block < blocks) break;
-        block -= blocks;
-        weight = group.weight[i];
+        if (block >= blocks) block -= blocks, weight = group.weight[i];
     }
     return weight;
 }
 
-/// The pairs of x `[rows, k]` that lane t multiplies with those of a weight: of a chunk that starts at a column. Zero beyond the edges.
-template <typename F, typename M>
-__device__ __forceinline__ void load_pairs(unsigned (&pair)[4], const M* x, bool inside, int k, int start, int t) {
+/// The pairs of x that a lane multiplies with those of a weight, from the first of its columns of a chunk on.
+template <typename F, typename M> __device__ __forceinline__ void load_pairs(unsigned (&pair)[4], const M* from) {
+    constexpr int TOGETHER = F::GROUP == CHUNK ? 4 : 2;
 #pragma unroll
-    for (unsigned& both : pair) both = 0;
-    if (!inside) return;
-    if (!F::SCALED && k % 8 != 0) {
-        // Rows begin anywhere.
+    for (int j = 0; j < 4 / TOGETHER; j++) {
+        Vec<unsigned, TOGETHER> read = load<TOGETHER>(reinterpret_cast<const unsigned*>(from + 16 * j));
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int at = start + column<F::GROUP>(i / 4, t) + i % 4;
-            if (at < k) pair[i / 2] |= static_cast<unsigned>(x[at].bits) << i % 2 * 16;
-        }
-    } else if (start + column<F::GROUP>(0, t) < k) {
-        const unsigned* words = reinterpret_cast<const unsigned*>(x + start);
-        constexpr int TOGETHER = F::GROUP == CHUNK ? 4 : 2;
-#pragma unroll
-        for (int j = 0; j < 4 / TOGETHER; j++) {
-            Vec<unsigned, TOGETHER> read = load<TOGETHER>(words + column<F::GROUP>(j, t) / 2);
-#pragma unroll
-            for (int i = 0; i < TOGETHER; i++) pair[j * TOGETHER + i] = read[i];
-        }
+        for (int i = 0; i < TOGETHER; i++) pair[j * TOGETHER + i] = read[i];
     }
 }
 
-/// The most warps that share out the columns of `product`.
-template <int TILES> constexpr int WARPS = TILES == 1 ? 8 : 4;
-
-/// `out = x · Wᵀ + bias` on tensor cores: x `[rows, k]` in M, in f32 sums, out in Y.
-///
-/// A block has 8 · PANELS features and 16 · TILES rows; its warps take spans of k in turn and are added up in one order. Rows are the 16 of a
-/// tensor core's product and features its 8, so that small weights still fill the chip. Codes of blocks are exact in M: the product of a
-/// group with them is multiplied by its scale in f32, and its minimum by the group's sum of x. So no weight is rounded; but floats in
-/// another type than M are.
-///
-/// A warp has the next span's weights on their way while it multiplies: 64 bytes for a lane, 32 KiB on an SM with two blocks, where
-/// bandwidth times latency is about 22 KiB (H200: 4.8 TB/s, 132 SMs, 600 ns).
-///
-/// Grid: panels of all weights, tiles of rows. Block: 32 lanes of 2, 4 or 8 (WARPS) warps.
-template <typename F, typename M, typename Y, int TILES, int PANELS>
-__global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) product(Group group, const M* x, int rows, int k) {
-    __shared__ float partial[WARPS<TILES> / 2][TILES * PANELS * 4][LANES];
-    constexpr int FEATURES = 8 * PANELS;
-    constexpr bool AHEAD = TILES == 1;
-    int panel;
-    const Weight weight = weight_of_block(group, FEATURES, panel);
-    const int lane = lane_id(), g = lane / 4, t = lane % 4, warp = warp_id(), warps = blockDim.x / LANES;
-    const int first = panel * FEATURES, first_row = blockIdx.y * (16 * TILES);
-    const long long stride = F::row_bytes(k);
-    // Features beyond the last are those of the last.
-    auto feature = [&](int i) { return weight.rows + min(first + i, weight.out_features - 1) * stride; };
-
-    struct Span {
-        typename F::Codes codes[PANELS];
-        typename F::Scales scales[PANELS][2];
-    };
-    auto load_span = [&](Span& into, int span) {
+/// `sum[tile] += a · b[tile]`: a of weights, b of x, each of half a chunk.
+template <typename M, int TILES> __device__ __forceinline__ void multiply_half(float (&sum)[TILES][4], const unsigned (&a)[4], const unsigned (&x)[TILES][4], int half) {
 #pragma unroll
-        for (int p = 0; p < PANELS; p++) {
-            F::load_codes(into.codes[p], feature(8 * p + g), k, span, t);
-            // Of the features whose sums this lane holds.
-            if constexpr (F::SCALED) {
+    for (int i = 0; i < TILES; i++) {
+        const unsigned b[2] = {x[i][2 * half], x[i][2 * half + 1]};
+        mma_16816<M>(sum[i], a, b);
+    }
+}
+
+/// What a warp has of 16 features in a span: of lane `4g + t` the columns that t has, of features g and g + 8.
+template <typename F> struct Span {
+    typename F::Codes codes[2];
+    typename F::Scales scales[2];
+
+    __device__ __forceinline__ void load(const unsigned char* const (&row)[2], int k, int span, int t, bool whole) {
 #pragma unroll
-                for (int i = 0; i < 2; i++) F::load_scales(into.scales[p][i], feature(8 * p + 2 * t + i), k, span);
-            }
+        for (int i = 0; i < 2; i++) {
+            F::load_codes(codes[i], row[i], k, span, t, whole);
+            F::load_scales(scales[i], row[i], k, span);
         }
-    };
+    }
 
-    float sum[TILES][PANELS][4] = {};
-    Span now, next;
-    if (AHEAD && warp < spans(k)) load_span(next, warp);
-    for (int span = warp; span < spans(k); span += warps) {
-        if constexpr (AHEAD) {
-            now = next;
-            if (span + warps < spans(k)) load_span(next, span + warps);
+    /// Adds the products of a chunk, of floats and of codes under scales. A chunk is one group or two.
+    template <typename M, int TILES> __device__ __forceinline__ void multiply(float (&sum)[TILES][4], const unsigned (&x)[TILES][4], const float (&row_sum)[2][TILES][4], int chunk) const {
+        unsigned a[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            unsigned pair[4];
+            F::template pairs<M>(pair, codes[i], chunk);
+#pragma unroll
+            for (int p = 0; p < 4; p++) a[p / 2][p % 2 * 2 + i] = pair[p];
+        }
+        if constexpr (!F::SCALED) {
+            multiply_half<M>(sum, a[0], x, 0);
+            multiply_half<M>(sum, a[1], x, 1);
         } else {
-            load_span(now, span);
-        }
+            constexpr int PARTS = CHUNK / F::GROUP;
+            float product[PARTS][TILES][4] = {};
+            multiply_half<M>(product[0], a[0], x, 0);
+            multiply_half<M>(product[PARTS - 1], a[1], x, 1);
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
-            unsigned a[TILES][2][4];
+            for (int part = 0; part < PARTS; part++) {
+                int group = PARTS * chunk + part;
+                float scale[2] = {F::scale(scales[0], group), F::scale(scales[1], group)};
+                float minimum[2] = {};
+                if constexpr (F::MIN) minimum[0] = F::minimum(scales[0], group), minimum[1] = F::minimum(scales[1], group);
 #pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                unsigned upper[4], lower[4];
-                int row = first_row + 16 * i + g, start = span * SPAN + c * CHUNK;
-                load_pairs<F>(upper, x + static_cast<long long>(row) * k, row < rows, k, start, t);
-                load_pairs<F>(lower, x + static_cast<long long>(row + 8) * k, row + 8 < rows, k, start, t);
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    a[i][j][0] = upper[2 * j], a[i][j][1] = lower[2 * j];
-                    a[i][j][2] = upper[2 * j + 1], a[i][j][3] = lower[2 * j + 1];
-                }
-            }
-            if constexpr (!F::SCALED) {
-#pragma unroll
-                for (int p = 0; p < PANELS; p++) {
-                    unsigned pair[4];
-                    F::template pairs<M>(pair, now.codes[p], c);
-#pragma unroll
-                    for (int i = 0; i < TILES; i++) {
-                        mma_16816<M>(sum[i][p], a[i][0], {pair[0], pair[1]});
-                        mma_16816<M>(sum[i][p], a[i][1], {pair[2], pair[3]});
-                    }
-                }
-            } else {
-                // A chunk is one group or two.
-                constexpr int PARTS = CHUNK / F::GROUP;
-                float row_sum[PARTS][TILES][4] = {};
-                if constexpr (F::MIN) {
-                    const unsigned ones[2] = {TWICE_ONE<M>, TWICE_ONE<M>};
-#pragma unroll
-                    for (int i = 0; i < TILES; i++) {
-                        mma_16816<M>(row_sum[0][i], a[i][0], ones);
-                        mma_16816<M>(row_sum[PARTS - 1][i], a[i][1], ones);
-                    }
-                }
-#pragma unroll
-                for (int p = 0; p < PANELS; p++) {
-                    unsigned pair[4];
-                    F::template pairs<M>(pair, now.codes[p], c);
-                    float scale[PARTS][2], minimum[PARTS][2];
-#pragma unroll
-                    for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            scale[part][i] = F::scale(now.scales[p][i], PARTS * c + part);
-                            minimum[part][i] = F::MIN ? F::minimum(now.scales[p][i], PARTS * c + part) : 0;
-                        }
-                    }
-#pragma unroll
-                    for (int i = 0; i < TILES; i++) {
-                        float product[PARTS][4] = {};
-                        mma_16816<M>(product[0], a[i][0], {pair[0], pair[1]});
-                        mma_16816<M>(product[PARTS - 1], a[i][1], {pair[2], pair[3]});
-#pragma unroll
-                        for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-                            for (int e = 0; e < 4; e++) {
-                                float& s = sum[i][p][e];
-                                s = fmaf(scale[part][e % 2], product[part][e], s);
-                                if (F::MIN) s = fmaf(minimum[part][e % 2], row_sum[part][i][e], s);
-                            }
-                        }
-                    }
+                for (int i = 0; i < TILES * 4; i++) {
+                    float& s = sum[i / 4][i % 4];
+                    s = fmaf(scale[i % 4 / 2], product[part][i / 4][i % 4], s);
+                    if (F::MIN) s = fmaf(minimum[i % 4 / 2], row_sum[part][i / 4][i % 4], s);
                 }
             }
         }
     }
+};
+
+/// The most warps that share out the columns of `product`.
+template <int TILES> constexpr int WARPS = TILES <= 2 ? 8 : 4;
+
+/// `out = x · Wᵀ + bias` on tensor cores: x `[rows, k]` in M, in f32 sums, out in Y. k is a multiple of 8.
+///
+/// A block has 16 · PANELS features and 8 · TILES rows; its warps take spans of k in turn and are added up in one order. Codes of blocks
+/// are exact in M: the product of a group with them is multiplied by its scale in f32, and its minimum by the group's sum of x. So no
+/// weight is rounded; but floats in another type than M are.
+///
+/// To have the memory busy (H200: 4.8 TB/s · 600 ns are 22 KiB for each of 132 SMs) a lane loads 32 to 128 bytes of weights before it
+/// multiplies, and an SM holds 24 warps. Then all that may cost time is what a lane does for a weight: at 4 bits an SM has 3.4
+/// instructions for each, at 16 bits 12. So features are the 16 of a tensor core's product, whose registers are written where they are
+/// needed, and rows its 8, which are read as they are needed; and loads have no conditions: rows beyond the last are the last one again,
+/// since rows do not mix and nobody stores those.
+///
+/// Grid: panels of all weights, tiles of rows. Block: 32 lanes of 1, 2, 4 or 8 (WARPS) warps.
+template <typename F, typename M, typename Y, int TILES, int PANELS>
+__global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) product(Group group, const M* x, int rows, int k) {
+    constexpr int FEATURES = 16 * PANELS, SUMS = PANELS * TILES * 4, DEPTH = TILES <= 2 ? F::DEPTH : 1;
+    __shared__ float partial[WARPS<TILES> / 2][SUMS][LANES];
+
+    int panel;
+    const Weight weight = weight_of_block(group, FEATURES, panel);
+    const int lane = lane_id(), g = lane / 4, t = lane % 4, warp = warp_id(), warps = blockDim.x / LANES;
+    const int first = panel * FEATURES, first_row = blockIdx.y * (8 * TILES);
+    const unsigned char* feature[PANELS][2];
+#pragma unroll
+    for (int i = 0; i < PANELS * 2; i++) {
+        int row = min(first + 8 * i + g, weight.out_features - 1);
+        feature[i / 2][i % 2] = weight.rows + row * F::row_bytes(k);
+    }
+    const M* from[TILES];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        from[i] = x + static_cast<long long>(min(first_row + 8 * i + g, rows - 1)) * k + column<F::GROUP>(0, t);
+    }
+
+    float sum[PANELS][TILES][4] = {};
+    auto multiply = [&](const Span<F>(&with)[PANELS], int span, bool whole) {
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+            unsigned pair[TILES][4];
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                int start = span * SPAN + c * CHUNK;
+                // Behind the last column weights are zero: x may be any number of the row.
+                if (!whole && start + column<F::GROUP>(0, t) >= k) start = -column<F::GROUP>(0, t);
+                load_pairs<F>(pair[i], from[i] + start);
+            }
+            float row_sum[2][TILES][4] = {};
+            if constexpr (F::MIN) {
+                const unsigned ones[4] = {ONES<M>, ONES<M>, ONES<M>, ONES<M>};
+                multiply_half<M>(row_sum[0], ones, pair, 0);
+                multiply_half<M>(row_sum[F::GROUP == CHUNK ? 0 : 1], ones, pair, 1);
+            }
+#pragma unroll
+            for (int p = 0; p < PANELS; p++) with[p].template multiply<M>(sum[p], pair, row_sum, c);
+        }
+    };
+
+    const int whole_spans = k / SPAN;
+    for (int start = warp; start < whole_spans; start += DEPTH * warps) {
+        Span<F> span[DEPTH][PANELS];
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+#pragma unroll
+            for (int p = 0; p < PANELS; p++) {
+                if (start + d * warps < whole_spans) span[d][p].load(feature[p], k, start + d * warps, t, true);
+            }
+        }
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            if (start + d * warps < whole_spans) multiply(span[d], start + d * warps, true);
+        }
+    }
+    if (whole_spans < spans(k) && whole_spans % warps == warp) {
+        Span<F> span[PANELS];
+#pragma unroll
+        for (int p = 0; p < PANELS; p++) span[p].load(feature[p], k, whole_spans, t, false);
+        multiply(span, whole_spans, false);
+    }
 
     // The upper half of the warps gives its sums to the lower, until one has all.
-    float(&sums)[TILES * PANELS * 4] = reinterpret_cast<float(&)[TILES * PANELS * 4]>(sum);
+    float(&sums)[SUMS] = reinterpret_cast<float(&)[SUMS]>(sum);
     for (int half = warps / 2; half > 0; half /= 2) {
         __syncthreads();
         if (warp >= half && warp < 2 * half) {
 #pragma unroll
-            for (int i = 0; i < TILES * PANELS * 4; i++) partial[warp - half][i][lane] = sums[i];
+            for (int i = 0; i < SUMS; i++) partial[warp - half][i][lane] = sums[i];
         }
         __syncthreads();
         if (warp < half) {
 #pragma unroll
-            for (int i = 0; i < TILES * PANELS * 4; i++) sums[i] += partial[warp][i][lane];
+            for (int i = 0; i < SUMS; i++) sums[i] += partial[warp][i][lane];
         }
     }
     if (warp > 0) return;
     Y* out = static_cast<Y*>(weight.out);
 #pragma unroll
-    for (int i = 0; i < TILES * PANELS * 4; i++) {
-        int row = first_row + i / (4 * PANELS) * 16 + i / 2 % 2 * 8 + g;
-        int at = first + i / 4 % PANELS * 8 + 2 * t + i % 2;
+    for (int i = 0; i < SUMS; i++) {
+        int row = first_row + i / 4 % TILES * 8 + 2 * t + i % 2;
+        int at = first + i / (4 * TILES) * 16 + i % 4 / 2 * 8 + g;
         if (row < rows && at < weight.out_features) {
             float bias = weight.bias ? weight.bias[at] : 0;
             out[static_cast<long long>(row) * weight.out_features + at] = from_float<Y>(sums[i] + bias);
@@ -213,7 +212,7 @@ __global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) prod
     }
 }
 
-/// `out = x · Wᵀ + bias` in f32: x `[rows, k]` in X, out in f32. A block has one feature, and 8 rows, that share its weights.
+/// `out = x · Wᵀ + bias` in f32: x `[rows, k]` in X, k a multiple of 8, out in f32. A block has one feature, and 8 rows, that share its weights.
 ///
 /// Grid: features of all weights, groups of 8 rows. Block: any number of warps.
 template <typename F, typename X> __global__ void __launch_bounds__(128) product_f32(Group group, const X* x, int rows, int k) {
@@ -230,7 +229,7 @@ template <typename F, typename X> __global__ void __launch_bounds__(128) product
         int span = unit / 4, t = unit % 4;
         typename F::Codes codes;
         typename F::Scales scales;
-        F::load_codes(codes, row, k, span, t);
+        F::load_codes(codes, row, k, span, t, false);
         F::load_scales(scales, row, k, span);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
@@ -242,14 +241,9 @@ template <typename F, typename X> __global__ void __launch_bounds__(128) product
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     if (r >= rows || at >= k) continue;
-                    const X* from = x + static_cast<long long>(r) * k + at;
-                    if (k % 4 == 0) {
-                        Vec<X, 4> read = load<4>(from);
+                    Vec<X, 4> read = load<4>(x + static_cast<long long>(r) * k + at);
 #pragma unroll
-                        for (int i = 0; i < 4; i++) sum[r] = fmaf(to_float(read[i]), value[4 * j + i], sum[r]);
-                    } else {
-                        for (int i = 0; i < min(4, k - at); i++) sum[r] = fmaf(to_float(from[i]), value[4 * j + i], sum[r]);
-                    }
+                    for (int i = 0; i < 4; i++) sum[r] = fmaf(to_float(read[i]), value[4 * j + i], sum[r]);
                 }
             }
         }
@@ -276,7 +270,7 @@ __global__ void __launch_bounds__(128) unpack(const unsigned char* weight, const
     out += static_cast<long long>(blockIdx.x) * k;
     typename F::Codes codes;
     typename F::Scales scales;
-    F::load_codes(codes, row, k, span, t);
+    F::load_codes(codes, row, k, span, t, false);
     F::load_scales(scales, row, k, span);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
@@ -295,6 +289,15 @@ __global__ void __launch_bounds__(128) unpack(const unsigned char* weight, const
             }
         }
     }
+}
+
+/// Rows `[cols]` of x as rows `[padded]` of out with zeros behind, rounded to Y.
+///
+/// Grid and block: a thread per element of out.
+template <typename X, typename Y> __global__ void __launch_bounds__(256) pad_rows(const X* x, Y* out, long long count, int cols, int padded) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    long long row = i / padded, column = i % padded;
+    if (i < count) out[i] = from_float<Y>(column < cols ? to_float(x[row * cols + column]) : 0);
 }
 
 /// `out[r, i] = x[r, i] + bias[i]`, `[count / cols, cols]`, or x in another type where there is no bias; out may be x.

@@ -24,10 +24,21 @@ use crate::tensor::{DataType, Tensor};
 
 /// Elements by which rows in shared memory are longer than what they hold, as kernels have it.
 pub(crate) const PAD: usize = 8;
-/// Positions of a split at least: fewer are not worth what joining them costs.
-const SHORTEST: usize = 128;
 /// Splits at most: every thread that joins them reads as many numbers.
 const MOST: usize = 64;
+
+/// A reason to split contexts: until there are so many blocks for each multiprocessor, as long as splits have so many
+/// positions.
+#[derive(Debug, Clone, Copy)]
+struct Reason {
+    blocks: usize,
+    positions: usize,
+}
+
+/// Blocks of one token are short: few of them leave the device idle, and the more there are the more evenly they end.
+const SINGLE_REASONS: [Reason; 2] = [Reason { blocks: 2, positions: 64 }, Reason { blocks: 16, positions: 256 }];
+/// Those of many tokens leave much to join.
+const WIDE_REASONS: [Reason; 1] = [Reason { blocks: 2, positions: 512 }];
 
 /// How a layer's elements are kept beside activations of a type.
 #[derive(Debug, Clone, Copy)]
@@ -113,11 +124,10 @@ impl Pass<'_> {
     /// Runs `attend` with a number of splits and a place for what they leave, and joins them. Without splits it needs
     /// `blocks` blocks.
     fn split(&self, blocks: u32, attend: impl FnOnce(u32, Arg) -> Result<()>) -> Result<()> {
-        // Blocks of one token are many and short, and the more there are the more evenly they end; those of many tokens
-        // leave much to join.
-        let waves = if self.tiles.tokens == 1 { 16 } else { 2 };
-        let visible = self.window.map_or(usize::MAX, usize::next_power_of_two).min(self.tiles.longest());
-        let splits = splits(blocks as usize, visible, waves * self.gpu.multiprocessors() as usize);
+        let reasons = if self.tiles.tokens == 1 { &SINGLE_REASONS[..] } else { &WIDE_REASONS };
+        let visible = self.window.and_then(usize::checked_next_power_of_two).unwrap_or(usize::MAX);
+        let longest = visible.min(self.tiles.longest());
+        let splits = splits(reasons, blocks as usize, longest, self.gpu.multiprocessors() as usize);
         if splits == 1 {
             return attend(1, partials(0, 0));
         }
@@ -164,12 +174,11 @@ fn partials(sums: u64, weights: u64) -> Arg {
     Pod::default().ptr(sums).ptr(weights).arg()
 }
 
-/// How many splits: a power of two, so many that there are about `wanted` blocks, none shorter than [`SHORTEST`].
-fn splits(blocks: usize, longest: usize, wanted: usize) -> usize {
-    let most = (longest / SHORTEST).clamp(1, MOST);
-    let fill = (wanted / blocks.max(1)).max(1);
-    let power = |n: usize| 1 << n.ilog2();
-    power(most.min(fill))
+/// How many splits: a power of two, so that few lengths of a context change it.
+fn splits(reasons: &[Reason], blocks: usize, longest: usize, multiprocessors: usize) -> usize {
+    let of = |reason: &Reason| (reason.blocks * multiprocessors / blocks.max(1)).min(longest / reason.positions);
+    let most = reasons.iter().map(of).max().unwrap_or(1).clamp(1, MOST);
+    1 << most.ilog2()
 }
 
 /// `Scores` of kernels.
@@ -336,12 +345,12 @@ mod tests {
 
     #[test]
     fn contexts_are_split_until_the_device_is_full_and_no_further_than_is_worth_it() {
-        assert_eq!(splits(8, 100, 2112), 1);
-        assert_eq!(splits(8, 4096, 2112), 32);
-        assert_eq!(splits(8, 1 << 20, 2112), MOST);
-        assert_eq!(splits(512, 4096, 2112), 4);
-        assert_eq!(splits(4096, 4096, 2112), 1);
-        assert_eq!(splits(100, 4096, 264), 2);
+        let single = |blocks, longest| splits(&SINGLE_REASONS, blocks, longest, 132);
+        assert_eq!([64, 128, 4096, 1 << 20].map(|longest| single(8, longest)), [1, 2, 32, MOST]);
+        assert_eq!([8, 512, 1024, 4096].map(|blocks| single(blocks, 4096)), [32, 4, 2, 1]);
+        let wide = |blocks, longest| splits(&WIDE_REASONS, blocks, longest, 132);
+        assert_eq!([512, 1024, 1 << 20].map(|longest| wide(16, longest)), [1, 2, 16]);
+        assert_eq!(wide(300, 1 << 20), 1);
     }
 
     #[test]

@@ -18,10 +18,13 @@ use crate::tensor::DataType;
 const SPAN: usize = 128;
 /// Columns of which a lane has eight.
 const CHUNK: usize = 32;
-/// What floats are padded to.
-const PAD: usize = 8;
 /// Bytes that are packed and copied at a time.
 const PART: usize = 4 << 20;
+
+/// Columns of a row of floats with what pads it: rows begin at multiples of 16 bytes.
+pub(crate) fn padded(k: usize) -> usize {
+    k.next_multiple_of(8)
+}
 
 /// The floats of a format; `None` of blocks.
 pub(crate) fn float(format: WeightFormat) -> Option<DataType> {
@@ -45,7 +48,7 @@ pub(crate) fn type_name(format: WeightFormat) -> String {
 pub(crate) fn row_bytes(format: WeightFormat, k: usize) -> usize {
     match format {
         WeightFormat::Ggml(format) => Layout::of(format).row_bytes(k),
-        _ => k.next_multiple_of(PAD) * float(format).expect("no blocks").bytes(),
+        _ => padded(k) * float(format).expect("no blocks").bytes(),
     }
 }
 
@@ -104,18 +107,18 @@ fn packed<'a>(src: &HostTensor<'a>, format: WeightFormat) -> Cow<'a, [u8]> {
         (WeightFormat::Ggml(format), _) => {
             Layout::of(format).pack(&src.to_blocks(&|values| format.quantize(values)), k).into()
         }
-        (_, Some(floats)) if format == src.dtype().into() => padded(floats.into(), float(format), k),
-        _ => padded(float(format).expect("no blocks").encode(&src.to_f32()).into(), float(format), k),
+        (_, Some(floats)) if format == src.dtype().into() => pad(floats.into(), float(format), k),
+        _ => pad(float(format).expect("no blocks").encode(&src.to_f32()).into(), float(format), k),
     }
 }
 
 /// Rows of floats, each with zeros behind it.
-fn padded(floats: Cow<'_, [u8]>, dtype: Option<DataType>, k: usize) -> Cow<'_, [u8]> {
+fn pad(floats: Cow<'_, [u8]>, dtype: Option<DataType>, k: usize) -> Cow<'_, [u8]> {
     let size = dtype.expect("no blocks").bytes();
-    if k.is_multiple_of(PAD) {
+    if k == padded(k) {
         return floats;
     }
-    let zeros = vec![0; (k.next_multiple_of(PAD) - k) * size];
+    let zeros = vec![0; (padded(k) - k) * size];
     floats.chunks_exact(k * size).flat_map(|row| [row, &zeros].concat()).collect()
 }
 

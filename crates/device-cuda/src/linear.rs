@@ -15,7 +15,7 @@ use std::sync::Arc;
 use baton_device::{BlockFormat, HostLinear, Result, Rows, WeightFormat};
 
 use crate::blas::Matmul;
-use crate::blocks::{self, type_name};
+use crate::blocks::{self, padded, type_name};
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
 use crate::program::{Kernel, Source};
@@ -75,17 +75,12 @@ struct Product {
     kernel: Kernel,
 }
 
-impl Linear {
-    /// Whether a product is our own kernels'.
-    fn direct(&self, rows: usize) -> bool {
-        let as_it_lies = blocks::float(self.format) == Some(self.kernels.math);
-        let few = match self.kernels.math {
-            DataType::F32 if as_it_lies => FEW_F32,
-            _ if as_it_lies => FEW,
-            _ => SOME,
-        };
-        // cuBLASLt takes rows that are multiples of 16 bytes.
-        rows <= few || !self.in_features.is_multiple_of(8)
+/// The most rows whose product is our own kernels'.
+fn few(format: WeightFormat, math: DataType) -> usize {
+    match (blocks::float(format) == Some(math), math) {
+        (true, DataType::F32) => FEW_F32,
+        (true, _) => FEW,
+        (false, _) => SOME,
     }
 }
 
@@ -151,7 +146,7 @@ impl LinearKernels {
         let (f, m, s, y) = (type_name(format), math.name(), sums.name(), out.name());
         let tiled = |(tiles, panels, warps): (usize, usize, usize)| {
             let kernel = kernel(format!("product<{f}, {m}, {y}, {tiles}, {panels}>"))?;
-            Ok(Product { input: math, tile: [16 * tiles, 8 * panels], warps, kernel })
+            Ok(Product { input: math, tile: [8 * tiles, 16 * panels], warps, kernel })
         };
         let exact = |input: DataType| {
             let kernel = kernel(format!("product_f32<{f}, {}>", input.name()))?;
@@ -160,8 +155,11 @@ impl LinearKernels {
         let products = match math {
             DataType::F32 if self.activations == DataType::F32 => vec![exact(DataType::F32)?],
             DataType::F32 => vec![exact(self.activations)?, exact(DataType::F32)?],
-            _ if blocks::float(format) == Some(math) => vec![tiled((1, 1, 8))?],
-            _ => [(1, 1, 8), (2, 4, 4), (4, 4, 4)].into_iter().map(tiled).collect::<Result<_>>()?,
+            _ => {
+                let tiles = [(1, 1, 8), (2, 1, 8), (4, 2, 4), (8, 2, 4)];
+                let few = tiles.into_iter().filter(|(tiles, ..)| 8 * tiles <= few(format, math));
+                few.map(tiled).collect::<Result<_>>()?
+            }
         };
         Ok(Kernels {
             products,
@@ -181,19 +179,19 @@ impl LinearKernels {
         let to = out.output(ids.len(), table.kernels.out);
         let ids_bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
         let address = self.gpu.upload(&self.ids, &ids_bytes)?;
-        self.unpack(table, &table.kernels.embed, (address, 0), ids.len(), to)
+        self.unpack(table, &table.kernels.embed, (address, 0), [ids.len(), table.in_features], to)
     }
 
-    /// Rows of a weight: those at `ids`, or `rows` of them from `first` on.
+    /// Rows of a weight, so many of so many columns: those at `ids`, or those from `first` on.
     fn unpack(
         &self,
         weight: &Linear,
         kernel: &Kernel,
         (ids, first): (u64, usize),
-        rows: usize,
+        [rows, k]: [usize; 2],
         out: u64,
     ) -> Result<()> {
-        let lanes = weight.in_features.div_ceil(128) * 4;
+        let lanes = k.div_ceil(128) * 4;
         let threads = lanes.next_multiple_of(32).min(128);
         let grid = [rows as u32, lanes.div_ceil(threads) as u32, 1];
         let launch = Launch { grid, block: [threads as u32, 1, 1], shared: 0 };
@@ -201,7 +199,7 @@ impl LinearKernels {
             Arg::Ptr(weight.weight.address()),
             Arg::Ptr(ids),
             Arg::I32(first as i32),
-            Arg::I32(weight.in_features as i32),
+            Arg::I32(k as i32),
             Arg::Ptr(out),
         ];
         self.gpu.launch(kernel, launch, &args)
@@ -222,13 +220,13 @@ impl LinearKernels {
         for parts in parts.chunk_by(|(a, _), (b, _)| a.format == b.format) {
             let weight = parts[0].0;
             let Kernels { products, math, .. } = &weight.kernels;
-            let direct = weight.direct(rows);
-            let fits = x.dtype() == *math || direct && products.iter().any(|product| product.input == x.dtype());
-            let converted = if fits { None } else { Some(self.convert(x, *math)?) };
+            let direct = rows <= few(weight.format, *math);
+            let taken = x.dtype() == *math || direct && products.iter().any(|product| product.input == x.dtype());
+            let converted = if taken && x.cols() == padded(x.cols()) { None } else { Some(self.convert(x, *math)?) };
             let (input, dtype) = converted.as_ref().map_or((x.address(), x.dtype()), |to| (to.address(), *math));
             if direct {
                 let fitting = || products.iter().filter(|product| product.input == dtype);
-                let product = fitting().find(|product| rows <= product.tile[0]).or(fitting().last());
+                let product = fitting().find(|product| rows <= product.tile[0]).or(fitting().next_back());
                 let product = product.expect("a product of M");
                 parts.chunks(GROUP).try_for_each(|parts| self.product(product, input, rows, parts))?;
             } else {
@@ -238,16 +236,25 @@ impl LinearKernels {
         Ok(())
     }
 
-    /// `x` in another type.
+    /// `x` in another type, its rows padded as those of weights are.
     fn convert(&self, x: &Tensor, to: DataType) -> Result<Buffer> {
-        let converted = self.gpu.scratch(x.rows() * x.cols() * to.bytes())?;
-        rows::convert(&self.gpu, x, (converted.address(), to))?;
+        let columns = padded(x.cols());
+        let count = x.rows() * columns;
+        let converted = self.gpu.scratch(count * to.bytes())?;
+        if columns == x.cols() {
+            rows::convert(&self.gpu, x, (converted.address(), to))?;
+            return Ok(converted);
+        }
+        let kernel = self.gpu.kernel(Source::Linear, format!("pad_rows<{}, {}>", x.dtype().name(), to.name()))?;
+        let addresses = [x.address(), converted.address()].map(Arg::Ptr);
+        let shape = [Arg::I64(count as i64), Arg::I32(x.cols() as i32), Arg::I32(columns as i32)];
+        self.gpu.launch(&kernel, one_each(count), &[&addresses[..], &shape].concat())?;
         Ok(converted)
     }
 
     /// The product with up to [`GROUP`] weights of one format, in one launch.
     fn product(&self, product: &Product, x: u64, rows: usize, parts: &[(&Linear, u64)]) -> Result<()> {
-        let k = parts[0].0.in_features;
+        let k = padded(parts[0].0.in_features);
         let [tile_rows, features] = product.tile;
         let blocks: usize = parts.iter().map(|(weight, _)| weight.out_features.div_ceil(features)).sum();
         // A power of two, as sums are added up in halves. Where blocks are many, the shorter end of each is worth more than
@@ -265,8 +272,8 @@ impl LinearKernels {
 
     /// The product by cuBLASLt.
     fn many_rows(&self, x: u64, rows: usize, weight: &Linear, out: u64) -> Result<()> {
-        let Linear { format, out_features: n, in_features: k, ref kernels, .. } = *weight;
-        let Kernels { math, sums, out: output, ref widen, ref add_bias, .. } = *kernels;
+        let (format, n, k) = (weight.format, weight.out_features, padded(weight.in_features));
+        let Kernels { math, sums, out: output, ref widen, ref add_bias, .. } = weight.kernels;
         let wide = if sums == output { None } else { Some(self.gpu.scratch(rows * n * sums.bytes())?) };
         let to = wide.as_ref().map_or(out, Buffer::address);
         let product = Matmul { rows, n, k, input: math, output: sums, out_stride: n, x, weight: 0, out: to };
@@ -277,7 +284,7 @@ impl LinearKernels {
             let widened = self.gpu.scratch(part * k * math.bytes())?;
             for first in (0..n).step_by(part) {
                 let rows = part.min(n - first);
-                self.unpack(weight, widen, (0, first), rows, widened.address())?;
+                self.unpack(weight, widen, (0, first), [rows, k], widened.address())?;
                 let out = to + (first * sums.bytes()) as u64;
                 self.gpu.matmul(&Matmul { n: rows, weight: widened.address(), out, ..product })?;
             }
@@ -287,10 +294,14 @@ impl LinearKernels {
         }
         let bias = weight.bias.as_ref().map_or(0, Buffer::address);
         let count = rows * n;
-        let launch = Launch { grid: [count.div_ceil(256) as u32, 1, 1], block: [256, 1, 1], shared: 0 };
         let args = [Arg::Ptr(to), Arg::Ptr(bias), Arg::Ptr(out), Arg::I64(count as i64), Arg::I32(n as i32)];
-        self.gpu.launch(add_bias, launch, &args)
+        self.gpu.launch(add_bias, one_each(count), &args)
     }
+}
+
+/// A thread for each of so many elements.
+fn one_each(count: usize) -> Launch {
+    Launch { grid: [count.div_ceil(256) as u32, 1, 1], block: [256, 1, 1], shared: 0 }
 }
 
 /// `Group` of `kernels/linear.cu`.

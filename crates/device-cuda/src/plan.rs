@@ -108,17 +108,19 @@ impl Tiles {
         start as usize..end as usize
     }
 
-    /// Parts whose rows are at most `span` apart.
+    /// Parts whose rows are at most `span` apart, which is no less than the tokens of a tile.
     pub(crate) fn parts(&self, span: usize) -> impl Iterator<Item = Self> {
         let mut start = 0;
         std::iter::from_fn(move || {
-            let whole = |end: usize| Self {
-                address: self.address + (start * size_of::<[i32; 2]>()) as u64,
-                tokens: self.tokens,
-                list: self.list[start..end].to_vec(),
-            };
-            let end = (start + 1..=self.list.len()).take_while(|&end| whole(end).rows().len() <= span).last()?;
-            let part = whole(end);
+            let first = self.list.get(start)?;
+            let (mut low, mut high) = (first.row, first.row);
+            let together = self.list[start..].iter().take_while(|tile| {
+                (low, high) = (low.min(tile.row), high.max(tile.row + tile.tokens));
+                (high - low) as usize <= span
+            });
+            let end = start + together.count();
+            let address = self.address + (start * size_of::<[i32; 2]>()) as u64;
+            let part = Self { address, tokens: self.tokens, list: self.list[start..end].to_vec() };
             start = end;
             Some(part)
         })

@@ -38,12 +38,14 @@ impl Rope {
     }
 }
 
+/// Kernels met so far, by name and types.
+type Known = HashMap<(&'static str, [Option<DataType>; 3]), Kernel>;
+
 /// The kernels of this file, for activations of a type.
 pub(crate) struct RowKernels {
     gpu: Arc<Gpu>,
     activations: DataType,
-    /// Those met so far, by name and types.
-    kernels: Mutex<HashMap<(&'static str, [Option<DataType>; 3]), Kernel>>,
+    kernels: Mutex<Known>,
     gathered: Slot,
     added: Slot,
 }
@@ -263,9 +265,4 @@ fn runs(x: &Tensor, weight: &Vector) -> (Launch, [Arg; 3]) {
     };
     let launch = Launch { grid: [blocks as u32, 1, 1], block: [threads as u32, 1, 1], shared: 0 };
     (launch, [Arg::I64(runs as i64), Arg::I32(width as i32), Arg::I32(i32::from(warps))])
-}
-
-pub(crate) fn not_yet<T>(gpu: &Gpu) -> Result<T> {
-    let (device, reason) = (gpu.name().to_owned(), "its kernels are not there yet".into());
-    Err(baton_device::DeviceError::Execution { device, op: "operation", reason })
 }

@@ -4,7 +4,7 @@ mod common;
 
 use baton_device::conformance::{self, Case, random_blocks, uniform};
 use baton_device::{
-    Backend, BlockFormat, DType, ExpertSource, HostExperts, HostTensor, MoeOps, Reference, Result, Routing, Scoring,
+    BlockFormat, DType, ExpertSource, HostExperts, HostTensor, MoeOps, Reference, Result, Routing, Scoring,
     WeightFormat,
 };
 use common::Simulator;

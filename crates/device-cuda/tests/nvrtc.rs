@@ -20,7 +20,7 @@ const LINE: &str = "kernel\t";
 #[test]
 fn every_kernel_compiles_for_ampere_and_hopper() {
     let Some(folder) = std::env::var_os("BATON_NVRTC") else {
-        println!("skipped, no NVRTC: BATON_NVRTC names no folder");
+        eprintln!("skipped, no NVRTC: BATON_NVRTC names no folder");
         return;
     };
     let wanted = wanted();
@@ -32,7 +32,7 @@ fn every_kernel_compiles_for_ampere_and_hopper() {
         for chip in CHIPS {
             let code = compile(source, &names, chip).unwrap_or_else(|log| panic!("{source} for {chip:?}: {log}"));
             assert_eq!(code.get(..4), Some(b"\x7fELF".as_slice()), "{source} for {chip:?}");
-            println!("{source} for {chip:?}: {} kernels, {} bytes", names.len(), code.len());
+            eprintln!("{source} for {chip:?}: {} kernels, {} bytes", names.len(), code.len());
         }
     }
 }
@@ -57,6 +57,7 @@ fn wanted() -> BTreeMap<Source, Vec<String>> {
 
 #[test]
 #[ignore = "lists for the other test what the cases ask for"]
+#[allow(clippy::print_stdout)] // its output is what it is for
 fn list() {
     let simulator = Simulator::new();
     for dtype in [DType::F32, DType::F16, DType::BF16] {

@@ -136,7 +136,12 @@ pub extern "C" fn cublasLtMatmulDescDestroy(handle: u64) -> i32 {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cublasLtMatmulDescSetAttribute(handle: u64, attribute: i32, from: *const c_void, bytes: usize) -> i32 {
+pub extern "C" fn cublasLtMatmulDescSetAttribute(
+    handle: u64,
+    attribute: i32,
+    from: *const c_void,
+    bytes: usize,
+) -> i32 {
     blas("cublasLtMatmulDescSetAttribute", |m| {
         let desc = m.blas.descs.get_mut(handle)?;
         let turned = |operation: i32| match operation {
@@ -175,7 +180,12 @@ pub extern "C" fn cublasLtMatrixLayoutDestroy(handle: u64) -> i32 {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cublasLtMatrixLayoutSetAttribute(handle: u64, attribute: i32, from: *const c_void, bytes: usize) -> i32 {
+pub extern "C" fn cublasLtMatrixLayoutSetAttribute(
+    handle: u64,
+    attribute: i32,
+    from: *const c_void,
+    bytes: usize,
+) -> i32 {
     blas("cublasLtMatrixLayoutSetAttribute", |m| {
         let layout = m.blas.layouts.get_mut(handle)?;
         match attribute {

@@ -16,3 +16,11 @@ mod nvrtc;
 mod stream;
 
 pub use nvrtc::live as live_programs;
+
+/// All of them, for tests.
+#[cfg(test)]
+pub mod exports {
+    pub use super::{
+        blas::*, context::*, copy::*, event::*, graph::*, memory::*, module::*, nccl::*, nvrtc::*, stream::*,
+    };
+}

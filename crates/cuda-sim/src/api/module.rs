@@ -51,7 +51,9 @@ pub extern "C" fn cuFuncSetAttribute(function: u64, attribute: i32, value: i32) 
         let most = shared_memory_of_block(m.settings.cc);
         let function = m.functions.get_mut(function)?;
         match attribute {
-            MAX_DYNAMIC_SHARED_SIZE_BYTES if value >= 0 && value as u32 <= most => function.dynamic_shared = value as u32,
+            MAX_DYNAMIC_SHARED_SIZE_BYTES if value >= 0 && value as u32 <= most => {
+                function.dynamic_shared = value as u32
+            }
             MAX_DYNAMIC_SHARED_SIZE_BYTES => {
                 return Err(fail!(cuda::INVALID_VALUE, "{value} bytes of shared memory: a block has at most {most}"));
             }
@@ -152,7 +154,8 @@ impl Machine {
             return Err(fail!(cuda::INVALID_HANDLE, "the function belongs to another context than the thread's"));
         }
         let name = found.library.name(found.kernel);
-        let within = |size: &[u32; 3], most: &[u32; 3]| size.iter().zip(most).all(|(size, most)| (1..=*most).contains(size));
+        let within =
+            |size: &[u32; 3], most: &[u32; 3]| size.iter().zip(most).all(|(size, most)| (1..=*most).contains(size));
         if !within(&grid, &MAX_GRID) {
             return Err(fail!(cuda::INVALID_VALUE, "{name}: a grid of {grid:?} blocks"));
         }

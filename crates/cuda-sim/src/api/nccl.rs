@@ -107,7 +107,12 @@ impl Machine {
         }
         let found = self.rings.entry(ring).or_default();
         if found.size != 0 && found.size != size as u32 || found.ranks.contains_key(&(rank as u32)) {
-            return Err(fail!(INVALID_USAGE, "rank {rank} of {size} in a ring of {} with {:?}", found.size, found.ranks));
+            return Err(fail!(
+                INVALID_USAGE,
+                "rank {rank} of {size} in a ring of {} with {:?}",
+                found.size,
+                found.ranks
+            ));
         }
         found.size = size as u32;
         let communicator = self.communicators.insert(Communicator::new(ring, rank as u32, device));

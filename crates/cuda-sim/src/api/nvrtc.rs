@@ -192,7 +192,9 @@ pub extern "C" fn nvrtcGetProgramLogSize(program: u64, size: *mut usize) -> i32 
 
 #[unsafe(no_mangle)]
 pub extern "C" fn nvrtcGetProgramLog(program: u64, log: *mut c_char) -> i32 {
-    with(program, |program| copy_out(log, program.log.as_bytes()).and_then(|()| give(log.wrapping_add(program.log.len()), 0)))
+    with(program, |program| {
+        copy_out(log, program.log.as_bytes()).and_then(|()| give(log.wrapping_add(program.log.len()), 0))
+    })
 }
 
 /// None for portable code.

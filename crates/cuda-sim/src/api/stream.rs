@@ -150,10 +150,11 @@ pub extern "C" fn cuStreamEndCapture(stream: u64, graph: *mut u64) -> i32 {
 pub extern "C" fn cuStreamIsCapturing(stream: u64, status: *mut i32) -> i32 {
     in_context("cuStreamIsCapturing", |m, context| {
         let handle = m.stream(context, stream)?;
-        let state = m.streams.get(handle)?.capture.as_ref().map_or(flag::CAPTURE_NONE, |capture| match capture.broken {
-            true => flag::CAPTURE_INVALIDATED,
-            false => flag::CAPTURE_ACTIVE,
-        });
+        let state =
+            m.streams.get(handle)?.capture.as_ref().map_or(flag::CAPTURE_NONE, |capture| match capture.broken {
+                true => flag::CAPTURE_INVALIDATED,
+                false => flag::CAPTURE_ACTIVE,
+            });
         put(status, state)
     })
 }

@@ -1,1 +1,10 @@
-//! Rules of the simulator, each with a test.
+//! Rules of the simulator, each with a test, through the exported functions.
+
+mod collectives;
+mod faults;
+mod graphs;
+mod harness;
+mod kernels;
+mod memory;
+mod products;
+mod programs;
