@@ -7,6 +7,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::process::Command;
+use std::time::Instant;
 
 use baton_device::{Backend, DType, conformance};
 use baton_device_cuda::{Source, compile};
@@ -30,9 +31,11 @@ fn every_kernel_compiles_for_ampere_and_hopper() {
     baton_device_cuda::probe(0);
     for (source, names) in wanted {
         for chip in CHIPS {
+            let began = Instant::now();
             let code = compile(source, &names, chip).unwrap_or_else(|log| panic!("{source} for {chip:?}: {log}"));
             assert_eq!(code.get(..4), Some(b"\x7fELF".as_slice()), "{source} for {chip:?}");
-            eprintln!("{source} for {chip:?}: {} kernels, {} bytes", names.len(), code.len());
+            let (kernels, bytes, seconds) = (names.len(), code.len(), began.elapsed().as_secs_f32());
+            eprintln!("{source} for {chip:?}: {kernels} kernels, {bytes} bytes, {seconds:.1} s");
         }
     }
 }
