@@ -116,7 +116,7 @@ fn decode_steps_are_one_graph_each_and_allocate_nothing() {
     assert_eq!((after.uploads - before.uploads, after.reads - before.reads), (3 * STEPS, STEPS));
     assert!((after.uploaded - before.uploaded) / STEPS < 1024, "{} bytes", after.uploaded - before.uploaded);
     assert_eq!(after.read - before.read, 4 * STEPS);
-    println!("{} launches a step, {} graphs", (after.launches - before.launches) / STEPS, after.captures);
+    eprintln!("{} launches a step, {} graphs", (after.launches - before.launches) / STEPS, after.captures);
 }
 
 #[test]
