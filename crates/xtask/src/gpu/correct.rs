@@ -46,7 +46,13 @@ const SANITIZED: [&str; 5] = ["norm", "rope", "linear", "attention", "moe"];
 /// `baton doctor`: libraries, driver, chip.
 pub fn doctor(site: &Site, until: Instant) -> Result<Found> {
     let ended = site.run("doctor", &["doctor", "--json"], until)?;
-    Ok(Found::new(ended.succeeded().err().into_iter().collect(), site.output("doctor").unwrap_or_default()))
+    let found = site.output("doctor").unwrap_or_default();
+    let problems = found["problems"].as_array().into_iter().flatten().filter_map(|problem| problem.as_str());
+    let mut reasons: Vec<String> = problems.map(str::to_owned).collect();
+    if reasons.is_empty() {
+        reasons.extend(ended.succeeded().err());
+    }
+    Ok(Found::new(reasons, found))
 }
 
 /// `baton selftest`: every operation in bf16, f16 and f32, then the bundled model.
