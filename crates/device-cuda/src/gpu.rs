@@ -38,8 +38,6 @@ pub(crate) enum Arg {
     Ptr(u64),
     /// `int`.
     I32(i32),
-    /// `unsigned`.
-    U32(u32),
     /// `long long`.
     I64(i64),
     /// `float`.
@@ -189,17 +187,6 @@ impl Gpu {
         self.call("fill", &[address, bytes as u64, u64::from(value)], move |context, stream| {
             // SAFETY: the memory is the caller's until the stream has passed.
             context.check("fill", unsafe { sys::cuMemsetD8Async(address, value, bytes, stream) })
-        })
-    }
-
-    /// Queues a copy on the device; the ranges do not overlap.
-    pub(crate) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.call("copy", &[from, to, bytes as u64], move |context, stream| {
-            // SAFETY: both ranges are the caller's until the stream has passed.
-            context.check("copy", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, stream) })
         })
     }
 
