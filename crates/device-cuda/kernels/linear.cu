@@ -146,9 +146,9 @@ template <int TILES> constexpr bool APART = TILES > 2;
 ///
 /// To have the memory busy (H200: 4.8 TB/s · 600 ns are 22 KiB for each of 132 SMs) a lane loads 32 to 128 bytes of weights before it
 /// multiplies, and an SM holds 24 warps. Then all that may cost time is what a lane does for a weight: at 4 bits an SM has 3.4
-/// instructions for each, at 16 bits 12 (with one tile it takes 2.8 for Q4_0, 4.6 for Q4_K, 1.2 for bf16). So features are the 16 of a tensor core's product, whose registers are written where they are
-/// needed, and rows its 8, which are read as they are needed; and loads have no conditions: rows beyond the last are the last one again,
-/// since rows do not mix and nobody stores those.
+/// instructions for each, at 16 bits 12 (with one tile it takes 2.8 for Q4_0, 4.6 for Q4_K, 1.2 for bf16). So features are the 16 of a
+/// tensor core's product, whose registers are written where they are needed, and rows its 8, which are read as they are needed; and loads
+/// have no conditions: rows beyond the last are the last one again, since rows do not mix and nobody stores those.
 ///
 /// Grid: features of all weights, tiles of rows, parts of k (if they are more than one, out is f32 `[parts, rows, out_features]`, without
 /// bias). Block: 32 lanes of 1, 2, 4 or 8 (WARPS) warps; of WARPS if they are APART, and else k has one part.
