@@ -30,9 +30,9 @@ const MOST: usize = 64;
 /// A reason to split contexts: until there are so many blocks for each multiprocessor, as long as splits have so many
 /// positions.
 #[derive(Debug, Clone, Copy)]
-struct Reason {
-    blocks: usize,
-    positions: usize,
+pub(crate) struct Reason {
+    pub(crate) blocks: usize,
+    pub(crate) positions: usize,
 }
 
 /// Blocks of one token are short: few of them leave the device idle, and the more there are the more evenly they end.
@@ -117,6 +117,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) width: usize,
     /// Positions that a token sees.
     pub(crate) window: Option<usize>,
+    /// Why the context of one token is split.
+    pub(crate) reasons: &'a [Reason],
     /// `[rows, heads * width]`.
     pub(crate) out: u64,
 }
@@ -125,7 +127,7 @@ impl Pass<'_> {
     /// Runs `attend` with a number of splits and a place for what they leave, and joins them. Without splits it needs
     /// `blocks` blocks.
     fn split(&self, blocks: u32, attend: impl FnOnce(u32, Arg) -> Result<()>) -> Result<()> {
-        let reasons = if self.tiles.tokens == 1 { &SINGLE_REASONS[..] } else { &WIDE_REASONS };
+        let reasons = if self.tiles.tokens == 1 { self.reasons } else { &WIDE_REASONS };
         let visible = self.window.and_then(usize::checked_next_power_of_two).unwrap_or(usize::MAX);
         let longest = visible.min(self.tiles.longest());
         let splits = splits(reasons, blocks as usize, longest, self.gpu.multiprocessors() as usize);
@@ -322,7 +324,17 @@ impl AttentionKernels {
         let (scores, group) = (scores(params), query_heads / kv_heads);
         for tiles in plan.tiles() {
             let (merge, blocks) = (&full.rows.merge, plan.blocks());
-            let pass = Pass { gpu, merge, blocks, tiles, heads: query_heads, width: head_dim, window, out };
+            let pass = Pass {
+                gpu,
+                merge,
+                blocks,
+                tiles,
+                heads: query_heads,
+                width: head_dim,
+                window,
+                reasons: &SINGLE_REASONS,
+                out,
+            };
             match full.kernel(tiles.tokens, group) {
                 Some(Tiled { kernel, shared, heads }) => {
                     let blocks = kv_heads * group.div_ceil(*heads);
