@@ -15,7 +15,7 @@ use crate::blocks;
 use crate::cache::{KvCache, Layer, expect};
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
-use crate::plan::AttentionPlan;
+use crate::plan::{AttentionPlan, FEW};
 use crate::program::{Kernel, Source};
 use crate::tensor::{DataType, Tensor};
 
@@ -24,7 +24,7 @@ const PART: usize = 1024;
 /// Pairs of a token and a head in a block, and positions of a tile, as the kernel has them.
 const PAIRS: usize = 64;
 const KEYS: usize = 32;
-/// Why the context of one token is split. A block has a multiprocessor to itself, and a split of one token leaves a row of
+/// Why the context of a few tokens is split. A block has a multiprocessor to itself, and a split of a token leaves a row of
 /// sums for each head: with 128 heads as many bytes as some 200 positions of latents, written and read again.
 const REASONS: [Reason; 2] = [Reason { blocks: 1, positions: 128 }, Reason { blocks: 4, positions: 2048 }];
 
@@ -205,7 +205,9 @@ impl LatentKernels {
         let scores = scores(&params);
         // Loads are of 16 bytes.
         let tiled = absorbed.tiled.as_ref().filter(|_| [weight.nope, rope].iter().all(|width| width.is_multiple_of(8)));
-        for tiles in plan.tiles().flat_map(|tiles| tiles.parts(PART)) {
+        // As many tokens as there is room for beside each other's heads.
+        let few = FEW.into_iter().rev().find(|tokens| tokens * count <= PAIRS).unwrap_or(1);
+        for tiles in plan.tiles(few).flat_map(|tiles| tiles.parts(PART)) {
             let rows = tiles.rows();
             let room = || gpu.scratch(rows.len() * count * rank * size);
             let (queries, mixed) = (room()?, room()?);
