@@ -15,8 +15,10 @@ use crate::{
 const SPACE: u64 = 1 << 43;
 /// Blocks start on this boundary, in bytes.
 const ALIGNMENT: u64 = 256;
-/// Protection is by the page; this is a multiple of it on every machine.
+/// Protection is by the page; this is a multiple of it on every machine. Large blocks lie in huge pages where there are any: each task opens
+/// and closes its device's memory, which costs time for each page.
 const PAGE: u64 = 64 << 10;
+const HUGE_PAGE: u64 = 2 << 20;
 /// What memory holds before anybody writes it: NaN.
 pub const GARBAGE: u8 = 0xff;
 
@@ -28,9 +30,15 @@ struct Block {
 impl Block {
     /// First page and bytes of the pages that hold a block.
     fn pages(&self, address: u64) -> (u64, u64) {
-        let first = address / PAGE * PAGE;
-        (first, (address + self.bytes).next_multiple_of(PAGE) - first)
+        let page = page_of(self.bytes);
+        let first = address / page * page;
+        (first, (address + self.bytes).next_multiple_of(page) - first)
     }
+}
+
+/// Of a block of so many bytes.
+fn page_of(bytes: u64) -> u64 {
+    if bytes < HUGE_PAGE { PAGE } else { HUGE_PAGE }
 }
 
 /// What an address is.
@@ -60,13 +68,17 @@ impl Memory {
 
     /// A block of `bytes`, full of garbage, whose end is the end of what may be touched.
     pub fn allocate(&mut self, device: u32, bytes: u64) -> Option<u64> {
-        let end = (self.next + bytes.next_multiple_of(ALIGNMENT)).next_multiple_of(PAGE);
-        if end + PAGE > self.start + SPACE - PAGE {
+        let page = page_of(bytes);
+        let end = (self.next.next_multiple_of(page) + bytes.next_multiple_of(ALIGNMENT)).next_multiple_of(page);
+        if end + page > self.start + SPACE - PAGE {
             return None;
         }
-        self.next = end + PAGE;
+        self.next = end + page;
         let address = end - bytes.next_multiple_of(ALIGNMENT);
         let block = Block { device, bytes };
+        let (first, length) = block.pages(address);
+        // SAFETY: a hint about pages of ours that nobody uses yet; it may be refused.
+        unsafe { libc::madvise(first as *mut _, length as usize, libc::MADV_HUGEPAGE) };
         protect(block.pages(address), true);
         // SAFETY: the pages were made writable just now, and belong to no other block.
         unsafe { std::ptr::write_bytes(address as *mut u8, GARBAGE, (end - address) as usize) };

@@ -293,11 +293,8 @@ impl Machine {
 /// Waits until each stream has completed its task at the position.
 pub fn synchronize(mut guard: Guard, targets: &[(u64, u64)]) -> (Guard, Result<(), Fail>) {
     for &(stream, position) in targets {
-        loop {
-            let context = match guard.streams.get(stream) {
-                Ok(stream) => stream.context,
-                Err(_) => break,
-            };
+        while let Ok(found) = guard.streams.get(stream) {
+            let context = found.context;
             let blocked = match guard.advance(stream, position) {
                 Ok(progress) => progress == Progress::Blocked,
                 Err(failure) => return (guard, Err(failure)),

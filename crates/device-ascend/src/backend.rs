@@ -40,7 +40,8 @@ pub struct AscendOptions {
     pub timeout: Duration,
     /// Wait behind every operator, so that an error names its cause.
     pub blocking: bool,
-    /// Take fused operators where chip and shape allow; without them everything is composed of simple ones, for comparisons.
+    /// Take fused operators, and weights in FRACTAL_NZ, where chip and shape allow; without them everything is composed of simple
+    /// operators on weights as they are, for comparisons.
     pub fused: bool,
 }
 
@@ -101,15 +102,6 @@ impl AscendBackend {
         let places = ranks::join(&owners)?;
         backends.iter_mut().zip(places).for_each(|(backend, place)| backend.place = place);
         Ok(backends)
-    }
-
-    /// Memory of the device, as the runtime tells it: what this backend has reserved is not free.
-    ///
-    /// # Errors
-    /// What failed on the device, now or before.
-    pub fn memory(&self) -> Result<DeviceMemory> {
-        let (free, total) = self.owner.call("memory", |device| device.memory())?;
-        Ok(DeviceMemory { total: total as u64, free: free as u64 })
     }
 
     /// Memory of the device that is in use here, was, and is reserved.
@@ -203,6 +195,12 @@ impl Backend for AscendBackend {
         self.place.world
     }
 
+    fn memory(&self) -> Result<Option<DeviceMemory>> {
+        let (free, total) = self.owner.call("memory", |device| device.memory())?;
+        let MemoryUse { reserved, used, .. } = self.memory_use()?;
+        Ok(Some(DeviceMemory { total: total as u64, free: (free + reserved - used) as u64 }))
+    }
+
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {
         Tensor::new(&self.owner, capacity, cols, self.activations)
     }
@@ -212,7 +210,7 @@ impl Backend for AscendBackend {
     }
 
     fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
-        Linear::new(&self.owner, self.activations, src)
+        Linear::new(self, src)
     }
 
     fn rope_table(&self, src: &HostRope) -> Result<Rope> {
@@ -235,6 +233,7 @@ impl Backend for AscendBackend {
     }
 
     fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+        assert!(table.is_table, "rows are looked up in what was prepared as a table");
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
         below(ids, table.out_features);
         let (ids, out) = (indices(ids), out.output(ids.len(), table.dtype()));

@@ -222,12 +222,18 @@ impl Device {
             if size >= bytes {
                 return Ok(address);
             }
-            self.workspace = None;
-            self.free(address);
+            self.release_workspace();
         }
         let address = self.alloc(bytes)?;
         self.workspace = Some((address, bytes));
         Ok(address)
+    }
+
+    /// Gives the workspace back, which otherwise stays as large as the largest was.
+    pub(crate) fn release_workspace(&mut self) {
+        if let Some((address, _)) = self.workspace.take() {
+            self.free(address);
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use libloading::Library;
 
 use crate::abi::Symbol;
-use crate::abi::operators::Operators;
+use crate::abi::operators::{MATMUL_WEIGHT_SIZE, MatmulWeightSize, Operators};
 use crate::abi::runtime::{Collectives, Meta, Runtime};
 
 /// What a library is for.
@@ -114,6 +114,7 @@ pub(crate) struct Acl {
     pub(crate) runtime: Runtime,
     pub(crate) meta: Meta,
     pub(crate) operators: Operators,
+    pub(crate) matmul_weight_size: Option<MatmulWeightSize>,
     pub(crate) collectives: Option<Collectives>,
     /// What was opened and what was tried.
     pub(crate) attempts: Vec<Attempt>,
@@ -139,6 +140,10 @@ impl Acl {
         // SAFETY: both phases come from one library, and have the types of the list by CANN's ABI.
         let operators = unsafe { Operators::load(|name| libraries.iter().find_map(|library| both(library, name))) };
         finds.symbols.extend(Operators::NAMES.iter().map(|&name| (name, operators.has(name))));
+        let size = libraries.iter().find_map(|library| symbol(library, MATMUL_WEIGHT_SIZE));
+        // SAFETY: by CANN's ABI a function of this name has this type.
+        let matmul_weight_size: Option<MatmulWeightSize> = size.map(|symbol| unsafe { symbol.cast() });
+        finds.symbols.insert(MATMUL_WEIGHT_SIZE, matmul_weight_size.is_some());
         let Finds { attempts, symbols, .. } = finds;
         let missing: Vec<_> = [
             (Role::Runtime, runtime.is_some()),
@@ -151,7 +156,7 @@ impl Acl {
         let (Some(runtime), Some(meta), []) = (runtime, meta, missing.as_slice()) else {
             return Err(Unavailable { reason: reason(&missing, &attempts), attempts });
         };
-        Ok(Box::leak(Box::new(Self { runtime, meta, operators, collectives, attempts, symbols })))
+        Ok(Box::leak(Box::new(Self { runtime, meta, operators, matmul_weight_size, collectives, attempts, symbols })))
     }
 }
 

@@ -1,5 +1,5 @@
-//! Linear weights: float weights as the checkpoint has them, `[out, in]`, read transposed by the product; weights in blocks
-//! as [`crate::quant`] has them.
+//! Linear weights: float weights as the checkpoint has them, `[out, in]`, read transposed by the product, or brought into the
+//! blocks that matrix units read ([`crate::ops::fractal`]); weights in a file's blocks as [`crate::quant`] has them.
 //!
 //! A product is in the weight's type with f32 sums: bf16 and f16 weights meet activations in that type and give it, f32
 //! weights give f32, so what must not be rounded (router logits) is not. Where activations are f32 for comparisons, all
@@ -7,12 +7,14 @@
 
 use std::sync::Arc;
 
-use baton_device::{DType, DeviceError, HostLinear, HostTensor, Result as SeamResult, WeightFormat};
+use baton_device::{DType, DeviceError, HostLinear, HostTensor, Purpose, Result as SeamResult, WeightFormat};
 
+use crate::backend::AscendBackend;
 use crate::device::{Device, encode};
 use crate::error::AscendError;
-use crate::object::{DataType, View};
-use crate::ops::index;
+use crate::forms::{self, WeightShape};
+use crate::object::{DataType, Tensor, View};
+use crate::ops::{fractal, index};
 use crate::owner::Owner;
 use crate::quant::{self, Blocks, BlocksView, block_bytes};
 use crate::tensor::{Buffer, Vector};
@@ -21,6 +23,8 @@ use crate::tensor::{Buffer, Vector};
 pub struct Linear {
     weight: Weight,
     dtype: DataType,
+    /// Whether rows may be looked up.
+    pub(crate) is_table: bool,
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
     bias: Option<Vector>,
@@ -29,6 +33,8 @@ pub struct Linear {
 enum Weight {
     /// `[out, in]`.
     Float(Buffer),
+    /// The same in FRACTAL_NZ.
+    Fractal(Buffer),
     Blocks(Box<Blocks>),
 }
 
@@ -45,6 +51,8 @@ pub(crate) struct LinearView {
 enum WeightView {
     /// `[out, in]`.
     Float(View),
+    /// `[out, in]`, as it was before it was brought into FRACTAL_NZ.
+    Fractal(View),
     Blocks(BlocksView),
 }
 
@@ -53,10 +61,16 @@ impl LinearView {
     pub(crate) fn float(rows: View) -> Self {
         Self { dtype: rows.dtype, weight: WeightView::Float(rows), bias: None }
     }
+
+    /// What were such rows before they were brought into FRACTAL_NZ.
+    pub(crate) fn fractal(rows: View) -> Self {
+        Self { dtype: rows.dtype, weight: WeightView::Fractal(rows), bias: None }
+    }
 }
 
 impl Linear {
-    pub(crate) fn new(owner: &Arc<Owner>, activations: DataType, src: &HostLinear<'_>) -> SeamResult<Self> {
+    pub(crate) fn new(backend: &AscendBackend, src: &HostLinear<'_>) -> SeamResult<Self> {
+        let (owner, activations, table) = (&backend.owner, backend.activations, src.purpose == Purpose::Table);
         let &[out_features, in_features] = src.weight.shape() else {
             panic!("{}: a linear weight has two dimensions, not {:?}", src.weight.name(), src.weight.shape())
         };
@@ -70,11 +84,17 @@ impl Linear {
             }
             _ => {
                 let (dtype, bytes) = float_bytes(&src.weight, src.format, activations)?;
-                (dtype, Weight::Float(Buffer::with(owner, bytes)?))
+                let shape = WeightShape { dims: [out_features, in_features], dtype, table };
+                let weight = if src.purpose != Purpose::Adapter && forms::weight_in_blocks(backend, shape)? {
+                    Weight::Fractal(fractal_buffer(owner, shape, bytes)?)
+                } else {
+                    Weight::Float(Buffer::with(owner, bytes)?)
+                };
+                (dtype, weight)
             }
         };
         let bias = src.bias.as_ref().map(|bias| Vector::new(owner, &bias.to_f32(), dtype)).transpose()?;
-        Ok(Self { weight, dtype, out_features, in_features, bias })
+        Ok(Self { weight, dtype, is_table: table, out_features, in_features, bias })
     }
 
     /// The type of the product and of its input.
@@ -83,16 +103,27 @@ impl Linear {
     }
 
     pub(crate) fn view(&self) -> LinearView {
+        let dims = [self.out_features, self.in_features];
         let weight = match &self.weight {
-            Weight::Float(buffer) => {
-                let shape = [self.out_features, self.in_features];
-                WeightView::Float(View::new(buffer.address(), self.dtype, &shape))
-            }
+            Weight::Float(buffer) => WeightView::Float(View::new(buffer.address(), self.dtype, &dims)),
+            Weight::Fractal(buffer) => WeightView::Fractal(fractal::with_room(buffer.address(), self.dtype, dims)),
             Weight::Blocks(blocks) => WeightView::Blocks(blocks.view()),
         };
         let bias = self.bias.as_ref().map(|bias| bias.view(self.dtype));
         LinearView { weight, dtype: self.dtype, bias }
     }
+}
+
+/// Rows, brought into FRACTAL_NZ.
+fn fractal_buffer(owner: &Arc<Owner>, shape: WeightShape, rows: Vec<u8>) -> SeamResult<Buffer> {
+    let WeightShape { dims, dtype, .. } = shape;
+    let buffer = Buffer::new(owner, fractal::elements(dims) * dtype.bytes())?;
+    let weight = fractal::with_room(buffer.address(), dtype, dims);
+    owner.call("weight in blocks", move |device| {
+        device.upload(&rows, weight.base)?;
+        fractal::to_blocks(device, &weight)
+    })?;
+    Ok(buffer)
 }
 
 /// The type in which a weight is kept where products are of floats, and its elements in that type: its own bytes where they
@@ -163,9 +194,12 @@ pub(crate) fn linear_group(device: &mut Device, x: &View, group: &[(LinearView, 
 fn linear(device: &mut Device, x: &View, weight: &LinearView, out: &View) -> Result<(), AscendError> {
     match &weight.weight {
         WeightView::Float(rows) => {
-            let math = device.cube_math();
-            let (x, w, y) = (device.tensor(x)?, device.tensor(&rows.swap(0, 1))?, device.tensor(out)?);
-            device.mm(&x, &w, &y, math)?;
+            let weight = device.tensor(&rows.swap(0, 1))?;
+            dense(device, x, &weight, out)?;
+        }
+        WeightView::Fractal(rows) => {
+            let weight = fractal::turned(device, rows)?;
+            dense(device, x, &weight, out)?;
         }
         WeightView::Blocks(blocks) => quant::product(device, x, blocks, out)?,
     }
@@ -177,10 +211,18 @@ fn linear(device: &mut Device, x: &View, weight: &LinearView, out: &View) -> Res
     Ok(())
 }
 
+/// `out = x · weight`, which is `[in, out]`.
+fn dense(device: &mut Device, x: &View, weight: &Tensor, out: &View) -> Result<(), AscendError> {
+    let math = device.cube_math();
+    let (x, out) = (device.tensor(x)?, device.tensor(out)?);
+    device.mm(&x, weight, &out, math)
+}
+
 /// `out[t] = row ids[t]`, in the weight's type.
 pub(crate) fn embed(device: &mut Device, ids: &[i32], table: &LinearView, out: &View) -> Result<(), AscendError> {
     match &table.weight {
         WeightView::Float(rows) => index::embed(device, ids, rows, out),
+        WeightView::Fractal(_) => unreachable!("tables stay rows"),
         WeightView::Blocks(blocks) => {
             index::with_indices(device, ids, |device, ids| quant::rows(device, ids, blocks, out))
         }

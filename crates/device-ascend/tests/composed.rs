@@ -6,7 +6,7 @@ mod common;
 use baton_device::conformance::uniform;
 use baton_device::{
     AttentionBatch, AttentionParams, Backend, DType, DeviceError, HostLatent, HostLinear, HostTensor, KvDtype, KvSpec,
-    LatentOps, LayerKv, Reference, Rows, SequenceSpan, WeightFormat,
+    LatentOps, LayerKv, Purpose, Reference, Rows, SequenceSpan, WeightFormat,
 };
 use common::{A2, Simulator};
 
@@ -246,7 +246,7 @@ fn a_weight_beyond_the_range_of_f16_is_refused_by_name() {
     let b = &simulator.open(A2, DType::F16);
     let bytes: Vec<u8> = [1.0_f32, 70_000.0].iter().flat_map(|x| x.to_le_bytes()).collect();
     let weight = HostTensor::new("loud", DType::F32, vec![1, 2], &bytes);
-    match b.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F16 }) {
+    match b.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F16, purpose: Purpose::Product }) {
         Err(DeviceError::Format { tensor, reason, .. }) => {
             assert_eq!(tensor, "loud");
             assert!(reason.contains("range of f16") && reason.contains("bf16"), "{reason}");

@@ -32,6 +32,8 @@ fn judged(chip: &str, activations: DType, fused: bool) -> BTreeSet<String> {
     }
     assert!(wrong.is_empty(), "{chip} in {activations}: {} of {run}\n{}", wrong.len(), wrong.join("\n"));
     simulator.expect_no_violation();
+    let in_blocks = backend.forms().iter().filter(|line| line.ends_with(": FRACTAL_NZ")).count();
+    assert_eq!(in_blocks > 5, fused && activations != DType::F32, "{:?}", backend.forms());
     missing
 }
 

@@ -11,9 +11,7 @@ use baton_device::{
     LayerKv, MoeOps, Reference, Routing, Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_ascend::AscendBackend;
-use common::{A2, P310, Simulator};
-
-const A3: &str = "Ascend910_9391";
+use common::{A2, A3, P310, Simulator, line};
 
 /// Full attention at the sizes of a model.
 fn attention([heads, kv_heads, head_dim]: [usize; 3], window: Option<usize>, kv: KvDtype) -> Case {
@@ -35,6 +33,9 @@ fn experts(groups: Option<GroupScore>) -> Case {
     Case::Moe { rows: 5, hidden: 96, intermediate: 64, experts: 16, format: WeightFormat::BF16, groups }
 }
 
+/// A weight of a layer, and a table of its shape.
+const LAYER: Case = Case::Linear { rows: 3, in_features: 33, out_features: 17, format: WeightFormat::BF16, bias: true };
+
 /// Runs a case and says how often an operator was launched.
 fn launches(simulator: &Simulator, backend: &AscendBackend, case: &Case, operator: &str) -> u64 {
     simulator.reset();
@@ -42,12 +43,6 @@ fn launches(simulator: &Simulator, backend: &AscendBackend, case: &Case, operato
     assert!(outcome.passed(), "{case:?}: {} over {}; {:?}", outcome.max_error(), outcome.tolerance, backend.forms());
     simulator.expect_no_violation();
     simulator.report()["launches"][operator].as_u64().unwrap_or(0)
-}
-
-/// The line about a family of operations.
-fn line(backend: &AscendBackend, start: &str) -> String {
-    let lines = backend.forms();
-    lines.iter().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{start}: {lines:?}")).clone()
 }
 
 const FUSED_ATTENTION: &str = "aclnnFusedInferAttentionScoreV3";
@@ -112,6 +107,7 @@ fn an_operator_that_refuses_a_shape_or_is_wrong_about_it_is_not_taken() {
         ("aclnnMoeGatingTopKSoftmaxV2", experts(None), "experts"),
         ("aclnnMoeGatingTopK", experts(Some(GroupScore::TwoBest)), "experts"),
         ("aclnnGroupedMatmulV4", experts(None), "experts"),
+        ("aclnnTransMatmulWeight", LAYER, "weight"),
     ] {
         let text = refused(&format!("{operator}:561002"), "refuse", &case, start);
         assert!(text.contains("561002"), "{text}");

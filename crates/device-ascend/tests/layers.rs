@@ -6,8 +6,8 @@ mod common;
 use baton_device::conformance::uniform;
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostLatent,
-    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, RopeLayout, Routing, Scoring,
-    SequenceSpan, WeightFormat,
+    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, RopeLayout, Routing,
+    Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_ascend::AscendBackend;
 use common::{A2, Simulator};
@@ -33,14 +33,18 @@ impl Maker<'_> {
     fn linear(&self, out: usize, into: usize) -> Linear {
         let bytes = Self::bytes(out * into);
         let weight = HostTensor::new("weight", DType::BF16, vec![out, into], &bytes);
-        self.backend.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::BF16 }).unwrap()
+        self.backend
+            .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::BF16, purpose: Purpose::Product })
+            .unwrap()
     }
 
     /// A router: its logits are not rounded.
     fn router(&self, experts: usize) -> Linear {
         let bytes: Vec<u8> = uniform(2, experts * HIDDEN, 0.1).iter().flat_map(|x| x.to_le_bytes()).collect();
         let weight = HostTensor::new("router", DType::F32, vec![experts, HIDDEN], &bytes);
-        self.backend.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32 }).unwrap()
+        self.backend
+            .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
+            .unwrap()
     }
 
     fn norm(&self, width: usize) -> Vector {

@@ -14,7 +14,7 @@ use baton_device::WeightFormat::Ggml;
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Result, Routing, Scoring,
+    HostLatent, HostLinear, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, Result, Routing, Scoring,
     SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
@@ -189,7 +189,7 @@ fn linear_weight(b: &CpuBackend, in_features: usize, out_features: usize, format
         _ => (DType::F32, stored(&[out_features, in_features])),
     };
     let weight = HostTensor::new("bench", dtype, vec![out_features, in_features], &data);
-    b.linear_weight(&HostLinear { weight, bias: None, format })
+    b.linear_weight(&HostLinear { weight, bias: None, format, purpose: Purpose::Product })
 }
 
 fn activation(b: &CpuBackend, rows: usize, cols: usize) -> Result<Tensor> {

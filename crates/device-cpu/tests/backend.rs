@@ -2,7 +2,7 @@
 
 use baton_device::{
     AttentionBatch, AttentionParams, Backend, BlockFormat, DType, DeviceError, HostLinear, HostTensor, KvDtype, KvSpec,
-    LayerKv, SequenceSpan, WeightFormat,
+    LayerKv, Purpose, SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
 
@@ -71,7 +71,8 @@ fn a_large_cache_costs_nothing_until_it_is_used() {
 fn blocks_are_made_of_whole_ones_or_refused() {
     let data = vec![0; 4 * 33 * 4];
     let weight = HostTensor::new("odd", DType::F32, vec![4, 33], &data);
-    let src = HostLinear { weight, bias: None, format: WeightFormat::Ggml(BlockFormat::Q8_0) };
+    let format = WeightFormat::Ggml(BlockFormat::Q8_0);
+    let src = HostLinear { weight, bias: None, format, purpose: Purpose::Product };
     let Err(error) = backend(1).linear_weight(&src) else { panic!("accepted") };
     assert!(error.to_string().contains("odd") && error.to_string().contains("multiple of 32"), "{error}");
 }

@@ -7,8 +7,8 @@ use std::rc::Rc;
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, RopeLayout, Routing,
-    Scoring, SequenceSpan, WeightFormat,
+    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, RopeLayout,
+    Routing, Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
 use proptest::prelude::*;
@@ -97,8 +97,8 @@ proptest! {
                 let in_features = if format == BLOCKS { 32 * blocks } else { 32 * blocks - cut };
                 let weight = Stored::new(seed, &[out_features, in_features]);
                 let bias_values = Stored::new(seed + 1, &[out_features]);
-                let src =
-                    HostLinear { weight: weight.tensor(), bias: bias.then(|| bias_values.tensor()), format };
+                let (weight, bias) = (weight.tensor(), bias.then(|| bias_values.tensor()));
+                let src = HostLinear { weight, bias, format, purpose: Purpose::Product };
                 let inputs = [(in_features, uniform(seed + 2, rows * in_features, 1.0))];
                 rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
                     let mut out = b.tensor(rows, out_features).unwrap();
@@ -117,7 +117,7 @@ proptest! {
         let in_features = blocks * format.elements();
         let data = random_blocks(format, seed, out_features * in_features, 0.3);
         let weight = HostTensor::new("test", DType::Ggml(format), vec![out_features, in_features], &data);
-        let src = HostLinear { weight, bias: None, format: WeightFormat::Ggml(format) };
+        let src = HostLinear { weight, bias: None, format: WeightFormat::Ggml(format), purpose: Purpose::Product };
         let inputs = [(in_features, uniform(seed + 2, rows * in_features, 1.0))];
         for same_isa in backends() {
             rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
@@ -150,7 +150,7 @@ proptest! {
                         stored.tensor()
                     }
                 };
-                let linear = b.linear_weight(&HostLinear { weight, bias: None, format }).unwrap();
+                let linear = b.linear_weight(&HostLinear { weight, bias: None, format, purpose: Purpose::Product }).unwrap();
                 let mut out = b.tensor(rows, out_features).unwrap();
                 b.linear(&x, &linear, &mut out).unwrap();
                 alone.push(bits(b, &out));

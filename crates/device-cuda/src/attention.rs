@@ -36,7 +36,7 @@ struct Reason {
 }
 
 /// Blocks of one token are short: few of them leave the device idle, and the more there are the more evenly they end.
-const SINGLE_REASONS: [Reason; 2] = [Reason { blocks: 2, positions: 64 }, Reason { blocks: 16, positions: 256 }];
+const SINGLE_REASONS: [Reason; 2] = [Reason { blocks: 2, positions: 64 }, Reason { blocks: 32, positions: 256 }];
 /// Those of many tokens leave much to join.
 const WIDE_REASONS: [Reason; 1] = [Reason { blocks: 2, positions: 512 }];
 
@@ -98,7 +98,7 @@ impl RowWise {
             let launch = Launch { grid: [grid[0], grid[1], splits], block: [128, 1, 1], shared: self.shared };
             let rest = [Arg::Ptr(pass.tiles.address), Arg::I32(pass.tiles.tokens as i32), scores.clone(), partials];
             let args: Vec<Arg> =
-                inputs.into_iter().chain([pass.step.clone()]).chain(rest).chain([Arg::Ptr(pass.out)]).collect();
+                inputs.into_iter().chain([Arg::Ptr(pass.blocks)]).chain(rest).chain([Arg::Ptr(pass.out)]).collect();
             pass.gpu.launch(&self.attend, launch, &args)
         })
     }
@@ -108,7 +108,8 @@ impl RowWise {
 pub(crate) struct Pass<'a> {
     pub(crate) gpu: &'a Arc<Gpu>,
     pub(crate) merge: &'a Kernel,
-    pub(crate) step: Arg,
+    /// Block numbers of the step.
+    pub(crate) blocks: u64,
     pub(crate) tiles: &'a Tiles,
     /// Query heads.
     pub(crate) heads: usize,
@@ -161,7 +162,7 @@ impl Pass<'_> {
         let (blocks, tiles) = (blocks as u32, self.tiles.count() as u32);
         self.split(blocks * tiles, |splits, partials| {
             let launch = Launch { grid: [blocks, splits, tiles], block: [threads, 1, 1], shared };
-            let middle = [self.step.clone(), Arg::Ptr(self.tiles.address)];
+            let middle = [Arg::Ptr(self.blocks), Arg::Ptr(self.tiles.address)];
             let args: Vec<Arg> =
                 inputs.into_iter().chain(middle).chain(rest).chain([partials, Arg::Ptr(self.out)]).collect();
             self.gpu.launch(kernel, launch, &args)
@@ -320,8 +321,8 @@ impl AttentionKernels {
         cache.write(gpu, layer, plan, [k.0, v.0])?;
         let (scores, group) = (scores(params), query_heads / kv_heads);
         for tiles in plan.tiles() {
-            let (merge, step) = (&full.rows.merge, plan.step());
-            let pass = Pass { gpu, merge, step, tiles, heads: query_heads, width: head_dim, window, out };
+            let (merge, blocks) = (&full.rows.merge, plan.blocks());
+            let pass = Pass { gpu, merge, blocks, tiles, heads: query_heads, width: head_dim, window, out };
             match full.kernel(tiles.tokens, group) {
                 Some(Tiled { kernel, shared, heads }) => {
                     let blocks = kv_heads * group.div_ceil(*heads);
@@ -347,7 +348,7 @@ mod tests {
     fn contexts_are_split_until_the_device_is_full_and_no_further_than_is_worth_it() {
         let single = |blocks, longest| splits(&SINGLE_REASONS, blocks, longest, 132);
         assert_eq!([64, 128, 4096, 1 << 20].map(|longest| single(8, longest)), [1, 2, 32, MOST]);
-        assert_eq!([8, 512, 1024, 4096].map(|blocks| single(blocks, 4096)), [32, 4, 2, 1]);
+        assert_eq!([8, 512, 1024, 8192].map(|blocks| single(blocks, 4096)), [32, 8, 4, 1]);
         let wide = |blocks, longest| splits(&WIDE_REASONS, blocks, longest, 132);
         assert_eq!([512, 1024, 1 << 20].map(|longest| wide(16, longest)), [1, 2, 16]);
         assert_eq!(wide(300, 1 << 20), 1);

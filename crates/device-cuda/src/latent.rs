@@ -221,9 +221,9 @@ impl LatentKernels {
             per_head(query, &weight.absorb, own(&queries), [rank, weight.nope])?;
 
             let rotated_q = heads(q.0 + (weight.nope * size) as u64, query_row, weight.query());
-            let (merge, step) = (&absorbed.rows.merge, plan.step());
+            let (merge, blocks) = (&absorbed.rows.merge, plan.blocks());
             let pass =
-                Pass { gpu, merge, step, tiles: &tiles, heads: count, width: rank, window: None, out: first_mixed };
+                Pass { gpu, merge, blocks, tiles: &tiles, heads: count, width: rank, window: None, out: first_mixed };
             match tiled {
                 Some((kernel, shared)) => {
                     let blocks = (tiles.tokens * count).div_ceil(PAIRS);

@@ -40,12 +40,11 @@ impl Planner {
         let numbers = Numbers::new(batch);
         let (bytes, sections) = numbers.encode();
         let address = self.gpu.upload(&place, &bytes)?;
-        let [positions, tables, slots, single, wide, blocks] = sections.map(|offset| address + offset as u64);
+        let [positions, slots, single, wide, blocks] = sections.map(|offset| address + offset as u64);
         Ok(AttentionPlan {
             rows: numbers.positions.len(),
             highest_block: numbers.blocks.iter().copied().max().unwrap_or(0) as usize,
             positions,
-            tables,
             slots,
             blocks,
             tiles: [
@@ -73,7 +72,6 @@ pub struct AttentionPlan {
     rows: usize,
     highest_block: usize,
     positions: u64,
-    tables: u64,
     slots: u64,
     blocks: u64,
     tiles: [Tiles; 2],
@@ -81,7 +79,7 @@ pub struct AttentionPlan {
     _place: Arc<Slot>,
 }
 
-/// Tiles that are computed in the same way, on the device `[tiles, 2]`: first row and number of tokens.
+/// Tiles that are computed in the same way, on the device `[tiles, 4]`: `Tile` of kernels.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Tiles {
     pub(crate) address: u64,
@@ -98,7 +96,7 @@ impl Tiles {
 
     /// At least as many positions as the longest context of them has; a power of two.
     pub(crate) fn longest(&self) -> usize {
-        self.list.iter().map(|tile| tile.context).max().unwrap_or(0).next_power_of_two()
+        self.list.iter().map(|tile| tile.context()).max().unwrap_or(0).next_power_of_two()
     }
 
     /// Rows from the first to the last of them.
@@ -119,7 +117,7 @@ impl Tiles {
                 (high - low) as usize <= span
             });
             let end = start + together.count();
-            let address = self.address + (start * size_of::<[i32; 2]>()) as u64;
+            let address = self.address + (start * size_of::<[i32; 4]>()) as u64;
             let part = Self { address, tokens: self.tokens, list: self.list[start..end].to_vec() };
             start = end;
             Some(part)
@@ -148,9 +146,9 @@ impl AttentionPlan {
         self.highest_block
     }
 
-    /// `Step` of kernels.
-    pub(crate) fn step(&self) -> Arg {
-        Pod::default().ptr(self.positions).ptr(self.tables).ptr(self.blocks).arg()
+    /// Where the block numbers of all sequences are, `int`, to which tiles point.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.blocks
     }
 
     /// Every row once: in tiles of one token, or with others of its sequence.
@@ -189,15 +187,23 @@ impl Pod {
 struct Tile {
     row: i32,
     tokens: i32,
-    /// Positions up to the last of them.
-    context: usize,
+    /// Of the first of them.
+    position: i32,
+    /// Where the sequence's block numbers begin.
+    table: i32,
+}
+
+impl Tile {
+    /// Positions up to the last of its tokens.
+    fn context(self) -> usize {
+        (self.position + self.tokens) as usize
+    }
 }
 
 /// What goes to the device.
 #[derive(Default)]
 struct Numbers {
     positions: Vec<i32>,
-    tables: Vec<i32>,
     slots: Vec<i32>,
     single: Vec<Tile>,
     wide: Vec<Tile>,
@@ -226,7 +232,6 @@ impl Numbers {
         let (row, table) = (self.positions.len(), int(self.blocks.len()));
         for position in start..start + len {
             self.positions.push(int(position));
-            self.tables.push(table);
             self.slots.push(int(block_table[position / BLOCK] as usize * BLOCK + position % BLOCK));
         }
         self.blocks.extend(block_table[..used].iter().map(|&block| int(block as usize)));
@@ -236,16 +241,17 @@ impl Numbers {
         let (list, tokens) = if len < WIDE { (&mut self.single, 1) } else { (&mut self.wide, TOKENS) };
         list.extend((0..len).step_by(tokens).map(|first| {
             let tokens = tokens.min(len - first);
-            Tile { row: int(row + first), tokens: int(tokens), context: start + first + tokens }
+            Tile { row: int(row + first), tokens: int(tokens), position: int(start + first), table }
         }));
     }
 
     /// Bytes, and where in them each section begins. Block numbers are last: only theirs is a number that grows from step to
     /// step.
-    fn encode(&self) -> (Vec<u8>, [usize; 6]) {
-        let pairs = |tiles: &[Tile]| tiles.iter().flat_map(|tile| [tile.row, tile.tokens]).collect::<Vec<i32>>();
-        let (single, wide) = (pairs(&self.single), pairs(&self.wide));
-        let sections = [&self.positions, &self.tables, &self.slots, &single, &wide, &self.blocks];
+    fn encode(&self) -> (Vec<u8>, [usize; 5]) {
+        let fields = |tile: &Tile| [tile.row, tile.tokens, tile.position, tile.table];
+        let numbers = |tiles: &[Tile]| tiles.iter().flat_map(fields).collect::<Vec<i32>>();
+        let (single, wide) = (numbers(&self.single), numbers(&self.wide));
+        let sections = [&self.positions, &self.slots, &single, &wide, &self.blocks];
         let mut bytes = Vec::new();
         let offsets = sections.map(|section| {
             bytes.resize(bytes.len().next_multiple_of(16), 0);
@@ -274,18 +280,15 @@ mod tests {
         let numbers = numbers(&spans);
         let mut seen = vec![0; numbers.positions.len()];
         for tile in numbers.single.iter().chain(&numbers.wide) {
-            let rows = tile.row as usize..(tile.row + tile.tokens) as usize;
-            assert!(numbers.tables[rows.clone()].iter().all(|table| *table == numbers.tables[rows.start]));
-            assert_eq!(numbers.positions[rows.end - 1] as usize + 1, tile.context);
-            seen[rows].iter_mut().for_each(|seen| *seen += 1);
+            assert_eq!(tile.table as usize % TOGETHER, 0);
+            for i in 0..tile.tokens {
+                let (row, position) = ((tile.row + i) as usize, tile.position + i);
+                let block = numbers.blocks[tile.table as usize + position as usize / BLOCK];
+                assert_eq!((numbers.positions[row], numbers.slots[row]), (position, block * 16 + position % 16));
+                seen[row] += 1;
+            }
         }
         assert!(seen.iter().all(|seen| *seen == 1));
-        for (row, &position) in numbers.positions.iter().enumerate() {
-            let table = numbers.tables[row] as usize;
-            assert_eq!(table % TOGETHER, 0);
-            let block = numbers.blocks[table + position as usize / BLOCK];
-            assert_eq!(numbers.slots[row], block * 16 + position % 16);
-        }
         assert_eq!(numbers.single.len(), 1 + 3 + 2);
         assert!(numbers.wide.is_sorted_by_key(|tile| std::cmp::Reverse(tile.row)));
     }
@@ -299,7 +302,7 @@ mod tests {
             assert!(parts.iter().all(|part| part.rows().len() <= span));
             assert_eq!(parts.iter().flat_map(|part| part.list.clone()).collect::<Vec<_>>(), tiles.list);
             let before = |i: usize| parts[..i].iter().map(Tiles::count).sum::<usize>() as u64;
-            assert!(parts.iter().enumerate().all(|(i, part)| part.address == 4096 + 8 * before(i)));
+            assert!(parts.iter().enumerate().all(|(i, part)| part.address == 4096 + 16 * before(i)));
         }
     }
 

@@ -16,8 +16,8 @@
 //!   are in the batch, however a sequence is cut into steps.
 
 use crate::{
-    AttentionBatch, AttentionParams, Caps, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, Result,
-    RopeLayout, World, first_largest,
+    AttentionBatch, AttentionParams, Caps, DeviceMemory, HostExperts, HostLatent, HostLinear, HostRope, HostTensor,
+    KvSpec, Result, RopeLayout, World, first_largest,
 };
 
 /// Size of an activation.
@@ -59,6 +59,12 @@ pub trait Backend: Send + Sync + 'static {
         World::ALONE
     }
 
+    /// Memory of the device as it is now, if it has its own: what this backend has reserved and does not use is free. `None`
+    /// where it is the host's.
+    fn memory(&self) -> Result<Option<DeviceMemory>> {
+        Ok(None)
+    }
+
     // Load time.
 
     /// An activation with room for `capacity` rows; 0 rows in use.
@@ -77,7 +83,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Digests the batch. Slots of all new tokens must lie within their block tables.
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<Self::AttentionPlan>;
     /// `out[t] = row ids[t] of table`, widened to f32. The table is a linear weight so that a tied
-    /// head shares its memory. Ids are below the table's rows.
+    /// head shares its memory, and was prepared as [`Purpose::Table`](crate::Purpose::Table). Ids are below the table's rows.
     fn embed(&self, ids: &[u32], table: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
     /// Root-mean-square norm over each run of `weight.len()` columns (a whole row, or each head):
     /// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467).

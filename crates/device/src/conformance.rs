@@ -19,8 +19,8 @@ use tolerance::tolerance;
 
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Reference, Requirements, Result,
-    RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat,
+    HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference,
+    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -286,7 +286,8 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             let (mut linears, mut outs) = (Vec::new(), Vec::new());
             for (seed, &(out_features, format)) in (10..).zip(weights) {
                 let weight = Source::new(format, vec![out_features, in_features], seed, scale);
-                linears.push(b.linear_weight(&HostLinear { weight: weight.tensor(), bias: None, format })?);
+                let (weight, purpose) = (weight.tensor(), Purpose::Product);
+                linears.push(b.linear_weight(&HostLinear { weight, bias: None, format, purpose })?);
                 outs.push(b.tensor(rows, out_features)?);
             }
             let x = on_grid(b, rows, in_features, 3)?;
@@ -471,7 +472,8 @@ fn over_steps<B: Backend>(
     Ok(result)
 }
 
-/// A product with a matrix kept in a format, and some of its rows.
+/// A product with a matrix kept in a format, and some of its rows. Without a bias both are asked of one weight, as of an
+/// embedding that is the head too; a layer with a bias has a weight of its own.
 fn linear<B: Backend>(
     b: &B,
     (weight, bias, format): (&Source, Option<&Source>, WeightFormat),
@@ -479,16 +481,20 @@ fn linear<B: Backend>(
     inputs: DType,
 ) -> Result<Vec<f32>> {
     let &[out_features, in_features] = weight.shape.as_slice() else { unreachable!("a matrix") };
-    let weight = b.linear_weight(&HostLinear { weight: weight.tensor(), bias: bias.map(Source::tensor), format })?;
+    let keep = |purpose| {
+        b.linear_weight(&HostLinear { weight: weight.tensor(), bias: bias.map(Source::tensor), format, purpose })
+    };
+    let table = keep(Purpose::Table)?;
+    let layer = bias.is_some().then(|| keep(Purpose::Product)).transpose()?;
     let x = match format {
         WeightFormat::Ggml(_) | WeightFormat::BF16 => on_grid(b, rows, in_features, 3)?,
         WeightFormat::F32 | WeightFormat::F16 => activation(b, inputs, rows, in_features, 3)?,
     };
     let mut y = b.tensor(rows, out_features)?;
-    b.linear(&x, &weight, &mut y)?;
+    b.linear(&x, layer.as_ref().unwrap_or(&table), &mut y)?;
     let ids: Vec<u32> = (0..rows).map(|r| (r * 7 % out_features) as u32).collect();
     let mut embedded = b.tensor(rows, in_features)?;
-    b.embed(&ids, &weight, &mut embedded)?;
+    b.embed(&ids, &table, &mut embedded)?;
     outputs(b, &[&y, &embedded])
 }
 

@@ -168,6 +168,18 @@ impl<'a> HostTensor<'a> {
     }
 }
 
+/// What a linear weight is for: what a device may make of it when it prepares it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Products alone: it may lie as they like it best.
+    Product,
+    /// Rows are looked up in it ([`Backend::embed`](crate::Backend::embed)), and products with it are asked for too where it is
+    /// the head as well.
+    Table,
+    /// Products of an adapter: small, and prepared and freed while others are computed with, so not worth much trouble.
+    Adapter,
+}
+
 /// A linear layer `y = x·Wᵀ + b` on its way to a device.
 #[derive(Debug, Clone)]
 pub struct HostLinear<'a> {
@@ -177,6 +189,8 @@ pub struct HostLinear<'a> {
     pub bias: Option<HostTensor<'a>>,
     /// How the device shall keep the weight.
     pub format: WeightFormat,
+    /// What is asked of it.
+    pub purpose: Purpose,
 }
 
 /// Routed experts of one mixture-of-experts layer, with the rule that chooses among all of them.

@@ -33,7 +33,7 @@ pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
 pub use facts::{DeviceFacts, DeviceMemory, LibraryFacts};
 pub use ggml::{BlockFormat, Unpacked};
-pub use host::{ExpertSource, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, RowSource};
+pub use host::{ExpertSource, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Purpose, RowSource};
 pub use largest::first_largest;
 pub use ranks::{Communicator, World};
 pub use reference::Reference;

@@ -10,8 +10,8 @@ use half::{bf16, f16};
 
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result, RopeLayout,
-    Routing, Rows, WeightFormat, World, select_experts,
+    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Purpose, Result,
+    RopeLayout, Routing, Rows, WeightFormat, World, select_experts,
 };
 
 /// The judge.
@@ -96,6 +96,8 @@ pub struct Linear {
     in_features: usize,
     weight: Vec<f32>,
     bias: Option<Vec<f32>>,
+    /// Whether rows may be looked up. Nothing here is in the way; elsewhere the weight may lie otherwise.
+    table: bool,
 }
 
 impl Linear {
@@ -118,7 +120,7 @@ impl Linear {
                 values
             }
         };
-        Ok(Self { out_features, in_features, weight, bias: bias.map(HostTensor::to_f32) })
+        Ok(Self { out_features, in_features, weight, bias: bias.map(HostTensor::to_f32), table: false })
     }
 
     fn row(&self, r: usize) -> &[f32] {
@@ -255,7 +257,8 @@ impl Backend for Reference {
     }
 
     fn linear_weight(&self, src: &HostLinear<'_>) -> Result<Linear> {
-        Linear::new(&src.weight, src.bias.as_ref(), src.format)
+        let linear = Linear::new(&src.weight, src.bias.as_ref(), src.format)?;
+        Ok(Linear { table: src.purpose == Purpose::Table, ..linear })
     }
 
     fn rope_table(&self, src: &HostRope) -> Result<Rope> {
@@ -285,6 +288,7 @@ impl Backend for Reference {
     }
 
     fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+        assert!(table.table, "rows are looked up in what was prepared as a table");
         out.set_rows(ids.len());
         for (row, &id) in ids.iter().enumerate() {
             out.row_mut(row).copy_from_slice(table.row(id as usize));

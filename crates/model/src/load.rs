@@ -69,12 +69,15 @@ impl Default for LoadOptions {
 }
 
 /// How much memory the cache takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum KvCacheSize {
     /// Enough for `max_step_sequences` contexts of `max_model_len`, but no more bytes than this.
     AtMost(u64),
     /// As many whole blocks as these bytes hold.
     Bytes(u64),
+    /// As `AtMost`, of what is left of this share of the device's own memory beside all that is in use of it when the weights
+    /// are there. The device must have its own ([`Backend::memory`]).
+    Share(f64),
 }
 
 /// What was loaded, and how.
@@ -172,6 +175,23 @@ pub enum LoadError {
         /// Blocks that gives.
         blocks: u64,
     },
+    /// The model does not fit into its share of the device's memory.
+    #[error(
+        "a share of {share} of the device's {total} bytes is {} bytes; {used} are in use {when}: {reason}",
+        (*total as f64 * share) as u64
+    )]
+    NoRoom {
+        /// What was allowed, of 1.
+        share: f64,
+        /// Bytes of the device.
+        total: u64,
+        /// Bytes that are in use.
+        used: u64,
+        /// At which point of loading.
+        when: &'static str,
+        /// What does not fit.
+        reason: String,
+    },
     /// The device failed.
     #[error(transparent)]
     Device(DeviceError),
@@ -238,8 +258,17 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
         tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
     }
     let kv = arch::kv_spec(&config, backend.world(), kv_dtype, backend.caps().kv_block_size);
-    let num_blocks = num_blocks(&kv, &spec, options.kv_cache)?;
-    let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
+    let early = match options.kv_cache {
+        KvCacheSize::AtMost(bytes) => Some(num_blocks(&kv, &spec, bytes, true)?),
+        KvCacheSize::Bytes(bytes) => Some(num_blocks(&kv, &spec, bytes, false)?),
+        KvCacheSize::Share(share) => {
+            // Sharing out makes no rank's part smaller than this.
+            let kept = |s: &TensorSpec| formats.of(s, &checkpoint, backend.caps()).bytes(s.shape.iter().product());
+            let weights = specs.values().map(|s| kept(s) as u64).sum::<u64>() / backend.world().size as u64;
+            Memory::of(&backend, share)?.expect_room(weights)?;
+            None
+        }
+    };
 
     let sizes = Sizes { rows: spec.max_step_tokens, logit_rows: spec.logit_rows(), positions: spec.max_model_len };
     let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
@@ -247,6 +276,11 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
     let slots: Arc<[Slot]> = std::mem::take(&mut loader.slots).into();
     let max_rank = options.max_lora_rank;
     let scratch = AdapterScratch::new(&backend, if max_rank > 0 { &slots } else { &[] })?;
+    let num_blocks = match (early, options.kv_cache) {
+        (None, KvCacheSize::Share(share)) => Memory::of(&backend, share)?.num_blocks(&kv, &spec)?,
+        (early, _) => early.expect("every other size is known before"),
+    };
+    let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
     let cache = backend.kv_cache(&kv, num_blocks)?;
     let report = LoadReport {
         architecture: config.architecture,
@@ -379,14 +413,50 @@ pub(crate) fn check_device<'a, B: Backend>(
     if reasons.is_empty() { Ok(needs.weight_formats) } else { Err(LoadError::Unsupported { reasons }) }
 }
 
-/// Blocks of the cache: at least those of one whole context.
-fn num_blocks(kv: &KvSpec, spec: &RunSpec, size: KvCacheSize) -> Result<usize, LoadError> {
+/// A device's memory, and the share of it that is ours.
+struct Memory {
+    share: f64,
+    total: u64,
+    used: u64,
+}
+
+impl Memory {
+    fn of<B: Backend>(backend: &B, share: f64) -> Result<Self, LoadError> {
+        let memory = backend.memory()?.expect("a device with its own memory");
+        Ok(Self { share, total: memory.total, used: memory.total.saturating_sub(memory.free) })
+    }
+
+    /// Bytes of the share that are not in use.
+    fn left(&self) -> u64 {
+        ((self.total as f64 * self.share) as u64).saturating_sub(self.used)
+    }
+
+    fn no_room(&self, when: &'static str, reason: String) -> LoadError {
+        let Self { share, total, used } = *self;
+        LoadError::NoRoom { share, total, used, when, reason }
+    }
+
+    /// `Ok` if so many bytes of weights may fit.
+    fn expect_room(&self, weights: u64) -> Result<(), LoadError> {
+        if weights <= self.left() {
+            return Ok(());
+        }
+        let reason = format!("the weights take {weights} bytes, {} are left for them", self.left());
+        Err(self.no_room("before loading", reason))
+    }
+
+    fn num_blocks(&self, kv: &KvSpec, spec: &RunSpec) -> Result<usize, LoadError> {
+        let small = |error: LoadError| self.no_room("with the weights loaded", error.to_string());
+        num_blocks(kv, spec, self.left(), true).map_err(small)
+    }
+}
+
+/// Blocks of the cache, of so many bytes: at least those of one whole context, and if `bounded` no more than those of as many
+/// contexts as a step has sequences.
+fn num_blocks(kv: &KvSpec, spec: &RunSpec, bytes: u64, bounded: bool) -> Result<usize, LoadError> {
     let block_bytes = kv.block_bytes() as u64;
     let needed_blocks = spec.max_model_len.div_ceil(kv.block_size) as u64;
-    let (bytes, wanted) = match size {
-        KvCacheSize::AtMost(bytes) => (bytes, needed_blocks.saturating_mul(spec.max_step_sequences as u64)),
-        KvCacheSize::Bytes(bytes) => (bytes, u64::MAX),
-    };
+    let wanted = if bounded { needed_blocks.saturating_mul(spec.max_step_sequences as u64) } else { u64::MAX };
     // Slots of all blocks are numbered in 32 bits.
     let most = u64::from(u32::MAX) / kv.block_size as u64;
     let blocks = (bytes / block_bytes).min(wanted).min(most);

@@ -12,7 +12,7 @@ use std::fmt::Display;
 use std::ops::Range;
 
 use baton_device::{
-    Backend, Caps, DType, HostLatent, HostLinear, HostTensor, LatentOps, Result as DeviceResult, RowSource,
+    Backend, Caps, DType, HostLatent, HostLinear, HostTensor, LatentOps, Purpose, Result as DeviceResult, RowSource,
     WeightFormat, World,
 };
 use sha2::{Digest, Sha256};
@@ -138,9 +138,18 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// This rank's share of `{prefix}.weight`, with `{prefix}.bias` if the model has one.
     pub(crate) fn linear(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
+        self.weight(prefix, Purpose::Product)
+    }
+
+    /// As [`linear`](Self::linear), where rows are looked up too.
+    pub(crate) fn table(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
+        self.weight(prefix, Purpose::Table)
+    }
+
+    fn weight(&mut self, prefix: &str, purpose: Purpose) -> Result<B::Linear, LoadError> {
         let (weight, format) = self.matrix(prefix)?;
         let bias = self.bias(prefix)?;
-        let linear = self.prepare(&weight, bias.as_ref(), format, self.share(weight.spec))?;
+        let linear = self.prepare(&weight, bias.as_ref(), format, self.share(weight.spec), purpose)?;
         self.record(weight)?;
         Ok(linear)
     }
@@ -167,7 +176,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         for (height, split) in heights {
             let rows = split.outputs(self.world, height);
             let share = (start + rows.start..start + rows.end, 0..in_features);
-            let part = self.prepare(&weight, bias.as_ref(), format, share.clone())?;
+            let part = self.prepare(&weight, bias.as_ref(), format, share.clone(), Purpose::Product)?;
             parts.push(Projection::new(part, self.slot(prefix, share)));
             start += height;
         }
@@ -182,11 +191,12 @@ impl<'a, B: Backend> Loader<'a, B> {
         bias: Option<&Mapped<'_>>,
         format: WeightFormat,
         (rows, columns): (Range<usize>, Range<usize>),
+        purpose: Purpose,
     ) -> DeviceResult<B::Linear> {
         // A sum over ranks has the bias once.
         let bias = bias.filter(|_| columns.start == 0).map(|bias| bias.host().rows(rows.start, rows.len()));
         let part = Columns::new(weight.host().rows(rows.start, rows.len()), columns);
-        self.backend.linear_weight(&HostLinear { weight: part.host(), bias, format })
+        self.backend.linear_weight(&HostLinear { weight: part.host(), bias, format, purpose })
     }
 
     /// The outputs and inputs of a matrix that this rank has.
@@ -199,7 +209,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     pub(crate) fn split_columns(&mut self, prefix: &str) -> Result<[B::Linear; 2], LoadError> {
         let (weight, format) = self.matrix(prefix)?;
         let [rows, cols] = weight.spec.matrix();
-        let half = |columns| self.prepare(&weight, None, format, (0..rows, columns));
+        let half = |columns| self.prepare(&weight, None, format, (0..rows, columns), Purpose::Product);
         let halves = [half(0..cols / 2)?, half(cols / 2..cols)?];
         self.record(weight)?;
         Ok(halves)

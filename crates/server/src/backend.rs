@@ -1,27 +1,31 @@
 //! The one place that names concrete devices.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use baton_device::conformance::{self, Case, Outcome};
 use baton_device::{Backend, Caps, DType, DeviceError, DeviceFacts, DeviceMemory, LatentOps, MoeOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions, Chip, Search};
 use baton_device_cpu::{CpuBackend, CpuOptions, Limits};
+use baton_device_cuda::{CudaBackend, CudaOptions};
 use baton_model::{
-    Adapter, AdapterError, AdapterLoader, Files, LoadError, LoadOptions, LoadReport, ModelRunner, Ranks, RunError,
-    Runner, SequenceStep, StepPlan, load, load_ranks, stored_dtype,
+    Adapter, AdapterError, AdapterLoader, Files, KvCacheSize, LoadError, LoadOptions, LoadReport, ModelRunner, Ranks,
+    RunError, Runner, SequenceStep, StepPlan, load, load_ranks, stored_dtype,
 };
 
-use crate::memory;
+use crate::{memory, settings::Settings};
 
 /// How long a rank is waited for by the others, which are as far as it is but for differences of load.
 const RANK_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The longest that an Ascend device is waited for, where nothing is said.
-const ASCEND_TIMEOUT: Duration = Duration::from_secs(60);
+/// The longest that an accelerator is waited for, where nothing is said.
+const ACCELERATOR_TIMEOUT: Duration = Duration::from_secs(60);
 /// Where it is to be waited for without end: the longest that its runtime can be told.
 const FOR_EVER: Duration = Duration::from_millis(i32::MAX as u64);
+
+/// The share of a device's own memory that is taken where nothing is said.
+const DEVICE_SHARE: f64 = 0.9;
 
 /// A device by the name an operator gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,10 +36,12 @@ pub enum Device {
     Reference,
     /// A Huawei Ascend NPU, by its number among those that the runtime sees.
     Ascend(u32),
+    /// An NVIDIA GPU, by its number among those that the driver shows.
+    Cuda(u32),
 }
 
 /// How a device is used.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct DeviceOptions {
     /// Among how many of its kind the model is shared out.
     pub ranks: usize,
@@ -45,11 +51,13 @@ pub struct DeviceOptions {
     pub timeout: Option<Duration>,
     /// Operations are composed of simple operators where the device has fused ones, too.
     pub composed: bool,
+    /// Where kernels that were compiled for the device are kept; in memory alone if `None`.
+    pub kernels: Option<PathBuf>,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { ranks: 1, threads: 0, timeout: None, composed: false }
+        Self { ranks: 1, threads: 0, timeout: None, composed: false, kernels: None }
     }
 }
 
@@ -81,7 +89,7 @@ pub type RunCase = Box<dyn Fn(&Case) -> Result<Outcome, DeviceError>>;
 
 impl Device {
     /// What a machine may have: one of each kind.
-    pub const KINDS: &[Self] = &[Device::Cpu, Device::Ascend(0)];
+    pub const KINDS: &[Self] = &[Device::Cpu, Device::Cuda(0), Device::Ascend(0)];
 
     /// Reads `--device`.
     pub fn parse(name: &str) -> Result<Self> {
@@ -89,9 +97,13 @@ impl Device {
             "auto" | "cpu" => Ok(Device::Cpu),
             "reference" => Ok(Device::Reference),
             "ascend" => Ok(Device::Ascend(0)),
-            other => match other.strip_prefix("ascend:").map(str::parse) {
-                Some(Ok(number)) => Ok(Device::Ascend(number)),
-                _ => bail!("--device {other}: this build serves on cpu, reference and ascend:N (auto takes cpu)"),
+            "cuda" => Ok(Device::Cuda(0)),
+            other => match other.split_once(':').map(|(kind, number)| (kind, number.parse())) {
+                Some(("ascend", Ok(number))) => Ok(Device::Ascend(number)),
+                Some(("cuda", Ok(number))) => Ok(Device::Cuda(number)),
+                _ => {
+                    bail!("--device {other}: this build serves on cpu, cuda:N, ascend:N and reference (auto takes cpu)")
+                }
             },
         }
     }
@@ -109,6 +121,7 @@ impl Device {
             Device::Cpu => DeviceFacts { memory, ..baton_device_cpu::probe() },
             Device::Reference => DeviceFacts { device: "reference".into(), count: 1, memory, ..DeviceFacts::default() },
             Device::Ascend(number) => baton_device_ascend::probe(&Search::from_env(), number),
+            Device::Cuda(number) => baton_device_cuda::probe(number),
         }
     }
 
@@ -120,6 +133,7 @@ impl Device {
                 Some(chip) if !chip.has_bf16() => &[DType::F16],
                 _ => &[DType::BF16, DType::F16, DType::F32],
             },
+            Device::Cuda(_) => &[DType::BF16, DType::F16, DType::F32],
         }
     }
 
@@ -132,17 +146,36 @@ impl Device {
             Device::Ascend(number) => {
                 case_runner(AscendBackend::new(&AscendOptions { blocking: true, ..ascend(number, activations) })?)
             }
+            Device::Cuda(number) => case_runner(CudaBackend::new(&cuda(number, activations, None))?),
         })
     }
 
-    /// Bytes for the cache of each rank, where nothing is said: a quarter of what is free of the device's own memory, or of the
-    /// host's, which ranks share. What cannot be known is not limited: the allocation itself then decides.
-    pub fn cache_bytes(self, host: Option<u64>, ranks: usize) -> u64 {
-        let free = match self {
-            Device::Cpu | Device::Reference => host.map(|free| free / ranks as u64),
-            Device::Ascend(_) => self.probe().memory.map(|memory| memory.free),
-        };
-        free.map_or(u64::MAX, |free| free / 4)
+    /// The cache of each rank. Where nothing is said, a device with memory of its own gives what its share leaves, and ranks on
+    /// the host share a quarter of its `free` bytes; what cannot be known is not limited: the allocation itself then decides.
+    pub fn cache_size(self, settings: &Settings, free: Option<u64>) -> Result<KvCacheSize> {
+        let share = settings.gpu_memory_utilization;
+        if let Some(bytes) = settings.kv_cache_memory_bytes {
+            ensure!(
+                share.is_none(),
+                "--kv-cache-memory-bytes and --gpu-memory-utilization both size the cache: give one"
+            );
+            return Ok(KvCacheSize::Bytes(bytes));
+        }
+        Ok(match self {
+            Device::Cpu | Device::Reference => {
+                ensure!(
+                    share.is_none(),
+                    "--gpu-memory-utilization is of devices with memory of their own; here it is --kv-cache-memory-bytes"
+                );
+                let quarter = free.map_or(u64::MAX, |free| free / 4);
+                KvCacheSize::AtMost(quarter / settings.tensor_parallel_size as u64)
+            }
+            Device::Ascend(_) | Device::Cuda(_) => {
+                let share = share.unwrap_or(DEVICE_SHARE);
+                ensure!(share > 0.0 && share <= 1.0, "--gpu-memory-utilization {share}: above 0, at most 1");
+                KvCacheSize::Share(share)
+            }
+        })
     }
 
     /// `--device-timeout`, or what the device needs where nothing is said. The CPU computes on threads of ours, and a step
@@ -150,13 +183,15 @@ impl Device {
     pub fn timeout(self, given: Option<Duration>) -> Option<Duration> {
         match self {
             Device::Cpu | Device::Reference => given.filter(|timeout| !timeout.is_zero()),
-            Device::Ascend(_) => Some(given.unwrap_or(ASCEND_TIMEOUT)).filter(|timeout| !timeout.is_zero()),
+            Device::Ascend(_) | Device::Cuda(_) => {
+                Some(given.unwrap_or(ACCELERATOR_TIMEOUT)).filter(|timeout| !timeout.is_zero())
+            }
         }
     }
 
     /// Loads a checkpoint onto the device.
     pub fn load(self, device: DeviceOptions, files: &Files, options: &LoadOptions) -> Result<Loaded> {
-        let DeviceOptions { ranks, threads, timeout, composed } = device;
+        let DeviceOptions { ranks, threads, timeout, composed, kernels } = device;
         let cpu = CpuOptions { threads, isa: None };
         Ok(match (self, ranks) {
             (Device::Cpu, 1) => erased(CpuBackend::new(&cpu).map_err(LoadError::from)?, files, options)?,
@@ -166,10 +201,7 @@ impl Device {
             (Device::Reference, 1) => erased(Reference::new(), files, options)?,
             (Device::Reference, _) => erased_ranks(Reference::ranks(ranks, RANK_TIMEOUT), files, options)?,
             (Device::Ascend(number), _) => {
-                let own = self.activations(&self.probe());
-                let stored =
-                    || stored_dtype(files).map(|stored| *own.iter().find(|d| **d == stored).unwrap_or(&own[0]));
-                let activations = options.dtype.map_or_else(stored, Ok)?;
+                let activations = self.activations_of(files, options)?;
                 let timeout = timeout.unwrap_or(FOR_EVER).min(FOR_EVER);
                 let device = AscendOptions { timeout, fused: !composed, ..ascend(number, activations) };
                 if ranks == 1 {
@@ -187,7 +219,30 @@ impl Device {
                     Loaded { forms, ..loaded_ranks(runner, report, ranks) }
                 }
             }
+            (Device::Cuda(number), _) => {
+                let device = cuda(number, self.activations_of(files, options)?, kernels);
+                if ranks == 1 {
+                    let (mut runner, report) =
+                        load(CudaBackend::new(&device).map_err(LoadError::from)?, files, options)?;
+                    warm_up(&mut runner)?;
+                    loaded(runner, report)
+                } else {
+                    let devices: Vec<u32> = (number..).take(ranks).collect();
+                    let backends = CudaBackend::ranks(&device, &devices).map_err(LoadError::from)?;
+                    let (mut runner, report) = load_ranks(backends, files, options, timeout.unwrap_or(FOR_EVER))?;
+                    warm_up(&mut runner)?;
+                    loaded_ranks(runner, report, ranks)
+                }
+            }
         })
+    }
+
+    /// The type of activations for a checkpoint: what is asked for, else what it is stored in where the device computes in
+    /// that.
+    fn activations_of(self, files: &Files, options: &LoadOptions) -> Result<DType, LoadError> {
+        let own = self.activations(&self.probe());
+        let stored = || stored_dtype(files).map(|stored| *own.iter().find(|d| **d == stored).unwrap_or(&own[0]));
+        options.dtype.map_or_else(stored, Ok)
     }
 }
 
@@ -196,10 +251,14 @@ fn ascend(device: u32, activations: DType) -> AscendOptions {
         device,
         search: Search::from_env(),
         activations,
-        timeout: ASCEND_TIMEOUT,
+        timeout: ACCELERATOR_TIMEOUT,
         blocking: false,
         fused: true,
     }
+}
+
+fn cuda(device: u32, activations: DType, cache: Option<PathBuf>) -> CudaOptions {
+    CudaOptions { device, activations, cache, ..CudaOptions::default() }
 }
 
 /// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits.
@@ -271,7 +330,9 @@ mod tests {
             assert_eq!([timeout(None), timeout(Some(0))], [None; 2]);
             assert_eq!(timeout(Some(5)), Some(Duration::from_secs(5)));
         }
-        assert_eq!(Device::Ascend(0).timeout(None), Some(ASCEND_TIMEOUT));
-        assert_eq!(Device::Ascend(0).timeout(Some(Duration::ZERO)), None);
+        for device in [Device::Ascend(0), Device::Cuda(0)] {
+            assert_eq!(device.timeout(None), Some(ACCELERATOR_TIMEOUT));
+            assert_eq!(device.timeout(Some(Duration::ZERO)), None);
+        }
     }
 }

@@ -24,7 +24,7 @@ use crate::{backend::Device, facts, handoff::listed, load, memory, state_dir::St
 /// What `baton doctor` takes.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// Device(s) that must be there: auto (the CPU, today), cpu, ascend:N, or reference [default: the CPU; the others are looked for]
+    /// Device(s) that must be there: auto (the CPU, today), cpu, cuda:N, ascend:N, or reference [default: the CPU; the others are looked for]
     #[arg(long, value_name = "DEVICE,…", value_delimiter = ',')]
     device: Vec<String>,
 

@@ -124,6 +124,7 @@ fn refuse(settings: &Settings) -> Result<()> {
         ("dtype", !matches!(settings.dtype, Dtype::Auto | Dtype::Float32), "they compute in float32"),
         ("quantize", settings.quantize.is_some(), "they compute in float32"),
         ("kv-cache-dtype", settings.kv_cache_dtype != KvCacheDtype::Auto, "they have no KV cache"),
+        ("gpu-memory-utilization", settings.gpu_memory_utilization.is_some(), "they run on the CPU"),
         ("kv-cache-memory-bytes", settings.kv_cache_memory_bytes.is_some(), "they have no KV cache"),
         ("speculative-config", settings.speculative_config.is_some(), "they generate nothing"),
         ("enable-lora", settings.enable_lora, "they take no adapters"),

@@ -112,17 +112,15 @@ pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Pa
         threads: settings.threads,
         timeout: device.timeout(settings.device_timeout),
         composed: settings.composed_operators,
+        kernels: settings.state_dir.as_ref().map(|folder| folder.join("kernels")),
     };
     ensure!(
         !device_options.composed || matches!(device, Device::Ascend(_)),
-        "--composed-operators is of ascend; cpu and reference have one form of each operation"
+        "--composed-operators is of ascend; other devices have one form of each operation"
     );
-    let kv_cache = settings.kv_cache_memory_bytes.map_or_else(
-        || KvCacheSize::AtMost(device.cache_bytes(free, settings.tensor_parallel_size)),
-        KvCacheSize::Bytes,
-    );
+    let kv_cache = device.cache_size(settings, free)?;
     let options = options(settings, kv_cache);
-    let loaded = device.load(device_options, files, &options)?;
+    let loaded = device.load(device_options.clone(), files, &options)?;
     let vocab = loaded.runner.spec().vocab_size;
     ensure!(
         text.vocab_size() <= vocab,

@@ -47,7 +47,7 @@ impl Source {
     }
 
     fn load(&self) -> Result<Loaded> {
-        let loaded = self.device.load(self.device_options, &self.files, &self.options)?;
+        let loaded = self.device.load(self.device_options.clone(), &self.files, &self.options)?;
         let digest = &loaded.report.digest;
         ensure!(
             *digest == self.digest,

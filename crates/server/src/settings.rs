@@ -128,7 +128,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "BATON_TENSOR_PARALLEL_SIZE", help_heading = "Model")]
     pub tensor_parallel_size: Option<usize>,
 
-    /// Seconds that a step may wait for the device; then its requests end with an error, the server is neither ready nor live, and only a restart helps; 0 waits for ever [default: 60 for ascend; 0 for cpu and reference, whose steps may rightly take long]
+    /// Seconds that a step may wait for the device; then its requests end with an error, the server is neither ready nor live, and only a restart helps; 0 waits for ever [default: 60 for cuda and ascend; 0 for cpu and reference, whose steps may rightly take long]
     #[arg(long, value_name = "SECONDS", env = "BATON_DEVICE_TIMEOUT", help_heading = "Model")]
     pub device_timeout: Option<u64>,
 
@@ -212,7 +212,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", env = "BATON_QUEUE_TIMEOUT", help_heading = "Engine")]
     pub queue_timeout: Option<u64>,
 
-    /// Memory for the KV cache of each rank [default: enough for max-num-seqs contexts, at most a quarter of free memory]
+    /// Share of a device's memory for weights, cache and what else serving takes [default: 0.9]
+    #[arg(long, value_name = "SHARE", env = "BATON_GPU_MEMORY_UTILIZATION", help_heading = "Engine")]
+    pub gpu_memory_utilization: Option<f64>,
+
+    /// Memory for the KV cache of each rank [default: enough for max-num-seqs contexts, at most a quarter of free memory, or on a device with memory of its own what gpu-memory-utilization leaves]
     #[arg(long, value_name = "BYTES", env = "BATON_KV_CACHE_MEMORY_BYTES", help_heading = "Engine")]
     pub kv_cache_memory_bytes: Option<u64>,
 
@@ -294,6 +298,8 @@ pub struct Settings {
     pub max_queued_requests: usize,
     #[serde(serialize_with = "seconds")]
     pub queue_timeout: Duration,
+    /// Of devices with memory of their own.
+    pub gpu_memory_utilization: Option<f64>,
     pub kv_cache_memory_bytes: Option<u64>,
     pub kv_cache_dtype: KvCacheDtype,
     pub speculative_config: Option<SpeculativeConfig>,
@@ -450,6 +456,7 @@ impl ServeArgs {
             max_num_batched_tokens,
             max_queued_requests: positive("max-queued-requests", self.max_queued_requests.unwrap_or(1024))?,
             queue_timeout: Duration::from_secs(self.queue_timeout.unwrap_or(600)),
+            gpu_memory_utilization: self.gpu_memory_utilization,
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
             kv_cache_dtype: self.kv_cache_dtype.unwrap_or(KvCacheDtype::Auto),
             speculative_config: self.speculative_config,

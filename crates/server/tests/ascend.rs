@@ -109,6 +109,26 @@ async fn nothing_is_left_on_the_device_after_a_thousand_requests_of_which_many_a
     expect_clean(&simulated.report().await);
 }
 
+#[test]
+fn a_share_of_memory_that_does_not_hold_the_model_is_refused_with_the_arithmetic() {
+    let refusal = |share: &str| {
+        let folder = common::simulator();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
+        command.args(["serve", "--port", "0", "--device", "ascend:0", "--handoff", "off"]);
+        command.args(["--gpu-memory-utilization", share]);
+        command.env("BATON_ASCEND_LIBS", folder.path()).env("ASCEND_SIM_MEMORY", (64 << 20).to_string());
+        let output = command.output().expect("it ends");
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).expect("UTF-8")
+    };
+    let weights = refusal("0.01");
+    assert!(weights.contains("a share of 0.01 of the device's 67108864 bytes is 671088 bytes"), "{weights}");
+    assert!(weights.contains("before loading: the weights take 5148160 bytes"), "{weights}");
+    let cache = refusal("0.081");
+    assert!(cache.contains("with the weights loaded: one sequence of 1024 tokens takes"), "{cache}");
+    assert!(refusal("1.5").contains("above 0, at most 1"));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_devices_write_what_one_writes() {
     let (mut texts, mut fingerprints) = (Vec::new(), Vec::new());

@@ -84,7 +84,9 @@ fn a_missing_folder_is_named() {
 
 #[test]
 fn a_device_that_is_not_there_is_named_with_those_that_are() {
-    assert_names(&refusal(&["--device", "cuda:0", "--port", "0"]), &["cuda:0", "cpu"]);
+    assert_names(&refusal(&["--device", "tpu:0", "--port", "0"]), &["tpu:0", "cpu", "cuda:N"]);
+    let absent = refusal(&["--device", "cuda:0", "--port", "0"]);
+    assert_names(&absent, &["cuda:0", "unavailable", "libcuda"]);
 }
 
 #[test]
@@ -109,6 +111,12 @@ fn a_certificate_that_is_missing_or_none_is_named() {
     let file = file.to_str().expect("UTF-8");
     assert_names(&refusal(&["--ssl-certfile", "/nonexistent.pem", "--ssl-keyfile", file]), &["/nonexistent.pem"]);
     assert_names(&refusal(&["--ssl-certfile", file, "--ssl-keyfile", file]), &["TLS", "certificate", "PEM"]);
+}
+
+#[test]
+fn a_share_of_memory_is_refused_where_there_is_none_to_share() {
+    let share = ["--port", "0", "--gpu-memory-utilization", "0.5"];
+    assert_names(&refusal(&share), &["--gpu-memory-utilization", "--kv-cache-memory-bytes"]);
 }
 
 #[test]

@@ -28,6 +28,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
             "baton-device",
             "baton-device-ascend",
             "baton-device-cpu",
+            "baton-device-cuda",
             "baton-encoder",
             "baton-engine",
             "baton-handoff",

@@ -52,7 +52,7 @@ fn page_locked_memory_is_read_when_the_copy_runs_and_pageable_memory_at_the_call
     well(cuMemcpyHtoDAsync_v2(other, &raw const pageable as u64, 1, session.stream));
     // SAFETY: as above.
     unsafe { pinned.write(2) };
-    pageable = 2 * pageable;
+    pageable *= 2;
     assert_eq!((session.download::<u8>(to, 1), session.download::<u8>(other, 1)), (vec![2], vec![1]));
     well(cuMemFreeHost(pinned as u64));
     assert_eq!((pageable, count("copied.host_to_device"), count("live.host_blocks")), (2, 2, 0));

@@ -1,5 +1,6 @@
 //! Rules of the simulator, each with a test, through the exported functions.
 
+mod codes;
 mod collectives;
 mod faults;
 mod graphs;

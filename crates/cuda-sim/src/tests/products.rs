@@ -45,13 +45,19 @@ impl Product {
         let mut found = unsafe { std::mem::zeroed::<Heuristic>() };
         let mut count = 0;
         let (handle, desc) = (self.handle, self.desc);
-        let code =
-            cublasLtMatmulAlgoGetHeuristic(handle, desc, a, b, c, d, self.preference, 1, &mut found, &mut count);
+        let code = cublasLtMatmulAlgoGetHeuristic(handle, desc, a, b, c, d, self.preference, 1, &mut found, &mut count);
         assert_eq!(count, i32::from(code == 0));
         (code, found)
     }
 
-    fn run(&self, session: &Session, beta: f32, [a, b, d]: [u64; 3], found: &Heuristic, workspace: (u64, usize)) -> i32 {
+    fn run(
+        &self,
+        session: &Session,
+        beta: f32,
+        [a, b, d]: [u64; 3],
+        found: &Heuristic,
+        workspace: (u64, usize),
+    ) -> i32 {
         let [al, bl, cl, dl] = self.layouts;
         let (handle, desc, stream, algorithm) = (self.handle, self.desc, session.stream, &found.algorithm);
         let (at, bytes) = workspace;
@@ -118,7 +124,8 @@ fn operands_of_16_bits_give_their_own_type_or_f32() {
     let half = |x: &[f32]| x.iter().map(|&v| f16::from_f32(v).to_bits()).collect::<Vec<u16>>();
     let brain = |x: &[f32]| x.iter().map(|&v| bf16::from_f32(v).to_bits()).collect::<Vec<u16>>();
     let (d, wide) = (session.alloc(2 * expected.len()), session.alloc(4 * expected.len()));
-    let cases: [(i32, &dyn Fn(&[f32]) -> Vec<u16>); 2] = [(2, &half), (14, &brain)];
+    type Round<'a> = &'a dyn Fn(&[f32]) -> Vec<u16>;
+    let cases: [(i32, Round); 2] = [(2, &half), (14, &brain)];
     for (kind, round) in cases {
         let (a, b) = (session.upload(&round(&a)), session.upload(&round(&b)));
         let product = Product::new(kind, kind, sizes, turned, 1);

@@ -31,6 +31,7 @@ constants! {
     }
     format {
         ND = "ACL_FORMAT_ND", 2;
+        FRACTAL_NZ = "ACL_FORMAT_FRACTAL_NZ", 29;
     }
     memcpy_kind {
         HOST_TO_DEVICE = "ACL_MEMCPY_HOST_TO_DEVICE", 1;

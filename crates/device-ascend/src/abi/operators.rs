@@ -66,6 +66,11 @@ kinds! {
 /// The second phase of every operator.
 pub(crate) type Execute = unsafe extern "C" fn(*mut c_void, u64, ExecutorPtr, Stream) -> i32;
 
+/// Elements that a weight of a shape takes in blocks: beside the operators, and of one phase.
+pub(crate) type MatmulWeightSize = unsafe extern "C" fn(IntArrayPtr, i32, *mut u64) -> i32;
+/// The name of that function.
+pub(crate) const MATMUL_WEIGHT_SIZE: &str = "aclnnCalculateMatmulWeightSizeV2";
+
 /// Both phases of an operator, of one library.
 #[derive(Clone, Copy)]
 pub(crate) struct Operator<F> {
@@ -142,6 +147,8 @@ operators! {
     add_rms_norm: "aclnnAddRmsNorm" (a: T, b: T, gamma: T, epsilon: F64, out: T, rstd: T, sum: T);
     /// `[M, K] x [K, N]`.
     mm: "aclnnMm" (x: T, weight: T, out: T, cube_math: I8);
+    /// Brings a weight `[N, K]` into blocks, FRACTAL_NZ, where it lies.
+    trans_matmul_weight: "aclnnTransMatmulWeight" (weight: T);
     /// `[B, M, K] x [B, K, N]`.
     batch_mat_mul: "aclnnBatchMatMul" (x: T, y: T, out: T, cube_math: I8);
     /// int8 or int4 weight, float activation.

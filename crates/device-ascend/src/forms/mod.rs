@@ -1,4 +1,4 @@
-//! Which form an operation takes: one of CANN's fused operators, or composed of simpler ones.
+//! Which form an operation takes: one of CANN's fused operators, or composed of simpler ones; and which form a weight.
 //!
 //! A form is settled once for each shape, when the shape is first met, never by a version: the chip's limits must allow it,
 //! and a trial on this very device must run and agree with a judge. So an operator that is missing, that refuses the real
@@ -10,6 +10,7 @@ mod experts;
 mod rows;
 mod step;
 mod trial;
+mod weights;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -20,6 +21,7 @@ use baton_device::Result as SeamResult;
 pub(crate) use attention::{AttentionShape, LatentForm, LatentShape, attention, latent};
 pub(crate) use experts::{ExpertsShape, experts};
 pub(crate) use rows::{CacheShape, NormShape, cache_write, sum_and_norm};
+pub(crate) use weights::{WeightShape, weight_in_blocks};
 
 use crate::backend::AscendBackend;
 use crate::object::{DataType, View};
@@ -41,6 +43,8 @@ pub(crate) struct Forms {
     /// Whether a sum and its norm are one operator.
     pub(crate) norm: Memo<NormShape, bool>,
     pub(crate) experts: Memo<ExpertsShape, MoeForm>,
+    /// Whether a linear weight is kept in blocks.
+    pub(crate) weights: Memo<WeightShape, bool>,
     /// What fused attention hides keys by.
     mask: OnceLock<Buffer>,
 }
@@ -80,8 +84,15 @@ impl Forms {
 
     /// One line for each shape met so far: in which layers, which form, and why not a better one.
     pub(crate) fn lines(&self) -> Vec<String> {
-        [self.attention.lines(), self.latent.lines(), self.cache.lines(), self.norm.lines(), self.experts.lines()]
-            .concat()
+        [
+            self.attention.lines(),
+            self.latent.lines(),
+            self.cache.lines(),
+            self.norm.lines(),
+            self.experts.lines(),
+            self.weights.lines(),
+        ]
+        .concat()
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod attention;
 mod each_expert;
+pub(crate) mod fractal;
 pub(crate) mod fused_attention;
 pub(crate) mod fused_cache;
 pub(crate) mod fused_latent;

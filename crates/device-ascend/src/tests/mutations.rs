@@ -23,17 +23,22 @@
 //! | a row that the table does not have | indices are in range (507015) |
 //! | bf16 on a chip without it | dtypes of the chip (161002) |
 //! | a tensor that is never destroyed | what is live at the end |
+//! | memory of as many bytes as a weight's blocks have elements | a weight has room for whole blocks (161002) |
+//! | blocks described as those of the turned weight | storage has the shape of the blocks (161002) |
+//! | blocks passed as rows | the product's numbers |
 
 use std::mem::forget;
 
 use baton_device::DeviceError;
 
 use super::{floats, open, values};
+use crate::abi::consts::format;
 use crate::abi::operators::Execute;
 use crate::abi::{ExecutorPtr, Stream, TensorListPtr};
 use crate::device::{Device, check};
 use crate::error::AscendError;
 use crate::object::{Address, DataType, Scalar, Tensor, View};
+use crate::ops::fractal;
 use crate::simulator::Simulator;
 
 type Result<T> = std::result::Result<T, AscendError>;
@@ -353,6 +358,65 @@ fn a_tensor_that_is_never_destroyed() {
     });
     assert!(error.is_none(), "{error:?}");
     assert_eq!(simulator.live().get("tensors"), Some(&1));
+}
+
+/// A weight of `WEIGHT` in memory for its blocks, and a row for it.
+fn weight(device: &mut Device) -> Result<[View; 2]> {
+    let rows = fractal::with_room(device.alloc(fractal::elements(WEIGHT) * 2)?, DataType::F16, WEIGHT);
+    let values: Vec<f32> = (0..rows.numel()).map(|i| (i * 7 % 31) as f32 / 8.0).collect();
+    device.upload(&crate::device::encode(&values, DataType::F16), rows.base)?;
+    let x = floats(device, &[1.0; WEIGHT[1]], DataType::F16)?.reshape(&[1, WEIGHT[1]]);
+    Ok([rows, x])
+}
+
+/// `[out, in]`.
+const WEIGHT: [usize; 2] = [24, 40];
+
+/// The product of the row with a weight.
+fn product(device: &mut Device, x: &View, weight: &Tensor) -> Result<Vec<f32>> {
+    let out = floats(device, &[0.0; WEIGHT[0]], DataType::F16)?.reshape(&[1, WEIGHT[0]]);
+    let (a, y) = (device.tensor(x)?, device.tensor(&out)?);
+    device.mm(&a, weight, &y, 0)?;
+    device.with_type(&out, DataType::F32, values)
+}
+
+#[test]
+fn memory_of_as_many_bytes_as_a_weights_blocks_have_elements() {
+    let work = |device: &mut Device| {
+        let [mut rows, _] = weight(device)?;
+        let bytes = fractal::elements_asked(device, &rows)? as i64;
+        rows.storage = bytes / DataType::F16.bytes() as i64;
+        fractal::to_blocks(device, &rows)
+    };
+    fails(work, 161002);
+}
+
+#[test]
+fn blocks_described_as_those_of_the_turned_weight() {
+    let work = |device: &mut Device| {
+        let [rows, x] = weight(device)?;
+        fractal::to_blocks(device, &rows)?;
+        let (view, storage) = (rows.swap(0, 1), [2, 3, 16, 16]);
+        let turned = Tensor::with_storage(&device.acl().meta, &view, format::FRACTAL_NZ, &storage)?;
+        product(device, &x, &turned).map(drop)
+    };
+    fails(work, 161002);
+}
+
+#[test]
+fn blocks_passed_as_rows() {
+    let (simulator, error) = wrongly(|device| {
+        let [rows, x] = weight(device)?;
+        let plain = device.tensor(&rows.swap(0, 1))?;
+        let before = product(device, &x, &plain)?;
+        fractal::to_blocks(device, &rows)?;
+        let blocks = fractal::turned(device, &rows)?;
+        assert_eq!(product(device, &x, &blocks)?, before);
+        assert_ne!(product(device, &x, &plain)?, before, "nothing but a product of blocks understands them");
+        Ok(())
+    });
+    assert!(error.is_none(), "{error:?}");
+    simulator.expect_clean();
 }
 
 #[test]

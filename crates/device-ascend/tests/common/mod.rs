@@ -2,7 +2,7 @@
 
 #![allow(dead_code)] // each test file uses its part
 
-mod simulator;
+pub mod simulator;
 
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ pub use simulator::{Simulator, libraries};
 
 /// A chip of each family, as the runtime calls it.
 pub const A2: &str = "Ascend910B3";
+pub const A3: &str = "Ascend910_9391";
 pub const P310: &str = "Ascend310P3";
 
 impl Simulator {
@@ -27,6 +28,12 @@ impl Simulator {
         self.control(&format!("soc={chip}"));
         AscendBackend::new(&AscendOptions { fused: true, ..options(activations) }).unwrap()
     }
+}
+
+/// The line about the form of a family of operations.
+pub fn line(backend: &AscendBackend, start: &str) -> String {
+    let lines = backend.forms();
+    lines.iter().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{start}: {lines:?}")).clone()
 }
 
 /// For a simulated device.

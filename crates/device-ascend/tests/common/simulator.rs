@@ -42,6 +42,21 @@ pub fn folder(names: &[&str]) -> TempDir {
     folder
 }
 
+/// All names, for a library that lacks a function: the simulator again, with another name in its place. Its state is its own.
+pub fn without(function: &str) -> TempDir {
+    let mut bytes = std::fs::read(library()).expect("the library");
+    let name = [b"\0", function.as_bytes(), b"\0"].concat();
+    let places: Vec<usize> = (0..bytes.len() - name.len()).filter(|&at| bytes[at..].starts_with(&name)).collect();
+    assert!(!places.is_empty(), "{function} is there");
+    places.into_iter().for_each(|at| bytes[at + 1] = b'x');
+    let folder = TempDir::new().expect("a folder");
+    std::fs::write(folder.path().join("simulator"), &bytes).expect("a copy");
+    for name in NAMES {
+        std::os::unix::fs::symlink("simulator", folder.path().join(name)).expect("a link");
+    }
+    folder
+}
+
 /// All names; kept for as long as the process lives.
 pub fn libraries() -> PathBuf {
     static FOLDER: LazyLock<TempDir> = LazyLock::new(|| folder(&NAMES));

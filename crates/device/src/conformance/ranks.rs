@@ -5,7 +5,9 @@ use std::thread;
 use super::inputs::{Source, activation, router_logits};
 use super::tolerance::tolerance;
 use super::{Case, Full, Outcome, outputs};
-use crate::{Activation, Caps, DType, HostExperts, HostLinear, Reference, Result, Routing, Scoring, WeightFormat};
+use crate::{
+    Activation, Caps, DType, HostExperts, HostLinear, Purpose, Reference, Result, Routing, Scoring, WeightFormat,
+};
 
 /// What all ranks of a backend make together of a gated network, its width shared out, and of experts, each held by one
 /// rank: the numbers of every rank one after the other, beside what the judge makes of the whole.
@@ -77,12 +79,13 @@ impl Parts {
         let share = world.share(Self::WIDTH);
         let into = |source: &Source| {
             let weight = source.tensor().rows(share.start, share.len());
-            b.linear_weight(&HostLinear { weight, bias: None, format })
+            b.linear_weight(&HostLinear { weight, bias: None, format, purpose: Purpose::Product })
         };
         let columns = network[2].columns(share.clone());
         let bias = (world.rank == 0).then(|| self.bias.tensor());
         let (gate, up) = (into(&network[0])?, into(&network[1])?);
-        let down = b.linear_weight(&HostLinear { weight: columns.tensor(), bias, format })?;
+        let purpose = Purpose::Product;
+        let down = b.linear_weight(&HostLinear { weight: columns.tensor(), bias, format, purpose })?;
         let expert = |e: usize| experts[e].each_ref().map(Source::tensor);
         let experts = b.expert_weights(HostExperts {
             count: Self::EXPERTS,

@@ -12,7 +12,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use baton_device::{Backend, Caps, DeviceError, HostLinear, HostTensor, WeightFormat};
+use baton_device::{Backend, Caps, DeviceError, HostLinear, HostTensor, Purpose, WeightFormat};
 use sha2::{Digest, Sha256};
 
 use self::config::LoraConfig;
@@ -198,7 +198,7 @@ impl<B: Backend> AdapterLoader<B> {
             for ((backend, all), deltas) in self.ranks.iter().zip(&mut of_ranks) {
                 let weight = |weight: HostTensor<'_>| {
                     let format = format(backend.caps(), &weight);
-                    backend.linear_weight(&HostLinear { weight, bias: None, format })
+                    backend.linear_weight(&HostLinear { weight, bias: None, format, purpose: Purpose::Adapter })
                 };
                 // What a rank takes of a module's inputs is the same for all of its parts.
                 let inputs = Columns::new(a.clone(), all[slots[0]].columns.clone());

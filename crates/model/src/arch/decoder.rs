@@ -126,7 +126,7 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
         mut layer: impl FnMut(&mut Loader<'a, B>, usize) -> Result<L, LoadError>,
     ) -> Result<Self, LoadError> {
         // The largest tensors first: while one is prepared it takes memory twice.
-        let embedding = loader.linear(EMBEDDING)?;
+        let embedding = loader.table(EMBEDDING)?;
         let head = if config.tie_word_embeddings { None } else { Some(loader.linear(HEAD)?) };
         let mut normed = |loader: &mut Loader<'a, B>, i| {
             let ([attention, feed_forward], post_norms) = norm_names(config, i);

@@ -30,7 +30,7 @@ const VECTORS: &[u8] =
 /// What `baton selftest` takes.
 #[derive(Debug, Args)]
 pub struct SelftestArgs {
-    /// Device: auto (the CPU, today), cpu, ascend:N, or reference (naive and slow, the judge of the others)
+    /// Device: auto (the CPU, today), cpu, cuda:N, ascend:N, or reference (naive and slow, the judge of the others)
     #[arg(long, default_value = "auto")]
     device: String,
 
