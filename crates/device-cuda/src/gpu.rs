@@ -277,10 +277,10 @@ impl Gpu {
         })
     }
 
-    /// Memory of the device as the driver tells it.
+    /// Memory of the device as the driver tells it; what is reserved here and not in use is free.
     pub(crate) fn memory(&self) -> Result<DeviceMemory> {
         let (free, total) = self.context.memory()?;
-        Ok(DeviceMemory { total: total as u64, free: free as u64 })
+        Ok(DeviceMemory { total: total as u64, free: free as u64 + lock(&self.memory).unused() })
     }
 
     /// What was done so far.

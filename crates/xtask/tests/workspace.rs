@@ -46,7 +46,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ),
     ("baton-compare", &["baton-loadgen"], &[]),
     ("baton-loadgen", &[], &[]),
-    ("xtask", &["baton-device", "baton-loadgen", "baton-model"], &[]),
+    ("xtask", &["baton-cuda-sim", "baton-device", "baton-loadgen", "baton-model"], &[]),
 ];
 
 /// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.
