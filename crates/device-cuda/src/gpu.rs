@@ -190,6 +190,14 @@ impl Gpu {
         })
     }
 
+    /// Queues a copy on the device; the ranges do not overlap.
+    pub(crate) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.call("copy", &[from, to, bytes as u64], move |context, stream| {
+            // SAFETY: both ranges are the caller's until the stream has passed.
+            context.check("copy", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, stream) })
+        })
+    }
+
     /// Memory that lasts, with whatever contents.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ mod common;
 use baton_device::conformance::{self, Case, uniform};
 use baton_device::{
     AttentionBatch, AttentionParams, Backend, DType, HostLatent, HostLinear, HostTensor, KvDtype, KvSpec, LatentOps,
-    LayerKv, Rows, SequenceSpan, WeightFormat,
+    LayerKv, Purpose, Rows, SequenceSpan, WeightFormat,
 };
 use baton_device_cuda::{CudaBackend, Statistics};
 use common::Simulator;
@@ -252,7 +252,9 @@ fn inputs_that_are_exact_sums_are_rounded_to_activations_first() {
     };
     let one: Vec<u8> = (0..256).flat_map(|i| f32::from(i % 17 == 0).to_le_bytes()).collect();
     let weight = HostTensor::new("one", DType::F32, vec![16, 16], &one);
-    let one = backend.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32 }).unwrap();
+    let one = backend
+        .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
+        .unwrap();
     let exact = inputs.each_ref().map(|input| {
         let mut out = backend.tensor(9, 16).unwrap();
         backend.linear(&steps.tensor(1, input), &one, &mut out).unwrap();
