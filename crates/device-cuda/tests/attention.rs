@@ -51,7 +51,15 @@ fn widths_of_real_models_agree_on_tensor_cores() {
         let backend = simulator.open(activations);
         judge(&backend, &cases(kv));
         let kernels = kernels(&backend);
-        for part in ["128, Single", "128, Wide<2, 64>", "256, Wide<1, 64>", "192, Wide<1, 64>", "512, 64>"] {
+        for part in [
+            "128, Few<4>",
+            "128, Few<8>",
+            "64, Few<16>",
+            "128, Wide<2, 64>",
+            "256, Wide<1, 64>",
+            "192, Wide<1, 64>",
+            "512, 64>",
+        ] {
             assert!(kernels.iter().any(|name| name.contains(part)), "{part} of {kernels:?}");
         }
     }
