@@ -42,7 +42,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
             "baton-model",
             "baton-text",
         ],
-        &["baton-ascend-sim"],
+        &["baton-ascend-sim", "baton-cuda-sim"],
     ),
     ("baton-compare", &["baton-loadgen"], &[]),
     ("baton-loadgen", &[], &[]),

@@ -31,7 +31,7 @@ pub struct VerifyArgs {
     #[arg(value_name = "BUNDLE")]
     bundle: Option<String>,
 
-    /// Device: auto (the CPU, today), cpu, or reference (naive and slow, the judge of the others)
+    /// Device: auto (the CPU, today), cpu, cuda:N, ascend:N, or reference (naive and slow, the judge of the others)
     #[arg(long, default_value = "auto", conflicts_with = "devices")]
     device: String,
 
