@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cmath>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -102,7 +103,7 @@ struct Run {
 };
 
 /// Codes of the driver.
-constexpr int ILLEGAL_ADDRESS = 700, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719;
+constexpr int ILLEGAL_ADDRESS = 700, OUT_OF_RESOURCES = 701, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719;
 
 /// One host thread's block. Made once and used for any number of launches, of any module.
 struct Worker {
@@ -165,6 +166,11 @@ template <typename... A> [[noreturn]] inline void fail_with(int code, const char
 }
 
 template <typename... A> [[noreturn]] inline void fail(const char* format, A... values) { fail_with(LAUNCH_FAILED, format, values...); }
+
+/// Behind `__launch_bounds__`: at the head of such a kernel.
+inline void launch_bounds(unsigned threads, unsigned = 0) {
+    if (worker->threads > threads) fail_with(OUT_OF_RESOURCES, "%u threads, and its bound is %u", worker->threads, threads);
+}
 
 inline Lane& lane() { return *worker->current; }
 inline Warp& warp() { return worker->warps[(worker->current - worker->lanes) / WARP]; }
@@ -421,9 +427,15 @@ EMULATED_API inline bool emulated_run(emulated::Worker* with, emulated::Run* run
     return well;
 }
 
-/// For a handler of signals, on the thread that is in `emulated_run`: a lane touched an address that it may not, and the launch ends.
-EMULATED_API [[noreturn]] inline void emulated_escape(const void* address) {
-    emulated::fail_with(emulated::ILLEGAL_ADDRESS, "illegal access of the address %p", address);
+/// For a handler of signals, on the thread that is in `emulated_run`: the lane that runs did what it may not, and the launch ends. What the
+/// compiler checks (alignment, indices of arrays) is an illegal instruction.
+EMULATED_API [[noreturn]] inline void emulated_escape(int signal, const void* address) {
+    using namespace emulated;
+    switch (signal) {
+    case SIGILL: fail_with(MISALIGNED_ADDRESS, "a misaligned access, or an index out of its array");
+    case SIGFPE: fail("a division by zero");
+    default: fail_with(ILLEGAL_ADDRESS, "illegal access of the address %p", address);
+    }
 }
 
 #include "emulate_cuda.h"
