@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cmath>
-#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -101,6 +100,9 @@ struct Run {
     int code; ///< The driver's code for it, if it failed, and why.
     char message[256];
 };
+
+/// Numbers of Linux's signals. Its header would bring names that kernels may have.
+constexpr int ILLEGAL_INSTRUCTION = 4, ARITHMETIC = 8;
 
 /// Codes of the driver.
 constexpr int ILLEGAL_ADDRESS = 700, OUT_OF_RESOURCES = 701, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719;
@@ -432,8 +434,8 @@ EMULATED_API inline bool emulated_run(emulated::Worker* with, emulated::Run* run
 EMULATED_API [[noreturn]] inline void emulated_escape(int signal, const void* address) {
     using namespace emulated;
     switch (signal) {
-    case SIGILL: fail_with(MISALIGNED_ADDRESS, "a misaligned access, or an index out of its array");
-    case SIGFPE: fail("a division by zero");
+    case ILLEGAL_INSTRUCTION: fail_with(MISALIGNED_ADDRESS, "a misaligned access, or an index out of its array");
+    case ARITHMETIC: fail("a division by zero");
     default: fail_with(ILLEGAL_ADDRESS, "illegal access of the address %p", address);
     }
 }

@@ -1,6 +1,7 @@
 // What a program of one file needs beside emulate.h: device memory, a launch that ends the program when it fails.
 #pragma once
 
+#include <csignal>
 #include <ucontext.h>
 
 namespace emulated {
