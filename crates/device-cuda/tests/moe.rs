@@ -4,8 +4,8 @@ mod common;
 
 use baton_device::conformance::{self, Case, random_blocks, uniform};
 use baton_device::{
-    BlockFormat, DType, DeviceError, ExpertSource, HostExperts, HostLinear, HostTensor, KvDtype, MoeOps, Reference,
-    Result, Routing, Scoring, WeightFormat,
+    BlockFormat, DType, DeviceError, ExpertSource, HostExperts, HostLinear, HostTensor, KvDtype, MoeOps, Purpose,
+    Reference, Result, Routing, Scoring, WeightFormat,
 };
 use common::Simulator;
 
@@ -82,7 +82,9 @@ fn mixed<B: MoeOps>(b: &B, rows: usize) -> Vec<f32> {
         .unwrap();
     let router: Vec<u8> = uniform(3, EXPERTS * HIDDEN, 0.3).iter().flat_map(|v| v.to_le_bytes()).collect();
     let weight = HostTensor::new("router", DType::F32, vec![EXPERTS, HIDDEN], &router);
-    let router = b.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32 }).unwrap();
+    let router = b
+        .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
+        .unwrap();
     let mut inputs = uniform(2, rows * HIDDEN, 1.0);
     KvDtype::BF16.round(&mut inputs);
     let tensor = |cols: usize| b.tensor(rows, cols).unwrap();
