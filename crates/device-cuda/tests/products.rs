@@ -4,7 +4,7 @@ mod common;
 
 use baton_device::conformance::{self, Case, random_blocks, uniform};
 use baton_device::{
-    Backend, BlockFormat, DType, HostLinear, HostTensor, Result, Rows, WeightFormat, WeightFormat::BF16,
+    Backend, BlockFormat, DType, HostLinear, HostTensor, Purpose, Result, Rows, WeightFormat, WeightFormat::BF16,
     WeightFormat::F16, WeightFormat::F32,
 };
 use baton_device_cuda::{CudaBackend, CudaOptions};
@@ -67,7 +67,9 @@ fn a_weight_too_large_to_be_widened_at_once_is_widened_in_parts() {
     let column = |row: usize| row * 997 % k;
     let simulator = Simulator::new();
     let backend = simulator.open(DType::BF16);
-    let linear = backend.linear_weight(&HostLinear { weight: weight.clone(), bias: None, format: Q8_0 }).unwrap();
+    let linear = backend
+        .linear_weight(&HostLinear { weight: weight.clone(), bias: None, format: Q8_0, purpose: Purpose::Product })
+        .unwrap();
     let mut x = vec![0.0; rows * k];
     (0..rows).for_each(|row| x[row * k + column(row)] = 1.0);
     let (mut input, mut out, mut values) =
@@ -100,7 +102,7 @@ fn products<B: Backend>(
         let bias: Vec<u8> = values[..n].iter().flat_map(|v| v.to_le_bytes()).collect();
         let weight = HostTensor::new("w", DType::F32, vec![n, K], &bytes);
         let bias = (n % 2 == 1).then(|| HostTensor::new("b", DType::F32, vec![n], &bias));
-        linears.push(b.linear_weight(&HostLinear { weight, bias, format })?);
+        linears.push(b.linear_weight(&HostLinear { weight, bias, format, purpose: Purpose::Product })?);
     }
     let mut x = b.tensor(rows, K)?;
     b.write(&uniform(99, rows * K, 1.0), &mut x)?;
@@ -160,7 +162,7 @@ fn chain<B: Backend>(b: &B, rows: usize) -> Result<Vec<f32>> {
     let weight = |seed: u64, [n, k]: [usize; 2], format: WeightFormat| {
         let bytes: Vec<u8> = uniform(seed, n * k, 0.2).iter().flat_map(|v| v.to_le_bytes()).collect();
         let weight = HostTensor::new("w", DType::F32, vec![n, k], &bytes);
-        b.linear_weight(&HostLinear { weight, bias: None, format })
+        b.linear_weight(&HostLinear { weight, bias: None, format, purpose: Purpose::Product })
     };
     let first = weight(1, [64, 33], F32)?;
     let (mut x, mut wide) = (b.tensor(rows, 33)?, b.tensor(rows, 64)?);
