@@ -3,7 +3,7 @@
 //!
 //! | kernel | for | bound by |
 //! |---|---|---|
-//! | `attend<.., Single>` | one token of a sequence, up to 16 query heads of a key head | reading the cache, once for all these heads |
+//! | `attend<.., Few<H>>` | 16 / H tokens of a sequence, H query heads of a key head | reading the cache, once for all of them |
 //! | `attend<.., Wide<H, K>>` | 64 tokens of a sequence, H query heads of a key head | tensor cores |
 //! | `attend_rows` | numbers of 32 bits and heads that are no multiple of 16 wide | arithmetic; for comparisons |
 //! | `merge` | contexts that were split | launching it |
@@ -16,8 +16,8 @@ constexpr int THREADS = 128;
 
 /// How four warps share out a tile of queries times a tile of `KEYS` positions. A warp has a run of 16 rows for each of its
 /// `HEADS_APART`, and in it `HEADS_TOGETHER` for each token.
-struct Single {
-    static constexpr int ROW_WARPS = 1, KEY_WARPS = 4, HEADS_APART = 1, HEADS_TOGETHER = 16, TOKENS = 1, KEYS = 64;
+template <int H> struct Few {
+    static constexpr int ROW_WARPS = 1, KEY_WARPS = 4, HEADS_APART = 1, HEADS_TOGETHER = H, TOKENS = 16 / H, KEYS = 64;
 };
 template <int H, int K> struct Wide {
     static constexpr int ROW_WARPS = 4, KEY_WARPS = 1, HEADS_APART = H, HEADS_TOGETHER = 1, TOKENS = 64, KEYS = K;

@@ -15,9 +15,11 @@ use crate::staging::Slot;
 
 /// Tokens of a wide tile, as kernels have it.
 const TOKENS: usize = 64;
-/// Tokens of a sequence from which on they are taken together. Below that each reads the context by itself: drafts, and
-/// the ends of prompts.
+/// Tokens of a sequence from which on they are in wide tiles. Below that (decoding, drafts, ends of prompts) they are in
+/// tiles of a few.
 const WIDE: usize = 8;
+/// Tokens of a tile of a few: which of these is for attention to choose, by how many rows each token has there.
+pub(crate) const FEW: [usize; 3] = [1, 2, 4];
 /// Block numbers of a sequence are padded to as many, so that kernels read those of a tile at once.
 const TOGETHER: usize = 4;
 /// Bytes of a plan at first.
@@ -40,7 +42,8 @@ impl Planner {
         let numbers = Numbers::new(batch);
         let (bytes, sections) = numbers.encode();
         let address = self.gpu.upload(&place, &bytes)?;
-        let [positions, slots, single, wide, blocks] = sections.map(|offset| address + offset as u64);
+        let [positions, slots, one, two, four, wide, blocks] = sections.map(|offset| address + offset as u64);
+        let [ones, twos, fours] = numbers.few;
         Ok(AttentionPlan {
             rows: numbers.positions.len(),
             highest_block: numbers.blocks.iter().copied().max().unwrap_or(0) as usize,
@@ -48,7 +51,9 @@ impl Planner {
             slots,
             blocks,
             tiles: [
-                Tiles { address: single, tokens: 1, list: numbers.single },
+                Tiles { address: one, tokens: FEW[0], list: ones },
+                Tiles { address: two, tokens: FEW[1], list: twos },
+                Tiles { address: four, tokens: FEW[2], list: fours },
                 Tiles { address: wide, tokens: TOKENS, list: numbers.wide },
             ],
             _place: place,
@@ -74,7 +79,8 @@ pub struct AttentionPlan {
     positions: u64,
     slots: u64,
     blocks: u64,
-    tiles: [Tiles; 2],
+    /// As [`FEW`], then wide ones.
+    tiles: [Tiles; FEW.len() + 1],
     /// Keeps other plans away.
     _place: Arc<Slot>,
 }
@@ -89,6 +95,11 @@ pub(crate) struct Tiles {
 }
 
 impl Tiles {
+    /// Whether they have many tokens.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.tokens == TOKENS
+    }
+
     /// How many.
     pub(crate) fn count(&self) -> usize {
         self.list.len()
@@ -151,9 +162,9 @@ impl AttentionPlan {
         self.blocks
     }
 
-    /// Every row once: in tiles of one token, or with others of its sequence.
-    pub(crate) fn tiles(&self) -> impl Iterator<Item = &Tiles> {
-        self.tiles.iter().filter(|tiles| tiles.count() > 0)
+    /// Every row once: in tiles of a few tokens, at most `few`, which is one of [`FEW`], or in wide ones.
+    pub(crate) fn tiles(&self, few: usize) -> impl Iterator<Item = &Tiles> {
+        self.tiles.iter().filter(move |tiles| tiles.count() > 0 && (tiles.tokens == few || tiles.is_wide()))
     }
 }
 
@@ -205,7 +216,7 @@ impl Tile {
 struct Numbers {
     positions: Vec<i32>,
     slots: Vec<i32>,
-    single: Vec<Tile>,
+    few: [Vec<Tile>; FEW.len()],
     wide: Vec<Tile>,
     blocks: Vec<i32>,
 }
@@ -238,20 +249,27 @@ impl Numbers {
         // Those that pad are the sequence's own, and nothing is read of them.
         let last = self.blocks[self.blocks.len() - 1];
         self.blocks.resize(self.blocks.len().next_multiple_of(TOGETHER), last);
-        let (list, tokens) = if len < WIDE { (&mut self.single, 1) } else { (&mut self.wide, TOKENS) };
-        list.extend((0..len).step_by(tokens).map(|first| {
-            let tokens = tokens.min(len - first);
-            Tile { row: int(row + first), tokens: int(tokens), position: int(start + first), table }
-        }));
+        let mut cut = |list: &mut Vec<Tile>, tokens: usize| {
+            list.extend((0..len).step_by(tokens).map(|first| {
+                let tokens = tokens.min(len - first);
+                Tile { row: int(row + first), tokens: int(tokens), position: int(start + first), table }
+            }));
+        };
+        if len < WIDE {
+            self.few.iter_mut().zip(FEW).for_each(|(list, tokens)| cut(list, tokens));
+        } else {
+            cut(&mut self.wide, TOKENS);
+        }
     }
 
     /// Bytes, and where in them each section begins. Block numbers are last: only theirs is a number that grows from step to
     /// step.
-    fn encode(&self) -> (Vec<u8>, [usize; 5]) {
+    fn encode(&self) -> (Vec<u8>, [usize; 7]) {
         let fields = |tile: &Tile| [tile.row, tile.tokens, tile.position, tile.table];
         let numbers = |tiles: &[Tile]| tiles.iter().flat_map(fields).collect::<Vec<i32>>();
-        let (single, wide) = (numbers(&self.single), numbers(&self.wide));
-        let sections = [&self.positions, &self.slots, &single, &wide, &self.blocks];
+        let [one, two, four] = self.few.each_ref().map(|tiles| numbers(tiles));
+        let wide = numbers(&self.wide);
+        let sections = [&self.positions, &self.slots, &one, &two, &four, &wide, &self.blocks];
         let mut bytes = Vec::new();
         let offsets = sections.map(|section| {
             bytes.resize(bytes.len().next_multiple_of(16), 0);
@@ -278,18 +296,21 @@ mod tests {
     fn every_row_is_in_one_tile_with_its_position_slot_and_blocks() {
         let spans = [(0, 1), (17, 3), (5, 130), (0, 64), (99, 8), (15, 2)];
         let numbers = numbers(&spans);
-        let mut seen = vec![0; numbers.positions.len()];
-        for tile in numbers.single.iter().chain(&numbers.wide) {
-            assert_eq!(tile.table as usize % TOGETHER, 0);
-            for i in 0..tile.tokens {
-                let (row, position) = ((tile.row + i) as usize, tile.position + i);
-                let block = numbers.blocks[tile.table as usize + position as usize / BLOCK];
-                assert_eq!((numbers.positions[row], numbers.slots[row]), (position, block * 16 + position % 16));
-                seen[row] += 1;
+        for (few, tokens) in numbers.few.iter().zip(FEW) {
+            let mut seen = vec![0; numbers.positions.len()];
+            for tile in few.iter().chain(&numbers.wide) {
+                assert_eq!(tile.table as usize % TOGETHER, 0);
+                for i in 0..tile.tokens {
+                    let (row, position) = ((tile.row + i) as usize, tile.position + i);
+                    let block = numbers.blocks[tile.table as usize + position as usize / BLOCK];
+                    assert_eq!((numbers.positions[row], numbers.slots[row]), (position, block * 16 + position % 16));
+                    seen[row] += 1;
+                }
             }
+            assert!(seen.iter().all(|seen| *seen == 1));
+            assert!(few.iter().all(|tile| tile.tokens as usize <= tokens));
         }
-        assert!(seen.iter().all(|seen| *seen == 1));
-        assert_eq!(numbers.single.len(), 1 + 3 + 2);
+        assert_eq!(numbers.few.each_ref().map(Vec::len), [1 + 3 + 2, 1 + 2 + 1, 1 + 1 + 1]);
         assert!(numbers.wide.is_sorted_by_key(|tile| std::cmp::Reverse(tile.row)));
     }
 

@@ -6,7 +6,7 @@ mod common;
 use baton_device::conformance::{self, Case, uniform};
 use baton_device::{
     AttentionBatch, AttentionParams, Backend, DType, HostLatent, HostLinear, HostTensor, KvDtype, KvSpec, LatentOps,
-    LayerKv, Rows, SequenceSpan, WeightFormat,
+    LayerKv, Purpose, Rows, SequenceSpan, WeightFormat,
 };
 use baton_device_cuda::{CudaBackend, Statistics};
 use common::Simulator;
@@ -51,7 +51,15 @@ fn widths_of_real_models_agree_on_tensor_cores() {
         let backend = simulator.open(activations);
         judge(&backend, &cases(kv));
         let kernels = kernels(&backend);
-        for part in ["128, Single", "128, Wide<2, 64>", "256, Wide<1, 64>", "192, Wide<1, 64>", "512, 64>"] {
+        for part in [
+            "128, Few<4>",
+            "128, Few<8>",
+            "64, Few<16>",
+            "128, Wide<2, 64>",
+            "256, Wide<1, 64>",
+            "192, Wide<1, 64>",
+            "512, 64>",
+        ] {
             assert!(kernels.iter().any(|name| name.contains(part)), "{part} of {kernels:?}");
         }
     }
@@ -244,7 +252,9 @@ fn inputs_that_are_exact_sums_are_rounded_to_activations_first() {
     };
     let one: Vec<u8> = (0..256).flat_map(|i| f32::from(i % 17 == 0).to_le_bytes()).collect();
     let weight = HostTensor::new("one", DType::F32, vec![16, 16], &one);
-    let one = backend.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32 }).unwrap();
+    let one = backend
+        .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
+        .unwrap();
     let exact = inputs.each_ref().map(|input| {
         let mut out = backend.tensor(9, 16).unwrap();
         backend.linear(&steps.tensor(1, input), &one, &mut out).unwrap();

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, DType, DeviceError, HostLinear, HostRope, HostTensor, KvSpec,
-    LayerKv, Result, RopeLayout, Rows, SequenceSpan, WeightFormat, conformance::uniform,
+    LayerKv, Purpose, Result, RopeLayout, Rows, SequenceSpan, WeightFormat, conformance::uniform,
 };
 use baton_device_cuda::{CudaBackend, CudaOptions, probe};
 use common::{Simulator, options};
@@ -37,7 +37,7 @@ impl<'a> Decoder<'a> {
             let values = uniform(seed, rows * cols, (cols as f32).sqrt().recip());
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
             let weight = HostTensor::new("weight", DType::F32, vec![rows, cols], &bytes);
-            b.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::BF16 })
+            b.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::BF16, purpose: Purpose::Product })
         };
         let ones: Vec<u8> = [1.0f32; HIDDEN].iter().flat_map(|v| v.to_le_bytes()).collect();
         let head_dim = HIDDEN / HEADS;

@@ -128,7 +128,7 @@ fn a_step_that_comes_again_is_replayed_and_asks_for_no_memory() {
     let format = WeightFormat::BF16;
     let bytes = vec![0x3c; 2 * 64 * 64];
     let weight = HostTensor::new("w", DType::BF16, vec![64, 64], &bytes);
-    let weight = backend.linear_weight(&HostLinear { weight, bias: None, format, purpose: Purpose::Table }).unwrap();
+    let weight = backend.linear_weight(&HostLinear { weight, bias: None, format, purpose: Purpose::Product }).unwrap();
     let norm = vec![0; 4 * 64];
     let norm = backend.vector(&HostTensor::new("norm", DType::F32, vec![64], &norm)).unwrap();
     let mut tensors: Vec<_> = (0..3).map(|_| backend.tensor(70, 64).unwrap()).collect();
