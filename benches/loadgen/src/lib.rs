@@ -5,6 +5,7 @@
 //! a clean close alone is an error, because a server that dies looks like that.
 
 mod client;
+pub mod evaluation;
 mod local;
 pub mod plot;
 mod report;

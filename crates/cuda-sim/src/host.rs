@@ -23,19 +23,27 @@ pub fn library() -> PathBuf {
     library
 }
 
-/// Makes in `folder` the libraries by which the simulator is found: empty ones that bring it along. Opened by path, they are found by name
-/// afterwards, for that is how the system's loader knows libraries.
+/// Makes in `folder` the libraries by which the simulator that was built with the tests is found.
+///
+/// # Errors
+/// As [`name_library`].
+pub fn library_folder(folder: &Path) -> io::Result<()> {
+    name_library(&library(), folder)
+}
+
+/// Makes in `folder` the libraries by which the simulator, `library`, is found: empty ones that bring it along. Opened by path, they are found
+/// by name afterwards, for that is how the system's loader knows libraries.
 ///
 /// # Errors
 /// The host's compiler, which links them, is missing or fails.
-pub fn library_folder(folder: &Path) -> io::Result<()> {
+pub fn name_library(library: &Path, folder: &Path) -> io::Result<()> {
     let compiler = crate::compiler().ok_or_else(|| io::Error::other("no C++ compiler"))?;
     let source = folder.join("empty.c");
     std::fs::write(&source, "")?;
     for name in NAMES {
         let mut command = Command::new(&compiler);
         command.args(["-shared", "-nostdlib", "-Wl,--no-as-needed"]).arg(format!("-Wl,-soname,{name}"));
-        let status = command.arg("-o").arg(folder.join(name)).arg(&source).arg(library()).status()?;
+        let status = command.arg("-o").arg(folder.join(name)).arg(&source).arg(library).status()?;
         if !status.success() {
             return Err(io::Error::other(format!("{name} could not be linked")));
         }

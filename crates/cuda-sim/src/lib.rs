@@ -46,7 +46,7 @@ mod stream;
 mod table;
 
 pub use compiler::compiler;
-pub use host::{Simulator, library, library_folder};
+pub use host::{Simulator, library, library_folder, name_library};
 
 #[cfg(test)]
 mod tests;

@@ -14,6 +14,7 @@ use crate::chip::Chip;
 use crate::device::{Device, DeviceOptions, encode};
 use crate::error::AscendError;
 use crate::forms::{self, CacheShape, Forms, NormShape};
+use crate::graphs::{self, MOST_ROWS};
 use crate::installation::{self, Installation};
 use crate::libraries::Search;
 use crate::linear::{self, Linear, linear_group};
@@ -82,7 +83,7 @@ impl AscendBackend {
             DType::Ggml(format) => return Err(unavailable(format!("activations are floats, not {format}"))),
         };
         let device = DeviceOptions { id: options.device as i32, timeout: options.timeout, blocking: options.blocking };
-        let owner = Arc::new(Owner::start(acl, name.clone(), device, chip)?);
+        let owner = Arc::new(Owner::start(acl, name.clone(), device, chip, no_graphs(options, chip))?);
         let masks = Buffer::with(&owner, encode(&mask_rows(), DataType::F32))?;
         let blocks = quant::offered(chip, &acl.operators, activations);
         let caps = caps(name, soc, chip, options.activations, blocks);
@@ -112,24 +113,42 @@ impl AscendBackend {
         self.owner.call("memory", |device| Ok(device.usage()))
     }
 
-    /// The form that operations take, a line for each shape met so far, with what speaks against a better one.
+    /// The form that operations take, a line for each shape met so far, with what speaks against a better one; and how what
+    /// lies between them goes to the device.
     pub fn forms(&self) -> Vec<String> {
-        self.forms.lines()
+        let launches = match self.owner.objection() {
+            None => "launches between attention, in small steps: graphs".into(),
+            Some(objection) => format!("launches between attention: one by one (not new graphs: {objection})"),
+        };
+        let mut lines = self.forms.lines();
+        lines.push(launches);
+        lines
     }
 
-    /// Queues work on `rows` rows: none is no work.
+    /// Queues work on `rows` rows: none is no work, and the calls of few are collected.
     pub(crate) fn queue(
         &self,
         op: &'static str,
         rows: usize,
         work: impl FnOnce(&mut Device) -> std::result::Result<(), AscendError> + Send + 'static,
     ) -> Result<()> {
-        if rows == 0 { Ok(()) } else { self.owner.submit(op, work) }
+        match rows {
+            0 => Ok(()),
+            1..=MOST_ROWS => self.owner.submit(op, move |device| device.collect(op, work)),
+            _ => self.owner.submit(op, work),
+        }
     }
 
     pub(crate) fn masks(&self) -> View {
         View::new(self.masks.address(), DataType::F32, &[2 * (BLOCK + 1), BLOCK])
     }
+}
+
+/// Why no graphs are made at all.
+fn no_graphs(options: &AscendOptions, chip: Chip) -> Option<String> {
+    let composed = (!options.fused).then(|| "fused forms are off".to_owned());
+    let blocking = options.blocking.then(|| "every operator is waited for".to_owned());
+    composed.or(blocking).or_else(|| graphs::objection(chip))
 }
 
 /// What a chip offers with activations of a type.
@@ -384,6 +403,10 @@ impl Backend for AscendBackend {
         self.place.all_here(&self.caps.device)
     }
 
+    fn submit(&self) -> Result<()> {
+        self.owner.submit("submit", Device::end_piece)
+    }
+
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
         assert_eq!(x.cols(), out.cols(), "width of gathered rows");
         below(rows, x.rows());
@@ -452,7 +475,7 @@ impl AscendBackend {
         let alike = rows.iter().all(|rows| rows.dtype() == dtype);
         let fused = alike && forms::cache_write(self, CacheShape { heads, widths, dtype }, layer)?;
         let (step, rows, planes) = (step.clone(), rows.map(Tensor::view), planes.clone());
-        self.owner.submit("cache write", move |device| {
+        self.queue("cache write", step.rows, move |device| {
             attention::write(device, &step, fused, heads, rows.each_ref(), &planes)
         })
     }

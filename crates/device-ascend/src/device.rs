@@ -5,9 +5,11 @@
 
 mod copies;
 mod memory;
+mod pieces;
 
 use std::cell::Cell;
 use std::ffi::CStr;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use half::{bf16, f16};
@@ -20,6 +22,7 @@ use crate::error::AscendError;
 use crate::libraries::Acl;
 use crate::memory::{Pinned, Pool};
 use crate::object::{Address, DataType, IntArray, Scalar, Tensor, TensorList, View};
+use pieces::Pieces;
 
 /// What a device is told when it is opened.
 #[derive(Debug, Clone, Copy)]
@@ -47,14 +50,21 @@ pub(crate) struct Device {
     zeros: Option<(Address, usize)>,
     /// The device's place among ranks.
     pub(crate) comm: Option<Comm>,
+    /// Calls that were made and not issued yet.
+    pub(crate) pieces: Pieces,
     /// Set by an error after which nothing can be asked of it any more.
     dead: Cell<bool>,
 }
 
 impl Device {
     /// Makes the device current on this thread, with a context and a stream of its own. If that fails half-way, nothing of it
-    /// remains.
-    pub(crate) fn open(acl: &'static Acl, options: DeviceOptions, chip: Chip) -> Result<Self, AscendError> {
+    /// remains. It makes graphs until there is an objection.
+    pub(crate) fn open(
+        acl: &'static Acl,
+        options: DeviceOptions,
+        chip: Chip,
+        objection: Arc<OnceLock<String>>,
+    ) -> Result<Self, AscendError> {
         // SAFETY: the first call of this thread, which makes the device current for all that follow.
         check(acl, "aclrtSetDevice", unsafe { (acl.runtime.set_device)(options.id) })?;
         let mut device = Self {
@@ -68,6 +78,7 @@ impl Device {
             workspace: None,
             zeros: None,
             comm: None,
+            pieces: Pieces::new(acl.runtime.graph_functions(), objection),
             dead: Cell::new(false),
         };
         match device.create() {
@@ -109,6 +120,8 @@ impl Device {
             if !done && self.stream != Stream::NULL {
                 (runtime.destroy_stream_by_force)(self.stream);
             }
+            self.pieces.retire_graphs();
+            self.pieces.destroy_retired();
             if let (Some(comm), Some(collectives)) = (self.comm.take(), &self.acl.collectives) {
                 (collectives.destroy)(comm);
             }
@@ -143,6 +156,11 @@ impl Device {
         self.context
     }
 
+    #[cfg(test)]
+    pub(crate) fn workspace_now(&self) -> Option<(Address, usize)> {
+        self.workspace
+    }
+
     pub(crate) fn stream(&self) -> Stream {
         self.stream
     }
@@ -161,21 +179,20 @@ impl Device {
 
     // Objects.
 
-    pub(crate) fn tensor(&self, view: &View) -> Result<Tensor, AscendError> {
-        Tensor::new(&self.acl.meta, view)
+    pub(crate) fn tensor(&self, view: &View) -> Tensor {
+        Tensor::new(view)
     }
 
-    pub(crate) fn list(&self, views: &[&View]) -> Result<TensorList, AscendError> {
-        let tensors = views.iter().map(|view| self.tensor(view)).collect::<Result<_, _>>()?;
-        TensorList::new(&self.acl.meta, tensors)
+    pub(crate) fn list(&self, views: &[&View]) -> TensorList {
+        TensorList(views.iter().map(|view| self.tensor(view)).collect())
     }
 
-    pub(crate) fn scalar(&self, value: f32, dtype: DataType) -> Result<Scalar, AscendError> {
-        Scalar::new(&self.acl.meta, value, dtype)
+    pub(crate) fn scalar(&self, value: f32, dtype: DataType) -> Scalar {
+        Scalar::new(value, dtype)
     }
 
-    pub(crate) fn ints(&self, values: &[i64]) -> Result<IntArray, AscendError> {
-        IntArray::new(&self.acl.meta, values)
+    pub(crate) fn ints(&self, values: &[i64]) -> IntArray {
+        IntArray(values.to_vec())
     }
 
     // Operators.
@@ -218,13 +235,19 @@ impl Device {
         if bytes == 0 {
             return Ok(Address::NULL);
         }
-        if let Some((address, size)) = self.workspace {
-            if size >= bytes {
-                return Ok(address);
-            }
-            self.release_workspace();
+        if let Some((address, _)) = self.workspace.filter(|(_, size)| *size >= bytes) {
+            return Ok(address);
         }
-        let address = self.alloc(bytes)?;
+        if self.pieces.is_capturing() {
+            return Err(AscendError::OutOfMemory {
+                bytes,
+                message: "the workspace stays while a graph is captured".into(),
+            });
+        }
+        if let Some((address, _)) = self.workspace.take() {
+            self.free(address);
+        }
+        let address = if self.pieces.is_ending() { self.alloc_apart(bytes)? } else { self.alloc(bytes)? };
         self.workspace = Some((address, bytes));
         Ok(address)
     }
@@ -233,6 +256,7 @@ impl Device {
     pub(crate) fn release_workspace(&mut self) {
         if let Some((address, _)) = self.workspace.take() {
             self.free(address);
+            self.pieces.start_anew();
         }
     }
 }

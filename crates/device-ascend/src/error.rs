@@ -47,6 +47,13 @@ pub enum AscendError {
         /// The call.
         call: &'static str,
     },
+    /// A call failed that had been made by an operation before the one that met the failure.
+    Collected {
+        /// The operation of the seam that had made it.
+        op: &'static str,
+        /// How it failed.
+        error: Box<AscendError>,
+    },
     /// The owner thread has ended or panicked.
     Gone {
         /// How.
@@ -63,12 +70,16 @@ impl AscendError {
             Self::Collective { code, .. } => describe_collective(*code).1,
             Self::Missing { .. } => Class::Unsupported,
             Self::Null { .. } => Class::Bug,
+            Self::Collected { error, .. } => error.class(),
             Self::Gone { .. } => Class::Lost,
         }
     }
 
     /// As the seam tells it, of the device `device` during `op`.
     pub(crate) fn into_device_error(self, device: &str, op: &'static str) -> DeviceError {
+        if let Self::Collected { op, error } = self {
+            return error.into_device_error(device, op);
+        }
         let device = device.to_owned();
         match (&self, self.class()) {
             (Self::OutOfMemory { bytes, .. }, _) => DeviceError::OutOfMemory { device, bytes: *bytes, what: op },
@@ -100,6 +111,7 @@ impl fmt::Display for AscendError {
             }
             Self::Missing { operator } => write!(f, "CANN's libraries have no {operator}"),
             Self::Null { call } => write!(f, "{call} gave null"),
+            Self::Collected { op, error } => write!(f, "{op}: {error}"),
             Self::Gone { reason } => write!(f, "the device's thread is gone: {reason}"),
         }
     }

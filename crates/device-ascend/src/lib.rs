@@ -11,6 +11,7 @@ mod chip;
 mod device;
 mod error;
 mod forms;
+mod graphs;
 mod installation;
 mod latent;
 mod libraries;

@@ -193,19 +193,13 @@ pub(crate) fn linear_group(device: &mut Device, x: &View, group: &[(LinearView, 
 /// As above for one weight, and x in its type.
 fn linear(device: &mut Device, x: &View, weight: &LinearView, out: &View) -> Result<(), AscendError> {
     match &weight.weight {
-        WeightView::Float(rows) => {
-            let weight = device.tensor(&rows.swap(0, 1))?;
-            dense(device, x, &weight, out)?;
-        }
-        WeightView::Fractal(rows) => {
-            let weight = fractal::turned(device, rows)?;
-            dense(device, x, &weight, out)?;
-        }
+        WeightView::Float(rows) => dense(device, x, &device.tensor(&rows.swap(0, 1)), out)?,
+        WeightView::Fractal(rows) => dense(device, x, &fractal::turned(rows), out)?,
         WeightView::Blocks(blocks) => quant::product(device, x, blocks, out)?,
     }
     if let Some(bias) = &weight.bias {
-        let (y, one) = (device.tensor(out)?, device.scalar(1.0, bias.dtype)?);
-        let bias = device.tensor(bias)?;
+        let (y, one) = (device.tensor(out), device.scalar(1.0, bias.dtype));
+        let bias = device.tensor(bias);
         device.add_in_place(&y, &bias, &one)?;
     }
     Ok(())
@@ -214,7 +208,7 @@ fn linear(device: &mut Device, x: &View, weight: &LinearView, out: &View) -> Res
 /// `out = x · weight`, which is `[in, out]`.
 fn dense(device: &mut Device, x: &View, weight: &Tensor, out: &View) -> Result<(), AscendError> {
     let math = device.cube_math();
-    let (x, out) = (device.tensor(x)?, device.tensor(out)?);
+    let (x, out) = (device.tensor(x), device.tensor(out));
     device.mm(&x, weight, &out, math)
 }
 

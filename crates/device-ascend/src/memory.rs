@@ -63,7 +63,14 @@ impl Pool {
 
     /// The smallest free block of at least `bytes`, cut to size.
     pub(crate) fn take(&mut self, bytes: usize) -> Option<Address> {
-        let &(size, start) = self.by_size.range((bytes, 0)..).next()?;
+        let &(_, start) = self.by_size.range((bytes, 0)..).next()?;
+        self.take_at(Address(start), bytes);
+        Some(Address(start))
+    }
+
+    /// The first `bytes` of a free block.
+    pub(crate) fn take_at(&mut self, Address(start): Address, bytes: usize) {
+        let size = self.free[&start];
         self.remove_free(start, size);
         if size > bytes {
             self.insert_free(start + bytes, size - bytes);
@@ -71,7 +78,6 @@ impl Pool {
         self.used.insert(start, bytes);
         self.usage.used += bytes;
         self.usage.peak = self.usage.peak.max(self.usage.used);
-        Some(Address(start))
     }
 
     /// Enters a segment that the device gave.

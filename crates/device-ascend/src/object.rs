@@ -1,7 +1,8 @@
-//! The objects that operators take. Each owns one handle of the C side and destroys it once; a list owns its elements.
+//! The objects that operators take: as plain data, which is what a call keeps of them, and as handles of the C side. A handle
+//! is destroyed once; a list owns its elements.
 //!
-//! Invariant: made, used and dropped on the owner thread, between the phases' call and its return. They borrow device memory
-//! by address and never free it.
+//! Invariant: handles are made, used and dropped on the owner thread, between the phases' call and its return. Objects borrow
+//! device memory by address and never free it.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -65,7 +66,7 @@ impl Address {
 
 /// A strided window on device memory: `element[i] = base[offset + Σ i_d · stride_d]`, offset and strides in elements. Plain
 /// data: it neither owns nor checks the memory. `base` is 32-byte aligned, and `storage` elements lie there.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct View {
     pub(crate) base: Address,
     pub(crate) dtype: DataType,
@@ -161,8 +162,62 @@ fn row_major(dims: &[i64]) -> Vec<i64> {
     strides
 }
 
-/// Defines an object: its handle, the function that destroys it.
-macro_rules! objects {
+/// `aclTensor`, as it is to be made.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Tensor {
+    view: View,
+    format: i32,
+    storage: Vec<i64>,
+}
+
+impl Tensor {
+    pub(crate) fn new(view: &View) -> Self {
+        Self::with_storage(view, format::ND, &[view.storage])
+    }
+
+    /// A tensor whose memory has a shape and format of its own: blocks of FRACTAL_NZ.
+    pub(crate) fn with_storage(view: &View, format: i32, storage: &[i64]) -> Self {
+        Self { view: view.clone(), format, storage: storage.to_vec() }
+    }
+}
+
+/// `aclScalar`, as it is to be made: a factor for tensors of `dtype`, in that type.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Scalar {
+    /// Of the value in f32.
+    bits: u32,
+    dtype: DataType,
+}
+
+impl Scalar {
+    pub(crate) fn new(value: f32, dtype: DataType) -> Self {
+        Self { bits: value.to_bits(), dtype }
+    }
+
+    /// The value in its type.
+    fn bytes(&self) -> Vec<u8> {
+        let value = f32::from_bits(self.bits);
+        match self.dtype {
+            DataType::F32 => value.to_le_bytes().to_vec(),
+            DataType::F16 => f16::from_f32(value).to_le_bytes().to_vec(),
+            DataType::BF16 => bf16::from_f32(value).to_le_bytes().to_vec(),
+            DataType::I32 => (value as i32).to_le_bytes().to_vec(),
+            DataType::I64 => (value as i64).to_le_bytes().to_vec(),
+            other => panic!("no scalar of {other:?}"),
+        }
+    }
+}
+
+/// `aclIntArray`, as it is to be made.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct IntArray(pub(crate) Vec<i64>);
+
+/// `aclTensorList`, as it is to be made.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct TensorList(pub(crate) Vec<Tensor>);
+
+/// Defines handles: each with the function that destroys it.
+macro_rules! handles {
     ($($(#[$meta:meta])* $name:ident($ptr:ident, $destroy:ident);)*) => {
         $(
             $(#[$meta])*
@@ -196,31 +251,21 @@ macro_rules! objects {
     };
 }
 
-objects! {
+handles! {
     /// `aclTensor`.
-    Tensor(TensorPtr, destroy_tensor);
+    TensorHandle(TensorPtr, destroy_tensor);
     /// `aclScalar`.
-    Scalar(ScalarPtr, destroy_scalar);
+    ScalarHandle(ScalarPtr, destroy_scalar);
     /// `aclIntArray`.
-    IntArray(IntArrayPtr, destroy_int_array);
+    IntArrayHandle(IntArrayPtr, destroy_int_array);
     /// `aclTensorList`, which destroys its elements.
-    TensorList(TensorListPtr, destroy_tensor_list);
+    TensorListHandle(TensorListPtr, destroy_tensor_list);
 }
 
-impl Tensor {
-    pub(crate) fn new(meta: &'static Meta, view: &View) -> Result<Self, AscendError> {
-        Self::with_storage(meta, view, format::ND, &[view.storage])
-    }
-
-    /// A tensor whose memory has a shape and format of its own: blocks of FRACTAL_NZ.
-    pub(crate) fn with_storage(
-        meta: &'static Meta,
-        view: &View,
-        format: i32,
-        storage: &[i64],
-    ) -> Result<Self, AscendError> {
-        let View { base, dtype, dims, strides, offset, .. } = view;
-        // SAFETY: both arrays are as long as said and copied by the callee; the address is only kept.
+impl TensorHandle {
+    pub(crate) fn new(meta: &'static Meta, tensor: &Tensor) -> Result<Self, AscendError> {
+        let Tensor { view: View { base, dtype, dims, strides, offset, .. }, format, storage } = tensor;
+        // SAFETY: the arrays are as long as said and copied by the callee; the address is only kept.
         let ptr = unsafe {
             (meta.create_tensor)(
                 dims.as_ptr(),
@@ -228,7 +273,7 @@ impl Tensor {
                 dtype.0,
                 strides.as_ptr(),
                 *offset,
-                format,
+                *format,
                 storage.as_ptr(),
                 storage.len() as u64,
                 base.as_ptr(),
@@ -238,38 +283,30 @@ impl Tensor {
     }
 }
 
-impl Scalar {
-    /// A factor for tensors of `dtype`, in that type.
-    pub(crate) fn new(meta: &'static Meta, value: f32, dtype: DataType) -> Result<Self, AscendError> {
-        let mut bytes = match dtype {
-            DataType::F32 => value.to_le_bytes().to_vec(),
-            DataType::F16 => f16::from_f32(value).to_le_bytes().to_vec(),
-            DataType::BF16 => bf16::from_f32(value).to_le_bytes().to_vec(),
-            DataType::I32 => (value as i32).to_le_bytes().to_vec(),
-            DataType::I64 => (value as i64).to_le_bytes().to_vec(),
-            other => panic!("no scalar of {other:?}"),
-        };
+impl ScalarHandle {
+    pub(crate) fn new(meta: &'static Meta, scalar: &Scalar) -> Result<Self, AscendError> {
         // SAFETY: the value is copied, as many bytes as its type has.
-        let ptr = unsafe { (meta.create_scalar)(bytes.as_mut_ptr().cast(), dtype.0) };
+        let ptr = unsafe { (meta.create_scalar)(scalar.bytes().as_mut_ptr().cast(), scalar.dtype.0) };
         Self::own(meta, ptr, "aclCreateScalar")
     }
 }
 
-impl IntArray {
-    pub(crate) fn new(meta: &'static Meta, values: &[i64]) -> Result<Self, AscendError> {
+impl IntArrayHandle {
+    pub(crate) fn new(meta: &'static Meta, IntArray(values): &IntArray) -> Result<Self, AscendError> {
         // SAFETY: as many values as said, copied.
         let ptr = unsafe { (meta.create_int_array)(values.as_ptr(), values.len() as u64) };
         Self::own(meta, ptr, "aclCreateIntArray")
     }
 }
 
-impl TensorList {
-    /// Takes the tensors: the list destroys them.
-    pub(crate) fn new(meta: &'static Meta, tensors: Vec<Tensor>) -> Result<Self, AscendError> {
-        let ptrs: Vec<_> = tensors.iter().map(Tensor::as_ptr).collect();
+impl TensorListHandle {
+    pub(crate) fn new(meta: &'static Meta, TensorList(tensors): &TensorList) -> Result<Self, AscendError> {
+        let tensors = tensors.iter().map(|tensor| TensorHandle::new(meta, tensor)).collect::<Result<Vec<_>, _>>()?;
+        let ptrs: Vec<_> = tensors.iter().map(TensorHandle::as_ptr).collect();
         // SAFETY: as many handles as said, all alive.
         let ptr = unsafe { (meta.create_tensor_list)(ptrs.as_ptr(), ptrs.len() as u64) };
         let list = Self::own(meta, ptr, "aclCreateTensorList")?;
+        // They are the list's now, which destroys them.
         tensors.into_iter().for_each(std::mem::forget);
         Ok(list)
     }

@@ -2,12 +2,13 @@
 //!
 //! Invariants: what is submitted runs in that order. When a piece of work fails, what the same thread submitted after it is
 //! skipped until a call of that thread brings the failure to it; then the device goes on, if its error lets it. A caller gives up when no work was
-//! done for as long as the device's timeout and a grace.
+//! done for as long as the device's timeout and a grace. What the device has collected is of one thread: it goes to the stream
+//! before other work does, and before any call is answered.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle, ThreadId};
 use std::time::Duration;
 
@@ -41,6 +42,17 @@ enum Job {
     Tidy(Box<dyn FnOnce(&mut Device) + Send>),
 }
 
+impl Job {
+    /// Whether what the thread's work collected must go to the stream before this.
+    fn ends_piece_of(&self, thread: ThreadId) -> bool {
+        match self {
+            Job::Submit(other, ..) => *other != thread,
+            Job::Call(..) => true,
+            Job::Free(_) | Job::Tidy(_) => false,
+        }
+    }
+}
+
 /// What failed, in which operation of the seam.
 #[derive(Debug, Clone)]
 struct Failure {
@@ -67,11 +79,21 @@ pub(crate) struct Owner {
     served: Arc<AtomicU64>,
     /// Set when a wait was in vain; nobody waits again.
     hung: AtomicBool,
+    /// Why the device makes no graphs, once there is a reason.
+    objection: Arc<OnceLock<String>>,
 }
 
 impl Owner {
-    /// Opens the device on a thread of its own.
-    pub(crate) fn start(acl: &'static Acl, name: String, options: DeviceOptions, chip: Chip) -> Result<Self> {
+    /// Opens the device on a thread of its own. It makes graphs if there is no objection.
+    pub(crate) fn start(
+        acl: &'static Acl,
+        name: String,
+        options: DeviceOptions,
+        chip: Chip,
+        objection: Option<String>,
+    ) -> Result<Self> {
+        let objection = Arc::new(objection.map_or_else(OnceLock::new, OnceLock::from));
+        let noted = objection.clone();
         let (jobs, queue) = bounded(QUEUE);
         let (opened, opening) = bounded(1);
         let (end, ended) = bounded::<()>(0);
@@ -79,7 +101,7 @@ impl Owner {
         let count = served.clone();
         let work = move || {
             let _end = end;
-            match Device::open(acl, options, chip) {
+            match Device::open(acl, options, chip, noted) {
                 Ok(device) => {
                     let _ = opened.send(Ok(()));
                     serve(device, &queue, &count);
@@ -107,7 +129,20 @@ impl Owner {
             patience,
             served,
             hung: AtomicBool::new(false),
+            objection,
         })
+    }
+
+    /// Why no graphs are made, or not any more, once all is done that was queued before.
+    pub(crate) fn objection(&self) -> Option<&str> {
+        let (done, answer) = bounded(1);
+        // Not a call: a failure that waits for one is not for whoever asks this.
+        self.tidy(move |_| _ = done.send(()));
+        let _ = self.patiently("objection", |patience| match answer.recv_timeout(patience) {
+            Err(RecvTimeoutError::Timeout) => Waited::Late,
+            _ => Waited::Done(()),
+        });
+        self.objection.get().map(String::as_str)
     }
 
     pub(crate) fn operators(&self) -> &'static Operators {
@@ -225,10 +260,24 @@ fn serve(mut device: Device, queue: &Receiver<Job>, served: &AtomicU64) {
     let mut failures: HashMap<ThreadId, Failure> = HashMap::new();
     // What a poisoned or lost device fails with, it fails with for ever, and for everybody.
     let mut end: Option<Failure> = None;
+    // Whose the device's piece is.
+    let mut collected: Option<(ThreadId, &'static str)> = None;
     for job in queue {
+        if let Some((thread, op)) = collected
+            && job.ends_piece_of(thread)
+        {
+            collected = None;
+            let failure = caught(|| device.end_piece()).err().map(|error| Failure { op, error });
+            failures.extend(failure.clone().map(|failure| (thread, failure)));
+            end = end.or(failure.filter(|failure| failure.error.class().is_final()));
+        }
         let failure = match job {
             Job::Submit(thread, op, work) if end.is_none() && !failures.contains_key(&thread) => {
                 let failure = caught(|| work(&mut device)).err().map(|error| Failure { op, error });
+                if failure.is_some() {
+                    device.pieces.forget();
+                }
+                collected = device.pieces.is_pending().then_some((thread, op));
                 failures.extend(failure.clone().map(|failure| (thread, failure)));
                 failure
             }

@@ -200,8 +200,8 @@ fn part(device: &mut Device, x: &View, weight: &BlocksView, rows: Range<usize>, 
         return by_rows(device, x, &codes, &scales, out);
     }
     let (scales, group) = if scales.dims.len() == 2 { (scales.swap(0, 1), GROUP as i32) } else { (scales, 0) };
-    let (x, out) = (device.tensor(x)?, device.tensor(out)?);
-    let (codes, scales) = (device.tensor(&codes.swap(0, 1))?, device.tensor(&scales)?);
+    let (x, out) = (device.tensor(x), device.tensor(out));
+    let (codes, scales) = (device.tensor(&codes.swap(0, 1)), device.tensor(&scales));
     device.weight_quant_batch_matmul(&x, &codes, &scales, None, None, None, None, group, &out)
 }
 
@@ -211,9 +211,9 @@ fn by_rows(device: &mut Device, x: &View, codes: &View, scales: &View, out: &Vie
     device.with_views(
         [(DataType::I8, &[tokens, cols]), (DataType::F32, &[tokens])],
         |device, [narrow, token_scales]| {
-            let (x, out) = (device.tensor(x)?, device.tensor(out)?);
-            let (narrow, token_scales) = (device.tensor(&narrow)?, device.tensor(&token_scales)?);
-            let (codes, scales) = (device.tensor(codes)?, device.tensor(scales)?);
+            let (x, out) = (device.tensor(x), device.tensor(out));
+            let (narrow, token_scales) = (device.tensor(&narrow), device.tensor(&token_scales));
+            let (codes, scales) = (device.tensor(codes), device.tensor(scales));
             device.dynamic_quant(&x, None, &narrow, &token_scales)?;
             device.quant_matmul(&narrow, &codes, &scales, None, Some(&token_scales), None, false, true, &out)
         },
@@ -230,8 +230,8 @@ pub(crate) fn rows(device: &mut Device, ids: &View, weight: &BlocksView, out: &V
         codes(device, ids, weight, &wide)?;
         select(device, &all_scales, ids, &scales)?;
         device.with_type(&scales, DataType::F32, |device, scales| {
-            let product = device.tensor(&wide.reshape(&[tokens, groups, cols / groups]))?;
-            let scales = device.tensor(&scales.broadcast(2, cols / groups))?;
+            let product = device.tensor(&wide.reshape(&[tokens, groups, cols / groups]));
+            let scales = device.tensor(&scales.broadcast(2, cols / groups));
             device.mul_in_place(&product, &scales)
         })?;
         device.convert(&wide, out)
@@ -252,8 +252,8 @@ fn codes(device: &mut Device, ids: &View, weight: &BlocksView, out: &View) -> Re
     device.with_views([(DataType::U8, &[tokens, cols / 2])], |device, [picked]| {
         select(device, &bytes, ids, &picked)?;
         device.with_type(&picked, DataType::I32, |device, index| {
-            let (table, index) = (device.tensor(halves)?, device.tensor(index)?);
-            let out = device.tensor(&out.reshape(&[tokens, cols / 2, 2]))?;
+            let (table, index) = (device.tensor(halves), device.tensor(index));
+            let out = device.tensor(&out.reshape(&[tokens, cols / 2, 2]));
             device.embedding(&table, &index, &out)
         })
     })

@@ -101,6 +101,7 @@ impl Device {
             DataType::BF16 => hccl_type::BFP16,
             other => panic!("no sums of {other:?}"),
         };
+        self.end_piece()?;
         let (collectives, comm) = (self.collectives()?, self.comm.expect("joined"));
         let start = x.base.0 + x.offset as usize * x.dtype.bytes();
         let data = Address(start).as_ptr();

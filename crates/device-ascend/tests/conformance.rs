@@ -87,3 +87,27 @@ fn cases_agree_on_310p_in_f16_within_its_roundings() {
         );
     }
 }
+
+#[test]
+fn cases_agree_also_when_what_they_do_is_run_as_graphs() {
+    let simulator = Simulator::new();
+    let backend = simulator.open_fused(A2, DType::BF16);
+    let cases = conformance::cases().into_iter().filter(|case| backend.caps().refusals(&case.needs()).is_empty());
+    let mut with_graphs = 0;
+    for case in cases {
+        simulator.reset();
+        // Met, captured, run.
+        for time in 1..=3 {
+            let outcome = conformance::run(&case, &backend).unwrap_or_else(|error| panic!("{case:?}, {time}: {error}"));
+            assert!(outcome.passed(), "{case:?}, {time}: {} over {}", outcome.max_error(), outcome.tolerance);
+        }
+        simulator.expect_no_violation();
+        let calls = &simulator.report()["calls"];
+        let of = |symbol: &str| calls[symbol].as_u64().unwrap_or(0);
+        with_graphs += usize::from(of("aclmdlRIExecuteAsync") > of("aclmdlRICaptureEnd"));
+    }
+    assert!(with_graphs > 60, "{with_graphs} cases");
+    assert!(backend.forms().pop().unwrap().ends_with("graphs"));
+    drop(backend);
+    simulator.expect_clean();
+}

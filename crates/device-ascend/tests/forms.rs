@@ -87,7 +87,7 @@ fn experts_are_chosen_and_multiplied_on_the_device() {
         // One is the trial.
         assert_eq!(launches(&simulator, &backend, &experts(groups), gate), 2, "{groups:?}: {:?}", backend.forms());
         assert_eq!(launches(&simulator, &backend, &experts(groups), gate), 1, "a shape is tried once");
-        assert_eq!(launches(&simulator, &backend, &experts(groups), "aclnnGroupedMatmulV4"), 2);
+        assert_eq!(simulator.report()["launches"]["aclnnGroupedMatmulV4"], 2);
     }
 }
 
@@ -227,7 +227,9 @@ fn experts_that_are_held_elsewhere_add_nothing_whatever_the_form() {
         }
     }
     simulator.expect_no_violation();
-    assert!(fused.forms().iter().all(|line| line.contains("GroupedMatmulV4")), "{:?}", fused.forms());
+    let lines = fused.forms();
+    let grouped = lines.iter().filter(|line| line.starts_with("experts"));
+    assert!(grouped.clone().count() > 0 && grouped.clone().all(|line| line.contains("GroupedMatmulV4")), "{lines:?}");
 }
 
 #[test]

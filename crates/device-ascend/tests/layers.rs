@@ -1,72 +1,57 @@
-//! What a decoder layer costs in launches in steady decode with fused forms, beside the fewest that CANN's operators would
-//! allow a layer of this shape whose weights and outputs lie as they like.
+//! What a decoder layer costs in steady decode with fused forms: in launches, beside the fewest that CANN's operators would
+//! allow a layer of this shape whose weights and outputs lie as they like, and in calls of the host with and without graphs.
 
 mod common;
 
 use baton_device::conformance::uniform;
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostLatent,
-    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, RopeLayout, Routing,
-    Scoring, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, Backend, DType, GroupScore, Groups, HostExperts, HostLatent, HostLinear, HostRope,
+    HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, RopeLayout, Routing, Scoring, SequenceSpan,
+    WeightFormat,
 };
 use baton_device_ascend::AscendBackend;
+use common::layer::{EPS, HIDDEN, KvCache, LLAMA_KV, Llama, Maker, Plan, Scratch};
 use common::{A2, Simulator};
+use serde_json::Value;
 
-type Tensor = <AscendBackend as Backend>::Tensor;
-type Linear = <AscendBackend as Backend>::Linear;
-type Vector = <AscendBackend as Backend>::Vector;
-
-const HIDDEN: usize = 64;
 const ROWS: usize = 4;
-const EPS: f32 = 1e-6;
 
-/// Makes what a layer is of.
-struct Maker<'a> {
-    backend: &'a AscendBackend,
+/// What a layer costs the host.
+#[derive(Debug, PartialEq, Eq)]
+struct Cost {
+    /// Operators that went to the stream by themselves, copies within the device among them.
+    launches: u64,
+    /// First phases.
+    prepared: u64,
+    graphs: u64,
+    /// Calls of CANN's functions, these among them.
+    calls: u64,
 }
 
-impl Maker<'_> {
-    fn bytes(len: usize) -> Vec<u8> {
-        uniform(1, len, 0.1).iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
-    }
-
-    fn linear(&self, out: usize, into: usize) -> Linear {
-        let bytes = Self::bytes(out * into);
-        let weight = HostTensor::new("weight", DType::BF16, vec![out, into], &bytes);
-        self.backend
-            .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::BF16, purpose: Purpose::Product })
-            .unwrap()
-    }
-
-    /// A router: its logits are not rounded.
-    fn router(&self, experts: usize) -> Linear {
-        let bytes: Vec<u8> = uniform(2, experts * HIDDEN, 0.1).iter().flat_map(|x| x.to_le_bytes()).collect();
-        let weight = HostTensor::new("router", DType::F32, vec![experts, HIDDEN], &bytes);
-        self.backend
-            .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
-            .unwrap()
-    }
-
-    fn norm(&self, width: usize) -> Vector {
-        let bytes = 1f32.to_le_bytes().repeat(width);
-        self.backend.vector(&HostTensor::new("norm", DType::F32, vec![width], &bytes)).unwrap()
-    }
-
-    fn tensor(&self, cols: usize) -> Tensor {
-        let mut tensor = self.backend.tensor(ROWS, cols).unwrap();
-        self.backend.write(&uniform(3, ROWS * cols, 1.0), &mut tensor).unwrap();
-        tensor
+impl Cost {
+    fn of(report: &Value) -> Self {
+        let sum = |counts: &Value, counted: fn(&str) -> bool| -> u64 {
+            let counts = counts.as_object().expect("counts").iter().filter(|(name, _)| counted(name));
+            counts.map(|(_, n)| n.as_u64().expect("a number")).sum()
+        };
+        let copies = report["copies"]["device_to_device"]["count"].as_u64().unwrap_or(0);
+        Self {
+            launches: sum(&report["launches"], |_| true) + copies,
+            prepared: sum(&report["calls"], |name| name.ends_with("GetWorkspaceSize")),
+            graphs: sum(&report["calls"], |name| name == "aclmdlRIExecuteAsync"),
+            calls: sum(&report["calls"], |_| true),
+        }
     }
 }
 
-/// Launches of `layer` in steady decode, copies within the device among them: those of a step with two layers less those of
-/// one with one, so that what a step costs whatever its layers does not count.
+/// What `layer` costs in steady decode: a step with two layers less one with one, so that what a step costs whatever its
+/// layers does not count.
 fn steady(
     simulator: &Simulator,
     backend: &AscendBackend,
     kv: LayerKv,
-    mut layer: impl FnMut(&mut <AscendBackend as Backend>::KvCache, &<AscendBackend as Backend>::AttentionPlan),
-) -> u64 {
+    mut layer: impl FnMut(&mut KvCache, &Plan),
+) -> Cost {
     let spec = KvSpec { layers: vec![kv], dtype: KvDtype::BF16, block_size: backend.caps().kv_block_size };
     let mut cache = backend.kv_cache(&spec, 4 * ROWS).unwrap();
     let tables: Vec<[u32; 2]> = (0..ROWS as u32).map(|s| [2 * s + 1, 2 * s]).collect();
@@ -81,18 +66,38 @@ fn steady(
         backend.write(&[0.0], &mut probe).unwrap();
         backend.read(&probe, &mut Vec::new()).unwrap();
         simulator.expect_no_violation();
-        let report = simulator.report();
-        let launches: u64 = report["launches"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
-        let copies = report["copies"]["device_to_device"]["count"].as_u64().unwrap_or(0);
-        (launches + copies, report)
+        simulator.report()
     };
-    step(126, 1);
-    let (one, _) = step(127, 1);
-    let (two, report) = step(128, 2);
-    assert_eq!(report["mallocs"], 0, "memory is reused");
-    // The numbers of the plan, and what the test itself writes.
-    assert_eq!(report["copies"]["host_to_device"]["count"], 2, "{}", report["copies"]);
-    two - one
+    // Graphs are there from the third time on; what settles the forms comes before the first.
+    step(120, 1);
+    let [one, two] = [(121, 1), (125, 2)].map(|(start, layers)| {
+        let report = (start..start + 4).map(|position| step(position, layers)).last().expect("some steps");
+        assert_eq!(report["mallocs"], 0, "memory is reused");
+        // The numbers of the plan, and what the test itself writes.
+        assert_eq!(report["copies"]["host_to_device"]["count"], 2, "{}", report["copies"]);
+        Cost::of(&report)
+    });
+    Cost {
+        launches: two.launches - one.launches,
+        prepared: two.prepared - one.prepared,
+        graphs: two.graphs - one.graphs,
+        calls: two.calls - one.calls,
+    }
+}
+
+/// The same on a device without graphs, and on one with them.
+fn without_and_with_graphs(cost: impl Fn(&Simulator, &AscendBackend) -> Cost) -> [Cost; 2] {
+    let simulator = Simulator::new();
+    [true, false].map(|refused| {
+        let backend = simulator.open_fused(A2, DType::BF16);
+        if refused {
+            simulator.control("fault=aclmdlRICaptureBegin:1:207000");
+        }
+        let cost = cost(&simulator, &backend);
+        drop(backend);
+        simulator.expect_clean();
+        cost
+    })
 }
 
 #[test]
@@ -100,36 +105,13 @@ fn a_llama_like_layer_takes_17_launches_of_at_least_10() {
     // At least: AddRmsNorm, q with k and v, rotation of both, ScatterPaKvCache, attention, o, AddRmsNorm, gate with up, SwiGlu,
     // down. More here: q, k and v and gate and up are weights of their own (3), their outputs too (Silu and Mul, 1), q and k
     // are rotated one by one and copied back (3).
-    let simulator = Simulator::new();
-    let backend = &simulator.open_fused(A2, DType::BF16);
-    let make = Maker { backend };
-    let (heads, kv_heads, head_dim, inner) = (4, 2, 32, 96);
-    let params = AttentionParams { heads, kv_heads, head_dim, scale: 0.2, window: None, softcap: None };
-    let (query, key) = (heads * head_dim, kv_heads * head_dim);
-    let [w_q, w_k, w_v] = [query, key, key].map(|out| make.linear(out, HIDDEN));
-    let (w_o, w_gate, w_up) = (make.linear(HIDDEN, query), make.linear(inner, HIDDEN), make.linear(inner, HIDDEN));
-    let (w_down, norm) = (make.linear(HIDDEN, inner), make.norm(HIDDEN));
-    let inv_freq = (0..head_dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
-    let rope = backend.rope_table(&HostRope { inv_freq, scale: 1.0, max_positions: 256 }).unwrap();
-    let [mut delta, mut residual, mut h] = [(); 3].map(|()| make.tensor(HIDDEN));
-    let ([mut q, mut context], [mut k, mut v]) =
-        ([(); 2].map(|()| make.tensor(query)), [(); 2].map(|()| make.tensor(key)));
-    let [mut gate, mut up, mut product] = [(); 3].map(|()| make.tensor(inner));
-    let layout = |heads| RopeLayout { heads, head_dim, offset: 0, dim: head_dim, interleaved: false };
-
-    let launches = steady(&simulator, backend, LayerKv::Full { kv_heads, head_dim }, |cache, plan| {
-        backend.add_rms_norm(&delta, &mut residual, &norm, EPS, &mut h).unwrap();
-        backend.linear_group(&h, &mut [(&w_q, &mut q), (&w_k, &mut k), (&w_v, &mut v)]).unwrap();
-        backend.rope(&mut q, layout(heads), &rope, plan).unwrap();
-        backend.rope(&mut k, layout(kv_heads), &rope, plan).unwrap();
-        backend.paged_attention(&q, &k, &v, cache, 0, plan, &params, &mut context).unwrap();
-        backend.linear(&context, &w_o, &mut delta).unwrap();
-        backend.add_rms_norm(&delta, &mut residual, &norm, EPS, &mut h).unwrap();
-        backend.linear_group(&h, &mut [(&w_gate, &mut gate), (&w_up, &mut up)]).unwrap();
-        backend.gated_activation(Activation::Silu, &gate, &up, &mut product).unwrap();
-        backend.linear(&product, &w_down, &mut delta).unwrap();
+    let [without, with] = without_and_with_graphs(|simulator, backend| {
+        let make = Maker { backend, rows: ROWS };
+        let (llama, mut scratch) = (Llama::new(make, 1), Scratch::new(make));
+        steady(simulator, backend, LLAMA_KV, |cache, plan| llama.run(backend, &mut scratch, cache, 0, plan).unwrap())
     });
-    assert_eq!(launches, 17);
+    assert_eq!(without, Cost { launches: 17, prepared: 15, graphs: 0, calls: 154 });
+    assert_eq!(with, Cost { launches: 1, prepared: 1, graphs: 1, calls: 21 });
 }
 
 #[test]
@@ -140,22 +122,35 @@ fn a_deepseek_like_layer_takes_34_launches_of_at_least_23() {
     // the place of six.) More here: q_a, latent and key are weights of their own (2), so are gate and up (1), Silu and Mul (1),
     // the latent is normalised, its key rotated and both stored one by one (2), what was rotated is copied back (2), and the
     // rotated part of q to where attention wants it (1); the experts' weights are converted (1) and the shared expert added (1).
-    let simulator = Simulator::new();
-    let backend = &simulator.open_fused(A2, DType::BF16);
-    let make = Maker { backend };
+    let [without, with] = without_and_with_graphs(deepseek);
+    assert_eq!(without, Cost { launches: 34, prepared: 33, graphs: 0, calls: 311 });
+    assert_eq!(with, Cost { launches: 1, prepared: 1, graphs: 1, calls: 21 });
+}
+
+/// A router: its logits are not rounded.
+fn router(backend: &AscendBackend, experts: usize) -> <AscendBackend as Backend>::Linear {
+    let bytes: Vec<u8> = uniform(2, experts * HIDDEN, 0.1).iter().flat_map(|x| x.to_le_bytes()).collect();
+    let weight = HostTensor::new("router", DType::F32, vec![experts, HIDDEN], &bytes);
+    backend
+        .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
+        .unwrap()
+}
+
+fn deepseek(simulator: &Simulator, backend: &AscendBackend) -> Cost {
+    let make = Maker { backend, rows: ROWS };
     let (heads, nope, rope, v, rank, q_rank) = (4, 32, 64, 32, 512, 48);
     let (head_dim, experts, inner) = (nope + rope, 16, 32);
     let (w_q_a, w_latent, w_key) = (make.linear(q_rank, HIDDEN), make.linear(rank, HIDDEN), make.linear(rope, HIDDEN));
     let (w_q, w_o, router) =
-        (make.linear(heads * head_dim, q_rank), make.linear(HIDDEN, heads * v), make.router(experts));
+        (make.linear(heads * head_dim, q_rank), make.linear(HIDDEN, heads * v), router(backend, experts));
     let (norm, q_norm, latent_norm) = (make.norm(HIDDEN), make.norm(q_rank), make.norm(rank));
-    let bytes = Maker::bytes(heads * (nope + v) * rank);
+    let bytes = Maker::bytes(1, heads * (nope + v) * rank);
     let kv_b = HostTensor::new("kv_b", DType::BF16, vec![heads * (nope + v), rank], &bytes);
     let kv_b = HostLatent { kv_b, heads, nope, rope, v, rank, format: WeightFormat::BF16 };
     let kv_b = backend.latent_weight(&kv_b).unwrap();
     let inv_freq = (0..rope / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
     let table = backend.rope_table(&HostRope { inv_freq, scale: 1.0, max_positions: 256 }).unwrap();
-    let matrices = [Maker::bytes(inner * HIDDEN), Maker::bytes(HIDDEN * inner)];
+    let matrices = [Maker::bytes(1, inner * HIDDEN), Maker::bytes(1, HIDDEN * inner)];
     let expert = |_| {
         let into = HostTensor::new("gate", DType::BF16, vec![inner, HIDDEN], &matrices[0]);
         [into.clone(), into, HostTensor::new("down", DType::BF16, vec![HIDDEN, inner], &matrices[1])]
@@ -184,7 +179,7 @@ fn a_deepseek_like_layer_takes_34_launches_of_at_least_23() {
     let [mut gate, mut up, mut product] = [(); 3].map(|()| make.tensor(inner));
     let layout = |heads, head_dim, offset| RopeLayout { heads, head_dim, offset, dim: rope, interleaved: true };
 
-    let launches = steady(&simulator, backend, LayerKv::Latent { rank, rope }, |cache, plan| {
+    steady(simulator, backend, LayerKv::Latent { rank, rope }, |cache, plan| {
         backend.add_rms_norm(&delta, &mut residual, &norm, EPS, &mut h).unwrap();
         let group = &mut [(&w_q_a, &mut q_latent), (&w_latent, &mut latent), (&w_key, &mut key)];
         backend.linear_group(&h, group).unwrap();
@@ -202,6 +197,5 @@ fn a_deepseek_like_layer_takes_34_launches_of_at_least_23() {
         backend.gated_activation(Activation::Silu, &gate, &up, &mut product).unwrap();
         backend.linear(&product, &shared_down, &mut shared_out).unwrap();
         backend.add(&mut delta, &shared_out).unwrap();
-    });
-    assert_eq!(launches, 34);
+    })
 }

@@ -44,3 +44,34 @@ fn a_rank_that_leaves_ends_the_others_sums_until_all_are_made_anew() {
     let outcome = conformance::ranks(&ranks(&simulator, 2, &options(DType::BF16)), WeightFormat::BF16).unwrap();
     assert!(outcome.passed());
 }
+
+#[test]
+fn ranks_make_and_run_graphs_between_their_sums() {
+    const STEPS: u64 = 5;
+    let simulator = Simulator::new();
+    let backends = ranks(&simulator, 2, &AscendOptions { fused: true, ..options(DType::F32) });
+    simulator.reset();
+    let run = |backend: &AscendBackend| {
+        let mut x = backend.tensor(1, 8).unwrap();
+        for step in 1..=STEPS {
+            backend.write(&[step as f32; 8], &mut x).unwrap();
+            // Two pieces of four calls, and a sum between them.
+            (0..4).for_each(|_| backend.scale(&mut x, 2.0).unwrap());
+            backend.all_reduce(&mut x).unwrap();
+            (0..4).for_each(|_| backend.scale(&mut x, 4.0).unwrap());
+            // Only the first reads what it has; the others go on as far as they come.
+            backend.submit().unwrap();
+            if backend.world().rank == 0 || step == STEPS {
+                let mut values = Vec::new();
+                backend.read(&x, &mut values).unwrap();
+                assert_eq!(values, [16.0 * 2.0 * 256.0 * step as f32; 8]);
+            }
+        }
+    };
+    std::thread::scope(|scope| backends.iter().for_each(|backend| _ = scope.spawn(|| run(backend))));
+    let runs = simulator.report()["calls"]["aclmdlRIExecuteAsync"].as_u64();
+    assert_eq!(runs, Some(2 * 2 * (STEPS - 1)), "on both ranks, each piece but for its first time");
+    assert!(backends.iter().all(|backend| backend.forms().pop().unwrap().ends_with("graphs")));
+    drop(backends);
+    simulator.expect_clean();
+}

@@ -31,6 +31,5 @@ pub use isa::Isa;
 pub use kernels::latent::Latent;
 pub use kernels::moe::Experts;
 pub use kernels::rope::Rope;
-pub use probe::Limits;
 pub use tensor::Tensor;
 pub use weight::Linear;

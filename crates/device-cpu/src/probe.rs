@@ -2,10 +2,11 @@
 //!
 //! Each is the best of some short runs on all threads of the pool, since other work on the machine only takes away.
 
+use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use baton_device::Result;
+use baton_device::{Limits, Result};
 use half::bf16;
 
 use crate::backend::CpuBackend;
@@ -24,21 +25,10 @@ const TIME: Duration = Duration::from_millis(700);
 /// Enough work for the pool to wake every thread.
 const MUCH: usize = usize::MAX;
 
-/// The rates, per second and of all threads together.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Limits {
-    /// Bytes read from memory in large pages, as weights lie in.
-    pub read_bytes: f64,
-    /// Multiply-adds of bytes into 32-bit sums, as of weights in blocks.
-    pub byte_mul_adds: f64,
-    /// Multiply-adds of bf16 into f32 sums, as of weights in bf16, where there is an instruction for it.
-    pub bf16_mul_adds: Option<f64>,
-    /// Multiply-adds of f32, as of other weights in floats.
-    pub f32_mul_adds: f64,
-}
-
 impl CpuBackend {
-    /// Measures what the machine gives this backend's threads and instruction set.
+    /// Measures what the machine gives this backend's threads and instruction set, all threads together: bytes read from
+    /// large pages, as weights lie in; multiply-adds of `f32`, of bytes (`int8`) into 32-bit sums as of weights in blocks, and
+    /// of `bf16` into f32 sums where there is an instruction for it.
     ///
     /// # Errors
     /// [`OutOfMemory`](baton_device::DeviceError::OutOfMemory) if there is no gibibyte to read.
@@ -49,13 +39,17 @@ impl CpuBackend {
         self.pool().each(memory.chunks_mut(SHARE), MUCH, |_, share| {
             bytemuck::cast_slice_mut::<u8, f32>(share).fill(1.0);
         });
-        let read_bytes = READ as f64 / self.shortest(READ / SHARE, |i| isa.run(Read(&memory[i * SHARE..][..SHARE])));
+        let bytes = READ as f64 / self.shortest(READ / SHARE, |i| isa.run(Read(&memory[i * SHARE..][..SHARE])));
         let threads = self.pool().threads();
         let steps = (threads * STEPS * LANES) as f64 * accumulators(isa) as f64;
-        let byte_mul_adds = 4.0 * steps / self.shortest(threads, |_| isa.run(DotBytes));
-        let bf16_mul_adds = isa.has_pairs().then(|| 2.0 * steps / self.shortest(threads, |_| isa.run_pairs(DotPairs)));
-        let f32_mul_adds = steps / self.shortest(threads, |_| isa.run(DotFloats));
-        Ok(Limits { read_bytes, byte_mul_adds, bf16_mul_adds, f32_mul_adds })
+        let mut mul_adds = BTreeMap::from([
+            ("f32".to_owned(), steps / self.shortest(threads, |_| isa.run(DotFloats))),
+            ("int8".to_owned(), 4.0 * steps / self.shortest(threads, |_| isa.run(DotBytes))),
+        ]);
+        if isa.has_pairs() {
+            mul_adds.insert("bf16".into(), 2.0 * steps / self.shortest(threads, |_| isa.run_pairs(DotPairs)));
+        }
+        Ok(Limits { bytes, access: "read", mul_adds })
     }
 
     /// Seconds of the shortest run of `tasks` tasks.
@@ -173,8 +167,9 @@ mod tests {
     fn every_instruction_set_gives_rates_that_can_be_divided_by() {
         for isa in Isa::available() {
             let backend = CpuBackend::new(&CpuOptions { threads: 2, isa: Some(isa) }).unwrap();
-            let Limits { read_bytes, byte_mul_adds, bf16_mul_adds, f32_mul_adds } = backend.limits().unwrap();
-            for rate in [read_bytes, byte_mul_adds, f32_mul_adds].into_iter().chain(bf16_mul_adds) {
+            let Limits { bytes, mul_adds, .. } = backend.limits().unwrap();
+            assert!(["f32", "int8"].iter().all(|kind| mul_adds.contains_key(*kind)), "{isa}: {mul_adds:?}");
+            for rate in mul_adds.into_values().chain([bytes]) {
                 assert!(rate.is_finite() && rate > 1e6, "{isa}: {rate}");
             }
         }

@@ -3,7 +3,7 @@
 //!
 //! | kernel | for | bound by |
 //! |---|---|---|
-//! | `attend<.., Single>` | one token of a sequence, up to 16 query heads of a key head | reading the cache, once for all these heads |
+//! | `attend<.., Few<H>>` | 16 / H tokens of a sequence, H query heads of a key head | reading the cache, once for all of them |
 //! | `attend<.., Wide<H, K>>` | 64 tokens of a sequence, H query heads of a key head | tensor cores |
 //! | `attend_rows` | numbers of 32 bits and heads that are no multiple of 16 wide | arithmetic; for comparisons |
 //! | `merge` | contexts that were split | launching it |
@@ -16,8 +16,8 @@ constexpr int THREADS = 128;
 
 /// How four warps share out a tile of queries times a tile of `KEYS` positions. A warp has a run of 16 rows for each of its
 /// `HEADS_APART`, and in it `HEADS_TOGETHER` for each token.
-struct Single {
-    static constexpr int ROW_WARPS = 1, KEY_WARPS = 4, HEADS_APART = 1, HEADS_TOGETHER = 16, TOKENS = 1, KEYS = 64;
+template <int H> struct Few {
+    static constexpr int ROW_WARPS = 1, KEY_WARPS = 4, HEADS_APART = 1, HEADS_TOGETHER = H, TOKENS = 16 / H, KEYS = 64;
 };
 template <int H, int K> struct Wide {
     static constexpr int ROW_WARPS = 4, KEY_WARPS = 1, HEADS_APART = H, HEADS_TOGETHER = 1, TOKENS = 64, KEYS = K;
@@ -37,8 +37,8 @@ template <typename T, typename KV, int D, typename S> struct Layout {
 
 /// q and out `[rows, heads * D]`. Grid: (runs of query heads, splits, tiles).
 template <typename T, typename KV, int D, typename S>
-__global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane values, Step step, const Tile* tiles,
-                                                  Scores of, Partials partials, T* out) {
+__global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane values, const int* step_blocks,
+                                                  const Tile* tiles, Scores of, Partials partials, T* out) {
     using L = Layout<T, KV, D, S>;
     constexpr int STRIDE = L::STRIDE, RUNS = S::HEADS_APART, HEADS = RUNS * S::HEADS_TOGETHER;
     constexpr int KEYS = S::KEYS, WARP_KEYS = KEYS / S::KEY_WARPS;
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane 
     const int group = of.heads / of.kv_heads, runs = (group + HEADS - 1) / HEADS;
     const int kv_head = blockIdx.x / runs, in_group = blockIdx.x % runs * HEADS;
     const int head = kv_head * group + in_group, heads = group - in_group < HEADS ? group - in_group : HEADS;
-    const int position = step.positions[tile.row];
-    const int* blocks = step.blocks + step.tables[tile.row];
+    const int position = tile.position;
+    const int* blocks = step_blocks + tile.table;
     const Range range = visible(position, position + tile.tokens - 1, of.window);
     const Range mine = split_tiles<KEYS>(range, blockIdx.y, gridDim.y);
 
@@ -254,8 +254,8 @@ __global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane 
 /// in floats is the dynamic shared memory. Grid: (tiles times their `tokens`, heads, splits).
 template <typename T, typename KV, int COLUMNS>
 __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q, Plane keys, Plane rotated, Plane values,
-                                                       Step step, const Tile* tiles, int tokens, Scores of,
-                                                       Partials partials, T* out) {
+                                                       const int* step_blocks, const Tile* tiles, int tokens,
+                                                       Scores of, Partials partials, T* out) {
     constexpr int WARPS = THREADS / LANES, KEYS = 64;
     SHARED(shared);
     float* query = reinterpret_cast<float*>(shared);
@@ -263,10 +263,10 @@ __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q,
     const Tile tile = tiles[blockIdx.x / tokens];
     const int token = blockIdx.x % tokens, head = blockIdx.y, lane = lane_id(), warp = warp_id();
     if (token >= tile.tokens) return;
-    const int row = tile.row + token;
+    const int row = tile.row + token, own = tile.position + token;
     const int kv_head = head / (of.heads / of.kv_heads);
-    const int* blocks = step.blocks + step.tables[row];
-    const Range range = visible(step.positions[row], step.positions[row], of.window);
+    const int* blocks = step_blocks + tile.table;
+    const Range range = visible(own, own, of.window);
     const Range mine = split_tiles<KEYS>(range, blockIdx.z, gridDim.z);
     for (int d = threadIdx.x; d < keys.width; d += THREADS) query[d] = to_float(q.of<T>(row, head)[d]);
     for (int d = threadIdx.x; d < rotated.width; d += THREADS) {
@@ -279,8 +279,16 @@ __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q,
     };
     auto dot = [&](const float* x, const Plane& plane, size_t at) {
         const KV* key = reinterpret_cast<const KV*>(plane.data) + at * plane.width;
+        constexpr int N = WIDE<KV>;
+        // Rows of whole parts of 16 bytes begin at one.
+        const int whole = plane.width % N == 0 ? plane.width : 0;
         float sum = 0.0f;
-        for (int d = 0; d < plane.width; d++) sum += x[d] * kept(key[d]);
+        for (int d = 0; d < whole; d += N) {
+            const Vec<KV, N> part = load<N>(key + d);
+#pragma unroll
+            for (int i = 0; i < N; i++) sum += x[d + i] * kept(part[i]);
+        }
+        for (int d = whole; d < plane.width; d++) sum += x[d] * kept(key[d]);
         return Same<KV, signed char>::value && plane.width > 0 ? sum * plane.scales[at] : sum;
     };
 

@@ -110,6 +110,17 @@ BATON_PACK(bf16, "cvt.rn.bf16x2.f32")
 BATON_PACK(f16, "cvt.rn.f16x2.f32")
 #undef BATON_PACK
 
+/// 2^x within 2^-22 of it, for softmax: one instruction. What is below the least normal number is 0.
+#ifdef BATON_EMULATED
+inline float quick_exp2(float x) { return exp2f(x); }
+#else
+__device__ __forceinline__ float quick_exp2(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+#endif
+
 // --- vectors ---
 
 /// N elements that are loaded and stored together, in pieces of up to 16 bytes.

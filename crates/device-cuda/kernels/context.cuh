@@ -14,18 +14,13 @@ constexpr int PAD = 8;
 /// Scores are powers of two: a factor on the scale, and one special instruction for each.
 constexpr float LOG2_E = 1.44269504f;
 
-/// Rows of a step, by row: its position, where the block numbers of its sequence begin, and these, those of each sequence
-/// padded to a multiple of four.
-struct Step {
-    const int* positions;
-    const int* tables;
-    const int* blocks;
-};
-
-/// Some new tokens of one sequence: its first row, and how many.
-struct Tile {
+/// Some new tokens of one sequence: the first one's row, how many they are, the first one's position, and where the block
+/// numbers of the sequence begin among those of the step, each sequence's padded to a multiple of four.
+struct alignas(16) Tile {
     int row;
     int tokens;
+    int position;
+    int table;
 };
 
 /// Keys, values, latents or rotated keys of a layer: `[blocks, heads, 16, width]`, and for bytes a scale for each head of each
@@ -88,7 +83,7 @@ template <int KEYS> __device__ inline Range split_tiles(Range range, int split, 
 }
 
 /// `tanh` for what is rounded to 16 bits later: its error is that of a number near 1, its cost that of a weight.
-__device__ inline float quick_tanh(float x) { return 1.0f - __fdividef(2.0f, 1.0f + exp2f(2.0f * LOG2_E * x)); }
+__device__ inline float quick_tanh(float x) { return 1.0f - __fdividef(2.0f, 1.0f + quick_exp2(2.0f * LOG2_E * x)); }
 
 /// Scores on their way to exponents of two.
 template <int N> __device__ inline void bound(float (&scores)[N], const Scores& of, float (*tanh)(float)) {
@@ -135,7 +130,7 @@ __device__ inline void fetch(unsigned char* to, const Plane& plane, int head, co
 }
 
 /// Bytes of shared memory that `fetch` fills.
-template <typename KV, int KEYS, int WIDTH, int STRIDE> constexpr int fetched() {
+template <typename KV, int KEYS, int WIDTH, int STRIDE> __device__ constexpr int fetched() {
     return sizeof(KV) == 1 ? KEYS * (WIDTH + static_cast<int>(sizeof(float))) : KEYS * STRIDE * 2;
 }
 
@@ -156,7 +151,7 @@ __device__ inline void widen(T* to, const unsigned char* fetched, int first, Ran
 
 /// The factor on sums relative to a score, when they become relative to a larger one. Nothing was summed of no score.
 __device__ inline float relative(float score, float larger) {
-    return score == -infinity() ? 0.0f : exp2f(score - larger);
+    return score == -infinity() ? 0.0f : quick_exp2(score - larger);
 }
 
 /// The running softmax of a row: the largest score so far and the sum of weights relative to it.

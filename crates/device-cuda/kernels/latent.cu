@@ -34,8 +34,8 @@ template <typename T, typename KV, int RANK, int ROPE> struct Layout {
 /// Grid: (runs of 64 pairs, splits, tiles of at most `tokens`).
 template <typename T, typename KV, int RANK, int ROPE>
 __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, Heads rotated_q, Plane latents, Plane rotated,
-                                                             Step step, const Tile* tiles, int tokens, Scores of,
-                                                             Partials partials, T* mixed) {
+                                                             const int* step_blocks, const Tile* tiles, int tokens,
+                                                             Scores of, Partials partials, T* mixed) {
     using L = Layout<T, KV, RANK, ROPE>;
     constexpr int STRIDE = L::STRIDE, COLUMNS = RANK >= 128 ? RANK / 8 : 16;
     SHARED(shared);
@@ -49,16 +49,18 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
     // Row r of the block is the pair `pair + r` of the tile, tokens first.
     const int pair = blockIdx.x * ROWS, pairs = tile.tokens * of.heads;
     if (pair >= pairs) return;
-    const int position = step.positions[tile.row];
-    const int* blocks = step.blocks + step.tables[tile.row];
-    const int last_token = (pair + ROWS < pairs ? pair + ROWS - 1 : pairs - 1) / of.heads;
+    // Pairs that there are; runs of 16 rows without one are left out.
+    const int live = pairs - pair < ROWS ? pairs - pair : ROWS;
+    const int position = tile.position;
+    const int* blocks = step_blocks + tile.table;
+    const int last_token = (pair + live - 1) / of.heads;
     const Range range = visible(position, position + last_token, 0);
     const Range mine = split_tiles<KEYS>(range, blockIdx.y, gridDim.y);
 
     constexpr int PARTS = (RANK + ROPE) / 8;
     for (int part = threadIdx.x; part < ROWS * PARTS; part += THREADS) {
         const int i = part / PARTS, column = part % PARTS * 8;
-        const bool valid = pair + i < pairs;
+        const bool valid = i < live;
         const int row = tile.row + (pair + i) / of.heads, head = (pair + i) % of.heads;
         const T* from = absorbed;
         if (valid) {
@@ -100,16 +102,20 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
             __syncthreads();
         }
 
-        float scores[2][4] = {};
+        // Two sums in turn, so that a product need not wait for the one before.
+        float scores[2][4] = {}, others[2][4] = {};
         const T* query = queries + (row_warp * 16 + lane % 16) * STRIDE + lane / 16 * 8;
         const T* key = keys + (key_warp * 16 + lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8;
+        if (row_warp * 16 < live) {
 #pragma unroll 4
-        for (int d = 0; d < RANK + ROPE; d += 16) {
-            unsigned a[4], b[4];
-            ldmatrix_x4(a, query + d);
-            ldmatrix_x4(b, key + d);
-            mma_16816<T>(scores[0], a, {b[0], b[1]});
-            mma_16816<T>(scores[1], a, {b[2], b[3]});
+            for (int d = 0; d < RANK + ROPE; d += 16) {
+                unsigned a[4], b[4];
+                ldmatrix_x4(a, query + d);
+                ldmatrix_x4(b, key + d);
+                float (&sum)[2][4] = d / 16 % 2 == 0 ? scores : others;
+                mma_16816<T>(sum[0], a, {b[0], b[1]});
+                mma_16816<T>(sum[1], a, {b[2], b[3]});
+            }
         }
         const int first = t * KEYS + key_warp * 16 + lane % 4 * 2;
 #pragma unroll
@@ -119,6 +125,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float& score = scores[i / 2][half * 2 + i % 2];
+                score += others[i / 2][half * 2 + i % 2];
                 score = first + i / 2 * 8 + i % 2 <= last ? score * of.scale * LOG2_E : -infinity();
                 largest = fmaxf(largest, score);
             }
@@ -142,6 +149,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
         if (warp * COLUMNS >= RANK) continue;
 #pragma unroll
         for (int run = 0; run < ROWS / 16; run++) {
+            if (run * 16 >= live) break;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float factor = factors[run * 16 + lane / 4 + half * 8];
@@ -157,6 +165,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
             unsigned a[ROWS / 16][4];
 #pragma unroll
             for (int run = 0; run < ROWS / 16; run++) {
+                if (run * 16 >= live) break;
                 ldmatrix_x4(a[run], weights + (run * 16 + lane % 16) * L::WEIGHT_STRIDE + k + lane / 16 * 8);
             }
 #pragma unroll
@@ -165,6 +174,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
                 ldmatrix_x4_trans(b, keys + (k + lane % 16) * STRIDE + warp * COLUMNS + n + lane / 16 * 8);
 #pragma unroll
                 for (int run = 0; run < ROWS / 16; run++) {
+                    if (run * 16 >= live) break;
                     mma_16816<T>(sums[run][n / 8], a[run], {b[0], b[1]});
                     mma_16816<T>(sums[run][n / 8 + 1], a[run], {b[2], b[3]});
                 }
@@ -189,7 +199,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = run * 16 + lane / 4 + half * 8;
-            if (pair + row >= pairs) continue;
+            if (row >= live) continue;
             const float weight = totals[0][row] + totals[1][row];
             const size_t index = static_cast<size_t>(tile.row) * of.heads + pair + row;
             const size_t in_list = static_cast<size_t>(blockIdx.z) * tokens * of.heads + pair + row;

@@ -4,9 +4,14 @@
 // product        up to 64 rows of 16 bits, weights of 16 bits or in blocks     bandwidth: each weight is read once for 8 · TILES rows
 // product_f32    few rows, sums of f32 products: weights or rows in f32        bandwidth up to 8 rows, then f32 arithmetic
 // unpack         weights as numbers: embeddings, and panels for cuBLASLt       bandwidth
+// add_parts      behind a product of parts of k                                second cache
 // add_bias       behind a product of cuBLASLt                                  bandwidth
+// pad_rows       x whose rows begin anywhere                                   bandwidth
 //
 // Products of many rows are cuBLASLt's, on weights that `unpack` widened where they do not lie as it wants them.
+//
+// Left out, as all kernels here are for compute capability 8.0 and up: wgmma and bulk copies of 9.0, and launches that begin while the one
+// before ends, which would hide a decode step's gaps between kernels.
 #include "baton.cuh"
 #include "blocks.cuh"
 
@@ -47,7 +52,8 @@ template <typename F, typename M> __device__ __forceinline__ void load_pairs(uns
 }
 
 /// `sum[tile] += a · b[tile]`: a of weights, b of x, each of half a chunk.
-template <typename M, int TILES> __device__ __forceinline__ void multiply_half(float (&sum)[TILES][4], const unsigned (&a)[4], const unsigned (&x)[TILES][4], int half) {
+template <typename M, int TILES>
+__device__ __forceinline__ void multiply_half(float (&sum)[TILES][4], const unsigned (&a)[4], const unsigned (&x)[TILES][4], int half) {
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         const unsigned b[2] = {x[i][2 * half], x[i][2 * half + 1]};
@@ -69,7 +75,9 @@ template <typename F> struct Span {
     }
 
     /// Adds the products of a chunk, of floats and of codes under scales. A chunk is one group or two.
-    template <typename M, int TILES> __device__ __forceinline__ void multiply(float (&sum)[TILES][4], const unsigned (&x)[TILES][4], const float (&row_sum)[2][TILES][4], int chunk) const {
+    template <typename M, int TILES>
+    __device__ __forceinline__ void multiply(float (&sum)[TILES][4], const unsigned (&x)[TILES][4],
+                                             const float (&row_sum)[2][TILES][4], int chunk) const {
         unsigned a[2][4];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -103,42 +111,65 @@ template <typename F> struct Span {
     }
 };
 
-/// The most warps that share out the columns of `product`.
+/// Adds up the sums of a block's warps, a power of two, in one order. True for the warp that has the result.
+template <int N> __device__ __forceinline__ bool add_warps(float (&sums)[N], int warp, int warps) {
+    __shared__ float partial[4][N][LANES];
+    const int lane = lane_id();
+    // The upper half gives its sums to the lower, until one has all.
+    for (int half = warps / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (warp >= half && warp < 2 * half) {
+#pragma unroll
+            for (int i = 0; i < N; i++) partial[warp - half][i][lane] = sums[i];
+        }
+        __syncthreads();
+        if (warp < half) {
+#pragma unroll
+            for (int i = 0; i < N; i++) sums[i] += partial[warp][i][lane];
+        }
+    }
+    return warp == 0;
+}
+
+/// The most warps of a block of `product`.
 template <int TILES> constexpr int WARPS = TILES <= 2 ? 8 : 4;
+/// Whether they have features of their own, and all columns, rather than columns of their own.
+template <int TILES> constexpr bool APART = TILES > 2;
 
 /// `out = x · Wᵀ + bias` on tensor cores: x `[rows, k]` in M, in f32 sums, out in Y. k is a multiple of 8.
 ///
-/// A block has 16 · PANELS features and 8 · TILES rows; its warps take spans of k in turn and are added up in one order. Codes of blocks
-/// are exact in M: the product of a group with them is multiplied by its scale in f32, and its minimum by the group's sum of x. So no
-/// weight is rounded; but floats in another type than M are.
+/// A block has 8 · TILES rows and 16 · PANELS features; its warps take spans of k in turn and are added up in one order. Where rows are
+/// many, each warp has as many features of its own, so that x, which is more bytes than the weights then, is read for all of them
+/// together; and where features are too few to fill the chip like this, parts of k are blocks of their own, whose sums `add_parts` adds.
+/// Codes of blocks are exact in M: the product of a group with them is multiplied by its scale in f32, and its minimum by the group's sum
+/// of x. So no weight is rounded; but floats in another type than M are.
 ///
 /// To have the memory busy (H200: 4.8 TB/s · 600 ns are 22 KiB for each of 132 SMs) a lane loads 32 to 128 bytes of weights before it
 /// multiplies, and an SM holds 24 warps. Then all that may cost time is what a lane does for a weight: at 4 bits an SM has 3.4
-/// instructions for each, at 16 bits 12. So features are the 16 of a tensor core's product, whose registers are written where they are
-/// needed, and rows its 8, which are read as they are needed; and loads have no conditions: rows beyond the last are the last one again,
-/// since rows do not mix and nobody stores those.
+/// instructions for each, at 16 bits 12 (with one tile it takes 2.8 for Q4_0, 4.6 for Q4_K, 1.2 for bf16). So features are the 16 of a
+/// tensor core's product, whose registers are written where they are needed, and rows its 8, which are read as they are needed; and loads
+/// have no conditions: rows beyond the last are the last one again, since rows do not mix and nobody stores those.
 ///
-/// Grid: panels of all weights, tiles of rows. Block: 32 lanes of 1, 2, 4 or 8 (WARPS) warps.
+/// Grid: features of all weights, tiles of rows, parts of k (if they are more than one, out is f32 `[parts, rows, out_features]`, without
+/// bias). Block: 32 lanes of 1, 2, 4 or 8 (WARPS) warps; of WARPS if they are APART, and else k has one part.
 template <typename F, typename M, typename Y, int TILES, int PANELS>
 __global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) product(Group group, const M* x, int rows, int k) {
-    constexpr int FEATURES = 16 * PANELS, SUMS = PANELS * TILES * 4, DEPTH = TILES <= 2 ? F::DEPTH : 1;
-    __shared__ float partial[WARPS<TILES> / 2][SUMS][LANES];
-
-    int panel;
-    const Weight weight = weight_of_block(group, FEATURES, panel);
+    constexpr int FEATURES = 16 * PANELS, SUMS = PANELS * TILES * 4, DEPTH = APART<TILES> ? 1 : F::DEPTH;
+    int block;
+    const Weight weight = weight_of_block(group, FEATURES * (APART<TILES> ? WARPS<TILES> : 1), block);
     const int lane = lane_id(), g = lane / 4, t = lane % 4, warp = warp_id(), warps = blockDim.x / LANES;
-    const int first = panel * FEATURES, first_row = blockIdx.y * (8 * TILES);
+    const int first = (APART<TILES> ? block * WARPS<TILES> + warp : block) * FEATURES, first_row = blockIdx.y * (8 * TILES);
+    if (APART<TILES> && first >= weight.out_features) return;
     const unsigned char* feature[PANELS][2];
 #pragma unroll
     for (int i = 0; i < PANELS * 2; i++) {
         int row = min(first + 8 * i + g, weight.out_features - 1);
         feature[i / 2][i % 2] = weight.rows + row * F::row_bytes(k);
     }
-    const M* from[TILES];
+    x += static_cast<long long>(first_row) * k;
+    int from[TILES];
 #pragma unroll
-    for (int i = 0; i < TILES; i++) {
-        from[i] = x + static_cast<long long>(min(first_row + 8 * i + g, rows - 1)) * k + column<F::GROUP>(0, t);
-    }
+    for (int i = 0; i < TILES; i++) from[i] = min(8 * i + g, rows - 1 - first_row) * k + column<F::GROUP>(0, t);
 
     float sum[PANELS][TILES][4] = {};
     auto multiply = [&](const Span<F>(&with)[PANELS], int span, bool whole) {
@@ -150,7 +181,7 @@ __global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) prod
                 int start = span * SPAN + c * CHUNK;
                 // Behind the last column weights are zero: x may be any number of the row.
                 if (!whole && start + column<F::GROUP>(0, t) >= k) start = -column<F::GROUP>(0, t);
-                load_pairs<F>(pair[i], from[i] + start);
+                load_pairs<F>(pair[i], x + (from[i] + start));
             }
             float row_sum[2][TILES][4] = {};
             if constexpr (F::MIN) {
@@ -163,56 +194,69 @@ __global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) prod
         }
     };
 
-    const int whole_spans = k / SPAN;
-    for (int start = warp; start < whole_spans; start += DEPTH * warps) {
+    const int per_part = (spans(k) + gridDim.z - 1) / gridDim.z, step = APART<TILES> ? 1 : warps;
+    const int begin = APART<TILES> ? blockIdx.z * per_part : warp, end = min(spans(k), static_cast<int>(blockIdx.z + 1) * per_part);
+    const int whole_end = min(end, k / SPAN);
+    for (int start = begin; start < whole_end; start += DEPTH * step) {
         Span<F> span[DEPTH][PANELS];
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
 #pragma unroll
             for (int p = 0; p < PANELS; p++) {
-                if (start + d * warps < whole_spans) span[d][p].load(feature[p], k, start + d * warps, t, true);
+                if (start + d * step < whole_end) span[d][p].load(feature[p], k, start + d * step, t, true);
             }
         }
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
-            if (start + d * warps < whole_spans) multiply(span[d], start + d * warps, true);
+            if (start + d * step < whole_end) multiply(span[d], start + d * step, true);
         }
     }
-    if (whole_spans < spans(k) && whole_spans % warps == warp) {
+    if (whole_end < end && (APART<TILES> ? begin < end : whole_end % warps == warp)) {
         Span<F> span[PANELS];
 #pragma unroll
-        for (int p = 0; p < PANELS; p++) span[p].load(feature[p], k, whole_spans, t, false);
-        multiply(span, whole_spans, false);
+        for (int p = 0; p < PANELS; p++) span[p].load(feature[p], k, whole_end, t, false);
+        multiply(span, whole_end, false);
     }
 
-    // The upper half of the warps gives its sums to the lower, until one has all.
     float(&sums)[SUMS] = reinterpret_cast<float(&)[SUMS]>(sum);
-    for (int half = warps / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (warp >= half && warp < 2 * half) {
-#pragma unroll
-            for (int i = 0; i < SUMS; i++) partial[warp - half][i][lane] = sums[i];
-        }
-        __syncthreads();
-        if (warp < half) {
-#pragma unroll
-            for (int i = 0; i < SUMS; i++) sums[i] += partial[warp][i][lane];
-        }
+    if constexpr (!APART<TILES>) {
+        if (!add_warps(sums, warp, warps)) return;
     }
-    if (warp > 0) return;
-    Y* out = static_cast<Y*>(weight.out);
+    const bool is_part = gridDim.z > 1;
 #pragma unroll
     for (int i = 0; i < SUMS; i++) {
         int row = first_row + i / 4 % TILES * 8 + 2 * t + i % 2;
         int at = first + i / (4 * TILES) * 16 + i % 4 / 2 * 8 + g;
-        if (row < rows && at < weight.out_features) {
-            float bias = weight.bias ? weight.bias[at] : 0;
-            out[static_cast<long long>(row) * weight.out_features + at] = from_float<Y>(sums[i] + bias);
+        if (row >= rows || at >= weight.out_features) continue;
+        long long place = static_cast<long long>(row) * weight.out_features + at;
+        if (is_part) {
+            static_cast<float*>(weight.out)[static_cast<long long>(blockIdx.z) * rows * weight.out_features + place] = sums[i];
+        } else {
+            static_cast<Y*>(weight.out)[place] = from_float<Y>(sums[i] + (weight.bias ? weight.bias[at] : 0));
         }
     }
 }
 
-/// `out = x · Wᵀ + bias` in f32: x `[rows, k]` in X, k a multiple of 8, out in f32. A block has one feature, and 8 rows, that share its weights.
+/// The sum of parts, `[parts, count / out_features, out_features]` at each weight's `rows`, and its bias, to its out.
+///
+/// Grid: a thread per element of the largest result, weights.
+template <typename Y> __global__ void __launch_bounds__(256) add_parts(Group group, int parts, int rows) {
+    Weight weight = group.weight[0];
+#pragma unroll
+    for (int w = 1; w < 4; w++) {
+        if (blockIdx.y == w) weight = group.weight[w];
+    }
+    long long count = static_cast<long long>(rows) * weight.out_features;
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const float* part = reinterpret_cast<const float*>(weight.rows) + i;
+    float sum = weight.bias ? weight.bias[i % weight.out_features] : 0;
+    for (int p = 0; p < parts; p++) sum += part[p * count];
+    static_cast<Y*>(weight.out)[i] = from_float<Y>(sum);
+}
+
+/// `out = x · Wᵀ + bias` in f32: x `[rows, k]` in X, k a multiple of 8, out in f32. A block has one feature, and 8 rows that share its
+/// weights.
 ///
 /// Grid: features of all weights, groups of 8 rows. Block: any number of warps.
 template <typename F, typename X> __global__ void __launch_bounds__(128) product_f32(Group group, const X* x, int rows, int k) {
@@ -294,7 +338,8 @@ __global__ void __launch_bounds__(128) unpack(const unsigned char* weight, const
 /// Rows `[cols]` of x as rows `[padded]` of out with zeros behind, rounded to Y.
 ///
 /// Grid and block: a thread per element of out.
-template <typename X, typename Y> __global__ void __launch_bounds__(256) pad_rows(const X* x, Y* out, long long count, int cols, int padded) {
+template <typename X, typename Y>
+__global__ void __launch_bounds__(256) pad_rows(const X* x, Y* out, long long count, int cols, int padded) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     long long row = i / padded, column = i % padded;
     if (i < count) out[i] = from_float<Y>(column < cols ? to_float(x[row * cols + column]) : 0);
@@ -303,7 +348,8 @@ template <typename X, typename Y> __global__ void __launch_bounds__(256) pad_row
 /// `out[r, i] = x[r, i] + bias[i]`, `[count / cols, cols]`, or x in another type where there is no bias; out may be x.
 ///
 /// Grid and block: a thread per element.
-template <typename X, typename Y> __global__ void __launch_bounds__(256) add_bias(const X* x, const float* bias, Y* out, long long count, int cols) {
+template <typename X, typename Y>
+__global__ void __launch_bounds__(256) add_bias(const X* x, const float* bias, Y* out, long long count, int cols) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i < count) out[i] = from_float<Y>(to_float(x[i]) + (bias ? bias[i % cols] : 0));
 }

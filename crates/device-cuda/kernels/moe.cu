@@ -4,7 +4,7 @@
 //! when pairs are sorted by expert. A *tile* is a run of slots of one expert. How many tiles there are depends on the logits,
 //! so grids are as large as any logits can make them, and blocks beyond the last tile end at once: a step can be replayed.
 //!
-//!   few pairs    route, direct_gate_up, direct_down               slots are pairs, tiles hold one of them
+//!   few pairs    route, skinny_gate_up, direct_down                            slots are pairs, tiles hold one of them
 //!   otherwise    route, sort_pairs, grouped_gate_up, grouped_down, combine      16-bit numbers in rows of whole 16 bytes: tensor cores
 //!                route, sort_pairs, skinny_gate_up, skinny_down, combine        any other
 //!

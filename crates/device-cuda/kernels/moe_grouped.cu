@@ -190,24 +190,34 @@ __device__ __forceinline__ void multiply_unpacked(unsigned char* shared, const F
             }
 #pragma unroll
             for (int i = 0; i < S::DOWN_TILES; ++i) {
+// What this lane has of rows g and g + 8: the columns of its weights, in their order, for each of two products.
+                unsigned a[2][4];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int row = i * 16 + r * 8 + g;
+                    if constexpr (F::GROUP == CHUNK) {
+                        const unsigned char* part = part_of_256(rows, row, chunk * (CHUNK / 8) + t);
+                        const Vec<unsigned, 4> all = load<4>(reinterpret_cast<const unsigned*>(part));
+                        a[0][r] = all[0], a[0][2 + r] = all[1];
+                        a[1][r] = all[2], a[1][2 + r] = all[3];
+                    } else {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const int at = chunk * CHUNK + column<F::GROUP>(half, t);
+                            const unsigned char* part = part_of_256(rows, row, at / 8) + at % 8 * 2;
+                            const Vec<unsigned, 2> both = load<2>(reinterpret_cast<const unsigned*>(part));
+                            a[half][r] = both[0], a[half][2 + r] = both[1];
+                        }
+                    }
+                }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    // The columns that this lane has of rows g and g + 8, in the order of `both` below.
-                    const int at = chunk * CHUNK + column<F::GROUP>(half, t);
-                    unsigned a[4];
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const unsigned char* part = part_of_256(rows, i * 16 + r * 8 + g, at / 8) + at % 8 * 2;
-                        const Vec<unsigned, 2> both = load<2>(reinterpret_cast<const unsigned*>(part));
-                        a[r] = both[0];
-                        a[2 + r] = both[1];
-                    }
 #pragma unroll
                     for (int m = 0; m < S::MATRICES; ++m) {
 #pragma unroll
                         for (int j = 0; j < S::ACROSS_TILES; ++j) {
                             const unsigned both[2] = {b[m][j][half * 2], b[m][j][half * 2 + 1]};
-                            mma_16816<T>(sums[m][i][j], a, both);
+                            mma_16816<T>(sums[m][i][j], a[half], both);
                         }
                     }
                 }

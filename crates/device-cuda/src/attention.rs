@@ -1,9 +1,9 @@
 //! Attention over keys and values, and what it shares with attention over latents: which kernel attends, into how many
 //! splits a context is cut, how they are joined.
 //!
-//! On tensor cores: activations of 16 bits and heads whose width is a multiple of 16, at most 256. One token takes up to 16
-//! query heads of a key head together, so its context is read once for all of them; many tokens of a sequence are taken 64
-//! at a time. Everything else is done number by number.
+//! On tensor cores: activations of 16 bits and heads whose width is a multiple of 16, at most 256. A few tokens of a sequence
+//! take their query heads of a key head together, 16 rows in all, so a context is read once for all of them; many are taken
+//! 64 at a time. Everything else is done number by number.
 //!
 //! Levers that are not pulled: warp-group products and bulk copies of compute capability 9.0, and the merge of splits
 //! within the last block that ends.
@@ -30,13 +30,13 @@ const MOST: usize = 64;
 /// A reason to split contexts: until there are so many blocks for each multiprocessor, as long as splits have so many
 /// positions.
 #[derive(Debug, Clone, Copy)]
-struct Reason {
-    blocks: usize,
-    positions: usize,
+pub(crate) struct Reason {
+    pub(crate) blocks: usize,
+    pub(crate) positions: usize,
 }
 
-/// Blocks of one token are short: few of them leave the device idle, and the more there are the more evenly they end.
-const SINGLE_REASONS: [Reason; 2] = [Reason { blocks: 2, positions: 64 }, Reason { blocks: 16, positions: 256 }];
+/// Blocks of a few tokens are short: few of them leave the device idle, and the more there are the more evenly they end.
+const FEW_REASONS: [Reason; 2] = [Reason { blocks: 2, positions: 64 }, Reason { blocks: 32, positions: 256 }];
 /// Those of many tokens leave much to join.
 const WIDE_REASONS: [Reason; 1] = [Reason { blocks: 2, positions: 512 }];
 
@@ -98,7 +98,7 @@ impl RowWise {
             let launch = Launch { grid: [grid[0], grid[1], splits], block: [128, 1, 1], shared: self.shared };
             let rest = [Arg::Ptr(pass.tiles.address), Arg::I32(pass.tiles.tokens as i32), scores.clone(), partials];
             let args: Vec<Arg> =
-                inputs.into_iter().chain([pass.step.clone()]).chain(rest).chain([Arg::Ptr(pass.out)]).collect();
+                inputs.into_iter().chain([Arg::Ptr(pass.blocks)]).chain(rest).chain([Arg::Ptr(pass.out)]).collect();
             pass.gpu.launch(&self.attend, launch, &args)
         })
     }
@@ -108,7 +108,8 @@ impl RowWise {
 pub(crate) struct Pass<'a> {
     pub(crate) gpu: &'a Arc<Gpu>,
     pub(crate) merge: &'a Kernel,
-    pub(crate) step: Arg,
+    /// Block numbers of the step.
+    pub(crate) blocks: u64,
     pub(crate) tiles: &'a Tiles,
     /// Query heads.
     pub(crate) heads: usize,
@@ -116,6 +117,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) width: usize,
     /// Positions that a token sees.
     pub(crate) window: Option<usize>,
+    /// Why the context of a few tokens is split.
+    pub(crate) reasons: &'a [Reason],
     /// `[rows, heads * width]`.
     pub(crate) out: u64,
 }
@@ -124,7 +127,7 @@ impl Pass<'_> {
     /// Runs `attend` with a number of splits and a place for what they leave, and joins them. Without splits it needs
     /// `blocks` blocks.
     fn split(&self, blocks: u32, attend: impl FnOnce(u32, Arg) -> Result<()>) -> Result<()> {
-        let reasons = if self.tiles.tokens == 1 { &SINGLE_REASONS[..] } else { &WIDE_REASONS };
+        let reasons = if self.tiles.is_wide() { &WIDE_REASONS } else { self.reasons };
         let visible = self.window.and_then(usize::checked_next_power_of_two).unwrap_or(usize::MAX);
         let longest = visible.min(self.tiles.longest());
         let splits = splits(reasons, blocks as usize, longest, self.gpu.multiprocessors() as usize);
@@ -161,7 +164,7 @@ impl Pass<'_> {
         let (blocks, tiles) = (blocks as u32, self.tiles.count() as u32);
         self.split(blocks * tiles, |splits, partials| {
             let launch = Launch { grid: [blocks, splits, tiles], block: [threads, 1, 1], shared };
-            let middle = [self.step.clone(), Arg::Ptr(self.tiles.address)];
+            let middle = [Arg::Ptr(self.blocks), Arg::Ptr(self.tiles.address)];
             let args: Vec<Arg> =
                 inputs.into_iter().chain(middle).chain(rest).chain([partials, Arg::Ptr(self.out)]).collect();
             self.gpu.launch(kernel, launch, &args)
@@ -205,8 +208,8 @@ pub(crate) fn in_type(gpu: &Arc<Gpu>, x: &Tensor, dtype: DataType) -> Result<(u6
 
 /// Attention over full keys and values.
 pub(crate) struct Full {
-    /// One token with many heads; the best that the chip has room for.
-    single: Option<Tiled>,
+    /// A few tokens, with fewer and fewer heads; none if the chip has no room for them.
+    few: Vec<Tiled>,
     /// Many tokens with two heads, and with one.
     wide: Vec<Tiled>,
     rows: RowWise,
@@ -232,7 +235,11 @@ struct Shape {
     heads: usize,
 }
 
-const SINGLE: Shape = Shape { name: "Single", rows: 16, key_warps: 4, keys: 64, heads: 16 };
+const FEW: [Shape; 3] = [
+    Shape { name: "Few<16>", rows: 16, key_warps: 4, keys: 64, heads: 16 },
+    Shape { name: "Few<8>", rows: 16, key_warps: 4, keys: 64, heads: 8 },
+    Shape { name: "Few<4>", rows: 16, key_warps: 4, keys: 64, heads: 4 },
+];
 const WIDE: [Shape; 3] = [
     Shape { name: "Wide<2, 64>", rows: 128, key_warps: 1, keys: 64, heads: 2 },
     Shape { name: "Wide<1, 64>", rows: 64, key_warps: 1, keys: 64, heads: 1 },
@@ -269,16 +276,22 @@ impl Full {
             let fit = |shape: &&Shape| shape.heads == heads && shape.fits(head_dim, bytes, room);
             shapes.iter().find(fit).copied().map(tiled).transpose()
         };
-        let (single, two, one) = (first(&[SINGLE], SINGLE.heads)?, first(&WIDE, 2)?, first(&WIDE, 1)?);
-        let wide = two.into_iter().chain(one).collect();
-        Ok(Self { single, wide, rows: RowWise::new(gpu, kept, head_dim, head_dim)? })
+        let few = FEW.iter().filter(|shape| shape.fits(head_dim, bytes, room)).map(|shape| tiled(*shape));
+        let few = few.collect::<Result<_>>()?;
+        let wide = first(&WIDE, 2)?.into_iter().chain(first(&WIDE, 1)?).collect();
+        Ok(Self { few, wide, rows: RowWise::new(gpu, kept, head_dim, head_dim)? })
     }
 
-    /// The kernel for tiles of so many tokens, where so many query heads share a key head.
-    fn kernel(&self, tokens: usize, group: usize) -> Option<&Tiled> {
-        let single = self.single.as_ref().filter(|_| tokens == 1);
-        single.or_else(|| self.wide.iter().find(|tiled| tiled.heads <= group))
+    /// The kernel for tiles, where so many query heads share a key head.
+    fn kernel(&self, tiles: &Tiles, group: usize) -> Option<&Tiled> {
+        let few = self.few.iter().find(|tiled| tiled.heads == few_heads(group)).filter(|_| !tiles.is_wide());
+        few.or_else(|| self.wide.iter().find(|tiled| tiled.heads <= group))
     }
+}
+
+/// Query heads of a key head that a tile of a few tokens has together, of so many.
+fn few_heads(group: usize) -> usize {
+    group.next_power_of_two().clamp(4, 16)
 }
 
 /// The kernels of this file, for activations of a type.
@@ -319,10 +332,20 @@ impl AttentionKernels {
         let (q, k, v) = (q?, k?, v?);
         cache.write(gpu, layer, plan, [k.0, v.0])?;
         let (scores, group) = (scores(params), query_heads / kv_heads);
-        for tiles in plan.tiles() {
-            let (merge, step) = (&full.rows.merge, plan.step());
-            let pass = Pass { gpu, merge, step, tiles, heads: query_heads, width: head_dim, window, out };
-            match full.kernel(tiles.tokens, group) {
+        for tiles in plan.tiles(16 / few_heads(group)) {
+            let (merge, blocks) = (&full.rows.merge, plan.blocks());
+            let pass = Pass {
+                gpu,
+                merge,
+                blocks,
+                tiles,
+                heads: query_heads,
+                width: head_dim,
+                window,
+                reasons: &FEW_REASONS,
+                out,
+            };
+            match full.kernel(tiles, group) {
                 Some(Tiled { kernel, shared, heads }) => {
                     let blocks = kv_heads * group.div_ceil(*heads);
                     let inputs = [Arg::Ptr(q.0), keys.arg(), values.arg()];
@@ -345,9 +368,9 @@ mod tests {
 
     #[test]
     fn contexts_are_split_until_the_device_is_full_and_no_further_than_is_worth_it() {
-        let single = |blocks, longest| splits(&SINGLE_REASONS, blocks, longest, 132);
-        assert_eq!([64, 128, 4096, 1 << 20].map(|longest| single(8, longest)), [1, 2, 32, MOST]);
-        assert_eq!([8, 512, 1024, 4096].map(|blocks| single(blocks, 4096)), [32, 4, 2, 1]);
+        let few = |blocks, longest| splits(&FEW_REASONS, blocks, longest, 132);
+        assert_eq!([64, 128, 4096, 1 << 20].map(|longest| few(8, longest)), [1, 2, 32, MOST]);
+        assert_eq!([8, 512, 1024, 8192].map(|blocks| few(blocks, 4096)), [32, 8, 4, 1]);
         let wide = |blocks, longest| splits(&WIDE_REASONS, blocks, longest, 132);
         assert_eq!([512, 1024, 1 << 20].map(|longest| wide(16, longest)), [1, 2, 16]);
         assert_eq!(wide(300, 1 << 20), 1);
@@ -357,9 +380,9 @@ mod tests {
     fn a_hopper_has_room_for_every_shape_and_smaller_chips_for_one() {
         for bytes in [false, true] {
             for head_dim in [64, 128] {
-                assert!(WIDE.iter().chain([&SINGLE]).all(|shape| shape.fits(head_dim, bytes, 227 << 10)));
+                assert!(WIDE.iter().chain(&FEW).all(|shape| shape.fits(head_dim, bytes, 227 << 10)));
             }
-            assert!(WIDE[1].fits(256, bytes, 227 << 10) && SINGLE.fits(256, bytes, 227 << 10));
+            assert!(WIDE[1].fits(256, bytes, 227 << 10) && FEW[0].fits(256, bytes, 227 << 10));
             // Compute capability 8.6.
             assert!(WIDE[1..].iter().any(|shape| shape.fits(256, bytes, 99 << 10)));
         }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Op, Result, RopeLayout, Rows, World,
+    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rows,
+    World,
 };
 
 use crate::attention::AttentionKernels;
@@ -15,6 +16,7 @@ use crate::compiler::default_cache;
 use crate::gpu::{Gpu, GpuOptions};
 use crate::latent::{Latent, LatentKernels};
 use crate::libraries;
+use crate::limits;
 use crate::linear::{self, Linear, LinearKernels};
 use crate::moe::{Experts, MoeKernels};
 use crate::plan::{AttentionPlan, Planner};
@@ -114,12 +116,15 @@ impl CudaBackend {
         Ok(backends)
     }
 
-    /// Memory of the device, as the driver tells it: what this backend has reserved is not free.
+    /// Measures what the device does at most, in the type of activations: bytes copied within its memory, each counted as it
+    /// is read and as it is written, and multiply-adds of a large product.
     ///
     /// # Errors
-    /// What failed on the device, now or before.
-    pub fn memory(&self) -> Result<DeviceMemory> {
-        self.gpu.memory()
+    /// No memory for that, and what fails on the device.
+    pub fn limits(&self) -> Result<Limits> {
+        let mul_adds = limits::multiplied(&self.gpu, self.activations)?;
+        let mul_adds = [(self.caps.activations.to_string(), mul_adds)].into();
+        Ok(Limits { bytes: limits::copied(&self.gpu)?, access: "copy", mul_adds })
     }
 
     /// What was done so far.
@@ -147,6 +152,10 @@ impl Backend for CudaBackend {
 
     fn world(&self) -> World {
         self.place.world
+    }
+
+    fn memory(&self) -> Result<Option<DeviceMemory>> {
+        self.gpu.memory().map(Some)
     }
 
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {

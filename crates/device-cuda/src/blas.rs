@@ -78,7 +78,7 @@ impl Blas {
         // SAFETY: a valid out pointer.
         check(context, "cublasLtCreate", unsafe { lt::cublasLtCreate(&raw mut handle) })?;
         // SAFETY: made once.
-        let handle = Owned::new(context, handle, |handle| drop(unsafe { lt::cublasLtDestroy(handle) }));
+        let handle = Owned::new(context, handle, |handle| _ = unsafe { lt::cublasLtDestroy(handle) });
         // SAFETY: a valid out pointer.
         match unsafe { sys::cuMemAlloc_v2(&raw mut workspace, WORKSPACE) } {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
@@ -88,7 +88,7 @@ impl Blas {
             code => context.check("cuMemAlloc", code)?,
         }
         // SAFETY: allocated once, and no product runs.
-        let workspace = Owned::new(context, workspace, |address| drop(unsafe { sys::cuMemFree_v2(address) }));
+        let workspace = Owned::new(context, workspace, |address| _ = unsafe { sys::cuMemFree_v2(address) });
         Ok(Self { handle: Arc::new(handle), workspace, plans: Mutex::default() })
     }
 
@@ -177,13 +177,13 @@ impl Plan {
             let code = unsafe { lt::cublasLtMatrixLayoutCreate(&raw mut layout, element(dtype), rows, cols, leading) };
             check("cublasLtMatrixLayoutCreate", code)?;
             // SAFETY: made once.
-            Ok(Owned::on_host(layout, |layout| drop(unsafe { lt::cublasLtMatrixLayoutDestroy(layout) })))
+            Ok(Owned::on_host(layout, |layout| _ = unsafe { lt::cublasLtMatrixLayoutDestroy(layout) }))
         };
         // SAFETY: a valid out pointer.
         let code = unsafe { lt::cublasLtMatmulDescCreate(&raw mut product, sums, scale) };
         check("cublasLtMatmulDescCreate", code)?;
         // SAFETY: made once.
-        let product = Owned::on_host(product, |product| drop(unsafe { lt::cublasLtMatmulDescDestroy(product) }));
+        let product = Owned::on_host(product, |product| _ = unsafe { lt::cublasLtMatmulDescDestroy(product) });
         let attribute = lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
         let (value, size) = ((&raw const transposed).cast(), size_of_val(&transposed));
         // SAFETY: a live descriptor, a valid pointer and the size of what it points to.

@@ -50,7 +50,7 @@ pub(crate) struct Image {
 
 impl Unit {
     /// From disk, or fresh.
-    pub(crate) fn image(&self, cache: Option<&Path>) -> std::result::Result<Image, String> {
+    pub(crate) fn image(&self, cache: Option<&Path>) -> Result<Image, String> {
         let kept = cache.and_then(|folder| Image::decode(&std::fs::read(folder.join(self.file_name())).ok()?));
         match kept.filter(|image| image.lowered.len() == self.names.len()) {
             Some(image) => Ok(image),
@@ -59,7 +59,7 @@ impl Unit {
     }
 
     /// Compiled now, and kept on disk if there is a place.
-    pub(crate) fn fresh(&self, cache: Option<&Path>) -> std::result::Result<Image, String> {
+    pub(crate) fn fresh(&self, cache: Option<&Path>) -> Result<Image, String> {
         let began = std::time::Instant::now();
         let image = match self.compile() {
             Err(Refusal::Option(_)) if self.target != PTX => {
@@ -100,7 +100,7 @@ impl Unit {
     }
 
     /// Runs NVRTC.
-    fn compile(&self) -> std::result::Result<Image, Refusal> {
+    fn compile(&self) -> Result<Image, Refusal> {
         let text = |text: &str| CString::new(text).expect("a text without zeros");
         let (source, file) = (text(self.source.text()), text(self.source.file()));
         let headers: Vec<CString> = HEADERS.iter().map(|(_, header)| text(header)).collect();
@@ -125,7 +125,7 @@ impl Unit {
                 Ok(CStr::from_ptr(lowered).to_owned())
             }
         });
-        let lowered = lowered.collect::<std::result::Result<_, Refusal>>()?;
+        let lowered = lowered.collect::<Result<_, Refusal>>()?;
         let code = match self.target {
             Target::Chip(_) => program.bytes("nvrtcGetCUBIN", nvrtc::nvrtcGetCUBINSize, nvrtc::nvrtcGetCUBIN)?,
             Target::Ptx(_) => program.bytes("nvrtcGetPTX", nvrtc::nvrtcGetPTXSize, nvrtc::nvrtcGetPTX)?,
@@ -138,7 +138,7 @@ impl Unit {
 ///
 /// # Errors
 /// The compiler's words.
-pub fn compile(source: Source, names: &[String], capability: (i32, i32)) -> std::result::Result<Vec<u8>, String> {
+pub fn compile(source: Source, names: &[String], capability: (i32, i32)) -> Result<Vec<u8>, String> {
     let unit = Unit { source, names: names.to_vec(), target: Target::Chip(capability) };
     unit.compile().map(|image| image.code).map_err(|refusal| refusal.to_string())
 }
@@ -165,7 +165,7 @@ enum Refusal {
 struct Program(nvrtc::nvrtcProgram);
 
 impl Program {
-    fn new(source: &CStr, file: &CStr, headers: &[CString]) -> std::result::Result<Self, Refusal> {
+    fn new(source: &CStr, file: &CStr, headers: &[CString]) -> Result<Self, Refusal> {
         let texts: Vec<*const c_char> = headers.iter().map(|header| header.as_ptr()).collect();
         let names: Vec<*const c_char> = HEADERS.iter().map(|(name, _)| name.as_ptr()).collect();
         let mut program = Self(std::ptr::null_mut());
@@ -186,7 +186,7 @@ impl Program {
         }
     }
 
-    fn check(&self, call: &'static str, code: nvrtcResult) -> std::result::Result<(), Refusal> {
+    fn check(&self, call: &'static str, code: nvrtcResult) -> Result<(), Refusal> {
         match code {
             nvrtcResult::NVRTC_SUCCESS => Ok(()),
             nvrtcResult::NVRTC_ERROR_INVALID_OPTION => Err(Refusal::Option(self.log())),
@@ -213,7 +213,7 @@ impl Program {
         call: &'static str,
         size_of: unsafe fn(nvrtc::nvrtcProgram, *mut usize) -> nvrtcResult,
         get: unsafe fn(nvrtc::nvrtcProgram, *mut c_char) -> nvrtcResult,
-    ) -> std::result::Result<Vec<u8>, Refusal> {
+    ) -> Result<Vec<u8>, Refusal> {
         let mut size = 0;
         // SAFETY: a live program, a valid out pointer, and room for as many bytes as NVRTC says.
         unsafe {

@@ -63,9 +63,3 @@ pub(crate) fn describe(code: CUresult) -> String {
         None => format!("{code:?}"),
     }
 }
-
-/// Of an operation that is still to be written; goes with the last of them.
-pub(crate) fn not_yet<T>(gpu: &crate::gpu::Gpu) -> baton_device::Result<T> {
-    let (device, reason) = (gpu.name().to_owned(), "its kernels are not there yet".into());
-    Err(baton_device::DeviceError::Execution { device, op: "operation", reason })
-}

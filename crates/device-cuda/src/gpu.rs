@@ -38,8 +38,6 @@ pub(crate) enum Arg {
     Ptr(u64),
     /// `int`.
     I32(i32),
-    /// `unsigned`.
-    U32(u32),
     /// `long long`.
     I64(i64),
     /// `float`.
@@ -194,9 +192,6 @@ impl Gpu {
 
     /// Queues a copy on the device; the ranges do not overlap.
     pub(crate) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
         self.call("copy", &[from, to, bytes as u64], move |context, stream| {
             // SAFETY: both ranges are the caller's until the stream has passed.
             context.check("copy", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, stream) })
@@ -290,10 +285,10 @@ impl Gpu {
         })
     }
 
-    /// Memory of the device as the driver tells it.
+    /// Memory of the device as the driver tells it; what is reserved here and not in use is free.
     pub(crate) fn memory(&self) -> Result<DeviceMemory> {
         let (free, total) = self.context.memory()?;
-        Ok(DeviceMemory { total: total as u64, free: free as u64 })
+        Ok(DeviceMemory { total: total as u64, free: free as u64 + lock(&self.memory).unused() })
     }
 
     /// What was done so far.

@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use baton_device::{AttentionParams, DeviceError, HostLatent, HostTensor, LayerKv, Result, Rows, WeightFormat};
 
-use crate::attention::{Attend, Kept, PAD, Pass, RowWise, heads, in_type, scores, shared_memory};
+use crate::attention::{Attend, Kept, PAD, Pass, Reason, RowWise, heads, in_type, scores, shared_memory};
 use crate::blocks;
 use crate::cache::{KvCache, Layer, expect};
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
-use crate::plan::AttentionPlan;
+use crate::plan::{AttentionPlan, FEW};
 use crate::program::{Kernel, Source};
 use crate::tensor::{DataType, Tensor};
 
@@ -24,6 +24,9 @@ const PART: usize = 1024;
 /// Pairs of a token and a head in a block, and positions of a tile, as the kernel has them.
 const PAIRS: usize = 64;
 const KEYS: usize = 32;
+/// Why the context of a few tokens is split. A block has a multiprocessor to itself, and a split of a token leaves a row of
+/// sums for each head: with 128 heads as many bytes as some 200 positions of latents, written and read again.
+const REASONS: [Reason; 2] = [Reason { blocks: 1, positions: 128 }, Reason { blocks: 4, positions: 2048 }];
 
 /// Attention over latents that are in the cache.
 pub(crate) struct Absorbed {
@@ -202,7 +205,9 @@ impl LatentKernels {
         let scores = scores(&params);
         // Loads are of 16 bytes.
         let tiled = absorbed.tiled.as_ref().filter(|_| [weight.nope, rope].iter().all(|width| width.is_multiple_of(8)));
-        for tiles in plan.tiles().flat_map(|tiles| tiles.parts(PART)) {
+        // As many tokens as there is room for beside each other's heads.
+        let few = FEW.into_iter().rev().find(|tokens| tokens * count <= PAIRS).unwrap_or(1);
+        for tiles in plan.tiles(few).flat_map(|tiles| tiles.parts(PART)) {
             let rows = tiles.rows();
             let room = || gpu.scratch(rows.len() * count * rank * size);
             let (queries, mixed) = (room()?, room()?);
@@ -221,9 +226,18 @@ impl LatentKernels {
             per_head(query, &weight.absorb, own(&queries), [rank, weight.nope])?;
 
             let rotated_q = heads(q.0 + (weight.nope * size) as u64, query_row, weight.query());
-            let (merge, step) = (&absorbed.rows.merge, plan.step());
-            let pass =
-                Pass { gpu, merge, step, tiles: &tiles, heads: count, width: rank, window: None, out: first_mixed };
+            let (merge, blocks) = (&absorbed.rows.merge, plan.blocks());
+            let pass = Pass {
+                gpu,
+                merge,
+                blocks,
+                tiles: &tiles,
+                heads: count,
+                width: rank,
+                window: None,
+                reasons: &REASONS,
+                out: first_mixed,
+            };
             match tiled {
                 Some((kernel, shared)) => {
                     let blocks = (tiles.tokens * count).div_ceil(PAIRS);

@@ -15,6 +15,7 @@ mod error;
 mod gpu;
 mod latent;
 mod libraries;
+mod limits;
 mod linear;
 mod memory;
 mod moe;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use baton_device::{DeviceError, LibraryFacts, Result};
-use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use libloading::Library;
 
 /// Folders, separated by colons, whose libraries go before the system's: those of the Python packages `nvidia-*`, say.
 pub(crate) const FOLDERS: &str = "BATON_CUDA_LIBS";
@@ -105,7 +105,7 @@ pub(crate) fn find() -> &'static Found {
         let mut files = BTreeMap::new();
         for path in std::env::split_paths(&folders).flat_map(libraries) {
             // SAFETY: initialisers of the libraries that the operator named.
-            let opened = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
+            let opened = unsafe { Library::new(&path) };
             // It stays open for ever.
             let result = opened.map(std::mem::forget).map_err(|error| error.to_string());
             files.insert(path, result);

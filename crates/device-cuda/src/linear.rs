@@ -56,6 +56,8 @@ struct Kernels {
     widen: Kernel,
     /// What is left to do to cuBLASLt's result.
     add_bias: Kernel,
+    /// What is left to do to a product of parts of k.
+    add_parts: Kernel,
     /// M.
     math: DataType,
     /// Type of cuBLASLt's results: that of `out` if it gives it.
@@ -70,9 +72,18 @@ struct Product {
     input: DataType,
     /// Rows and features of a block.
     tile: [usize; 2],
-    /// The most warps of a block.
-    warps: usize,
+    /// Warps of a block.
+    warps: Warps,
     kernel: Kernel,
+}
+
+/// How the warps of a block share its work.
+#[derive(Clone, Copy)]
+enum Warps {
+    /// Up to so many take columns of k each.
+    Columns(usize),
+    /// So many have features of their own, and k can be cut into parts.
+    Features(usize),
 }
 
 /// The most rows whose product is our own kernels'.
@@ -111,12 +122,14 @@ pub(crate) fn math(format: WeightFormat, activations: DataType) -> DataType {
 pub(crate) struct LinearKernels {
     gpu: Arc<Gpu>,
     activations: DataType,
+    multiprocessors: usize,
     ids: Slot,
 }
 
 impl LinearKernels {
     pub(crate) fn new(gpu: &Arc<Gpu>, activations: DataType) -> Result<Self> {
-        Ok(Self { gpu: gpu.clone(), activations, ids: gpu.slot(4096, "tokens")? })
+        let multiprocessors = gpu.multiprocessors() as usize;
+        Ok(Self { gpu: gpu.clone(), activations, multiprocessors, ids: gpu.slot(4096, "tokens")? })
     }
 
     /// Load time: checks shape and format, packs, uploads, asks for the kernels that the format needs.
@@ -139,24 +152,26 @@ impl LinearKernels {
     }
 
     fn kernels(&self, format: WeightFormat) -> Result<Kernels> {
+        use Warps::{Columns, Features};
         let kernel = |name: String| self.gpu.kernel(Source::Linear, name);
         let math = math(format, self.activations);
         let out = if math == DataType::F32 { DataType::F32 } else { self.activations };
         let sums = if out == math { math } else { DataType::F32 };
         let (f, m, s, y) = (type_name(format), math.name(), sums.name(), out.name());
-        let tiled = |(tiles, panels, warps): (usize, usize, usize)| {
+        let tiled = |(tiles, panels, warps): (usize, usize, Warps)| {
             let kernel = kernel(format!("product<{f}, {m}, {y}, {tiles}, {panels}>"))?;
-            Ok(Product { input: math, tile: [8 * tiles, 16 * panels], warps, kernel })
+            let apart = if let Warps::Features(warps) = warps { warps } else { 1 };
+            Ok(Product { input: math, tile: [8 * tiles, 16 * panels * apart], warps, kernel })
         };
         let exact = |input: DataType| {
             let kernel = kernel(format!("product_f32<{f}, {}>", input.name()))?;
-            Ok(Product { input, tile: [FEW_F32, 1], warps: 4, kernel })
+            Ok(Product { input, tile: [FEW_F32, 1], warps: Columns(4), kernel })
         };
         let products = match math {
             DataType::F32 if self.activations == DataType::F32 => vec![exact(DataType::F32)?],
             DataType::F32 => vec![exact(self.activations)?, exact(DataType::F32)?],
             _ => {
-                let tiles = [(1, 1, 8), (2, 1, 8), (4, 2, 4), (8, 2, 4)];
+                let tiles = [(1, 1, Columns(8)), (2, 1, Columns(8)), (4, 2, Features(4)), (8, 2, Features(4))];
                 let few = tiles.into_iter().filter(|(tiles, ..)| 8 * tiles <= few(format, math));
                 few.map(tiled).collect::<Result<_>>()?
             }
@@ -166,6 +181,7 @@ impl LinearKernels {
             embed: kernel(format!("unpack<{f}, {y}>"))?,
             widen: kernel(format!("unpack<{f}, {m}>"))?,
             add_bias: kernel(format!("add_bias<{s}, {y}>"))?,
+            add_parts: kernel(format!("add_parts<{y}>"))?,
             math,
             sums,
             out,
@@ -205,7 +221,8 @@ impl LinearKernels {
         self.gpu.launch(kernel, launch, &args)
     }
 
-    /// Every weight of the group with one input. Those of a format share launches, and the input in their type.
+    /// Every weight of the group with one input. Those of a format share the input in their type, and launches where their
+    /// sums are taken in the same order, which does not depend on the others: each has the bits that it has alone.
     pub(crate) fn group(&self, x: &Tensor, group: &mut [(&Linear, &mut Tensor)]) -> Result<()> {
         let rows = x.rows();
         let mut parts = Vec::with_capacity(group.len());
@@ -216,7 +233,7 @@ impl LinearKernels {
         if rows == 0 {
             return Ok(());
         }
-        parts.sort_by_key(|(weight, _)| weight.format);
+        parts.sort_by_key(|(weight, _)| (weight.format, weight.out_features));
         for parts in parts.chunk_by(|(a, _), (b, _)| a.format == b.format) {
             let weight = parts[0].0;
             let Kernels { products, math, .. } = &weight.kernels;
@@ -228,7 +245,11 @@ impl LinearKernels {
                 let fitting = || products.iter().filter(|product| product.input == dtype);
                 let product = fitting().find(|product| rows <= product.tile[0]).or(fitting().next_back());
                 let product = product.expect("a product of M");
-                parts.chunks(GROUP).try_for_each(|parts| self.product(product, input, rows, parts))?;
+                let shared = |weight: &Linear| self.shared(product, rows, weight);
+                parts
+                    .chunk_by(|(a, _), (b, _)| shared(a) == shared(b))
+                    .flat_map(|parts| parts.chunks(GROUP))
+                    .try_for_each(|parts| self.product(product, input, rows, parts))?;
             } else {
                 parts.iter().try_for_each(|(weight, out)| self.many_rows(input, rows, weight, *out))?;
             }
@@ -252,22 +273,49 @@ impl LinearKernels {
         Ok(converted)
     }
 
-    /// The product with up to [`GROUP`] weights of one format, in one launch.
+    /// Warps that share a block's columns or features, and parts into which columns are cut.
+    fn shared(&self, product: &Product, rows: usize, weight: &Linear) -> (usize, usize) {
+        let [tile_rows, features] = product.tile;
+        let (panels, spans) = (weight.out_features.div_ceil(features), weight.in_features.div_ceil(128));
+        match product.warps {
+            // A power of two, as sums are added up in halves. Where blocks are many, the shorter end of each is worth more
+            // than the shorter way to it.
+            Warps::Columns(most) => (spans.next_power_of_two().min(if panels >= 2048 { most / 2 } else { most }), 1),
+            // Two blocks for each multiprocessor, and two spans for each block at least.
+            Warps::Features(warps) => {
+                let blocks = panels * rows.div_ceil(tile_rows);
+                (warps, (2 * self.multiprocessors / blocks).min(spans / 2).max(1))
+            }
+        }
+    }
+
+    /// The product with up to [`GROUP`] weights of one format, [`LinearKernels::shared`] alike, in one launch, or two where
+    /// parts of k are added up.
     fn product(&self, product: &Product, x: u64, rows: usize, parts: &[(&Linear, u64)]) -> Result<()> {
         let k = padded(parts[0].0.in_features);
+        let (warps, cuts) = self.shared(product, rows, parts[0].0);
         let [tile_rows, features] = product.tile;
-        let blocks: usize = parts.iter().map(|(weight, _)| weight.out_features.div_ceil(features)).sum();
-        // A power of two, as sums are added up in halves. Where blocks are many, the shorter end of each is worth more than
-        // the shorter way to it.
-        let most = if blocks >= 2048 { product.warps / 2 } else { product.warps };
-        let warps = k.div_ceil(128).next_power_of_two().min(most);
-        let launch = Launch {
-            grid: [blocks as u32, rows.div_ceil(tile_rows) as u32, 1],
-            block: [32 * warps as u32, 1, 1],
-            shared: 0,
-        };
-        let args = [Arg::Bytes(group_bytes(parts)), Arg::Ptr(x), Arg::I32(rows as i32), Arg::I32(k as i32)];
-        self.gpu.launch(&product.kernel, launch, &args)
+        let panels: usize = parts.iter().map(|(weight, _)| weight.out_features.div_ceil(features)).sum();
+        let tiles = rows.div_ceil(tile_rows);
+        let grid = [panels as u32, tiles as u32, cuts as u32];
+        let launch = Launch { grid, block: [32 * warps as u32, 1, 1], shared: 0 };
+        let args = |group: &[Entry]| [group_arg(group), Arg::Ptr(x), Arg::I32(rows as i32), Arg::I32(k as i32)];
+        let mut group: Vec<Entry> = parts.iter().map(|(weight, out)| Entry::new(weight, *out)).collect();
+        if cuts == 1 {
+            return self.gpu.launch(&product.kernel, launch, &args(&group));
+        }
+        let features = group.iter().map(|entry| entry.out_features as usize);
+        let (all, most) = (features.clone().sum::<usize>(), features.max().unwrap_or(0));
+        let sums = self.gpu.scratch(cuts * rows * all * DataType::F32.bytes())?;
+        let (mut into, mut next) = (group.clone(), sums.address());
+        for (into, from) in into.iter_mut().zip(&mut group) {
+            (into.out, from.rows) = (next, next);
+            next += (cuts * rows * DataType::F32.bytes()) as u64 * from.out_features;
+        }
+        self.gpu.launch(&product.kernel, launch, &args(&into))?;
+        let grid = [(rows * most).div_ceil(256) as u32, parts.len() as u32, 1];
+        let args = [group_arg(&group), Arg::I32(cuts as i32), Arg::I32(rows as i32)];
+        self.gpu.launch(&parts[0].0.kernels.add_parts, Launch { grid, block: [256, 1, 1], shared: 0 }, &args)
     }
 
     /// The product by cuBLASLt.
@@ -304,13 +352,29 @@ fn one_each(count: usize) -> Launch {
     Launch { grid: [count.div_ceil(256) as u32, 1, 1], block: [256, 1, 1], shared: 0 }
 }
 
-/// `Group` of `kernels/linear.cu`.
-fn group_bytes(parts: &[(&Linear, u64)]) -> Box<[u8]> {
-    let mut bytes = Vec::with_capacity(GROUP * 32);
-    for (weight, out) in parts {
+/// `Weight` of `kernels/linear.cu`.
+#[derive(Clone)]
+struct Entry {
+    /// What is read.
+    rows: u64,
+    bias: u64,
+    out: u64,
+    out_features: u64,
+}
+
+impl Entry {
+    fn new(weight: &Linear, out: u64) -> Self {
         let bias = weight.bias.as_ref().map_or(0, Buffer::address);
-        bytes.extend([weight.weight.address(), bias, *out, weight.out_features as u64].map(u64::to_ne_bytes).concat());
+        Self { rows: weight.weight.address(), bias, out, out_features: weight.out_features as u64 }
     }
-    bytes.resize(GROUP * 32, 0);
-    bytes.into()
+}
+
+/// `Group` of `kernels/linear.cu`.
+fn group_arg(entries: &[Entry]) -> Arg {
+    let mut bytes = Vec::with_capacity(GROUP * size_of::<Entry>());
+    for Entry { rows, bias, out, out_features } in entries {
+        bytes.extend([rows, bias, out, out_features].map(|word| word.to_ne_bytes()).concat());
+    }
+    bytes.resize(GROUP * size_of::<Entry>(), 0);
+    Arg::Bytes(bytes.into())
 }

@@ -128,6 +128,13 @@ impl Memory {
         self.chunks.values().map(|bytes| *bytes as u64).sum()
     }
 
+    /// Bytes of all chunks that nobody holds.
+    pub(crate) fn unused(&self) -> u64 {
+        let chunks = self.lasting.chunks.iter().chain(&self.scratch.chunks);
+        let free = chunks.flat_map(|chunk| &chunk.free).map(|(_, bytes)| *bytes as u64);
+        free.chain(self.freed.iter().map(|block| self.lasting.room(block.bytes) as u64)).sum()
+    }
+
     fn arena(&mut self, kind: Kind) -> &mut Arena {
         match kind {
             Kind::Lasting => &mut self.lasting,

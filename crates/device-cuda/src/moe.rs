@@ -14,6 +14,8 @@ use crate::tensor::{DataType, Tensor};
 
 /// Experts of a layer, of which the kernels keep a few numbers for each lane.
 const MOST_EXPERTS: usize = 1024;
+/// Experts of a row.
+const MOST_CHOSEN: usize = 32;
 /// Threads of most kernels' blocks.
 const THREADS: u32 = 128;
 /// Columns of a block of the kernels for few rows, two for each warp; of `direct_down`; of `combine`, four for each thread.
@@ -91,14 +93,18 @@ impl MoeKernels {
     /// Packs the experts held, one after the other, and asks for their kernels.
     ///
     /// # Errors
-    /// What reading them gives, [`DeviceError::Shape`] and [`DeviceError::Format`] of their matrices, and too little memory.
+    /// What reading them gives, [`DeviceError::Shape`] and [`DeviceError::Format`] of their matrices, too little memory, and
+    /// [`DeviceError::Unavailable`] for more experts than kernels choose from.
     pub(crate) fn experts(&self, src: HostExperts<'_>) -> Result<Experts> {
         let (gpu, activations) = (&self.gpu, self.activations);
         let HostExperts { count, held, source, formats, routing } = src;
         assert!(held.end <= count && !held.is_empty(), "experts {held:?} of {count}");
-        assert!(routing.top_k <= count.min(32), "{} experts of {count} for each row", routing.top_k);
-        if count > MOST_EXPERTS {
-            let reason = format!("its kernels route among at most {MOST_EXPERTS} experts of a layer, not {count}");
+        assert!(routing.top_k <= count, "{} of {count} experts for each row", routing.top_k);
+        if count > MOST_EXPERTS || routing.top_k > MOST_CHOSEN {
+            let reason = format!(
+                "its kernels choose at most {MOST_CHOSEN} of {MOST_EXPERTS} experts for a row, not {} of {count}",
+                routing.top_k
+            );
             return Err(DeviceError::Unavailable { device: gpu.name().to_owned(), reason });
         }
         let mut stacks: Option<[Stack; 3]> = None;

@@ -15,9 +15,11 @@ use crate::staging::Slot;
 
 /// Tokens of a wide tile, as kernels have it.
 const TOKENS: usize = 64;
-/// Tokens of a sequence from which on they are taken together. Below that each reads the context by itself: drafts, and
-/// the ends of prompts.
+/// Tokens of a sequence from which on they are in wide tiles. Below that (decoding, drafts, ends of prompts) they are in
+/// tiles of a few.
 const WIDE: usize = 8;
+/// Tokens of a tile of a few: which of these is for attention to choose, by how many rows each token has there.
+pub(crate) const FEW: [usize; 3] = [1, 2, 4];
 /// Block numbers of a sequence are padded to as many, so that kernels read those of a tile at once.
 const TOGETHER: usize = 4;
 /// Bytes of a plan at first.
@@ -40,16 +42,18 @@ impl Planner {
         let numbers = Numbers::new(batch);
         let (bytes, sections) = numbers.encode();
         let address = self.gpu.upload(&place, &bytes)?;
-        let [positions, tables, slots, single, wide, blocks] = sections.map(|offset| address + offset as u64);
+        let [positions, slots, one, two, four, wide, blocks] = sections.map(|offset| address + offset as u64);
+        let [ones, twos, fours] = numbers.few;
         Ok(AttentionPlan {
             rows: numbers.positions.len(),
             highest_block: numbers.blocks.iter().copied().max().unwrap_or(0) as usize,
             positions,
-            tables,
             slots,
             blocks,
             tiles: [
-                Tiles { address: single, tokens: 1, list: numbers.single },
+                Tiles { address: one, tokens: FEW[0], list: ones },
+                Tiles { address: two, tokens: FEW[1], list: twos },
+                Tiles { address: four, tokens: FEW[2], list: fours },
                 Tiles { address: wide, tokens: TOKENS, list: numbers.wide },
             ],
             _place: place,
@@ -73,15 +77,15 @@ pub struct AttentionPlan {
     rows: usize,
     highest_block: usize,
     positions: u64,
-    tables: u64,
     slots: u64,
     blocks: u64,
-    tiles: [Tiles; 2],
+    /// As [`FEW`], then wide ones.
+    tiles: [Tiles; FEW.len() + 1],
     /// Keeps other plans away.
     _place: Arc<Slot>,
 }
 
-/// Tiles that are computed in the same way, on the device `[tiles, 2]`: first row and number of tokens.
+/// Tiles that are computed in the same way, on the device `[tiles, 4]`: `Tile` of kernels.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Tiles {
     pub(crate) address: u64,
@@ -91,6 +95,11 @@ pub(crate) struct Tiles {
 }
 
 impl Tiles {
+    /// Whether they have many tokens.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.tokens == TOKENS
+    }
+
     /// How many.
     pub(crate) fn count(&self) -> usize {
         self.list.len()
@@ -98,7 +107,7 @@ impl Tiles {
 
     /// At least as many positions as the longest context of them has; a power of two.
     pub(crate) fn longest(&self) -> usize {
-        self.list.iter().map(|tile| tile.context).max().unwrap_or(0).next_power_of_two()
+        self.list.iter().map(|tile| tile.context()).max().unwrap_or(0).next_power_of_two()
     }
 
     /// Rows from the first to the last of them.
@@ -119,7 +128,7 @@ impl Tiles {
                 (high - low) as usize <= span
             });
             let end = start + together.count();
-            let address = self.address + (start * size_of::<[i32; 2]>()) as u64;
+            let address = self.address + (start * size_of::<[i32; 4]>()) as u64;
             let part = Self { address, tokens: self.tokens, list: self.list[start..end].to_vec() };
             start = end;
             Some(part)
@@ -148,14 +157,14 @@ impl AttentionPlan {
         self.highest_block
     }
 
-    /// `Step` of kernels.
-    pub(crate) fn step(&self) -> Arg {
-        Pod::default().ptr(self.positions).ptr(self.tables).ptr(self.blocks).arg()
+    /// Where the block numbers of all sequences are, `int`, to which tiles point.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.blocks
     }
 
-    /// Every row once: in tiles of one token, or with others of its sequence.
-    pub(crate) fn tiles(&self) -> impl Iterator<Item = &Tiles> {
-        self.tiles.iter().filter(|tiles| tiles.count() > 0)
+    /// Every row once: in tiles of a few tokens, at most `few`, which is one of [`FEW`], or in wide ones.
+    pub(crate) fn tiles(&self, few: usize) -> impl Iterator<Item = &Tiles> {
+        self.tiles.iter().filter(move |tiles| tiles.count() > 0 && (tiles.tokens == few || tiles.is_wide()))
     }
 }
 
@@ -189,17 +198,25 @@ impl Pod {
 struct Tile {
     row: i32,
     tokens: i32,
-    /// Positions up to the last of them.
-    context: usize,
+    /// Of the first of them.
+    position: i32,
+    /// Where the sequence's block numbers begin.
+    table: i32,
+}
+
+impl Tile {
+    /// Positions up to the last of its tokens.
+    fn context(self) -> usize {
+        (self.position + self.tokens) as usize
+    }
 }
 
 /// What goes to the device.
 #[derive(Default)]
 struct Numbers {
     positions: Vec<i32>,
-    tables: Vec<i32>,
     slots: Vec<i32>,
-    single: Vec<Tile>,
+    few: [Vec<Tile>; FEW.len()],
     wide: Vec<Tile>,
     blocks: Vec<i32>,
 }
@@ -226,26 +243,33 @@ impl Numbers {
         let (row, table) = (self.positions.len(), int(self.blocks.len()));
         for position in start..start + len {
             self.positions.push(int(position));
-            self.tables.push(table);
             self.slots.push(int(block_table[position / BLOCK] as usize * BLOCK + position % BLOCK));
         }
         self.blocks.extend(block_table[..used].iter().map(|&block| int(block as usize)));
         // Those that pad are the sequence's own, and nothing is read of them.
         let last = self.blocks[self.blocks.len() - 1];
         self.blocks.resize(self.blocks.len().next_multiple_of(TOGETHER), last);
-        let (list, tokens) = if len < WIDE { (&mut self.single, 1) } else { (&mut self.wide, TOKENS) };
-        list.extend((0..len).step_by(tokens).map(|first| {
-            let tokens = tokens.min(len - first);
-            Tile { row: int(row + first), tokens: int(tokens), context: start + first + tokens }
-        }));
+        let mut cut = |list: &mut Vec<Tile>, tokens: usize| {
+            list.extend((0..len).step_by(tokens).map(|first| {
+                let tokens = tokens.min(len - first);
+                Tile { row: int(row + first), tokens: int(tokens), position: int(start + first), table }
+            }));
+        };
+        if len < WIDE {
+            self.few.iter_mut().zip(FEW).for_each(|(list, tokens)| cut(list, tokens));
+        } else {
+            cut(&mut self.wide, TOKENS);
+        }
     }
 
     /// Bytes, and where in them each section begins. Block numbers are last: only theirs is a number that grows from step to
     /// step.
-    fn encode(&self) -> (Vec<u8>, [usize; 6]) {
-        let pairs = |tiles: &[Tile]| tiles.iter().flat_map(|tile| [tile.row, tile.tokens]).collect::<Vec<i32>>();
-        let (single, wide) = (pairs(&self.single), pairs(&self.wide));
-        let sections = [&self.positions, &self.tables, &self.slots, &single, &wide, &self.blocks];
+    fn encode(&self) -> (Vec<u8>, [usize; 7]) {
+        let fields = |tile: &Tile| [tile.row, tile.tokens, tile.position, tile.table];
+        let numbers = |tiles: &[Tile]| tiles.iter().flat_map(fields).collect::<Vec<i32>>();
+        let [one, two, four] = self.few.each_ref().map(|tiles| numbers(tiles));
+        let wide = numbers(&self.wide);
+        let sections = [&self.positions, &self.slots, &one, &two, &four, &wide, &self.blocks];
         let mut bytes = Vec::new();
         let offsets = sections.map(|section| {
             bytes.resize(bytes.len().next_multiple_of(16), 0);
@@ -272,21 +296,21 @@ mod tests {
     fn every_row_is_in_one_tile_with_its_position_slot_and_blocks() {
         let spans = [(0, 1), (17, 3), (5, 130), (0, 64), (99, 8), (15, 2)];
         let numbers = numbers(&spans);
-        let mut seen = vec![0; numbers.positions.len()];
-        for tile in numbers.single.iter().chain(&numbers.wide) {
-            let rows = tile.row as usize..(tile.row + tile.tokens) as usize;
-            assert!(numbers.tables[rows.clone()].iter().all(|table| *table == numbers.tables[rows.start]));
-            assert_eq!(numbers.positions[rows.end - 1] as usize + 1, tile.context);
-            seen[rows].iter_mut().for_each(|seen| *seen += 1);
+        for (few, tokens) in numbers.few.iter().zip(FEW) {
+            let mut seen = vec![0; numbers.positions.len()];
+            for tile in few.iter().chain(&numbers.wide) {
+                assert_eq!(tile.table as usize % TOGETHER, 0);
+                for i in 0..tile.tokens {
+                    let (row, position) = ((tile.row + i) as usize, tile.position + i);
+                    let block = numbers.blocks[tile.table as usize + position as usize / BLOCK];
+                    assert_eq!((numbers.positions[row], numbers.slots[row]), (position, block * 16 + position % 16));
+                    seen[row] += 1;
+                }
+            }
+            assert!(seen.iter().all(|seen| *seen == 1));
+            assert!(few.iter().all(|tile| tile.tokens as usize <= tokens));
         }
-        assert!(seen.iter().all(|seen| *seen == 1));
-        for (row, &position) in numbers.positions.iter().enumerate() {
-            let table = numbers.tables[row] as usize;
-            assert_eq!(table % TOGETHER, 0);
-            let block = numbers.blocks[table + position as usize / BLOCK];
-            assert_eq!(numbers.slots[row], block * 16 + position % 16);
-        }
-        assert_eq!(numbers.single.len(), 1 + 3 + 2);
+        assert_eq!(numbers.few.each_ref().map(Vec::len), [1 + 3 + 2, 1 + 2 + 1, 1 + 1 + 1]);
         assert!(numbers.wide.is_sorted_by_key(|tile| std::cmp::Reverse(tile.row)));
     }
 
@@ -299,7 +323,7 @@ mod tests {
             assert!(parts.iter().all(|part| part.rows().len() <= span));
             assert_eq!(parts.iter().flat_map(|part| part.list.clone()).collect::<Vec<_>>(), tiles.list);
             let before = |i: usize| parts[..i].iter().map(Tiles::count).sum::<usize>() as u64;
-            assert!(parts.iter().enumerate().all(|(i, part)| part.address == 4096 + 8 * before(i)));
+            assert!(parts.iter().enumerate().all(|(i, part)| part.address == 4096 + 16 * before(i)));
         }
     }
 

@@ -228,7 +228,7 @@ fn load(context: &Arc<Context>, image: &Image) -> Result<Owned<CUmodule>> {
     let code = unsafe { sys::cuModuleLoadData(&raw mut module, image.code.as_ptr().cast()) };
     context.check("cuModuleLoadData", code)?;
     // SAFETY: loaded once, and nothing of it runs.
-    Ok(Owned::new(context, module, |module| drop(unsafe { sys::cuModuleUnload(module) })))
+    Ok(Owned::new(context, module, |module| _ = unsafe { sys::cuModuleUnload(module) }))
 }
 
 fn function(context: &Context, module: CUmodule, lowered: &CStr) -> Result<Function> {

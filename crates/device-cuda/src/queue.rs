@@ -97,7 +97,6 @@ impl Queue {
             match arg {
                 Arg::Ptr(address) => self.words.push(*address),
                 Arg::I32(value) => self.words.push(u64::from(value.cast_unsigned())),
-                Arg::U32(value) => self.words.push(u64::from(*value)),
                 Arg::I64(value) => self.words.push(value.cast_unsigned()),
                 Arg::F32(value) => self.words.push(u64::from(value.to_bits())),
                 Arg::Bytes(bytes) => self.words.extend(bytes.chunks(8).map(|part| {
@@ -210,7 +209,7 @@ impl Queue {
             (captured, code)
         };
         // SAFETY: made once; whoever drops it has waited for what runs it.
-        let give_back = |graph| drop(unsafe { sys::cuGraphExecDestroy(graph) });
+        let give_back = |graph| _ = unsafe { sys::cuGraphExecDestroy(graph) };
         let ready = (!ready.is_null()).then(|| Owned::new(context, ready, give_back));
         let failure = captured.and_then(|()| context.check("capture", code)).err();
         context.whole()?;

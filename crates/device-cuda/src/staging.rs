@@ -28,7 +28,7 @@ impl Pinned {
         // SAFETY: a valid out pointer.
         context.check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut start, bytes, 0) })?;
         // SAFETY: allocated once, and no copy is under way.
-        let free = |start| drop(unsafe { sys::cuMemFreeHost(start) });
+        let free = |start| _ = unsafe { sys::cuMemFreeHost(start) };
         Ok(Self { start: Owned::new(context, start, free), bytes })
     }
 
@@ -116,7 +116,7 @@ impl Loader {
             // SAFETY: a valid out pointer.
             context.check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut event, flags) })?;
             // SAFETY: made once, and passed.
-            Ok((pinned, Owned::new(context, event, |event| drop(unsafe { sys::cuEventDestroy_v2(event) }))))
+            Ok((pinned, Owned::new(context, event, |event| _ = unsafe { sys::cuEventDestroy_v2(event) })))
         };
         Ok(Self { stream, parts: (0..2).map(part).collect::<Result<_>>()? })
     }
@@ -148,7 +148,7 @@ pub(crate) fn stream(context: &Arc<Context>) -> Result<Owned<CUstream>> {
     // SAFETY: a valid out pointer.
     context.check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
     // SAFETY: made once, and empty.
-    Ok(Owned::new(context, stream, |stream| drop(unsafe { sys::cuStreamDestroy_v2(stream) })))
+    Ok(Owned::new(context, stream, |stream| _ = unsafe { sys::cuStreamDestroy_v2(stream) }))
 }
 
 /// A place on the device for something of a step: at one address for as long as it is large enough.
@@ -160,11 +160,6 @@ pub(crate) struct Slot {
 impl Slot {
     pub(crate) fn new(what: &'static str, buffer: Buffer) -> Self {
         Self { what, buffer: Mutex::new(buffer) }
-    }
-
-    /// Where it is.
-    pub(crate) fn address(&self) -> u64 {
-        self.buffer.lock().unwrap_or_else(PoisonError::into_inner).address()
     }
 
     /// Makes room for as many bytes: if there is not enough, `alloc` makes a larger place elsewhere.

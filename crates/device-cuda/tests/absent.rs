@@ -8,7 +8,7 @@ fn a_machine_without_cuda_says_what_was_looked_for_and_where_it_comes_from() {
     let facts = probe(3);
     assert_eq!(facts.device, "cuda:3");
     if facts.libraries.iter().any(|library| library.role == "driver" && !library.opened.is_empty()) {
-        println!("skipped, this machine has a driver");
+        eprintln!("skipped, this machine has a driver");
         return;
     }
     assert_eq!((facts.count, facts.libraries.len()), (0, 4));

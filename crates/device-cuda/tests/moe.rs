@@ -1,11 +1,11 @@
-//! Experts beyond the shared cases: every size of tile, blocks for single rows, formats that differ.
+//! Experts beyond the shared cases: every size of tile, blocks for single rows, formats that differ, a router in f32.
 
 mod common;
 
 use baton_device::conformance::{self, Case, random_blocks, uniform};
 use baton_device::{
-    Backend, BlockFormat, DType, ExpertSource, HostExperts, HostTensor, MoeOps, Reference, Result, Routing, Scoring,
-    WeightFormat,
+    BlockFormat, DType, DeviceError, ExpertSource, HostExperts, HostLinear, HostTensor, KvDtype, MoeOps, Purpose,
+    Reference, Result, Routing, Scoring, WeightFormat,
 };
 use common::Simulator;
 
@@ -63,6 +63,7 @@ impl ExpertSource for Mixed {
     }
 }
 
+/// The router is a weight in f32, whose products are f32 beside narrower activations.
 fn mixed<B: MoeOps>(b: &B, rows: usize) -> Vec<f32> {
     let experts = b
         .expert_weights(HostExperts {
@@ -79,12 +80,17 @@ fn mixed<B: MoeOps>(b: &B, rows: usize) -> Vec<f32> {
             },
         })
         .unwrap();
-    let tensor = |cols: usize, seed: u64| {
-        let mut x = b.tensor(rows, cols).unwrap();
-        b.write(&uniform(seed, rows * cols, 1.0), &mut x).unwrap();
-        x
-    };
-    let (x, logits, mut out) = (tensor(HIDDEN, 2), tensor(EXPERTS, 3), b.tensor(rows, HIDDEN).unwrap());
+    let router: Vec<u8> = uniform(3, EXPERTS * HIDDEN, 0.3).iter().flat_map(|v| v.to_le_bytes()).collect();
+    let weight = HostTensor::new("router", DType::F32, vec![EXPERTS, HIDDEN], &router);
+    let router = b
+        .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
+        .unwrap();
+    let mut inputs = uniform(2, rows * HIDDEN, 1.0);
+    KvDtype::BF16.round(&mut inputs);
+    let tensor = |cols: usize| b.tensor(rows, cols).unwrap();
+    let (mut x, mut logits, mut out) = (tensor(HIDDEN), tensor(EXPERTS), tensor(HIDDEN));
+    b.write(&inputs, &mut x).unwrap();
+    b.linear(&x, &router, &mut logits).unwrap();
     b.fused_moe(&x, &logits, &experts, &mut out).unwrap();
     let mut values = Vec::new();
     b.read(&out, &mut values).unwrap();
@@ -92,15 +98,30 @@ fn mixed<B: MoeOps>(b: &B, rows: usize) -> Vec<f32> {
 }
 
 #[test]
-fn formats_may_differ_and_experts_be_elsewhere() {
+fn formats_may_differ_routers_be_wider_and_experts_be_elsewhere() {
     let simulator = Simulator::new();
-    let backend = simulator.open(DType::F32);
-    for rows in [2, 11, 30] {
-        let (expected, actual) = (mixed(&Reference::new(), rows), mixed(&backend, rows));
-        let error = expected.iter().zip(&actual).map(|(e, a)| (e - a).abs()).fold(0.0, f32::max);
-        assert!(error < 2e-5, "{rows} rows: {error}");
-        assert!(expected.iter().any(|x| *x != 0.0));
+    for (activations, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 2e-2)] {
+        let backend = simulator.open(activations);
+        for rows in [2, 11, 30] {
+            let (expected, actual) = (mixed(&Reference::new(), rows), mixed(&backend, rows));
+            let error = expected.iter().zip(&actual).map(|(e, a)| (e - a).abs()).fold(0.0, f32::max);
+            assert!(error < tolerance, "{rows} rows in {activations}: {error}");
+            assert!(expected.iter().any(|x| *x != 0.0));
+        }
     }
-    drop(backend);
     simulator.expect_clean();
+}
+
+#[test]
+fn more_experts_than_kernels_choose_from_are_refused_in_words() {
+    let simulator = Simulator::new();
+    let backend = simulator.open(DType::BF16);
+    let routing =
+        Routing { top_k: 1, scoring: Scoring::Softmax, groups: None, norm_topk_prob: true, scaling_factor: 1.0 };
+    let formats = [WeightFormat::BF16; 3];
+    let many = HostExperts { count: 1025, held: 0..1, source: &mut Mixed::default(), formats, routing };
+    match backend.expert_weights(many).map(|_| ()) {
+        Err(DeviceError::Unavailable { reason, .. }) => assert!(reason.contains("1 of 1025"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
 }

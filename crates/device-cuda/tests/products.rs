@@ -4,10 +4,11 @@ mod common;
 
 use baton_device::conformance::{self, Case, random_blocks, uniform};
 use baton_device::{
-    Backend, BlockFormat, DType, HostLinear, HostTensor, Result, Rows, WeightFormat, WeightFormat::BF16,
+    Backend, BlockFormat, DType, HostLinear, HostTensor, Purpose, Result, Rows, WeightFormat, WeightFormat::BF16,
     WeightFormat::F16, WeightFormat::F32,
 };
-use common::Simulator;
+use baton_device_cuda::{CudaBackend, CudaOptions};
+use common::{Simulator, options};
 
 const Q4_0: WeightFormat = WeightFormat::Ggml(BlockFormat::Q4_0);
 const Q4_K: WeightFormat = WeightFormat::Ggml(BlockFormat::Q4_K);
@@ -18,7 +19,8 @@ const Q8_0: WeightFormat = WeightFormat::Ggml(BlockFormat::Q8_0);
 fn judged(activations: DType, cases: &[(usize, usize, usize, WeightFormat)]) {
     let simulator = Simulator::new();
     simulator.control("order=5");
-    let backend = simulator.open(activations);
+    // Whatever a kernel touches beyond a buffer is a fault.
+    let backend = CudaBackend::new(&CudaOptions { isolated: true, ..options(activations) }).unwrap();
     for &(rows, in_features, out_features, format) in cases {
         let case = Case::Linear { rows, in_features, out_features, format, bias: rows % 3 != 0 };
         let outcome = conformance::run(&case, &backend).unwrap();
@@ -35,6 +37,8 @@ fn rows_that_fill_tiles_and_rows_that_do_not_give_the_judges_numbers() {
     let cases = rows.map(|rows| [(rows, 384, 33, Q4_0), (rows, 256, 17, Q4_K), (rows, 128, 40, BF16)]);
     judged(DType::BF16, cases.as_flattened());
     judged(DType::F16, &[(9, 256, 17, Q6_K), (33, 512, 17, Q6_K), (64, 32, 5, Q8_0), (20, 100, 9, BF16)]);
+    // Columns in parts of their own, an odd number of spans and no whole one at the end; and features of several blocks.
+    judged(DType::BF16, &[(20, 1312, 150, Q8_0), (64, 2048, 3, Q4_K), (33, 1100, 20, F16), (64, 128, 300, Q4_0)]);
 }
 
 #[test]
@@ -63,7 +67,9 @@ fn a_weight_too_large_to_be_widened_at_once_is_widened_in_parts() {
     let column = |row: usize| row * 997 % k;
     let simulator = Simulator::new();
     let backend = simulator.open(DType::BF16);
-    let linear = backend.linear_weight(&HostLinear { weight: weight.clone(), bias: None, format: Q8_0 }).unwrap();
+    let linear = backend
+        .linear_weight(&HostLinear { weight: weight.clone(), bias: None, format: Q8_0, purpose: Purpose::Product })
+        .unwrap();
     let mut x = vec![0.0; rows * k];
     (0..rows).for_each(|row| x[row * k + column(row)] = 1.0);
     let (mut input, mut out, mut values) =
@@ -88,7 +94,7 @@ fn products<B: Backend>(
     weights: &[(usize, WeightFormat)],
     together: bool,
 ) -> Result<Vec<Vec<f32>>> {
-    const K: usize = 256;
+    const K: usize = 1024;
     let mut linears = Vec::new();
     for (seed, &(n, format)) in (1..).zip(weights) {
         let values = uniform(seed, n * K, 0.1);
@@ -96,7 +102,7 @@ fn products<B: Backend>(
         let bias: Vec<u8> = values[..n].iter().flat_map(|v| v.to_le_bytes()).collect();
         let weight = HostTensor::new("w", DType::F32, vec![n, K], &bytes);
         let bias = (n % 2 == 1).then(|| HostTensor::new("b", DType::F32, vec![n], &bias));
-        linears.push(b.linear_weight(&HostLinear { weight, bias, format })?);
+        linears.push(b.linear_weight(&HostLinear { weight, bias, format, purpose: Purpose::Product })?);
     }
     let mut x = b.tensor(rows, K)?;
     b.write(&uniform(99, rows * K, 1.0), &mut x)?;
@@ -119,8 +125,11 @@ fn products<B: Backend>(
 #[test]
 fn a_group_gives_the_bits_of_its_weights_alone_in_as_many_launches_as_it_has_formats() {
     let simulator = Simulator::new();
+    // Few, so that sums of wide weights are cut into fewer parts than those of narrow ones.
+    simulator.control("sms=2");
     let backend = simulator.open(DType::BF16);
-    let weights = [(40, BF16), (7, Q4_K), (1, BF16), (16, F32), (33, BF16), (8, Q4_K), (5, BF16), (17, BF16), (3, F16)];
+    let weights =
+        [(40, BF16), (7, Q4_K), (1, BF16), (16, F32), (33, BF16), (150, Q4_K), (5, BF16), (17, BF16), (3, F16)];
     for rows in [1, 11, 40] {
         let alone = products(&backend, rows, &weights, false).unwrap();
         assert_eq!(products(&backend, rows, &weights, true).unwrap(), alone, "{rows} rows");
@@ -153,7 +162,7 @@ fn chain<B: Backend>(b: &B, rows: usize) -> Result<Vec<f32>> {
     let weight = |seed: u64, [n, k]: [usize; 2], format: WeightFormat| {
         let bytes: Vec<u8> = uniform(seed, n * k, 0.2).iter().flat_map(|v| v.to_le_bytes()).collect();
         let weight = HostTensor::new("w", DType::F32, vec![n, k], &bytes);
-        b.linear_weight(&HostLinear { weight, bias: None, format })
+        b.linear_weight(&HostLinear { weight, bias: None, format, purpose: Purpose::Product })
     };
     let first = weight(1, [64, 33], F32)?;
     let (mut x, mut wide) = (b.tensor(rows, 33)?, b.tensor(rows, 64)?);

@@ -1,4 +1,4 @@
-//! What a device says of itself before anything is loaded onto it, for `baton doctor` and for reports.
+//! What a device says of itself before anything is loaded onto it, for `baton doctor` and for reports, and what it does at most.
 //!
 //! Each device crate has a function that finds this out and does not fail: what is not there is written down in
 //! [`DeviceFacts::missing`], with the reason.
@@ -46,4 +46,15 @@ pub struct LibraryFacts {
     pub opened: Vec<String>,
     /// Files that could not be, each with the loader's own words.
     pub tried: Vec<(String, String)>,
+}
+
+/// What a device does at most, measured; per second.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limits {
+    /// Bytes of its memory.
+    pub bytes: f64,
+    /// What was done with these: `read`, or `copy`, which counts those read and those written.
+    pub access: &'static str,
+    /// Multiply-adds by the type of what is multiplied: `f32`, `bf16`, `int8`.
+    pub mul_adds: BTreeMap<String, f64>,
 }

@@ -4,10 +4,13 @@
 #[path = "../../device-ascend/tests/common/mod.rs"]
 mod ascend_sim;
 mod common;
+#[path = "../../device-cuda/tests/common/mod.rs"]
+mod cuda;
 
 use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
+use baton_device_cuda::CudaBackend;
 use baton_model::{Files, SamplingParams, ScoreRequest, Tensors, load};
 use common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
 
@@ -214,12 +217,22 @@ fn dense_checkpoints_stay_near_on_a_simulated_ascend_in_bf16() {
     dense_checkpoints_as_they_are_stored_stay_near(0.5, || ascend(DType::BF16));
 }
 
+#[test]
+fn dense_checkpoints_stay_near_on_a_simulated_gpu_in_bf16() {
+    dense_checkpoints_as_they_are_stored_stay_near(0.5, || gpu(DType::BF16));
+}
+
 goldens!(reference, Reference::new);
 goldens!(cpu, exact_cpu);
 goldens!(ascend_in_f32, || ascend(DType::F32));
+goldens!(gpu_in_f32, || gpu(DType::F32));
 
 fn ascend(activations: DType) -> AscendBackend {
     AscendBackend::new(&AscendOptions { fused: true, ..ascend_sim::options(activations) }).unwrap()
+}
+
+fn gpu(activations: DType) -> CudaBackend {
+    CudaBackend::new(&cuda::options(activations)).unwrap()
 }
 
 fn cpu() -> CpuBackend {

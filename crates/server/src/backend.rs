@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use baton_device::conformance::{self, Case, Outcome};
-use baton_device::{Backend, Caps, DType, DeviceError, DeviceFacts, DeviceMemory, LatentOps, MoeOps, Reference};
+use baton_device::{
+    Backend, Caps, DType, DeviceError, DeviceFacts, DeviceMemory, LatentOps, Limits, MoeOps, Reference,
+};
 use baton_device_ascend::{AscendBackend, AscendOptions, Chip, Search};
-use baton_device_cpu::{CpuBackend, CpuOptions, Limits};
+use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_device_cuda::{CudaBackend, CudaOptions};
 use baton_model::{
     Adapter, AdapterError, AdapterLoader, Files, KvCacheSize, LoadError, LoadOptions, LoadReport, ModelRunner, Ranks,
@@ -51,7 +53,7 @@ pub struct DeviceOptions {
     pub timeout: Option<Duration>,
     /// Operations are composed of simple operators where the device has fused ones, too.
     pub composed: bool,
-    /// Where kernels that were compiled for the device are kept; in memory alone if `None`.
+    /// Where kernels that were compiled for the device are kept; in the user's cache if `None`.
     pub kernels: Option<PathBuf>,
 }
 
@@ -108,9 +110,29 @@ impl Device {
         }
     }
 
+    /// Tokens of a step unless others are asked for: above these, prompts are computed hardly faster.
+    pub fn step_tokens(self) -> usize {
+        match self {
+            Device::Cpu | Device::Reference | Device::Ascend(_) => 128,
+            // Tiles of a product must fill all multiprocessors, also where a model is narrow.
+            Device::Cuda(_) => 4096,
+        }
+    }
+
     /// Measures what the machine gives so many threads of the CPU.
     pub fn cpu_limits(threads: usize) -> Result<Limits> {
         Ok(CpuBackend::new(&CpuOptions { threads, isa: None })?.limits()?)
+    }
+
+    /// Measures what the device does at most in the type that a checkpoint is computed in; `None` where nobody knows how.
+    pub fn limits(self, threads: usize, files: &Files, options: &LoadOptions) -> Result<Option<Limits>> {
+        Ok(match self {
+            Device::Cpu => Some(Self::cpu_limits(threads)?),
+            Device::Cuda(number) => {
+                Some(CudaBackend::new(&cuda(number, self.activations_of(files, options)?, None))?.limits()?)
+            }
+            Device::Reference | Device::Ascend(_) => None,
+        })
     }
 
     /// Finds out what the device is, whether or not it can serve, and loads nothing.
@@ -176,6 +198,14 @@ impl Device {
                 KvCacheSize::Share(share)
             }
         })
+    }
+
+    /// The cache for measuring: half of the host's `free` bytes, or what the usual share of the device's own memory leaves.
+    pub fn ample_cache(self, free: Option<u64>) -> KvCacheSize {
+        match self {
+            Device::Cpu | Device::Reference => KvCacheSize::AtMost(free.map_or(u64::MAX, |free| free / 2)),
+            Device::Ascend(_) | Device::Cuda(_) => KvCacheSize::Share(DEVICE_SHARE),
+        }
     }
 
     /// `--device-timeout`, or what the device needs where nothing is said. The CPU computes on threads of ours, and a step
@@ -257,11 +287,13 @@ fn ascend(device: u32, activations: DType) -> AscendOptions {
     }
 }
 
-fn cuda(device: u32, activations: DType, cache: Option<PathBuf>) -> CudaOptions {
-    CudaOptions { device, activations, cache, ..CudaOptions::default() }
+fn cuda(device: u32, activations: DType, kernels: Option<PathBuf>) -> CudaOptions {
+    let own = CudaOptions::default();
+    CudaOptions { device, activations, cache: kernels.or(own.cache), ..own }
 }
 
-/// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits.
+/// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits;
+/// three times, since an Ascend device makes graphs of what it meets again, and runs them from then on.
 fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
     let step = SequenceStep {
         id: 0,
@@ -274,7 +306,10 @@ fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
         propose: 0,
         scores: Vec::new(),
     };
-    runner.step(&StepPlan { sequences: vec![step] })?;
+    let plan = StepPlan { sequences: vec![step] };
+    for _ in 0..3 {
+        runner.step(&plan)?;
+    }
     runner.clear_blocks(&[0])
 }
 

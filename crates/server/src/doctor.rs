@@ -12,8 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use baton_device::DeviceFacts;
-use baton_device_cpu::Limits;
+use baton_device::{DeviceFacts, Limits};
 use baton_handoff::Bundle;
 use clap::Args;
 use indicatif::HumanBytes;
@@ -125,10 +124,9 @@ fn open_files() -> Option<String> {
 
 /// What all cores do in a second.
 fn rates(limits: &Limits) -> String {
-    let Limits { read_bytes, byte_mul_adds, bf16_mul_adds, f32_mul_adds } = limits;
-    let mut text = format!("{:.1} GB/s read, {:.0} G f32 multiply-adds/s", read_bytes / 1e9, f32_mul_adds / 1e9);
-    bf16_mul_adds.iter().for_each(|rate| _ = write!(text, ", {:.0} G in bf16", rate / 1e9));
-    _ = write!(text, ", {:.0} G in bytes", byte_mul_adds / 1e9);
+    let mut text = format!("{:.1} GB/s {}", limits.bytes / 1e9, limits.access);
+    let rates = limits.mul_adds.iter();
+    rates.for_each(|(kind, rate)| _ = write!(text, ", {:.0} G {kind} multiply-adds/s", rate / 1e9));
     text
 }
 

@@ -9,14 +9,11 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{ArgMatches, Args, FromArgMatches, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
-use crate::speculative::SpeculativeConfig;
+use crate::{backend::Device, speculative::SpeculativeConfig};
 
 mod values;
 
 pub use values::*;
-
-/// Tokens of a step unless others are asked for: prompts are computed hardly faster in larger ones.
-pub const STEP_TOKENS: usize = 128;
 
 fn seconds_if_any<S: serde::Serializer>(value: &Option<Duration>, s: S) -> std::result::Result<S::Ok, S::Error> {
     value.map(|value| value.as_secs()).serialize(s)
@@ -200,7 +197,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "BATON_MAX_NUM_SEQS", help_heading = "Engine")]
     pub max_num_seqs: Option<usize>,
 
-    /// Tokens computed in one step, prompts and outputs together: few, so that running replies wait little for new prompts [default: 128, at least --max-num-seqs]
+    /// Tokens computed in one step, prompts and outputs together: few, so that running replies wait little for new prompts [default: 128, on cuda 4096, at least --max-num-seqs]
     #[arg(long, value_name = "TOKENS", env = "BATON_MAX_NUM_BATCHED_TOKENS", help_heading = "Engine")]
     pub max_num_batched_tokens: Option<usize>,
 
@@ -387,8 +384,10 @@ impl ServeArgs {
             Ok(value)
         };
         let max_num_seqs = positive("max-num-seqs", self.max_num_seqs.unwrap_or(64))?;
+        let device = self.device.unwrap_or_else(|| "auto".into());
+        let step_tokens = Device::parse(&device)?.step_tokens().max(max_num_seqs);
         let max_num_batched_tokens =
-            positive("max-num-batched-tokens", self.max_num_batched_tokens.unwrap_or(STEP_TOKENS.max(max_num_seqs)))?;
+            positive("max-num-batched-tokens", self.max_num_batched_tokens.unwrap_or(step_tokens))?;
         ensure!(
             max_num_batched_tokens >= max_num_seqs,
             "--max-num-batched-tokens ({max_num_batched_tokens}) must be at least --max-num-seqs ({max_num_seqs}): \
@@ -433,7 +432,7 @@ impl ServeArgs {
             body_limit_bytes: positive("body-limit-bytes", self.body_limit_bytes.unwrap_or(8 << 20))?,
             max_n,
             drain_timeout: Duration::from_secs(self.drain_timeout.unwrap_or(30)),
-            device: self.device.unwrap_or_else(|| "auto".into()),
+            device,
             tensor_parallel_size: positive("tensor-parallel-size", self.tensor_parallel_size.unwrap_or(1))?,
             device_timeout: self.device_timeout.map(Duration::from_secs),
             composed_operators: self.composed_operators.unwrap_or(false),

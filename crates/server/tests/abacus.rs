@@ -3,13 +3,13 @@
 
 mod common;
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
-use baton_loadgen::LocalServer;
+use baton_loadgen::{LocalServer, evaluation::ask};
 use baton_text::TextModel;
 use serde_json::Value;
 
-use common::abacus::{MODEL, ask, is_right, rows};
+use common::abacus::{MODEL, rows};
 
 /// From a step on at which the reference's two best logits are closer than this, texts may differ.
 const CLEAR_MARGIN: f64 = 0.5;
@@ -18,17 +18,17 @@ const END: &str = "<｜end▁of▁sentence｜>";
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_are_as_right_as_the_references_and_tokens_equal_up_to_a_near_tie() {
     let binary = Path::new(env!("CARGO_BIN_EXE_baton"));
-    let server = Arc::new(LocalServer::start(binary, &["--log-level", "warn"]).await.expect("it starts"));
+    let server = LocalServer::start(binary, &["--log-level", "warn"]).await.expect("it starts");
     let text = common::text_model(Path::new(MODEL));
     let questions = rows("eval.jsonl");
     let references = rows("eval_reference.jsonl");
     assert_eq!(questions.len(), 360);
 
-    let answers = ask(&server, &questions).await;
+    let answers = ask(server.target(), &questions).await.expect("answers");
     let (mut right, mut right_reference, mut compared) = (0, 0, 0);
     for (row, answer) in answers {
         let reference = references.iter().find(|r| r["id"] == row["id"]).expect("a reference for every row");
-        right += u32::from(is_right(&row, &answer));
+        right += u32::from(answer.is_right(&row));
         right_reference += u32::from(reference["right"] == true);
         assert_eq!(answer.prompt_tokens, reference["prompt_tokens"], "{}", row["id"]);
         compared += compare(&text, &row["id"], &answer.bytes, reference);

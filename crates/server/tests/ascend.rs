@@ -4,11 +4,11 @@ mod common;
 
 use std::{fs, process::Command, sync::Arc, time::Duration};
 
-use baton_loadgen::{LocalServer, free_port};
+use baton_loadgen::{LocalServer, evaluation::ask, free_port};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use common::abacus::{ask, is_right, rows};
+use common::abacus::rows;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -69,8 +69,8 @@ fn expect_clean(report: &Value) {
 async fn abacus_is_as_right_as_its_reference_to_a_point() {
     let simulated = Simulated::start(&["--max-num-seqs", "32"]).await;
     let (questions, references) = (rows("eval.jsonl"), rows("eval_reference.jsonl"));
-    let answers = ask(&simulated.server, &questions).await;
-    let right = answers.iter().filter(|(row, answer)| is_right(row, answer)).count();
+    let answers = ask(simulated.server.target(), &questions).await.expect("answers");
+    let right = answers.iter().filter(|(row, answer)| answer.is_right(row)).count();
     let right_reference = references.iter().filter(|reference| reference["right"] == true).count();
     assert_eq!((answers.len(), references.len()), (360, 360));
     assert!(right.abs_diff(right_reference) * 100 <= 360, "{right} of 360 right, the reference has {right_reference}");

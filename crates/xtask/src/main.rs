@@ -1,11 +1,12 @@
 //! Chores of the workspace, one file each: `cargo xtask CHORE`.
 
-mod ascend_sim;
 mod conformance;
+mod gpu;
 mod long;
 mod random_model;
 mod readme;
 mod rollouts;
+mod simulators;
 mod smoke;
 mod vectors;
 
@@ -23,9 +24,14 @@ struct Cli {
 #[derive(Subcommand)]
 enum Chore {
     /// Build the simulator of the Ascend runtime, and link it under the names of the libraries that it stands for
-    AscendSim(ascend_sim::Args),
+    AscendSim(simulators::Args),
     /// Run the suites of other people's clients, each in an environment of its own, and record versions and counts
     Conformance(conformance::Args),
+    /// Build the simulator of CUDA, and libraries under the names of those that it stands for
+    CudaSim(simulators::Args),
+    /// Check and measure on a machine with an NVIDIA GPU that has nothing but a folder made here
+    #[command(subcommand)]
+    Gpu(gpu::Chore),
     /// Run the checks that take too long, or need too much, for `.ci/run`
     Long(long::Args),
     /// Write a checkpoint with random weights, for measuring; large ones by `cargo run --release -p xtask -- random-model`
@@ -42,8 +48,10 @@ enum Chore {
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
-        Chore::AscendSim(args) => ascend_sim::main(&args),
+        Chore::AscendSim(args) => simulators::ascend(&args),
         Chore::Conformance(args) => conformance::main(&args),
+        Chore::CudaSim(args) => simulators::cuda(&args),
+        Chore::Gpu(chore) => gpu::main(&chore),
         Chore::Long(args) => long::main(&args),
         Chore::RandomModel(args) => random_model::main(&args),
         Chore::Readme => readme::main(),

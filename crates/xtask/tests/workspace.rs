@@ -13,7 +13,11 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-device-ascend", &["baton-device"], &["baton-ascend-sim"]),
     ("baton-device-cpu", &["baton-device"], &[]),
     ("baton-device-cuda", &["baton-device"], &["baton-cuda-sim"]),
-    ("baton-model", &["baton-device"], &["baton-ascend-sim", "baton-device-ascend", "baton-device-cpu"]),
+    (
+        "baton-model",
+        &["baton-device"],
+        &["baton-ascend-sim", "baton-cuda-sim", "baton-device-ascend", "baton-device-cpu", "baton-device-cuda"],
+    ),
     ("baton-oracle", &[], &["baton-device", "baton-model"]),
     ("baton-engine", &["baton-model"], &["baton-device-cpu"]),
     ("baton-text", &[], &[]),
@@ -42,7 +46,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ),
     ("baton-compare", &["baton-loadgen"], &[]),
     ("baton-loadgen", &[], &[]),
-    ("xtask", &["baton-device", "baton-loadgen", "baton-model"], &[]),
+    ("xtask", &["baton-cuda-sim", "baton-device", "baton-loadgen", "baton-model"], &[]),
 ];
 
 /// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.

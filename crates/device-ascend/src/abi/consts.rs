@@ -48,6 +48,9 @@ constants! {
         FAST_LAUNCH = "ACL_STREAM_FAST_LAUNCH", 1;
         FAST_SYNC = "ACL_STREAM_FAST_SYNC", 2;
     }
+    capture_mode {
+        THREAD_LOCAL = "ACL_MODEL_RI_CAPTURE_MODE_THREAD_LOCAL", 1;
+    }
     cann_attr {
         INF_NAN = "ACL_CANN_ATTR_INF_NAN", 0;
         BF16 = "ACL_CANN_ATTR_BF16", 1;

@@ -104,6 +104,8 @@ handles! {
     TensorListPtr;
     /// `aclOpExecutor *`.
     ExecutorPtr;
+    /// `aclmdlRI`.
+    Graph;
     /// `HcclComm`.
     Comm;
 }

@@ -1,66 +1,146 @@
-//! The operators in use: for each the argument types of its first phase, from which the table of functions and a method of
-//! [`Device`] are made. An argument's kind gives both its C type and the safe type that a caller passes.
+//! The operators in use: for each the argument types of its first phase, from which the table of functions, a method of
+//! [`Device`] and the issue of a call are made. An argument's kind gives its C type, the safe type that a caller passes, and how
+//! it is kept meanwhile.
+//!
+//! Invariant: a call that is issued has nothing but its values, so equal calls do the same.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
+use super::runtime::Meta;
 use super::{ExecutorPtr, IntArrayPtr, ScalarPtr, Stream, Symbol, TensorListPtr, TensorPtr};
 use crate::device::Device;
 use crate::error::AscendError;
-use crate::object::{IntArray, Scalar, Tensor, TensorList};
+use crate::graphs::Call;
+use crate::object::{
+    DataType, IntArray, IntArrayHandle, Scalar, ScalarHandle, Tensor, TensorHandle, TensorList, TensorListHandle,
+};
+
+/// An argument as it is kept: by its contents, addresses among them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Value {
+    Tensor(Option<Tensor>),
+    Tensors(Option<TensorList>),
+    Scalar(Option<Scalar>),
+    Ints(Option<IntArray>),
+    /// A number of any type.
+    Bits(u64),
+    Text(Option<&'static CStr>),
+}
 
 /// What an argument is.
 pub(crate) trait Kind {
     /// As C takes it.
     type Raw;
-    /// As a caller gives it; what it borrows lives until both phases are over.
+    /// As a caller gives it.
     type Arg<'a>;
+    /// What the C value points to: lives until both phases are over.
+    type Held;
+    /// To be kept.
+    fn value(arg: Self::Arg<'_>) -> Value;
+    /// Made of what was kept.
+    fn hold(value: &Value, meta: &'static Meta) -> Result<Self::Held, AscendError>;
     /// The C value.
-    fn raw<'a>(arg: &Self::Arg<'a>) -> Self::Raw;
+    fn raw(held: &Self::Held) -> Self::Raw;
 }
 
-macro_rules! kinds {
-    ($($(#[$meta:meta])* $kind:ident($raw:ty, $arg:ty) |$name:ident| $value:expr;)*) => {
+/// Kinds that are handles: `Kind(C type, caller's type, variant of Value, handle)`, and the caller's argument as what may be
+/// missing.
+macro_rules! handle_kinds {
+    ($($(#[$meta:meta])* $kind:ident($raw:ident, $arg:ty, $variant:ident, $handle:ident) |$name:ident| $value:expr;)*) => {
         $(
             $(#[$meta])*
             pub(crate) enum $kind {}
             impl Kind for $kind {
                 type Raw = $raw;
                 type Arg<'a> = $arg;
-                fn raw<'a>($name: &$arg) -> $raw {
-                    $value
+                type Held = Option<$handle>;
+                fn value<'a>($name: $arg) -> Value {
+                    Value::$variant($value.cloned())
+                }
+                fn hold(value: &Value, meta: &'static Meta) -> Result<Self::Held, AscendError> {
+                    let Value::$variant(value) = value else { unreachable!("a value is of its argument's kind") };
+                    value.as_ref().map(|value| $handle::new(meta, value)).transpose()
+                }
+                fn raw(held: &Self::Held) -> $raw {
+                    held.as_ref().map_or($raw::NULL, $handle::as_ptr)
                 }
             }
         )*
     };
 }
 
-kinds! {
+handle_kinds! {
     /// `const aclTensor *`, read or written.
-    T(TensorPtr, &'a Tensor) |tensor| tensor.as_ptr();
+    T(TensorPtr, &'a Tensor, Tensor, TensorHandle) |tensor| Some(tensor);
     /// `const aclTensor *` that may be null.
-    OptT(TensorPtr, Option<&'a Tensor>) |tensor| tensor.map_or(TensorPtr::NULL, Tensor::as_ptr);
+    OptT(TensorPtr, Option<&'a Tensor>, Tensor, TensorHandle) |tensor| tensor;
     /// `const aclScalar *`.
-    S(ScalarPtr, &'a Scalar) |scalar| scalar.as_ptr();
+    S(ScalarPtr, &'a Scalar, Scalar, ScalarHandle) |scalar| Some(scalar);
     /// `const aclIntArray *` that may be null.
-    OptInts(IntArrayPtr, Option<&'a IntArray>) |array| array.map_or(IntArrayPtr::NULL, IntArray::as_ptr);
+    OptInts(IntArrayPtr, Option<&'a IntArray>, Ints, IntArrayHandle) |array| array;
     /// `const aclTensorList *`.
-    List(TensorListPtr, &'a TensorList) |list| list.as_ptr();
+    List(TensorListPtr, &'a TensorList, Tensors, TensorListHandle) |list| Some(list);
     /// `const aclTensorList *` that may be null.
-    OptList(TensorListPtr, Option<&'a TensorList>) |list| list.map_or(TensorListPtr::NULL, TensorList::as_ptr);
+    OptList(TensorListPtr, Option<&'a TensorList>, Tensors, TensorListHandle) |list| list;
+}
+
+/// Kinds that are numbers: `Kind(C type, caller's type)`, to bits and back.
+macro_rules! number_kinds {
+    ($($(#[$meta:meta])* $kind:ident($raw:ty, $arg:ty) |$name:ident| $to:expr, |$bits:ident| $from:expr;)*) => {
+        $(
+            $(#[$meta])*
+            pub(crate) enum $kind {}
+            impl Kind for $kind {
+                type Raw = $raw;
+                type Arg<'a> = $arg;
+                type Held = $raw;
+                fn value($name: $arg) -> Value {
+                    Value::Bits($to)
+                }
+                fn hold(value: &Value, _: &'static Meta) -> Result<$raw, AscendError> {
+                    let Value::Bits($bits) = *value else { unreachable!("a value is of its argument's kind") };
+                    Ok($from)
+                }
+                fn raw(held: &$raw) -> $raw {
+                    *held
+                }
+            }
+        )*
+    };
+}
+
+number_kinds! {
     /// `int64_t`.
-    I64(i64, i64) |value| *value;
+    I64(i64, i64) |value| value as u64, |bits| bits as i64;
     /// `int`.
-    Int(c_int, c_int) |value| *value;
+    Int(c_int, c_int) |value| value as u64, |bits| bits as c_int;
     /// `int8_t`.
-    I8(i8, i8) |value| *value;
+    I8(i8, i8) |value| value as u64, |bits| bits as i8;
     /// `double`.
-    F64(f64, f64) |value| *value;
+    F64(f64, f64) |value| value.to_bits(), |bits| f64::from_bits(bits);
     /// `bool`.
-    Bool(bool, bool) |value| *value;
+    Bool(bool, bool) |value| u64::from(value), |bits| bits != 0;
     /// `aclDataType`.
-    Type(i32, crate::object::DataType) |value| value.0;
-    /// `char *`, which C does not write to (UNCONFIRMED that it never does); null if there is none.
-    Text(*mut c_char, Option<&'static CStr>) |text| text.map_or(std::ptr::null_mut(), |text| text.as_ptr().cast_mut());
+    Type(i32, DataType) |value| value.0 as u64, |bits| bits as i32;
+}
+
+/// `char *`, which C does not write to (UNCONFIRMED that it never does); null if there is none.
+pub(crate) enum Text {}
+
+impl Kind for Text {
+    type Raw = *mut c_char;
+    type Arg<'a> = Option<&'static CStr>;
+    type Held = Option<&'static CStr>;
+    fn value(arg: Option<&'static CStr>) -> Value {
+        Value::Text(arg)
+    }
+    fn hold(value: &Value, _: &'static Meta) -> Result<Self::Held, AscendError> {
+        let Value::Text(text) = value else { unreachable!("a value is of its argument's kind") };
+        Ok(*text)
+    }
+    fn raw(held: &Self::Held) -> *mut c_char {
+        held.map_or(std::ptr::null_mut(), |text| text.as_ptr().cast_mut())
+    }
 }
 
 /// The second phase of every operator.
@@ -117,17 +197,39 @@ macro_rules! operators {
             }
         }
 
-        /// Operators, queued on the device's stream.
+        /// The operators by name.
+        #[allow(non_camel_case_types)] // the names of the methods
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub(crate) enum OperatorName {
+            $($field,)*
+        }
+
+        impl OperatorName {
+            /// Both phases, with arguments of the operator's kinds.
+            pub(crate) fn issue(self, device: &mut Device, values: &[Value]) -> Result<(), AscendError> {
+                let (operators, meta) = (device.operators(), &device.acl().meta);
+                let mut values = values.iter();
+                let mut next = || values.next().expect("a value for each argument");
+                match self {
+                    $(Self::$field => {
+                        let operator = operators.$field.ok_or(AscendError::Missing { operator: $name })?;
+                        $(let $arg = <$kind as Kind>::hold(next(), meta)?;)*
+                        device.two_phase($name, operator.execute, |size, executor| {
+                            // SAFETY: the types are those of the list; what is held lives until the second phase has returned.
+                            unsafe { (operator.prepare)($(<$kind as Kind>::raw(&$arg),)* size, executor) }
+                        })
+                    })*
+                }
+            }
+        }
+
+        /// Operators, for the device's stream.
         #[allow(clippy::too_many_arguments)] // as many as the ABI's
         impl Device {
             $(
                 $(#[$meta])*
                 pub(crate) fn $field(&mut self, $($arg: <$kind as Kind>::Arg<'_>),*) -> Result<(), AscendError> {
-                    let operator = self.operators().$field.ok_or(AscendError::Missing { operator: $name })?;
-                    self.two_phase($name, operator.execute, |size, executor| {
-                        // SAFETY: the types are those of the list; arguments live until the second phase has returned.
-                        unsafe { (operator.prepare)($(<$kind as Kind>::raw(&$arg),)* size, executor) }
-                    })
+                    self.run(Call::Operator(OperatorName::$field, vec![$(<$kind as Kind>::value($arg)),*]))
                 }
             )*
         }

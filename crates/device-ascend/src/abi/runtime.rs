@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_void};
 
-use super::{Comm, Context, IntArrayPtr, ScalarPtr, Stream, TensorListPtr, TensorPtr, functions};
+use super::{Comm, Context, Graph, IntArrayPtr, ScalarPtr, Stream, TensorListPtr, TensorPtr, functions};
 
 functions! {
     /// `libascendcl.so` or `libacl_rt.so`.
@@ -33,9 +33,33 @@ functions! {
         }
         optional {
             memcpy: "aclrtMemcpy" fn(*mut c_void, usize, *const c_void, usize, i32) -> i32;
+            capture_begin: "aclmdlRICaptureBegin" fn(Stream, i32) -> i32;
+            capture_end: "aclmdlRICaptureEnd" fn(Stream, *mut Graph) -> i32;
+            execute_graph: "aclmdlRIExecuteAsync" fn(Graph, Stream) -> i32;
+            destroy_graph: "aclmdlRIDestroy" fn(Graph) -> i32;
             version: "aclrtGetVersion" fn(*mut i32, *mut i32, *mut i32) -> i32;
             package_version: "aclsysGetVersionStr" fn(*mut c_char, *mut c_char) -> i32;
         }
+    }
+}
+
+/// What graphs need; all or nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct GraphFunctions {
+    pub(crate) capture_begin: unsafe extern "C" fn(Stream, i32) -> i32,
+    pub(crate) capture_end: unsafe extern "C" fn(Stream, *mut Graph) -> i32,
+    pub(crate) execute: unsafe extern "C" fn(Graph, Stream) -> i32,
+    pub(crate) destroy: unsafe extern "C" fn(Graph) -> i32,
+}
+
+impl Runtime {
+    pub(crate) fn graph_functions(&self) -> Option<GraphFunctions> {
+        Some(GraphFunctions {
+            capture_begin: self.capture_begin?,
+            capture_end: self.capture_end?,
+            execute: self.execute_graph?,
+            destroy: self.destroy_graph?,
+        })
     }
 }
 

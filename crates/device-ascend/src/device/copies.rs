@@ -5,12 +5,14 @@
 use super::Device;
 use crate::abi::consts::memcpy_kind;
 use crate::error::AscendError;
+use crate::graphs::Call;
 use crate::memory::Pinned;
 use crate::object::Address;
 
 impl Device {
     /// Queues a copy of `data` to `to`. It is complete in itself: `data` may go at once.
     pub(crate) fn upload(&mut self, data: &[u8], to: Address) -> Result<(), AscendError> {
+        self.end_piece()?;
         for (piece, at) in data.chunks(Pinned::BYTES / 2).zip((0..).step_by(Pinned::BYTES / 2)) {
             let pinned = self.pinned(piece.len())?;
             // SAFETY: the pinned bytes are as many and used by nothing in flight; the device's block is the caller's.
@@ -32,6 +34,7 @@ impl Device {
 
     /// Waits for everything queued and brings `len` bytes to the host.
     pub(crate) fn download(&mut self, from: Address, len: usize) -> Result<Vec<u8>, AscendError> {
+        self.end_piece()?;
         let mut data = Vec::with_capacity(len);
         while data.len() < len {
             let bytes = (len - data.len()).min(Pinned::BYTES / 2);
@@ -57,18 +60,12 @@ impl Device {
 
     /// Queues a copy between blocks of the device.
     pub(crate) fn copy_within(&mut self, from: Address, to: Address, bytes: usize) -> Result<(), AscendError> {
-        let kind = memcpy_kind::DEVICE_TO_DEVICE;
-        // SAFETY: both ranges are the caller's blocks.
-        let code =
-            unsafe { (self.acl.runtime.memcpy_async)(to.as_ptr(), bytes, from.as_ptr(), bytes, kind, self.stream) };
-        self.check("aclrtMemcpyAsync", code)
+        self.run(Call::Copy { from, to, bytes })
     }
 
     /// Queues a fill with zero bytes.
     pub(crate) fn clear(&mut self, at: Address, bytes: usize) -> Result<(), AscendError> {
-        // SAFETY: the range is the caller's block.
-        let code = unsafe { (self.acl.runtime.memset_async)(at.as_ptr(), bytes, 0, bytes, self.stream) };
-        self.check("aclrtMemsetAsync", code)
+        self.run(Call::Clear { at, bytes })
     }
 
     fn pinned(&mut self, len: usize) -> Result<*mut u8, AscendError> {
@@ -81,11 +78,15 @@ impl Device {
 
     /// Waits until all queued work is done, or for as long as was allowed.
     pub(crate) fn synchronize(&mut self) -> Result<(), AscendError> {
+        self.end_piece()?;
         // SAFETY: our own stream.
         let code = unsafe { (self.acl.runtime.synchronize)(self.stream, self.timeout_ms()) };
         let result = self.check("aclrtSynchronizeStreamWithTimeout", code);
         match result {
-            Ok(()) => self.pinned.reset(),
+            Ok(()) => {
+                self.pinned.reset();
+                self.pieces.destroy_retired();
+            }
             Err(AscendError::Call { call, code, message, .. }) => {
                 return Err(AscendError::Call { call, code, message, late: true });
             }

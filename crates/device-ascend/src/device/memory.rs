@@ -21,12 +21,25 @@ impl Device {
         Ok(self.pool.take(bytes).expect("a new segment has room"))
     }
 
+    /// As above, in memory that was not in the pool before.
+    pub(super) fn alloc_apart(&mut self, bytes: usize) -> Result<Address, AscendError> {
+        let bytes = Pool::block_bytes(bytes);
+        let (segment, size) = self.segment(bytes)?;
+        self.pool.adopt(segment, size);
+        self.pool.take_at(segment, bytes);
+        Ok(segment)
+    }
+
     /// A new segment with room for a block, in the usual size or else, if that does not fit, just for it; if need be when all
     /// that is free was given back.
     fn segment(&mut self, bytes: usize) -> Result<(Address, usize), AscendError> {
         let mut refused = None;
         for (size, release) in [(Pool::segment_bytes(bytes), false), (bytes, false), (bytes, true)] {
             if release {
+                // Calls of a piece that is being issued use blocks that are free already.
+                if self.pieces.is_ending() {
+                    break;
+                }
                 self.release_free()?;
             }
             match self.malloc(size) {
@@ -61,7 +74,12 @@ impl Device {
     /// Gives segments that are free to the device.
     pub(crate) fn release_free(&mut self) -> Result<(), AscendError> {
         self.synchronize()?;
-        for address in self.pool.drain_free() {
+        let segments = self.pool.drain_free();
+        if !segments.is_empty() {
+            self.pieces.retire_graphs();
+            self.pieces.destroy_retired();
+        }
+        for address in segments {
             // SAFETY: nothing uses the segment: all of it was given back, and the stream is done.
             self.check("aclrtFree", unsafe { (self.acl.runtime.free)(address.as_ptr()) })?;
         }
@@ -117,7 +135,7 @@ impl Device {
             self.free(address);
         }
         let address = self.alloc(bytes)?;
-        if let Err(error) = self.clear(address, bytes) {
+        if let Err(error) = self.at_once(|device| device.clear(address, bytes)) {
             self.free(address);
             return Err(error);
         }

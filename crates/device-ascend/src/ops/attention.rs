@@ -34,7 +34,7 @@ pub(crate) fn write(
 fn write_slots(device: &mut Device, step: &Step, plane: &View, x: &View) -> Result<()> {
     device.with_type(x, plane.dtype, |device, x| {
         let slots = step.slots(device)?;
-        let (plane, slots, x) = (device.tensor(plane)?, device.tensor(&slots)?, device.tensor(x)?);
+        let (plane, slots, x) = (device.tensor(plane), device.tensor(&slots), device.tensor(x));
         device.index_copy_in_place(&plane, 0, &slots, &x)
     })
 }
@@ -66,7 +66,7 @@ pub(crate) fn attend(
     let math = device.cube_math();
     device.with_views([(DataType::F32, &dims), (DataType::F32, &dims)], |device, [scores, shares]| {
         {
-            let (q, k, y) = (device.tensor(q)?, device.tensor(&k.swap(1, 2))?, device.tensor(&scores)?);
+            let (q, k, y) = (device.tensor(q), device.tensor(&k.swap(1, 2)), device.tensor(&scores));
             device.batch_mat_mul(&q, &k, &y, math)?;
         }
         if let Some(cap) = softcap {
@@ -75,9 +75,9 @@ pub(crate) fn attend(
         // Rows of a group are its heads' rows, head by head.
         let by_row = scores.reshape(&[sequences, heads * group_rows / (sequences * rows), rows, context]);
         rows::add(device, &by_row, &mask.reshape(&[sequences, 1, rows, context]))?;
-        let (scores, shares) = (device.tensor(&scores)?, device.tensor(&shares)?);
+        let (scores, shares) = (device.tensor(&scores), device.tensor(&shares));
         device.softmax(&scores, 2, &shares)?;
-        let (v, out) = (device.tensor(v)?, device.tensor(out)?);
+        let (v, out) = (device.tensor(v), device.tensor(out));
         device.batch_mat_mul(&shares, &v, &out, math)
     })
 }

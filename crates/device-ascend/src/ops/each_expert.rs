@@ -83,24 +83,24 @@ fn one_expert(
     let (x_rows, gate_up, product, down) =
         (first(&parts.x), first(&parts.gate_up), first(&parts.product), first(&parts.down));
     {
-        let (x, ids, rows) = (device.tensor(x)?, device.tensor(&ids)?, device.tensor(&x_rows)?);
+        let (x, ids, rows) = (device.tensor(x), device.tensor(&ids), device.tensor(&x_rows));
         device.index_select(&x, 0, &ids, &rows)?;
     }
     linear_group(device, &x_rows, &[(weight(&experts.gate_up, 2 * inner, hidden), gate_up.clone())])?;
     {
-        let gate = device.tensor(&gate_up.narrow(1, 0, inner))?;
-        let up = device.tensor(&gate_up.narrow(1, inner, inner))?;
-        let product = device.tensor(&product)?;
+        let gate = device.tensor(&gate_up.narrow(1, 0, inner));
+        let up = device.tensor(&gate_up.narrow(1, inner, inner));
+        let product = device.tensor(&product);
         device.silu(&gate, &product)?;
         device.mul_in_place(&product, &up)?;
     }
     linear_group(device, &product, &[(weight(&experts.down, hidden, inner), down.clone())])?;
     device.with_type(&down, DataType::F32, |device, wide| {
-        let scaled = device.tensor(&first(&parts.wide))?;
-        let (wide, weights) = (device.tensor(wide)?, device.tensor(&parts.weights.narrow(0, entries.start, count))?);
+        let scaled = device.tensor(&first(&parts.wide));
+        let (wide, weights) = (device.tensor(wide), device.tensor(&parts.weights.narrow(0, entries.start, count)));
         device.mul(&wide, &weights, &scaled)?;
-        let (sum, ids, old) = (device.tensor(&parts.sum)?, device.tensor(&ids)?, device.tensor(&first(&parts.old))?);
-        let one = device.scalar(1.0, DataType::F32)?;
+        let (sum, ids, old) = (device.tensor(&parts.sum), device.tensor(&ids), device.tensor(&first(&parts.old)));
+        let one = device.scalar(1.0, DataType::F32);
         device.index_select(&sum, 0, &ids, &old)?;
         device.add_in_place(&old, &scaled, &one)?;
         device.index_copy_in_place(&sum, 0, &ids, &old)

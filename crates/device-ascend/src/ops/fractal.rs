@@ -9,7 +9,7 @@ use crate::abi::consts::format;
 use crate::abi::operators::MATMUL_WEIGHT_SIZE;
 use crate::device::{Device, check};
 use crate::error::AscendError;
-use crate::object::{Address, DataType, Tensor, View};
+use crate::object::{Address, DataType, IntArrayHandle, Tensor, View};
 
 type Result<T> = std::result::Result<T, AscendError>;
 
@@ -34,7 +34,8 @@ pub(crate) fn with_room(base: Address, dtype: DataType, dims: [usize; 2]) -> Vie
 /// The elements, not bytes, for which the library wants memory.
 pub(crate) fn elements_asked(device: &Device, weight: &View) -> Result<u64> {
     let size = device.acl().matmul_weight_size.ok_or(AscendError::Missing { operator: MATMUL_WEIGHT_SIZE })?;
-    let (dims, mut elements) = (device.ints(&weight.dims)?, 0);
+    let dims = IntArrayHandle::new(&device.acl().meta, &device.ints(&weight.dims))?;
+    let mut elements = 0;
     // SAFETY: a live array, and a valid out pointer.
     let code = unsafe { size(dims.as_ptr(), weight.dtype.0, &raw mut elements) };
     check(device.acl(), MATMUL_WEIGHT_SIZE, code)?;
@@ -43,16 +44,16 @@ pub(crate) fn elements_asked(device: &Device, weight: &View) -> Result<u64> {
 
 /// Makes blocks of a matrix that has room for them.
 pub(crate) fn to_blocks(device: &mut Device, weight: &View) -> Result<()> {
-    let result = device.tensor(weight).and_then(|weight| device.trans_matmul_weight(&weight));
+    let result = device.trans_matmul_weight(&device.tensor(weight));
     // It may be as large as the weight, and is needed only while weights are loaded.
     device.release_workspace();
     result
 }
 
 /// The matrix in blocks as a product takes it: `[in, out]`.
-pub(crate) fn turned(device: &Device, weight: &View) -> Result<Tensor> {
+pub(crate) fn turned(weight: &View) -> Tensor {
     let storage = block_dims([0, 1].map(|d| weight.dims[d] as usize)).map(|d| d as i64);
-    Tensor::with_storage(&device.acl().meta, &weight.swap(0, 1), format::FRACTAL_NZ, &storage)
+    Tensor::with_storage(&weight.swap(0, 1), format::FRACTAL_NZ, &storage)
 }
 
 #[cfg(test)]

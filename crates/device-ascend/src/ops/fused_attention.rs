@@ -183,27 +183,28 @@ struct Inputs<'a> {
 }
 
 fn run(device: &mut Device, inputs: &Inputs<'_>, out: &View) -> Result<()> {
-    let query = device.tensor(inputs.query)?;
-    let (key, value) = (device.list(&[inputs.key])?, device.list(&[inputs.value])?);
-    let mask = inputs.mask.map(|mask| device.tensor(mask)).transpose()?;
-    let query_lengths = inputs.query_lengths.map(|lengths| device.ints(lengths)).transpose()?;
-    let lengths = device.ints(&inputs.step.sequences.lengths)?;
-    let tables = device.tensor(&inputs.step.tables)?;
+    let query = device.tensor(inputs.query);
+    let (key, value) = (device.list(&[inputs.key]), device.list(&[inputs.value]));
+    let mask = inputs.mask.map(|mask| device.tensor(mask));
+    let query_lengths = inputs.query_lengths.map(|lengths| device.ints(lengths));
+    let lengths = device.ints(&inputs.step.sequences.lengths);
+    let tables = device.tensor(&inputs.step.tables);
     let (query_rope, key_rope) = match inputs.ropes {
-        Some([query, key]) => (Some(device.tensor(query)?), Some(device.tensor(key)?)),
+        Some([query, key]) => (Some(device.tensor(query)), Some(device.tensor(key))),
         None => (None, None),
     };
-    let out = device.tensor(out)?;
+    let out = device.tensor(out);
     let [mode, before, behind] = inputs.sparse;
     let none = || None;
+    // Its lengths are of this step alone.
     #[rustfmt::skip] // the arguments that are left out would take a line each
-    let result = device.fused_infer_attention(
+    let result = device.at_once(|device| device.fused_infer_attention(
         &query, &key, &value, none(), mask.as_ref(), query_lengths.as_ref(), Some(&lengths),
         none(), none(), none(), none(), none(), none(), none(), Some(&tables), none(), none(),
         none(), none(), none(), none(), none(), none(), None, query_rope.as_ref(), key_rope.as_ref(),
         none(), inputs.heads as i64, f64::from(inputs.scale), before, behind, Some(inputs.layout),
         inputs.kv_heads as i64, mode, 0, BLOCK as i64, 0, false, 0, 0, &out, None,
-    );
+    ));
     result
 }
 

@@ -20,8 +20,7 @@ pub(crate) fn write_cache(
     };
     let [key, value] = rows.map(|rows| device.tensor(&rows.split(1, heads)));
     let [key_cache, value_cache] = planes.map(|plane| device.tensor(&paged(plane)));
-    let (key, value, key_cache, value_cache) = (key?, value?, key_cache?, value_cache?);
-    let (slots, strides, offsets) = (device.tensor(slots)?, device.ints(&[1, 1])?, device.ints(&[0, 0])?);
+    let (slots, strides, offsets) = (device.tensor(slots), device.ints(&[1, 1]), device.ints(&[0, 0]));
     device.scatter_pa_kv_cache(
         &key,
         &key_cache,

@@ -15,9 +15,9 @@ pub(crate) fn add_rms_norm(
     out: &View,
 ) -> Result<(), AscendError> {
     device.with_scratch(x.dims[0] as usize * DataType::F32.bytes(), |device, block| {
-        let rstd = device.tensor(&View::new(block, DataType::F32, &[x.dims[0] as usize, 1]))?;
+        let rstd = device.tensor(&View::new(block, DataType::F32, &[x.dims[0] as usize, 1]));
         let (x, residual, gamma, out) =
-            (device.tensor(x)?, device.tensor(residual)?, device.tensor(gamma)?, device.tensor(out)?);
+            (device.tensor(x), device.tensor(residual), device.tensor(gamma), device.tensor(out));
         device.add_rms_norm(&x, &residual, &gamma, f64::from(eps), &out, &rstd, &residual)
     })
 }

@@ -27,7 +27,7 @@ pub(crate) fn indices_bytes(indices: &[i32]) -> Vec<u8> {
 /// `out[t] = table[ids[t]]`, in the table's type.
 pub(crate) fn embed(device: &mut Device, ids: &[i32], table: &View, out: &View) -> Result<()> {
     with_indices(device, ids, |device, ids| {
-        let (table, ids, out) = (device.tensor(table)?, device.tensor(ids)?, device.tensor(out)?);
+        let (table, ids, out) = (device.tensor(table), device.tensor(ids), device.tensor(out));
         device.embedding(&table, &ids, &out)
     })
 }
@@ -47,7 +47,7 @@ pub(crate) fn gather(device: &mut Device, x: &View, rows: &[i32], out: &View) ->
 
 /// `out[i] = x[rows[i]]` for numbers on the device.
 pub(crate) fn select(device: &mut Device, x: &View, rows: &View, out: &View) -> Result<()> {
-    let (x, rows, out) = (device.tensor(x)?, device.tensor(rows)?, device.tensor(out)?);
+    let (x, rows, out) = (device.tensor(x), device.tensor(rows), device.tensor(out));
     device.index_select(&x, 0, &rows, &out)
 }
 
@@ -60,7 +60,7 @@ pub(crate) fn add_rows(device: &mut Device, x: &View, rows: &[i32], out: &View) 
         device.with_views([(out.dtype, &[rows.numel(), out.dims[1] as usize])], |device, [sum]| {
             select(device, out, rows, &sum)?;
             super::rows::add(device, &sum, x)?;
-            let (out, rows, sum) = (device.tensor(out)?, device.tensor(rows)?, device.tensor(&sum)?);
+            let (out, rows, sum) = (device.tensor(out), device.tensor(rows), device.tensor(&sum));
             device.index_copy_in_place(&out, 0, &rows, &sum)
         })
     })
@@ -76,8 +76,8 @@ pub(crate) fn argmax(device: &mut Device, x: &View) -> Result<Vec<Option<u32>>> 
         let largest = answer.narrow(0, 0, 1).reshape(&[rows]);
         // The second row holds floats of the same width, so that one copy brings both.
         let sums = View { dtype: DataType::F32, ..answer.narrow(0, 1, 1).reshape(&[rows, 1]) };
-        let (x, zeros, math) = (device.tensor(x)?, device.tensor(&zeros)?, device.cube_math());
-        let (largest, columns) = (device.tensor(&largest)?, device.tensor(&products)?);
+        let (x, zeros, math) = (device.tensor(x), device.tensor(&zeros), device.cube_math());
+        let (largest, columns) = (device.tensor(&largest), device.tensor(&products));
         device.arg_max(&x, 1, false, &largest)?;
         device.mm(&x, &zeros, &columns, math)?;
         device.assign(&sums, &products)?;

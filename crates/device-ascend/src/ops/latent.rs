@@ -74,6 +74,6 @@ pub(crate) fn attention(
 
 /// `out[h] = x[h]·w[h]` for every head.
 pub(super) fn product(device: &mut Device, x: &View, w: &View, out: &View) -> Result<()> {
-    let (x, w, out, math) = (device.tensor(x)?, device.tensor(w)?, device.tensor(out)?, device.cube_math());
+    let (x, w, out, math) = (device.tensor(x), device.tensor(w), device.tensor(out), device.cube_math());
     device.batch_mat_mul(&x, &w, &out, math)
 }

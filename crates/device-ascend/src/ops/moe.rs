@@ -179,8 +179,8 @@ fn grouped(
             None => &parts.chosen,
             Some(places) => {
                 let all = parts.chosen.numel();
-                let (places, index) = (device.tensor(places)?, device.tensor(&parts.chosen.reshape(&[all]))?);
-                device.index_select(&places, 0, &index, &device.tensor(&parts.placed.reshape(&[all]))?)?;
+                let (places, index) = (device.tensor(places), device.tensor(&parts.chosen.reshape(&[all])));
+                device.index_select(&places, 0, &index, &device.tensor(&parts.placed.reshape(&[all])))?;
                 &parts.placed
             }
         };
@@ -188,7 +188,7 @@ fn grouped(
 
         let held = parts.ends_wide.narrow(0, 0, experts.held.len());
         grouped_matmul(device, &parts.expanded, &experts.gate_up, &held, &parts.gate_up)?;
-        let (gate_up, product) = (device.tensor(&parts.gate_up)?, device.tensor(&parts.product)?);
+        let (gate_up, product) = (device.tensor(&parts.gate_up), device.tensor(&parts.product));
         device.swi_glu(&gate_up, 1, &product)?;
         if experts.held.len() < experts.count {
             // The product leaves the rows of experts that are not here as they are.
@@ -202,8 +202,8 @@ fn grouped(
             device.convert(&parts.weights, &parts.narrow_weights)?;
             &parts.narrow_weights
         };
-        let (down, row_index) = (device.tensor(&parts.down)?, device.tensor(&parts.row_index)?);
-        let (weights, chosen, out) = (device.tensor(weights)?, device.tensor(chosen)?, device.tensor(out)?);
+        let (down, row_index) = (device.tensor(&parts.down), device.tensor(&parts.row_index));
+        let (weights, chosen, out) = (device.tensor(weights), device.tensor(chosen), device.tensor(out));
         // Mode 2 is the order of rows that dispatch gives.
         device.moe_finalize_routing(&down, &row_index, None, None, None, Some(&weights), Some(&chosen), 2, &out)
     })
@@ -211,9 +211,9 @@ fn grouped(
 
 /// Copies rows to where their experts' groups are, and tells where these end, as the products ask for it.
 fn dispatch(device: &mut Device, x: &View, chosen: &View, experts: &ExpertsView, parts: &Parts) -> Result<()> {
-    let (x, chosen) = (device.tensor(x)?, device.tensor(chosen)?);
-    let (expanded, row_index) = (device.tensor(&parts.expanded)?, device.tensor(&parts.row_index)?);
-    let ends = device.tensor(&parts.ends)?;
+    let (x, chosen) = (device.tensor(x), device.tensor(chosen));
+    let (expanded, row_index) = (device.tensor(&parts.expanded), device.tensor(&parts.row_index));
+    let ends = device.tensor(&parts.ends);
     // 1: running sums, not counts.
     device.moe_init_routing(
         &x,
@@ -234,8 +234,8 @@ fn dispatch(device: &mut Device, x: &View, chosen: &View, experts: &ExpertsView,
 
 /// `out = x · W_eᵀ` for each group of rows, which end at `ends`.
 fn grouped_matmul(device: &mut Device, x: &View, weight: &View, ends: &View, out: &View) -> Result<()> {
-    let (x, weight, out) = (device.list(&[x])?, device.list(&[&weight.swap(1, 2)])?, device.list(&[out])?);
-    let ends = device.tensor(ends)?;
+    let (x, weight, out) = (device.list(&[x]), device.list(&[&weight.swap(1, 2)]), device.list(&[out]));
+    let ends = device.tensor(ends);
     // Split 2: one output for all groups. Group type 0: groups are of rows. List type 0: running sums.
     device.grouped_matmul(
         &x,
@@ -280,9 +280,9 @@ fn route(
             let sigmoid = matches!(routing.scoring, Scoring::Sigmoid { .. });
             let all = [logits.dims[0] as usize, experts.count];
             device.with_views([(DataType::F32, &all)], |device, [scores]| {
-                let bias = experts.bias.as_ref().map(|bias| device.tensor(bias)).transpose()?;
-                let (x, scores) = (device.tensor(logits)?, device.tensor(&scores)?);
-                let (weights, chosen) = (device.tensor(weights)?, device.tensor(chosen)?);
+                let bias = experts.bias.as_ref().map(|bias| device.tensor(bias));
+                let (x, scores) = (device.tensor(logits), device.tensor(&scores));
+                let (weights, chosen) = (device.tensor(weights), device.tensor(chosen));
                 // That the sum of sigmoid scores runs over the chosen, not over all: UNCONFIRMED.
                 device.moe_gating_top_k(
                     &x,
@@ -304,7 +304,7 @@ fn route(
         }
         Gating::TopKSoftmax => {
             {
-                let (x, weights, chosen) = (device.tensor(logits)?, device.tensor(weights)?, device.tensor(chosen)?);
+                let (x, weights, chosen) = (device.tensor(logits), device.tensor(weights), device.tensor(chosen));
                 let renorm = i64::from(routing.norm_topk_prob);
                 device.moe_gating_top_k_softmax(&x, None, k, renorm, false, &weights, &chosen, None)?;
             }
@@ -343,8 +343,8 @@ fn composed_softmax(
     device.with_views(shapes, |device, [scores, best, index]| {
         let k = routing.top_k as i64;
         {
-            let (x, weights) = (device.tensor(logits)?, device.tensor(weights)?);
-            let (scores, best, index) = (device.tensor(&scores)?, device.tensor(&best)?, device.tensor(&index)?);
+            let (x, weights) = (device.tensor(logits), device.tensor(weights));
+            let (scores, best, index) = (device.tensor(&scores), device.tensor(&best), device.tensor(&index));
             if routing.norm_topk_prob {
                 device.topk(&x, k, 1, true, true, &best, &index)?;
                 device.softmax(&best, 1, &weights)?;

@@ -23,8 +23,8 @@ pub(crate) fn rope(device: &mut Device, x: &View, layout: RopeLayout, table: &Vi
         return device.with_views([(x.dtype, &[rows, heads, dim])], |device, [rotated]| {
             {
                 let [cos, sin] = [cos, sin].map(|view| view.reshape(&[rows, 1, dim]));
-                let (x, cos, sin) = (device.tensor(&part)?, device.tensor(&cos)?, device.tensor(&sin)?);
-                device.rotary(&x, &cos, &sin, i64::from(interleaved), &device.tensor(&rotated)?)?;
+                let (x, cos, sin) = (device.tensor(&part), device.tensor(&cos), device.tensor(&sin));
+                device.rotary(&x, &cos, &sin, i64::from(interleaved), &device.tensor(&rotated))?;
             }
             device.assign(&part, &rotated)
         });
@@ -81,11 +81,11 @@ fn composed(device: &mut Device, x: &View, interleaved: bool, angles: [&View; 2]
     device.with_views(shapes, |device, [a_cos, b_sin, b_cos, a_sin]| {
         let (a, b) = (half(x, 0), half(x, 1));
         for (x, angle, out) in [(&a, &cos, &a_cos), (&b, &sin, &b_sin), (&b, &cos, &b_cos), (&a, &sin, &a_sin)] {
-            let (x, angle, out) = (device.tensor(x)?, device.tensor(angle)?, device.tensor(out)?);
+            let (x, angle, out) = (device.tensor(x), device.tensor(angle), device.tensor(out));
             device.mul(&x, &angle, &out)?;
         }
         for (sum, other, sign, to) in [(&a_cos, &b_sin, -1.0, &a), (&b_cos, &a_sin, 1.0, &b)] {
-            let (x, y, sign) = (device.tensor(sum)?, device.tensor(other)?, device.scalar(sign, x.dtype)?);
+            let (x, y, sign) = (device.tensor(sum), device.tensor(other), device.scalar(sign, x.dtype));
             device.add_in_place(&x, &y, &sign)?;
             device.assign(to, sum)?;
         }

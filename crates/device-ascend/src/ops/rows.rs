@@ -30,7 +30,7 @@ impl Device {
 
     /// `out = x` in the type of `out`.
     pub(crate) fn convert(&mut self, x: &View, out: &View) -> Result<()> {
-        let (x, y) = (self.tensor(x)?, self.tensor(out)?);
+        let (x, y) = (self.tensor(x), self.tensor(out));
         self.cast(&x, out.dtype, &y)
     }
 
@@ -40,7 +40,7 @@ impl Device {
         if to.dtype == from.dtype && to.is_contiguous() && from.is_contiguous() {
             return self.copy_within(from.start(), to.start(), to.numel() * to.dtype.bytes());
         }
-        let (to, from) = (self.tensor(to)?, self.tensor(from)?);
+        let (to, from) = (self.tensor(to), self.tensor(from));
         self.copy(&to, &from)
     }
 
@@ -68,8 +68,8 @@ pub(crate) fn rms_norm(device: &mut Device, x: &View, gamma: &View, eps: f32, ou
         return padded_norm(device, &x, gamma, eps, &out, least);
     }
     device.with_views([(DataType::F32, &[runs, 1])], |device, [rstd]| {
-        let (x, out, gamma) = (device.tensor(&x)?, device.tensor(&out)?, device.tensor(gamma)?);
-        let rstd = device.tensor(&rstd)?;
+        let (x, out, gamma) = (device.tensor(&x), device.tensor(&out), device.tensor(gamma));
+        let rstd = device.tensor(&rstd);
         device.rms_norm(&x, &gamma, f64::from(eps), &out, &rstd)
     })
 }
@@ -88,8 +88,8 @@ fn padded_norm(device: &mut Device, x: &View, gamma: &View, eps: f32, out: &View
         device.assign(&wide.narrow(1, 0, run), x)?;
         device.assign(&weights.narrow(0, 0, run), gamma)?;
         scale(device, &weights, share.sqrt())?;
-        let (x, y) = (device.tensor(&wide)?, device.tensor(&normed)?);
-        let (gamma, rstd) = (device.tensor(&weights)?, device.tensor(&rstd)?);
+        let (x, y) = (device.tensor(&wide), device.tensor(&normed));
+        let (gamma, rstd) = (device.tensor(&weights), device.tensor(&rstd));
         device.rms_norm(&x, &gamma, f64::from(eps * share), &y, &rstd)?;
         device.assign(out, &normed.narrow(1, 0, run))
     })
@@ -98,14 +98,14 @@ fn padded_norm(device: &mut Device, x: &View, gamma: &View, eps: f32, out: &View
 /// `x += y`, in the type of `x`.
 pub(crate) fn add(device: &mut Device, x: &View, y: &View) -> Result<()> {
     device.with_type(y, x.dtype, |device, y| {
-        let (a, b, one) = (device.tensor(x)?, device.tensor(y)?, device.scalar(1.0, x.dtype)?);
+        let (a, b, one) = (device.tensor(x), device.tensor(y), device.scalar(1.0, x.dtype));
         device.add_in_place(&a, &b, &one)
     })
 }
 
 /// `x *= factor`. The factor is f32 whatever the type of `x`, so that it is not rounded.
 pub(crate) fn scale(device: &mut Device, x: &View, factor: f32) -> Result<()> {
-    let (factor, x) = (device.scalar(factor, DataType::F32)?, device.tensor(x)?);
+    let (factor, x) = (device.scalar(factor, DataType::F32), device.tensor(x));
     device.muls_in_place(&x, &factor)
 }
 
@@ -113,8 +113,8 @@ pub(crate) fn scale(device: &mut Device, x: &View, factor: f32) -> Result<()> {
 pub(crate) fn softcap(device: &mut Device, x: &View, cap: f32) -> Result<()> {
     let dims: Vec<usize> = x.dims.iter().map(|&d| d as usize).collect();
     device.with_views([(DataType::F32, &dims)], |device, [y]| {
-        let (x, y) = (device.tensor(x)?, device.tensor(&y)?);
-        let (inverse, cap) = (device.scalar(cap.recip(), DataType::F32)?, device.scalar(cap, DataType::F32)?);
+        let (x, y) = (device.tensor(x), device.tensor(&y));
+        let (inverse, cap) = (device.scalar(cap.recip(), DataType::F32), device.scalar(cap, DataType::F32));
         device.muls(&x, &inverse, &y)?;
         device.tanh(&y, &x)?;
         device.muls_in_place(&x, &cap)
@@ -124,7 +124,7 @@ pub(crate) fn softcap(device: &mut Device, x: &View, cap: f32) -> Result<()> {
 /// `out = activation(gate) ⊙ up`, in the type of `gate`.
 pub(crate) fn gated(device: &mut Device, activation: Activation, gate: &View, up: &View, out: &View) -> Result<()> {
     device.with_type(up, gate.dtype, |device, up| {
-        let (gate, up, out) = (device.tensor(gate)?, device.tensor(up)?, device.tensor(out)?);
+        let (gate, up, out) = (device.tensor(gate), device.tensor(up), device.tensor(out));
         match activation {
             Activation::Silu => device.silu(&gate, &out)?,
             Activation::GeluTanh => device.gelu(&gate, 1, &out)?,

@@ -221,7 +221,9 @@ impl Step {
         let all = match known {
             Some(all) => all,
             None => {
-                let all = self.keep(device, DataType::I32, &[self.indices.len()])?;
+                // Rounded up, so that what is taken behind it lies where it lay though contexts grow: graphs ask for that.
+                let room = self.keep(device, DataType::I32, &[self.indices.len().next_power_of_two()])?;
+                let all = room.narrow(0, 0, self.indices.len());
                 device.upload(&indices_bytes(&self.indices), all.base)?;
                 self.memory().indices = Some(all.clone());
                 all

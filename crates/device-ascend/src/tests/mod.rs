@@ -1,5 +1,6 @@
 //! The layers below the seam, through the simulator.
 
+mod graphs;
 mod installations;
 mod mutations;
 mod products;
@@ -25,7 +26,7 @@ fn search() -> Search {
 /// Opens a simulated device.
 fn open_device(id: i32, timeout: Duration) -> baton_device::Result<Arc<Owner>> {
     let Installation { acl, chip, .. } = installation::find(&search(), id as u32).expect("the simulator");
-    Owner::start(acl, format!("ascend:{id}"), DeviceOptions { id, timeout, blocking: false }, chip).map(Arc::new)
+    Owner::start(acl, format!("ascend:{id}"), DeviceOptions { id, timeout, blocking: false }, chip, None).map(Arc::new)
 }
 
 fn open() -> Arc<Owner> {

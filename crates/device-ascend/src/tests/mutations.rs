@@ -23,6 +23,12 @@
 //! | a row that the table does not have | indices are in range (507015) |
 //! | bf16 on a chip without it | dtypes of the chip (161002) |
 //! | a tensor that is never destroyed | what is live at the end |
+//! | a graph run in the place of calls on another block | the numbers: a graph has the addresses of its capture |
+//! | a graph run after its memory was given back | addresses are the device's (507015) |
+//! | a graph run after its workspace became a block | the numbers: a workspace is overwritten |
+//! | a wait inside of a capture | nothing of a captured stream runs (107027) |
+//! | a copy that waits inside of a capture | unsafe calls end a capture (107030) |
+//! | a graph destroyed before it ran | a queued graph is there when it runs |
 //! | memory of as many bytes as a weight's blocks have elements | a weight has room for whole blocks (161002) |
 //! | blocks described as those of the turned weight | storage has the shape of the blocks (161002) |
 //! | blocks passed as rows | the product's numbers |
@@ -32,12 +38,13 @@ use std::mem::forget;
 use baton_device::DeviceError;
 
 use super::{floats, open, values};
-use crate::abi::consts::format;
+use crate::abi::consts::{capture_mode, format};
 use crate::abi::operators::Execute;
-use crate::abi::{ExecutorPtr, Stream, TensorListPtr};
+use crate::abi::runtime::GraphFunctions;
+use crate::abi::{ExecutorPtr, Graph, Stream, TensorListPtr};
 use crate::device::{Device, check};
 use crate::error::AscendError;
-use crate::object::{Address, DataType, Scalar, Tensor, View};
+use crate::object::{Address, DataType, ScalarHandle, Tensor, TensorHandle, View};
 use crate::ops::fractal;
 use crate::simulator::Simulator;
 
@@ -72,9 +79,15 @@ fn matrix(device: &mut Device) -> Result<View> {
     Ok(floats(device, &[1.0; 64], DataType::F32)?.reshape(&[8, 8]))
 }
 
+/// Its tensor.
+fn tensor(device: &mut Device) -> Result<TensorHandle> {
+    let x = matrix(device)?;
+    TensorHandle::new(&device.acl().meta, &device.tensor(&x))
+}
+
 /// `x += x`.
 fn double(device: &mut Device, x: &View) -> Result<()> {
-    let (x, one) = (device.tensor(x)?, device.scalar(1.0, DataType::F32)?);
+    let (x, one) = (device.tensor(x), device.scalar(1.0, DataType::F32));
     device.add_in_place(&x, &x, &one)
 }
 
@@ -84,12 +97,12 @@ struct Prepared {
     size: u64,
     executor: ExecutorPtr,
     stream: Stream,
-    operands: (Tensor, Scalar),
+    operands: (TensorHandle, ScalarHandle),
 }
 
 fn prepare(device: &mut Device) -> Result<Prepared> {
-    let x = matrix(device)?;
-    let (x, one) = (device.tensor(&x)?, device.scalar(1.0, DataType::F32)?);
+    let x = tensor(device)?;
+    let one = ScalarHandle::new(&device.acl().meta, &device.scalar(1.0, DataType::F32))?;
     let operator = device.operators().add_in_place.expect("the simulator has it");
     let (mut size, mut executor) = (0, ExecutorPtr::NULL);
     // SAFETY: live operands, valid out pointers.
@@ -254,8 +267,7 @@ fn a_tensor_destroyed_between_the_phases() {
 #[test]
 fn an_element_of_a_list_destroyed_with_its_list() {
     let work = |device: &mut Device| {
-        let x = matrix(device)?;
-        let tensor = device.tensor(&x)?;
+        let tensor = tensor(device)?;
         let elements = [tensor.as_ptr()];
         let meta = &device.acl().meta;
         // SAFETY: one live handle.
@@ -330,7 +342,7 @@ fn a_row_that_the_table_does_not_have() {
         let index = View::new(device.alloc(64)?, DataType::I32, &[2]);
         device.upload(&[1i32, 8].map(i32::to_le_bytes).concat(), index.base)?;
         let out = View::new(device.alloc(64)?, DataType::F32, &[2, 8]);
-        let (x, index, out) = (device.tensor(&x)?, device.tensor(&index)?, device.tensor(&out)?);
+        let (x, index, out) = (device.tensor(&x), device.tensor(&index), device.tensor(&out));
         device.index_select(&x, 0, &index, &out)
     };
     fails(work, 507015);
@@ -343,7 +355,7 @@ fn bf16_on_a_chip_without_it() {
     let owner = open();
     let result = owner.call("mistake", |device| {
         let x = floats(device, &[1.0; 8], DataType::BF16)?;
-        let (x, one) = (device.tensor(&x)?, device.scalar(1.0, DataType::BF16)?);
+        let (x, one) = (device.tensor(&x), device.scalar(1.0, DataType::BF16));
         device.muls_in_place(&x, &one)
     });
     assert!(result.expect_err("it is refused").to_string().contains("161002"));
@@ -352,12 +364,122 @@ fn bf16_on_a_chip_without_it() {
 #[test]
 fn a_tensor_that_is_never_destroyed() {
     let (simulator, error) = wrongly(|device| {
-        let x = matrix(device)?;
-        forget(device.tensor(&x)?);
+        forget(tensor(device)?);
         Ok(())
     });
     assert!(error.is_none(), "{error:?}");
     assert_eq!(simulator.live().get("tensors"), Some(&1));
+}
+
+fn functions(device: &Device) -> GraphFunctions {
+    device.acl().runtime.graph_functions().expect("the simulator has them")
+}
+
+/// The graph of `work`.
+fn captured(device: &mut Device, work: impl FnOnce(&mut Device) -> Result<()>) -> Result<Graph> {
+    let (functions, mut graph) = (functions(device), Graph::NULL);
+    // SAFETY: the device's own stream, a valid out pointer.
+    let code = unsafe { (functions.capture_begin)(device.stream(), capture_mode::THREAD_LOCAL) };
+    check(device.acl(), "aclmdlRICaptureBegin", code)?;
+    let result = work(device);
+    // SAFETY: as above.
+    let code = unsafe { (functions.capture_end)(device.stream(), &raw mut graph) };
+    result.and(check(device.acl(), "aclmdlRICaptureEnd", code))?;
+    Ok(graph)
+}
+
+fn run_graph(device: &Device, graph: Graph) -> Result<()> {
+    // SAFETY: the simulator looks handles up.
+    let code = unsafe { (functions(device).execute)(graph, device.stream()) };
+    check(device.acl(), "aclmdlRIExecuteAsync", code)
+}
+
+/// A device on which `x += x` ran once, so that it has a workspace.
+fn doubled(device: &mut Device) -> Result<View> {
+    let x = matrix(device)?;
+    double(device, &x)?;
+    Ok(x)
+}
+
+#[test]
+fn a_graph_run_in_the_place_of_calls_on_another_block() {
+    let work = |device: &mut Device| {
+        let (x, y) = (doubled(device)?, matrix(device)?);
+        let graph = captured(device, |device| double(device, &x))?;
+        run_graph(device, graph)?;
+        assert_eq!((values(device, &x)?[0], values(device, &y)?[0]), (4.0, 1.0), "it should have been the other");
+        Ok(())
+    };
+    assert!(wrongly(work).1.is_none());
+}
+
+#[test]
+fn a_graph_run_after_its_memory_was_given_back() {
+    let work = |device: &mut Device| {
+        doubled(device)?;
+        let x = View::new(device.alloc(40 << 20)?, DataType::F32, &[8, 8]);
+        let graph = captured(device, |device| double(device, &x))?;
+        device.free(x.base);
+        device.release_free()?;
+        run_graph(device, graph)
+    };
+    fails(work, 507015);
+}
+
+#[test]
+fn a_graph_run_after_its_workspace_became_a_block() {
+    let work = |device: &mut Device| {
+        let x = doubled(device)?;
+        let graph = captured(device, |device| double(device, &x))?;
+        let workspace = device.workspace_now().expect("it has one").0;
+        device.upload(&[0; 64], workspace)?;
+        run_graph(device, graph)?;
+        let block = View::new(workspace, DataType::F32, &[16]);
+        assert!(values(device, &block)?.iter().all(|x| x.is_nan()), "what lay there is gone");
+        Ok(())
+    };
+    assert!(wrongly(work).1.is_none());
+}
+
+#[test]
+fn a_wait_inside_of_a_capture() {
+    let work = |device: &mut Device| {
+        let x = doubled(device)?;
+        captured(device, |device| {
+            double(device, &x)?;
+            device.synchronize()
+        })
+        .map(drop)
+    };
+    fails(work, 107027);
+}
+
+#[test]
+fn a_copy_that_waits_inside_of_a_capture() {
+    let work = |device: &mut Device| {
+        let x = doubled(device)?;
+        let memcpy = device.acl().runtime.memcpy.expect("the simulator has it");
+        captured(device, |device| {
+            let mut seen = [0u8; 32];
+            // SAFETY: as many bytes as the array has.
+            let code = unsafe { memcpy(seen.as_mut_ptr().cast(), 32, x.base.as_ptr(), 32, 2) };
+            check(device.acl(), "aclrtMemcpy", code)
+        })
+        .map(drop)
+    };
+    fails(work, 107030);
+}
+
+#[test]
+fn a_graph_destroyed_before_it_ran() {
+    let work = |device: &mut Device| {
+        let x = doubled(device)?;
+        let graph = captured(device, |device| double(device, &x))?;
+        run_graph(device, graph)?;
+        // SAFETY: a live handle; that it is queued is the mistake.
+        check(device.acl(), "aclmdlRIDestroy", unsafe { (functions(device).destroy)(graph) })
+    };
+    violates(work, "destroyed before it ran");
 }
 
 /// A weight of `WEIGHT` in memory for its blocks, and a row for it.
@@ -375,7 +497,7 @@ const WEIGHT: [usize; 2] = [24, 40];
 /// The product of the row with a weight.
 fn product(device: &mut Device, x: &View, weight: &Tensor) -> Result<Vec<f32>> {
     let out = floats(device, &[0.0; WEIGHT[0]], DataType::F16)?.reshape(&[1, WEIGHT[0]]);
-    let (a, y) = (device.tensor(x)?, device.tensor(&out)?);
+    let (a, y) = (device.tensor(x), device.tensor(&out));
     device.mm(&a, weight, &y, 0)?;
     device.with_type(&out, DataType::F32, values)
 }
@@ -397,7 +519,7 @@ fn blocks_described_as_those_of_the_turned_weight() {
         let [rows, x] = weight(device)?;
         fractal::to_blocks(device, &rows)?;
         let (view, storage) = (rows.swap(0, 1), [2, 3, 16, 16]);
-        let turned = Tensor::with_storage(&device.acl().meta, &view, format::FRACTAL_NZ, &storage)?;
+        let turned = Tensor::with_storage(&view, format::FRACTAL_NZ, &storage);
         product(device, &x, &turned).map(drop)
     };
     fails(work, 161002);
@@ -407,10 +529,10 @@ fn blocks_described_as_those_of_the_turned_weight() {
 fn blocks_passed_as_rows() {
     let (simulator, error) = wrongly(|device| {
         let [rows, x] = weight(device)?;
-        let plain = device.tensor(&rows.swap(0, 1))?;
+        let plain = device.tensor(&rows.swap(0, 1));
         let before = product(device, &x, &plain)?;
         fractal::to_blocks(device, &rows)?;
-        let blocks = fractal::turned(device, &rows)?;
+        let blocks = fractal::turned(&rows);
         assert_eq!(product(device, &x, &blocks)?, before);
         assert_ne!(product(device, &x, &plain)?, before, "nothing but a product of blocks understands them");
         Ok(())
@@ -428,7 +550,11 @@ fn what_is_right_breaks_no_rule() {
         let prepared = prepare(device)?;
         let workspace = device.alloc(prepared.size as usize)?;
         prepared.execute(device, workspace, prepared.size)?;
-        device.synchronize()
+        let graph = captured(device, |device| double(device, &x))?;
+        run_graph(device, graph)?;
+        device.synchronize()?;
+        // SAFETY: it has run, and is used no more.
+        check(device.acl(), "aclmdlRIDestroy", unsafe { (functions(device).destroy)(graph) })
     });
     assert!(error.is_none(), "{error:?}");
     simulator.expect_clean();

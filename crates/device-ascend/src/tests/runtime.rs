@@ -18,7 +18,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Queues an operator.
 fn add_one(device: &mut Device) -> Result<(), AscendError> {
     let x = floats(device, &[1.0, 2.0], DataType::F32)?;
-    let (a, one) = (device.tensor(&x)?, device.scalar(1.0, DataType::F32)?);
+    let (a, one) = (device.tensor(&x), device.scalar(1.0, DataType::F32));
     let result = device.add_in_place(&a, &a, &one);
     device.free(x.base);
     result
@@ -60,7 +60,7 @@ fn work_runs_in_order_and_each_start_after_a_stop_leaves_nothing() {
             let x = x.clone();
             owner
                 .submit("double", move |device| {
-                    let (a, one) = (device.tensor(&x)?, device.scalar(1.0, DataType::F32)?);
+                    let (a, one) = (device.tensor(&x), device.scalar(1.0, DataType::F32));
                     device.add_in_place(&a, &a, &one)
                 })
                 .unwrap();
@@ -268,7 +268,7 @@ fn no_room_for_a_workspace_leaves_no_executor() {
             while let Ok(_block) = device.alloc(1 << 20) {}
             while let Ok(_block) = device.alloc(1) {}
             let x = View::new(x.base, DataType::F32, &[64]);
-            let (a, one) = (device.tensor(&x)?, device.scalar(1.0, DataType::F32)?);
+            let (a, one) = (device.tensor(&x), device.scalar(1.0, DataType::F32));
             device.add_in_place(&a, &a, &one)
         })
         .unwrap();

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+pub mod layer;
 pub mod simulator;
 
 use std::time::Duration;

@@ -18,5 +18,6 @@ impl Simulator {
 
 /// For a simulated GPU.
 pub fn options(activations: DType) -> CudaOptions {
+    simulator::libraries();
     CudaOptions { activations, cache: Some(cache()), ..CudaOptions::default() }
 }

@@ -40,15 +40,8 @@ impl Simulator {
     /// As it is by default, with nothing counted; CUDA's libraries are its.
     pub fn new() -> Self {
         static TURN: Mutex<()> = Mutex::new(());
-        static FOLDER: LazyLock<TempDir> = LazyLock::new(|| {
-            let folder = TempDir::new().expect("a folder for libraries");
-            cuda_sim::library_folder(folder.path()).expect("libraries of the simulator");
-            // SAFETY: tests wait for their turn, so that no other reads the environment meanwhile.
-            unsafe { std::env::set_var("BATON_CUDA_LIBS", folder.path()) };
-            folder
-        });
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        LazyLock::force(&FOLDER);
+        libraries();
         let simulator = cuda_sim::Simulator::new();
         simulator.reset();
         let before = KINDS.map(|kind| simulator.count(&format!("live.{kind}"))).to_vec();
@@ -99,6 +92,18 @@ impl Simulator {
         assert_eq!(self.left(), [], "left");
         assert_eq!(self.count("messages"), 0, "{}", self.simulator.report());
     }
+}
+
+/// Makes CUDA's libraries the simulator's.
+pub fn libraries() {
+    static FOLDER: LazyLock<TempDir> = LazyLock::new(|| {
+        let folder = TempDir::new().expect("a folder for libraries");
+        cuda_sim::library_folder(folder.path()).expect("libraries of the simulator");
+        // SAFETY: whoever reads this variable has waited here, and Rust's readers of others wait for it.
+        unsafe { std::env::set_var("BATON_CUDA_LIBS", folder.path()) };
+        folder
+    });
+    LazyLock::force(&FOLDER);
 }
 
 /// Where tests keep compiled kernels: beside their own files.

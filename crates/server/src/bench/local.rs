@@ -1,5 +1,5 @@
 //! `baton bench local`: prompts and decoding steps of a model in this process, without HTTP, engine or tokenizer, as
-//! `llama-bench` runs them; beside each line the share of what this machine can read and compute, measured just before.
+//! `llama-bench` runs them; beside each line the share of what the device does at most, measured just before.
 
 use std::{
     fmt::Write as _,
@@ -9,10 +9,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use baton_device::WeightFormat;
-use baton_device_cpu::Limits;
+use baton_device::{Limits, WeightFormat};
 use baton_loadgen::median;
-use baton_model::{KvCacheSize, LoadOptions, SampleRequest, SamplingParams, SequenceStep, StepPlan};
+use baton_model::{LoadOptions, SampleRequest, SamplingParams, SequenceStep, StepPlan};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -20,7 +19,7 @@ use super::{count, length};
 use crate::{
     backend::{Device, DeviceOptions, Loaded},
     load, memory,
-    settings::{Dtype, KvCacheDtype, Quantize, STEP_TOKENS},
+    settings::{Dtype, KvCacheDtype, Quantize},
 };
 
 /// What `baton bench local` takes; letters are those of `llama-bench`.
@@ -30,9 +29,17 @@ pub struct LocalArgs {
     #[arg(value_name = "MODEL")]
     model: Option<String>,
 
-    /// Tokens of a prompt, computed in steps as by `baton serve`; 0 for no prompts
+    /// Device, as for `baton serve`
+    #[arg(long, default_value = "cpu")]
+    device: String,
+
+    /// Tokens of a prompt; 0 for no prompts
     #[arg(short = 'p', long, value_name = "N,N,…", value_delimiter = ',', default_value = "512", value_parser = length)]
     n_prompt: Vec<usize>,
+
+    /// Tokens of a prompt that a step computes [default: as `baton serve`]
+    #[arg(long, value_name = "N", value_parser = count)]
+    ubatch_size: Option<usize>,
 
     /// Tokens that each stream decodes; 0 for no decoding
     #[arg(short = 'n', long, value_name = "N,N,…", value_delimiter = ',', default_value = "128", value_parser = length)]
@@ -50,7 +57,7 @@ pub struct LocalArgs {
     #[arg(short = 'r', long, value_name = "N", default_value_t = 5, value_parser = count)]
     repetitions: usize,
 
-    /// Compute threads [default: all cores]
+    /// Compute threads of the host [default: all cores]
     #[arg(short = 't', long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
 
@@ -74,6 +81,7 @@ pub struct LocalArgs {
 /// One line: some sequences, each from `depth` tokens on.
 #[derive(Debug, Clone, Copy)]
 struct Test {
+    prompt: bool,
     streams: usize,
     depth: usize,
     tokens: usize,
@@ -84,7 +92,7 @@ struct Test {
 impl Test {
     /// As `llama-bench` names it.
     fn name(&self) -> String {
-        let kind = if self.step == 1 { "tg" } else { "pp" };
+        let kind = if self.prompt { "pp" } else { "tg" };
         let mut name = format!("{kind}{}", self.tokens);
         if self.depth > 0 {
             let _ = write!(name, " @ d{}", self.depth);
@@ -120,50 +128,59 @@ impl Rates {
 
 /// Runs the command.
 pub fn main(args: &LocalArgs) -> Result<()> {
-    let tests = args.tests();
+    let kind = Device::parse(&args.device)?;
+    let step_tokens = args.ubatch_size.unwrap_or_else(|| kind.step_tokens());
+    let tests = args.tests(step_tokens);
     ensure!(!tests.is_empty(), "nothing to measure: -p and -n are 0");
     let longest = tests.iter().map(|t| t.depth + t.tokens).max().expect("not empty");
     let streams = tests.iter().map(|t| t.streams).max().expect("not empty");
-    let limits = Device::cpu_limits(args.threads)?;
     let (name, files) = load::files(args.model.as_deref())?;
     let options = LoadOptions {
         dtype: args.dtype.stored(),
         quantization: args.quantize.map(Into::into),
         max_model_len: Some(longest),
-        max_step_tokens: STEP_TOKENS.max(streams),
+        max_step_tokens: step_tokens.max(streams),
         max_step_sequences: streams,
         kv_dtype: args.kv_cache_dtype.dtype(),
-        kv_cache: KvCacheSize::AtMost(memory::available_bytes().map_or(u64::MAX, |free| free / 2)),
+        kv_cache: kind.ample_cache(memory::available_bytes()),
         ..LoadOptions::default()
     };
     let device = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
-    let mut loaded = Device::Cpu.load(device, &files, &options).with_context(|| format!("model {name}"))?;
+    let limits = kind.limits(args.threads, &files, &options)?;
+    let mut loaded = kind.load(device, &files, &options).with_context(|| format!("model {name}"))?;
     let mut results = Vec::new();
     for test in tests {
         let rates = run(&mut loaded, test, args.repetitions).with_context(|| test.name())?;
         results.push((test, rates));
     }
     let text = if args.json {
-        serde_json::to_string_pretty(&as_json(&name, &loaded, &limits, &results))? + "\n"
+        serde_json::to_string_pretty(&as_json(&name, &loaded, limits.as_ref(), &results))? + "\n"
     } else {
-        table(&name, &loaded, &limits, &results)
+        table(&name, &loaded, limits.as_ref(), &results)
     };
     io::stdout().write_all(text.as_bytes()).context("writing the table")
 }
 
 impl LocalArgs {
-    fn tests(&self) -> Vec<Test> {
+    fn tests(&self, step_tokens: usize) -> Vec<Test> {
         let mut tests = Vec::new();
         for &depth in &self.n_depth {
             let some = |lengths: &[usize]| lengths.iter().copied().filter(|&n| n > 0).collect::<Vec<_>>();
             tests.extend(some(&self.n_prompt).into_iter().map(|tokens| Test {
+                prompt: true,
                 streams: 1,
                 depth,
                 tokens,
-                step: STEP_TOKENS,
+                step: step_tokens,
             }));
             for tokens in some(&self.n_gen) {
-                tests.extend(self.streams.iter().map(|&streams| Test { streams, depth, tokens, step: 1 }));
+                tests.extend(self.streams.iter().map(|&streams| Test {
+                    prompt: false,
+                    streams,
+                    depth,
+                    tokens,
+                    step: 1,
+                }));
             }
         }
         tests
@@ -175,7 +192,7 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
     let blocks = (test.depth + test.tokens).div_ceil(spec.block_size);
     ensure!(
         blocks * test.streams <= spec.num_blocks,
-        "{} cache blocks are needed, half of free memory gives {}",
+        "{} cache blocks are needed, memory gives {}",
         blocks * test.streams,
         spec.num_blocks
     );
@@ -221,78 +238,95 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
     Ok(rates)
 }
 
-/// What the weights are multiplied as, and how many of that the machine does at most.
-fn peak(loaded: &Loaded, limits: &Limits) -> (&'static str, f64) {
+/// What the weights are multiplied as, and how many of that the device does at most.
+fn peak<'a>(loaded: &Loaded, limits: &'a Limits) -> (&'a str, f64) {
     let narrow = |wanted: fn(&WeightFormat) -> bool| {
         loaded.report.weight_formats.intersection(&loaded.caps.narrow_activations).any(wanted)
     };
-    match limits.bf16_mul_adds {
-        _ if narrow(|f| matches!(f, WeightFormat::Ggml(_))) => ("int8", limits.byte_mul_adds),
-        Some(rate) if narrow(|f| *f == WeightFormat::BF16) => ("bf16", rate),
-        _ => ("f32", limits.f32_mul_adds),
-    }
+    let blocks = narrow(|f| matches!(f, WeightFormat::Ggml(_))).then(|| "int8".to_owned());
+    let halves = narrow(|f| *f == WeightFormat::BF16).then(|| "bf16".to_owned());
+    let kinds = [blocks, halves, Some(loaded.caps.activations.to_string())];
+    let mut known = kinds.iter().flatten().filter_map(|kind| limits.mul_adds.get_key_value(kind));
+    known.next().map(|(kind, rate)| (&**kind, *rate)).expect("the type of activations is measured")
 }
 
-fn table(name: &str, loaded: &Loaded, limits: &Limits, results: &[(Test, Rates)]) -> String {
-    let (kind, peak) = peak(loaded, limits);
+/// Shares of the limits on bytes and on multiply-adds; `None` where these are not known.
+fn shares(loaded: &Loaded, limits: Option<&Limits>, rates: &Rates) -> [Option<f64>; 2] {
+    let share = |of: &dyn Fn(&Limits) -> f64| limits.map(of);
+    [share(&|limits| rates.bytes / limits.bytes), share(&|limits| rates.mul_adds / peak(loaded, limits).1)]
+}
+
+fn table(name: &str, loaded: &Loaded, limits: Option<&Limits>, results: &[(Test, Rates)]) -> String {
     let formats: Vec<String> = loaded.report.weight_formats.iter().map(ToString::to_string).collect();
     let mut text = format!(
-        "{name}, {} ({:.2} GB of weights), {} with {} threads\nlimits measured: {:.1} GB/s read, {kind} dot {:.0} GOP/s\n\n",
+        "{name}, {} ({:.2} GB of weights), {} ({}) with {} threads\n",
         formats.join("+"),
         loaded.report.weight_bytes as f64 / 1e9,
+        loaded.caps.device,
         loaded.caps.isa,
         loaded.caps.threads,
-        limits.read_bytes / 1e9,
-        2.0 * peak / 1e9,
     );
-    text += "| test | tok/s | min – max | GB/s | of read | GOP/s | of peak |\n|---|---|---|---|---|---|---|\n";
+    let access = match limits {
+        None => "limit",
+        Some(limits) => {
+            let (kind, peak) = peak(loaded, limits);
+            let (bytes, operations) = (limits.bytes / 1e9, 2.0 * peak / 1e9);
+            let _ = writeln!(text, "limits measured: {bytes:.1} GB/s {}, {kind} {operations:.0} GOP/s", limits.access);
+            limits.access
+        }
+    };
+    let _ = writeln!(text, "\n| test | tok/s | min – max | GB/s | of {access} | GOP/s | of peak |");
+    text += "|---|---|---|---|---|---|---|\n";
     for (test, rates) in results {
+        let shares = shares(loaded, limits, rates);
+        let [bytes, mul_adds] = shares.map(|share| share.map_or("-".to_owned(), |s| format!("{:.0} %", 100.0 * s)));
         let _ = writeln!(
             text,
-            "| {} | {:.2} | {:.2} – {:.2} | {:.1} | {:.0} % | {:.0} | {:.0} % |",
+            "| {} | {:.2} | {:.2} – {:.2} | {:.1} | {bytes} | {:.0} | {mul_adds} |",
             test.name(),
             rates.median(),
             rates.tokens[0],
             rates.tokens[rates.tokens.len() - 1],
             rates.bytes / 1e9,
-            100.0 * rates.bytes / limits.read_bytes,
             2.0 * rates.mul_adds / 1e9,
-            100.0 * rates.mul_adds / peak,
         );
     }
     text
 }
 
-fn as_json(name: &str, loaded: &Loaded, limits: &Limits, results: &[(Test, Rates)]) -> Value {
-    let (kind, peak) = peak(loaded, limits);
+fn as_json(name: &str, loaded: &Loaded, limits: Option<&Limits>, results: &[(Test, Rates)]) -> Value {
     let result = |(test, rates): &(Test, Rates)| {
+        let [bytes, mul_adds] = shares(loaded, limits, rates);
         json!({
             "test": test.name(),
-            "n_prompt": if test.step == 1 { 0 } else { test.tokens },
-            "n_gen": if test.step == 1 { test.tokens } else { 0 },
+            "n_prompt": if test.prompt { test.tokens } else { 0 },
+            "n_gen": if test.prompt { 0 } else { test.tokens },
             "n_depth": test.depth,
             "streams": test.streams,
             "median_ts": rates.median(),
             "samples_ts": rates.tokens,
-            "read_bytes_per_s": rates.bytes,
-            "share_of_read": rates.bytes / limits.read_bytes,
+            "bytes_per_s": rates.bytes,
+            "share_of_bytes": bytes,
             "mul_adds_per_s": rates.mul_adds,
-            "share_of_peak": rates.mul_adds / peak,
+            "share_of_peak": mul_adds,
         })
     };
+    let limits = limits.map(|limits| {
+        json!({
+            "bytes_per_s": limits.bytes,
+            "access": limits.access,
+            "mul_adds_per_s": limits.mul_adds,
+            "peak": peak(loaded, limits).0,
+        })
+    });
     json!({
         "model": name,
         "weights": loaded.report.weight_formats.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "weight_bytes": loaded.report.weight_bytes,
+        "device": loaded.caps.device,
         "isa": loaded.caps.isa,
         "n_threads": loaded.caps.threads,
-        "limits": {
-            "read_bytes_per_s": limits.read_bytes,
-            "int8_mul_adds_per_s": limits.byte_mul_adds,
-            "bf16_mul_adds_per_s": limits.bf16_mul_adds,
-            "f32_mul_adds_per_s": limits.f32_mul_adds,
-            "peak": kind,
-        },
+        "limits": limits,
         "results": results.iter().map(result).collect::<Vec<_>>(),
     })
 }

@@ -22,8 +22,11 @@ const SIGMA: f32 = 0.02;
 const SHARE: usize = 1 << 17;
 
 /// Known shapes, each a config without token ids.
-const SHAPES: [(&str, &str); 4] = [
+const SHAPES: [(&str, &str); 7] = [
     ("qwen2-0.5b", include_str!("../../shapes/qwen2-0.5b.json")),
+    ("qwen2-1.5b", include_str!("../../shapes/qwen2-1.5b.json")),
+    ("qwen2-7b", include_str!("../../shapes/qwen2-7b.json")),
+    ("qwen3-30b-a3b", include_str!("../../shapes/qwen3-30b-a3b.json")),
     ("r1-qwen-1.5b", include_str!("../../shapes/r1-qwen-1.5b.json")),
     ("qwen3-moe-1b-active", include_str!("../../shapes/qwen3-moe-1b-active.json")),
     ("deepseek-v3-tiny", include_str!("../../shapes/deepseek-v3-tiny.json")),
@@ -32,12 +35,15 @@ const SHAPES: [(&str, &str); 4] = [
 /// Arguments of the chore.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Shape of a known model: qwen2-0.5b, r1-qwen-1.5b, qwen3-moe-1b-active (7 GiB), deepseek-v3-tiny
+    /// Shape of a known model: qwen2-0.5b, qwen2-1.5b, qwen2-7b, qwen3-30b-a3b (61 GB), r1-qwen-1.5b, qwen3-moe-1b-active (7 GiB), deepseek-v3-tiny
     #[arg(long, value_name = "NAME", required_unless_present = "config", conflicts_with = "config")]
     shape: Option<String>,
     /// A config.json instead; a quantisation that it states and its token ids are not taken over
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Layers, in place of the shape's
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
     /// Folder to write, which must not exist; or, where the name ends in .gguf, a GGUF file
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
@@ -109,6 +115,9 @@ fn shape(name: &str) -> Result<&'static str> {
 fn write(config: &str, args: &Args, progress: &dyn Fn(u64, u64)) -> Result<()> {
     let mut config: Map<String, Value> = serde_json::from_str(config).context("the config")?;
     let vocab = Vocab::new(config.get("vocab_size").and_then(Value::as_u64).unwrap_or_default())?;
+    if let Some(layers) = args.layers {
+        config.insert("num_hidden_layers".into(), layers.into());
+    }
     config.remove("quantization_config");
     config.remove("dtype");
     config.insert("torch_dtype".into(), args.dtype.in_config().into());
@@ -219,7 +228,7 @@ mod tests {
     use super::*;
 
     fn args(out: &Path, seed: u64) -> Args {
-        Args { shape: None, config: None, out: out.to_owned(), dtype: Dtype::Bf16, seed }
+        Args { shape: None, config: None, layers: None, out: out.to_owned(), dtype: Dtype::Bf16, seed }
     }
 
     #[test]
@@ -236,6 +245,9 @@ mod tests {
             let parameters: usize = tensor_shapes(&config).iter().map(|t| t.1.iter().product::<usize>()).sum();
             let known = match name {
                 "qwen2-0.5b" => 494_032_768,
+                "qwen2-1.5b" => 1_543_714_304,
+                "qwen2-7b" => 7_615_616_512,
+                "qwen3-30b-a3b" => 30_532_122_624,
                 "r1-qwen-1.5b" => 1_777_088_000,
                 _ => parameters,
             };
@@ -247,12 +259,11 @@ mod tests {
     fn a_seed_gives_the_same_checkpoint_and_another_one_another() {
         let temp = tempfile::tempdir().unwrap();
         let mut config: Value = serde_json::from_str(shape("deepseek-v3-tiny").unwrap()).unwrap();
-        config["num_hidden_layers"] = json!(2);
         config["n_routed_experts"] = json!(8);
         config["vocab_size"] = json!(300);
         let files = [("a", 3), ("b", 3), ("c", 4)].map(|(name, seed)| {
             let out = temp.path().join(name);
-            write(&config.to_string(), &args(&out, seed), &|_, _| {}).unwrap();
+            write(&config.to_string(), &Args { layers: Some(2), ..args(&out, seed) }, &|_, _| {}).unwrap();
             fs::read(out.join("model.safetensors")).unwrap()
         });
         assert!(files[0] == files[1] && files[0] != files[2]);

@@ -1,6 +1,6 @@
-//! The simulator of the Ascend runtime under the names of the libraries that it stands for.
+//! The simulators of vendors' runtimes under the names of the libraries that they stand for.
 //!
-//! Invariant: all names are links to one file, so that whoever opens several of them has one machine.
+//! Invariant: all names lead to one file, so that whoever opens several of them has one machine.
 
 use std::{
     fs,
@@ -12,7 +12,30 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-/// The libraries of a toolkit whose operators are split by field.
+/// A simulator.
+struct Simulator {
+    package: &'static str,
+    /// How the name of its library begins.
+    library: &'static str,
+    /// Where it is put if nothing is said.
+    folder: &'static str,
+    /// Makes the names in a folder.
+    name: fn(&Path, &Path) -> Result<()>,
+}
+
+const ASCEND: Simulator =
+    Simulator { package: "baton-ascend-sim", library: "libascend_sim", folder: "target/ascend-sim", name: link };
+const CUDA: Simulator = Simulator {
+    package: "baton-cuda-sim",
+    library: "libcuda_sim",
+    folder: "target/cuda-sim",
+    name: |library, folder| {
+        fs::create_dir_all(folder)?;
+        Ok(cuda_sim::name_library(library, folder)?)
+    },
+};
+
+/// The libraries of a CANN toolkit whose operators are split by field.
 const NAMES: [&str; 7] = [
     "libascendcl.so",
     "libnnopbase.so",
@@ -25,28 +48,37 @@ const NAMES: [&str; 7] = [
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The folder to make; what it has under these names is replaced
-    #[arg(default_value = "target/ascend-sim")]
-    folder: PathBuf,
+    /// The folder to make; what it has under these names is replaced [default: ascend-sim or cuda-sim in target]
+    folder: Option<PathBuf>,
     /// Build with optimisation and without debug information
     #[arg(long)]
     release: bool,
 }
 
-pub fn main(args: &Args) -> Result<()> {
-    let library = build(args.release)?;
-    link(&library, &args.folder)?;
+/// Of the Ascend runtime.
+pub fn ascend(args: &Args) -> Result<()> {
+    make(&ASCEND, args)
+}
+
+/// Of CUDA.
+pub fn cuda(args: &Args) -> Result<()> {
+    make(&CUDA, args)
+}
+
+fn make(simulator: &Simulator, args: &Args) -> Result<()> {
+    let folder = args.folder.as_deref().unwrap_or(Path::new(simulator.folder));
+    (simulator.name)(&build(simulator, args.release)?, folder)?;
     #[allow(clippy::print_stdout)] // the chore's result
     {
-        println!("{}", fs::canonicalize(&args.folder)?.display());
+        println!("{}", fs::canonicalize(folder)?.display());
     }
     Ok(())
 }
 
-/// Builds the simulator; the file of its library.
-fn build(release: bool) -> Result<PathBuf> {
+/// Builds a simulator; the file of its library.
+fn build(simulator: &Simulator, release: bool) -> Result<PathBuf> {
     let output = Command::new(env!("CARGO"))
-        .args(["build", "-p", "baton-ascend-sim", "--message-format=json-render-diagnostics"])
+        .args(["build", "-p", simulator.package, "--message-format=json-render-diagnostics"])
         .args(release.then_some("--release"))
         .current_dir(crate::root())
         .stderr(Stdio::inherit())
@@ -58,7 +90,7 @@ fn build(release: bool) -> Result<PathBuf> {
     let files = messages.flat_map(|message| message["filenames"].as_array().cloned().unwrap_or_default());
     let library = files.filter_map(|file| Some(PathBuf::from(file.as_str()?))).find(|file| {
         let name = file.file_name().and_then(|name| name.to_str());
-        name.is_some_and(|name| name.starts_with("libascend_sim") && name.ends_with(".so"))
+        name.is_some_and(|name| name.starts_with(simulator.library) && name.ends_with(".so"))
     });
     library.context("cargo named no shared library of the simulator")
 }

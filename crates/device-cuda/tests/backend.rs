@@ -1,0 +1,209 @@
+//! What a backend is beyond the shared cases: found or refused, its kernels kept on disk, its steps replayed.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use baton_device::{
+    Activation, AttentionBatch, AttentionParams, Backend, DType, DeviceError, HostLinear, HostRope, HostTensor, KvSpec,
+    LayerKv, Purpose, Result, RopeLayout, Rows, SequenceSpan, WeightFormat, conformance::uniform,
+};
+use baton_device_cuda::{CudaBackend, CudaOptions, probe};
+use common::{Simulator, options};
+
+const HIDDEN: usize = 64;
+const HEADS: usize = 4;
+const VOCABULARY: usize = 100;
+const BLOCK_TABLE: [u32; 4] = [3, 1, 2, 0];
+
+/// A decoder of one layer.
+struct Decoder<'a> {
+    b: &'a CudaBackend,
+    embedding: <CudaBackend as Backend>::Linear,
+    qkv: [<CudaBackend as Backend>::Linear; 3],
+    up: <CudaBackend as Backend>::Linear,
+    norm: <CudaBackend as Backend>::Vector,
+    rope: <CudaBackend as Backend>::Rope,
+    cache: <CudaBackend as Backend>::KvCache,
+    x: Vec<<CudaBackend as Backend>::Tensor>,
+    logits: <CudaBackend as Backend>::Tensor,
+}
+
+impl<'a> Decoder<'a> {
+    fn new(b: &'a CudaBackend) -> Result<Self> {
+        let weight = |rows: usize, cols: usize, seed: u64| {
+            let values = uniform(seed, rows * cols, (cols as f32).sqrt().recip());
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let weight = HostTensor::new("weight", DType::F32, vec![rows, cols], &bytes);
+            b.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::BF16, purpose: Purpose::Product })
+        };
+        let ones: Vec<u8> = [1.0f32; HIDDEN].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let head_dim = HIDDEN / HEADS;
+        let inv_freq = (0..head_dim / 2).map(|i| 0.5f32.powi(i as i32)).collect();
+        let spec = KvSpec {
+            layers: vec![LayerKv::Full { kv_heads: HEADS, head_dim }],
+            dtype: baton_device::KvDtype::BF16,
+            block_size: b.caps().kv_block_size,
+        };
+        Ok(Self {
+            b,
+            embedding: weight(VOCABULARY, HIDDEN, 1)?,
+            qkv: [weight(HIDDEN, HIDDEN, 2)?, weight(HIDDEN, HIDDEN, 3)?, weight(HIDDEN, HIDDEN, 4)?],
+            up: weight(HIDDEN, HIDDEN, 5)?,
+            norm: b.vector(&HostTensor::new("norm", DType::F32, vec![HIDDEN], &ones))?,
+            rope: b.rope_table(&HostRope { inv_freq, scale: 1.0, max_positions: 64 })?,
+            cache: b.kv_cache(&spec, BLOCK_TABLE.len())?,
+            x: (0..7).map(|_| b.tensor(16, HIDDEN)).collect::<Result<_>>()?,
+            logits: b.tensor(16, VOCABULARY)?,
+        })
+    }
+
+    /// Tokens at positions `start..`, and the greedy one behind the last of them.
+    fn step(&mut self, ids: &[u32], start: usize) -> Result<u32> {
+        let Self { b, embedding, qkv, up, norm, rope, cache, x, logits } = self;
+        let sequences = [SequenceSpan { start, len: ids.len(), block_table: &BLOCK_TABLE }];
+        let plan = b.plan_attention(&AttentionBatch { sequences: &sequences })?;
+        let [residual, normed, q, k, v, mixed, last] = x.as_mut_slice() else { unreachable!("as made") };
+        b.embed(ids, embedding, residual)?;
+        b.rms_norm(residual, norm, 1e-6, normed)?;
+        let [wq, wk, wv] = &*qkv;
+        b.linear_group(normed, &mut [(wq, &mut *q), (wk, &mut *k), (wv, &mut *v)])?;
+        let head_dim = HIDDEN / HEADS;
+        let layout = RopeLayout { heads: HEADS, head_dim, offset: 0, dim: head_dim, interleaved: false };
+        b.rope(q, layout, rope, &plan)?;
+        b.rope(k, layout, rope, &plan)?;
+        let scale = (head_dim as f32).sqrt().recip();
+        let params = AttentionParams { heads: HEADS, kv_heads: HEADS, head_dim, scale, window: None, softcap: None };
+        b.paged_attention(q, k, v, cache, 0, &plan, &params, mixed)?;
+        b.add_rms_norm(mixed, residual, norm, 1e-6, normed)?;
+        b.linear(normed, up, q)?;
+        b.gated_activation(Activation::Silu, q, normed, k)?;
+        b.add(residual, k)?;
+        b.gather_rows(residual, &[ids.len() as u32 - 1], last)?;
+        b.linear(last, embedding, logits)?;
+        let mut best = Vec::new();
+        b.argmax(logits, &mut best)?;
+        Ok(best[0].expect("finite logits"))
+    }
+
+    fn generate(&mut self, tokens: usize) -> Result<Vec<u32>> {
+        let mut ids = vec![self.step(&[5, 17, 42], 0)?];
+        for position in 3..tokens {
+            ids.push(self.step(&[*ids.last().expect("one")], position)?);
+        }
+        Ok(ids)
+    }
+}
+
+#[test]
+fn decode_steps_are_one_graph_each_and_allocate_nothing() {
+    let simulator = Simulator::new();
+    let b = simulator.open(DType::BF16);
+    let mut decoder = Decoder::new(&b).unwrap();
+    let mut last = decoder.generate(9).unwrap().pop().unwrap();
+    let (before, calls) = (b.statistics(), simulator.count("calls.cuLaunchKernel"));
+    const STEPS: u64 = 20;
+    for position in 9..9 + STEPS as usize {
+        last = decoder.step(&[last], position).unwrap();
+    }
+    let after = b.statistics();
+    assert_eq!(after.replays - before.replays, STEPS);
+    assert_eq!((after.lists, after.captures, after.allocations), (before.lists, before.captures, before.allocations));
+    assert_eq!(simulator.count("calls.cuLaunchKernel"), calls);
+    // The plan, the token, the row of which logits are wanted; the greedy token.
+    assert_eq!((after.uploads - before.uploads, after.reads - before.reads), (3 * STEPS, STEPS));
+    assert!((after.uploaded - before.uploaded) / STEPS < 1024, "{} bytes", after.uploaded - before.uploaded);
+    assert_eq!(after.read - before.read, 4 * STEPS);
+    eprintln!("{} launches a step, {} graphs", (after.launches - before.launches) / STEPS, after.captures);
+}
+
+#[test]
+fn graphs_change_no_bit_and_neither_does_an_allocation_for_each_buffer() {
+    let simulator = Simulator::new();
+    let tokens = |options: CudaOptions| {
+        let b = CudaBackend::new(&options).unwrap();
+        let mut decoder = Decoder::new(&b).unwrap();
+        let ids = decoder.generate(40).unwrap();
+        let mut logits = Vec::new();
+        b.read(&decoder.logits, &mut logits).unwrap();
+        (ids, logits)
+    };
+    let plain = tokens(CudaOptions { graphs: false, ..options(DType::BF16) });
+    assert!(plain.1.len() == VOCABULARY && plain.1.iter().all(|x| x.is_finite()));
+    assert_eq!(tokens(options(DType::BF16)), plain);
+    assert_eq!(tokens(CudaOptions { isolated: true, ..options(DType::BF16) }), plain);
+    simulator.expect_clean();
+}
+
+#[test]
+fn a_row_that_is_not_finite_has_no_greedy_token() {
+    let simulator = Simulator::new();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let b = simulator.open(dtype);
+        let mut x = b.tensor(5, 301).unwrap();
+        let mut values: Vec<f32> = (0..5 * 301).map(|i| (i % 7) as f32).collect();
+        (values[300], values[301], values[2 * 301 + 150]) = (9.0, f32::NAN, f32::INFINITY);
+        values[4 * 301 + 299] = f32::NEG_INFINITY;
+        b.write(&values, &mut x).unwrap();
+        let mut best = vec![Some(1); 9];
+        b.argmax(&x, &mut best).unwrap();
+        let of_row = |row: usize| (0..301).find(|i| values[row * 301 + i] == 6.0).map(|i| i as u32);
+        assert_eq!(best, [Some(300), None, None, of_row(3), None], "{dtype}");
+        b.write(&[], &mut x).unwrap();
+        b.argmax(&x, &mut best).unwrap();
+        assert_eq!((x.rows(), best.len()), (0, 0));
+    }
+}
+
+#[test]
+fn kernels_are_compiled_once_and_again_when_a_file_is_damaged() {
+    let _simulator = Simulator::new();
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("kernels");
+    // A file that is written anew is another.
+    let files = || -> BTreeMap<PathBuf, u64> {
+        let b = CudaBackend::new(&CudaOptions { cache: Some(cache.clone()), ..options(DType::BF16) }).unwrap();
+        assert_eq!(Decoder::new(&b).unwrap().generate(5).unwrap().len(), 3);
+        let files = std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap());
+        files.map(|file| (file.path(), file.metadata().unwrap().ino())).collect()
+    };
+    let first = files();
+    assert!(!first.is_empty());
+    assert_eq!(files(), first);
+    let (damaged, _) = first.first_key_value().unwrap();
+    let bytes = std::fs::read(damaged).unwrap();
+    std::fs::write(damaged, &bytes[..bytes.len() - 1]).unwrap();
+    let third = files();
+    let changed: Vec<_> = third.iter().filter(|(path, file)| first.get(*path) != Some(file)).collect();
+    assert_eq!((third.len(), changed.len(), changed[0].0), (first.len(), 1, damaged));
+    assert_eq!(std::fs::read(damaged).unwrap().len(), bytes.len());
+}
+
+#[test]
+fn a_gpu_is_described_and_one_that_is_too_old_or_absent_refused() {
+    let simulator = Simulator::new();
+    let facts = probe(0);
+    assert_eq!((facts.missing.as_slice(), facts.count), ([].as_slice(), 1));
+    assert_eq!(facts.details["compute capability"], "9.0");
+    assert_eq!(facts.memory.map(|memory| memory.total), Some(2 << 30));
+    assert!(facts.chip.is_some_and(|chip| !chip.is_empty()));
+    assert!(facts.libraries.iter().all(|library| library.opened.len() == 1), "{:?}", facts.libraries);
+    assert!(facts.versions.values().all(|version| !version.is_empty()) && facts.versions.len() == 3);
+    simulator.expect_clean();
+
+    let refused = |device: u32, word: &str| {
+        let facts = probe(device);
+        assert!(facts.missing.iter().any(|reason| reason.contains(word)), "{:?}", facts.missing);
+        match CudaBackend::new(&CudaOptions { device, ..options(DType::BF16) }).map(|_| ()) {
+            Err(DeviceError::Unavailable { reason, .. }) => assert!(reason.contains(word), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    };
+    refused(1, "1 devices");
+    simulator.control("cc=75");
+    refused(0, "7.5");
+    simulator.control("devices=0");
+    refused(0, "NO_DEVICE");
+}

@@ -1,0 +1,164 @@
+//! The folder that goes to a GPU machine: binaries without symbols, the golden checkpoints and the bundled model's
+//! questions, laid out as in the repository.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::root;
+
+/// Arguments of the chore.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The folder to make; it is emptied
+    #[arg(default_value = "target/gpu")]
+    folder: PathBuf,
+    /// Where `baton` and `xtask` are that were built before, on an older system perhaps, so that they need no newer glibc
+    /// than that [default: they are built here, for release]
+    #[arg(long, value_name = "DIR")]
+    binaries: Option<PathBuf>,
+}
+
+const BINARIES: [&str; 2] = ["baton", "xtask"];
+/// Files below `models/abacus`.
+const QUESTIONS: [&str; 2] = ["eval.jsonl", "eval_reference.jsonl"];
+/// What may be carried to the machine.
+const MOST: u64 = 64 << 20;
+
+/// Runs the chore.
+pub fn main(args: &Args) -> Result<()> {
+    let binaries = match &args.binaries {
+        Some(folder) => folder.clone(),
+        None => built()?,
+    };
+    let folder = &args.folder;
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    fs::create_dir_all(folder)?;
+    let mut glibc = (0, 0);
+    for name in BINARIES {
+        let binary = folder.join(name);
+        stripped(&binaries.join(name), &binary)?;
+        glibc = glibc.max(newest_glibc(&fs::read(&binary)?));
+    }
+    models(&root().join("models"), &folder.join("models"))?;
+    let build = json!({"commit": commit(), "glibc": format!("{}.{}", glibc.0, glibc.1)});
+    fs::write(folder.join("build.json"), build.to_string() + "\n")?;
+    let bytes = size(folder)?;
+    #[allow(clippy::print_stdout)] // the chore's result
+    {
+        let mib = bytes as f64 / f64::from(1 << 20);
+        println!("{}: {mib:.1} MiB, needs glibc {}.{}", folder.canonicalize()?.display(), glibc.0, glibc.1);
+        println!(
+            "there: {}/xtask gpu run --quick --out results.json",
+            folder.file_name().unwrap_or_default().display()
+        );
+    }
+    ensure!(bytes <= MOST, "{bytes} bytes are more than {MOST}");
+    Ok(())
+}
+
+/// Builds both for release; the folder that they are in.
+fn built() -> Result<PathBuf> {
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--locked", "--package", "baton", "--package", "xtask"])
+        .current_dir(root())
+        .status()
+        .context("cargo did not start")?;
+    ensure!(status.success(), "the binaries were not built");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    Ok(target.join("release"))
+}
+
+/// Copies a binary without its symbols, which are a third of it.
+fn stripped(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("strip").arg("-o").args([to, from]).status().context("strip did not start")?;
+    ensure!(status.success(), "strip {}: {status}", from.display());
+    Ok(())
+}
+
+/// The newest version of glibc whose symbols a binary names.
+fn newest_glibc(binary: &[u8]) -> (u32, u32) {
+    const MARK: &[u8] = b"GLIBC_";
+    let version = |at: usize| {
+        let text = binary[at + MARK.len()..].split(|byte| !byte.is_ascii_digit() && *byte != b'.').next()?;
+        let mut numbers = std::str::from_utf8(text).ok()?.split('.').map(|number| number.parse().ok());
+        Some((numbers.next()??, numbers.next()??))
+    };
+    let marks = binary.windows(MARK.len()).enumerate().filter(|(_, bytes)| *bytes == MARK);
+    marks.filter_map(|(at, _)| version(at)).max().unwrap_or_default()
+}
+
+/// Golden checkpoints with what was computed from them, and questions.
+fn models(from: &Path, to: &Path) -> Result<()> {
+    for case in fs::read_dir(from.join("golden"))? {
+        let case = case?.path();
+        if !case.join("golden.json").exists() || !case.join("config.json").exists() {
+            continue;
+        }
+        let folder = to.join("golden").join(case.file_name().context("a name")?);
+        fs::create_dir_all(&folder)?;
+        for file in fs::read_dir(&case)? {
+            let file = file?.path();
+            let name = file.file_name().context("a name")?;
+            // The logits are for tests that do not go through a server.
+            if name != "golden.safetensors" {
+                fs::copy(&file, folder.join(name))?;
+            }
+        }
+    }
+    fs::create_dir_all(to.join("abacus"))?;
+    for name in QUESTIONS {
+        fs::copy(from.join("abacus").join(name), to.join("abacus").join(name))?;
+    }
+    Ok(())
+}
+
+/// What the binaries were made from, as far as git tells; changes that are not committed are not seen.
+fn commit() -> Option<String> {
+    let output = Command::new("git").args(["rev-parse", "HEAD"]).current_dir(root()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn size(folder: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        bytes += if path.is_dir() { size(&path)? } else { path.metadata()?.len() };
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+
+    use super::*;
+    use crate::gpu::correct::GOLDENS;
+
+    #[test]
+    fn the_newest_glibc_is_found_by_number() {
+        assert_eq!(newest_glibc(b"\0GLIBC_2.9\0GLIBC_2.34\0GLIBC_2.4.1\0GLIBC_PRIVATE\0GLIBC_"), (2, 34));
+        assert_eq!(newest_glibc(b"nothing"), (0, 0));
+    }
+
+    #[test]
+    fn every_golden_that_is_judged_and_every_question_is_packed() {
+        let folder = tempfile::tempdir().unwrap();
+        models(&root().join("models"), folder.path()).unwrap();
+        let packed = fs::read_dir(folder.path().join("golden")).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut packed: Vec<OsString> = packed.collect();
+        let mut judged = GOLDENS.map(OsString::from).to_vec();
+        packed.sort();
+        judged.sort();
+        assert_eq!(packed, judged);
+        assert!(QUESTIONS.iter().all(|name| folder.path().join("abacus").join(name).exists()));
+        assert!(size(folder.path()).unwrap() < MOST / 2);
+    }
+}
