@@ -101,8 +101,11 @@ struct Run {
     char message[256];
 };
 
+/// Numbers of Linux's signals. Its header would bring names that kernels may have.
+constexpr int ILLEGAL_INSTRUCTION = 4, ARITHMETIC = 8;
+
 /// Codes of the driver.
-constexpr int ILLEGAL_ADDRESS = 700, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719;
+constexpr int ILLEGAL_ADDRESS = 700, OUT_OF_RESOURCES = 701, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719;
 
 /// One host thread's block. Made once and used for any number of launches, of any module.
 struct Worker {
@@ -111,6 +114,9 @@ struct Worker {
     dim3 block_dim, grid_dim;
     Lane* current;
     void* scheduler;
+    /// Of the lanes in every warp; the lane from which the running warp's lanes count, and how many of them had their turn.
+    unsigned char order[WARP];
+    unsigned first, turn;
     bool failed;
     unsigned threads, live, waiting;
     unsigned char* stacks;
@@ -166,13 +172,30 @@ template <typename... A> [[noreturn]] inline void fail_with(int code, const char
 
 template <typename... A> [[noreturn]] inline void fail(const char* format, A... values) { fail_with(LAUNCH_FAILED, format, values...); }
 
+/// Behind `__launch_bounds__`: at the head of such a kernel.
+inline void launch_bounds(unsigned threads, unsigned = 0) {
+    if (worker->threads > threads) fail_with(OUT_OF_RESOURCES, "%u threads, and its bound is %u", worker->threads, threads);
+}
+
 inline Lane& lane() { return *worker->current; }
 inline Warp& warp() { return worker->warps[(worker->current - worker->lanes) / WARP]; }
 
+/// The next lane of the running warp that can go on, in this turn of its lanes; null if there is none.
+inline Lane* next_lane(Worker& w) {
+    while (w.turn < WARP) {
+        unsigned at = w.first + w.order[w.turn++];
+        if (at < w.threads && w.lanes[at].state == State::Ready) return w.current = &w.lanes[at];
+    }
+    return nullptr;
+}
+
+/// Lets the next lane go on, or the scheduler if there is none.
 inline void pause(State state) {
-    Lane& self = lane();
+    Worker& w = *worker;
+    Lane& self = *w.current;
     self.state = state;
-    emulated_switch(&self.stack, worker->scheduler);
+    Lane* next = next_lane(w);
+    emulated_switch(&self.stack, next ? next->stack : w.scheduler);
 }
 
 /// Lets the lanes of a warp go on.
@@ -333,23 +356,18 @@ inline bool describe_deadlock(Worker& w) {
 
 inline bool run_block(Worker& w, unsigned long long index) {
     start_lanes(w);
-    unsigned char warps[MAX_THREADS / WARP], lanes[WARP];
+    unsigned char warps[MAX_THREADS / WARP];
     unsigned warp_count = (w.threads + WARP - 1) / WARP;
     put_in_order(warps, warp_count, w.run->order, index);
-    put_in_order(lanes, WARP, w.run->order, ~index);
+    put_in_order(w.order, WARP, w.run->order, ~index);
     for (;;) {
         bool moved = false;
         for (unsigned i = 0; i < warp_count; i++) {
-            for (bool ready = true; ready;) {
-                ready = false;
-                for (unsigned j = 0; j < WARP; j++) {
-                    unsigned at = warps[i] * WARP + lanes[j];
-                    if (at >= w.threads || w.lanes[at].state != State::Ready) continue;
-                    ready = moved = true;
-                    w.current = &w.lanes[at];
-                    emulated_switch(&w.scheduler, w.current->stack);
-                    if (w.failed) return false;
-                }
+            w.first = warps[i] * WARP;
+            for (w.turn = 0; Lane* lane = next_lane(w); w.turn = 0) {
+                moved = true;
+                emulated_switch(&w.scheduler, lane->stack);
+                if (w.failed) return false;
             }
         }
         if (!w.live) return true;
@@ -421,9 +439,15 @@ EMULATED_API inline bool emulated_run(emulated::Worker* with, emulated::Run* run
     return well;
 }
 
-/// For a handler of signals, on the thread that is in `emulated_run`: a lane touched an address that it may not, and the launch ends.
-EMULATED_API [[noreturn]] inline void emulated_escape(const void* address) {
-    emulated::fail_with(emulated::ILLEGAL_ADDRESS, "illegal access of the address %p", address);
+/// For a handler of signals, on the thread that is in `emulated_run`: the lane that runs did what it may not, and the launch ends. What the
+/// compiler checks (alignment, indices of arrays) is an illegal instruction.
+EMULATED_API [[noreturn]] inline void emulated_escape(int signal, const void* address) {
+    using namespace emulated;
+    switch (signal) {
+    case ILLEGAL_INSTRUCTION: fail_with(MISALIGNED_ADDRESS, "a misaligned access, or an index out of its array");
+    case ARITHMETIC: fail("a division by zero");
+    default: fail_with(ILLEGAL_ADDRESS, "illegal access of the address %p", address);
+    }
 }
 
 #include "emulate_cuda.h"

@@ -6,9 +6,9 @@
 
 namespace emulated {
 
-inline void on_fault(int, siginfo_t* info, void*) {
+inline void on_fault(int signal, siginfo_t* info, void*) {
     if (!worker) abort();
-    emulated_escape(info->si_addr);
+    emulated_escape(signal, info->si_addr);
 }
 
 /// `count` elements of device memory, poisoned, with a guard behind.
@@ -32,7 +32,7 @@ template <auto F, typename... A> void launch(const char* name, dim3 grid, dim3 b
         struct sigaction action{};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        const int signals[] = {SIGSEGV, SIGBUS, SIGFPE};
+        const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
         for (int signal : signals) sigaction(signal, &action, nullptr);
         return emulated_worker();
     }();

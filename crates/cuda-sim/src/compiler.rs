@@ -9,12 +9,15 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// The emulator's headers, as one text for checksums.
-pub const EMULATOR: &str = concat!(
-    include_str!("../include/emulate.h"),
-    include_str!("../include/emulate_cuda.h"),
-    include_str!("../include/emulate_tensor.h"),
-);
+/// Beside those of the target. What the host would not notice and a device would is checked: alignment, and indices of arrays.
+const FLAGS: &str = "-shared -fPIC -O2 -ffp-contract=fast -fno-strict-aliasing -fvisibility=hidden -fno-exceptions -fno-rtti -w \
+    -U_FORTIFY_SOURCE -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error -DBATON_EMULATED -include emulate.h";
+
+/// The emulator's headers and how they are compiled, as one text for checksums.
+pub fn emulator() -> String {
+    HEADERS.iter().map(|(_, text)| *text).chain([FLAGS]).collect()
+}
+
 const HEADERS: [(&str, &str); 3] = [
     ("emulate.h", include_str!("../include/emulate.h")),
     ("emulate_cuda.h", include_str!("../include/emulate_cuda.h")),
@@ -110,9 +113,9 @@ fn write_sources(folder: &Path, source: &Source) -> std::io::Result<()> {
     for (name, text) in &source.headers {
         let path = folder.join(name);
         std::fs::create_dir_all(path.parent().unwrap_or(folder))?;
-        std::fs::write(path, text)?;
+        std::fs::write(path, with_bounds(text))?;
     }
-    let mut text = format!("#line 1 \"{}\"\n{}\n", source.name, source.text);
+    let mut text = format!("#line 1 \"{}\"\n{}\n", source.name, with_bounds(&source.text));
     text.push_str(
         "extern \"C\" __attribute__((visibility(\"default\"))) const emulated::Kernel emulated_kernels[] = {\n",
     );
@@ -127,14 +130,52 @@ fn write_sources(folder: &Path, source: &Source) -> std::io::Result<()> {
     std::fs::write(folder.join("kernels.cpp"), text)
 }
 
+/// The source with a check at the head of each kernel that has `__launch_bounds__`: no attribute of the host's compiler keeps them.
+fn with_bounds(source: &str) -> String {
+    const WORD: &str = "__launch_bounds__";
+    let mut out = String::new();
+    let mut rest = source;
+    while let Some(at) = rest.find(WORD) {
+        let (before, after) = rest.split_at(at + WORD.len());
+        out.push_str(before);
+        rest = after;
+        let Some(bounds) = parenthesised(after) else { continue };
+        let Some(open) = after[bounds.len()..].find('(').map(|open| bounds.len() + open) else { continue };
+        let Some(parameters) = parenthesised(&after[open..]) else { continue };
+        let body = &after[open + parameters.len()..];
+        if let Some(inside) = body.trim_start().strip_prefix('{') {
+            out.push_str(&after[..after.len() - inside.len()]);
+            out.push_str(&format!(" ::emulated::launch_bounds{bounds};"));
+            rest = inside;
+        }
+    }
+    out + rest
+}
+
+/// The text up to the parenthesis that closes the one it begins with.
+fn parenthesised(text: &str) -> Option<&str> {
+    let mut depth = 0;
+    for (at, c) in text.char_indices() {
+        match c {
+            '(' => depth += 1,
+            ')' => depth -= 1,
+            _ if depth == 0 => return None,
+            _ => {}
+        }
+        if depth == 0 {
+            return Some(&text[..=at]);
+        }
+    }
+    None
+}
+
 fn run_compiler(compiler: &Path, folder: &Path, target: &Target) -> Result<Vec<u8>, String> {
     let native = if cfg!(target_arch = "x86_64") { "-march=native" } else { "-mcpu=native" };
     let mut command = Command::new(compiler);
-    command.current_dir(folder).args(["-shared", "-fPIC", "-O2", native, "-ffp-contract=fast", "-fno-strict-aliasing"]);
-    command.args(["-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-U_FORTIFY_SOURCE", "-w"]);
+    command.current_dir(folder).args(FLAGS.split_whitespace()).arg(native);
     command.arg(format!("-std={}", target.standard)).arg(format!("-D__CUDA_ARCH__={}0", target.arch));
     command.args(target.defines.iter().map(|define| format!("-D{define}")));
-    command.args(["-DBATON_EMULATED", "-I.", "-include", "emulate.h", "kernels.cpp", "-o", "kernels.so"]);
+    command.args(["-I.", "kernels.cpp", "-o", "kernels.so"]);
     let output = command.output().map_err(|error| format!("{}: {error}", compiler.display()))?;
     match output.status.success() {
         true => std::fs::read(folder.join("kernels.so")).map_err(|error| error.to_string()),

@@ -44,7 +44,7 @@ struct Run {
 type Worker = *mut c_void;
 type NewWorker = unsafe extern "C" fn() -> Worker;
 type RunBlocks = unsafe extern "C" fn(Worker, *mut Run) -> bool;
-type Escape = unsafe extern "C" fn(*const c_void) -> !;
+type Escape = unsafe extern "C" fn(i32, *const c_void) -> !;
 
 /// One compiled program.
 pub struct Library {
@@ -209,8 +209,8 @@ thread_local! {
     static PREPARED: Cell<bool> = const { Cell::new(false) };
 }
 
-static BEFORE: Mutex<[Option<libc::sigaction>; 3]> = Mutex::new([None; 3]);
-const SIGNALS: [i32; 3] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE];
+static BEFORE: Mutex<[Option<libc::sigaction>; 4]> = Mutex::new([None; 4]);
+const SIGNALS: [i32; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
 
 /// Takes the signals of kernels, on a stack of their own: a lane may have used up its own.
 fn catch_signals() {
@@ -247,7 +247,7 @@ fn catch_signals() {
 unsafe extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, _: *mut c_void) {
     if let Some(escape) = ESCAPE.get() {
         // SAFETY: this thread is in `emulated_run` of the library whose function this is; the signal came from the kernel's code.
-        unsafe { escape((*info).si_addr()) }
+        unsafe { escape(signal, (*info).si_addr()) }
     }
     // Not a kernel's: whoever had the signal before gets it when the instruction is tried again.
     if let Ok(before) = BEFORE.try_lock() {

@@ -283,7 +283,8 @@ impl Machine {
         match result {
             Ok(()) => 0,
             Err(Fail { code, message }) => {
-                if code != cuda::NOT_READY {
+                // Neither is a mistake: to ask too early, and to try an image that a cache kept from another version.
+                if ![cuda::NOT_READY, cuda::INVALID_IMAGE].contains(&code) {
                     self.counters.messages.push(format!("{symbol}: {message}"));
                 }
                 code

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     codes::cuda,
-    compiler::EMULATOR,
+    compiler::emulator,
     emulator::{Launch, Library},
     machine::{Fail, Machine, fail},
 };
@@ -38,7 +38,7 @@ pub struct Function {
 /// An image of a library for compute capability `arch`; `exact`: machine code, else portable.
 pub fn image(library: &[u8], arch: u32, exact: bool) -> Vec<u8> {
     let mut image = MAGIC.to_vec();
-    for word in [library.len() as u64, checksum(library), checksum(EMULATOR.as_bytes()), arch.into(), exact.into()] {
+    for word in [library.len() as u64, checksum(library), checksum(emulator().as_bytes()), arch.into(), exact.into()] {
         image.extend(word.to_le_bytes());
     }
     image.extend(library);
@@ -63,10 +63,10 @@ pub unsafe fn load(image: *const u8, cc: u32) -> Result<Arc<Library>, Fail> {
         return Err(fail!(cuda::INVALID_IMAGE, "this is no image of the simulator's compiler"));
     }
     let word = |at: usize| u64::from_le_bytes(head[at * 8..at * 8 + 8].try_into().expect("8 bytes"));
-    let [bytes, sum, emulator, arch, exact] = [1, 2, 3, 4, 5].map(word);
+    let [bytes, sum, made_by, arch, exact] = [1, 2, 3, 4, 5].map(word);
     // SAFETY: the head says how long the image is.
     let library = unsafe { std::slice::from_raw_parts(image.add(HEAD), bytes as usize) };
-    if checksum(library) != sum || emulator != checksum(EMULATOR.as_bytes()) {
+    if checksum(library) != sum || made_by != checksum(emulator().as_bytes()) {
         return Err(fail!(cuda::INVALID_IMAGE, "the image is damaged, or another version of the compiler made it"));
     }
     let cc = u64::from(cc);

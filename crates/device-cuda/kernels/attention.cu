@@ -32,7 +32,6 @@ template <typename T, typename KV, int D, typename S> struct Layout {
     static constexpr int QUERIES = ROWS * STRIDE * 2;
     static constexpr int PLANE = fetched<KV, S::KEYS, D, STRIDE>();
     static constexpr int STAGE = 2 * PLANE;
-    static constexpr int NUMBERS = S::KEYS * STRIDE * 2;
 };
 
 /// q and out `[rows, heads * D]`. Grid: (runs of query heads, splits, tiles).

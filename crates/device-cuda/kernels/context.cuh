@@ -41,8 +41,8 @@ struct Scores {
     int window;
 };
 
-/// What splits of a context leave for `merge`: by token of a tile, head and split the sums of weighted values and, in twos, the largest
-/// score and the sum of weights. Not used where there is one split.
+/// What splits of a context leave for `merge`: by token of a tile, head and split the sums of weighted values and, in twos,
+/// the largest score and the sum of weights. Not used where there is one split.
 struct Partials {
     float* sums;
     float* weights;

@@ -160,7 +160,7 @@ impl LinearKernels {
         let (f, m, s, y) = (type_name(format), math.name(), sums.name(), out.name());
         let tiled = |(tiles, panels, warps): (usize, usize, Warps)| {
             let kernel = kernel(format!("product<{f}, {m}, {y}, {tiles}, {panels}>"))?;
-            let apart = if let Warps::Features(warps) = warps { warps } else { 1 };
+            let apart = if let Features(warps) = warps { warps } else { 1 };
             Ok(Product { input: math, tile: [8 * tiles, 16 * panels * apart], warps, kernel })
         };
         let exact = |input: DataType| {

@@ -22,6 +22,8 @@ const THREADS: u32 = 128;
 const COLUMNS: usize = 8;
 const DIRECT_COLUMNS: usize = 4;
 const COMBINED: usize = 512;
+/// Rows that are computed together: what lies between two products is `top_k` times theirs.
+const ROWS_AT_ONCE: usize = 4096;
 /// Slots of a tile of the kernels for few rows, where pairs are sorted.
 const SKINNY: usize = 8;
 
@@ -138,13 +140,26 @@ impl MoeKernels {
     /// Queues `out = Σ weight · expert(x)`: x, out `[rows, hidden]` of the activations' type, logits `[rows, experts]`, of that
     /// type or f32.
     pub(crate) fn fused(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {
-        let Self { gpu, activations } = self;
-        let Experts { shape, kernels, .. } = experts;
-        let (activations, Shape { hidden, inner, count, held, top_k }) = (*activations, *shape);
-        let rows = x.rows();
+        let (rows, activations) = (x.rows(), self.activations);
+        let Shape { hidden, count, .. } = experts.shape;
         assert_eq!((x.cols(), out.cols(), logits.cols()), (hidden, hidden, count), "widths of experts");
         assert_eq!((logits.rows(), x.dtype()), (rows, activations), "rows and type of experts' input");
         let out = out.output(rows, activations);
+        for start in (0..rows).step_by(ROWS_AT_ONCE) {
+            let at = |address: u64, cols: usize, dtype: DataType| address + (start * cols * dtype.bytes()) as u64;
+            let x = at(x.address(), hidden, activations);
+            let own_logits = at(logits.address(), count, logits.dtype());
+            let out = at(out, hidden, activations);
+            self.some(ROWS_AT_ONCE.min(rows - start), x, (own_logits, logits.dtype()), experts, out)?;
+        }
+        Ok(())
+    }
+
+    /// As [`MoeKernels::fused`], of rows at these addresses.
+    fn some(&self, rows: usize, x: u64, logits: (u64, DataType), experts: &Experts, out: u64) -> Result<()> {
+        let Self { gpu, activations } = self;
+        let Experts { shape, kernels, .. } = experts;
+        let Shape { hidden, inner, count, held, top_k } = *shape;
         let pairs = rows * top_k;
         let tiled = tiles(*shape, rows, |tiled: &Tiled| tiled.slots, &kernels.tiled);
         let bound = tiled.map_or(pairs, |tiled| pairs.min(pairs / tiled.slots + held));
@@ -163,7 +178,7 @@ impl MoeKernels {
 
         let own_tiles = if tiled.is_none() { pointer(&tiles) } else { null.clone() };
         let [narrow, wide] = &kernels.route;
-        let route = if logits.dtype() == DataType::F32 { wide } else { narrow };
+        let route = if logits.1 == DataType::F32 { wide } else { narrow };
         let bias = experts.bias.as_ref().map_or(0, Buffer::address);
         launch(
             route,
@@ -171,16 +186,11 @@ impl MoeKernels {
             THREADS,
             4 * 2 * count * 4,
             &[
-                &[
-                    Arg::Ptr(logits.address()),
-                    Arg::Ptr(bias),
-                    Arg::Bytes(experts.routing.clone()),
-                    Arg::I32(rows as i32),
-                ],
+                &[Arg::Ptr(logits.0), Arg::Ptr(bias), Arg::Bytes(experts.routing.clone()), Arg::I32(rows as i32)],
                 &[pointer(&ids), pointer(&weights), own_tiles],
             ],
         )?;
-        let x = Arg::Ptr(x.address());
+        let x = Arg::Ptr(x);
         match tiled {
             None => {
                 let [gate_up, direct_down] = &kernels.direct;

@@ -249,7 +249,7 @@ impl Numbers {
         // Those that pad are the sequence's own, and nothing is read of them.
         let last = self.blocks[self.blocks.len() - 1];
         self.blocks.resize(self.blocks.len().next_multiple_of(TOGETHER), last);
-        let mut cut = |list: &mut Vec<Tile>, tokens: usize| {
+        let cut = |list: &mut Vec<Tile>, tokens: usize| {
             list.extend((0..len).step_by(tokens).map(|first| {
                 let tokens = tokens.min(len - first);
                 Tile { row: int(row + first), tokens: int(tokens), position: int(start + first), table }

@@ -1,7 +1,7 @@
 //! Kernels: CUDA C++ that lies in the binary as text, compiled for the GPU that is found.
 //!
 //! A kernel is asked for by a C++ name expression (`rms_norm<bf16>`). Those of one source file that were asked for since
-//! the last time are compiled together, files side by side. Invariant: a kernel that was asked for once is the same for
+//! the last time are compiled together, files and parts of them side by side. Invariant: a kernel that was asked for once is the same for
 //! everybody who asks again, and is compiled once.
 
 use std::collections::BTreeMap;
@@ -43,6 +43,10 @@ pub(crate) const HEADERS: [(&CStr, &str); 4] = [
     (c"moe.cuh", include_str!("../kernels/moe.cuh")),
     (c"context.cuh", include_str!("../kernels/context.cuh")),
 ];
+
+/// Kernels of a source that are compiled together, at most: some tenths of a second each, against one for reading the source
+/// anew on another processor.
+const TOGETHER: usize = 16;
 
 /// Dynamic shared memory that a kernel may have without being told so.
 const SHARED: u32 = 48 << 10;
@@ -183,13 +187,17 @@ impl Programs {
 
     /// Compiles what is not yet.
     pub(crate) fn compile(&mut self, context: &Arc<Context>) -> Result<()> {
-        let mut wanted: BTreeMap<Source, Vec<Kernel>> = BTreeMap::new();
+        let mut by_source: BTreeMap<Source, Vec<Kernel>> = BTreeMap::new();
         for ((source, _), kernel) in self.kernels.iter().filter(|(_, kernel)| kernel.function().is_none()) {
-            wanted.entry(*source).or_default().push(kernel.clone());
+            by_source.entry(*source).or_default().push(kernel.clone());
+        }
+        let mut wanted: Vec<(Source, &[Kernel])> = Vec::new();
+        for (source, kernels) in &by_source {
+            wanted.extend(kernels.chunks(TOGETHER).map(|part| (*source, part)));
         }
         let (target, cache) = (self.target, self.cache.as_deref());
         let images = std::thread::scope(|scope| {
-            let image = |(source, kernels): (&Source, &Vec<Kernel>)| {
+            let image = |(source, kernels): &(Source, &[Kernel])| {
                 let (source, names) = (*source, kernels.iter().map(|kernel| kernel.0.name.clone()).collect::<Vec<_>>());
                 scope.spawn(move || {
                     let unit = Unit { source, names, target };
@@ -200,7 +208,7 @@ impl Programs {
             threads.into_iter().map(|thread| thread.join().expect("a compiler's thread")).collect::<Vec<_>>()
         });
         context.enter()?;
-        for (kernels, image) in wanted.values().zip(images) {
+        for ((_, kernels), image) in wanted.into_iter().zip(images) {
             let failed = |reason| DeviceError::Execution { device: context.name.clone(), op: "compile", reason };
             let (unit, image) = image.map_err(failed)?;
             let (module, image) = match load(context, &image) {

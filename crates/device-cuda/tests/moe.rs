@@ -36,6 +36,17 @@ fn every_size_of_tile_gives_the_judges_numbers() {
     simulator.expect_clean();
 }
 
+#[test]
+fn many_rows_are_computed_in_parts() {
+    let simulator = Simulator::new();
+    let backend = simulator.open(DType::BF16);
+    let format = WeightFormat::BF16;
+    let case = Case::Moe { rows: 4100, hidden: 8, intermediate: 8, experts: 4, format, groups: None };
+    let outcome = conformance::run(&case, &backend).unwrap();
+    assert!(outcome.passed(), "{} of {}", outcome.max_error(), outcome.tolerance);
+    assert_eq!(simulator.count("kernels.sort_pairs"), 2);
+}
+
 const HIDDEN: usize = 64;
 const INNER: usize = 96;
 const EXPERTS: usize = 40;
@@ -82,9 +93,8 @@ fn mixed<B: MoeOps>(b: &B, rows: usize) -> Vec<f32> {
         .unwrap();
     let router: Vec<u8> = uniform(3, EXPERTS * HIDDEN, 0.3).iter().flat_map(|v| v.to_le_bytes()).collect();
     let weight = HostTensor::new("router", DType::F32, vec![EXPERTS, HIDDEN], &router);
-    let router = b
-        .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
-        .unwrap();
+    let (format, purpose) = (WeightFormat::F32, Purpose::Product);
+    let router = b.linear_weight(&HostLinear { weight, bias: None, format, purpose }).unwrap();
     let mut inputs = uniform(2, rows * HIDDEN, 1.0);
     KvDtype::BF16.round(&mut inputs);
     let tensor = |cols: usize| b.tensor(rows, cols).unwrap();

@@ -72,6 +72,11 @@ fn kernels_that_break_a_rule_end_their_context() {
     fails("__shfl_xor_sync(0xffffu, 1, 1);", cuda::LAUNCH_FAILED, "mask 0xffff");
     fails("__trap();", cuda::LAUNCH_FAILED, "__trap");
     fails("emulated::aligned((char*)4, 16);", cuda::MISALIGNED_ADDRESS, "misaligned");
+    let between = "*(float4*)(emulated::dynamic_shared() + 8 * threadIdx.x) = float4{};";
+    fails(between, cuda::MISALIGNED_ADDRESS, "thread (1, 0, 0): a misaligned access");
+    let outside = "__shared__ float few[32]; few[threadIdx.x] = 1;";
+    fails(outside, cuda::MISALIGNED_ADDRESS, "thread (32, 0, 0): a misaligned access, or an index out of its array");
+    fails("*(volatile int*)emulated::dynamic_shared() /= (int)threadIdx.z;", cuda::LAUNCH_FAILED, "division by zero");
     let stack = "volatile char much[200000]; for (int i = 0; i < 200000; i += 100) much[i] = 1;";
     fails(stack, cuda::ILLEGAL_ADDRESS, "illegal access");
 }
@@ -180,4 +185,22 @@ fn launches_that_no_device_takes_are_refused_at_the_call() {
     well(session.launch(kernel, 1, 32, 227 << 10, &[&1i32]));
     well(session.synchronize());
     assert_eq!(session.launch(kernel + 16, 1, 32, 0, &[&1i32]), cuda::INVALID_HANDLE);
+}
+
+#[test]
+fn a_launch_of_more_threads_than_the_kernels_bound_fails() {
+    if !has_compiler() {
+        return;
+    }
+    let source = "template <int n> __global__ void
+    __launch_bounds__(32 * max(n, 1), 2) bounded(void (*unused)(int)) { }";
+    for (threads, code) in [(64, 0), (65, 701)] {
+        let session = Session::new();
+        let kernel = session.kernel(source, "bounded<2>");
+        well(session.launch(kernel, 1, threads, 0, &[&0u64]));
+        assert_eq!(session.synchronize(), code);
+        if code != 0 {
+            assert_said("65 threads, and its bound is 64");
+        }
+    }
 }
