@@ -292,14 +292,20 @@ template <typename F, typename X> __global__ void __launch_bounds__(128) product
             }
         }
     }
-    float* out = static_cast<float*>(weight.out) + static_cast<long long>(first_row) * weight.out_features + feature;
+    __shared__ float parts[ROWS][4];
+    const int warp = threadIdx.x / 32;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        float total = block_sum(sum[r]);
-        if (threadIdx.x == r && r < rows) {
-            out[static_cast<long long>(r) * weight.out_features] = total + (weight.bias ? weight.bias[feature] : 0);
-        }
+        if (r >= rows) break;
+        float part = warp_sum(sum[r]);
+        if (threadIdx.x % 32 == 0) parts[r][warp] = part;
     }
+    __syncthreads();
+    if (threadIdx.x >= rows) return;
+    float total = weight.bias ? weight.bias[feature] : 0;
+    for (int i = 0; i < blockDim.x / 32; i++) total += parts[threadIdx.x][i];
+    long long at = static_cast<long long>(first_row + threadIdx.x) * weight.out_features + feature;
+    static_cast<float*>(weight.out)[at] = total;
 }
 
 /// `out[i] = row ids[i]` of a weight `[_, k]`, or `row first + i` without ids; rounded to Y.
