@@ -57,8 +57,9 @@ const KEYS: [&str; 11] =
     ["devices", "cc", "sms", "memory", "driver", "order", "hang", "lost", "reset", "report", "fault"];
 
 impl Settings {
-    pub fn new() -> Self {
-        Self {
+    /// Of the variables `CUDA_SIM_*`. One that cannot be read ends the process: a test that sets it means it.
+    pub fn from_environment() -> Self {
+        let mut settings = Self {
             devices: 1,
             cc: 90,
             sms: 132,
@@ -70,12 +71,7 @@ impl Settings {
             reset: true,
             report: None,
             faults: Vec::new(),
-        }
-    }
-
-    /// Of the variables `CUDA_SIM_*`. One that cannot be read ends the process: a test that sets it means it.
-    pub fn from_environment() -> Self {
-        let mut settings = Self::new();
+        };
         for key in KEYS {
             let name = format!("CUDA_SIM_{}", key.to_uppercase());
             if let Ok(value) = std::env::var(&name) {
@@ -162,7 +158,7 @@ fn switch(value: &str) -> Result<bool, String> {
     }
 }
 
-/// Sets what `text` says, `key=value`; `default` sets every key as at the start without an environment. Returns 0, or 1 with a message.
+/// Sets what `text` says, `key=value`; `default` sets every key as at the start. Returns 0, or 1 with a message.
 ///
 /// # Safety
 /// `text` ends in zero.
@@ -174,7 +170,7 @@ pub unsafe extern "C" fn cuda_sim_control(text: *const c_char) -> i32 {
     let set = match text.split_once('=') {
         Some((key, value)) => m.settings.set(key, value),
         None if text == "default" => {
-            m.settings = Settings { report: m.settings.report.take(), ..Settings::new() };
+            m.settings = Settings { report: m.settings.report.take(), ..Settings::from_environment() };
             Ok(())
         }
         None => Err("key=value".to_owned()),
