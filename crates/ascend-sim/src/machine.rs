@@ -258,6 +258,7 @@ pub fn call(symbol: &'static str, needs: Needs, body: impl FnOnce(&mut Machine) 
 /// [`call`], for a body that waits and so takes the lock itself.
 pub fn call_waiting(symbol: &'static str, needs: Needs, body: impl FnOnce(Guard) -> Result<(), Refusal>) -> i32 {
     let mut guard = lock();
+    guard.look_at_control();
     *guard.counters.calls.entry(symbol).or_default() += 1;
     let admitted = guard.settings.injected(symbol).and_then(|_| guard.admit(needs));
     answer(symbol, admitted.and_then(|()| body(guard)))

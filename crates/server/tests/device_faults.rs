@@ -82,7 +82,8 @@ async fn a_kernel_faults(flags: &[&str], operator: &str) {
     let (status, before) = faulty.ask().await;
     assert_eq!(status, 200, "{before}");
     for rebuilds in 1..=2 {
-        faulty.happens(&format!("fault={operator}:{rebuilds}:run"));
+        // The prompt's: steps that came often enough run as graphs, in which nothing is called.
+        faulty.happens(&format!("fault={operator}:1:run"));
         let (status, reply) = faulty.ask().await;
         assert_eq!((status, &reply["error"]["code"]), (500, &"device_poisoned".into()), "{reply}");
         // It waits for the model.
