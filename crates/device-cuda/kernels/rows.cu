@@ -249,15 +249,25 @@ template <typename X> __global__ void __launch_bounds__(1024) argmax(const X* x,
     bool finite = true;
     auto meet = [&](float value, int i) {
         finite = finite && fabsf(value) < infinity();
-        if (value > largest) largest = value, at = i;
+        bool larger = value > largest;
+        largest = larger ? value : largest;
+        at = larger ? i : at;
     };
-    // In ascending order, so that a thread keeps the first of its equals. A row has one block: several reads at a time make up for it.
+    // In ascending order, so that a thread keeps the first of its equals.
     if (in_steps(cols)) {
-#pragma unroll 4
-        for (int i = threadIdx.x * STEP; i < cols; i += blockDim.x * STEP) {
-            Vec<X, STEP> a = load<STEP>(x + i);
+        // A row has one block: READS at a time without conditions make up for it. Beyond the end they are of the last step.
+        constexpr int READS = 4;
+        const int stride = blockDim.x * STEP;
+        for (int i = threadIdx.x * STEP; i < cols; i += READS * stride) {
+            Vec<X, STEP> a[READS];
 #pragma unroll
-            for (int j = 0; j < STEP; j++) meet(to_float(a[j]), i + j);
+            for (int r = 0; r < READS; r++) a[r] = load<STEP>(x + min(i + r * stride, cols - STEP));
+#pragma unroll
+            for (int r = 0; r < READS; r++) {
+                if (i + r * stride >= cols) break;
+#pragma unroll
+                for (int j = 0; j < STEP; j++) meet(to_float(a[r][j]), i + r * stride + j);
+            }
         }
     } else {
         for (int i = threadIdx.x; i < cols; i += blockDim.x) meet(to_float(x[i]), i);
