@@ -96,6 +96,11 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+// Never contracted with a sum.
+inline float __fmul_rn(float x, float y) {
+    volatile float product = x * y;
+    return product;
+}
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }

@@ -343,9 +343,17 @@ __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q,
     if (gridDim.z > 1 && threadIdx.x == 0) store(partials.weights + at * 2, Vec<float, 2>{{top, weight}});
 }
 
-/// Joins the splits of what tiles of at most `tokens` left. out `[rows, heads * width]`. Grid: (tiles times tokens, heads).
-template <typename T>
-__global__ void merge(const Tile* tiles, int tokens, Partials partials, int splits, int width, T* out) {
+/// Splits of a context at most.
+constexpr int MOST_SPLITS = 64;
+
+/// Joins the splits of what tiles of at most `tokens` left. out `[rows, heads * width]`; a thread takes N columns at a time, of
+/// which `width` is a multiple. All that is read comes from the second cache, so that what counts is how many reads wait for others:
+/// lanes read the splits' weights beside each other, and a thread those of the sums.
+///
+/// Grid: (tiles times tokens, heads). Block: whole warps.
+template <typename T, int N>
+__global__ void __launch_bounds__(THREADS) merge(const Tile* tiles, int tokens, Partials partials, int splits, int width, T* out) {
+    __shared__ float factors[MOST_SPLITS];
     const Tile tile = tiles[blockIdx.x / tokens];
     const int token = blockIdx.x % tokens;
     if (token >= tile.tokens) return;
@@ -353,13 +361,26 @@ __global__ void merge(const Tile* tiles, int tokens, Partials partials, int spli
     const size_t from = (static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y) * splits;
     const float* weights = partials.weights + from * 2;
     float top = -infinity(), weight = 0.0f;
-    for (int s = 0; s < splits; s++) top = fmaxf(top, weights[s * 2]);
-    for (int s = 0; s < splits; s++) weight += relative(weights[s * 2], top) * weights[s * 2 + 1];
-    for (int d = threadIdx.x; d < width; d += blockDim.x) {
-        float sum = 0.0f;
+    for (int s = lane_id(); s < splits; s += LANES) top = fmaxf(top, weights[s * 2]);
+    top = warp_max(top);
+    for (int s = lane_id(); s < splits; s += LANES) {
+        const float factor = relative(weights[s * 2], top);
+        weight += factor * weights[s * 2 + 1];
+        if (warp_id() == 0) factors[s] = factor;
+    }
+    weight = warp_sum(weight);
+    __syncthreads();
+    for (int d = threadIdx.x * N; d < width; d += blockDim.x * N) {
+        float sums[N] = {};
+#pragma unroll 8
         for (int s = 0; s < splits; s++) {
-            sum += relative(weights[s * 2], top) * partials.sums[(from + s) * width + d];
+            const Vec<float, N> part = load<N>(partials.sums + (from + s) * width + d);
+#pragma unroll
+            for (int i = 0; i < N; i++) sums[i] = fmaf(factors[s], part[i], sums[i]);
         }
-        out[index * width + d] = from_float<T>(sum / weight);
+        Vec<T, N> result;
+#pragma unroll
+        for (int i = 0; i < N; i++) result[i] = from_float<T>(sums[i] / weight);
+        store(out + index * width + d, result);
     }
 }

@@ -44,7 +44,8 @@ __device__ inline void keep_row(const T* from, signed char* to, int width, float
     const float step = infinite ? infinity() - infinity() : largest / 127.0f;
     const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
     for (int i = lane; i < width; i += LANES) {
-        const float x = to_float(from[i]) * inverse;
+        // Rounded by itself: contracted with the sum below it would end elsewhere next to a half.
+        const float x = __fmul_rn(to_float(from[i]), inverse);
         const int q = infinite ? 0 : static_cast<int>(x + copysignf(ALMOST_HALF, x));
         to[i] = static_cast<signed char>(q < -127 ? -127 : q > 127 ? 127 : q);
     }

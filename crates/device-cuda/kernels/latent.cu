@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(THREADS, 1) attend_latents(const T* absorbed, 
         const float total = warp_sum<4>(rows[half].sum);
         if (lane % 4 == 0) {
             totals[key_warp][row] = total;
-            tops[0][row] = rows[half].largest;
+            // Both warps of a row have the same.
+            if (key_warp == 0) tops[0][row] = rows[half].largest;
         }
     }
     __syncthreads();

@@ -240,12 +240,8 @@ __global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) prod
 /// The sum of parts, `[parts, count / out_features, out_features]` at each weight's `rows`, and its bias, to its out.
 ///
 /// Grid: a thread per element of the largest result, weights.
-template <typename Y> __global__ void __launch_bounds__(256) add_parts(Group group, int parts, int rows) {
-    Weight weight = group.weight[0];
-#pragma unroll
-    for (int w = 1; w < 4; w++) {
-        if (blockIdx.y == w) weight = group.weight[w];
-    }
+template <typename Y> __global__ void __launch_bounds__(256) add_parts(const __grid_constant__ Group group, int parts, int rows) {
+    const Weight& weight = group.weight[blockIdx.y];
     long long count = static_cast<long long>(rows) * weight.out_features;
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= count) return;

@@ -131,7 +131,8 @@ __device__ __forceinline__ void normed(const Team& team, const X* x, const float
 
 /// `out = x / sqrt(mean(x²) + eps) * weight` of each run `[width]` of x. x and out may be the same.
 ///
-/// Grid: runs, or blocks of as many as a block has warps. The second pass finds x in the first cache.
+/// Grid: runs, or blocks of as many as a block has warps. The second pass finds x in the first cache; weights, which no step finds in
+/// any, are asked for before the sum, so that with few runs nobody waits for them behind it.
 template <typename X, typename Y>
 __global__ void __launch_bounds__(512)
     rms_norm(const X* x, const float* weight, float eps, Y* out, long long runs, int width, int warps) {
@@ -141,6 +142,7 @@ __global__ void __launch_bounds__(512)
     float squares = 0;
     if (in_steps(width)) {
         for (int i = team.rank * STEP; i < width; i += team.size * STEP) {
+            prefetch(weight + i);
             Vec<X, STEP> a = load<STEP>(x + i);
 #pragma unroll
             for (int j = 0; j < STEP; j++) squares = fmaf(to_float(a[j]), to_float(a[j]), squares);
@@ -165,6 +167,7 @@ __global__ void __launch_bounds__(512)
     float squares = 0;
     if (in_steps(width)) {
         for (int i = team.rank * STEP; i < width; i += team.size * STEP) {
+            prefetch(weight + i);
             Vec<X, STEP> a = load<STEP>(x + i);
             Vec<R, STEP> r = load<STEP>(residual + i);
             r = over_step<R>([&](int j) { return to_float(r[j]) + to_float(a[j]); });
@@ -246,14 +249,25 @@ template <typename X> __global__ void __launch_bounds__(1024) argmax(const X* x,
     bool finite = true;
     auto meet = [&](float value, int i) {
         finite = finite && fabsf(value) < infinity();
-        if (value > largest) largest = value, at = i;
+        bool larger = value > largest;
+        largest = larger ? value : largest;
+        at = larger ? i : at;
     };
     // In ascending order, so that a thread keeps the first of its equals.
     if (in_steps(cols)) {
-        for (int i = threadIdx.x * STEP; i < cols; i += blockDim.x * STEP) {
-            Vec<X, STEP> a = load<STEP>(x + i);
+        // A row has one block: READS at a time without conditions make up for it. Beyond the end they are of the last step.
+        constexpr int READS = 4;
+        const int stride = blockDim.x * STEP;
+        for (int i = threadIdx.x * STEP; i < cols; i += READS * stride) {
+            Vec<X, STEP> a[READS];
 #pragma unroll
-            for (int j = 0; j < STEP; j++) meet(to_float(a[j]), i + j);
+            for (int r = 0; r < READS; r++) a[r] = load<STEP>(x + min(i + r * stride, cols - STEP));
+#pragma unroll
+            for (int r = 0; r < READS; r++) {
+                if (i + r * stride >= cols) break;
+#pragma unroll
+                for (int j = 0; j < STEP; j++) meet(to_float(a[r][j]), i + r * stride + j);
+            }
         }
     } else {
         for (int i = threadIdx.x; i < cols; i += blockDim.x) meet(to_float(x[i]), i);

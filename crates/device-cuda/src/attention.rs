@@ -24,7 +24,7 @@ use crate::tensor::{DataType, Tensor};
 
 /// Elements by which rows in shared memory are longer than what they hold, as kernels have it.
 pub(crate) const PAD: usize = 8;
-/// Splits at most: every thread that joins them reads as many numbers.
+/// Splits at most, as kernels have it: every thread that joins them reads as many numbers.
 const MOST: usize = 64;
 
 /// A reason to split contexts: until there are so many blocks for each multiprocessor, as long as splits have so many
@@ -86,7 +86,7 @@ impl RowWise {
         let attend = format!("attend_rows<{t}, {}, {}>", kept.element, value.div_ceil(32));
         Ok(Self {
             attend: gpu.kernel(Source::Attention, attend)?,
-            merge: gpu.kernel(Source::Attention, format!("merge<{t}>"))?,
+            merge: gpu.kernel(Source::Attention, format!("merge<{t}, {}>", merged(value)))?,
             shared: (key * size_of::<f32>()) as u32,
         })
     }
@@ -140,7 +140,7 @@ impl Pass<'_> {
         let partials = partials(sums.address(), weights.address());
         attend(splits as u32, partials.clone())?;
         let grid = [(tiles.count() * tiles.tokens) as u32, self.heads as u32, 1];
-        let block = [self.width.next_multiple_of(32).min(128) as u32, 1, 1];
+        let block = [(self.width / merged(self.width)).next_multiple_of(32).min(128) as u32, 1, 1];
         let (tokens, splits, width) = (tiles.tokens as i32, splits as i32, self.width as i32);
         let args = [
             Arg::Ptr(tiles.address),
@@ -170,6 +170,11 @@ impl Pass<'_> {
             self.gpu.launch(kernel, launch, &args)
         })
     }
+}
+
+/// Columns, of so many, that a thread of `merge` takes at a time.
+fn merged(width: usize) -> usize {
+    if width.is_multiple_of(4) { 4 } else { 1 }
 }
 
 /// `Partials` of kernels.

@@ -1,8 +1,8 @@
 //! Linear weights and products with them.
 //!
 //! A product is in the type M that [`math`] says, with f32 sums:
-//! - Few rows are bound by reading the weight. `product` reads it once for up to 64 rows, as it lies; `product_f32` does where M is
-//!   f32.
+//! - Few rows are bound by reading the weight. `product` reads it once for up to 64 rows, as it lies (floats of many features: up
+//!   to 16); `product_f32` does where M is f32.
 //! - Many rows are cuBLASLt's. A weight that does not lie as M is widened first, a part at a time that stays in the second
 //!   cache: against the product of many rows that costs little.
 //!
@@ -27,12 +27,15 @@ use crate::tensor::{DataType, Tensor};
 const GROUP: usize = 4;
 /// Bytes of a weight that is widened for cuBLASLt, at a time.
 const WIDENED: usize = 32 << 20;
-/// Rows from which on a float weight that lies as cuBLASLt wants it is cuBLASLt's.
+/// The most rows for which a float weight that lies as cuBLASLt wants it is not cuBLASLt's.
 const FEW: usize = 16;
 /// The same of f32, where tensor cores do not help.
 const FEW_F32: usize = 8;
-/// The same of weights that would be widened first.
+/// The same of weights that would be widened first, and of narrow ones.
 const SOME: usize = 64;
+/// The most features of a narrow weight. cuBLASLt's tiles of 64 by 64 leave most of a large chip idle on it, or it joins parts
+/// of k as we do; but ours are one launch for all that share an input (queries, keys and values of small models), biases too.
+const NARROW: usize = 2048;
 
 /// A linear weight with its bias.
 pub struct Linear {
@@ -86,12 +89,12 @@ enum Warps {
     Features(usize),
 }
 
-/// The most rows whose product is our own kernels'.
-fn few(format: WeightFormat, math: DataType) -> usize {
+/// The most rows whose product with a weight of so many features is our own kernels'.
+fn few(format: WeightFormat, math: DataType, out_features: usize) -> usize {
     match (blocks::float(format) == Some(math), math) {
         (true, DataType::F32) => FEW_F32,
-        (true, _) => FEW,
-        (false, _) => SOME,
+        (true, _) if out_features > NARROW => FEW,
+        _ => SOME,
     }
 }
 
@@ -147,11 +150,11 @@ impl LinearKernels {
             in_features,
             weight: blocks::load(&self.gpu, &src.weight, src.format)?,
             bias: bias.transpose()?,
-            kernels: self.kernels(src.format)?,
+            kernels: self.kernels(src.format, out_features)?,
         })
     }
 
-    fn kernels(&self, format: WeightFormat) -> Result<Kernels> {
+    fn kernels(&self, format: WeightFormat, out_features: usize) -> Result<Kernels> {
         use Warps::{Columns, Features};
         let kernel = |name: String| self.gpu.kernel(Source::Linear, name);
         let math = math(format, self.activations);
@@ -172,7 +175,7 @@ impl LinearKernels {
             DataType::F32 => vec![exact(self.activations)?, exact(DataType::F32)?],
             _ => {
                 let tiles = [(1, 1, Columns(8)), (2, 1, Columns(8)), (4, 2, Features(4)), (8, 2, Features(4))];
-                let few = tiles.into_iter().filter(|(tiles, ..)| 8 * tiles <= few(format, math));
+                let few = tiles.into_iter().filter(|(tiles, ..)| 8 * tiles <= few(format, math, out_features));
                 few.map(tiled).collect::<Result<_>>()?
             }
         };
@@ -221,8 +224,9 @@ impl LinearKernels {
         self.gpu.launch(kernel, launch, &args)
     }
 
-    /// Every weight of the group with one input. Those of a format share the input in their type, and launches where their
-    /// sums are taken in the same order, which does not depend on the others: each has the bits that it has alone.
+    /// Every weight of the group with one input. Those of a format, of the narrow and of the others, share the input in their
+    /// type, and launches where their sums are taken in the same order, which does not depend on the others: each has the bits
+    /// that it has alone.
     pub(crate) fn group(&self, x: &Tensor, group: &mut [(&Linear, &mut Tensor)]) -> Result<()> {
         let rows = x.rows();
         let mut parts = Vec::with_capacity(group.len());
@@ -233,11 +237,12 @@ impl LinearKernels {
         if rows == 0 {
             return Ok(());
         }
+        let is_direct = |weight: &Linear| rows <= few(weight.format, weight.kernels.math, weight.out_features);
         parts.sort_by_key(|(weight, _)| (weight.format, weight.out_features));
-        for parts in parts.chunk_by(|(a, _), (b, _)| a.format == b.format) {
+        for parts in parts.chunk_by(|(a, _), (b, _)| a.format == b.format && is_direct(a) == is_direct(b)) {
             let weight = parts[0].0;
             let Kernels { products, math, .. } = &weight.kernels;
-            let direct = rows <= few(weight.format, *math);
+            let direct = is_direct(weight);
             let taken = x.dtype() == *math || direct && products.iter().any(|product| product.input == x.dtype());
             let converted = if taken && x.cols() == padded(x.cols()) { None } else { Some(self.convert(x, *math)?) };
             let (input, dtype) = converted.as_ref().map_or((x.address(), x.dtype()), |to| (to.address(), *math));

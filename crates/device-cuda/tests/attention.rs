@@ -240,6 +240,30 @@ fn what_is_not_finite_reaches_no_other_sequence_and_nobody_who_gets_its_blocks()
 }
 
 #[test]
+fn bytes_of_the_cache_are_the_seams_also_between_two_of_them() {
+    const WIDTH: usize = 128;
+    let simulator = Simulator::new();
+    let backend = simulator.open(DType::F32);
+    let mut steps = Steps::new(&backend, full(1, 1, WIDTH), KvDtype::Int8);
+    // Alone a position has all weight, so that what comes out is what was kept of its values.
+    for (block, largest) in [(1, 0.7f32), (2, 1.3), (3, 11.9), (4, 1e-3)] {
+        let table = [block];
+        let [q, k, mut v] = steps.inputs(1, u64::from(block));
+        let step = largest / 127.0;
+        v[0] = largest;
+        for (i, v) in v.iter_mut().enumerate().skip(1) {
+            // Halves, or next to them.
+            let half = (i as f32 - 0.5) * step;
+            *v = f32::from_bits(half.to_bits() + (i as u32 * 7) % 5 - 2);
+        }
+        let plan = steps.plan(&[SequenceSpan { start: 0, len: 1, block_table: &table }]);
+        let actual = steps.attend(&plan, &[q, k, v.clone()]);
+        KvDtype::Int8.round(&mut v);
+        assert_eq!(actual, [v.clone(), v].concat(), "{largest}");
+    }
+}
+
+#[test]
 fn inputs_that_are_exact_sums_are_rounded_to_activations_first() {
     let simulator = Simulator::new();
     let backend = simulator.open(DType::BF16);

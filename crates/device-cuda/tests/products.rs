@@ -45,9 +45,16 @@ fn rows_that_fill_tiles_and_rows_that_do_not_give_the_judges_numbers() {
 fn weights_are_widened_for_many_rows() {
     judged(
         DType::BF16,
-        &[(65, 64, 33, Q8_0), (130, 256, 9, Q6_K), (70, 33, 20, F16), (66, 40, 24, F16), (65, 33, 7, F32)],
+        &[
+            (65, 64, 33, Q8_0),
+            (130, 256, 9, Q6_K),
+            (70, 33, 20, F16),
+            (66, 40, 24, F16),
+            (65, 33, 7, F32),
+            (67, 40, 24, BF16),
+        ],
     );
-    judged(DType::F16, &[(65, 33, 20, BF16), (66, 40, 24, BF16), (96, 256, 40, Q4_K)]);
+    judged(DType::F16, &[(65, 33, 20, BF16), (66, 40, 24, BF16), (96, 256, 40, Q4_K), (68, 40, 25, F16)]);
     judged(DType::F32, &[(65, 33, 20, BF16), (66, 256, 24, Q4_K), (67, 64, 9, F16), (68, 37, 9, F32)]);
 }
 
@@ -140,6 +147,12 @@ fn a_group_gives_the_bits_of_its_weights_alone_in_as_many_launches_as_it_has_for
     products(&backend, 1, &weights, true).unwrap();
     // Five weights in bf16 are one launch and another, as four go together.
     assert_eq!(backend.statistics().launches - before, 5);
+    // A wide one is cuBLASLt's; narrow ones stay together with more rows too, and their parts are added up together.
+    let weights = [(40, BF16), (33, BF16), (2056, BF16), (17, BF16)];
+    let alone = products(&backend, 40, &weights, false).unwrap();
+    let before = backend.statistics().launches;
+    assert_eq!(products(&backend, 40, &weights, true).unwrap(), alone);
+    assert_eq!(backend.statistics().launches - before, 3);
 }
 
 #[test]
