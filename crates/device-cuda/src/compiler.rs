@@ -1,10 +1,13 @@
 //! NVRTC, and what it made before, on disk.
 //!
 //! Invariant: what is taken from disk was made of the same sources, options and names by the same version of NVRTC, and is
-//! undamaged. A driver that does not take it gets a fresh one.
+//! undamaged; and nobody else could have put it there. A driver that does not take it gets a fresh one.
 
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::path::{Path, PathBuf};
+use std::fs::DirBuilder;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::nvrtc::sys::{self as nvrtc, nvrtcResult};
 use sha2::{Digest, Sha256};
@@ -270,24 +273,49 @@ fn number(bytes: &mut &[u8]) -> Option<usize> {
     Some(u32::from_le_bytes(*number) as usize)
 }
 
-/// Writes a file whole or not at all, whoever else writes it.
-fn keep(folder: &Path, name: &str, bytes: &[u8]) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    let partial = folder.join(format!("{name}.{}.partial", std::process::id()));
-    std::fs::write(&partial, bytes)?;
-    std::fs::rename(&partial, folder.join(name))
+/// Makes the folder for compiled kernels, or finds that nobody else can write to it: they are code that will run.
+///
+/// # Errors
+/// What the system says, or who else can write to it.
+pub(crate) fn own(folder: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    let (folder, process) = (std::fs::metadata(folder)?, std::fs::metadata("/proc/self")?);
+    let mode = folder.mode() & 0o777;
+    if folder.uid() != process.uid() || mode & 0o022 != 0 {
+        let (owner, own) = (folder.uid(), process.uid());
+        let why = format!("user {owner} owns it with mode {mode:o}; it must be writable for user {own} alone");
+        return Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, why));
+    }
+    Ok(())
 }
 
-/// Where compiled kernels are kept by default: `$XDG_CACHE_HOME/baton/kernels`, else `~/.cache/baton/kernels`.
-pub(crate) fn default_cache() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let caches = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
-    caches.map(|folder| folder.join("baton").join("kernels"))
+/// Writes a file whole or not at all, whoever else writes it.
+fn keep(folder: &Path, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+    static TURN: AtomicU64 = AtomicU64::new(0);
+    let turn = TURN.fetch_add(1, Ordering::Relaxed);
+    let partial = folder.join(format!("{name}.{}.{turn}.partial", std::process::id()));
+    std::fs::write(&partial, bytes)?;
+    std::fs::rename(&partial, folder.join(name))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_that_others_can_write_to_is_not_taken() {
+        use std::os::unix::fs::PermissionsExt;
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("state").join("kernels");
+        own(&folder).unwrap();
+        assert_eq!(std::fs::metadata(&folder).unwrap().mode() & 0o777, 0o700);
+        for (mode, taken) in [(0o755, true), (0o720, false), (0o702, false), (0o700, true)] {
+            std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(own(&folder).is_ok(), taken, "{mode:o}");
+        }
+        std::fs::write(parent.path().join("file"), "").unwrap();
+        assert!(own(&parent.path().join("file")).is_err());
+    }
 
     #[test]
     fn an_image_comes_back_from_disk_as_it_was_and_no_other_does() {

@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use baton_device::{DeviceError, Result};
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult, CUstream};
 
-use crate::compiler::{Image, Target, Unit};
+use crate::compiler::{self, Image, Target, Unit};
 use crate::context::{Context, Handle, Owned};
 use crate::gpu::Launch;
 
@@ -171,6 +171,13 @@ pub(crate) struct Programs {
 
 impl Programs {
     pub(crate) fn new(capability: (i32, i32), cache: Option<PathBuf>) -> Self {
+        let cache = cache.filter(|folder| match compiler::own(folder) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(folder = %folder.display(), %error, "compiled kernels are neither kept nor taken from disk");
+                false
+            }
+        });
         Self { target: Target::Chip(capability), cache, kernels: BTreeMap::new(), modules: Vec::new() }
     }
 
