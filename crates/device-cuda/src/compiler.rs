@@ -160,8 +160,14 @@ enum Refusal {
     /// NVRTC does not know the architecture, or another option.
     #[error("NVRTC does not take an option: {0}")]
     Option(String),
-    #[error("{call} gave {code:?}: {log}")]
+    #[error("{call} gave {}: {log}", name(*code))]
     Call { call: &'static str, code: nvrtcResult, log: String },
+}
+
+/// NVRTC's name of a code; a newer one has codes that the binding's type has no name for.
+fn name(code: nvrtcResult) -> String {
+    // SAFETY: any code; the library's text lives for ever.
+    unsafe { CStr::from_ptr(nvrtc::nvrtcGetErrorString(code)) }.to_string_lossy().into_owned()
 }
 
 /// A program of NVRTC.

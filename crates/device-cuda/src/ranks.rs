@@ -202,7 +202,7 @@ pub(crate) fn join(gpus: &[Arc<Gpu>], devices: &[u32]) -> Result<Vec<Place>> {
     Ok((0..size).map(|rank| Place { world: World { rank, size }, group: Some(group.clone()) }).collect())
 }
 
-/// NCCL's name of a code, its words for it and for what it last met.
+/// A code, NCCL's words for it and for what it last met. A newer NCCL has codes that the binding's type has no name for.
 fn describe(code: ncclResult_t) -> String {
     let text = |text: *const std::ffi::c_char| {
         // SAFETY: null or a text that ends in zero; the library owns it.
@@ -210,5 +210,5 @@ fn describe(code: ncclResult_t) -> String {
     };
     // SAFETY: any code, and no communicator, which it does not look at.
     let (words, last) = unsafe { (nccl::ncclGetErrorString(code), nccl::ncclGetLastError(std::ptr::null_mut())) };
-    format!("{code:?} ({}; {})", text(words), text(last))
+    format!("{} ({}; {})", code as u32, text(words), text(last))
 }
