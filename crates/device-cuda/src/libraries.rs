@@ -13,11 +13,12 @@ use std::sync::OnceLock;
 use baton_device::{DeviceError, LibraryFacts, Result};
 use cudarc::cublaslt::sys as cublaslt;
 use cudarc::driver::sys as driver;
-use cudarc::nccl::sys as nccl;
+use cudarc::nccl::sys::ncclResult_t;
 use cudarc::nvrtc::sys as nvrtc;
 use libloading::Library;
 
 use crate::compiler;
+use crate::nccl::{self, Nccl};
 
 /// Folders, separated by colons, whose libraries go before the system's: those of the Python packages `nvidia-*`, say.
 pub(crate) const FOLDERS: &str = "BATON_CUDA_LIBS";
@@ -94,15 +95,16 @@ const ROLES: [Role; 4] = [
     },
     Role {
         name: "collectives",
-        file: "libnccl.so",
-        origin: "the Python package nvidia-nccl brings it; needed for several GPUs",
-        present: nccl::is_culib_present,
-        library: nccl::culib,
+        file: nccl::FILE,
+        origin: "the Python package nvidia-nccl brings it, 2.13 or newer; needed for several GPUs",
+        present: || nccl::find().is_some(),
+        library: || &nccl::find().expect("it is present").library,
         function: "ncclAllReduce",
         title: "NCCL",
         version: || {
+            let nccl = nccl::find().expect("it is present");
             // SAFETY: a valid out pointer; no device is asked.
-            parts(told(|version| unsafe { nccl::ncclGetVersion(version) == nccl::ncclResult_t::ncclSuccess }))
+            parts(told(|version| unsafe { (nccl.version)(version) == ncclResult_t::ncclSuccess }))
         },
         oldest: (2, 13),
         needed: false,
@@ -194,11 +196,11 @@ fn unsuitable(role: &Role, version: Version, driver: Option<Version>) -> Option<
 pub(crate) fn find() -> &'static Found {
     static FOUND: OnceLock<Found> = OnceLock::new();
     FOUND.get_or_init(|| {
-        let folders = std::env::var_os(FOLDERS).unwrap_or_default();
         // SAFETY: initialisers of the libraries that the operator named. They stay open for ever.
         let open = |path: &PathBuf| unsafe { Library::new(path) }.map(ManuallyDrop::new);
-        let given: Vec<_> = std::env::split_paths(&folders).flat_map(libraries).collect();
-        let given: Vec<_> = given.into_iter().map(|path| (open(&path), path)).collect();
+        // NVRTC opens the last by name when it compiles.
+        let files = ROLES.map(|role| role.file).into_iter().chain(["libnvrtc-builtins.so"]);
+        let given: Vec<_> = files.flat_map(given).map(|path| (open(&path), path)).collect();
         // SAFETY: as above, of those that the system finds.
         let roles = ROLES.map(|role| (role, unsafe { (role.present)() }.then(role.version)));
         let used = |(library, path): (std::result::Result<ManuallyDrop<Library>, libloading::Error>, PathBuf)| {
@@ -240,24 +242,21 @@ pub(crate) fn ready(device: &str) -> Result<()> {
     Err(DeviceError::Unavailable { device: device.to_owned(), reason: missing.join("; ") })
 }
 
-/// An error if there is nothing to join several GPUs with.
-pub(crate) fn collectives(device: &str) -> Result<()> {
+/// What joins several GPUs, or an error.
+pub(crate) fn collectives(device: &str) -> Result<&'static Nccl> {
     let found = find();
     let [.., collectives] = &found.roles;
     match found.objection(collectives) {
         Some(reason) => Err(DeviceError::Unavailable { device: device.to_owned(), reason }),
-        None => Ok(()),
+        None => Ok(nccl::find().expect("as found")),
     }
 }
 
-/// The shared objects in a folder that have a role, and the one that NVRTC opens by name when it compiles.
-fn libraries(folder: PathBuf) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    let wanted = |path: &PathBuf| {
-        let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
-        name.starts_with("libnvrtc-builtins.so") || ROLES.iter().any(|role| is_called(path, role.file))
-    };
-    let mut paths: Vec<PathBuf> = entries.filter(wanted).collect();
+/// Files of the given folders that are called so, but for a version.
+pub(crate) fn given(file: &str) -> Vec<PathBuf> {
+    let folders = std::env::var_os(FOLDERS).unwrap_or_default();
+    let entries = std::env::split_paths(&folders).flat_map(std::fs::read_dir).flatten().flatten();
+    let mut paths: Vec<_> = entries.map(|entry| entry.path()).filter(|path| is_called(path, file)).collect();
     paths.sort();
     paths
 }
