@@ -1,13 +1,15 @@
-//! NVRTC, and what it made before, on disk.
+//! NVRTC, and what it made before, on disk or in memory.
 //!
 //! Invariant: what is taken from disk was made of the same sources, options and names by the same version of NVRTC, and is
 //! undamaged; and nobody else could have put it there. A driver that does not take it gets a fresh one.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::fs::DirBuilder;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::nvrtc::sys::{self as nvrtc, nvrtcResult};
 use sha2::{Digest, Sha256};
@@ -43,7 +45,7 @@ pub(crate) struct Unit {
 }
 
 /// Compiled kernels.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Image {
     /// The names of the unit's kernels in the code, in its order.
     pub(crate) lowered: Vec<CString>,
@@ -52,16 +54,20 @@ pub(crate) struct Image {
 }
 
 impl Unit {
-    /// From disk, or fresh.
+    /// As it was kept, or fresh.
     pub(crate) fn image(&self, cache: Option<&Path>) -> Result<Image, String> {
-        let kept = cache.and_then(|folder| Image::decode(&std::fs::read(folder.join(self.file_name())).ok()?));
+        let name = self.file_name();
+        let kept = match cache {
+            Some(folder) => std::fs::read(folder.join(name)).ok().and_then(|bytes| Image::decode(&bytes)),
+            None => in_memory().get(&name).cloned(),
+        };
         match kept.filter(|image| image.lowered.len() == self.names.len()) {
             Some(image) => Ok(image),
             None => self.fresh(cache),
         }
     }
 
-    /// Compiled now, and kept on disk if there is a place.
+    /// Compiled now, and kept: in the folder, or in memory for as long as the process lives.
     pub(crate) fn fresh(&self, cache: Option<&Path>) -> Result<Image, String> {
         let began = std::time::Instant::now();
         let image = match self.compile() {
@@ -72,10 +78,13 @@ impl Unit {
         };
         let image = image.map_err(|refusal| refusal.to_string())?;
         tracing::debug!(file = %self.source, kernels = self.names.len(), ms = began.elapsed().as_millis(), "compiled");
-        if let Some(folder) = cache
-            && let Err(error) = keep(folder, &self.file_name(), &image.encode())
-        {
-            tracing::warn!(folder = %folder.display(), %error, "compiled kernels are not kept");
+        match cache {
+            None => _ = in_memory().insert(self.file_name(), image.clone()),
+            Some(folder) => {
+                if let Err(error) = keep(folder, &self.file_name(), &image.encode()) {
+                    tracing::warn!(folder = %folder.display(), %error, "compiled kernels are not kept");
+                }
+            }
         }
         Ok(image)
     }
@@ -279,6 +288,13 @@ fn number(bytes: &mut &[u8]) -> Option<usize> {
     Some(u32::from_le_bytes(*number) as usize)
 }
 
+/// What this process compiled without a folder to keep it in, by [`Unit::file_name`]: a device that is opened anew, or a
+/// second one, need not wait again.
+fn in_memory() -> MutexGuard<'static, BTreeMap<String, Image>> {
+    static KEPT: Mutex<BTreeMap<String, Image>> = Mutex::new(BTreeMap::new());
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Makes the folder for compiled kernels, or finds that nobody else can write to it: they are code that will run.
 ///
 /// # Errors
@@ -307,6 +323,19 @@ fn keep(folder: &Path, name: &str, bytes: &[u8]) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_kept_in_memory_is_not_compiled_again() {
+        let _simulator = crate::simulator::Simulator::new();
+        crate::libraries::ready("cuda:0").unwrap();
+        let unit = Unit { source: Source::Rows, names: vec!["scale<float>".into()], target: Target::Chip((9, 0)) };
+        let image = unit.image(None).unwrap();
+        let other = Image { code: vec![7], ..image.clone() };
+        in_memory().insert(unit.file_name(), other.clone());
+        assert_eq!(unit.image(None).unwrap(), other);
+        assert_eq!(unit.fresh(None).unwrap().lowered, image.lowered);
+        assert_ne!(unit.image(None).unwrap(), other);
+    }
 
     #[test]
     fn a_folder_that_others_can_write_to_is_not_taken() {

@@ -50,7 +50,7 @@ pub(crate) enum Arg {
 pub(crate) struct GpuOptions {
     /// Number among the devices that the driver shows.
     pub(crate) device: u32,
-    /// Where compiled kernels are kept; nowhere if `None`.
+    /// Where compiled kernels are kept; in memory if `None`.
     pub(crate) cache: Option<PathBuf>,
     /// Replay steps as graphs.
     pub(crate) graphs: bool,

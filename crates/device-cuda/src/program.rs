@@ -175,7 +175,7 @@ impl Programs {
         let cache = cache.filter(|folder| match compiler::own(folder) {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!(folder = %folder.display(), %error, "compiled kernels are neither kept nor taken from disk");
+                tracing::warn!(folder = %folder.display(), %error, "compiled kernels are kept in memory alone");
                 false
             }
         });

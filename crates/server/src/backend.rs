@@ -53,7 +53,7 @@ pub struct DeviceOptions {
     pub timeout: Option<Duration>,
     /// Operations are composed of simple operators where the device has fused ones, too.
     pub composed: bool,
-    /// Where kernels that were compiled for the device are kept; nowhere if `None`.
+    /// Where kernels that were compiled for the device are kept; in memory if `None`.
     pub kernels: Option<PathBuf>,
 }
 
