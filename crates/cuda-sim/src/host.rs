@@ -12,8 +12,8 @@ use std::{
 
 use libloading::Library;
 
-/// The libraries that the simulator stands for.
-const NAMES: [&str; 4] = ["libcuda.so", "libnvrtc.so", "libcublasLt.so", "libnccl.so"];
+/// The libraries that the simulator stands for, as they are called where only what programs need is installed.
+const NAMES: [&str; 4] = ["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13", "libnccl.so.2"];
 
 /// The simulator's library, which is built beside the test that asks.
 pub fn library() -> PathBuf {

@@ -12,7 +12,6 @@ use baton_device::{
 
 use crate::attention::AttentionKernels;
 use crate::cache::{self, KvCache};
-use crate::compiler::default_cache;
 use crate::gpu::{Gpu, GpuOptions};
 use crate::latent::{Latent, LatentKernels};
 use crate::libraries;
@@ -33,7 +32,7 @@ pub struct CudaOptions {
     pub device: u32,
     /// Element type of activations; that of the checkpoint is natural. f32 computes everything in f32, for comparisons.
     pub activations: DType,
-    /// Where compiled kernels are kept; nowhere if `None`.
+    /// Where compiled kernels are kept, a folder that its owner alone can write to; in memory if `None`.
     pub cache: Option<PathBuf>,
     /// Replay steps that come again as graphs.
     pub graphs: bool,
@@ -42,9 +41,9 @@ pub struct CudaOptions {
 }
 
 impl Default for CudaOptions {
-    /// The first GPU in bf16, kernels kept in the user's cache, steps replayed.
+    /// The first GPU in bf16, kernels compiled once in a process, steps replayed.
     fn default() -> Self {
-        Self { device: 0, activations: DType::BF16, cache: default_cache(), graphs: true, isolated: false }
+        Self { device: 0, activations: DType::BF16, cache: None, graphs: true, isolated: false }
     }
 }
 

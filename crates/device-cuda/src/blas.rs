@@ -5,7 +5,7 @@
 //! fixed buffer, which products use in the order of the stream.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use baton_device::{DeviceError, Result};
@@ -109,7 +109,9 @@ impl Blas {
             // algorithm was chosen for them and for the workspace.
             match unsafe { plan.run(handle.get(), [x, weight, out], workspace, stream) } {
                 cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
-                code => Err(context.foreign("matmul", format!("cublasLtMatmul gave {code:?}: {product:?}"), stream)),
+                code => {
+                    Err(context.foreign("matmul", format!("cublasLtMatmul gave {}: {product:?}", name(code)), stream))
+                }
             }
         })
     }
@@ -210,6 +212,9 @@ impl Plan {
             };
             let workspace = WORKSPACE as u64;
             set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), 8)?;
+            // Where k is cut, parts are added up in f32: not rounded to the type of out, nor in whatever order they come.
+            let reductions = lt::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+            set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (&raw const reductions).cast(), size_of_val(&reductions))?;
             let [x_alignment, weight_alignment, out_alignment] = alignment;
             for (attribute, alignment) in [
                 (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, weight_alignment),
@@ -256,6 +261,12 @@ fn element(dtype: DataType) -> lt::cudaDataType_t {
 fn check(context: &Context, op: &'static str, code: cublasStatus_t) -> Result<()> {
     match code {
         cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
-        code => Err(DeviceError::Execution { device: context.name.clone(), op, reason: format!("{code:?}") }),
+        code => Err(DeviceError::Execution { device: context.name.clone(), op, reason: name(code) }),
     }
+}
+
+/// cuBLASLt's name of a code; a newer one has codes that the binding's type has no name for.
+fn name(code: cublasStatus_t) -> String {
+    // SAFETY: any code; the library's text lives for ever.
+    unsafe { CStr::from_ptr(lt::cublasLtGetStatusName(code)) }.to_string_lossy().into_owned()
 }

@@ -1,10 +1,15 @@
-//! NVRTC, and what it made before, on disk.
+//! NVRTC, and what it made before, on disk or in memory.
 //!
 //! Invariant: what is taken from disk was made of the same sources, options and names by the same version of NVRTC, and is
-//! undamaged. A driver that does not take it gets a fresh one.
+//! undamaged; and nobody else could have put it there. A driver that does not take it gets a fresh one.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::path::{Path, PathBuf};
+use std::fs::DirBuilder;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::nvrtc::sys::{self as nvrtc, nvrtcResult};
 use sha2::{Digest, Sha256};
@@ -40,7 +45,7 @@ pub(crate) struct Unit {
 }
 
 /// Compiled kernels.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Image {
     /// The names of the unit's kernels in the code, in its order.
     pub(crate) lowered: Vec<CString>,
@@ -49,16 +54,20 @@ pub(crate) struct Image {
 }
 
 impl Unit {
-    /// From disk, or fresh.
+    /// As it was kept, or fresh.
     pub(crate) fn image(&self, cache: Option<&Path>) -> Result<Image, String> {
-        let kept = cache.and_then(|folder| Image::decode(&std::fs::read(folder.join(self.file_name())).ok()?));
+        let name = self.file_name();
+        let kept = match cache {
+            Some(folder) => std::fs::read(folder.join(name)).ok().and_then(|bytes| Image::decode(&bytes)),
+            None => in_memory().get(&name).cloned(),
+        };
         match kept.filter(|image| image.lowered.len() == self.names.len()) {
             Some(image) => Ok(image),
             None => self.fresh(cache),
         }
     }
 
-    /// Compiled now, and kept on disk if there is a place.
+    /// Compiled now, and kept: in the folder, or in memory for as long as the process lives.
     pub(crate) fn fresh(&self, cache: Option<&Path>) -> Result<Image, String> {
         let began = std::time::Instant::now();
         let image = match self.compile() {
@@ -69,10 +78,13 @@ impl Unit {
         };
         let image = image.map_err(|refusal| refusal.to_string())?;
         tracing::debug!(file = %self.source, kernels = self.names.len(), ms = began.elapsed().as_millis(), "compiled");
-        if let Some(folder) = cache
-            && let Err(error) = keep(folder, &self.file_name(), &image.encode())
-        {
-            tracing::warn!(folder = %folder.display(), %error, "compiled kernels are not kept");
+        match cache {
+            None => _ = in_memory().insert(self.file_name(), image.clone()),
+            Some(folder) => {
+                if let Err(error) = keep(folder, &self.file_name(), &image.encode()) {
+                    tracing::warn!(folder = %folder.display(), %error, "compiled kernels are not kept");
+                }
+            }
         }
         Ok(image)
     }
@@ -157,8 +169,14 @@ enum Refusal {
     /// NVRTC does not know the architecture, or another option.
     #[error("NVRTC does not take an option: {0}")]
     Option(String),
-    #[error("{call} gave {code:?}: {log}")]
+    #[error("{call} gave {}: {log}", name(*code))]
     Call { call: &'static str, code: nvrtcResult, log: String },
+}
+
+/// NVRTC's name of a code; a newer one has codes that the binding's type has no name for.
+fn name(code: nvrtcResult) -> String {
+    // SAFETY: any code; the library's text lives for ever.
+    unsafe { CStr::from_ptr(nvrtc::nvrtcGetErrorString(code)) }.to_string_lossy().into_owned()
 }
 
 /// A program of NVRTC.
@@ -270,24 +288,69 @@ fn number(bytes: &mut &[u8]) -> Option<usize> {
     Some(u32::from_le_bytes(*number) as usize)
 }
 
-/// Writes a file whole or not at all, whoever else writes it.
-fn keep(folder: &Path, name: &str, bytes: &[u8]) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    let partial = folder.join(format!("{name}.{}.partial", std::process::id()));
-    std::fs::write(&partial, bytes)?;
-    std::fs::rename(&partial, folder.join(name))
+/// What this process compiled without a folder to keep it in, by [`Unit::file_name`]: a device that is opened anew, or a
+/// second one, need not wait again.
+fn in_memory() -> MutexGuard<'static, BTreeMap<String, Image>> {
+    static KEPT: Mutex<BTreeMap<String, Image>> = Mutex::new(BTreeMap::new());
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where compiled kernels are kept by default: `$XDG_CACHE_HOME/baton/kernels`, else `~/.cache/baton/kernels`.
-pub(crate) fn default_cache() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let caches = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
-    caches.map(|folder| folder.join("baton").join("kernels"))
+/// Makes the folder for compiled kernels, or finds that nobody else can write to it: they are code that will run.
+///
+/// # Errors
+/// What the system says, or who else can write to it.
+pub(crate) fn own(folder: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    let (folder, process) = (std::fs::metadata(folder)?, std::fs::metadata("/proc/self")?);
+    let mode = folder.mode() & 0o777;
+    if folder.uid() != process.uid() || mode & 0o022 != 0 {
+        let (owner, own) = (folder.uid(), process.uid());
+        let why = format!("user {owner} owns it with mode {mode:o}; it must be writable for user {own} alone");
+        return Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, why));
+    }
+    Ok(())
+}
+
+/// Writes a file whole or not at all, whoever else writes it.
+fn keep(folder: &Path, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+    static TURN: AtomicU64 = AtomicU64::new(0);
+    let turn = TURN.fetch_add(1, Ordering::Relaxed);
+    let partial = folder.join(format!("{name}.{}.{turn}.partial", std::process::id()));
+    std::fs::write(&partial, bytes)?;
+    std::fs::rename(&partial, folder.join(name))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_kept_in_memory_is_not_compiled_again() {
+        let _simulator = crate::simulator::Simulator::new();
+        crate::libraries::ready("cuda:0").unwrap();
+        let unit = Unit { source: Source::Rows, names: vec!["scale<float>".into()], target: Target::Chip((9, 0)) };
+        let image = unit.image(None).unwrap();
+        let other = Image { code: vec![7], ..image.clone() };
+        in_memory().insert(unit.file_name(), other.clone());
+        assert_eq!(unit.image(None).unwrap(), other);
+        assert_eq!(unit.fresh(None).unwrap().lowered, image.lowered);
+        assert_ne!(unit.image(None).unwrap(), other);
+    }
+
+    #[test]
+    fn a_folder_that_others_can_write_to_is_not_taken() {
+        use std::os::unix::fs::PermissionsExt;
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("state").join("kernels");
+        own(&folder).unwrap();
+        assert_eq!(std::fs::metadata(&folder).unwrap().mode() & 0o777, 0o700);
+        for (mode, taken) in [(0o755, true), (0o720, false), (0o702, false), (0o700, true)] {
+            std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(own(&folder).is_ok(), taken, "{mode:o}");
+        }
+        std::fs::write(parent.path().join("file"), "").unwrap();
+        assert!(own(&parent.path().join("file")).is_err());
+    }
 
     #[test]
     fn an_image_comes_back_from_disk_as_it_was_and_no_other_does() {

@@ -17,9 +17,9 @@ use crate::error::{Class, class, describe};
 pub(crate) struct Handle<T>(pub(crate) T);
 
 // SAFETY: as the type says.
-unsafe impl<T> Send for Handle<T> {}
+unsafe impl<T: Copy> Send for Handle<T> {}
 // SAFETY: as above.
-unsafe impl<T> Sync for Handle<T> {}
+unsafe impl<T: Copy> Sync for Handle<T> {}
 
 /// The primary context of a device.
 pub(crate) struct Context {

@@ -1,6 +1,6 @@
 //! What the driver's codes call for: whether the context is broken, the device is gone, or one call failed.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_char};
 
 use cudarc::driver::sys::{self, CUresult};
 
@@ -50,16 +50,19 @@ pub(crate) fn class(code: CUresult) -> Class {
     }
 }
 
-/// The driver's name of a code and its words for it.
+/// The driver's name of a code and its words for it; its number where the driver does not know it either. A newer driver has
+/// codes that the binding's type has no name for.
 pub(crate) fn describe(code: CUresult) -> String {
-    let mut text = std::ptr::null();
-    // SAFETY: a valid out pointer; the driver's texts live for ever.
-    let words = unsafe {
-        let known = sys::cuGetErrorString(code, &raw mut text) == CUresult::CUDA_SUCCESS && !text.is_null();
-        known.then(|| CStr::from_ptr(text).to_string_lossy())
+    let text = |ask: unsafe fn(CUresult, *mut *const c_char) -> CUresult| {
+        let mut text = std::ptr::null();
+        // SAFETY: a valid out pointer; the driver's texts live for ever.
+        unsafe {
+            let known = ask(code, &raw mut text) == CUresult::CUDA_SUCCESS && !text.is_null();
+            known.then(|| CStr::from_ptr(text).to_string_lossy())
+        }
     };
-    match words {
-        Some(words) => format!("{code:?} ({words})"),
-        None => format!("{code:?}"),
+    match (text(sys::cuGetErrorName), text(sys::cuGetErrorString)) {
+        (Some(name), Some(words)) => format!("{name} ({words})"),
+        _ => format!("code {}", code as u32),
     }
 }

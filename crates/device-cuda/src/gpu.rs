@@ -50,7 +50,7 @@ pub(crate) enum Arg {
 pub(crate) struct GpuOptions {
     /// Number among the devices that the driver shows.
     pub(crate) device: u32,
-    /// Where compiled kernels are kept; nowhere if `None`.
+    /// Where compiled kernels are kept; in memory if `None`.
     pub(crate) cache: Option<PathBuf>,
     /// Replay steps as graphs.
     pub(crate) graphs: bool,
@@ -307,15 +307,40 @@ impl Gpu {
 
     fn block(&self, bytes: usize, kind: Kind, what: &'static str) -> Result<Block> {
         self.context.enter()?;
+        let no_room = || DeviceError::OutOfMemory { device: self.name().to_owned(), bytes, what };
+        // Also a size that did not fit into its type.
+        if bytes > isize::MAX as usize {
+            return Err(no_room());
+        }
         if let Some(block) = lock(&self.memory).take(kind, bytes) {
             return Ok(block);
         }
         if lock(&self.memory).is_waiting() {
             self.synchronize()?;
         }
+        if let Some(block) = self.grow(bytes, kind)? {
+            return Ok(block);
+        }
+        self.give_up_scratch()?;
+        self.grow(bytes, kind)?.ok_or_else(no_room)
+    }
+
+    /// What earlier steps left for later ones is for whoever finds no room.
+    fn give_up_scratch(&self) -> Result<()> {
+        self.with_queue(|queue| {
+            queue.flush(&self.context, &self.counters)?;
+            queue.synchronize(&self.context)?;
+            let idle = lock(&self.memory).idle_scratch();
+            idle.into_iter().for_each(|chunk| self.free(chunk));
+            Ok(())
+        })
+    }
+
+    /// A block, for which the driver gives a chunk if it must; `None` if it has no room.
+    fn grow(&self, bytes: usize, kind: Kind) -> Result<Option<Block>> {
         let mut memory = lock(&self.memory);
         if let Some(block) = memory.take(kind, bytes) {
-            return Ok(block);
+            return Ok(Some(block));
         }
         for wanted in memory.wanted(bytes) {
             let mut address = 0;
@@ -324,13 +349,13 @@ impl Gpu {
                 CUresult::CUDA_SUCCESS => {
                     add(&self.counters.allocations, 1);
                     memory.add(kind, address, wanted);
-                    return Ok(memory.take(kind, bytes).expect("room in a new chunk"));
+                    return Ok(memory.take(kind, bytes));
                 }
                 CUresult::CUDA_ERROR_OUT_OF_MEMORY => {}
                 code => self.context.check("cuMemAlloc", code)?,
             }
         }
-        Err(DeviceError::OutOfMemory { device: self.name().to_owned(), bytes, what })
+        Ok(None)
     }
 
     /// Gives back what nothing uses any more: the stream has passed, and nothing is queued.

@@ -19,6 +19,7 @@ mod limits;
 mod linear;
 mod memory;
 mod moe;
+mod nccl;
 mod plan;
 mod probe;
 mod program;

@@ -102,7 +102,16 @@ impl Memory {
     /// in use.
     pub(crate) fn passed(&mut self) -> Vec<u64> {
         self.freed.drain(..).for_each(|block| self.lasting.give(block));
-        let idle = self.lasting.idle();
+        self.idle(Kind::Lasting)
+    }
+
+    /// As [`Memory::passed`], the chunks of scratch. Later steps get other addresses than earlier ones had.
+    pub(crate) fn idle_scratch(&mut self) -> Vec<u64> {
+        self.idle(Kind::Scratch)
+    }
+
+    fn idle(&mut self, kind: Kind) -> Vec<u64> {
+        let idle = self.arena(kind).idle();
         idle.iter().for_each(|chunk| _ = self.chunks.remove(chunk));
         idle
     }

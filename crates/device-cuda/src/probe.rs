@@ -2,7 +2,7 @@
 //! there is a reason in the list.
 
 use std::ffi::c_int;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use baton_device::{DeviceError, DeviceFacts, DeviceMemory, Result};
@@ -10,7 +10,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
 use crate::context::Context;
 use crate::gpu::{OLDEST, too_old};
-use crate::{compiler, libraries};
+use crate::libraries;
 
 /// The longest that the driver may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,19 +22,21 @@ pub fn probe(device: u32) -> DeviceFacts {
     let found = DeviceFacts { device: name.clone(), ..DeviceFacts::default() };
     // On a thread of its own: a driver may hang.
     let look = move || _ = tell.send(look(device, found));
-    match std::thread::Builder::new().name(name.clone()).spawn(look).map(|_| told.recv_timeout(PATIENCE)) {
-        Ok(Ok(facts)) => facts,
-        _ => DeviceFacts {
-            device: name,
-            missing: vec![format!("the driver does not answer within {} s", PATIENCE.as_secs())],
-            ..DeviceFacts::default()
+    let reason = match std::thread::Builder::new().name(name.clone()).spawn(look) {
+        Err(error) => format!("no thread to ask the driver: {error}"),
+        Ok(_) => match told.recv_timeout(PATIENCE) {
+            Ok(facts) => return facts,
+            Err(RecvTimeoutError::Timeout) => format!("the driver does not answer within {} s", PATIENCE.as_secs()),
+            Err(RecvTimeoutError::Disconnected) => "asking the driver panicked".into(),
         },
-    }
+    };
+    DeviceFacts { device: name, missing: vec![reason], ..DeviceFacts::default() }
 }
 
 fn look(device: u32, mut facts: DeviceFacts) -> DeviceFacts {
     let found = libraries::find();
     facts.libraries = found.facts();
+    facts.versions = found.versions().collect();
     facts.missing = found.missing();
     if facts.missing.is_empty()
         && let Err(error) = ask(device, &mut facts)
@@ -49,21 +51,13 @@ fn look(device: u32, mut facts: DeviceFacts) -> DeviceFacts {
 
 /// Asks the libraries, which are there.
 fn ask(device: u32, facts: &mut DeviceFacts) -> Result<()> {
-    let (mut driver, mut count): (c_int, c_int) = (0, 0);
-    // SAFETY: valid out pointers.
+    let mut count: c_int = 0;
+    // SAFETY: a valid out pointer.
     unsafe {
-        if sys::cuDriverGetVersion(&raw mut driver) == CUresult::CUDA_SUCCESS {
-            facts.versions.insert("driver's CUDA".into(), format!("{}.{}", driver / 1000, driver % 1000 / 10));
-        }
         if sys::cuInit(0) == CUresult::CUDA_SUCCESS && sys::cuDeviceGetCount(&raw mut count) == CUresult::CUDA_SUCCESS {
             facts.count = count as usize;
         }
     }
-    let (major, minor) = compiler::version();
-    facts.versions.insert("NVRTC".into(), format!("{major}.{minor}"));
-    // SAFETY: asks nothing of a device.
-    let blas = unsafe { cudarc::cublaslt::sys::cublasLtGetVersion() };
-    facts.versions.insert("cuBLASLt".into(), blas.to_string());
     let context = Context::open(device)?;
     facts.chip = Some(context.chip()?);
     let capability = context.capability()?;

@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use baton_device::{DeviceError, Result};
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult, CUstream};
 
-use crate::compiler::{Image, Target, Unit};
+use crate::compiler::{self, Image, Target, Unit};
 use crate::context::{Context, Handle, Owned};
 use crate::gpu::Launch;
 
@@ -48,8 +48,8 @@ pub(crate) const HEADERS: [(&CStr, &str); 4] = [
 /// anew on another processor.
 const TOGETHER: usize = 16;
 
-/// Dynamic shared memory that a kernel may have without being told so.
-const SHARED: u32 = 48 << 10;
+/// Shared memory that a block may have, static and dynamic together, without the kernel being told so.
+const SHARED: i32 = 48 << 10;
 
 impl Source {
     /// All of them.
@@ -109,10 +109,11 @@ struct Inner {
 #[derive(Debug)]
 struct Function {
     handle: Handle<CUfunction>,
-    /// Whether it was told that it may have more shared memory than [`SHARED`]; the result of telling it.
-    shared: OnceLock<CUresult>,
-    /// The most that it may have then.
+    /// Bytes of dynamic shared memory that it may have without being told so, and the most that it may have then.
+    untold: i32,
     most: i32,
+    /// The result of telling it.
+    told: OnceLock<CUresult>,
 }
 
 impl Kernel {
@@ -130,8 +131,8 @@ impl Kernel {
         stream: CUstream,
     ) -> Result<()> {
         let Launch { grid, block, shared } = *launch;
-        let Function { handle, shared: told, most } = self.0.function.get().expect("compiled");
-        if shared > SHARED {
+        let Function { handle, untold, most, told } = self.0.function.get().expect("compiled");
+        if i64::from(shared) > i64::from(*untold) {
             let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of this context.
             let tell = || unsafe { sys::cuFuncSetAttribute(handle.0, attribute, *most) };
@@ -171,6 +172,13 @@ pub(crate) struct Programs {
 
 impl Programs {
     pub(crate) fn new(capability: (i32, i32), cache: Option<PathBuf>) -> Self {
+        let cache = cache.filter(|folder| match compiler::own(folder) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(folder = %folder.display(), %error, "compiled kernels are kept in memory alone");
+                false
+            }
+        });
         Self { target: Target::Chip(capability), cache, kernels: BTreeMap::new(), modules: Vec::new() }
     }
 
@@ -213,6 +221,7 @@ impl Programs {
             let (unit, image) = image.map_err(failed)?;
             let (module, image) = match load(context, &image) {
                 Ok(module) => (module, image),
+                Err(error) if context.whole().is_err() => return Err(error),
                 // It may have come from disk, and be of another driver's making.
                 Err(_) => {
                     let image = unit.fresh(cache).map_err(failed)?;
@@ -248,5 +257,5 @@ fn function(context: &Context, module: CUmodule, lowered: &CStr) -> Result<Funct
         context.check("cuFuncGetAttribute", sys::cuFuncGetAttribute(&raw mut fixed, attribute, function))?;
     }
     let most = context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-    Ok(Function { handle: Handle(function), shared: OnceLock::new(), most: most - fixed })
+    Ok(Function { handle: Handle(function), untold: SHARED - fixed, most: most - fixed, told: OnceLock::new() })
 }

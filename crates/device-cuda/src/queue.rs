@@ -200,9 +200,9 @@ impl Queue {
                 if captured.is_ok() {
                     code = sys::cuGraphInstantiateWithFlags(&raw mut ready, graph, 0);
                 }
-                if !ready.is_null() {
-                    // So that the first launch need not; what it says decides nothing.
-                    sys::cuGraphUpload(ready, self.stream.get());
+                if code == CUresult::CUDA_SUCCESS && !ready.is_null() {
+                    // So that its launches find the room that they need, or there is no graph.
+                    code = sys::cuGraphUpload(ready, self.stream.get());
                 }
                 sys::cuGraphDestroy(graph);
             }

@@ -12,11 +12,12 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use baton_device::{DeviceError, Result, Rows, World};
-use cudarc::nccl::sys::{self as nccl, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
+use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
 
 use crate::context::{Context, Handle};
 use crate::gpu::Gpu;
 use crate::libraries;
+use crate::nccl::Nccl;
 use crate::tensor::{DataType, Tensor};
 
 /// A rank's place among those that it was joined with.
@@ -28,6 +29,7 @@ pub(crate) struct Place {
 
 /// Ranks that were joined.
 pub(crate) struct Group {
+    nccl: &'static Nccl,
     /// Each rank's end, until they were aborted.
     ends: Vec<Mutex<Option<Handle<ncclComm_t>>>>,
     contexts: Vec<Arc<Context>>,
@@ -65,10 +67,11 @@ impl Place {
         };
         gpu.call("all_reduce", &[at, count as u64, dtype as u64], move |context, stream| {
             let data = at as *mut c_void;
+            let all_reduce = group.nccl.all_reduce;
             group.with(rank, &context.name, "ncclAllReduce", |end| {
                 // SAFETY: the communicator is this rank's and live, its stream is of the device that it was made for; so many elements
                 // are the caller's until the stream has passed, and they may be both input and output.
-                unsafe { nccl::ncclAllReduce(data, data, count, dtype, ncclRedOp_t::ncclSum, end, stream.cast()) }
+                unsafe { all_reduce(data, data, count, dtype, ncclRedOp_t::ncclSum, end, stream.cast()) }
             })
         })?;
         if captured { Ok(()) } else { gpu.flush() }
@@ -80,7 +83,7 @@ impl Place {
         group.with(self.world.rank, device, "a sum over the ranks", |end| {
             let mut state = ncclResult_t::ncclSuccess;
             // SAFETY: a live communicator, a valid out pointer.
-            match unsafe { nccl::ncclCommGetAsyncError(end, &raw mut state) } {
+            match unsafe { (group.nccl.async_error)(end, &raw mut state) } {
                 ncclResult_t::ncclSuccess => state,
                 code => code,
             }
@@ -127,7 +130,7 @@ impl Group {
         match code {
             Some(ncclResult_t::ncclSuccess) => self.whole(device),
             Some(code) => {
-                Self::fail(self, || format!("{call} gave {}", describe(code)));
+                Self::fail(self, || format!("{call} gave {}", describe(self.nccl, code)));
                 self.whole(device)
             }
             None => self.whole(device),
@@ -148,7 +151,7 @@ impl Group {
                 for end in &group.ends {
                     let end = end.lock().unwrap_or_else(PoisonError::into_inner).take();
                     // SAFETY: live until now, and nobody has it any more.
-                    end.map(|end| unsafe { nccl::ncclCommAbort(end.0) });
+                    end.map(|end| unsafe { (group.nccl.abort)(end.0) });
                 }
             };
             if let Err(error) = std::thread::Builder::new().name("ranks aborted".into()).spawn(abort) {
@@ -167,7 +170,7 @@ impl Drop for Group {
         for end in &mut self.ends {
             if let Some(end) = end.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
                 // SAFETY: live until now; all ranks' GPUs are closed.
-                unsafe { nccl::ncclCommDestroy(end.0) };
+                unsafe { (self.nccl.destroy)(end.0) };
             }
         }
     }
@@ -183,32 +186,32 @@ pub(crate) fn join(gpus: &[Arc<Gpu>], devices: &[u32]) -> Result<Vec<Place>> {
         return Ok(vec![Place::alone()]);
     }
     let device = gpus[0].name();
-    libraries::collectives(device)?;
+    let nccl = libraries::collectives(device)?;
     let ordinals: Vec<c_int> = devices.iter().map(|device| *device as c_int).collect();
     let mut ends: Vec<ncclComm_t> = vec![std::ptr::null_mut(); size];
     // SAFETY: as many devices and out pointers as said.
-    match unsafe { nccl::ncclCommInitAll(ends.as_mut_ptr(), size as c_int, ordinals.as_ptr()) } {
+    match unsafe { (nccl.init_all)(ends.as_mut_ptr(), size as c_int, ordinals.as_ptr()) } {
         ncclResult_t::ncclSuccess => {}
         code => {
-            let reason = format!("ncclCommInitAll of devices {devices:?} gave {}", describe(code));
+            let reason = format!("ncclCommInitAll of devices {devices:?} gave {}", describe(nccl, code));
             return Err(DeviceError::Execution { device: device.to_owned(), op: "ranks", reason });
         }
     }
     let ends = ends.into_iter().map(|end| Mutex::new(Some(Handle(end)))).collect();
     let contexts = gpus.iter().map(|gpu| gpu.context().clone()).collect();
     let captured = std::env::var("NCCL_GRAPH_REGISTER").is_ok_and(|register| register == "0");
-    let group = Arc::new(Group { ends, contexts, captured, failed: OnceLock::new() });
+    let group = Arc::new(Group { nccl, ends, contexts, captured, failed: OnceLock::new() });
     gpus.iter().for_each(|gpu| gpu.outlive(group.clone()));
     Ok((0..size).map(|rank| Place { world: World { rank, size }, group: Some(group.clone()) }).collect())
 }
 
-/// NCCL's name of a code, its words for it and for what it last met.
-fn describe(code: ncclResult_t) -> String {
+/// A code, NCCL's words for it and for what it last met. A newer NCCL has codes that the binding's type has no name for.
+fn describe(nccl: &Nccl, code: ncclResult_t) -> String {
     let text = |text: *const std::ffi::c_char| {
         // SAFETY: null or a text that ends in zero; the library owns it.
         if text.is_null() { String::new() } else { unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned() }
     };
     // SAFETY: any code, and no communicator, which it does not look at.
-    let (words, last) = unsafe { (nccl::ncclGetErrorString(code), nccl::ncclGetLastError(std::ptr::null_mut())) };
-    format!("{code:?} ({}; {})", text(words), text(last))
+    let (words, last) = unsafe { ((nccl.error_string)(code), (nccl.last_error)(std::ptr::null_mut())) };
+    format!("{} ({}; {})", code as u32, text(words), text(last))
 }

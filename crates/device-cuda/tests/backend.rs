@@ -190,7 +190,8 @@ fn a_gpu_is_described_and_one_that_is_too_old_or_absent_refused() {
     assert_eq!(facts.memory.map(|memory| memory.total), Some(2 << 30));
     assert!(facts.chip.is_some_and(|chip| !chip.is_empty()));
     assert!(facts.libraries.iter().all(|library| library.opened.len() == 1), "{:?}", facts.libraries);
-    assert!(facts.versions.values().all(|version| !version.is_empty()) && facts.versions.len() == 3);
+    let versions = [("NCCL", "2.27"), ("NVRTC", "13.0"), ("cuBLASLt", "13.0"), ("driver's CUDA", "13.0")];
+    assert_eq!(facts.versions, versions.map(|(what, version)| (what.to_owned(), version.to_owned())).into());
     simulator.expect_clean();
 
     let refused = |device: u32, word: &str| {

@@ -53,7 +53,7 @@ pub struct DeviceOptions {
     pub timeout: Option<Duration>,
     /// Operations are composed of simple operators where the device has fused ones, too.
     pub composed: bool,
-    /// Where kernels that were compiled for the device are kept; in the user's cache if `None`.
+    /// Where kernels that were compiled for the device are kept; in memory if `None`.
     pub kernels: Option<PathBuf>,
 }
 
@@ -288,8 +288,7 @@ fn ascend(device: u32, activations: DType) -> AscendOptions {
 }
 
 fn cuda(device: u32, activations: DType, kernels: Option<PathBuf>) -> CudaOptions {
-    let own = CudaOptions::default();
-    CudaOptions { device, activations, cache: kernels.or(own.cache), ..own }
+    CudaOptions { device, activations, cache: kernels, ..CudaOptions::default() }
 }
 
 /// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits;

@@ -17,7 +17,7 @@ use common::abacus::rows;
 
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// The simulator under the names of CUDA's libraries, and the kernels that it compiled.
+/// The simulator under the names of CUDA's libraries.
 static SIMULATOR: LazyLock<TempDir> = LazyLock::new(|| {
     let folder = TempDir::new().expect("a folder");
     cuda_sim::library_folder(folder.path()).expect("libraries of the simulator");
@@ -27,7 +27,7 @@ static SIMULATOR: LazyLock<TempDir> = LazyLock::new(|| {
 /// `baton` on a machine with one GPU of 256 MiB.
 fn baton() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
-    command.env("BATON_CUDA_LIBS", SIMULATOR.path()).env("XDG_CACHE_HOME", SIMULATOR.path().join("cache"));
+    command.env("BATON_CUDA_LIBS", SIMULATOR.path());
     command.env("CUDA_SIM_MEMORY", (256 << 20).to_string());
     command
 }

@@ -32,6 +32,7 @@ pub mod layout {
 /// Attributes of a preference.
 pub mod preference {
     pub const MAX_WORKSPACE_BYTES: i32 = 1;
+    pub const REDUCTION_SCHEME_MASK: i32 = 3;
     pub const MIN_ALIGNMENT_A_BYTES: i32 = 5;
     pub const MIN_ALIGNMENT_D_BYTES: i32 = 8;
 }
@@ -221,6 +222,8 @@ pub extern "C" fn cublasLtMatmulPreferenceSetAttribute(
         let preference = m.blas.preferences.get_mut(handle)?;
         match attribute {
             preference::MAX_WORKSPACE_BYTES => preference.workspace = value(from, bytes)?,
+            // Products are summed in one way, whatever is allowed.
+            preference::REDUCTION_SCHEME_MASK => drop(value::<u32>(from, bytes)?),
             preference::MIN_ALIGNMENT_A_BYTES..=preference::MIN_ALIGNMENT_D_BYTES => {
                 let matrix = (attribute - preference::MIN_ALIGNMENT_A_BYTES) as usize;
                 preference.alignment[matrix] = value(from, bytes)?;

@@ -1,5 +1,6 @@
 //! Tests of what is not visible from outside, on a simulated GPU.
 
+mod memory;
 mod queue;
 
 use std::sync::Arc;

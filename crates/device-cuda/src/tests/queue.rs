@@ -140,7 +140,8 @@ fn what_cannot_be_captured_runs_all_the_same() {
     let simulator = Simulator::new();
     let gpu = gpu(&simulator);
     let (slot, out) = (gpu.slot(BYTES, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
-    for (noise, fault) in [(1, "cuMemsetD8Async:1:900"), (2, "cuGraphInstantiateWithFlags:1:2")] {
+    let faults = ["cuMemsetD8Async:1:900", "cuGraphInstantiateWithFlags:1:2", "cuGraphUpload:1:2"];
+    for (noise, fault) in (1..).zip(faults) {
         step(&gpu, &slot, &out, 7, noise);
         assert_eq!(read(&gpu, &out), [7; BYTES]);
         let before = gpu.statistics();

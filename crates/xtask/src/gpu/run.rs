@@ -80,7 +80,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// One of ours, with kernels kept in the folder for work.
+    /// One of ours, with its caches in the folder for work.
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.env("XDG_CACHE_HOME", self.work.join("cache"));
