@@ -131,8 +131,8 @@ __device__ __forceinline__ void normed(const Team& team, const X* x, const float
 
 /// `out = x / sqrt(mean(x²) + eps) * weight` of each run `[width]` of x. x and out may be the same.
 ///
-/// Grid: runs, or blocks of as many as a block has warps. The second pass finds x in the first cache; weights, which no step finds in
-/// any, are asked for before the sum, so that with few runs nobody waits for them behind it.
+/// Grid: runs, or blocks of as many as a block has warps. The second pass finds x in the first cache. Weights are in none when a layer
+/// begins: the first run asks for them before its sum, so that no run waits for memory behind its own.
 template <typename X, typename Y>
 __global__ void __launch_bounds__(512)
     rms_norm(const X* x, const float* weight, float eps, Y* out, long long runs, int width, int warps) {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(512)
     float squares = 0;
     if (in_steps(width)) {
         for (int i = team.rank * STEP; i < width; i += team.size * STEP) {
-            prefetch(weight + i);
+            if (team.run == 0) prefetch(weight + i);
             Vec<X, STEP> a = load<STEP>(x + i);
 #pragma unroll
             for (int j = 0; j < STEP; j++) squares = fmaf(to_float(a[j]), to_float(a[j]), squares);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(512)
     float squares = 0;
     if (in_steps(width)) {
         for (int i = team.rank * STEP; i < width; i += team.size * STEP) {
-            prefetch(weight + i);
+            if (team.run == 0) prefetch(weight + i);
             Vec<X, STEP> a = load<STEP>(x + i);
             Vec<R, STEP> r = load<STEP>(residual + i);
             r = over_step<R>([&](int j) { return to_float(r[j]) + to_float(a[j]); });
