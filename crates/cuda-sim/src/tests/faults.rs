@@ -12,7 +12,7 @@ fn a_call_fails_when_it_is_told_to_and_only_then() {
 
 #[test]
 fn a_task_that_fails_poisons_its_context_until_the_device_is_reset() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let session = Session::new();

@@ -6,6 +6,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+pub use crate::can_compile;
 pub use crate::{
     api::exports::*,
     codes::*,
@@ -169,13 +170,4 @@ pub fn compile(
         assert_eq!(program, null_mut::<c_void>() as u64);
         result
     }
-}
-
-/// Whether this machine can compile kernels; says so if not.
-pub fn has_compiler() -> bool {
-    let has = crate::compiler().is_some();
-    if !has {
-        eprintln!("skipped: no C++ compiler");
-    }
-    has
 }

@@ -28,7 +28,7 @@ fn sums(session: &Session, barrier: &str) -> Vec<f32> {
 
 #[test]
 fn a_block_sums_through_shuffles_shared_memory_and_a_barrier_in_any_order_of_threads() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let values: Vec<f32> = (0..3000).map(|i| (i % 17) as f32).collect();
@@ -40,7 +40,7 @@ fn a_block_sums_through_shuffles_shared_memory_and_a_barrier_in_any_order_of_thr
 
 #[test]
 fn a_missing_barrier_shows_in_some_order_of_threads() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     assert!(sums(&Session::with("order=forward"), "")[0].is_nan(), "the first thread reads what nobody wrote");
@@ -60,7 +60,7 @@ fn fails(body: &str, code: i32, words: &str) {
 
 #[test]
 fn kernels_that_break_a_rule_end_their_context() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let barrier = "if (threadIdx.x % 2) __syncthreads(); else __syncwarp();";
@@ -83,7 +83,7 @@ fn kernels_that_break_a_rule_end_their_context() {
 
 #[test]
 fn a_lane_that_returned_is_not_waited_for() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let session = Session::new();
@@ -100,7 +100,7 @@ fn a_lane_that_returned_is_not_waited_for() {
 
 #[test]
 fn a_product_of_fragments_is_the_product() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let session = Session::new();
@@ -127,7 +127,7 @@ fn a_product_of_fragments_is_the_product() {
 
 #[test]
 fn an_asynchronous_copy_arrives_when_it_is_waited_for_and_not_before() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let session = Session::new();
@@ -154,7 +154,7 @@ fn an_asynchronous_copy_arrives_when_it_is_waited_for_and_not_before() {
 
 #[test]
 fn every_block_of_a_large_grid_runs_once() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let session = Session::new();
@@ -171,7 +171,7 @@ fn every_block_of_a_large_grid_runs_once() {
 
 #[test]
 fn launches_that_no_device_takes_are_refused_at_the_call() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let session = Session::new();
@@ -189,7 +189,7 @@ fn launches_that_no_device_takes_are_refused_at_the_call() {
 
 #[test]
 fn a_launch_of_more_threads_than_the_kernels_bound_fails() {
-    if !has_compiler() {
+    if !can_compile() {
         return;
     }
     let source = "template <int n> __global__ void

@@ -42,7 +42,7 @@ fn since(gpu: &Gpu, before: &Statistics) -> (u64, u64, u64, u64) {
 
 #[test]
 fn a_list_runs_as_it_is_once_and_as_a_graph_ever_after_with_the_contents_of_then() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let (slot, out) = (gpu.slot(BYTES, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
     step(&gpu, &slot, &out, 1, 0);
@@ -59,7 +59,7 @@ fn a_list_runs_as_it_is_once_and_as_a_graph_ever_after_with_the_contents_of_then
 
 #[test]
 fn a_list_that_differs_in_one_argument_is_another() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let (slot, out) = (gpu.slot(BYTES, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
     let other = gpu.alloc(BYTES, "another output").unwrap();
@@ -78,7 +78,7 @@ fn a_list_that_differs_in_one_argument_is_another() {
 
 #[test]
 fn what_is_uploaded_does_not_overtake_queued_work_that_reads_the_place() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let slot = gpu.slot(BYTES, "a slot").unwrap();
     let outs: Vec<Buffer> = (0..4).map(|_| gpu.alloc(BYTES, "an output").unwrap()).collect();
@@ -93,7 +93,7 @@ fn what_is_uploaded_does_not_overtake_queued_work_that_reads_the_place() {
 
 #[test]
 fn a_slot_that_is_too_small_moves_and_what_is_queued_reads_the_old_place() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let (slot, out) = (gpu.slot(16, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
     let small = gpu.upload(&slot, &[1; 16]).unwrap();
@@ -107,7 +107,7 @@ fn a_slot_that_is_too_small_moves_and_what_is_queued_reads_the_old_place() {
 
 #[test]
 fn long_uploads_and_reads_come_through_in_parts() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let bytes: Vec<u8> = (0..9 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let (loaded, slot) = (gpu.load(&bytes, "a weight").unwrap(), gpu.slot(bytes.len(), "a slot").unwrap());
@@ -121,7 +121,7 @@ fn long_uploads_and_reads_come_through_in_parts() {
 
 #[test]
 fn memory_that_is_given_back_is_not_loaded_into_while_queued_work_uses_it() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let (first, out) = (gpu.alloc(BYTES, "a weight").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
     let place = first.address();
@@ -137,7 +137,7 @@ fn memory_that_is_given_back_is_not_loaded_into_while_queued_work_uses_it() {
 
 #[test]
 fn what_cannot_be_captured_runs_all_the_same() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let (slot, out) = (gpu.slot(BYTES, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
     let faults = ["cuMemsetD8Async:1:900", "cuGraphInstantiateWithFlags:1:2", "cuGraphUpload:1:2"];
@@ -156,7 +156,7 @@ fn what_cannot_be_captured_runs_all_the_same() {
 
 #[test]
 fn graphs_that_are_kept_have_a_bound() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let (slot, out) = (gpu.slot(BYTES, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
     let before = gpu.statistics();
@@ -174,7 +174,7 @@ fn graphs_that_are_kept_have_a_bound() {
 
 #[test]
 fn no_room_says_for_what_and_leaves_the_device_as_it_was() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let out = gpu.alloc(BYTES, "an output").unwrap();
     match gpu.alloc(1 << 40, "a cache").map(|_| ()) {
@@ -189,7 +189,7 @@ fn no_room_says_for_what_and_leaves_the_device_as_it_was() {
 
 #[test]
 fn an_error_that_sticks_poisons_every_call_and_a_new_backend_begins_anew() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let broken = gpu(&simulator);
     let out = broken.alloc(BYTES, "an output").unwrap();
     simulator.control("fault=cuStreamSynchronize:1:700");
@@ -217,7 +217,7 @@ fn an_error_that_sticks_poisons_every_call_and_a_new_backend_begins_anew() {
 
 #[test]
 fn a_device_that_is_gone_is_lost() {
-    let simulator = Simulator::new();
+    let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let out = gpu.alloc(BYTES, "an output").unwrap();
     simulator.control("lost=214");

@@ -37,15 +37,19 @@ pub struct Simulator {
 }
 
 impl Simulator {
-    /// As it is by default, with nothing counted; CUDA's libraries are its.
-    pub fn new() -> Self {
+    /// As it is by default, with nothing counted; CUDA's libraries are its. `None`, and a word about it, on a machine that cannot
+    /// compile kernels.
+    pub fn new() -> Option<Self> {
+        if !cuda_sim::can_compile() {
+            return None;
+        }
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         libraries();
         let simulator = cuda_sim::Simulator::new();
         simulator.reset();
         let before = KINDS.map(|kind| simulator.count(&format!("live.{kind}"))).to_vec();
-        Self { simulator, before, _turn: turn }
+        Some(Self { simulator, before, _turn: turn })
     }
 
     /// `key=value`, as the simulator's documentation lists them.
