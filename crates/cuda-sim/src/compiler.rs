@@ -9,7 +9,8 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// Beside those of the target. A kernel is compiled for longer than it is run: `-O1` takes a third less than `-O2`. What the host would not notice and a device would is checked: alignment, and indices of arrays.
+/// Beside those of the target. `-O1`, for compiling a kernel takes longer than running it, and a third less than with `-O2`. What the host
+/// would not notice and a device would is checked: alignment, and indices of arrays.
 const FLAGS: &str = "-shared -fPIC -O1 -ffp-contract=fast -fno-strict-aliasing -fvisibility=hidden -fno-exceptions -fno-rtti -w \
     -U_FORTIFY_SOURCE -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error -DBATON_EMULATED -include emulate.h";
 

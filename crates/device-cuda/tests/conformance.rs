@@ -2,34 +2,12 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::mem::discriminant;
+use std::collections::BTreeSet;
 
-use baton_device::conformance::{self, Case};
-use baton_device::{Backend, DType};
+use baton_device::{Backend, DType, conformance};
 use baton_device_cuda::{CudaBackend, CudaOptions};
+use common::cases::Part;
 use common::{Simulator, options};
-
-/// Those of the cases that are run: all; or of each kind of case, format of weights and type of caches one, the last.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
-    All,
-    OfEachKind,
-}
-
-impl Part {
-    fn cases(self) -> Vec<Case> {
-        let cases = conformance::cases();
-        let kind = |(i, case): (usize, &Case)| match (self, case) {
-            // They are cheap, and each of them is of a kind of its own.
-            (Part::All, _) | (_, Case::Norm { .. } | Case::Elementwise { .. } | Case::Rope(_)) => i.to_string(),
-            _ => format!("{:?} {:?}", discriminant(case), case.needs()),
-        };
-        let last: BTreeMap<String, usize> = cases.iter().enumerate().map(|(i, case)| (kind((i, case)), i)).collect();
-        let kept: BTreeSet<usize> = last.into_values().collect();
-        cases.into_iter().enumerate().filter(|(i, _)| kept.contains(i)).map(|(_, case)| case).collect()
-    }
-}
 
 /// Judges what is offered; what is missing for the others must be caches in these dtypes. `BATON_CASES` names cases by a piece of their
 /// description.

@@ -1,17 +1,18 @@
-//! Every kernel that the shared list of cases asks for, compiled by the real NVRTC for the chips that kernels are written for.
-//! It needs no GPU, but NVRTC: a folder with it in `BATON_NVRTC`. Without one the test says that it was skipped.
+//! Kernels that the shared list of cases asks for, compiled by the real NVRTC for the chips that kernels are written for.
+//! It needs no GPU, but NVRTC: a folder with it in `BATON_NVRTC`. Without one the tests say that they were skipped.
 //!
 //! Libraries are opened once in a process, so the list of kernels is made by another one, on simulated GPUs.
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::time::Instant;
 
 use baton_device::{Backend, DType, conformance};
 use baton_device_cuda::{Source, compile};
 use common::Simulator;
+use common::cases::{BLOCKS, Part};
 
 /// Ampere and Hopper.
 const CHIPS: [(i32, i32); 2] = [(8, 0), (9, 0)];
@@ -19,17 +20,41 @@ const CHIPS: [(i32, i32); 2] = [(8, 0), (9, 0)];
 const LINE: &str = "kernel\t";
 
 #[test]
+fn kernels_of_every_template_compile_for_ampere_and_hopper() {
+    let mut kinds = BTreeSet::new();
+    // Of each template with each format of weights, or without one, the first.
+    compile_for_chips("list_of_bf16", |name| {
+        let (template, arguments) = name.split_once('<').unwrap_or((name, ""));
+        let format = arguments
+            .split([',', '>'])
+            .map(str::trim)
+            .find(|argument| argument.starts_with("Dense") || BLOCKS.iter().any(|block| block.name() == *argument));
+        kinds.insert((template.to_owned(), format.map(str::to_owned)))
+    });
+}
+
+#[test]
+#[ignore = "a quarter of an hour: cargo xtask long gpu"]
 fn every_kernel_compiles_for_ampere_and_hopper() {
+    compile_for_chips("list_of_all", |_| true);
+}
+
+/// Compiles what a list has and is chosen.
+fn compile_for_chips(list: &str, mut chosen: impl FnMut(&str) -> bool) {
     let Some(folder) = std::env::var_os("BATON_NVRTC") else {
         eprintln!("skipped, no NVRTC: BATON_NVRTC names no folder");
         return;
     };
-    let wanted = wanted();
+    if !cuda_sim::can_compile() {
+        return;
+    }
+    let wanted = listed(list);
     assert!(wanted.len() == Source::ALL.len(), "kernels of {:?}", wanted.keys());
-    // SAFETY: this binary's only other test is not run with it, so that no thread reads the environment meanwhile.
+    // SAFETY: no other test of this binary is run with this one, so that no thread reads the environment meanwhile.
     unsafe { std::env::set_var("BATON_CUDA_LIBS", folder) };
     baton_device_cuda::probe(0);
-    for (source, names) in wanted {
+    for (source, mut names) in wanted {
+        names.retain(|name| chosen(name));
         for chip in CHIPS {
             let began = Instant::now();
             let code = compile(source, &names, chip).unwrap_or_else(|log| panic!("{source} for {chip:?}: {log}"));
@@ -41,9 +66,9 @@ fn every_kernel_compiles_for_ampere_and_hopper() {
 }
 
 /// Names by source, as another process lists them.
-fn wanted() -> BTreeMap<Source, Vec<String>> {
+fn listed(list: &str) -> BTreeMap<Source, Vec<String>> {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    let output = command.args(["--ignored", "--exact", "list", "--nocapture"]).env_remove("BATON_CUDA_LIBS").output();
+    let output = command.args(["--ignored", "--exact", list, "--nocapture"]).env_remove("BATON_CUDA_LIBS").output();
     let output = output.unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let mut wanted: BTreeMap<Source, Vec<String>> = BTreeMap::new();
@@ -59,13 +84,23 @@ fn wanted() -> BTreeMap<Source, Vec<String>> {
 }
 
 #[test]
-#[ignore = "lists for the other test what the cases ask for"]
+#[ignore = "lists for another test what the cases ask for"]
+fn list_of_bf16() {
+    list(Part::OfEachKind, &[DType::BF16]);
+}
+
+#[test]
+#[ignore = "lists for another test what the cases ask for"]
+fn list_of_all() {
+    list(Part::All, &[DType::F32, DType::F16, DType::BF16]);
+}
+
 #[allow(clippy::print_stdout)] // its output is what it is for
-fn list() {
+fn list(part: Part, activations: &[DType]) {
     let Some(simulator) = Simulator::new() else { return };
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
+    for &dtype in activations {
         let backend = simulator.open(dtype);
-        for case in conformance::cases() {
+        for case in part.cases() {
             if backend.caps().refusals(&case.needs()).is_empty() {
                 conformance::evaluate(&case, &backend, dtype).unwrap();
             }

@@ -1,7 +1,8 @@
-//! What the tests share: simulated GPUs.
+//! What the tests share: simulated GPUs, and the cases they are judged by.
 
 #![allow(dead_code)] // each test file uses its part
 
+pub mod cases;
 mod simulator;
 
 use baton_device::DType;

@@ -1,6 +1,7 @@
 //! The checks that take too long, or need too much, for `.ci/run`: a file and a line of [`CHECKS`] each.
 
 mod export;
+mod gpu;
 mod minilm;
 mod rollouts;
 
@@ -11,7 +12,8 @@ use anyhow::{Context, Result, ensure};
 /// A check: its name, and what fails if it does. It may keep what it needs in the folder, which is its own and stays.
 type Check = (&'static str, fn(&Path) -> Result<()>);
 
-const CHECKS: &[Check] = &[("export", export::check), ("minilm", minilm::check), ("rollouts", rollouts::check)];
+const CHECKS: &[Check] =
+    &[("export", export::check), ("gpu", gpu::check), ("minilm", minilm::check), ("rollouts", rollouts::check)];
 
 /// Arguments of the chore.
 #[derive(clap::Args)]

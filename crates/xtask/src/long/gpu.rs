@@ -1,0 +1,40 @@
+//! What a simulated GPU takes minutes for: all goldens, all cases in every type of activations, every kernel by NVIDIA's own compiler.
+
+use std::{env, path::Path, process::Command};
+
+use anyhow::Result;
+
+use super::{run, say, timed};
+
+/// The variable that names a folder with NVRTC.
+const NVRTC: &str = "BATON_NVRTC";
+
+/// Runs the check.
+pub fn check(_: &Path) -> Result<()> {
+    timed("goldens", || ignored("baton-model", "golden", "gpu_in_f32"))?;
+    timed("cases", || ignored("baton-device-cuda", "conformance", "all_cases"))?;
+    if env::var_os(NVRTC).is_none() {
+        say(&format!("kernels by NVRTC are not compiled: {NVRTC} names no folder"));
+        return Ok(());
+    }
+    timed("kernels", || ignored("baton-device-cuda", "nvrtc", "every_kernel"))
+}
+
+/// Runs ignored tests of a file by a piece of their names. The simulator's compiler must be there.
+fn ignored(package: &str, file: &str, name: &str) -> Result<()> {
+    let mut command = Command::new("cargo");
+    command.args([
+        "test",
+        "--release",
+        "--locked",
+        "-p",
+        package,
+        "--test",
+        file,
+        name,
+        "--",
+        "--ignored",
+        "--nocapture",
+    ]);
+    run(command.current_dir(crate::root()).env("CUDA_SIM_REQUIRE", "1"))
+}
