@@ -112,7 +112,7 @@ pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Pa
         threads: settings.threads,
         timeout: device.timeout(settings.device_timeout),
         composed: settings.composed_operators,
-        kernels: settings.state_dir.as_ref().map(|folder| folder.join("kernels")),
+        kernels: settings.state_dir.as_deref().map(kernels),
     };
     ensure!(
         !device_options.composed || matches!(device, Device::Ascend(_)),
@@ -129,6 +129,11 @@ pub fn parts(files: &Files, settings: &Settings, free: Option<u64>) -> Result<Pa
     );
     let source = Source::new(device, device_options, files, options, &loaded.report);
     Ok(Parts { text, text_files, loaded, source })
+}
+
+/// Where a state folder has the kernels that were compiled for a device.
+pub fn kernels(state_dir: &Path) -> PathBuf {
+    state_dir.join("kernels")
 }
 
 /// The adapters that the settings name.

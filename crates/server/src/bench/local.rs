@@ -4,6 +4,7 @@
 use std::{
     fmt::Write as _,
     io::{self, Write as _},
+    path::PathBuf,
     sync::Arc,
     time::Instant,
 };
@@ -72,6 +73,10 @@ pub struct LocalArgs {
     /// Precision in which the KV cache is kept
     #[arg(long, value_enum, default_value = "auto")]
     kv_cache_dtype: KvCacheDtype,
+
+    /// Folder of a server's state, whose compiled kernels are taken and added to [default: kernels are compiled for this run]
+    #[arg(long, value_name = "DIR", env = "BATON_STATE_DIR")]
+    state_dir: Option<PathBuf>,
 
     /// Print JSON instead of a table
     #[arg(long)]
@@ -145,7 +150,11 @@ pub fn main(args: &LocalArgs) -> Result<()> {
         kv_cache: kind.ample_cache(memory::available_bytes()),
         ..LoadOptions::default()
     };
-    let device = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
+    let device = DeviceOptions {
+        threads: args.threads,
+        kernels: args.state_dir.as_deref().map(load::kernels),
+        ..DeviceOptions::default()
+    };
     let limits = kind.limits(args.threads, &files, &options)?;
     let mut loaded = kind.load(device, &files, &options).with_context(|| format!("model {name}"))?;
     let mut results = Vec::new();

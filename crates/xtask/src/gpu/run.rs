@@ -83,7 +83,7 @@ impl Site {
     /// One of ours, with its caches in the folder for work.
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        command.env("XDG_CACHE_HOME", self.work.join("cache"));
+        command.env("BATON_STATE_DIR", self.work.join("state"));
         command
     }
 
