@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use crate::root;
+use crate::{gpu::correct::GOLDENS, root};
 
 /// Arguments of the chore.
 #[derive(clap::Args)]
@@ -97,14 +97,10 @@ fn newest_glibc(binary: &[u8]) -> (u32, u32) {
 
 /// Golden checkpoints with what was computed from them, and questions.
 fn models(from: &Path, to: &Path) -> Result<()> {
-    for case in fs::read_dir(from.join("golden"))? {
-        let case = case?.path();
-        if !case.join("golden.json").exists() || !case.join("config.json").exists() {
-            continue;
-        }
+    for case in GOLDENS.map(|case| from.join("golden").join(case)) {
         let folder = to.join("golden").join(case.file_name().context("a name")?);
         fs::create_dir_all(&folder)?;
-        for file in fs::read_dir(&case)? {
+        for file in fs::read_dir(&case).with_context(|| case.display().to_string())? {
             let file = file?.path();
             let name = file.file_name().context("a name")?;
             // The logits are for tests that do not go through a server.
@@ -137,10 +133,7 @@ fn size(folder: &Path) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::ffi::OsString;
-
     use super::*;
-    use crate::gpu::correct::GOLDENS;
 
     #[test]
     fn the_newest_glibc_is_found_by_number() {
@@ -152,12 +145,9 @@ mod tests {
     fn every_golden_that_is_judged_and_every_question_is_packed() {
         let folder = tempfile::tempdir().unwrap();
         models(&root().join("models"), folder.path()).unwrap();
-        let packed = fs::read_dir(folder.path().join("golden")).unwrap().map(|entry| entry.unwrap().file_name());
-        let mut packed: Vec<OsString> = packed.collect();
-        let mut judged = GOLDENS.map(OsString::from).to_vec();
-        packed.sort();
-        judged.sort();
-        assert_eq!(packed, judged);
+        let judged =
+            |case: &str| ["golden.json", "config.json"].map(|file| folder.path().join("golden").join(case).join(file));
+        assert!(GOLDENS.into_iter().flat_map(judged).all(|file| file.exists()));
         assert!(QUESTIONS.iter().all(|name| folder.path().join("abacus").join(name).exists()));
         assert!(size(folder.path()).unwrap() < MOST / 2);
     }
