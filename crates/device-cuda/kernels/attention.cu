@@ -17,10 +17,10 @@ constexpr int THREADS = 128;
 /// How four warps share out a tile of queries times a tile of `KEYS` positions. A warp has a run of 16 rows for each of its
 /// `HEADS_APART`, and in it `HEADS_TOGETHER` for each token.
 template <int H> struct Few {
-    static constexpr int ROW_WARPS = 1, KEY_WARPS = 4, HEADS_APART = 1, HEADS_TOGETHER = H, TOKENS = 16 / H, KEYS = 64;
+    static constexpr int ROW_WARPS = 1, KEY_WARPS = 4, HEADS_APART = 1, HEADS_TOGETHER = H, KEYS = 64;
 };
 template <int H, int K> struct Wide {
-    static constexpr int ROW_WARPS = 4, KEY_WARPS = 1, HEADS_APART = H, HEADS_TOGETHER = 1, TOKENS = 64, KEYS = K;
+    static constexpr int ROW_WARPS = 4, KEY_WARPS = 1, HEADS_APART = H, HEADS_TOGETHER = 1, KEYS = K;
 };
 
 /// Shared memory of `attend`: queries, then two stages of keys and values, or of their bytes and behind these their numbers.
@@ -34,10 +34,11 @@ template <typename T, typename KV, int D, typename S> struct Layout {
     static constexpr int STAGE = 2 * PLANE;
 };
 
-/// q and out `[rows, heads * D]`. Grid: (runs of query heads, splits, tiles).
+/// q and out `[rows, heads * D]`. Grid: (runs of query heads, splits, tiles of at most `tokens`, which may be fewer than S has room
+/// for).
 template <typename T, typename KV, int D, typename S>
 __global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane values, const int* step_blocks,
-                                                  const Tile* tiles, Scores of, Partials partials, T* out) {
+                                                  const Tile* tiles, int tokens, Scores of, Partials partials, T* out) {
     using L = Layout<T, KV, D, S>;
     constexpr int STRIDE = L::STRIDE, RUNS = S::HEADS_APART, HEADS = RUNS * S::HEADS_TOGETHER;
     constexpr int KEYS = S::KEYS, WARP_KEYS = KEYS / S::KEY_WARPS;
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane 
             for (int j = 0; j < 8; j++) result[j] = from_float<T>(sum[j] / weight);
             store(out + index_of(row) * D + column, result);
         } else {
-            const int token = blockIdx.z * S::TOKENS + row.token;
+            const int token = blockIdx.z * tokens + row.token;
             const size_t at = (static_cast<size_t>(token) * of.heads + head + row.head) * gridDim.y + blockIdx.y;
             store(partials.sums + at * D + column, sum);
             if (column == 0) store(partials.weights + at * 2, Vec<float, 2>{{top, weight}});

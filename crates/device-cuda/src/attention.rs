@@ -130,7 +130,7 @@ impl Pass<'_> {
         let reasons = if self.tiles.is_wide() { &WIDE_REASONS } else { self.reasons };
         let visible = self.window.and_then(usize::checked_next_power_of_two).unwrap_or(usize::MAX);
         let longest = visible.min(self.tiles.longest());
-        let splits = splits(reasons, blocks as usize, longest, self.gpu.multiprocessors() as usize);
+        let splits = splits(reasons, blocks as usize, longest, self.gpu.multiprocessors());
         if splits == 1 {
             return attend(1, partials(0, 0));
         }
@@ -153,20 +153,21 @@ impl Pass<'_> {
         self.gpu.launch(self.merge, Launch { grid, block, shared: 0 }, &args)
     }
 
-    /// Attends on tensor cores with `blocks` blocks to a tile: `inputs` are what the kernel takes before the step.
+    /// Attends on tensor cores with `blocks` blocks to a tile: `inputs` are what the kernel takes before the step. What splits
+    /// leave lies as the list's tiles do, whatever the kernel has room for.
     pub(crate) fn tiled(
         &self,
         kernel: &Kernel,
         (blocks, threads, shared): (usize, u32, u32),
         inputs: impl IntoIterator<Item = Arg>,
-        rest: impl IntoIterator<Item = Arg>,
+        scores: &Arg,
     ) -> Result<()> {
         let (blocks, tiles) = (blocks as u32, self.tiles.count() as u32);
         self.split(blocks * tiles, |splits, partials| {
             let launch = Launch { grid: [blocks, splits, tiles], block: [threads, 1, 1], shared };
-            let middle = [Arg::Ptr(self.blocks), Arg::Ptr(self.tiles.address)];
-            let args: Vec<Arg> =
-                inputs.into_iter().chain(middle).chain(rest).chain([partials, Arg::Ptr(self.out)]).collect();
+            let tokens = Arg::I32(self.tiles.tokens as i32);
+            let step = [Arg::Ptr(self.blocks), Arg::Ptr(self.tiles.address), tokens, scores.clone()];
+            let args: Vec<Arg> = inputs.into_iter().chain(step).chain([partials, Arg::Ptr(self.out)]).collect();
             self.gpu.launch(kernel, launch, &args)
         })
     }
@@ -354,7 +355,7 @@ impl AttentionKernels {
                 Some(Tiled { kernel, shared, heads }) => {
                     let blocks = kv_heads * group.div_ceil(*heads);
                     let inputs = [Arg::Ptr(q.0), keys.arg(), values.arg()];
-                    pass.tiled(kernel, (blocks, 128, *shared), inputs, [scores.clone()])?;
+                    pass.tiled(kernel, (blocks, 128, *shared), inputs, &scores)?;
                 }
                 None => {
                     let q = heads(q.0, query_heads * head_dim, head_dim);

@@ -62,6 +62,7 @@ pub(crate) struct GpuOptions {
 pub(crate) struct Gpu {
     context: Arc<Context>,
     capability: (i32, i32),
+    multiprocessors: usize,
     queue: Mutex<Queue>,
     loader: Mutex<Loader>,
     blas: Blas,
@@ -88,8 +89,10 @@ impl Gpu {
         if capability < OLDEST {
             return Err(DeviceError::Unavailable { device: context.name.clone(), reason: too_old(capability) });
         }
+        let count = context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         Ok(Arc::new(Self {
             capability,
+            multiprocessors: count.max(1) as usize,
             programs: Mutex::new(Programs::new(capability, options.cache.clone())),
             queue: Mutex::new(Queue::new(&context, options.graphs)?),
             loader: Mutex::new(Loader::new(&context)?),
@@ -117,9 +120,8 @@ impl Gpu {
     }
 
     /// Multiprocessors, for grids that fill the device.
-    pub(crate) fn multiprocessors(&self) -> u32 {
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        self.context.attribute(attribute).map_or(1, |count| count.max(1) as u32)
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     /// The kernel of a C++ name expression. It is compiled with all others that were asked for, when [`Gpu::compile`] is

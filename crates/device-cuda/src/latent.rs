@@ -242,8 +242,7 @@ impl LatentKernels {
                 Some((kernel, shared)) => {
                     let blocks = (tiles.tokens * count).div_ceil(PAIRS);
                     let inputs = [Arg::Ptr(first_query), rotated_q, latents.arg(), rotated.arg()];
-                    let rest = [Arg::I32(tiles.tokens as i32), scores.clone()];
-                    pass.tiled(kernel, (blocks, 256, *shared), inputs, rest)?;
+                    pass.tiled(kernel, (blocks, 256, *shared), inputs, &scores)?;
                 }
                 None => {
                     let q = heads(first_query, own_row, rank);

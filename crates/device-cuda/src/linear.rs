@@ -125,14 +125,12 @@ pub(crate) fn math(format: WeightFormat, activations: DataType) -> DataType {
 pub(crate) struct LinearKernels {
     gpu: Arc<Gpu>,
     activations: DataType,
-    multiprocessors: usize,
     ids: Slot,
 }
 
 impl LinearKernels {
     pub(crate) fn new(gpu: &Arc<Gpu>, activations: DataType) -> Result<Self> {
-        let multiprocessors = gpu.multiprocessors() as usize;
-        Ok(Self { gpu: gpu.clone(), activations, multiprocessors, ids: gpu.slot(4096, "tokens")? })
+        Ok(Self { gpu: gpu.clone(), activations, ids: gpu.slot(4096, "tokens")? })
     }
 
     /// Load time: checks shape and format, packs, uploads, asks for the kernels that the format needs.
@@ -289,7 +287,7 @@ impl LinearKernels {
             // Two blocks for each multiprocessor, and two spans for each block at least.
             Warps::Features(warps) => {
                 let blocks = panels * rows.div_ceil(tile_rows);
-                (warps, (2 * self.multiprocessors / blocks).min(spans / 2).max(1))
+                (warps, (2 * self.gpu.multiprocessors() / blocks).min(spans / 2).max(1))
             }
         }
     }

@@ -22,11 +22,11 @@ use crate::program::Kernel;
 use crate::staging::{self, Staging};
 use crate::statistics::{Counters, add};
 
-/// Lists that are remembered of those that were seen once: prompts make many that never come again.
-const SEEN: usize = 64;
-/// Graphs that are kept: one for each number of rows that decode steps often have. A graph takes some megabytes of the device.
-const KEPT: usize = 128;
-/// The shortest list that is worth a graph: a graph's launch costs about as much as two kernels'.
+/// Lists that are remembered, of those that were seen once and of those that have graphs, and their words in all: where ranks sum
+/// between graphs a step is two lists a layer, and without ranks it is one of some thousands of words.
+const LISTS: usize = 1024;
+const WORDS: usize = 1 << 20;
+/// The shortest list that is taken to be worth a graph, which was not measured.
 const WORTHWHILE: usize = 4;
 /// Commands after which a list runs anyway, so that the device is not idle during a long step's queueing.
 const LONGEST: usize = 4096;
@@ -170,7 +170,7 @@ impl Queue {
             return Ok(graph);
         }
         let Some(at) = self.seen.iter().position(|words| *words == self.words) else {
-            self.seen.truncate(SEEN - 1);
+            self.seen.truncate(kept_beside(self.words.len(), self.seen.iter().map(Vec::len)));
             self.seen.push_front(self.words.clone());
             return Ok(None);
         };
@@ -178,9 +178,8 @@ impl Queue {
         let made = self.capture(context)?;
         let graph = made.as_ref().map(Owned::get);
         add(&counters.captures, usize::from(graph.is_some()));
-        for list in self.lists.drain(self.lists.len().min(KEPT - 1)..) {
-            self.retired.extend(list.graph);
-        }
+        let kept = kept_beside(words.len(), self.lists.iter().map(|list| list.words.len()));
+        self.retired.extend(self.lists.drain(kept..).filter_map(|list| list.graph));
         self.lists.push_front(List { words, graph: made });
         Ok(graph)
     }
@@ -245,7 +244,11 @@ impl Queue {
 
     /// Copies to the device behind what the stream was given, ahead of what is queued.
     pub(crate) fn upload(&mut self, context: &Context, address: u64, bytes: &[u8]) -> Result<()> {
-        self.staging.upload(context, self.stream.get(), address, bytes)
+        if self.staging.upload(context, self.stream.get(), address, bytes)? {
+            // Ranks that bring nothing to the host wait nowhere else.
+            self.retired.clear();
+        }
+        Ok(())
     }
 
     /// Copies to the host and waits; nothing is queued.
@@ -266,4 +269,13 @@ impl Queue {
         self.staging.passed();
         self.retired.clear();
     }
+}
+
+/// How many lists, of so many words each, the latest first, are kept beside a new one.
+fn kept_beside(new: usize, lists: impl Iterator<Item = usize>) -> usize {
+    let words = lists.scan(new, |words, list| {
+        *words += list;
+        Some(*words)
+    });
+    words.take(LISTS - 1).take_while(|words| *words <= WORDS).count()
 }

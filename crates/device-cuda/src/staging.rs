@@ -57,12 +57,13 @@ impl Staging {
         Ok(Self { up: Pinned::new(context, PART)?, used: 0, down: Pinned::new(context, PART)? })
     }
 
-    /// Queues a copy to the device on `stream`, of which this is the only user.
-    pub(crate) fn upload(&mut self, context: &Context, stream: CUstream, address: u64, bytes: &[u8]) -> Result<()> {
+    /// Queues a copy to the device on `stream`, of which this is the only user. Whether it waited for the stream first.
+    pub(crate) fn upload(&mut self, context: &Context, stream: CUstream, address: u64, bytes: &[u8]) -> Result<bool> {
+        let mut waited = false;
         for (at, part) in (0u64..).step_by(PART).zip(bytes.chunks(PART)) {
             if self.used + part.len() > self.up.bytes {
                 synchronize(context, stream)?;
-                self.used = 0;
+                (self.used, waited) = (0, true);
             }
             let source = self.up.fill(self.used, part);
             self.used = (self.used + part.len()).next_multiple_of(64);
@@ -70,7 +71,7 @@ impl Staging {
             let code = unsafe { sys::cuMemcpyHtoDAsync_v2(address + at, source, part.len(), stream) };
             context.check("upload", code)?;
         }
-        Ok(())
+        Ok(waited)
     }
 
     /// Copies from the device behind all that `stream` was given, and waits for it.

@@ -77,6 +77,17 @@ fn a_chip_with_less_shared_memory_takes_smaller_tiles() {
     assert!(kernels.iter().any(|name| name.contains("256, Wide<1, 16>")), "{kernels:?}");
 }
 
+#[test]
+fn few_tokens_in_a_kernel_for_many_have_splits_of_their_own() {
+    let Some(simulator) = Simulator::new() else { return };
+    simulator.control("cc=86");
+    let backend = simulator.open(DType::BF16);
+    judge(&backend, &[Case::Attention { params: full(2, 1, 256), kv: KvDtype::BF16, history: 300 }]);
+    let kernels = kernels(&backend);
+    assert!(!kernels.iter().any(|name| name.contains("Few")), "the chip has no room for these: {kernels:?}");
+    assert!(kernels.iter().any(|name| name.contains("256, Wide<1, 16>")), "{kernels:?}");
+}
+
 /// A cache of two layers and a step's tensors.
 struct Steps<'a> {
     backend: &'a CudaBackend,

@@ -2,7 +2,7 @@
 
 use baton_device::DeviceError;
 
-use super::{copy, gpu};
+use super::gpu;
 use crate::simulator::Simulator;
 
 #[test]
@@ -14,8 +14,8 @@ fn what_scratch_holds_for_later_steps_is_free_and_goes_to_whoever_finds_no_room(
     let kept = gpu.load(&[7; 4096], "a test").unwrap();
     let scratch = gpu.scratch(128 * MEGABYTE).unwrap();
     // Queued work uses it until it has run.
-    copy(&gpu, kept.address(), scratch.address(), 4096);
-    copy(&gpu, scratch.address(), kept.address(), 4096);
+    gpu.copy(kept.address(), scratch.address(), 4096).unwrap();
+    gpu.copy(scratch.address(), kept.address(), 4096).unwrap();
     let in_use = gpu.memory().unwrap().free;
     assert!(matches!(gpu.alloc(160 * MEGABYTE, "a test"), Err(DeviceError::OutOfMemory { what: "a test", .. })));
     drop(scratch);
