@@ -1,6 +1,8 @@
 //! Questions with known answers, asked over HTTP: the rows of `models/abacus/eval.jsonl`, judged as the model's own
 //! evaluation judges them.
 
+use std::{fs, path::Path};
+
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
@@ -32,6 +34,15 @@ impl Answer {
             call["function"]["arguments"].as_str().and_then(|text| serde_json::from_str::<Value>(text).ok());
         self.content.is_empty() && *wanted == json!({"name": call["function"]["name"], "arguments": arguments})
     }
+}
+
+/// The rows of a file: questions, or what was answered to them.
+///
+/// # Errors
+/// It cannot be read, or a line is not JSON.
+pub fn rows(file: &Path) -> Result<Vec<Value>> {
+    let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
 }
 
 /// Asks all rows, at most 32 at a time, and gives each with its answer.

@@ -5,7 +5,7 @@
 //! is strict: what a device leaves undefined is made visible (NaN in memory that nobody wrote, asynchronous copies that arrive late), nothing
 //! runs before somebody waits for it, device memory cannot be touched by the host, and a kernel's wrong address ends its context. It proves
 //! that a caller keeps the rules and that kernels compute the right numbers for one order of threads at a time; it says nothing about
-//! speed, registers, or how much static shared memory there is. Left out: captures over several streams, memory pools, peer access, blocks that
+//! speed, registers, or how much static shared memory there is. Left out: captures over several streams, graphs within graphs, memory pools, peer access, blocks that
 //! wait for each other.
 //!
 //! # Control

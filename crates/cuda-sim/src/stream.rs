@@ -293,8 +293,15 @@ impl Machine {
 /// Waits until each stream has completed its task at the position.
 pub fn synchronize(mut guard: Guard, targets: &[(u64, u64)]) -> (Guard, Result<(), Fail>) {
     for &(stream, position) in targets {
-        while let Ok(found) = guard.streams.get(stream) {
-            let context = found.context;
+        let Ok(context) = guard.streams.get(stream).map(|found| found.context) else { continue };
+        loop {
+            if guard.contexts.get(context).is_err() {
+                return (guard, Err(fail!(cuda::CONTEXT_IS_DESTROYED, "the context ended meanwhile")));
+            }
+            // Destroyed alone, a stream has completed what was queued.
+            if guard.streams.get(stream).is_err() {
+                break;
+            }
             let blocked = match guard.advance(stream, position) {
                 Ok(progress) => progress == Progress::Blocked,
                 Err(failure) => return (guard, Err(failure)),

@@ -215,8 +215,8 @@ impl Backend for AscendBackend {
     }
 
     fn memory(&self) -> Result<Option<DeviceMemory>> {
-        let (free, total) = self.owner.call("memory", |device| device.memory())?;
-        let MemoryUse { reserved, used, .. } = self.memory_use()?;
+        let ((free, total), own) = self.owner.call("memory", |device| Ok((device.memory()?, device.usage())))?;
+        let MemoryUse { reserved, used, .. } = own;
         Ok(Some(DeviceMemory { total: total as u64, free: (free + reserved - used) as u64 }))
     }
 

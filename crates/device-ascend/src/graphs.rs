@@ -6,7 +6,7 @@
 //! ends. Then the piece is looked up:
 //!
 //! - met for the first time, it is issued call by call;
-//! - for the second time, it is captured while it is issued, and the graph is run;
+//! - for the second time, it is captured instead of issued, and the graph is run;
 //! - from then on the graph is run: none of its calls goes through phase 1 and no object is made for it.
 //!
 //! What decides is the whole piece: every operator with all shapes, strides, types, addresses and numbers. A graph is of one
@@ -46,8 +46,8 @@ use crate::abi::operators::{OperatorName, Value};
 use crate::chip::Chip;
 use crate::object::Address;
 
-/// The most rows of an operation whose calls are collected: what decode has. Larger ones are seldom met twice and cost the
-/// device more than the host.
+/// The most rows of an operation whose calls are collected: what decode has. This and the next two are reasoned, not measured:
+/// larger ones are seldom met twice and cost the device more than the host.
 pub(crate) const MOST_ROWS: usize = 256;
 /// Calls of a piece that are worth a graph.
 pub(crate) const LEAST_CALLS: usize = 4;
@@ -90,8 +90,8 @@ pub(crate) type Workspace = Option<(Address, usize)>;
 /// What is known of a piece.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Met<G> {
-    /// Nothing.
-    First,
+    /// Nothing; its hash, to be remembered when it went well.
+    First(u64),
     /// It was met, and has no graph.
     Again,
     Graph(G),
@@ -131,7 +131,7 @@ impl<K: Eq + std::hash::Hash, G: Copy> Graphs<K, G> {
         }
     }
 
-    /// Looks a piece up, to be run on a workspace, and remembers that it was met.
+    /// Looks a piece up, to be run on a workspace.
     pub(crate) fn meet(&mut self, piece: &K, workspace: Workspace) -> Met<G> {
         self.clock += 1;
         match self.kept.get_mut(piece) {
@@ -143,10 +143,16 @@ impl<K: Eq + std::hash::Hash, G: Copy> Graphs<K, G> {
             Some(_) => self.retired.extend(self.kept.remove(piece).map(|kept| kept.graph)),
             None => {}
         }
+        let hash = self.hasher.hash_one(piece);
+        if self.seen.contains(&hash) { Met::Again } else { Met::First(hash) }
+    }
+
+    /// Remembers that a piece was issued well: its calls have asked for all the workspace that they need.
+    pub(crate) fn remember(&mut self, hash: u64) {
         if self.seen.len() == MOST_SEEN {
             self.seen.clear();
         }
-        if self.seen.insert(self.hasher.hash_one(piece)) { Met::First } else { Met::Again }
+        self.seen.insert(hash);
     }
 
     /// Keeps the graph of a piece, in the place of the one that was not asked for longest if there are too many.
@@ -185,16 +191,23 @@ mod tests {
 
     const WORKSPACE: Workspace = Some((Address(4096), 512));
 
+    /// Meets a piece for the first time, and remembers it.
+    fn meet_first<K: Eq + std::hash::Hash>(graphs: &mut Graphs<K, u32>, piece: &K) {
+        let Met::First(hash) = graphs.meet(piece, None) else { panic!("it was met") };
+        graphs.remember(hash);
+    }
+
     #[test]
     fn a_piece_has_a_graph_from_its_second_time_on_and_the_one_that_is_not_asked_for_goes() {
         let mut graphs = Graphs::new(2);
         for piece in 0..2 {
-            assert_eq!(graphs.meet(&piece, None), Met::First);
+            assert!(matches!(graphs.meet(&piece, None), Met::First(_)), "one that failed was not met");
+            meet_first(&mut graphs, &piece);
             assert_eq!(graphs.meet(&piece, WORKSPACE), Met::Again, "the first time brought the workspace");
             graphs.keep(piece, WORKSPACE, piece + 10);
         }
         assert_eq!(graphs.meet(&0, WORKSPACE), Met::Graph(10));
-        assert_eq!(graphs.meet(&2, WORKSPACE), Met::First);
+        meet_first(&mut graphs, &2);
         graphs.keep(2, WORKSPACE, 12);
         assert_eq!(graphs.take_retired(), [11], "the other was asked for since");
         let met = [0, 1, 2].map(|piece| graphs.meet(&piece, WORKSPACE));
@@ -209,9 +222,9 @@ mod tests {
     fn pieces_that_differ_in_an_address_alone_are_two_and_a_graph_is_of_one_workspace() {
         let piece = |at: usize| vec![("write", Call::Clear { at: Address(at), bytes: 8 })];
         let mut graphs: Graphs<Piece, u32> = Graphs::new(2);
-        assert_eq!(graphs.meet(&piece(512), WORKSPACE), Met::First);
+        meet_first(&mut graphs, &piece(512));
         graphs.keep(piece(512), WORKSPACE, 1);
-        assert_eq!(graphs.meet(&piece(1024), WORKSPACE), Met::First);
+        meet_first(&mut graphs, &piece(1024));
         assert_eq!(graphs.meet(&piece(512), WORKSPACE), Met::Graph(1));
         for moved in [Some((Address(8192), 512)), Some((Address(4096), 1024)), None] {
             assert_eq!(graphs.meet(&piece(512), moved), Met::Again);

@@ -133,7 +133,7 @@ impl Owner {
         })
     }
 
-    /// Why no graphs are made, or not any more, once all is done that was queued before.
+    /// Why no graphs are made, or not any more, once all is done that was queued before but what is still collected.
     pub(crate) fn objection(&self) -> Option<&str> {
         let (done, answer) = bounded(1);
         // Not a call: a failure that waits for one is not for whoever asks this.

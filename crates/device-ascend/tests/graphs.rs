@@ -220,8 +220,6 @@ fn failing(simulator: &Simulator, fault: &str) -> (DeviceError, Vec<Vec<f32>>, S
 fn a_fault_of_a_graph_is_typed_and_one_that_is_refused_is_the_last() {
     let simulator = Simulator::new();
     let sound = {
-        let backend = simulator.open(A2, DType::BF16);
-        drop(backend);
         let backend = simulator.open_fused(A2, DType::BF16);
         let mut decoder = Decoder::new(&backend);
         decoder.step(SEQUENCES, 0, PROMPT, None).unwrap();

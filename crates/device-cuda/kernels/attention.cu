@@ -1,7 +1,7 @@
 //! Attention over the paged cache, as the seam's `paged_attention` says, and the part of latent attention for which there is no
 //! faster kernel.
 //!
-//! | kernel | for | bound by |
+//! | kernel | for | expected to be bound by (not measured) |
 //! |---|---|---|
 //! | `attend<.., Few<H>>` | 16 / H tokens of a sequence, H query heads of a key head | reading the cache, once for all of them |
 //! | `attend<.., Wide<H, K>>` | 64 tokens of a sequence, H query heads of a key head | tensor cores |
@@ -26,7 +26,7 @@ template <int H, int K> struct Wide {
 /// Shared memory of `attend`: queries, then two stages of keys and values, or of their bytes and behind these their numbers.
 /// At the end all of it holds sums in f32, `[KEY_WARPS, ROWS, D]`.
 template <typename T, typename KV, int D, typename S> struct Layout {
-    static constexpr bool BYTES = Same<KV, signed char>::value;
+    static constexpr bool BYTES = SAME<KV, signed char>;
     static constexpr int STRIDE = D + PAD;
     static constexpr int ROWS = 16 * S::ROW_WARPS * S::HEADS_APART;
     static constexpr int QUERIES = ROWS * STRIDE * 2;
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q,
             for (int i = 0; i < N; i++) sum += x[d + i] * kept(part[i]);
         }
         for (int d = whole; d < plane.width; d++) sum += x[d] * kept(key[d]);
-        return Same<KV, signed char>::value && plane.width > 0 ? sum * plane.scales[at] : sum;
+        return SAME<KV, signed char> && plane.width > 0 ? sum * plane.scales[at] : sum;
     };
 
     Softmax softmax;
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q,
         }
         const float factor = softmax.raise(warp_max(score[0]));
         float weight = softmax.weigh(score[0]);
-        if (Same<KV, signed char>::value) weight *= values.scales[at];
+        if (SAME<KV, signed char>) weight *= values.scales[at];
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) sums[c] *= factor;
         for (int j = 0; j < LANES; j++) {

@@ -26,6 +26,10 @@ struct alignas(2) f16 {
     unsigned short bits;
 };
 
+/// Whether two types are one.
+template <typename A, typename B> constexpr bool SAME = false;
+template <typename A> constexpr bool SAME<A, A> = true;
+
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 // --- numbers ---
@@ -122,6 +126,9 @@ __device__ __forceinline__ float quick_exp2(float x) {
 #endif
 
 // --- vectors ---
+
+/// `x / (1 + e^-x)`.
+__device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
 
 /// N elements that are loaded and stored together, in pieces of up to 16 bytes.
 template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {

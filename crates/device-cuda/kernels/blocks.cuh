@@ -25,9 +25,6 @@ __device__ __forceinline__ int spans(int k) { return (k + SPAN - 1) / SPAN; }
 /// The first of four columns of a chunk that lane t has as pairs 2j and 2j + 1. All 16 columns of a j are in one group.
 template <int GROUP> __device__ __forceinline__ int column(int j, int t) { return GROUP == CHUNK ? 8 * t + 4 * j : 16 * j + 4 * t; }
 
-template <typename A, typename B> constexpr bool SAME = false;
-template <typename A> constexpr bool SAME<A, A> = true;
-
 /// Byte i of a word as a number, less `bias`.
 template <int bias> __device__ __forceinline__ float byte_number(unsigned word, int i) {
     return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7540u | i)) - (8388608.0f + bias);

@@ -10,14 +10,14 @@ constexpr float ALMOST_HALF = 0.49999997f;
 
 /// Numbers beyond the range of f16 become its largest; what is not finite stays so.
 template <typename KV> __device__ inline KV keep(float x) {
-    if (Same<KV, f16>::value && fabsf(x) <= LARGEST_F32) x = fminf(fmaxf(x, -LARGEST_F16), LARGEST_F16);
+    if (SAME<KV, f16> && fabsf(x) <= LARGEST_F32) x = fminf(fmaxf(x, -LARGEST_F16), LARGEST_F16);
     return from_float<KV>(x);
 }
 
 /// One warp writes one head of one position.
 template <typename T, typename KV>
 __device__ inline void keep_row(const T* from, KV* to, int width, float*) {
-    if constexpr (Same<T, KV>::value) {
+    if constexpr (SAME<T, KV>) {
         // Rows of whole parts of 16 bytes begin at one.
         constexpr int N = WIDE<T>;
         if (width % N == 0) {

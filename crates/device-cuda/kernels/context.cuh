@@ -65,9 +65,6 @@ struct Range {
     int end;
 };
 
-template <typename A, typename B> struct Same { static constexpr bool value = false; };
-template <typename A> struct Same<A, A> { static constexpr bool value = true; };
-
 /// What tokens at `first..=last` see together.
 __device__ inline Range visible(int first, int last, int window) {
     int begin = window > 0 ? first + 1 - window : 0;
@@ -105,8 +102,8 @@ template <typename T> __device__ inline float kept(T x) { return to_float(x); }
 template <typename T, typename KV, int KEYS, int WIDTH, int STRIDE, int THREADS>
 __device__ inline void fetch(unsigned char* to, const Plane& plane, int head, const Vec<int, KEYS / BLOCK>& blocks,
                              int first, Range range) {
-    constexpr bool BYTES = Same<KV, signed char>::value;
-    static_assert(BYTES || Same<KV, T>::value, "a cache of activations or of bytes");
+    constexpr bool BYTES = SAME<KV, signed char>;
+    static_assert(BYTES || SAME<KV, T>, "a cache of activations or of bytes");
     constexpr int PER_PART = 16 / sizeof(KV), PARTS = BLOCK * WIDTH / PER_PART;
 #pragma unroll
     for (int b = 0; b < KEYS / BLOCK; b++) {

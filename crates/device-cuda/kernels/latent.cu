@@ -1,7 +1,7 @@
 //! Latent attention where heads and latents suit tensor cores: queries are taken into the space of the latents, attend to them,
 //! and what they mixed is taken out again, each head by its own matrix.
 //!
-//! | kernel | for | bound by |
+//! | kernel | for | expected to be bound by (not measured) |
 //! |---|---|---|
 //! | `per_head` | absorbing and projecting | few rows: reading the matrices; many: tensor cores |
 //! | `per_head_rows` | the same in 32 bits or of odd widths | arithmetic; for comparisons |
@@ -20,7 +20,7 @@ constexpr int THREADS = 256;
 /// Shared memory of `attend_latents`: queries, weights, then two stages of latents with their rotated keys in one row, or of
 /// their bytes and behind these their numbers.
 template <typename T, typename KV, int RANK, int ROPE> struct Layout {
-    static constexpr bool BYTES = Same<KV, signed char>::value;
+    static constexpr bool BYTES = SAME<KV, signed char>;
     static constexpr int STRIDE = RANK + ROPE + PAD, WEIGHT_STRIDE = KEYS + PAD;
     static constexpr int QUERIES = ROWS * STRIDE * 2;
     static constexpr int WEIGHTS = ROWS * WEIGHT_STRIDE * 2;

@@ -1,6 +1,6 @@
 // Products with weights, and rows of weights.
 //
-// kernel         of what                                                       bound by
+// kernel         of what                                                       expected to be bound by (not measured)
 // product        up to 64 rows of 16 bits, weights of 16 bits or in blocks     bandwidth: each weight is read once for 8 · TILES rows
 // product_f32    few rows, sums of f32 products: weights or rows in f32        bandwidth up to 8 rows, then f32 arithmetic
 // unpack         weights as numbers: embeddings, and panels for cuBLASLt       bandwidth
@@ -144,8 +144,8 @@ template <int TILES> constexpr bool APART = TILES > 2;
 /// Codes of blocks are exact in M: the product of a group with them is multiplied by its scale in f32, and its minimum by the group's sum
 /// of x. So no weight is rounded; but floats in another type than M are.
 ///
-/// To have the memory busy (H200: 4.8 TB/s · 600 ns are 22 KiB for each of 132 SMs) a lane loads 32 to 128 bytes of weights before it
-/// multiplies, and an SM holds 24 warps. Then all that may cost time is what a lane does for a weight: at 4 bits an SM has 3.4
+/// By estimate, not measured: to have the memory busy (H200: 4.8 TB/s · 600 ns are 22 KiB for each of 132 SMs) a lane loads 32 to 128 bytes of weights before it
+/// multiplies, and an SM holds 24 warps with one tile. Then all that may cost time is what a lane does for a weight: at 4 bits an SM has 3.4
 /// instructions for each, at 16 bits 12 (with one tile it takes 2.8 for Q4_0, 4.6 for Q4_K, 1.2 for bf16). So features are the 16 of a
 /// tensor core's product, whose registers are written where they are needed, and rows its 8, which are read as they are needed; and loads
 /// have no conditions: rows beyond the last are the last one again, since rows do not mix and nobody stores those.
@@ -254,7 +254,7 @@ template <typename Y> __global__ void __launch_bounds__(256) add_parts(const __g
 /// `out = x · Wᵀ + bias` in f32: x `[rows, k]` in X, k a multiple of 8, out in f32. A block has one feature, and 8 rows that share its
 /// weights.
 ///
-/// Grid: features of all weights, groups of 8 rows. Block: any number of warps.
+/// Grid: features of all weights, groups of 8 rows. Block: up to 4 warps.
 template <typename F, typename X> __global__ void __launch_bounds__(128) product_f32(Group group, const X* x, int rows, int k) {
     constexpr int ROWS = 8;
     int feature;

@@ -8,7 +8,7 @@
 //!   otherwise    route, sort_pairs, grouped_gate_up, grouped_down, combine      16-bit numbers in rows of whole 16 bytes: tensor cores
 //!                route, sort_pairs, skinny_gate_up, skinny_down, combine        any other
 //!
-//! What bounds them: route and sort_pairs by latency; direct, skinny and grouped with 16 rows by reading the weights of the experts chosen,
+//! What is expected to bound them (not measured): route and sort_pairs by latency; direct, skinny and grouped with 16 rows by reading the weights of the experts chosen,
 //! each once; grouped with 64 and 128 rows by the tensor cores.
 //!
 //! Invariant: no result depends on the order of slots within an expert, which is left to chance; each row's sums are in one order.

@@ -15,8 +15,6 @@ struct Stack {
     long long expert, row;
 };
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
 /// Rows of an expert's matrix from `first` on, `count` of which there are: beyond, the last one again.
 template <int ROWS>
 __device__ __forceinline__ void rows_of(const unsigned char* (&rows)[ROWS], const Stack& stack, int expert, int first, int count) {

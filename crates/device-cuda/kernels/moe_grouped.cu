@@ -1,6 +1,6 @@
 //! Experts' products on tensor cores: tiles of many slots of one expert, weights read once for each tile.
 //!
-//! Bound by reading the weights with tiles of 16 slots, by the tensor cores with tiles of 64 and 128. They are those of compute
+//! Expected to be bound (not measured) by reading the weights with tiles of 16 slots, by the tensor cores with tiles of 64 and 128. They are those of compute
 //! capability 8.0 (mma.sync); wgmma with TMA, which 9.0 has, is what is left to gain there.
 //!
 //! Invariant: each row's sums are in one order, whatever tile and place in it the row has.

@@ -1,6 +1,6 @@
 // Operations on rows and elements: norms, sums, activations, rotation, gathering, the greedy choice.
 //
-// All are bound by bandwidth where rows are many and by the time of a launch where they are few: reads and writes are of 8 elements at
+// All are expected to be bound (not measured) by bandwidth where rows are many and by the time of a launch where they are few: reads and writes are of 8 elements at
 // once wherever addresses allow, arithmetic is f32, and what is stored is rounded once.
 // Types: X of what is read, Y of what is written. Tensors are row-major; element counts may be odd.
 #include "baton.cuh"
@@ -77,7 +77,7 @@ template <typename X, typename Y> __global__ void __launch_bounds__(256) add(con
 
 /// `baton_device::Activation`.
 struct Silu {
-    static __device__ __forceinline__ float of(float x) { return x / (1 + expf(-x)); }
+    static __device__ __forceinline__ float of(float x) { return silu(x); }
 };
 struct GeluTanh {
     static __device__ __forceinline__ float of(float x) {

@@ -1,6 +1,6 @@
 //! Linear weights and products with them.
 //!
-//! A product is in the type M that [`math`] says, with f32 sums:
+//! A product is in the type M that [`math`] says, with f32 sums; where one way ends and the next begins is reasoned, not measured:
 //! - Few rows are bound by reading the weight. `product` reads it once for up to 64 rows, as it lies (floats of many features: up
 //!   to 16); `product_f32` does where M is f32.
 //! - Many rows are cuBLASLt's. A weight that does not lie as M is widened first, a part at a time that stays in the second

@@ -376,7 +376,7 @@ impl Kernels {
 }
 
 /// The tiles in which a number of rows is computed: the smallest that most experts fill once. `None` where few pairs share an
-/// expert, and each is computed by itself: sorting costs more than a weight that is read twice.
+/// expert, and each is computed by itself. All of these bounds are reasoned, not measured.
 fn tiles<T>(shape: Shape, rows: usize, slots: impl Fn(&T) -> usize, sizes: &[T]) -> Option<&T> {
     let pairs = rows * shape.top_k;
     if rows == 1 || pairs * 4 <= shape.count {

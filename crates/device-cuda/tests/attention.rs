@@ -10,6 +10,7 @@ use baton_device::{
 };
 use baton_device_cuda::{CudaBackend, Statistics};
 use common::Simulator;
+use half::bf16;
 
 const BLOCK: usize = 16;
 
@@ -280,23 +281,26 @@ fn inputs_that_are_exact_sums_are_rounded_to_activations_first() {
     let Some(simulator) = Simulator::new() else { return };
     let backend = simulator.open(DType::BF16);
     let mut steps = Steps::new(&backend, full(1, 1, 16), KvDtype::BF16);
-    let table = [3, 4];
-    let inputs = steps.inputs(9, 1);
+    // Times a number of bf16 it takes more digits than bf16 has.
+    const FACTOR: f32 = 1.0 + 1.0 / 256.0;
+    let inputs =
+        steps.inputs(9, 1).map(|input| input.into_iter().map(|x| bf16::from_f32(x).to_f32()).collect::<Vec<_>>());
     let expected = {
-        let plan = steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &table }]);
-        steps.attend(&plan, &inputs)
+        let plan = steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &[3, 4] }]);
+        steps.attend(&plan, &inputs.each_ref().map(|input| input.iter().map(|x| x * FACTOR).collect()))
     };
-    let one: Vec<u8> = (0..256).flat_map(|i| f32::from(i % 17 == 0).to_le_bytes()).collect();
-    let weight = HostTensor::new("one", DType::F32, vec![16, 16], &one);
-    let one = backend
+    let diagonal: Vec<u8> = (0..256).flat_map(|i| (f32::from(i % 17 == 0) * FACTOR).to_le_bytes()).collect();
+    let weight = HostTensor::new("diagonal", DType::F32, vec![16, 16], &diagonal);
+    let diagonal = backend
         .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
         .unwrap();
     let exact = inputs.each_ref().map(|input| {
         let mut out = backend.tensor(9, 16).unwrap();
-        backend.linear(&steps.tensor(1, input), &one, &mut out).unwrap();
+        backend.linear(&steps.tensor(1, input), &diagonal, &mut out).unwrap();
         out
     });
-    let plan = steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &table }]);
+    // Blocks in which nothing was written before.
+    let plan = steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &[5, 6] }]);
     let (mut out, mut actual) = (backend.tensor(9, 16).unwrap(), Vec::new());
     let [q, k, v] = &exact;
     backend.paged_attention(q, k, v, &mut steps.cache, 0, &plan, &steps.params, &mut out).unwrap();
@@ -307,8 +311,7 @@ fn inputs_that_are_exact_sums_are_rounded_to_activations_first() {
 #[test]
 fn an_up_projection_beyond_the_range_of_activations_is_refused() {
     let Some(simulator) = Simulator::new() else { return };
-    let large: Vec<u8> =
-        (0..32).flat_map(|i| half::bf16::from_f32(if i == 9 { 1e6 } else { 1.0 }).to_le_bytes()).collect();
+    let large: Vec<u8> = (0..32).flat_map(|i| bf16::from_f32(if i == 9 { 1e6 } else { 1.0 }).to_le_bytes()).collect();
     let kv_b = HostTensor::new("kv_b", DType::BF16, vec![4, 8], &large);
     let format = WeightFormat::BF16;
     let weight = HostLatent { kv_b, heads: 1, nope: 2, rope: 2, v: 2, rank: 8, format };

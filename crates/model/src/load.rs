@@ -258,17 +258,15 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
         tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
     }
     let kv = arch::kv_spec(&config, backend.world(), kv_dtype, backend.caps().kv_block_size);
-    let early = match options.kv_cache {
-        KvCacheSize::AtMost(bytes) => Some(num_blocks(&kv, &spec, bytes, true)?),
-        KvCacheSize::Bytes(bytes) => Some(num_blocks(&kv, &spec, bytes, false)?),
-        KvCacheSize::Share(share) => {
-            // Sharing out makes no rank's part smaller than this.
-            let kept = |s: &TensorSpec| formats.of(s, &checkpoint, backend.caps()).bytes(s.shape.iter().product());
-            let weights = specs.values().map(|s| kept(s) as u64).sum::<u64>() / backend.world().size as u64;
-            Memory::of(&backend, share)?.expect_room(weights)?;
-            None
-        }
-    };
+    // What cannot fit is refused before weights are read; how much of a share is left is known when they are there.
+    if let KvCacheSize::Share(share) = options.kv_cache {
+        // Sharing out makes no rank's part smaller than this.
+        let kept = |s: &TensorSpec| formats.of(s, &checkpoint, backend.caps()).bytes(s.shape.iter().product());
+        let weights = specs.values().map(|s| kept(s) as u64).sum::<u64>() / backend.world().size as u64;
+        Memory::of(&backend, share)?.expect_room(weights)?;
+    } else {
+        num_blocks(&backend, &kv, &spec, options.kv_cache)?;
+    }
 
     let sizes = Sizes { rows: spec.max_step_tokens, logit_rows: spec.logit_rows(), positions: spec.max_model_len };
     let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
@@ -276,10 +274,7 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
     let slots: Arc<[Slot]> = std::mem::take(&mut loader.slots).into();
     let max_rank = options.max_lora_rank;
     let scratch = AdapterScratch::new(&backend, if max_rank > 0 { &slots } else { &[] })?;
-    let num_blocks = match (early, options.kv_cache) {
-        (None, KvCacheSize::Share(share)) => Memory::of(&backend, share)?.num_blocks(&kv, &spec)?,
-        (early, _) => early.expect("every other size is known before"),
-    };
+    let num_blocks = num_blocks(&backend, &kv, &spec, options.kv_cache)?;
     let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
     let cache = backend.kv_cache(&kv, num_blocks)?;
     let report = LoadReport {
@@ -422,7 +417,8 @@ struct Memory {
 
 impl Memory {
     fn of<B: Backend>(backend: &B, share: f64) -> Result<Self, LoadError> {
-        let memory = backend.memory()?.expect("a device with its own memory");
+        let none = || format!("a share of the memory of {}, which has none of its own", backend.caps().device);
+        let memory = backend.memory()?.ok_or_else(|| LoadError::Unsupported { reasons: vec![none()] })?;
         Ok(Self { share, total: memory.total, used: memory.total.saturating_sub(memory.free) })
     }
 
@@ -444,16 +440,24 @@ impl Memory {
         let reason = format!("the weights take {weights} bytes, {} are left for them", self.left());
         Err(self.no_room("before loading", reason))
     }
+}
 
-    fn num_blocks(&self, kv: &KvSpec, spec: &RunSpec) -> Result<usize, LoadError> {
-        let small = |error: LoadError| self.no_room("with the weights loaded", error.to_string());
-        num_blocks(kv, spec, self.left(), true).map_err(small)
+/// Blocks of the cache, of what is allowed for it now.
+fn num_blocks<B: Backend>(backend: &B, kv: &KvSpec, spec: &RunSpec, size: KvCacheSize) -> Result<usize, LoadError> {
+    match size {
+        KvCacheSize::AtMost(bytes) => blocks_of(kv, spec, bytes, true),
+        KvCacheSize::Bytes(bytes) => blocks_of(kv, spec, bytes, false),
+        KvCacheSize::Share(share) => {
+            let memory = Memory::of(backend, share)?;
+            let small = |error: LoadError| memory.no_room("with the weights loaded", error.to_string());
+            blocks_of(kv, spec, memory.left(), true).map_err(small)
+        }
     }
 }
 
 /// Blocks of the cache, of so many bytes: at least those of one whole context, and if `bounded` no more than those of as many
 /// contexts as a step has sequences.
-fn num_blocks(kv: &KvSpec, spec: &RunSpec, bytes: u64, bounded: bool) -> Result<usize, LoadError> {
+fn blocks_of(kv: &KvSpec, spec: &RunSpec, bytes: u64, bounded: bool) -> Result<usize, LoadError> {
     let block_bytes = kv.block_bytes() as u64;
     let needed_blocks = spec.max_model_len.div_ceil(kv.block_size) as u64;
     let wanted = if bounded { needed_blocks.saturating_mul(spec.max_step_sequences as u64) } else { u64::MAX };

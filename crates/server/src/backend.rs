@@ -110,11 +110,11 @@ impl Device {
         }
     }
 
-    /// Tokens of a step unless others are asked for: above these, prompts are computed hardly faster.
+    /// Tokens of a step unless others are asked for: above these, prompts are computed hardly faster, as far as that was measured.
     pub fn step_tokens(self) -> usize {
         match self {
             Device::Cpu | Device::Reference | Device::Ascend(_) => 128,
-            // Tiles of a product must fill all multiprocessors, also where a model is narrow.
+            // Reasoned, not measured: tiles of a product must fill all multiprocessors, also where a model is narrow.
             Device::Cuda(_) => 4096,
         }
     }
@@ -147,11 +147,12 @@ impl Device {
         }
     }
 
-    /// The types of activations that a device as it was found computes in, the one that it serves in first.
-    pub fn activations(self, facts: &DeviceFacts) -> &'static [DType] {
+    /// The types of activations that a device computes in, the one that it serves in first; of some kinds that is known only
+    /// when it was looked at.
+    pub fn activations(self, facts: impl FnOnce() -> DeviceFacts) -> &'static [DType] {
         match self {
             Device::Cpu | Device::Reference => &[DType::F32],
-            Device::Ascend(_) => match facts.chip.as_deref().and_then(Chip::from_soc_name) {
+            Device::Ascend(_) => match facts().chip.as_deref().and_then(Chip::from_soc_name) {
                 Some(chip) if !chip.has_bf16() => &[DType::F16],
                 _ => &[DType::BF16, DType::F16, DType::F32],
             },
@@ -159,8 +160,9 @@ impl Device {
         }
     }
 
-    /// Opens the device for conformance cases with activations of a type that it computes in, on all cores.
-    pub fn case_runner(self, activations: DType) -> Result<CaseRunner, DeviceError> {
+    /// Opens the device for conformance cases with activations of a type that it computes in, on all cores; `kernels` as in
+    /// [`DeviceOptions`].
+    pub fn case_runner(self, activations: DType, kernels: Option<PathBuf>) -> Result<CaseRunner, DeviceError> {
         Ok(match self {
             Device::Cpu => case_runner(CpuBackend::new(&CpuOptions { threads: 0, isa: None })?),
             Device::Reference => case_runner(Reference::new()),
@@ -168,7 +170,7 @@ impl Device {
             Device::Ascend(number) => {
                 case_runner(AscendBackend::new(&AscendOptions { blocking: true, ..ascend(number, activations) })?)
             }
-            Device::Cuda(number) => case_runner(CudaBackend::new(&cuda(number, activations, None))?),
+            Device::Cuda(number) => case_runner(CudaBackend::new(&cuda(number, activations, kernels))?),
         })
     }
 
@@ -270,9 +272,11 @@ impl Device {
     /// The type of activations for a checkpoint: what is asked for, else what it is stored in where the device computes in
     /// that.
     fn activations_of(self, files: &Files, options: &LoadOptions) -> Result<DType, LoadError> {
-        let own = self.activations(&self.probe());
-        let stored = || stored_dtype(files).map(|stored| *own.iter().find(|d| **d == stored).unwrap_or(&own[0]));
-        options.dtype.map_or_else(stored, Ok)
+        if let Some(asked) = options.dtype {
+            return Ok(asked);
+        }
+        let (own, stored) = (self.activations(|| self.probe()), stored_dtype(files)?);
+        Ok(*own.iter().find(|dtype| **dtype == stored).unwrap_or(&own[0]))
     }
 }
 
@@ -292,7 +296,7 @@ fn cuda(device: u32, activations: DType, kernels: Option<PathBuf>) -> CudaOption
 }
 
 /// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits;
-/// three times, since an Ascend device makes graphs of what it meets again, and runs them from then on.
+/// three times, since accelerators make graphs of what they meet again, and run them from then on.
 fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
     let step = SequenceStep {
         id: 0,

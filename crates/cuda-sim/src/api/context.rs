@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char};
 
 use crate::{
     codes::{attribute::*, cuda},
-    machine::{Context, Fail, Machine, call, current, fail, lock, put, set_current, waiting},
+    machine::{Context, Fail, Machine, call, current, fail, lock, notify, put, set_current, waiting},
     report,
     stream::{Stream, synchronize},
 };
@@ -215,6 +215,8 @@ impl Machine {
         self.graphs.retain(|graph| graph.context != context);
         self.execs.retain(|graph| graph.context != context);
         self.memory.clear(device as u32);
+        // Whoever waits for what does not run any more.
+        notify();
         Ok(())
     }
 }

@@ -1,7 +1,8 @@
 //! Captured graphs: made executable, launched, destroyed.
 
 use crate::{
-    machine::{Graph, in_context, outside_capture, put},
+    codes::cuda,
+    machine::{Graph, fail, in_context, outside_capture, put},
     stream::Task,
 };
 
@@ -39,6 +40,10 @@ pub extern "C" fn cuGraphLaunch(exec: u64, stream: u64) -> i32 {
     in_context("cuGraphLaunch", |m, context| {
         let stream = m.target(context, stream)?;
         let tasks = m.execs.get(exec)?.tasks.clone();
+        if let Some(capture) = &mut m.streams.get_mut(stream)?.capture {
+            capture.broken = true;
+            return Err(fail!(cuda::STREAM_CAPTURE_UNSUPPORTED, "graphs within graphs are not simulated"));
+        }
         m.submit(stream, Task::Graph(tasks)).map(drop)
     })
 }

@@ -68,6 +68,25 @@ fn a_hang_lasts_until_it_is_ended() {
 }
 
 #[test]
+fn who_waits_for_a_context_that_is_reset_is_told() {
+    let session = Session::with("hang=on");
+    let block = session.alloc(1);
+    well(cuMemsetD8Async(block, 1, 1, session.stream));
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| {
+            well(cuCtxSetCurrent(session.context));
+            cuStreamSynchronize(session.stream)
+        });
+        while count("calls.cuStreamSynchronize") == 0 {
+            std::thread::yield_now();
+        }
+        well(cuDevicePrimaryCtxReset_v2(0));
+        assert_eq!(waits.join().expect("no panic"), cuda::CONTEXT_IS_DESTROYED);
+    });
+    control("hang=off");
+}
+
+#[test]
 fn a_machine_without_devices_says_so() {
     let _session = Session::new();
     control("devices=0");

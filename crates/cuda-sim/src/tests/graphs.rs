@@ -48,6 +48,10 @@ fn what_waits_during_a_capture_is_refused_and_ends_it() {
     refused(&|| cuStreamQuery(session.stream));
     refused(&|| cuCtxSynchronize());
     refused(&|| cuMemAlloc_v2(&mut 0, 4));
+    let (code, graph) = capture(&session, || well(cuMemsetD8Async(block, 1, 4, session.stream)));
+    assert_eq!(code, 0);
+    let exec = made(|out| cuGraphInstantiateWithFlags(out, graph, 0));
+    refused(&|| cuGraphLaunch(exec, session.stream));
     refused(&|| cuMemFree_v2(block));
     refused(&|| cuMemcpyHtoD_v2(block, &raw const block as u64, 4));
     let (code, _) = capture(&session, || {

@@ -167,7 +167,12 @@ impl Device {
                     Ok(())
                 }
             },
-            Met::First | Met::Again => self.issue_all(&piece),
+            Met::First(hash) => {
+                self.issue_all(&piece)?;
+                self.pieces.graphs.remember(hash);
+                Ok(())
+            }
+            Met::Again => self.issue_all(&piece),
         }
     }
 

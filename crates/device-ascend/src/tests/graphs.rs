@@ -7,16 +7,9 @@ use crate::device::Device;
 use crate::error::AscendError;
 use crate::graphs::{LEAST_CALLS, MOST_GRAPHS};
 use crate::object::{Address, DataType, View};
+use crate::ops::rows::scale;
 use crate::owner::Owner;
 use crate::simulator::Simulator;
-
-type Result<T> = std::result::Result<T, AscendError>;
-
-/// `x *= factor`.
-fn scale(device: &mut Device, x: &View, factor: f32) -> Result<()> {
-    let (x, factor) = (device.tensor(x), device.scalar(factor, DataType::F32));
-    device.muls_in_place(&x, &factor)
-}
 
 /// Queues `x *= 2`, `times` times in one operation.
 fn double(owner: &Owner, op: &'static str, x: &View, times: usize) {

@@ -18,7 +18,7 @@ use baton_handoff::Verdict;
 use clap::Args;
 use indicatif::ProgressBar;
 
-use crate::backend::Device;
+use crate::{backend::Device, load};
 use cases::Judge;
 use privacy::Redactor;
 use report::{Found, Report};
@@ -45,6 +45,10 @@ pub struct SelftestArgs {
     /// Write what was found to this file, as JSON: versions, cases and errors, without names or paths of this machine; it grows as cases end
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+
+    /// Folder of a server's state, whose compiled kernels are taken and added to [default: kernels are compiled for this run]
+    #[arg(long, value_name = "DIR", env = "BATON_STATE_DIR")]
+    state_dir: Option<PathBuf>,
 
     /// Golden vectors to compare with, as `cargo xtask vectors` writes them [default: those inside this binary]
     #[arg(long, value_name = "FILE")]
@@ -97,7 +101,7 @@ pub fn main(args: &SelftestArgs) -> ExitCode {
 fn selftest(args: &SelftestArgs) -> Result<Verdict> {
     let device = Device::parse(&args.device)?;
     let facts = device.probe();
-    let chosen = Chosen::new(&args.filter, device.activations(&facts))?;
+    let chosen = Chosen::new(&args.filter, device.activations(|| facts.clone()))?;
     if args.list {
         chosen.names().for_each(|(name, _)| println!("{name}"));
         return Ok(Verdict::Skipped);
@@ -164,7 +168,7 @@ impl Session<'_> {
 
     /// Opens the device; it is given back with what is returned.
     fn open<'v>(&mut self, device: Device, activations: DType, vectors: &'v Vectors) -> Result<Judge<'v>> {
-        match device.case_runner(activations) {
+        match device.case_runner(activations, self.args.state_dir.as_deref().map(load::kernels)) {
             Ok(runner) => {
                 self.report.opened(&runner.caps);
                 Ok(Judge::new(runner, vectors))

@@ -1,7 +1,8 @@
 //! The bundled model's evaluation.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
+use baton_loadgen::evaluation;
 use serde_json::Value;
 
 /// The folder of the bundled model.
@@ -9,6 +10,5 @@ pub const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/abacu
 
 /// The rows of one of its files.
 pub fn rows(name: &str) -> Vec<Value> {
-    let text = fs::read_to_string(Path::new(MODEL).join(name)).expect(name);
-    text.lines().map(|l| serde_json::from_str(l).expect("one JSON object per line")).collect()
+    evaluation::rows(&Path::new(MODEL).join(name)).expect(name)
 }

@@ -64,8 +64,6 @@ const TARGETS: [Target; 3] = [
     },
 ];
 
-/// Tokens of a prompt and of an answer over HTTP.
-const TOKENS: [&str; 2] = ["128", "128"];
 /// By how much throughput may be less with more streams and still count as not falling: what runs differ by.
 const NOISE: f64 = 0.03;
 
@@ -172,6 +170,11 @@ pub fn load(site: &Site, until: Instant) -> Result<Found> {
     Ok(Found::new(reasons, figures.into()))
 }
 
+/// Tokens of a stream's prompt and of its answer.
+pub fn tokens(scale: Scale) -> [&'static str; 2] {
+    if scale == Scale::Rehearsal { ["8", "2"] } else { ["128", "128"] }
+}
+
 /// `baton bench` against a server: what so many streams get.
 pub fn throughput(site: &Site, url: &str, log: &str, streams: usize, until: Instant) -> Result<Value> {
     let calls = match site.scale {
@@ -179,7 +182,7 @@ pub fn throughput(site: &Site, url: &str, log: &str, streams: usize, until: Inst
         Scale::Quick => (2 * streams).max(3),
         Scale::Rehearsal => streams,
     };
-    let [prompt, answer] = if site.scale == Scale::Rehearsal { ["8", "2"] } else { TOKENS };
+    let [prompt, answer] = tokens(site.scale);
     let (streams, calls) = (streams.to_string(), calls.to_string());
     let saved = site.work.join(format!("{log}-{streams}.json"));
     let mut bench = site.command(&site.baton);

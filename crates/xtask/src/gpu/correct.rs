@@ -1,10 +1,13 @@
 //! Does the device compute what it should? The binary's own self-test, the goldens and the bundled model over HTTP, and
 //! the vendor's checker of memory and races.
 
-use std::{fs, os::unix::fs::symlink, path::Path, process::Command, time::Instant};
+use std::{fs, os::unix::fs::symlink, path::Path, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use baton_loadgen::{Client, evaluation::ask};
+use baton_loadgen::{
+    Client,
+    evaluation::{ask, rows},
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -96,11 +99,6 @@ pub fn abacus(site: &Site, until: Instant) -> Result<Found> {
     Ok(Found::new(reason.into_iter().collect(), figures))
 }
 
-fn rows(file: &Path) -> Result<Vec<Value>> {
-    let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
-    text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
-}
-
 /// Greedy continuations of golden checkpoints in float32: the same tokens, and their log-probabilities.
 pub fn goldens(site: &Site, until: Instant) -> Result<Found> {
     let chosen = match site.scale {
@@ -176,7 +174,9 @@ async fn continued(client: &Client, prompt: &Value) -> Result<f64> {
 pub fn sanitizer(site: &Site, until: Instant) -> Result<Found> {
     const PROGRAM: &str = "compute-sanitizer";
     const FOUND: &str = "86";
-    if Command::new(PROGRAM).arg("--version").output().is_err() {
+    let mut version = site.command(Path::new(PROGRAM));
+    let there = command::run(version.arg("--version"), &site.logs(), "sanitizer", until);
+    if !there.is_ok_and(|ended| ended.succeeded().is_ok()) {
         return Ok(Found::skipped("there is no compute-sanitizer in the path"));
     }
     let (mut reasons, mut ran) = (Vec::new(), Vec::new());

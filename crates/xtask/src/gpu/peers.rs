@@ -1,14 +1,14 @@
 //! The same load on others' servers, on the same device in the same run: transformers with continuous batching, and
 //! llama.cpp's server.
 
-use std::{fs, path::Path, process::Command, time::Instant};
+use std::{fs, path::Path, time::Instant};
 
 use anyhow::{Context, Result};
 use baton_loadgen::{LocalServer, free_port};
 use serde_json::{Value, json};
 
 use super::{
-    bench::{SMALL, made, serve, throughput, within},
+    bench::{SMALL, made, serve, throughput, tokens, within},
     command,
     correct::path,
     run::{Found, Scale, Site},
@@ -27,8 +27,11 @@ const SCRIPT: &str = include_str!("transformers_batching.py");
 /// Measures Baton and those that are there.
 pub fn measure(site: &Site, until: Instant) -> Result<Found> {
     let streams = if site.scale == Scale::Rehearsal { 2 } else { STREAMS };
-    let importable = Command::new(&site.python).args(["-c", "import torch, transformers"]).output();
-    let importable = importable.is_ok_and(|output| output.status.success());
+    let mut import = site.command(&site.python);
+    import.args(["-c", "import torch, transformers"]);
+    // It is no failure that there is no such program.
+    let imported = command::run(&mut import, &site.logs(), "import", until);
+    let importable = imported.is_ok_and(|ended| ended.succeeded().is_ok());
     if !importable && site.llama_server.is_none() {
         let python = site.python.display();
         return Ok(Found::skipped(&format!("{python} has no torch and transformers, and no --llama-server is named")));
@@ -69,9 +72,8 @@ pub fn measure(site: &Site, until: Instant) -> Result<Found> {
 fn transformers(site: &Site, folder: &Path, streams: usize, until: Instant) -> Result<Value> {
     let script = site.work.join("transformers_batching.py");
     fs::write(&script, SCRIPT)?;
-    let tokens = if site.scale == Scale::Rehearsal { ["8", "2"] } else { ["128", "128"] };
     let mut python = site.command(&site.python);
-    python.arg(&script).arg(folder).arg(streams.to_string()).args(tokens);
+    python.arg(&script).arg(folder).arg(streams.to_string()).args(tokens(site.scale));
     command::run(&mut python, &site.logs(), "transformers", until)?.succeeded().map_err(anyhow::Error::msg)?;
     let said = command::end_of(&site.logs().join("transformers.out"));
     Ok(serde_json::from_str(said.lines().last().context("it printed nothing")?)?)

@@ -44,7 +44,7 @@ pub struct Args {
     /// The binary to judge [default: `baton` beside this one]
     #[arg(long, value_name = "FILE")]
     baton: Option<PathBuf>,
-    /// Folder for models that are made (35 GB, with --quick 25 GB), compiled kernels, and what each program said
+    /// Folder for models that are made (50 GB, with --quick 35 GB; 3 more for llama.cpp), compiled kernels, and what each program said
     #[arg(long, value_name = "DIR", default_value = "work")]
     work: PathBuf,
     /// A Python with torch and transformers, to measure beside, if it has them
