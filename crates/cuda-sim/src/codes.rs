@@ -112,7 +112,6 @@ pub mod function {
 /// Flags and modes of streams, events and captures.
 pub mod flag {
     pub const STREAM_NON_BLOCKING: u32 = 1;
-    pub const EVENT_DISABLE_TIMING: u32 = 2;
     pub const CAPTURE_GLOBAL: i32 = 0;
     pub const CAPTURE_THREAD_LOCAL: i32 = 1;
     pub const CAPTURE_RELAXED: i32 = 2;

@@ -65,10 +65,7 @@ pub struct Context {
 
 pub struct Event {
     pub context: u64,
-    pub timed: bool,
     pub record: Option<Record>,
-    /// When the device came to the record.
-    pub reached: Option<std::time::Instant>,
 }
 
 /// Where an event was recorded last.

@@ -4,7 +4,7 @@
 //! somebody waits for waits for it. So what is read without a synchronise was not computed yet, and page-locked memory that is written
 //! again too early is seen with what it holds then. Tasks of a stream run in order.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
     blas::Product,
@@ -43,7 +43,7 @@ pub enum Task {
         count: u64,
     },
     Product(Arc<Product>),
-    Record(u64),
+    Record,
     /// Until the stream has completed its task at the position.
     Wait {
         stream: u64,
@@ -179,11 +179,7 @@ impl Machine {
                 }
                 product.run();
             }
-            Task::Record(event) => {
-                if let Ok(event) = self.events.get_mut(*event) {
-                    event.reached = Some(Instant::now());
-                }
-            }
+            Task::Record => {}
             Task::Wait { stream, position } => return self.wait_for(*stream, *position),
             Task::Meet(meeting) => return self.meet(meeting),
             Task::Graph(tasks) => {

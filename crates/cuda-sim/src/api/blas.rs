@@ -92,11 +92,6 @@ pub extern "C" fn cublasLtGetStatusName(status: i32) -> *const c_char {
     status_name(status).as_ptr()
 }
 
-#[unsafe(no_mangle)]
-pub extern "C" fn cublasLtGetStatusString(status: i32) -> *const c_char {
-    status_name(status).as_ptr()
-}
-
 fn status_name(status: i32) -> &'static CStr {
     match status {
         0 => c"CUBLAS_STATUS_SUCCESS",

@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char};
 
 use crate::{
     codes::{attribute::*, cuda},
-    machine::{Context, Fail, Machine, call, current, fail, lock, notify, put, set_current, waiting},
+    machine::{Context, Fail, Machine, call, fail, lock, notify, put, set_current, waiting},
     report,
     stream::{Stream, synchronize},
 };
@@ -96,22 +96,6 @@ pub extern "C" fn cuDeviceGetName(name: *mut c_char, len: i32, device: i32) -> i
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: i32) -> i32 {
-    call("cuDeviceGetUuid_v2", |m| {
-        m.device(device)?;
-        put(uuid, (0x5349_4d00 + device as u128).to_be_bytes())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, device: i32) -> i32 {
-    call("cuDeviceTotalMem_v2", |m| {
-        m.device(device)?;
-        put(bytes, m.settings.memory as usize)
-    })
-}
-
-#[unsafe(no_mangle)]
 pub extern "C" fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, device: i32) -> i32 {
     call("cuDeviceGetAttribute", |m| {
         m.device(device)?;
@@ -144,15 +128,6 @@ pub extern "C" fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, device: 
             _ => return Err(fail!(cuda::INVALID_VALUE, "the device's attribute {attribute} is not simulated")),
         };
         put(value, known as i32)
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuDeviceCanAccessPeer(can: *mut i32, device: i32, peer: i32) -> i32 {
-    call("cuDeviceCanAccessPeer", |m| {
-        m.device(device)?;
-        m.device(peer)?;
-        put(can, 0)
     })
 }
 
@@ -192,15 +167,6 @@ pub extern "C" fn cuDevicePrimaryCtxReset_v2(device: i32) -> i32 {
     call("cuDevicePrimaryCtxReset_v2", |m| m.destroy_context(device))
 }
 
-#[unsafe(no_mangle)]
-pub extern "C" fn cuDevicePrimaryCtxGetState(device: i32, flags: *mut u32, active: *mut i32) -> i32 {
-    call("cuDevicePrimaryCtxGetState", |m| {
-        let is_active = m.device(device)?.context.is_some();
-        put(flags, 0)?;
-        put(active, is_active.into())
-    })
-}
-
 impl Machine {
     /// Ends a device's context with all that belongs to it. What was queued does not run.
     fn destroy_context(&mut self, device: i32) -> Result<(), Fail> {
@@ -230,16 +196,6 @@ pub extern "C" fn cuCtxSetCurrent(context: u64) -> i32 {
         set_current(context);
         Ok(())
     })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuCtxGetCurrent(context: *mut u64) -> i32 {
-    call("cuCtxGetCurrent", |_| put(context, current()))
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuCtxGetDevice(device: *mut i32) -> i32 {
-    call("cuCtxGetDevice", |m| put(device, m.contexts.get(current())?.device as i32))
 }
 
 #[unsafe(no_mangle)]

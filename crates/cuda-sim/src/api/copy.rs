@@ -18,11 +18,6 @@ pub extern "C" fn cuMemcpyDtoH_v2(to: u64, from: u64, bytes: usize) -> i32 {
     now("cuMemcpyDtoH_v2", bytes, |m, n| Ok((m.host_side(to, n)?, m.device_side(from, n)?)))
 }
 
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemcpyDtoD_v2(to: u64, from: u64, bytes: usize) -> i32 {
-    now("cuMemcpyDtoD_v2", bytes, |m, n| Ok((m.device_side(to, n)?, m.device_side(from, n)?)))
-}
-
 type Sides = Result<(Side, Side), Fail>;
 
 /// A copy on the null stream, waited for.
@@ -126,16 +121,6 @@ pub extern "C" fn cuMemsetD8Async(at: u64, value: u8, count: usize, stream: u64)
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemsetD32Async(at: u64, value: u32, count: usize, stream: u64) -> i32 {
     in_context("cuMemsetD32Async", |m, context| m.fill(context, at, value, 4, count, stream))
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemsetD8_v2(at: u64, value: u8, count: usize) -> i32 {
-    in_context("cuMemsetD8_v2", |m, context| m.fill(context, at, value.into(), 1, count, 0))
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemsetD32_v2(at: u64, value: u32, count: usize) -> i32 {
-    in_context("cuMemsetD32_v2", |m, context| m.fill(context, at, value, 4, count, 0))
 }
 
 impl Machine {

@@ -1,17 +1,14 @@
 //! Events.
 
 use crate::{
-    codes::{cuda, flag},
-    machine::{Event, Fail, Machine, Record, fail, in_context, outside_capture, put, waiting},
+    codes::cuda,
+    machine::{Event, Record, fail, in_context, outside_capture, put, waiting},
     stream::{Task, synchronize},
 };
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventCreate(event: *mut u64, flags: u32) -> i32 {
-    in_context("cuEventCreate", |m, context| {
-        let timed = flags & flag::EVENT_DISABLE_TIMING == 0;
-        put(event, m.events.insert(Event { context, timed, record: None, reached: None }))
-    })
+pub extern "C" fn cuEventCreate(event: *mut u64, _flags: u32) -> i32 {
+    in_context("cuEventCreate", |m, context| put(event, m.events.insert(Event { context, record: None })))
 }
 
 #[unsafe(no_mangle)]
@@ -29,10 +26,9 @@ pub extern "C" fn cuEventRecord(event: u64, stream: u64) -> i32 {
         let record = if m.streams.get(stream)?.capture.is_some() {
             Record::Captured { stream }
         } else {
-            Record::Stream { stream, position: m.submit(stream, Task::Record(event))? }
+            Record::Stream { stream, position: m.submit(stream, Task::Record)? }
         };
-        let event = m.events.get_mut(event)?;
-        (event.record, event.reached) = (Some(record), None);
+        m.events.get_mut(event)?.record = Some(record);
         Ok(())
     })
 }
@@ -55,22 +51,4 @@ pub extern "C" fn cuEventQuery(event: u64) -> i32 {
         Some((stream, position)) if !m.poll(stream, position)? => Err(fail!(cuda::NOT_READY, "not reached yet")),
         _ => Ok(()),
     })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: u64, end: u64) -> i32 {
-    in_context("cuEventElapsedTime_v2", |m, _| {
-        let (start, end) = (m.time_of(start)?, m.time_of(end)?);
-        put(milliseconds, end.saturating_duration_since(start).as_secs_f32() * 1e3)
-    })
-}
-
-impl Machine {
-    fn time_of(&self, event: u64) -> Result<std::time::Instant, Fail> {
-        let event = self.events.get(event)?;
-        if !event.timed || event.record.is_none() {
-            return Err(fail!(cuda::INVALID_HANDLE, "the event has no time, or was not recorded"));
-        }
-        event.reached.ok_or_else(|| fail!(cuda::NOT_READY, "not reached yet"))
-    }
 }

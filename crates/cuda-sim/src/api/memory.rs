@@ -63,11 +63,6 @@ pub extern "C" fn cuMemHostAlloc(address: *mut u64, bytes: usize, _flags: u32) -
     outside_capture("cuMemHostAlloc", |m, _| allocate_pinned(m, address, bytes))
 }
 
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemAllocHost_v2(address: *mut u64, bytes: usize) -> i32 {
-    outside_capture("cuMemAllocHost_v2", |m, _| allocate_pinned(m, address, bytes))
-}
-
 fn allocate_pinned(m: &mut Machine, address: *mut u64, bytes: usize) -> Result<(), Fail> {
     if bytes == 0 {
         return Err(fail!(cuda::INVALID_VALUE, "no bytes"));
@@ -79,13 +74,4 @@ fn allocate_pinned(m: &mut Machine, address: *mut u64, bytes: usize) -> Result<(
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFreeHost(address: u64) -> i32 {
     outside_capture("cuMemFreeHost", |m, _| m.memory.free_pinned(address))
-}
-
-/// Page-locked memory has one address for host and device.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemHostGetDevicePointer_v2(device: *mut u64, host: u64, _flags: u32) -> i32 {
-    in_context("cuMemHostGetDevicePointer_v2", |m, _| match m.memory.is_pinned(host, 1) {
-        true => put(device, host),
-        false => Err(fail!(cuda::INVALID_VALUE, "{host:#x} is not page-locked")),
-    })
 }

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::context::{MAX_BLOCK, MAX_GRID, MAX_THREADS, RESERVED, shared_memory, shared_memory_of_block};
+use super::context::{MAX_BLOCK, MAX_GRID, MAX_THREADS, shared_memory_of_block};
 use crate::{
     codes::{cuda, function::*},
     control::Effect,
@@ -80,25 +80,6 @@ pub extern "C" fn cuFuncGetAttribute(value: *mut i32, attribute: i32, function: 
             _ => return Err(fail!(cuda::INVALID_VALUE, "the function's attribute {attribute}")),
         };
         put(value, known)
-    })
-}
-
-/// As threads and shared memory allow; registers are not known.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
-    blocks: *mut i32,
-    function: u64,
-    threads: i32,
-    shared: usize,
-) -> i32 {
-    in_context("cuOccupancyMaxActiveBlocksPerMultiprocessor", |m, _| {
-        m.functions.get(function)?;
-        if threads <= 0 || threads as u32 > MAX_THREADS {
-            return Err(fail!(cuda::INVALID_VALUE, "{threads} threads"));
-        }
-        let by_threads = 2048 / (threads as u32).next_multiple_of(32);
-        let by_shared = shared_memory(m.settings.cc) / (shared as u32 + RESERVED);
-        put(blocks, by_threads.min(by_shared).min(32) as i32)
     })
 }
 

@@ -1,7 +1,6 @@
 //! NCCL: communicators and the sum over ranks.
 
 use std::{
-    cell::RefCell,
     ffi::{CStr, c_char},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -30,11 +29,6 @@ impl UniqueId {
     fn ring(&self) -> u64 {
         u64::from_le_bytes(self.bytes[..8].try_into().expect("8 bytes"))
     }
-}
-
-thread_local! {
-    /// How deep this thread is in groups, and the rings that it joined there.
-    static GROUP: RefCell<(u32, Vec<u64>)> = const { RefCell::new((0, Vec::new())) };
 }
 
 /// A call; failures of the driver are this library's unhandled error.
@@ -122,21 +116,18 @@ impl Machine {
     }
 }
 
-/// Waits until all ranks of the rings have joined.
-fn wait_for_all(mut m: Guard, rings: &[u64]) -> (Guard, Result<(), Fail>) {
-    for ring in rings {
-        loop {
-            match m.rings.get(ring) {
-                Some(ring) if ring.aborted => return (m, Err(fail!(REMOTE_ERROR, "another rank gave up"))),
-                Some(ring) if ring.ranks.len() < ring.size as usize => m = wait(m),
-                _ => break,
-            }
+/// Waits until all ranks of a ring have joined.
+fn wait_for_all(mut m: Guard, ring: u64) -> (Guard, Result<(), Fail>) {
+    loop {
+        match m.rings.get(&ring) {
+            Some(ring) if ring.aborted => return (m, Err(fail!(REMOTE_ERROR, "another rank gave up"))),
+            Some(ring) if ring.ranks.len() < ring.size as usize => m = wait(m),
+            _ => return (m, Ok(())),
         }
     }
-    (m, Ok(()))
 }
 
-/// Waits for the other ranks, or lets the end of the group wait.
+/// Waits for the other ranks.
 #[unsafe(no_mangle)]
 pub extern "C" fn ncclCommInitRank(communicator: *mut u64, size: i32, id: UniqueId, rank: i32) -> i32 {
     nccl("ncclCommInitRank", |mut m| {
@@ -145,16 +136,7 @@ pub extern "C" fn ncclCommInitRank(communicator: *mut u64, size: i32, id: Unique
             let joined = m.join(id.ring(), size, rank, device)?;
             argument(put(communicator, joined))
         })(&mut m);
-        if joined.is_err() {
-            return (m, joined);
-        }
-        let in_group = GROUP.with_borrow_mut(|(depth, rings)| {
-            if *depth > 0 {
-                rings.push(id.ring());
-            }
-            *depth > 0
-        });
-        if in_group { (m, Ok(())) } else { wait_for_all(m, &[id.ring()]) }
+        if joined.is_err() { (m, joined) } else { wait_for_all(m, id.ring()) }
     })
 }
 
@@ -172,31 +154,6 @@ pub unsafe extern "C" fn ncclCommInitAll(communicators: *mut u64, count: i32, de
             argument(put(communicators.wrapping_add(rank as usize), joined))?;
         }
         Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn ncclGroupStart() -> i32 {
-    at_once("ncclGroupStart", |_| {
-        GROUP.with_borrow_mut(|(depth, _)| *depth += 1);
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn ncclGroupEnd() -> i32 {
-    nccl("ncclGroupEnd", |m| {
-        let rings = GROUP.with_borrow_mut(|(depth, rings)| match *depth {
-            0 => None,
-            _ => {
-                *depth -= 1;
-                Some(if *depth == 0 { std::mem::take(rings) } else { Vec::new() })
-            }
-        });
-        match rings {
-            Some(rings) => wait_for_all(m, &rings),
-            None => (m, Err(fail!(INVALID_USAGE, "no group was started"))),
-        }
     })
 }
 

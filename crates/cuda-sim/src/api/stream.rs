@@ -13,11 +13,6 @@ pub extern "C" fn cuStreamCreate(stream: *mut u64, flags: u32) -> i32 {
     in_context("cuStreamCreate", |m, context| create(m, context, stream, flags))
 }
 
-#[unsafe(no_mangle)]
-pub extern "C" fn cuStreamCreateWithPriority(stream: *mut u64, flags: u32, _priority: i32) -> i32 {
-    in_context("cuStreamCreateWithPriority", |m, context| create(m, context, stream, flags))
-}
-
 fn create(m: &mut Machine, context: u64, stream: *mut u64, flags: u32) -> Result<(), Fail> {
     if flags > flag::STREAM_NON_BLOCKING {
         return Err(fail!(cuda::INVALID_VALUE, "flags {flags}"));

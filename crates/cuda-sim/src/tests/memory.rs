@@ -69,7 +69,7 @@ fn nothing_runs_before_somebody_waits() {
     };
     well(cuMemcpyDtoHAsync_v2(pinned, from, 4, session.stream));
     assert_ne!(held(), [7; 4]);
-    let event = made(|out| cuEventCreate(out, flag::EVENT_DISABLE_TIMING));
+    let event = made(|out| cuEventCreate(out, 2));
     well(cuEventRecord(event, session.stream));
     assert_eq!(cuEventQuery(event), cuda::NOT_READY);
     assert_eq!(held(), [7; 4], "a query lets the device do one task");
