@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use baton_device::{AttentionBatch, Backend, DeviceError, SequenceSpan};
+use baton_device::{AttentionBatch, Backend, DeviceError, Draw, SequenceSpan, TokenIds};
 
 use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, AdapterWeights, Model, StepAdapters};
@@ -26,8 +26,8 @@ pub struct ModelRunner<B: Backend> {
     sampler: Sampler,
     /// Logits on the host, reused.
     logits: Vec<f32>,
-    /// Greedy tokens, reused.
-    largest: Vec<Option<u32>>,
+    /// Tokens that the device chose, reused.
+    chosen: Vec<Option<u32>>,
 }
 
 /// What a model needs to run adapters.
@@ -48,7 +48,7 @@ impl<B: Backend> ModelRunner<B> {
         adapters: AdapterSupport<B>,
     ) -> Self {
         let (backend, sampler) = (Arc::new(backend), Sampler::default());
-        Self { backend, model, cache, spec, adapters, sampler, logits: Vec::new(), largest: Vec::new() }
+        Self { backend, model, cache, spec, adapters, sampler, logits: Vec::new(), chosen: Vec::new() }
     }
 
     /// Loads adapters for this runner; `None` if it was not loaded for any (see
@@ -114,7 +114,7 @@ impl<B: Backend> ModelRunner<B> {
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
-        self.model.forward(&*self.backend, &ids, &attention, &mut self.cache, &mut adapters)?;
+        self.model.forward(&*self.backend, TokenIds::Known(&ids), &attention, &mut self.cache, &mut adapters)?;
         Ok(attention)
     }
 
@@ -135,8 +135,8 @@ impl<B: Backend> ModelRunner<B> {
         let vocab = self.spec.vocab_size;
         for group in groups_of_rows(&sampling, self.spec.logit_rows()) {
             let rows: Vec<u32> = group.iter().flat_map(|s| s.rows.clone()).collect();
-            if group.iter().all(|s| s.step.sample.as_ref().is_some_and(SampleRequest::takes_the_largest)) {
-                self.take_largest(&rows, group, &mut sequences)?;
+            if group.iter().all(|s| s.step.sample.as_ref().is_some_and(SampleRequest::is_plain_draw)) {
+                self.choose(&rows, group, &mut sequences)?;
                 continue;
             }
             self.read_logits(&rows)?;
@@ -220,19 +220,22 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.submit()
     }
 
-    /// Samples sequences that all take the largest logit: it is found where the logits are.
-    fn take_largest(
+    /// Samples sequences that all draw from their logits as they are: the device chooses, for each row as if the drafts
+    /// before it were accepted.
+    fn choose(
         &mut self,
         rows: &[u32],
         group: &[Sampling<'_>],
         outputs: &mut [SequenceOutput],
     ) -> Result<(), DeviceError> {
         let logits = self.model.logits(&*self.backend, rows)?;
-        self.backend.argmax(logits, &mut self.largest)?;
-        let mut largest = self.largest.as_slice();
+        let draws: Vec<Draw> = group.iter().flat_map(Sampling::draws).collect();
+        let chosen = self.backend.choose(logits, &draws)?;
+        self.backend.read_chosen(&chosen, &mut self.chosen)?;
+        let mut chosen = self.chosen.as_slice();
         for Sampling { index, step, rows } in group {
-            let (own, others) = largest.split_at(rows.len());
-            largest = others;
+            let (own, others) = chosen.split_at(rows.len());
+            chosen = others;
             outputs[*index].sampled = step.sample_along(|drafts, _| {
                 let token = own[drafts].ok_or(SequenceFailure::NonFiniteLogits)?;
                 Ok(SampledToken { token, logprob: 0.0, top: Vec::new() })
@@ -291,6 +294,14 @@ struct Sampling<'a> {
     step: &'a SequenceStep,
     /// Its last token and its drafts.
     rows: Range<u32>,
+}
+
+impl Sampling<'_> {
+    /// How each row's token is drawn.
+    fn draws(&self) -> impl Iterator<Item = Draw> {
+        let request = self.step.sample.as_ref().expect("a sequence that samples");
+        (0..self.rows.len() as u32).map(|drafts| request.draw(drafts))
+    }
 }
 
 /// Whole sequences whose rows are at most `most` together; none has more alone.
