@@ -137,6 +137,21 @@ template <typename X> __device__ __forceinline__ float largest_of(const X* x, in
 
 // ------------------------------------------------------------------------------------------------------------------- cuts
 
+/// Sums by bin, in shared memory, which adds 32 bits at once: whoever makes the low half of a sum overflow carries.
+struct Bins {
+    unsigned low[BINS], high[BINS];
+
+    __device__ __forceinline__ void clear() {
+        for (int i = threadIdx.x; i < BINS; i += blockDim.x) low[i] = high[i] = 0;
+    }
+    __device__ __forceinline__ void add(int bin, Mass x) {
+        const unsigned own = static_cast<unsigned>(x), before = atomicAdd(&low[bin], own);
+        const unsigned carried = static_cast<unsigned>(x >> 32) + (before + own < before);
+        if (carried > 0) atomicAdd(&high[bin], carried);
+    }
+    __device__ __forceinline__ Mass sum(int bin) const { return static_cast<Mass>(high[bin]) << 32 | low[bin]; }
+};
+
 /// A key, and the sum over those above it.
 struct Cut {
     unsigned key;
@@ -144,10 +159,11 @@ struct Cut {
 };
 
 /// The highest bin at which the sum from the top on, `above` included, reaches the goal; `above` becomes the sum over the bins above it. All warps of the block get it.
-__device__ __forceinline__ int bin_at(const Mass* bins, Mass* groups, Mass& above, Mass goal) {
+__device__ __forceinline__ int bin_at(const Bins& bins, Mass& above, Mass goal) {
     constexpr int GROUPS = BINS / LANES;
+    __shared__ Mass groups[GROUPS];
     for (int g = warp_id(); g < GROUPS; g += blockDim.x / LANES) {
-        Mass sum = warp_scan(bins[g * LANES + lane_id()]);
+        Mass sum = warp_scan(bins.sum(g * LANES + lane_id()));
         if (lane_id() == LANES - 1) groups[GROUPS - 1 - g] = sum;
     }
     __syncthreads();
@@ -159,7 +175,7 @@ __device__ __forceinline__ int bin_at(const Mass* bins, Mass* groups, Mass& abov
     Mass before = sum - second - (in_first ? first : 0);
     int group = GROUPS - 1 - (2 * lane + (__shfl_sync(FULL, in_first ? 1 : 0, lane) ? 0 : 1));
     before = __shfl_sync(FULL, before, lane);
-    Mass own = bins[group * LANES + LANES - 1 - lane_id()];
+    Mass own = bins.sum(group * LANES + LANES - 1 - lane_id());
     sum = before + warp_scan(own);
     lane = first_lane(sum >= goal);
     above = __shfl_sync(FULL, sum - own, lane);
@@ -168,27 +184,27 @@ __device__ __forceinline__ int bin_at(const Mass* bins, Mass* groups, Mass& abov
 
 /// The highest key at which the sum of `amount(logit)` over keys from it on reaches `goal(sum over all)`, of keys from `least` on.
 template <typename X, typename Amount, typename Goal>
-__device__ __forceinline__ Cut cut(const X* x, int cols, unsigned least, Mass* bins, Mass* groups, Amount amount, Goal goal) {
+__device__ __forceinline__ Cut cut(const X* x, int cols, unsigned least, Bins& bins, Amount amount, Goal goal) {
     Cut cut = {0, 0};
     Mass wanted = 0;
     // What is known of the key are its bits above `shift`.
     for (int shift = 32 - DIGIT, known = 0; known < 32;) {
-        for (int i = threadIdx.x; i < BINS; i += blockDim.x) bins[i] = 0;
+        bins.clear();
         __syncthreads();
         const int width = min(DIGIT, 32 - known);
         each_logit(x, cols, [&](float value, int) {
             unsigned key = key_of(value);
             if (key < least || (known > 0 && (key ^ cut.key) >> (32 - known) != 0)) return;
             Mass own = amount(value);
-            if (own > 0) atomicAdd(&bins[key >> shift & ((1u << width) - 1)], own);
+            if (own > 0) bins.add(key >> shift & ((1u << width) - 1), own);
         });
         __syncthreads();
         if (known == 0) {
             Mass sum = 0;
-            for (int i = lane_id(); i < BINS; i += LANES) sum += bins[i];
+            for (int i = lane_id(); i < BINS; i += LANES) sum += bins.sum(i);
             wanted = goal(__shfl_sync(FULL, warp_scan(sum), LANES - 1));
         }
-        cut.key |= static_cast<unsigned>(bin_at(bins, groups, cut.above, wanted)) << shift;
+        cut.key |= static_cast<unsigned>(bin_at(bins, cut.above, wanted)) << shift;
         known += width;
         shift = max(0, shift - DIGIT);
         __syncthreads(); // The bins are read.
@@ -204,12 +220,12 @@ struct Kept {
 
 /// What top_k, top_p and min_p leave; at least one.
 template <typename X>
-__device__ __forceinline__ Kept kept_of(const X* x, int cols, float largest, const Draw& draw, Mass* bins, Mass* groups) {
+__device__ __forceinline__ Kept kept_of(const X* x, int cols, float largest, const Draw& draw, Bins& bins) {
     constexpr Mass ALL = ~0ull;
     Kept kept = {key_of(-infinity()) + 1, ALL};
     if (draw.top_k > 0 && draw.top_k < cols) {
         Mass count = draw.top_k;
-        kept.key = cut(x, cols, kept.key, bins, groups, [](float) { return Mass(1); }, [=](Mass) { return count; }).key;
+        kept.key = cut(x, cols, kept.key, bins, [](float) { return Mass(1); }, [=](Mass) { return count; }).key;
     }
     if (draw.top_p != ~0ull) {
         Mass wanted = 0;
@@ -218,7 +234,7 @@ __device__ __forceinline__ Kept kept_of(const X* x, int cols, float largest, con
             wanted = max(share_of(draw.top_p, all) + (draw.top_p * all != 0 ? 1 : 0), 1ull);
             return wanted;
         };
-        Cut nucleus = cut(x, cols, kept.key, bins, groups, [&](float value) { return weight_of(value, largest, draw); }, goal);
+        Cut nucleus = cut(x, cols, kept.key, bins, [&](float value) { return weight_of(value, largest, draw); }, goal);
         Mass one = weight_of(logit_of(nucleus.key), largest, draw);
         kept = {nucleus.key, (wanted - nucleus.above + one - 1) / one};
     }
@@ -312,7 +328,7 @@ __device__ __forceinline__ void draw_from(const X* x, int cols, float largest, c
 /// Grid: rows. Block: any number of warps.
 template <typename X>
 __global__ void __launch_bounds__(1024) choose(const X* logits, const Draw* draws, int* out, int cols) {
-    __shared__ Mass bins[BINS], groups[BINS / LANES];
+    __shared__ Bins bins;
     const X* x = logits + static_cast<long long>(blockIdx.x) * cols;
     const Draw draw = draws[blockIdx.x];
     int id;
@@ -321,5 +337,5 @@ __global__ void __launch_bounds__(1024) choose(const X* logits, const Draw* draw
         if (threadIdx.x == 0) out[blockIdx.x] = id;
         return;
     }
-    draw_from(x, cols, largest, draw, kept_of(x, cols, largest, draw, bins, groups), out + blockIdx.x);
+    draw_from(x, cols, largest, draw, kept_of(x, cols, largest, draw, bins), out + blockIdx.x);
 }
