@@ -217,8 +217,8 @@ pub trait Backend: Send + Sync + 'static {
     fn write(&self, data: &[f32], out: &mut Self::Tensor) -> Result<()>;
     /// Copies the rows in use to the host, replacing what `out` held.
     fn read(&self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
-    /// Chooses a token from each row of logits in use, by one draw per row. It does not wait for the device: whoever needs the
-    /// tokens on the host reads them, while the next step can be asked for already.
+    /// Chooses a token from each row of logits in use, by one draw per row. Nobody waits: a device that collects what it is asked
+    /// for begins it now, and the next step can be asked for before the tokens are read.
     fn choose(&self, logits: &Self::Tensor, draws: &[Draw]) -> Result<Self::Chosen>;
     /// Waits for tokens that were chosen, replacing what `out` held; `None` for a row that is not finite throughout.
     fn read_chosen(&self, chosen: &Self::Chosen, out: &mut Vec<Option<u32>>) -> Result<()>;

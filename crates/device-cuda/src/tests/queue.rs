@@ -9,6 +9,7 @@ use crate::gpu::Gpu;
 use crate::memory::Buffer;
 use crate::queue::Fetch;
 use crate::simulator::Simulator;
+use crate::staging::Slot;
 use crate::statistics::Statistics;
 
 /// Bytes of the buffers of these tests.
@@ -21,7 +22,7 @@ fn read(gpu: &Gpu, buffer: &Buffer) -> Vec<u8> {
 }
 
 /// A step: brings a number to the slot, and from there through scratch to `out`, beside `noise` that it leaves in no place.
-fn step(gpu: &Arc<Gpu>, slot: &crate::staging::Slot, out: &Buffer, number: u8, noise: u8) {
+fn step(gpu: &Arc<Gpu>, slot: &Slot, out: &Buffer, number: u8, noise: u8) {
     let from = gpu.upload(slot, &[number; BYTES]).unwrap();
     let (one, two) = (gpu.scratch(BYTES).unwrap(), gpu.scratch(BYTES).unwrap());
     gpu.copy(from, one.address(), BYTES).unwrap();
@@ -230,6 +231,30 @@ fn a_fetch_is_waited_for_and_nothing_behind_it() {
     assert_eq!((fetched(&last), fetched(&ahead)), (vec![2; BYTES], vec![100; BYTES]));
     drop((slot, out, last, ahead, gpu));
     simulator.expect_clean();
+}
+
+#[test]
+fn an_upload_behind_a_fetch_keeps_its_place_when_the_fetch_has_ended() {
+    let Some(simulator) = Simulator::new() else { return };
+    let gpu = gpu(&simulator);
+    // More than half of the page-locked memory.
+    const LARGE: usize = 3 << 20;
+    let slots = [1, 2].map(|_| gpu.slot(LARGE, "a slot").unwrap());
+    let out = gpu.alloc(1, "an output").unwrap();
+    let upload = |slot: &Slot, number: u8| {
+        let address = gpu.upload(slot, &vec![number; LARGE]).unwrap();
+        gpu.fetch(address + LARGE as u64 - 1, 1).unwrap()
+    };
+    let (first, second) = (gpu.fetch(out.address(), 1).unwrap(), upload(&slots[0], 2));
+    let mut byte = [0];
+    gpu.finish(&first, &mut byte).unwrap();
+    let before = gpu.statistics();
+    let third = upload(&slots[1], 3);
+    assert_eq!(gpu.statistics().waits, before.waits + 1, "there is no room beside what is under way");
+    gpu.finish(&second, &mut byte).unwrap();
+    assert_eq!(byte, [2]);
+    gpu.finish(&third, &mut byte).unwrap();
+    assert_eq!(byte, [3]);
 }
 
 #[test]
