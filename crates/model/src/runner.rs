@@ -2,6 +2,7 @@
 //! scores and samples the rows that ask for it, and drafts what may follow where the model has a layer for it. Of several
 //! ranks each computes the layers; what follows is the first one's.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -28,6 +29,8 @@ pub struct ModelRunner<B: Backend> {
     logits: Vec<f32>,
     /// Tokens that the device chose, reused.
     chosen: Vec<Option<u32>>,
+    /// What the steps under way gave.
+    begun: VecDeque<StepOutput>,
 }
 
 /// What a model needs to run adapters.
@@ -48,7 +51,17 @@ impl<B: Backend> ModelRunner<B> {
         adapters: AdapterSupport<B>,
     ) -> Self {
         let (backend, sampler) = (Arc::new(backend), Sampler::default());
-        Self { backend, model, cache, spec, adapters, sampler, logits: Vec::new(), chosen: Vec::new() }
+        Self {
+            backend,
+            model,
+            cache,
+            spec,
+            adapters,
+            sampler,
+            logits: Vec::new(),
+            chosen: Vec::new(),
+            begun: VecDeque::new(),
+        }
     }
 
     /// Loads adapters for this runner; `None` if it was not loaded for any (see
@@ -105,7 +118,8 @@ impl<B: Backend> ModelRunner<B> {
 
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
-        let ids: Vec<u32> = plan.sequences.iter().flat_map(|s| s.tokens.iter().chain(&s.draft)).copied().collect();
+        let ids: Vec<u32> =
+            plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect();
         let spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
@@ -193,12 +207,12 @@ impl<B: Backend> ModelRunner<B> {
         let mut next = Vec::with_capacity(plan.num_tokens());
         let mut drafting = Vec::new();
         for (index, (step, output)) in plan.sequences.iter().zip(&*outputs).enumerate() {
-            let rows = step.tokens.iter().chain(&step.draft);
+            let rows = step.tokens.known().iter().chain(&step.draft);
             let start = next.len();
             // Behind the last row nothing is known, unless it is sampled: any token is as good.
             next.extend(rows.clone().skip(1).chain(rows.last()));
             if let Some(Ok(last)) = output.sampled.last() {
-                let row = start + step.tokens.len() - 1 + output.sampled.len() - 1;
+                let row = start + step.tokens.count() - 1 + output.sampled.len() - 1;
                 next[row] = last.token;
                 if step.propose > 0 && self.speaks() {
                     drafting.push((index, row as u32));
@@ -266,7 +280,7 @@ impl<B: Backend> ModelRunner<B> {
         assert!(plan.sequences.len() <= spec.max_step_sequences, "{} sequences in a step", plan.sequences.len());
         for s in &plan.sequences {
             let end = s.num_computed + s.num_rows();
-            assert!(!s.tokens.is_empty() && end <= spec.max_model_len, "sequence {} ends at {end}", s.id);
+            assert!(s.tokens.count() > 0 && end <= spec.max_model_len, "sequence {} ends at {end}", s.id);
             assert!(s.block_table.len() * spec.block_size >= end, "sequence {} lacks blocks for {end} tokens", s.id);
             assert!(s.block_table.iter().all(|&b| (b as usize) < spec.num_blocks), "sequence {}: a block id", s.id);
             assert!(s.draft.len() <= spec.max_draft_tokens, "sequence {}: {} drafts", s.id, s.draft.len());
@@ -276,12 +290,12 @@ impl<B: Backend> ModelRunner<B> {
                 s.id
             );
             assert!(
-                s.tokens.iter().chain(&s.draft).all(|&t| (t as usize) < spec.vocab_size),
+                s.tokens.known().iter().chain(&s.draft).all(|&t| (t as usize) < spec.vocab_size),
                 "sequence {}: a token id",
                 s.id
             );
             let scored =
-                |r: &ScoreRequest| r.row < s.tokens.len() && r.ids.iter().all(|&id| (id as usize) < spec.vocab_size);
+                |r: &ScoreRequest| r.row < s.tokens.count() && r.ids.iter().all(|&id| (id as usize) < spec.vocab_size);
             assert!(s.scores.iter().all(scored), "sequence {}: scores of what is not there", s.id);
         }
     }
@@ -353,15 +367,18 @@ impl<B: Backend> Runner for ModelRunner<B> {
         &self.spec
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
-        if plan.sequences.is_empty() {
-            return Ok(StepOutput::default());
-        }
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        self.begun.clear();
         let (mut sequences, attention) = self.compute(plan)?;
         if self.looks_ahead() {
             self.look_ahead(plan, &attention, &mut sequences)?;
         }
-        Ok(StepOutput { sequences })
+        self.begun.push_back(StepOutput { sequences });
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, RunError> {
+        Ok(self.begun.pop_front().expect("a step is under way"))
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
