@@ -27,7 +27,7 @@ mod routing;
 pub use attention::{
     AttentionBatch, AttentionParams, KvDtype, KvSpec, LayerKv, RopeLayout, SequenceSpan, saturate_f16,
 };
-pub use backend::{Activation, Backend, LatentOps, MoeOps, Rows};
+pub use backend::{Activation, Backend, LatentOps, MoeOps, Rotary, Rows};
 pub use caps::{Caps, Op, Requirements};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
