@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rows,
-    World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, Drawer,
+    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result,
+    RopeLayout, Rows, TokenIds, World,
 };
 
 use crate::attention::AttentionKernels;
@@ -145,6 +145,7 @@ impl Backend for CudaBackend {
     type Rope = Rope;
     type KvCache = KvCache;
     type AttentionPlan = AttentionPlan;
+    type Chosen = Vec<Option<u32>>;
 
     fn caps(&self) -> &Caps {
         &self.caps
@@ -185,8 +186,8 @@ impl Backend for CudaBackend {
         self.planner.plan(batch)
     }
 
-    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
-        self.linear.embed(ids, table, out)
+    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
+        self.linear.embed(&ids.on_host(), table, out)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
@@ -295,9 +296,22 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        self.rows.argmax(x, out)?;
-        self.place.whole(self.gpu.name())
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+        assert_eq!(logits.rows(), draws.len(), "a draw for each row");
+        let mut chosen = Vec::new();
+        if draws.iter().all(Draw::takes_the_largest) {
+            self.rows.argmax(logits, &mut chosen)?;
+            self.place.whole(self.gpu.name())?;
+            return Ok(chosen);
+        }
+        let mut values = Vec::new();
+        self.read(logits, &mut values)?;
+        Ok(Drawer::default().choose(&values, logits.cols(), draws))
+    }
+
+    fn read_chosen(&self, chosen: &Vec<Option<u32>>, out: &mut Vec<Option<u32>>) -> Result<()> {
+        out.clone_from(chosen);
+        Ok(())
     }
 }
 

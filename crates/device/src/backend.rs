@@ -15,9 +15,11 @@
 //! - Where [`Caps::row_invariant`] is set, a row of any output is bit-identical whatever other rows
 //!   are in the batch, however a sequence is cut into steps.
 
+use std::borrow::Cow;
+
 use crate::{
-    AttentionBatch, AttentionParams, Caps, DeviceMemory, HostExperts, HostLatent, HostLinear, HostRope, HostTensor,
-    KvSpec, Result, RopeLayout, World, first_largest,
+    AttentionBatch, AttentionParams, Caps, DeviceMemory, Draw, HostExperts, HostLatent, HostLinear, HostRope,
+    HostTensor, KvSpec, Result, RopeLayout, World,
 };
 
 /// Size of an activation.
@@ -37,6 +39,40 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// The tokens of a step, one per row.
+#[derive(Debug)]
+pub enum TokenIds<'a, C> {
+    /// As the host knows them.
+    Known(&'a [u32]),
+    /// Those that an earlier step chose, which need not have come to the host.
+    Chosen {
+        /// What the last [`Backend::choose`] gave.
+        tokens: &'a C,
+        /// For each row the row of `tokens`. Where no token was chosen it is some valid id.
+        rows: &'a [u32],
+    },
+}
+
+impl<C> Clone for TokenIds<'_, C> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<C> Copy for TokenIds<'_, C> {}
+
+impl<'a> TokenIds<'a, Vec<Option<u32>>> {
+    /// The ids, of a device that chooses when it is asked to.
+    pub fn on_host(self) -> Cow<'a, [u32]> {
+        match self {
+            TokenIds::Known(ids) => ids.into(),
+            TokenIds::Chosen { tokens, rows } => {
+                rows.iter().map(|&row| tokens[row as usize].unwrap_or_default()).collect()
+            }
+        }
+    }
+}
+
 /// A device: memory for weights, activations and cache, and the operations every decoder needs.
 pub trait Backend: Send + Sync + 'static {
     /// Activation `[rows, cols]`.
@@ -51,6 +87,8 @@ pub trait Backend: Send + Sync + 'static {
     type KvCache: Send;
     /// What attention needs to know of a step; built once, read by every layer.
     type AttentionPlan: Send;
+    /// Tokens chosen from logits: on their way to the host, and where [`Backend::embed`] finds them.
+    type Chosen: Send;
 
     /// What this device offers.
     fn caps(&self) -> &Caps;
@@ -84,7 +122,7 @@ pub trait Backend: Send + Sync + 'static {
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<Self::AttentionPlan>;
     /// `out[t] = row ids[t] of table`, widened to f32. The table is a linear weight so that a tied
     /// head shares its memory, and was prepared as [`Purpose::Table`](crate::Purpose::Table). Ids are below the table's rows.
-    fn embed(&self, ids: &[u32], table: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
+    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
     /// Root-mean-square norm over each run of `weight.len()` columns (a whole row, or each head):
     /// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467).
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, out: &mut Self::Tensor) -> Result<()>;
@@ -179,15 +217,11 @@ pub trait Backend: Send + Sync + 'static {
     fn write(&self, data: &[f32], out: &mut Self::Tensor) -> Result<()>;
     /// Copies the rows in use to the host, replacing what `out` held.
     fn read(&self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
-    /// The column of the largest number of each row in use, the first of equals; `None` for a row that is not finite
-    /// throughout. Replaces what `out` held. So that a greedy token costs no copy of its logits.
-    fn argmax(&self, x: &Self::Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        let mut values = Vec::new();
-        self.read(x, &mut values)?;
-        out.clear();
-        out.extend(values.chunks_exact(x.cols()).map(first_largest));
-        Ok(())
-    }
+    /// Chooses a token from each row of logits in use, by one draw per row. It does not wait for the device: whoever needs the
+    /// tokens on the host reads them, while the next step can be asked for already.
+    fn choose(&self, logits: &Self::Tensor, draws: &[Draw]) -> Result<Self::Chosen>;
+    /// Waits for tokens that were chosen, replacing what `out` held; `None` for a row that is not finite throughout.
+    fn read_chosen(&self, chosen: &Self::Chosen, out: &mut Vec<Option<u32>>) -> Result<()>;
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), absorbed: the cache

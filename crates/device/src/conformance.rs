@@ -20,7 +20,7 @@ use tolerance::tolerance;
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
     HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference,
-    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat,
+    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, TokenIds, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -494,7 +494,7 @@ fn linear<B: Backend>(
     b.linear(&x, layer.as_ref().unwrap_or(&table), &mut y)?;
     let ids: Vec<u32> = (0..rows).map(|r| (r * 7 % out_features) as u32).collect();
     let mut embedded = b.tensor(rows, in_features)?;
-    b.embed(&ids, &table, &mut embedded)?;
+    b.embed(TokenIds::Known(&ids), &table, &mut embedded)?;
     outputs(b, &[&y, &embedded])
 }
 

@@ -12,7 +12,10 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use baton_device::Draw;
+
 use crate::choosable::restricts;
+use crate::philox::uniform;
 use crate::{Adapter, ConstraintError, SamplingParams, StepMasks};
 
 /// Work of one step, of at least one sequence. Sequence ids are distinct.
@@ -173,10 +176,10 @@ pub struct SampleRequest {
 }
 
 impl SampleRequest {
-    /// Whether the token is the one with the largest logit and nothing else is asked of the logits. It stays so as the
-    /// request advances.
-    pub(crate) fn takes_the_largest(&self) -> bool {
-        self.params.is_greedy() && self.params.logprobs.is_none() && !restricts(self)
+    /// How the token behind so many accepted drafts is drawn, once its logits are what they shall be.
+    pub(crate) fn draw(&self, drafts: u32) -> Draw {
+        let SamplingParams { temperature, top_k, top_p, min_p, seed, choice, .. } = *self.params;
+        Draw { temperature, top_k, top_p, min_p, uniform: uniform(seed, choice, self.position + drafts) }
     }
 
     /// Whether the token is drawn from the model's logits as they are, and nothing is told of them: then a device can choose
@@ -331,7 +334,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_request_that_asks_for_nothing_else_takes_the_largest() {
+    fn only_a_request_that_asks_for_nothing_else_is_a_plain_draw() {
         let greedy = SamplingParams { temperature: 0.0, logprobs: None, ..SamplingParams::default() };
         let request = |params: SamplingParams, position| SampleRequest {
             params: Arc::new(params),
@@ -340,19 +343,19 @@ mod tests {
             prompt_len: 0,
             masks: None,
         };
-        assert!(request(greedy.clone(), 0).takes_the_largest());
+        let cut = SamplingParams { temperature: 0.5, top_k: 5, top_p: 0.9, min_p: 0.1, ..greedy.clone() };
+        assert!(request(greedy.clone(), 0).is_plain_draw() && request(cut, 0).is_plain_draw());
         let at_least = SamplingParams { min_tokens: 2, suppressed_until_min: [1].into(), ..greedy.clone() };
-        assert!(request(at_least.clone(), 2).takes_the_largest());
+        assert!(request(at_least.clone(), 2).is_plain_draw());
         for other in [
             at_least,
-            SamplingParams { temperature: 0.5, ..greedy.clone() },
             SamplingParams { logprobs: Some(0), ..greedy.clone() },
             SamplingParams { allowed_token_ids: Some([1].into()), ..greedy.clone() },
             SamplingParams { bad_words: vec![vec![1]], ..greedy.clone() },
             SamplingParams { logit_bias: vec![(1, 1.0)], ..greedy.clone() },
             SamplingParams { repetition_penalty: 1.5, ..greedy },
         ] {
-            assert!(!request(other.clone(), 1).takes_the_largest(), "{other:?}");
+            assert!(!request(other.clone(), 1).is_plain_draw(), "{other:?}");
         }
     }
 }
