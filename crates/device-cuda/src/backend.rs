@@ -90,6 +90,7 @@ impl CudaBackend {
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             narrow_activations: linear::narrow(dtype),
             row_invariant: false,
+            runs_ahead: true,
         };
         Ok(Self {
             caps,
