@@ -22,7 +22,7 @@ QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]
-WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
+WIDE, NARROW = {"width": 1200, "height": 750}, {"width": 360, "height": 640}
 QUESTION = SUM[0]["content"]
 ANSWER = "347 + 286 = 633."
 
@@ -364,6 +364,11 @@ def test_everything_can_be_done_with_the_keyboard_and_what_has_the_focus_is_seen
     key.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     tab_to("#keys summary")
+    key.press("Enter")
+    tab_to("#key")
+    key.press("Escape")
+    expect(page.locator("#keys summary")).to_be_focused()
+    expect(page.locator("#key")).to_be_hidden()
     key.press("Enter")
     tab_to("#key")
     key.type(KEY)
