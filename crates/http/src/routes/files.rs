@@ -8,10 +8,10 @@ use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use http::{HeaderValue, Uri};
 use serde_json::{Value, json};
 
-use crate::auth::Granted;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::files::{Download, FileObject, receive};
+use crate::keys::Granted;
 use crate::openai::list::{Page, Paging};
 use crate::service::Service;
 
