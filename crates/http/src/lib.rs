@@ -30,6 +30,7 @@ mod generate;
 mod generation;
 mod generations;
 mod handoff;
+mod headers;
 mod json;
 mod keys;
 mod metrics;
