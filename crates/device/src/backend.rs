@@ -73,6 +73,18 @@ impl<'a> TokenIds<'a, Vec<Option<u32>>> {
     }
 }
 
+/// How queries and keys come from what projections give: each head is normed, where there is a norm, then rotated.
+pub struct Rotary<'a, B: Backend + ?Sized> {
+    /// Over each head of queries and over each head of keys, or over the latent. As [`Backend::rms_norm`] has them.
+    pub norms: [Option<&'a B::Vector>; 2],
+    /// Of both norms.
+    pub eps: f32,
+    /// Of queries and of keys.
+    pub layouts: [RopeLayout; 2],
+    /// Angles.
+    pub table: &'a B::Rope,
+}
+
 /// A device: memory for weights, activations and cache, and the operations every decoder needs.
 pub trait Backend: Send + Sync + 'static {
     /// Activation `[rows, cols]`.
@@ -166,6 +178,18 @@ pub trait Backend: Send + Sync + 'static {
         up: &Self::Tensor,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// `out = activation(x·gateᵀ) ⊙ (x·upᵀ)`, biases included: [`Backend::linear_group`], then
+    /// [`Backend::gated_activation`]. Each weight brings room for its product; a device that needs none leaves it as it was.
+    fn gated_linear(
+        &self,
+        activation: Activation,
+        x: &Self::Tensor,
+        [(gate, gate_out), (up, up_out)]: [(&Self::Linear, &mut Self::Tensor); 2],
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.linear_group(x, &mut [(gate, &mut *gate_out), (up, &mut *up_out)])?;
+        self.gated_activation(activation, gate_out, up_out, out)
+    }
     /// Writes this step's keys and values into the cache of `layer`, then for every row attends
     /// causally over the positions of its sequence up to its own, or over the last `window` of them:
     /// `out = softmax(softcap(scale * q·Kᵀ))·V` per head.
@@ -183,6 +207,29 @@ pub trait Backend: Send + Sync + 'static {
         params: &AttentionParams,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`Backend::paged_attention`] of queries and keys that are first normed and rotated as `rotary` says. What q and k hold
+    /// afterwards is the device's business.
+    #[allow(clippy::too_many_arguments)] // as above
+    fn rotary_attention(
+        &self,
+        q: &mut Self::Tensor,
+        k: &mut Self::Tensor,
+        v: &Self::Tensor,
+        rotary: &Rotary<'_, Self>,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        plan: &Self::AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        for (x, (norm, layout)) in [&mut *q, &mut *k].into_iter().zip(rotary.norms.into_iter().zip(rotary.layouts)) {
+            if let Some(norm) = norm {
+                self.rms_norm_in_place(x, norm, rotary.eps)?;
+            }
+            self.rope(x, layout, rotary.table, plan)?;
+        }
+        self.paged_attention(q, k, v, cache, layer, plan, params, out)
+    }
     /// Replaces `x` by its sum over all ranks: equal shapes, and the same bits on every rank. Nothing where there is one
     /// rank.
     ///
@@ -251,6 +298,32 @@ pub trait LatentOps: Backend {
         scale: f32,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`LatentOps::latent_attention`] of latents that are first normed, and of queries and keys that are first rotated, as
+    /// `rotary` says. What inputs hold afterwards is the device's business.
+    #[allow(clippy::too_many_arguments)] // as above
+    fn rotary_latent_attention(
+        &self,
+        q: &mut Self::Tensor,
+        latent: &mut Self::Tensor,
+        rope_key: &mut Self::Tensor,
+        rotary: &Rotary<'_, Self>,
+        weight: &Self::Latent,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        plan: &Self::AttentionPlan,
+        scale: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        for (x, norm) in [&mut *q, &mut *latent].into_iter().zip(rotary.norms) {
+            if let Some(norm) = norm {
+                self.rms_norm_in_place(x, norm, rotary.eps)?;
+            }
+        }
+        for (x, layout) in [&mut *q, &mut *rope_key].into_iter().zip(rotary.layouts) {
+            self.rope(x, layout, rotary.table, plan)?;
+        }
+        self.latent_attention(q, latent, rope_key, weight, cache, layer, plan, scale, out)
+    }
 }
 
 /// Mixture of experts.

@@ -46,6 +46,7 @@ impl Reference {
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
                 narrow_activations: BTreeSet::new(),
                 row_invariant: true,
+                runs_ahead: false,
             },
             communicator,
         }
