@@ -41,9 +41,8 @@ pub(super) fn cases() -> Vec<Case> {
             Case::Rotary { params, offset, dim, interleaved, normed, kv }
         })
     });
-    let latent = KvDtype::ALL
-        .into_iter()
-        .flat_map(|kv| [true, false].map(|interleaved| Case::RotaryLatent { interleaved, kv }));
+    let latent =
+        KvDtype::ALL.into_iter().flat_map(|kv| [true, false].map(|interleaved| Case::RotaryLatent { interleaved, kv }));
     gated.chain(rotary).chain(latent).collect()
 }
 
@@ -122,18 +121,7 @@ pub(super) fn rotary_latent<B: LatentOps>(
         let mut latent = activation(b, inputs, rows, rank, seed + 1)?;
         let mut key = activation(b, inputs, rows, rope, seed + 2)?;
         let mut out = b.tensor(rows, heads * v)?;
-        b.rotary_latent_attention(
-            &mut q,
-            &mut latent,
-            &mut key,
-            &rotary,
-            &weight,
-            cache,
-            1,
-            plan,
-            scale,
-            &mut out,
-        )?;
+        b.rotary_latent_attention(&mut q, &mut latent, &mut key, &rotary, &weight, cache, 1, plan, scale, &mut out)?;
         outputs(b, &[&out])
     })
 }

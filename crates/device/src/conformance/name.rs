@@ -51,7 +51,8 @@ impl fmt::Display for Case {
             }
             Case::Rotary { params, offset, dim, interleaved, normed, kv } => {
                 let AttentionParams { heads, kv_heads, head_dim, .. } = params;
-                let (pairs, norms) = (if interleaved { "-interleaved" } else { "" }, if normed { "-normed" } else { "" });
+                let (pairs, norms) =
+                    (if interleaved { "-interleaved" } else { "" }, if normed { "-normed" } else { "" });
                 write!(f, "-{kv}-{heads}over{kv_heads}x{head_dim}-at{offset}-{dim}{pairs}{norms}")?;
                 0
             }
