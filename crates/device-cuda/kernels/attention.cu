@@ -8,8 +8,8 @@
 //! | `attend_rows` | numbers of 32 bits and heads that are no multiple of 16 wide | arithmetic; for comparisons |
 //! | `merge` | contexts of many tokens, or of latents, that were split | launching it |
 //!
-//! Where a context is split, the last block that ends joins the splits of a few tokens: launching another kernel would cost more. Those of
-//! many tokens are more than one block should read.
+//! Where a context is split, the last block that ends joins the splits of a few tokens: that is expected to cost less than another launch.
+//! Those of many tokens are more than one block should read.
 //!
 //! Invariant: a row's scores are relative to the largest of those it saw, in f32; weights are rounded to the type of
 //! activations on their way into tensor cores, the result once.
@@ -52,19 +52,29 @@ __device__ inline bool is_last(unsigned* counter, int blocks) {
 }
 
 /// N columns from `column` on of what the splits of a row left, the first of which is `at`, joined in their order. All of it comes from the
-/// second cache, so that what counts is how many reads are under way.
+/// second cache: READS at a time without conditions, for what counts is how often a thread waits. Beyond the end they are of the last split.
 template <int N>
 __device__ inline Vec<float, N> join(const Partials& partials, size_t at, int splits, int width, int column) {
+    constexpr int READS = 16;
     Softmax row;
     Vec<float, N> sum{};
-#pragma unroll 16
-    for (int s = 0; s < splits; s++) {
-        const Vec<float, 2> weight = load<2>(partials.weights + (at + s) * 2);
-        const Vec<float, N> part = load<N>(partials.sums + (at + s) * width + column);
-        const float before = row.raise(weight[0]), factor = relative(weight[0], row.largest);
-        row.sum = fmaf(factor, weight[1], row.sum);
+    for (int s = 0; s < splits; s += READS) {
+        Vec<float, 2> weights[READS];
+        Vec<float, N> parts[READS];
 #pragma unroll
-        for (int i = 0; i < N; i++) sum[i] = fmaf(factor, part[i], sum[i] * before);
+        for (int r = 0; r < READS; r++) {
+            const size_t from = at + min(s + r, splits - 1);
+            weights[r] = load<2>(partials.weights + from * 2);
+            parts[r] = load<N>(partials.sums + from * width + column);
+        }
+#pragma unroll
+        for (int r = 0; r < READS; r++) {
+            if (s + r >= splits) break;
+            const float before = row.raise(weights[r][0]), factor = relative(weights[r][0], row.largest);
+            row.sum = fmaf(factor, weights[r][1], row.sum);
+#pragma unroll
+            for (int i = 0; i < N; i++) sum[i] = fmaf(factor, parts[r][i], sum[i] * before);
+        }
     }
 #pragma unroll
     for (int i = 0; i < N; i++) sum[i] /= row.sum;

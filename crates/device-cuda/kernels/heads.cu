@@ -17,12 +17,16 @@ template <typename KV> __device__ inline KV keep(float x) {
     return from_float<KV>(x);
 }
 
-/// `to = f(from)`, number by number, by a warp: FOUR at once where both begin at a multiple of as many.
+/// Numbers that a lane takes at once, where a row of so many begins where that is allowed.
+constexpr int FOUR = 4;
+template <typename T> __device__ __forceinline__ bool in_fours(const T* at, int width) {
+    return width % FOUR == 0 && reinterpret_cast<size_t>(at) % alignof(Vec<T, FOUR>) == 0;
+}
+
+/// `to = f(from)`, number by number, by a warp.
 template <typename From, typename To, typename F>
 __device__ __forceinline__ void over_head(const From* from, To* to, int width, F f) {
-    constexpr int FOUR = 4;
-    auto begins = [](auto* at, size_t bytes) { return reinterpret_cast<size_t>(at) % bytes == 0; };
-    if (width % FOUR == 0 && begins(from, alignof(Vec<From, FOUR>)) && begins(to, alignof(Vec<To, FOUR>))) {
+    if (in_fours(from, width) && in_fours(to, width)) {
         for (int i = lane_id() * FOUR; i < width; i += LANES * FOUR) {
             const Vec<From, FOUR> read = load<FOUR>(from + i);
             Vec<To, FOUR> written;

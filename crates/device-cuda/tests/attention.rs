@@ -5,8 +5,8 @@ mod common;
 
 use baton_device::conformance::{self, Case, uniform};
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, DType, HostLatent, HostLinear, HostTensor, KvDtype, KvSpec, LatentOps,
-    LayerKv, Purpose, Rows, SequenceSpan, WeightFormat,
+    AttentionBatch, AttentionParams, Backend, DType, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec,
+    LatentOps, LayerKv, Purpose, RopeLayout, Rotary, Rows, SequenceSpan, WeightFormat,
 };
 use baton_device_cuda::{CudaBackend, Statistics};
 use common::Simulator;
@@ -285,27 +285,39 @@ fn inputs_that_are_exact_sums_are_rounded_to_activations_first() {
     const FACTOR: f32 = 1.0 + 1.0 / 256.0;
     let inputs =
         steps.inputs(9, 1).map(|input| input.into_iter().map(|x| bf16::from_f32(x).to_f32()).collect::<Vec<_>>());
-    let expected = {
-        let plan = steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &[3, 4] }]);
-        steps.attend(&plan, &inputs.each_ref().map(|input| input.iter().map(|x| x * FACTOR).collect()))
-    };
+    let rounded = inputs.each_ref().map(|input| input.iter().map(|x| x * FACTOR).collect::<Vec<_>>());
     let diagonal: Vec<u8> = (0..256).flat_map(|i| (f32::from(i % 17 == 0) * FACTOR).to_le_bytes()).collect();
     let weight = HostTensor::new("diagonal", DType::F32, vec![16, 16], &diagonal);
     let diagonal = backend
         .linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::F32, purpose: Purpose::Product })
         .unwrap();
+    let table = backend.rope_table(&HostRope { inv_freq: vec![0.7; 8], scale: 1.0, max_positions: 16 }).unwrap();
+    let layout = RopeLayout { heads: 1, head_dim: 16, offset: 0, dim: 16, interleaved: false };
+    let rotary = Rotary { norms: [None; 2], eps: 0.0, layouts: [layout; 2], table: &table };
+    // Blocks in which nothing was written before.
+    let mut attended = |[mut q, mut k, v]: [<CudaBackend as Backend>::Tensor; 3], blocks: [[u32; 2]; 2]| {
+        let (mut out, mut values) = (backend.tensor(9, 16).unwrap(), [Vec::new(), Vec::new()]);
+        let plans = blocks.map(|table| steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &table }]));
+        let Steps { cache, params, .. } = &mut steps;
+        backend.paged_attention(&q, &k, &v, cache, 0, &plans[0], params, &mut out).unwrap();
+        backend.read(&out, &mut values[0]).unwrap();
+        backend.rotary_attention(&mut q, &mut k, &v, &rotary, cache, 0, &plans[1], params, &mut out).unwrap();
+        backend.read(&out, &mut values[1]).unwrap();
+        values
+    };
+    let tensor = |input: &Vec<f32>| {
+        let mut tensor = backend.tensor(9, 16).unwrap();
+        backend.write(input, &mut tensor).unwrap();
+        tensor
+    };
+    let expected = attended(rounded.each_ref().map(tensor), [[3, 4], [7, 8]]);
     let exact = inputs.each_ref().map(|input| {
         let mut out = backend.tensor(9, 16).unwrap();
-        backend.linear(&steps.tensor(1, input), &diagonal, &mut out).unwrap();
+        backend.linear(&tensor(input), &diagonal, &mut out).unwrap();
         out
     });
-    // Blocks in which nothing was written before.
-    let plan = steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &[5, 6] }]);
-    let (mut out, mut actual) = (backend.tensor(9, 16).unwrap(), Vec::new());
-    let [q, k, v] = &exact;
-    backend.paged_attention(q, k, v, &mut steps.cache, 0, &plan, &steps.params, &mut out).unwrap();
-    backend.read(&out, &mut actual).unwrap();
-    assert_eq!(actual, expected[..actual.len()]);
+    assert_eq!(attended(exact, [[5, 6], [9, 10]]), expected);
+    assert_ne!(expected[0], expected[1]);
 }
 
 #[test]

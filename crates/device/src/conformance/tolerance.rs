@@ -1,7 +1,7 @@
 //! How far a device may be from the judge: what rounding explains, and no more.
 
 use super::Case;
-use crate::{Caps, DType, WeightFormat};
+use crate::{Caps, DType, KvDtype, WeightFormat};
 
 /// Of sums in f32, in another order than the judge's.
 const SUMS: f32 = 2e-5;
@@ -13,6 +13,8 @@ pub(super) fn tolerance(case: &Case, caps: &Caps, expected: &[f32]) -> f32 {
             // The judge does not make activations narrow: what is not on a grid differs by up to half a step of 127
             // (of 256 for bf16) for each of two products.
             Case::Moe { format, .. } | Case::Latent { format, .. } if caps.narrow_activations.contains(format) => 5e-3,
+            // A key whose last bit is another before it is kept may be rounded to the other side.
+            Case::Rotary { kv, .. } | Case::RotaryLatent { kv, .. } => SUMS + kept(*kv),
             _ => SUMS,
         };
     }
@@ -32,6 +34,16 @@ fn roundoff(dtype: DType) -> f32 {
         DType::F32 | DType::Ggml(_) => 0.0,
         DType::F16 => 0.5_f32.powi(11),
         DType::BF16 => 0.5_f32.powi(8),
+    }
+}
+
+/// The largest error of what a cache keeps of 1.
+fn kept(kv: KvDtype) -> f32 {
+    match kv {
+        KvDtype::F32 => 0.0,
+        KvDtype::F16 => roundoff(DType::F16),
+        KvDtype::BF16 => roundoff(DType::BF16),
+        KvDtype::Int8 => 0.5 / 127.0,
     }
 }
 
