@@ -91,24 +91,27 @@ def eventually(what, condition, seconds=30):
 
 
 class Server:
-    """A Baton that asks for a key, on every address."""
+    """A Baton that runs, and asks with the key."""
 
-    def __init__(self, port):
-        self.port = port
+    def __init__(self, process, port):
+        self.process, self.port = process, port
 
-    def call(self, path, body=None, key=KEY):
-        """Status and text of a reply."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+    @contextlib.contextmanager
+    def reply(self, path, body=None, key=KEY):
+        """A reply whose head has come."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        try:
+        with contextlib.closing(connection):
             if body is None:
                 connection.request("GET", path, headers=headers)
             else:
                 connection.request("POST", path, json.dumps(body), headers | {"content-type": "application/json"})
-            reply = connection.getresponse()
+            yield connection.getresponse()
+
+    def call(self, path, body=None, key=KEY):
+        """Status and text of a whole reply."""
+        with self.reply(path, body, key) as reply:
             return reply.status, reply.read().decode()
-        finally:
-            connection.close()
 
     def is_ready(self):
         try:
@@ -126,7 +129,7 @@ class Server:
 def serving(arguments, settings, port):
     """The binary, started and ready; it must end well."""
     process = subprocess.Popen([BATON, *arguments], cwd=ROOT, env=environment(settings))
-    server = Server(port)
+    server = Server(process, port)
 
     def is_ready():
         assert process.poll() is None, "the server ended"
