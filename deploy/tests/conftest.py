@@ -4,6 +4,7 @@ BATON names the binary (default: target/release/baton). Tools of Python are in r
 from the path, else unpacked from the distribution's packages. A tool that cannot be had is a failure, not a skip.
 """
 
+import contextlib
 import functools
 import http.client
 import json
@@ -90,24 +91,27 @@ def eventually(what, condition, seconds=30):
 
 
 class Server:
-    """A Baton that asks for a key, on every address."""
+    """A Baton that runs, and asks with the key."""
 
-    def __init__(self, port):
-        self.port = port
+    def __init__(self, process, port):
+        self.process, self.port = process, port
 
-    def call(self, path, body=None, key=KEY):
-        """Status and text of a reply."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+    @contextlib.contextmanager
+    def reply(self, path, body=None, key=KEY):
+        """A reply whose head has come."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        try:
+        with contextlib.closing(connection):
             if body is None:
                 connection.request("GET", path, headers=headers)
             else:
                 connection.request("POST", path, json.dumps(body), headers | {"content-type": "application/json"})
-            reply = connection.getresponse()
+            yield connection.getresponse()
+
+    def call(self, path, body=None, key=KEY):
+        """Status and text of a whole reply."""
+        with self.reply(path, body, key) as reply:
             return reply.status, reply.read().decode()
-        finally:
-            connection.close()
 
     def is_ready(self):
         try:
@@ -121,24 +125,41 @@ class Server:
         return text
 
 
+@contextlib.contextmanager
+def serving(arguments, settings, port):
+    """The binary, started and ready; it must end well."""
+    process = subprocess.Popen([BATON, *arguments], cwd=ROOT, env=environment(settings))
+    server = Server(process, port)
+
+    def is_ready():
+        assert process.poll() is None, "the server ended"
+        return server.is_ready()
+
+    try:
+        eventually("ready", is_ready, 60)
+        yield server
+        process.terminate()
+        assert process.wait(timeout=60) == 0, "SIGTERM must end in exit code 0"
+    finally:
+        process.kill()
+
+
 @pytest.fixture(scope="session")
 def server():
     """The bundled model, with its proof, and what it has counted of a first reply."""
     port = free_port()
-    command = [BATON, "serve", "--host", "0.0.0.0", "--port", str(port), "--api-key", KEY, *SERVE, "--log-level", "warn"]
-    process = subprocess.Popen(command, cwd=ROOT)
-    try:
-        server = Server(port)
-        eventually("ready", server.is_ready, 60)
+    command = ["serve", "--host", "0.0.0.0", "--port", str(port), "--api-key", KEY, *SERVE, "--log-level", "warn"]
+    with serving(command, {}, port) as server:
         status, text = server.call("/v1/completions", {"model": "abacus", "prompt": "1+1=", "max_tokens": 4})
         assert status == 200, text
         # The figures of the proof are among the metrics.
         eventually("the hand-off is proven", lambda: "\nbaton_parity_kl{" in server.metrics(), 60)
         yield server
-        process.terminate()
-        assert process.wait(timeout=40) == 0, "SIGTERM must end in exit code 0"
-    finally:
-        process.kill()
+
+
+def environment(settings):
+    """These settings, and none that happen to be set here."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("BATON_")} | settings
 
 
 @functools.cache
@@ -149,16 +170,20 @@ def environment_names():
     return names
 
 
-def understood(arguments, settings, tmp_path, files=()):
-    """Asserts that the binary takes a command line and settings as they are; `files` are those that it will find, with keys."""
-    unknown = {name for name in settings if name.startswith("BATON_")} - environment_names()
-    assert not unknown, f"no settings of baton serve: {unknown}"
+def with_keys(arguments, file, tmp_path):
+    """A command line whose file of keys is one with the key."""
     keys = tmp_path / "keys.toml"
     keys.write_text(f'api-key = ["{KEY}"]\n')
-    arguments = [str(keys) if argument in files else argument for argument in arguments]
+    return [str(keys) if argument == file else argument for argument in arguments]
+
+
+def understood(arguments, settings=None):
+    """What the binary makes of a command line and settings, which it must take as they are."""
+    settings = settings or {}
+    unknown = {name for name in settings if name.startswith("BATON_")} - environment_names()
+    assert not unknown, f"no settings of baton serve: {unknown}"
     assert arguments[0] == "serve", arguments
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
-    return run(BATON, *arguments, "--print-config", env=clean | settings)
+    return run(BATON, *arguments, "--print-config", env=environment(settings))
 
 
 def load(path):

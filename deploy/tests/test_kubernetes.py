@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor
-from conftest import DEPLOY, METRIC, ROOT, load, python_tool, run, understood
+from conftest import DEPLOY, METRIC, ROOT, free_port, load, python_tool, run, serving, understood, with_keys
 
 # The oldest release whose fields are used, as far as its schema knows them on by default, and the newest that the package has.
 RELEASES = ["1.30", "1.37"]
@@ -21,6 +21,7 @@ UNCHECKED = {"InferencePool", "HTTPRoute"}
 # Made by whoever installs, as README.md says.
 FROM_OUTSIDE = {("Secret", "baton-keys"), ("PersistentVolumeClaim", "models")}
 WORKLOADS = {"Deployment", "Job"}
+KEYS = "/etc/baton/baton.toml"
 
 KUSTOMIZATIONS = {
     "cpu": ["overlays/cpu"],
@@ -116,12 +117,23 @@ def test_every_object_is_valid_and_in_the_namespace(name):
 def test_the_binary_takes_the_settings_and_the_port_as_they_are_written(name, tmp_path):
     objects = rendered(name)
     _, _, container = next(found for found in workloads(objects) if found[0] == "baton")
-    table = understood(container["args"], settings(objects), tmp_path, {"/etc/baton/baton.toml"})
+    table = understood(with_keys(container["args"], KEYS, tmp_path), settings(objects))
     rows = dict(line.split()[:2] for line in table.splitlines())
     assert rows["port"] == str(container["ports"][0]["containerPort"]) and rows["host"] == '"0.0.0.0"'
-    keys = "/etc/baton/baton.toml" in container["args"]
+    keys = KEYS in container["args"]
     assert keys == any(volume["name"] == "keys" for volume in of(objects, "Deployment")["spec"]["template"]["spec"]["volumes"])
     assert ("[redacted]" in table) == keys, "keys are there by a file, or not at all"
+
+
+@pytest.mark.parametrize("name, keys", [("cpu", True), ("cpu, a gateway", False)])
+def test_a_replica_starts_as_it_is_written_and_shows_its_metrics_to_whom_it_should(name, keys, tmp_path):
+    objects = rendered(name)
+    _, _, container = next(found for found in workloads(objects) if found[0] == "baton")
+    port = free_port()
+    here = {name: value for name, value in settings(objects).items() if name != "BATON_MODEL"} | {"BATON_PORT": str(port)}
+    with serving(with_keys(container["args"], KEYS, tmp_path), here, port) as replica:
+        assert replica.call("/metrics")[0] == 200
+        assert replica.call("/metrics", key=None)[0] == (401 if keys else 200)
 
 
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)

@@ -5,7 +5,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import BATON, DEPLOY, ROOT, load, promtool, python_tool, run, systemd_analyze, understood
+from conftest import BATON, DEPLOY, ROOT, load, promtool, python_tool, run, systemd_analyze, understood, with_keys
 
 UNIT = DEPLOY / "systemd/baton.service"
 
@@ -33,7 +33,7 @@ def test_the_units_command_is_understood_and_its_drain_fits(tmp_path):
     unit = UNIT.read_text()
     [command] = re.findall(r"^ExecStart=/usr/local/bin/baton (.*)$", unit, re.M)
     assert "LoadCredential=baton.toml:" in unit and "StateDirectory=baton\n" in unit
-    table = understood(shlex.split(command), {}, tmp_path, {"%d/baton.toml"})
+    table = understood(with_keys(shlex.split(command), "%d/baton.toml", tmp_path))
     [drain] = re.findall(r"^drain-timeout +(\d+) ", table, re.M)
     [stop] = re.findall(r"^TimeoutStopSec=(\d+)s$", unit, re.M)
     assert int(stop) >= int(drain) + 10
@@ -60,7 +60,7 @@ def test_the_composition_is_well_formed_and_has_all_its_files():
 
 def test_the_composed_baton_is_understood_and_drains_before_it_is_killed(tmp_path):
     service = load("compose/compose.yaml")["services"]["baton"]
-    table = understood(service["command"], {}, tmp_path, {"/run/secrets/baton-config"})
+    table = understood(with_keys(service["command"], "/run/secrets/baton-config", tmp_path))
     [drain] = re.findall(r"^drain-timeout +(\d+) ", table, re.M)
     assert int(service["stop_grace_period"].removesuffix("s")) >= int(drain) + 10
 
