@@ -7,7 +7,7 @@ use std::sync::Arc;
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostExperts,
     HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rows,
-    World,
+    StepMemory, World,
 };
 
 use crate::attention::AttentionKernels;
@@ -87,6 +87,7 @@ impl CudaBackend {
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             narrow_activations: linear::narrow(dtype),
             row_invariant: false,
+            replays_steps: graphs,
         };
         Ok(Self {
             caps,
@@ -155,6 +156,10 @@ impl Backend for CudaBackend {
 
     fn memory(&self) -> Result<Option<DeviceMemory>> {
         self.gpu.memory().map(Some)
+    }
+
+    fn rehearse(&self, steps: impl FnOnce() -> Result<()>) -> Result<StepMemory> {
+        self.gpu.rehearse(steps)
     }
 
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {

@@ -39,6 +39,9 @@ pub struct Caps {
     pub narrow_activations: BTreeSet<WeightFormat>,
     /// Whether a row's result is bit-identical whatever the other rows are.
     pub row_invariant: bool,
+    /// Whether a step that came before is replayed at less cost, so that it is worth a few rows more to have fewer different
+    /// ones.
+    pub replays_steps: bool,
 }
 
 /// What a model needs of a device.
@@ -95,6 +98,7 @@ mod tests {
             ops: [Op::PagedAttention].into(),
             narrow_activations: BTreeSet::new(),
             row_invariant: true,
+            replays_steps: false,
         };
         let needs = Requirements {
             ops: [Op::PagedAttention, Op::LatentAttention, Op::FusedMoe].into(),

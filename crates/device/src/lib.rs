@@ -31,7 +31,7 @@ pub use backend::{Activation, Backend, LatentOps, MoeOps, Rows};
 pub use caps::{Caps, Op, Requirements};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
-pub use facts::{DeviceFacts, DeviceMemory, LibraryFacts, Limits};
+pub use facts::{DeviceFacts, DeviceMemory, LibraryFacts, Limits, StepMemory};
 pub use ggml::{BlockFormat, Unpacked};
 pub use host::{ExpertSource, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Purpose, RowSource};
 pub use largest::first_largest;

@@ -6,6 +6,7 @@
 
 mod adapter;
 mod arch;
+mod buckets;
 mod checkpoint;
 mod choosable;
 mod config;
@@ -20,6 +21,8 @@ mod philox;
 mod precision;
 mod quant;
 mod ranks;
+mod rehearsal;
+mod room;
 mod runner;
 mod sampler;
 mod split;
