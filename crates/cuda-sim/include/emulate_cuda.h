@@ -67,6 +67,9 @@ template <typename T, typename F> inline T emulated_replace(T* at, F replace) {
 inline float atomicAdd(float* at, float value) { return emulated_replace(at, [=](float old) { return old + value; }); }
 inline int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+    return emulated_replace(at, [=](unsigned old) { return old >= last ? 0 : old + 1; });
+}
 inline int atomicMax(int* at, int value) { return emulated_replace(at, [=](int old) { return old > value ? old : value; }); }
 inline unsigned atomicMax(unsigned* at, unsigned value) { return emulated_replace(at, [=](unsigned old) { return old > value ? old : value; }); }
 inline int atomicExch(int* at, int value) { return __atomic_exchange_n(at, value, __ATOMIC_RELAXED); }

@@ -5,14 +5,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rows,
-    StepMemory, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, Drawer,
+    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result,
+    RopeLayout, Rotary, Rows, StepMemory, TokenIds, World,
 };
 
 use crate::attention::AttentionKernels;
 use crate::cache::{self, KvCache};
 use crate::gpu::{Gpu, GpuOptions};
+use crate::heads::{self, Rope};
 use crate::latent::{Latent, LatentKernels};
 use crate::libraries;
 use crate::limits;
@@ -21,7 +22,7 @@ use crate::moe::{Experts, MoeKernels};
 use crate::plan::{AttentionPlan, Planner};
 use crate::program::Source;
 use crate::ranks::{self, Place};
-use crate::rows::{Rope, RowKernels};
+use crate::rows::RowKernels;
 use crate::statistics::Statistics;
 use crate::tensor::{DataType, Tensor, Vector};
 
@@ -145,6 +146,7 @@ impl Backend for CudaBackend {
     type Rope = Rope;
     type KvCache = KvCache;
     type AttentionPlan = AttentionPlan;
+    type Chosen = Vec<Option<u32>>;
 
     fn caps(&self) -> &Caps {
         &self.caps
@@ -189,8 +191,8 @@ impl Backend for CudaBackend {
         self.planner.plan(batch)
     }
 
-    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
-        self.linear.embed(ids, table, out)
+    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
+        self.linear.embed(&ids.on_host(), table, out)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
@@ -233,11 +235,25 @@ impl Backend for CudaBackend {
     }
 
     fn rope(&self, x: &mut Tensor, layout: RopeLayout, table: &Rope, plan: &AttentionPlan) -> Result<()> {
-        self.rows.rope(x, layout, table, plan)
+        heads::rotate(&self.gpu, x, layout, table, plan)
     }
 
     fn gated_activation(&self, activation: Activation, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
         self.rows.gated_activation(activation, gate, up, out)
+    }
+
+    fn gated_linear(
+        &self,
+        activation: Activation,
+        x: &Tensor,
+        [(gate, gate_out), (up, up_out)]: [(&Linear, &mut Tensor); 2],
+        out: &mut Tensor,
+    ) -> Result<()> {
+        if self.linear.gated(activation, x, [gate, up], out)? {
+            return Ok(());
+        }
+        self.linear.group(x, &mut [(gate, &mut *gate_out), (up, &mut *up_out)])?;
+        self.rows.gated_activation(activation, gate_out, up_out, out)
     }
 
     fn paged_attention(
@@ -251,7 +267,22 @@ impl Backend for CudaBackend {
         params: &AttentionParams,
         out: &mut Tensor,
     ) -> Result<()> {
-        self.attention.paged(q, k, v, cache, layer, plan, params, out)
+        self.attention.paged(q, k, v, None, cache, layer, plan, params, out)
+    }
+
+    fn rotary_attention(
+        &self,
+        q: &mut Tensor,
+        k: &mut Tensor,
+        v: &Tensor,
+        rotary: &Rotary<'_, Self>,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.attention.paged(q, k, v, Some(rotary), cache, layer, plan, params, out)
     }
 
     fn all_reduce(&self, x: &mut Tensor) -> Result<()> {
@@ -299,9 +330,22 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        self.rows.argmax(x, out)?;
-        self.place.whole(self.gpu.name())
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+        assert_eq!(logits.rows(), draws.len(), "a draw for each row");
+        let mut chosen = Vec::new();
+        if draws.iter().all(Draw::takes_the_largest) {
+            self.rows.argmax(logits, &mut chosen)?;
+            self.place.whole(self.gpu.name())?;
+            return Ok(chosen);
+        }
+        let mut values = Vec::new();
+        self.read(logits, &mut values)?;
+        Ok(Drawer::default().choose(&values, logits.cols(), draws))
+    }
+
+    fn read_chosen(&self, chosen: &Vec<Option<u32>>, out: &mut Vec<Option<u32>>) -> Result<()> {
+        out.clone_from(chosen);
+        Ok(())
     }
 }
 
@@ -324,7 +368,23 @@ impl LatentOps for CudaBackend {
         scale: f32,
         out: &mut Tensor,
     ) -> Result<()> {
-        self.latent.attend(q, latent, rope_key, weight, cache, layer, plan, scale, out)
+        self.latent.attend(q, latent, rope_key, None, weight, cache, layer, plan, scale, out)
+    }
+
+    fn rotary_latent_attention(
+        &self,
+        q: &mut Tensor,
+        latent: &mut Tensor,
+        rope_key: &mut Tensor,
+        rotary: &Rotary<'_, Self>,
+        weight: &Latent,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        scale: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.latent.attend(q, latent, rope_key, Some(rotary), weight, cache, layer, plan, scale, out)
     }
 }
 

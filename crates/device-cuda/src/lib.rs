@@ -13,6 +13,7 @@ mod compiler;
 mod context;
 mod error;
 mod gpu;
+mod heads;
 mod latent;
 mod libraries;
 mod limits;

@@ -7,8 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, DType, DeviceError, HostLinear, HostRope, HostTensor, KvSpec,
-    LayerKv, Purpose, Result, RopeLayout, Rows, SequenceSpan, WeightFormat, conformance::uniform,
+    Activation, AttentionBatch, AttentionParams, Backend, DType, DeviceError, Draw, HostLinear, HostRope, HostTensor,
+    KvSpec, LayerKv, Purpose, Result, RopeLayout, Rows, SequenceSpan, TokenIds, WeightFormat, conformance::uniform,
 };
 use baton_device_cuda::{CudaBackend, CudaOptions, probe};
 use common::{Simulator, options};
@@ -66,7 +66,7 @@ impl<'a> Decoder<'a> {
         let sequences = [SequenceSpan { start, len: ids.len(), block_table: &BLOCK_TABLE }];
         let plan = b.plan_attention(&AttentionBatch { sequences: &sequences })?;
         let [residual, normed, q, k, v, mixed, last] = x.as_mut_slice() else { unreachable!("as made") };
-        b.embed(ids, embedding, residual)?;
+        b.embed(TokenIds::Known(ids), embedding, residual)?;
         b.rms_norm(residual, norm, 1e-6, normed)?;
         let [wq, wk, wv] = &*qkv;
         b.linear_group(normed, &mut [(wq, &mut *q), (wk, &mut *k), (wv, &mut *v)])?;
@@ -84,7 +84,7 @@ impl<'a> Decoder<'a> {
         b.gather_rows(residual, &[ids.len() as u32 - 1], last)?;
         b.linear(last, embedding, logits)?;
         let mut best = Vec::new();
-        b.argmax(logits, &mut best)?;
+        b.read_chosen(&b.choose(logits, &[Draw::LARGEST])?, &mut best)?;
         Ok(best[0].expect("finite logits"))
     }
 
@@ -148,11 +148,11 @@ fn a_row_that_is_not_finite_has_no_greedy_token() {
         values[4 * 301 + 299] = f32::NEG_INFINITY;
         b.write(&values, &mut x).unwrap();
         let mut best = vec![Some(1); 9];
-        b.argmax(&x, &mut best).unwrap();
+        b.read_chosen(&b.choose(&x, &[Draw::LARGEST; 5]).unwrap(), &mut best).unwrap();
         let of_row = |row: usize| (0..301).find(|i| values[row * 301 + i] == 6.0).map(|i| i as u32);
         assert_eq!(best, [Some(300), None, None, of_row(3), None], "{dtype}");
         b.write(&[], &mut x).unwrap();
-        b.argmax(&x, &mut best).unwrap();
+        b.read_chosen(&b.choose(&x, &[]).unwrap(), &mut best).unwrap();
         assert_eq!((x.rows(), best.len()), (0, 0));
     }
 }

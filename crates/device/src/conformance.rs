@@ -4,6 +4,7 @@
 //! purpose: tails of vectors, panels and blocks are where kernels break. Inputs come from a counter
 //! hash, so a case means the same numbers on every machine. What ranks do together is [`ranks()`].
 
+mod fused;
 mod inputs;
 mod name;
 mod ranks;
@@ -20,7 +21,7 @@ use tolerance::tolerance;
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
     HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference,
-    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat,
+    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, TokenIds, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -63,6 +64,21 @@ pub enum Case {
         /// Kept as.
         block: BlockFormat,
     },
+    /// [`Backend::gated_linear`].
+    Gated {
+        /// Rows of the activation.
+        rows: usize,
+        /// K.
+        in_features: usize,
+        /// N.
+        out_features: usize,
+        /// As what gate and up are kept.
+        formats: [WeightFormat; 2],
+        /// Of the gate.
+        activation: Activation,
+        /// Both with a bias.
+        bias: bool,
+    },
     /// [`Backend::rms_norm`], in place and with residual.
     Norm {
         /// Rows.
@@ -90,6 +106,28 @@ pub enum Case {
         kv: KvDtype,
         /// Positions that the longest sequence has more than usual.
         history: usize,
+    },
+    /// [`Backend::rotary_attention`] over several steps of a ragged batch.
+    Rotary {
+        /// Its shape.
+        params: AttentionParams,
+        /// First rotated column within a head.
+        offset: usize,
+        /// Rotated columns.
+        dim: usize,
+        /// Which columns are pairs.
+        interleaved: bool,
+        /// With norms of queries and keys.
+        normed: bool,
+        /// How keys and values are kept.
+        kv: KvDtype,
+    },
+    /// [`LatentOps::rotary_latent_attention`] over several steps of a ragged batch, of one shape.
+    RotaryLatent {
+        /// Which columns are pairs.
+        interleaved: bool,
+        /// How latents and rotated keys are kept.
+        kv: KvDtype,
     },
     /// [`LatentOps::latent_attention`] over several steps of a ragged batch.
     Latent {
@@ -143,6 +181,7 @@ pub fn cases() -> Vec<Case> {
     let mixed = vec![(65, block(BlockFormat::Q4_K)), (1, BF16), (16, block(BlockFormat::Q8_0)), (33, F32)];
     cases.push(Case::Group { rows: 1, in_features: 256, weights: mixed.clone() });
     cases.push(Case::Group { rows: 19, in_features: 512, weights: mixed });
+    cases.extend(fused::cases());
     for block in BlockFormat::ALL {
         let (format, k) = (WeightFormat::Ggml(block), block.elements());
         for (rows, blocks, out_features) in [(1, 1, 1), (2, 5, 33), (3, 3, 17), (7, 4, 16), (37, 2, 65)] {
@@ -226,12 +265,18 @@ impl Case {
             Case::Group { ref weights, .. } => {
                 Requirements { weight_formats: weights.iter().map(|(_, format)| *format).collect(), ..none }
             }
+            Case::Gated { formats, .. } => Requirements { weight_formats: formats.into(), ..none },
             Case::Made { block, .. } => Requirements { weight_formats: [WeightFormat::Ggml(block)].into(), ..none },
             Case::Linear { format, .. } => Requirements { weight_formats: [format].into(), ..none },
             Case::Norm { .. } | Case::Elementwise { .. } | Case::Rope(_) => none,
-            Case::Attention { kv, .. } => {
+            Case::Attention { kv, .. } | Case::Rotary { kv, .. } => {
                 Requirements { ops: [Op::PagedAttention].into(), kv_dtypes: [kv].into(), ..none }
             }
+            Case::RotaryLatent { kv, .. } => Requirements {
+                ops: [Op::LatentAttention].into(),
+                weight_formats: [WeightFormat::F32].into(),
+                kv_dtypes: [kv].into(),
+            },
             Case::Latent { format, kv, .. } => Requirements {
                 ops: [Op::LatentAttention].into(),
                 weight_formats: [format].into(),
@@ -294,6 +339,9 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             b.linear_group(&x, &mut linears.iter().zip(&mut outs).collect::<Vec<_>>())?;
             outputs(b, &outs.iter().collect::<Vec<_>>())
         }
+        Case::Gated { .. } => fused::gated(case, b),
+        Case::Rotary { .. } => fused::rotary(case, b, inputs),
+        Case::RotaryLatent { interleaved, kv } => fused::rotary_latent((interleaved, kv), b, inputs),
         Case::Made { rows, in_features, out_features, block } => {
             let shape = vec![out_features, in_features];
             let weight = Source::new(WeightFormat::BF16, shape, 1, (in_features as f32).sqrt().recip());
@@ -494,7 +542,7 @@ fn linear<B: Backend>(
     b.linear(&x, layer.as_ref().unwrap_or(&table), &mut y)?;
     let ids: Vec<u32> = (0..rows).map(|r| (r * 7 % out_features) as u32).collect();
     let mut embedded = b.tensor(rows, in_features)?;
-    b.embed(&ids, &table, &mut embedded)?;
+    b.embed(TokenIds::Known(&ids), &table, &mut embedded)?;
     outputs(b, &[&y, &embedded])
 }
 

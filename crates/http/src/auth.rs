@@ -20,7 +20,9 @@ use crate::error::ApiError;
 use crate::service::{Service, ServiceConfig};
 
 /// Routes that need no key.
-const PUBLIC: [&str; 12] = [
+const PUBLIC: [&str; 14] = [
+    "/",
+    "/page/{file}",
     "/live",
     "/ready",
     "/startup",

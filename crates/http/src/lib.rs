@@ -35,6 +35,7 @@ mod metrics;
 mod observed;
 mod openai;
 mod openapi;
+mod page;
 mod pooled;
 mod responses;
 mod rollout;

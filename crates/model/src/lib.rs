@@ -46,5 +46,5 @@ pub use runner::ModelRunner;
 pub use sampler::Sampler;
 pub use step::{
     RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan,
+    SequenceStep, StepOutput, StepPlan, Tokens,
 };

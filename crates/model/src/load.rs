@@ -389,6 +389,7 @@ fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, Load
         max_step_tokens: options.max_step_tokens,
         max_step_sequences: options.max_step_sequences,
         max_draft_tokens: options.max_draft_tokens,
+        steps_ahead: false,
     })
 }
 

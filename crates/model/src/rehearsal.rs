@@ -8,7 +8,8 @@
 use std::collections::BTreeSet;
 
 use baton_device::{
-    AttentionBatch, Backend, KvSpec, LatentOps, MoeOps, Result as DeviceResult, SequenceSpan, StepMemory,
+    AttentionBatch, Backend, Draw, KvSpec, LatentOps, MoeOps, Result as DeviceResult, SequenceSpan, StepMemory,
+    TokenIds,
 };
 
 use crate::arch::{AdapterScratch, Model, StepAdapters};
@@ -50,8 +51,9 @@ pub(crate) fn rehearse<B: Backend + LatentOps + MoeOps>(
             })
             .collect();
         let mut adapters = StepAdapters { groups: &[], scratch };
-        model.forward(backend, &ids, &plan, &mut cache, &mut adapters)?;
-        model.logits(backend, &last)?;
+        model.forward(backend, TokenIds::Known(&ids), &plan, &mut cache, &mut adapters)?;
+        let logits = model.logits(backend, &last)?;
+        backend.choose(logits, &vec![Draw::LARGEST; last.len()])?;
         if model.looks_ahead() {
             model.look_ahead(backend, &ids, &plan, &mut cache, &mut adapters)?;
             model.logits(backend, &last)?;
@@ -112,6 +114,7 @@ mod tests {
             max_step_tokens,
             max_step_sequences,
             max_draft_tokens,
+            steps_ahead: false,
         }
     }
 

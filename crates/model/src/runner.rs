@@ -2,10 +2,11 @@
 //! scores and samples the rows that ask for it, and drafts what may follow where the model has a layer for it. Of several
 //! ranks each computes the layers; what follows is the first one's.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use baton_device::{AttentionBatch, Backend, DeviceError, SequenceSpan};
+use baton_device::{AttentionBatch, Backend, DeviceError, Draw, SequenceSpan, TokenIds};
 
 use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, AdapterWeights, Model, StepAdapters};
@@ -27,8 +28,10 @@ pub struct ModelRunner<B: Backend> {
     sampler: Sampler,
     /// Logits on the host, reused.
     logits: Vec<f32>,
-    /// Greedy tokens, reused.
-    largest: Vec<Option<u32>>,
+    /// Tokens that the device chose, reused.
+    chosen: Vec<Option<u32>>,
+    /// What the steps under way gave.
+    begun: VecDeque<StepOutput>,
 }
 
 /// What a model needs to run adapters.
@@ -49,7 +52,17 @@ impl<B: Backend> ModelRunner<B> {
         adapters: AdapterSupport<B>,
     ) -> Self {
         let (backend, sampler) = (Arc::new(backend), Sampler::default());
-        Self { backend, model, cache, spec, adapters, sampler, logits: Vec::new(), largest: Vec::new() }
+        Self {
+            backend,
+            model,
+            cache,
+            spec,
+            adapters,
+            sampler,
+            logits: Vec::new(),
+            chosen: Vec::new(),
+            begun: VecDeque::new(),
+        }
     }
 
     /// Loads adapters for this runner; `None` if it was not loaded for any (see
@@ -106,7 +119,8 @@ impl<B: Backend> ModelRunner<B> {
 
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
-        let mut ids: Vec<u32> = plan.sequences.iter().flat_map(|s| s.tokens.iter().chain(&s.draft)).copied().collect();
+        let mut ids: Vec<u32> =
+            plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect();
         let mut spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
@@ -121,7 +135,7 @@ impl<B: Backend> ModelRunner<B> {
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
-        self.model.forward(&*self.backend, &ids, &attention, &mut self.cache, &mut adapters)?;
+        self.model.forward(&*self.backend, TokenIds::Known(&ids), &attention, &mut self.cache, &mut adapters)?;
         Ok(attention)
     }
 
@@ -153,8 +167,8 @@ impl<B: Backend> ModelRunner<B> {
         let vocab = self.spec.vocab_size;
         for group in groups_of_rows(&sampling, self.spec.logit_rows()) {
             let rows: Vec<u32> = group.iter().flat_map(|s| s.rows.clone()).collect();
-            if group.iter().all(|s| s.step.sample.as_ref().is_some_and(SampleRequest::takes_the_largest)) {
-                self.take_largest(&rows, group, &mut sequences)?;
+            if group.iter().all(|s| s.step.sample.as_ref().is_some_and(SampleRequest::is_plain_draw)) {
+                self.choose(&rows, group, &mut sequences)?;
                 continue;
             }
             self.read_logits(&rows)?;
@@ -211,12 +225,12 @@ impl<B: Backend> ModelRunner<B> {
         let mut next = Vec::with_capacity(plan.num_tokens());
         let mut drafting = Vec::new();
         for (index, (step, output)) in plan.sequences.iter().zip(&*outputs).enumerate() {
-            let rows = step.tokens.iter().chain(&step.draft);
+            let rows = step.tokens.known().iter().chain(&step.draft);
             let start = next.len();
             // Behind the last row nothing is known, unless it is sampled: any token is as good.
             next.extend(rows.clone().skip(1).chain(rows.last()));
             if let Some(Ok(last)) = output.sampled.last() {
-                let row = start + step.tokens.len() - 1 + output.sampled.len() - 1;
+                let row = start + step.tokens.count() - 1 + output.sampled.len() - 1;
                 next[row] = last.token;
                 if step.propose > 0 && self.speaks() {
                     drafting.push((index, row as u32));
@@ -239,8 +253,9 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.submit()
     }
 
-    /// Samples sequences that all take the largest logit: it is found where the logits are.
-    fn take_largest(
+    /// Samples sequences that all draw from their logits as they are: the device chooses, for each row as if the drafts
+    /// before it were accepted.
+    fn choose(
         &mut self,
         rows: &[u32],
         group: &[Sampling<'_>],
@@ -248,11 +263,14 @@ impl<B: Backend> ModelRunner<B> {
     ) -> Result<(), DeviceError> {
         let rows = self.padded_rows(rows);
         let logits = self.model.logits(&*self.backend, &rows)?;
-        self.backend.argmax(logits, &mut self.largest)?;
-        let mut largest = self.largest.as_slice();
+        let mut draws: Vec<Draw> = group.iter().flat_map(Sampling::draws).collect();
+        draws.resize(rows.len(), Draw::LARGEST);
+        let chosen = self.backend.choose(logits, &draws)?;
+        self.backend.read_chosen(&chosen, &mut self.chosen)?;
+        let mut chosen = self.chosen.as_slice();
         for Sampling { index, step, rows } in group {
-            let (own, others) = largest.split_at(rows.len());
-            largest = others;
+            let (own, others) = chosen.split_at(rows.len());
+            chosen = others;
             outputs[*index].sampled = step.sample_along(|drafts, _| {
                 let token = own[drafts].ok_or(SequenceFailure::NonFiniteLogits)?;
                 Ok(SampledToken { token, logprob: 0.0, top: Vec::new() })
@@ -295,7 +313,7 @@ impl<B: Backend> ModelRunner<B> {
         assert!(plan.sequences.len() <= spec.max_step_sequences, "{} sequences in a step", plan.sequences.len());
         for s in &plan.sequences {
             let end = s.num_computed + s.num_rows();
-            assert!(!s.tokens.is_empty() && end <= spec.max_model_len, "sequence {} ends at {end}", s.id);
+            assert!(s.tokens.count() > 0 && end <= spec.max_model_len, "sequence {} ends at {end}", s.id);
             assert!(s.block_table.len() * spec.block_size >= end, "sequence {} lacks blocks for {end} tokens", s.id);
             assert!(s.block_table.iter().all(|&b| (b as usize) < spec.num_blocks), "sequence {}: a block id", s.id);
             assert!(s.draft.len() <= spec.max_draft_tokens, "sequence {}: {} drafts", s.id, s.draft.len());
@@ -305,12 +323,12 @@ impl<B: Backend> ModelRunner<B> {
                 s.id
             );
             assert!(
-                s.tokens.iter().chain(&s.draft).all(|&t| (t as usize) < spec.vocab_size),
+                s.tokens.known().iter().chain(&s.draft).all(|&t| (t as usize) < spec.vocab_size),
                 "sequence {}: a token id",
                 s.id
             );
             let scored =
-                |r: &ScoreRequest| r.row < s.tokens.len() && r.ids.iter().all(|&id| (id as usize) < spec.vocab_size);
+                |r: &ScoreRequest| r.row < s.tokens.count() && r.ids.iter().all(|&id| (id as usize) < spec.vocab_size);
             assert!(s.scores.iter().all(scored), "sequence {}: scores of what is not there", s.id);
         }
     }
@@ -323,6 +341,14 @@ struct Sampling<'a> {
     step: &'a SequenceStep,
     /// Its last token and its drafts.
     rows: Range<u32>,
+}
+
+impl Sampling<'_> {
+    /// How each row's token is drawn.
+    fn draws(&self) -> impl Iterator<Item = Draw> {
+        let request = self.step.sample.as_ref().expect("a sequence that samples");
+        (0..self.rows.len() as u32).map(|drafts| request.draw(drafts))
+    }
 }
 
 /// Whole sequences whose rows are at most `most` together; none has more alone.
@@ -374,15 +400,18 @@ impl<B: Backend> Runner for ModelRunner<B> {
         &self.spec
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
-        if plan.sequences.is_empty() {
-            return Ok(StepOutput::default());
-        }
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        self.begun.clear();
         let (mut sequences, attention) = self.compute(plan)?;
         if self.looks_ahead() {
             self.look_ahead(plan, &attention, &mut sequences)?;
         }
-        Ok(StepOutput { sequences })
+        self.begun.push_back(StepOutput { sequences });
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, RunError> {
+        Ok(self.begun.pop_front().expect("a step is under way"))
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {

@@ -170,6 +170,30 @@ fn every_block_of_a_large_grid_runs_once() {
 }
 
 #[test]
+fn the_last_block_to_count_sees_what_all_have_stored_and_leaves_the_counter_as_it_was() {
+    if !can_compile() {
+        return;
+    }
+    let session = Session::new();
+    let source = "__global__ void total(unsigned* counter, int* each, int* all) {
+        if (threadIdx.x > 0) return;
+        each[blockIdx.x] += blockIdx.x;
+        __threadfence();
+        if (atomicInc(counter, gridDim.x - 1) < gridDim.x - 1) return;
+        __threadfence();
+        *all = 0;
+        for (int i = 0; i < gridDim.x; i++) *all += each[i];
+    }";
+    let kernel = session.kernel(source, "total");
+    let (counter, each, all) = (session.upload(&[0u32]), session.upload(&[0i32; 100]), session.upload(&[0i32]));
+    for launch in 1..4 {
+        well(session.launch(kernel, 100, 32, 0, &[&counter, &each, &all]));
+        assert_eq!(session.download::<i32>(all, 1), [launch * 4950]);
+        assert_eq!(session.download::<i32>(counter, 1), [0]);
+    }
+}
+
+#[test]
 fn launches_that_no_device_takes_are_refused_at_the_call() {
     if !can_compile() {
         return;

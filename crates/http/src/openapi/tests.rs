@@ -51,6 +51,7 @@ fn served() -> (TempDir, Router) {
         max_step_tokens: 256,
         max_step_sequences: 32,
         max_draft_tokens: 4,
+        steps_ahead: false,
     };
     let runner = MockRunner::new(spec, MockModel::Script { reply, end: text.eos_token_id().unwrap() });
     let (engine, _) = baton_engine::spawn(Box::new(runner), EngineConfig::default());

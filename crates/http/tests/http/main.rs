@@ -13,6 +13,7 @@ mod harness;
 mod lifecycle;
 mod operations;
 mod origins;
+mod page;
 mod params;
 mod refusals;
 mod replies;
