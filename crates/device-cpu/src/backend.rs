@@ -92,6 +92,8 @@ impl CpuBackend {
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             narrow_activations: BlockFormat::ALL.map(Ggml).into_iter().chain(isa.has_pairs().then_some(BF16)).collect(),
             row_invariant: true,
+            // It is its own host.
+            runs_ahead: false,
             replays_steps: false,
         };
         Ok(Self { caps, isa, pool, scratch: Mutex::default(), communicator })

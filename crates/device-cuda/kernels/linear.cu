@@ -320,14 +320,23 @@ template <typename F, typename X> __global__ void __launch_bounds__(128) product
     static_cast<float*>(weight.out)[at] = total;
 }
 
-/// `out[i] = row ids[i]` of a weight `[_, k]`, or `row first + i` without ids; rounded to Y.
+/// Marks an id that is the number of a token chosen on the device.
+constexpr unsigned CHOSEN = 1u << 31;
+
+/// `out[i] = row ids[i]` of a weight `[_, k]`, or `row first + i` without ids; rounded to Y. An id may be a token that a step before chose;
+/// where there is none, any row will do.
 ///
 /// Grid: rows of out, parts of a row. Block: threads take 32 columns each.
 template <typename F, typename Y>
-__global__ void __launch_bounds__(128) unpack(const unsigned char* weight, const unsigned* ids, int first, int k, Y* out) {
+__global__ void __launch_bounds__(128) 
+    unpack(const unsigned char* weight, const unsigned* ids, const int* chosen, int first, int k, Y* out) {
     int unit = blockIdx.y * blockDim.x + threadIdx.x, span = unit / 4, t = unit % 4;
     if (span >= spans(k)) return;
-    long long id = ids ? static_cast<long long>(ids[blockIdx.x]) : first + static_cast<long long>(blockIdx.x);
+    long long id = first + static_cast<long long>(blockIdx.x);
+    if (ids) {
+        id = ids[blockIdx.x];
+        if (id & CHOSEN) id = max(chosen[id & ~CHOSEN], 0);
+    }
     const unsigned char* row = weight + id * F::row_bytes(k);
     out += static_cast<long long>(blockIdx.x) * k;
     typename F::Codes codes;

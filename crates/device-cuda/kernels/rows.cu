@@ -1,4 +1,4 @@
-// Operations on rows and elements: norms, sums, activations, gathering, the greedy choice.
+// Operations on rows and elements: norms, sums, activations, gathering.
 //
 // All are expected to be bound (not measured) by bandwidth where rows are many and by the time of a launch where they are few: reads and writes are of 8 elements at
 // once wherever addresses allow, arithmetic is f32, and what is stored is rounded once.
@@ -206,47 +206,4 @@ template <typename X, typename Y> __global__ void __launch_bounds__(256) add_row
     } else {
         for (int i = start; i < min(start + STEP, cols); i++) out[i] = from_float<Y>(to_float(out[i]) + to_float(x[i]));
     }
-}
-
-/// The column of the largest number of each row, the first of equals; -1 for a row that is not finite throughout.
-///
-/// Grid: rows. Block: any number of warps.
-template <typename X> __global__ void __launch_bounds__(1024) argmax(const X* x, int* out, int cols) {
-    __shared__ int left;
-    x += static_cast<long long>(blockIdx.x) * cols;
-    float largest = -infinity();
-    int at = cols;
-    bool finite = true;
-    auto meet = [&](float value, int i) {
-        finite = finite && fabsf(value) < infinity();
-        bool larger = value > largest;
-        largest = larger ? value : largest;
-        at = larger ? i : at;
-    };
-    // In ascending order, so that a thread keeps the first of its equals.
-    if (in_steps(cols)) {
-        // A row has one block: READS at a time without conditions make up for it. Beyond the end they are of the last step.
-        constexpr int READS = 4;
-        const int stride = blockDim.x * STEP;
-        for (int i = threadIdx.x * STEP; i < cols; i += READS * stride) {
-            Vec<X, STEP> a[READS];
-#pragma unroll
-            for (int r = 0; r < READS; r++) a[r] = load<STEP>(x + min(i + r * stride, cols - STEP));
-#pragma unroll
-            for (int r = 0; r < READS; r++) {
-                if (i + r * stride >= cols) break;
-#pragma unroll
-                for (int j = 0; j < STEP; j++) meet(to_float(a[r][j]), i + r * stride + j);
-            }
-        }
-    } else {
-        for (int i = threadIdx.x; i < cols; i += blockDim.x) meet(to_float(x[i]), i);
-    }
-    if (threadIdx.x == 0) left = 0;
-    float most = block_max(largest);
-    bool sound = block_max(finite ? 0 : 1) == 0;
-    // The first has most columns from it on.
-    if (largest == most) atomicMax(&left, cols - at);
-    __syncthreads();
-    if (threadIdx.x == 0) out[blockIdx.x] = sound ? cols - left : -1;
 }

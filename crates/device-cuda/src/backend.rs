@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, Drawer,
-    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result,
-    RopeLayout, Rotary, Rows, StepMemory, TokenIds, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, HostExperts,
+    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rotary,
+    Rows, StepMemory, TokenIds, World,
 };
 
 use crate::attention::AttentionKernels;
 use crate::cache::{self, KvCache};
+use crate::choose::{Chooser, Chosen};
 use crate::gpu::{Gpu, GpuOptions};
 use crate::heads::{self, Rope};
 use crate::latent::{Latent, LatentKernels};
@@ -53,6 +54,7 @@ pub struct CudaBackend {
     caps: Caps,
     activations: DataType,
     rows: RowKernels,
+    chooser: Chooser,
     linear: LinearKernels,
     attention: AttentionKernels,
     latent: LatentKernels,
@@ -88,12 +90,14 @@ impl CudaBackend {
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             narrow_activations: linear::narrow(dtype),
             row_invariant: false,
+            runs_ahead: true,
             replays_steps: graphs,
         };
         Ok(Self {
             caps,
             activations: dtype,
             rows: RowKernels::new(&gpu, dtype)?,
+            chooser: Chooser::new(&gpu, dtype)?,
             linear: LinearKernels::new(&gpu, dtype)?,
             attention: AttentionKernels::new(&gpu, dtype)?,
             latent: LatentKernels::new(&gpu, dtype)?,
@@ -146,7 +150,7 @@ impl Backend for CudaBackend {
     type Rope = Rope;
     type KvCache = KvCache;
     type AttentionPlan = AttentionPlan;
-    type Chosen = Vec<Option<u32>>;
+    type Chosen = Chosen;
 
     fn caps(&self) -> &Caps {
         &self.caps
@@ -191,8 +195,8 @@ impl Backend for CudaBackend {
         self.planner.plan(batch)
     }
 
-    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
-        self.linear.embed(&ids.on_host(), table, out)
+    fn embed(&self, ids: TokenIds<'_, Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
+        self.linear.embed(&self.chooser.ids(ids), self.chooser.tokens()?, table, out)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
@@ -330,22 +334,13 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
-        assert_eq!(logits.rows(), draws.len(), "a draw for each row");
-        let mut chosen = Vec::new();
-        if draws.iter().all(Draw::takes_the_largest) {
-            self.rows.argmax(logits, &mut chosen)?;
-            self.place.whole(self.gpu.name())?;
-            return Ok(chosen);
-        }
-        let mut values = Vec::new();
-        self.read(logits, &mut values)?;
-        Ok(Drawer::default().choose(&values, logits.cols(), draws))
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Chosen> {
+        self.chooser.choose(logits, draws)
     }
 
-    fn read_chosen(&self, chosen: &Vec<Option<u32>>, out: &mut Vec<Option<u32>>) -> Result<()> {
-        out.clone_from(chosen);
-        Ok(())
+    fn read_chosen(&self, chosen: &Chosen, out: &mut Vec<Option<u32>>) -> Result<()> {
+        self.chooser.read(chosen, out)?;
+        self.place.whole(self.gpu.name())
     }
 }
 

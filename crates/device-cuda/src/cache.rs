@@ -81,7 +81,7 @@ impl KvCache {
         // Nothing else may come in between.
         let planes = spec.layers.iter().flat_map(|kv| shapes(*kv)).map(|shape| shape.bytes(spec.dtype));
         let buffers = planes.flat_map(|(data, scales)| std::iter::once(data).chain(scales));
-        gpu.reserve(Kind::Lasting, buffers.map(|bytes| blocks.saturating_mul(bytes)))?;
+        gpu.reserve_together(Kind::Lasting, buffers.map(|bytes| blocks.saturating_mul(bytes)))?;
         let layer = |&kv: &LayerKv| {
             let [first, second] = shapes(kv).map(|shape| Plane::new(gpu, spec.dtype, blocks, shape));
             Ok(Layer { kv, planes: [first?, second?], attend: Attend::new(gpu, &kept, kv)? })

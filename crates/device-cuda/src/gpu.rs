@@ -16,7 +16,7 @@ use crate::blas::{Blas, Matmul};
 use crate::context::{Context, Handle};
 use crate::memory::{Block, Buffer, Kind, Memory};
 use crate::program::{Kernel, Programs, Source};
-use crate::queue::Queue;
+use crate::queue::{Fetch, Queue};
 use crate::staging::{Loader, Slot};
 use crate::statistics::{Counters, Statistics, add};
 
@@ -210,7 +210,7 @@ impl Gpu {
 
     /// Asks the driver for blocks of these sizes at once, so that many of them take no more than their sum. Those that find no
     /// room together are asked for one by one.
-    pub(crate) fn reserve(&self, kind: Kind, blocks: impl IntoIterator<Item = usize>) -> Result<()> {
+    pub(crate) fn reserve_together(&self, kind: Kind, blocks: impl IntoIterator<Item = usize>) -> Result<()> {
         self.context.enter()?;
         let mut memory = lock(&self.memory);
         match memory.together(blocks) {
@@ -244,9 +244,14 @@ impl Gpu {
         loader.write(&self.context, buffer.address() + offset as u64, bytes)
     }
 
+    /// Makes room in a slot, and gives its address.
+    pub(crate) fn reserve(self: &Arc<Self>, slot: &Slot, bytes: usize) -> Result<u64> {
+        slot.reserve(bytes, |bytes, what| self.alloc(bytes, what))
+    }
+
     /// Copies into a slot, behind what was queued before if that uses it, and gives its address.
     pub(crate) fn upload(self: &Arc<Self>, slot: &Slot, bytes: &[u8]) -> Result<u64> {
-        let address = slot.reserve(bytes.len(), |bytes, what| self.alloc(bytes, what))?;
+        let address = self.reserve(slot, bytes.len())?;
         self.upload_to(address, bytes)?;
         Ok(address)
     }
@@ -264,13 +269,38 @@ impl Gpu {
             if queue.uses(&range) {
                 queue.flush(&self.context, &self.counters)?;
             }
-            queue.upload(&self.context, address, bytes)
+            queue.upload(&self.context, &self.counters, address, bytes)
         })
     }
 
-    /// Runs what is queued and copies to the host. The only wait of a step.
+    /// Runs what is queued and begins a copy to the host, at whose end [`Gpu::finish`] waits.
+    pub(crate) fn fetch(&self, address: u64, bytes: usize) -> Result<Fetch> {
+        self.context.enter()?;
+        add(&self.counters.reads, 1);
+        add(&self.counters.read, bytes);
+        self.with_queue(|queue| {
+            queue.flush(&self.context, &self.counters)?;
+            queue.fetch(&self.context, address, bytes)
+        })
+    }
+
+    /// Waits for a copy to the host, and for nothing that was asked for later.
+    pub(crate) fn finish(&self, fetch: &Fetch, out: &mut [u8]) -> Result<()> {
+        self.context.enter()?;
+        add(&self.counters.waits, 1);
+        fetch.arrival.wait(&self.context, out)?;
+        self.with_queue(|queue| {
+            if queue.fetched(fetch) {
+                self.release();
+            }
+            Ok(())
+        })
+    }
+
+    /// Runs what is queued, copies to the host and waits.
     pub(crate) fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
         self.context.enter()?;
+        add(&self.counters.waits, 1);
         add(&self.counters.reads, 1);
         add(&self.counters.read, out.len());
         self.with_queue(|queue| {
@@ -290,6 +320,7 @@ impl Gpu {
     /// Runs what is queued, and waits.
     pub(crate) fn synchronize(&self) -> Result<()> {
         self.context.enter()?;
+        add(&self.counters.waits, 1);
         self.with_queue(|queue| {
             queue.flush(&self.context, &self.counters)?;
             queue.synchronize(&self.context)?;
@@ -318,7 +349,7 @@ impl Gpu {
         result?;
         self.give_up_scratch()?;
         let (_, most) = lock(&self.memory).scratch();
-        self.reserve(Kind::Scratch, [most])?;
+        self.reserve_together(Kind::Scratch, [most])?;
         let (scratch, _) = lock(&self.memory).scratch();
         Ok(StepMemory { scratch, graphs })
     }

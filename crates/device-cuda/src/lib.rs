@@ -9,6 +9,7 @@ mod backend;
 mod blas;
 mod blocks;
 mod cache;
+mod choose;
 mod compiler;
 mod context;
 mod error;

@@ -16,6 +16,7 @@ use baton_device::{Activation, BlockFormat, HostLinear, Purpose, Result, Rows, W
 
 use crate::blas::Matmul;
 use crate::blocks::{self, padded, type_name};
+use crate::choose::Ids;
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
 use crate::program::{Kernel, Source};
@@ -196,14 +197,14 @@ impl LinearKernels {
         })
     }
 
-    /// `out[t] = row ids[t]`.
-    pub(crate) fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+    /// `out[t] = row ids[t]`, where chosen tokens are at `chosen`.
+    pub(crate) fn embed(&self, ids: &Ids, chosen: u64, table: &Linear, out: &mut Tensor) -> Result<()> {
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
-        assert!(ids.iter().all(|id| (*id as usize) < table.out_features), "a token beyond {}", table.out_features);
-        let to = out.output(ids.len(), table.kernels.out);
-        let ids_bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-        let address = self.gpu.upload(&self.ids, &ids_bytes)?;
-        self.unpack(table, &table.kernels.embed, (address, 0), [ids.len(), table.in_features], to)
+        assert!(ids.limit <= table.out_features, "tokens up to {} of {}", ids.limit, table.out_features);
+        let to = out.output(ids.words.len(), table.kernels.out);
+        let bytes: Vec<u8> = ids.words.iter().flat_map(|id| id.to_ne_bytes()).collect();
+        let address = self.gpu.upload(&self.ids, &bytes)?;
+        self.unpack(table, &table.kernels.embed, [address, chosen], 0, [ids.words.len(), table.in_features], to)
     }
 
     /// Rows of a weight, so many of so many columns: those at `ids`, or those from `first` on.
@@ -211,7 +212,8 @@ impl LinearKernels {
         &self,
         weight: &Linear,
         kernel: &Kernel,
-        (ids, first): (u64, usize),
+        [ids, chosen]: [u64; 2],
+        first: usize,
         [rows, k]: [usize; 2],
         out: u64,
     ) -> Result<()> {
@@ -222,6 +224,7 @@ impl LinearKernels {
         let args = [
             Arg::Ptr(weight.weight.address()),
             Arg::Ptr(ids),
+            Arg::Ptr(chosen),
             Arg::I32(first as i32),
             Arg::I32(k as i32),
             Arg::Ptr(out),
@@ -377,7 +380,7 @@ impl LinearKernels {
             let widened = self.gpu.scratch(part * k * math.bytes())?;
             for first in (0..n).step_by(part) {
                 let rows = part.min(n - first);
-                self.unpack(weight, widen, (0, first), [rows, k], widened.address())?;
+                self.unpack(weight, widen, [0, 0], first, [rows, k], widened.address())?;
                 let out = to + (first * sums.bytes()) as u64;
                 self.gpu.matmul(&Matmul { n: rows, weight: widened.address(), out, ..product })?;
             }

@@ -22,6 +22,8 @@ use crate::gpu::Launch;
 pub enum Source {
     /// Norms, sums, functions of single numbers, copies of rows.
     Rows,
+    /// Tokens from logits.
+    Choose,
     /// Products with weights, rows of weights.
     Linear,
     /// Attention over keys and values.
@@ -54,8 +56,9 @@ const SHARED: i32 = 48 << 10;
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 7] = [
+    pub const ALL: [Source; 8] = [
         Source::Rows,
+        Source::Choose,
         Source::Linear,
         Source::Attention,
         Source::Latent,
@@ -68,6 +71,7 @@ impl Source {
     pub const fn file(self) -> &'static str {
         match self {
             Source::Rows => "rows.cu",
+            Source::Choose => "choose.cu",
             Source::Linear => "linear.cu",
             Source::Attention => "attention.cu",
             Source::Latent => "latent.cu",
@@ -81,6 +85,7 @@ impl Source {
     pub const fn text(self) -> &'static str {
         match self {
             Source::Rows => include_str!("../kernels/rows.cu"),
+            Source::Choose => include_str!("../kernels/choose.cu"),
             Source::Linear => include_str!("../kernels/linear.cu"),
             Source::Attention => include_str!("../kernels/attention.cu"),
             Source::Latent => include_str!("../kernels/latent.cu"),

@@ -1,4 +1,4 @@
-//! Operations on rows: norms, sums, functions of single numbers, copies of rows, the greedy choice.
+//! Operations on rows: norms, sums, functions of single numbers, copies of rows.
 //!
 //! Tensors come in the type of activations, and in f32 where a weight in f32 gave them. What an operation writes to another
 //! tensor is in the type of activations; what it changes in place keeps its type.
@@ -52,7 +52,6 @@ impl RowKernels {
             ("gated_activation", &[t, t, t]),
             ("gather_rows", &[t]),
             ("add_rows", &[t, t]),
-            ("argmax", &[t]),
         ] {
             rows.kernel(name, types)?;
         }
@@ -164,24 +163,6 @@ impl RowKernels {
     fn row_numbers(&self, slot: &Slot, rows: &[u32], limit: usize) -> Result<u64> {
         assert!(rows.iter().all(|row| (*row as usize) < limit), "a row beyond {limit}");
         self.gpu.upload(slot, &rows.iter().flat_map(|row| row.to_ne_bytes()).collect::<Vec<_>>())
-    }
-
-    /// Replaces what `out` held.
-    pub(crate) fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        out.clear();
-        if x.rows() == 0 {
-            return Ok(());
-        }
-        let largest = self.gpu.scratch(x.rows() * 4)?;
-        let threads = x.cols().div_ceil(STEP).next_multiple_of(32).min(1024);
-        let launch = Launch { grid: [x.rows() as u32, 1, 1], block: [threads as u32, 1, 1], shared: 0 };
-        let args = [Arg::Ptr(x.address()), Arg::Ptr(largest.address()), Arg::I32(x.cols() as i32)];
-        self.gpu.launch(&self.kernel("argmax", &[x.dtype()])?, launch, &args)?;
-        let mut bytes = vec![0; x.rows() * 4];
-        self.gpu.read(largest.address(), &mut bytes)?;
-        // -1 for a row that is not finite.
-        out.extend(bytes.as_chunks().0.iter().map(|column| u32::try_from(i32::from_ne_bytes(*column)).ok()));
-        Ok(())
     }
 }
 

@@ -116,8 +116,8 @@ pub trait Backend: Send + Sync + 'static {
     }
 
     /// Finds out what steps take beside weights, activations and cache, from `steps` that are like the largest to come: keeps
-    /// memory for them, so that later ones ask for none. What they compute is nothing's, and need not be computed; they bring
-    /// nothing to the host. A device that takes memory as steps need it asks for no steps, and knows of none.
+    /// memory for them, so that later ones ask for none. What they compute is nothing's, and need not be computed; they wait
+    /// for nothing. A device that takes memory as steps need it asks for no steps, and knows of none.
     fn rehearse(&self, _: impl FnOnce() -> Result<()>) -> Result<StepMemory> {
         Ok(StepMemory::default())
     }

@@ -39,6 +39,9 @@ pub struct Caps {
     pub narrow_activations: BTreeSet<WeightFormat>,
     /// Whether a row's result is bit-identical whatever the other rows are.
     pub row_invariant: bool,
+    /// Whether it computes while its host goes on, and keeps the tokens that it chooses: then the next step may be asked for
+    /// before they come to the host.
+    pub runs_ahead: bool,
     /// Whether a step that came before is replayed at less cost, so that it is worth a few rows more to have fewer different
     /// ones.
     pub replays_steps: bool,
@@ -98,6 +101,7 @@ mod tests {
             ops: [Op::PagedAttention].into(),
             narrow_activations: BTreeSet::new(),
             row_invariant: true,
+            runs_ahead: false,
             replays_steps: false,
         };
         let needs = Requirements {

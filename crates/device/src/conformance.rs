@@ -4,6 +4,7 @@
 //! purpose: tails of vectors, panels and blocks are where kernels break. Inputs come from a counter
 //! hash, so a case means the same numbers on every machine. What ranks do together is [`ranks()`].
 
+mod choose;
 mod fused;
 mod inputs;
 mod name;
@@ -95,6 +96,13 @@ pub enum Case {
         rows: usize,
         /// Columns.
         cols: usize,
+    },
+    /// [`Backend::choose`], and [`Backend::embed`] of what was chosen.
+    Choose {
+        /// Width of the logits.
+        cols: usize,
+        /// Whether many of them are equal.
+        ties: bool,
     },
     /// [`Backend::rope`].
     Rope(RopeLayout),
@@ -210,6 +218,9 @@ pub fn cases() -> Vec<Case> {
     for (rows, cols) in [(1, 1), (3, 7), (5, 33), (17, 64)] {
         cases.push(Case::Elementwise { rows, cols });
     }
+    for (cols, ties) in [(1, false), (7, false), (255, true), (1000, false), (1000, true), (129_283, false)] {
+        cases.push(Case::Choose { cols, ties });
+    }
     for interleaved in [false, true] {
         cases.push(Case::Rope(RopeLayout { heads: 3, head_dim: 10, offset: 0, dim: 10, interleaved }));
         cases.push(Case::Rope(RopeLayout { heads: 5, head_dim: 48, offset: 32, dim: 16, interleaved }));
@@ -269,6 +280,7 @@ impl Case {
             Case::Made { block, .. } => Requirements { weight_formats: [WeightFormat::Ggml(block)].into(), ..none },
             Case::Linear { format, .. } => Requirements { weight_formats: [format].into(), ..none },
             Case::Norm { .. } | Case::Elementwise { .. } | Case::Rope(_) => none,
+            Case::Choose { .. } => Requirements { weight_formats: [WeightFormat::F32].into(), ..none },
             Case::Attention { kv, .. } | Case::Rotary { kv, .. } => {
                 Requirements { ops: [Op::PagedAttention].into(), kv_dtypes: [kv].into(), ..none }
             }
@@ -381,6 +393,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             b.add_rows(&some, &every_other, &mut added)?;
             outputs(b, &[&silu, &gelu, &gate, &picked, &scaled, &capped, &added])
         }
+        Case::Choose { cols, ties } => choose::evaluate(b, inputs, cols, ties),
         Case::Rope(layout) => {
             let inv_freq = (0..layout.dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
             let table = b.rope_table(&HostRope { inv_freq, scale: 1.25, max_positions: MAX_POSITIONS })?;

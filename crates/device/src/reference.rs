@@ -52,6 +52,7 @@ impl Reference {
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
                 narrow_activations: BTreeSet::new(),
                 row_invariant: true,
+                runs_ahead: false,
                 replays_steps: false,
             },
             communicator,

@@ -6,6 +6,7 @@
 
 mod adapter;
 mod arch;
+mod begun;
 mod buckets;
 mod checkpoint;
 mod choosable;

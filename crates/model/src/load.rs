@@ -305,6 +305,9 @@ pub(crate) fn prepare<B: Backend + LatentOps + MoeOps>(
     let slots: Arc<[Slot]> = std::mem::take(&mut loader.slots).into();
     let max_rank = options.max_lora_rank;
     let mut scratch = AdapterScratch::new(&backend, if max_rank > 0 { &slots } else { &[] })?;
+    // Ranks take a step after the other, and a layer that looks ahead awaits what was sampled.
+    let steps_ahead = backend.caps().runs_ahead && backend.world().size == 1 && !model.looks_ahead();
+    let spec = RunSpec { steps_ahead, ..spec };
     let report = LoadReport {
         architecture: config.architecture,
         hidden_size: config.hidden_size,
@@ -389,6 +392,7 @@ fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, Load
         max_step_tokens: options.max_step_tokens,
         max_step_sequences: options.max_step_sequences,
         max_draft_tokens: options.max_draft_tokens,
+        // Known with the model.
         steps_ahead: false,
     })
 }

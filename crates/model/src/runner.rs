@@ -10,12 +10,13 @@ use baton_device::{AttentionBatch, Backend, DeviceError, Draw, SequenceSpan, Tok
 
 use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, AdapterWeights, Model, StepAdapters};
+use crate::begun::{Begun, Drawn, sampled};
 use crate::buckets::padded;
 use crate::loader::Slot;
 use crate::sampler::{Sampler, score};
 use crate::step::{
-    RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan,
+    RunError, RunSpec, Runner, SampleRequest, Score, ScoreRequest, SequenceFailure, SequenceOutput, SequenceStep,
+    StepOutput, StepPlan,
 };
 
 /// A model on a device.
@@ -30,8 +31,8 @@ pub struct ModelRunner<B: Backend> {
     logits: Vec<f32>,
     /// Tokens that the device chose, reused.
     chosen: Vec<Option<u32>>,
-    /// What the steps under way gave.
-    begun: VecDeque<StepOutput>,
+    /// Steps that have not ended, the earliest first.
+    begun: VecDeque<Begun<B>>,
 }
 
 /// What a model needs to run adapters.
@@ -119,8 +120,15 @@ impl<B: Backend> ModelRunner<B> {
 
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
-        let mut ids: Vec<u32> =
-            plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect();
+        let ahead = match self.begun.back() {
+            Some(Begun::Drawn(last)) if plan.is_ahead() => Some(last),
+            _ => None,
+        };
+        // Tokens, or where those are that are awaited.
+        let mut ids: Vec<u32> = match ahead {
+            Some(last) => last.awaited(plan),
+            None => plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect(),
+        };
         let mut spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
@@ -135,7 +143,8 @@ impl<B: Backend> ModelRunner<B> {
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
-        self.model.forward(&*self.backend, TokenIds::Known(&ids), &attention, &mut self.cache, &mut adapters)?;
+        let ids = ahead.map_or(TokenIds::Known(&ids), |last| last.token_ids(&ids));
+        self.model.forward(&*self.backend, ids, &attention, &mut self.cache, &mut adapters)?;
         Ok(attention)
     }
 
@@ -154,24 +163,13 @@ impl<B: Backend> ModelRunner<B> {
     fn sample(&mut self, plan: &StepPlan) -> Result<Vec<SequenceOutput>, DeviceError> {
         let mut sequences: Vec<SequenceOutput> = plan.sequences.iter().map(|s| SequenceOutput::new(s.id)).collect();
         self.score(plan, &mut sequences)?;
-        let mut end = 0;
-        let sampling: Vec<Sampling<'_>> = plan
-            .sequences
-            .iter()
-            .enumerate()
-            .filter_map(|(index, step)| {
-                end += step.num_rows() as u32;
-                step.sample.is_some().then(|| Sampling { index, step, rows: end - step.draft.len() as u32 - 1..end })
-            })
-            .collect();
         let vocab = self.spec.vocab_size;
-        for group in groups_of_rows(&sampling, self.spec.logit_rows()) {
-            let rows: Vec<u32> = group.iter().flat_map(|s| s.rows.clone()).collect();
+        for group in groups_of_rows(&sampling(plan), self.spec.logit_rows()) {
             if group.iter().all(|s| s.step.sample.as_ref().is_some_and(SampleRequest::is_plain_draw)) {
-                self.choose(&rows, group, &mut sequences)?;
+                self.choose(group, &mut sequences)?;
                 continue;
             }
-            self.read_logits(&rows)?;
+            self.read_logits(&rows_of(group))?;
             let mut logits = self.logits.chunks_exact(vocab);
             for Sampling { index, step, rows } in group {
                 let logits: Vec<&[f32]> = logits.by_ref().take(rows.len()).collect();
@@ -253,28 +251,25 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.submit()
     }
 
-    /// Samples sequences that all draw from their logits as they are: the device chooses, for each row as if the drafts
-    /// before it were accepted.
-    fn choose(
-        &mut self,
-        rows: &[u32],
-        group: &[Sampling<'_>],
-        outputs: &mut [SequenceOutput],
-    ) -> Result<(), DeviceError> {
-        let rows = self.padded_rows(rows);
+    /// Has the device choose for sequences that all draw from their logits as they are, for each row as if the drafts before it
+    /// were accepted. Tokens of rows that nobody asked for come last.
+    fn draw(&mut self, group: &[Sampling<'_>]) -> Result<B::Chosen, DeviceError> {
+        let rows = self.padded_rows(&rows_of(group));
         let logits = self.model.logits(&*self.backend, &rows)?;
         let mut draws: Vec<Draw> = group.iter().flat_map(Sampling::draws).collect();
         draws.resize(rows.len(), Draw::LARGEST);
-        let chosen = self.backend.choose(logits, &draws)?;
+        self.backend.choose(logits, &draws)
+    }
+
+    /// Samples such sequences.
+    fn choose(&mut self, group: &[Sampling<'_>], outputs: &mut [SequenceOutput]) -> Result<(), DeviceError> {
+        let chosen = self.draw(group)?;
         self.backend.read_chosen(&chosen, &mut self.chosen)?;
         let mut chosen = self.chosen.as_slice();
         for Sampling { index, step, rows } in group {
             let (own, others) = chosen.split_at(rows.len());
             chosen = others;
-            outputs[*index].sampled = step.sample_along(|drafts, _| {
-                let token = own[drafts].ok_or(SequenceFailure::NonFiniteLogits)?;
-                Ok(SampledToken { token, logprob: 0.0, top: Vec::new() })
-            });
+            outputs[*index].sampled = step.sample_along(|drafts, _| sampled(own[drafts]));
         }
         Ok(())
     }
@@ -351,6 +346,21 @@ impl Sampling<'_> {
     }
 }
 
+/// The sequences of a plan that ask for a sample.
+fn sampling(plan: &StepPlan) -> Vec<Sampling<'_>> {
+    let mut end = 0;
+    let sampling = plan.sequences.iter().enumerate().filter_map(|(index, step)| {
+        end += step.num_rows() as u32;
+        step.sample.is_some().then(|| Sampling { index, step, rows: end - step.draft.len() as u32 - 1..end })
+    });
+    sampling.collect()
+}
+
+/// All their rows.
+fn rows_of(group: &[Sampling<'_>]) -> Vec<u32> {
+    group.iter().flat_map(|s| s.rows.clone()).collect()
+}
+
 /// Whole sequences whose rows are at most `most` together; none has more alone.
 fn groups_of_rows<'s, 'a>(sampling: &'s [Sampling<'a>], most: usize) -> impl Iterator<Item = &'s [Sampling<'a>]> {
     let mut rest = sampling;
@@ -400,18 +410,32 @@ impl<B: Backend> Runner for ModelRunner<B> {
         &self.spec
     }
 
+    /// A step of draws is left to the device; of any other it is known what it gave when it has begun.
     fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
-        self.begun.clear();
-        let (mut sequences, attention) = self.compute(plan)?;
-        if self.looks_ahead() {
-            self.look_ahead(plan, &attention, &mut sequences)?;
+        if !plan.is_ahead() {
+            self.begun.clear();
         }
-        self.begun.push_back(StepOutput { sequences });
+        let sampling = sampling(plan);
+        let begun = if plan.is_plain_draw() && !sampling.is_empty() && !self.looks_ahead() {
+            self.forward(plan)?;
+            Begun::Drawn(Drawn::new(plan, self.draw(&sampling)?))
+        } else {
+            let (mut sequences, attention) = self.compute(plan)?;
+            if self.looks_ahead() {
+                self.look_ahead(plan, &attention, &mut sequences)?;
+            }
+            Begun::Told(sequences)
+        };
+        self.begun.push_back(begun);
         Ok(())
     }
 
     fn finish(&mut self) -> Result<StepOutput, RunError> {
-        Ok(self.begun.pop_front().expect("a step is under way"))
+        let sequences = match self.begun.pop_front().expect("a step is under way") {
+            Begun::Told(sequences) => sequences,
+            Begun::Drawn(step) => step.finish(&self.backend)?,
+        };
+        Ok(StepOutput { sequences })
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {

@@ -9,7 +9,7 @@ use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
 use baton_device_cuda::{CudaBackend, CudaOptions};
 use baton_model::{
     Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SamplingParams, SequenceStep, StepOutput, StepPlan,
-    load, load_ranks,
+    Tokens, load, load_ranks,
 };
 use common::{Pool, Sequence, folder, options};
 use cuda::Simulator;
@@ -123,6 +123,27 @@ fn rows_that_pad_have_no_adapter() {
         let plan = plan(&mut pool, &mut sequences);
         let expected = plain.step(&with(&adapter, plan.clone())).unwrap();
         assert_eq!(padded.step(&with(&of_padded, plan)).unwrap(), expected);
+        commit(&mut sequences, &expected);
+    }
+}
+
+#[test]
+fn a_step_ahead_finds_its_tokens_among_those_of_rows_that_pad() {
+    let (mut plain, mut padded) =
+        (loaded(Reference::new(), "llama-rope3", &limits()), loaded(padding(), "llama-rope3", &limits()));
+    let (mut pool, mut sequences) = (Pool::new(&plain), greedy(19));
+    for _ in 0..2 {
+        let first = plan(&mut pool, &mut sequences);
+        sequences.iter_mut().for_each(|sequence| pool.cover(&mut sequence.table, sequence.tokens.len() + 1));
+        let expected = plain.step(&first).unwrap();
+        commit(&mut sequences, &expected);
+        let second = plan(&mut pool, &mut sequences);
+        let ahead = second.sequences.iter().map(|step| SequenceStep { tokens: Tokens::Awaited, ..step.clone() });
+        padded.begin(&first).unwrap();
+        padded.begin(&StepPlan { sequences: ahead.collect() }).unwrap();
+        assert_eq!(padded.finish().unwrap(), expected);
+        let expected = plain.step(&second).unwrap();
+        assert_eq!(padded.finish().unwrap(), expected);
         commit(&mut sequences, &expected);
     }
 }

@@ -194,6 +194,22 @@ fn the_last_block_to_count_sees_what_all_have_stored_and_leaves_the_counter_as_i
 }
 
 #[test]
+fn the_upper_half_of_a_product_is_whole() {
+    if !can_compile() {
+        return;
+    }
+    let session = Session::new();
+    let source = "__global__ void upper(const unsigned long long* x, unsigned long long* out) {
+        out[threadIdx.x] = __umul64hi(x[threadIdx.x], x[threadIdx.x + 1]);
+    }";
+    let factors = [u64::MAX, u64::MAX, 1 << 63, 0x0123_4567_89ab_cdef, 6];
+    let (kernel, x, out) = (session.kernel(source, "upper"), session.upload(&factors), session.alloc(32));
+    well(session.launch(kernel, 1, 4, 0, &[&x, &out]));
+    let upper = |pair: &[u64]| (u128::from(pair[0]) * u128::from(pair[1]) >> 64) as u64;
+    assert_eq!(session.download::<u64>(out, 4), factors.windows(2).map(upper).collect::<Vec<_>>());
+}
+
+#[test]
 fn launches_that_no_device_takes_are_refused_at_the_call() {
     if !can_compile() {
         return;

@@ -103,11 +103,11 @@ fn blocks_that_are_reserved_together_take_one_piece_of_the_driver_and_little_mor
     let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
     let (sizes, before) = ([3 << 20, 33 << 20, 257, 5 << 20], gpu.statistics());
-    gpu.reserve(Kind::Lasting, sizes).unwrap();
+    gpu.reserve_together(Kind::Lasting, sizes).unwrap();
     let _blocks = sizes.map(|bytes| gpu.alloc(bytes, "a test").unwrap());
     let now = gpu.statistics();
     assert_eq!(now.allocations - before.allocations, 1);
     assert_eq!(now.allocated - before.allocated, 42 << 20);
-    [1 << 40, usize::MAX].map(|bytes| gpu.reserve(Kind::Lasting, [bytes]).unwrap());
+    [1 << 40, usize::MAX].map(|bytes| gpu.reserve_together(Kind::Lasting, [bytes]).unwrap());
     assert!(matches!(gpu.alloc(1 << 40, "a test"), Err(DeviceError::OutOfMemory { .. })));
 }

@@ -7,6 +7,7 @@ use baton_device::DeviceError;
 use super::gpu;
 use crate::gpu::Gpu;
 use crate::memory::Buffer;
+use crate::queue::Fetch;
 use crate::simulator::Simulator;
 use crate::statistics::Statistics;
 
@@ -198,6 +199,40 @@ fn graphs_that_are_kept_have_a_bound() {
 }
 
 #[test]
+fn a_fetch_is_waited_for_and_nothing_behind_it() {
+    let Some(simulator) = Simulator::new() else { return };
+    let gpu = gpu(&simulator);
+    let (slot, out) = (gpu.slot(BYTES, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
+    let fetched = |fetch: &Fetch| {
+        let mut bytes = vec![0xee; BYTES];
+        gpu.finish(fetch, &mut bytes).unwrap();
+        bytes
+    };
+    let begin = |number: u8| {
+        step(&gpu, &slot, &out, number, 0);
+        gpu.fetch(out.address(), BYTES).unwrap()
+    };
+    let before = gpu.statistics();
+    let mut ahead = begin(0);
+    // Uploads of many times the page-locked memory, each while the step before is under way.
+    for number in 1..=100 {
+        let more = gpu.upload(&slot, &[7; 1 << 17]).unwrap();
+        gpu.fill(more, 1, 1).unwrap();
+        let (next, copies) = (begin(number), simulator.count("copies.device_to_device"));
+        assert_eq!(fetched(&ahead), [number - 1; BYTES]);
+        assert_eq!(simulator.count("copies.device_to_device") - copies, 3, "its own");
+        ahead = next;
+    }
+    assert_eq!(gpu.statistics().waits - before.waits, 100);
+    // Also behind one that nobody waits for.
+    drop(begin(1));
+    let last = begin(2);
+    assert_eq!((fetched(&last), fetched(&ahead)), (vec![2; BYTES], vec![100; BYTES]));
+    drop((slot, out, last, ahead, gpu));
+    simulator.expect_clean();
+}
+
+#[test]
 fn no_room_says_for_what_and_leaves_the_device_as_it_was() {
     let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
@@ -237,7 +272,7 @@ fn an_error_that_sticks_poisons_every_call_and_a_new_backend_begins_anew() {
     assert_eq!(read(&fresh, &other), [9; BYTES]);
     drop((other, fresh));
     // What libraries and host hold for a context that is gone is not asked back: the driver takes it at the reset.
-    assert_eq!(simulator.left(), [("blas_handles", 1), ("host_blocks", 4)]);
+    assert_eq!(simulator.left(), [("blas_handles", 1), ("host_blocks", 6)]);
 }
 
 #[test]

@@ -16,6 +16,7 @@ impl Case {
             Case::Gated { .. } => "linear-gated",
             Case::Norm { .. } => "norm",
             Case::Elementwise { .. } => "elementwise",
+            Case::Choose { .. } => "choose",
             Case::Rope(_) => "rope",
             Case::Attention { .. } => "attention",
             Case::Latent { .. } => "latent",
@@ -66,6 +67,10 @@ impl fmt::Display for Case {
             }
             Case::Elementwise { rows, cols } => {
                 write!(f, "-{rows}x{cols}")?;
+                0
+            }
+            Case::Choose { cols, ties } => {
+                write!(f, "-{cols}{}", if ties { "-ties" } else { "" })?;
                 0
             }
             Case::Rope(RopeLayout { heads, head_dim, offset, dim, interleaved }) => {

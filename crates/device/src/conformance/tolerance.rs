@@ -47,6 +47,8 @@ impl Case {
             Case::Norm { .. } => 3.0,
             // Of the activation or the scaled number, of the weight of a sum, of the result.
             Case::Elementwise { .. } => 3.0,
+            // Logits are given, and the table is in f32.
+            Case::Choose { .. } => 0.0,
             // Of cosine and sine, of both products, of the result.
             Case::Rope(_) => 4.0,
             // Of the scaled query, of the softmax, of the result; once more where products are narrower.

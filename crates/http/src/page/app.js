@@ -61,6 +61,12 @@ get("keys-form").addEventListener("submit", event => {
   watch.restart();
 });
 
+get("keys").addEventListener("keydown", event => {
+  if (event.key !== "Escape") return;
+  get("keys").open = false;
+  get("keys").firstElementChild.focus();
+});
+
 // On narrow screens one view is shown at a time.
 const views = document.querySelectorAll("nav button");
 views.forEach(button => button.addEventListener("click", () => {

@@ -22,7 +22,7 @@ QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]
-WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
+WIDE, NARROW = {"width": 1200, "height": 750}, {"width": 360, "height": 640}
 QUESTION = SUM[0]["content"]
 ANSWER = "347 + 286 = 633."
 
@@ -188,7 +188,8 @@ def test_a_reply_is_shown_while_it_comes_and_stopping_it_frees_the_server(slow, 
     eventually(lambda: metric(slow, "vllm:num_requests_running") == 0, "no running request")
     eventually(lambda: metric(slow, "baton_kv_blocks", '"used"') == 0, "free blocks")
     page.unroute_all()
-    assert complete(ask(page)) == ANSWER, "the chat goes on"
+    page.locator("#new-chat").click()
+    assert complete(ask(page)) == ANSWER, "the next one is answered"
 
 
 def test_a_refusal_of_a_key_is_shown_as_what_it_is_and_a_right_key_helps(url, visit):
@@ -363,6 +364,11 @@ def test_everything_can_be_done_with_the_keyboard_and_what_has_the_focus_is_seen
     key.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     tab_to("#keys summary")
+    key.press("Enter")
+    tab_to("#key")
+    key.press("Escape")
+    expect(page.locator("#keys summary")).to_be_focused()
+    expect(page.locator("#key")).to_be_hidden()
     key.press("Enter")
     tab_to("#key")
     key.type(KEY)
