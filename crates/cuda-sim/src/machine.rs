@@ -83,6 +83,8 @@ pub type Tasks = std::sync::Arc<Vec<Task>>;
 pub struct Graph {
     pub context: u64,
     pub tasks: Tasks,
+    /// Of the device's memory, which an executable one takes.
+    pub bytes: u64,
 }
 
 /// Counts since the start or the last `cuda_sim_reset`.
@@ -147,6 +149,18 @@ impl Machine {
             self.devices.push(Device::default());
         }
         Ok(&mut self.devices[device as usize])
+    }
+
+    /// Counts bytes of a device as in use, if it has them.
+    pub fn take(&mut self, device: u32, bytes: u64) -> Result<(), Fail> {
+        let total = self.settings.memory;
+        let device = &mut self.devices[device as usize];
+        let used = device.used + bytes;
+        if used > total {
+            return Err(fail!(cuda::OUT_OF_MEMORY, "{bytes} bytes: {used} of {total} would be used"));
+        }
+        (device.used, device.peak) = (used, device.peak.max(used));
+        Ok(())
     }
 
     /// The thread's context, which must be of use.

@@ -180,6 +180,8 @@ fn caps(device: String, isa: String, chip: Chip, activations: DType, blocks: Vec
         row_invariant: false,
         // Sampled tokens are chosen on the host.
         runs_ahead: false,
+        // Graphs are of what lies between two attentions, and rows that pad would have their attention too.
+        replays_steps: false,
     }
 }
 

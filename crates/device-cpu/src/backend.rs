@@ -94,6 +94,7 @@ impl CpuBackend {
             row_invariant: true,
             // It is its own host.
             runs_ahead: false,
+            replays_steps: false,
         };
         Ok(Self { caps, isa, pool, scratch: Mutex::default(), communicator })
     }

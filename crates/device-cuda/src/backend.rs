@@ -7,7 +7,7 @@ use std::sync::Arc;
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, HostExperts,
     HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rotary,
-    Rows, TokenIds, World,
+    Rows, StepMemory, TokenIds, World,
 };
 
 use crate::attention::AttentionKernels;
@@ -91,6 +91,7 @@ impl CudaBackend {
             narrow_activations: linear::narrow(dtype),
             row_invariant: false,
             runs_ahead: true,
+            replays_steps: graphs,
         };
         Ok(Self {
             caps,
@@ -161,6 +162,10 @@ impl Backend for CudaBackend {
 
     fn memory(&self) -> Result<Option<DeviceMemory>> {
         self.gpu.memory().map(Some)
+    }
+
+    fn rehearse(&self, steps: impl FnOnce() -> Result<()>) -> Result<StepMemory> {
+        self.gpu.rehearse(steps)
     }
 
     fn tensor(&self, capacity: usize, cols: usize) -> Result<Tensor> {

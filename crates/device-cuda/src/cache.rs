@@ -12,7 +12,7 @@ use baton_device::{KvDtype, KvSpec, LayerKv, Result, Rows};
 use crate::attention::{Attend, Kept, counters};
 use crate::gpu::{Arg, Gpu};
 use crate::heads::{self, Part};
-use crate::memory::Buffer;
+use crate::memory::{Buffer, Kind};
 use crate::plan::{AttentionPlan, Pod};
 use crate::program::Kernel;
 use crate::tensor::{DataType, Tensor};
@@ -56,10 +56,16 @@ pub(crate) struct Layer {
     pub(crate) attend: Attend,
 }
 
-/// Keys or values, latents or rotated keys.
-pub(crate) struct Plane {
+/// Heads and the width of each.
+#[derive(Clone, Copy)]
+struct Shape {
     heads: usize,
     width: usize,
+}
+
+/// Keys or values, latents or rotated keys.
+pub(crate) struct Plane {
+    shape: Shape,
     data: Buffer,
     /// Of bytes.
     scales: Option<Buffer>,
@@ -71,16 +77,16 @@ impl KvCache {
         assert_eq!(spec.block_size, BLOCK, "tokens of a block");
         assert!(blocks < i32::MAX as usize / BLOCK, "{blocks} blocks");
         let kept = Kept { activations, element: element(spec.dtype), bytes: spec.dtype == KvDtype::Int8 };
+        let counters = zeros(gpu, counters(gpu) * size_of::<u32>(), "counters of attention")?;
+        // Nothing else may come in between.
+        let planes = spec.layers.iter().flat_map(|kv| shapes(*kv)).map(|shape| shape.bytes(spec.dtype));
+        let buffers = planes.flat_map(|(data, scales)| std::iter::once(data).chain(scales));
+        gpu.reserve_together(Kind::Lasting, buffers.map(|bytes| blocks.saturating_mul(bytes)))?;
         let layer = |&kv: &LayerKv| {
-            let shapes = match kv {
-                LayerKv::Full { kv_heads, head_dim } => [(kv_heads, head_dim); 2],
-                LayerKv::Latent { rank, rope } => [(1, rank), (1, rope)],
-            };
-            let [first, second] = shapes.map(|(heads, width)| Plane::new(gpu, spec.dtype, blocks, heads, width));
+            let [first, second] = shapes(kv).map(|shape| Plane::new(gpu, spec.dtype, blocks, shape));
             Ok(Layer { kv, planes: [first?, second?], attend: Attend::new(gpu, &kept, kv)? })
         };
         let enter = heads::kernel(gpu, activations, kept.element)?;
-        let counters = zeros(gpu, counters(gpu) * size_of::<u32>(), "counters of attention")?;
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()?, blocks, enter, counters })
     }
 
@@ -114,23 +120,39 @@ impl KvCache {
     }
 }
 
-impl Plane {
-    fn new(gpu: &Arc<Gpu>, dtype: KvDtype, blocks: usize, heads: usize, width: usize) -> Result<Self> {
-        let (size, scaled) = match dtype {
-            KvDtype::F32 => (4, false),
-            KvDtype::F16 | KvDtype::BF16 => (2, false),
-            KvDtype::Int8 => (1, true),
+/// Those of a layer's planes.
+fn shapes(kv: LayerKv) -> [Shape; 2] {
+    match kv {
+        LayerKv::Full { kv_heads: heads, head_dim: width } => [Shape { heads, width }; 2],
+        LayerKv::Latent { rank, rope } => [rank, rope].map(|width| Shape { heads: 1, width }),
+    }
+}
+
+impl Shape {
+    /// Bytes of a block's elements, and of their scales if they are bytes.
+    fn bytes(self, dtype: KvDtype) -> (usize, Option<usize>) {
+        let positions = self.heads * BLOCK;
+        let (size, scales) = match dtype {
+            KvDtype::F32 => (4, None),
+            KvDtype::F16 | KvDtype::BF16 => (2, None),
+            KvDtype::Int8 => (1, Some(positions * size_of::<f32>())),
         };
+        (positions * self.width * size, scales)
+    }
+}
+
+impl Plane {
+    fn new(gpu: &Arc<Gpu>, dtype: KvDtype, blocks: usize, shape: Shape) -> Result<Self> {
         let memory = |bytes: usize| zeros(gpu, blocks.saturating_mul(bytes), "key/value blocks");
-        let positions = heads * BLOCK;
-        let scales = scaled.then(|| memory(positions * size_of::<f32>())).transpose()?;
-        Ok(Self { heads, width, data: memory(positions * width * size)?, scales })
+        let (data, scales) = shape.bytes(dtype);
+        let scales = scales.map(memory).transpose()?;
+        Ok(Self { shape, data: memory(data)?, scales })
     }
 
     /// `Plane` of kernels.
     pub(crate) fn arg(&self) -> Arg {
         let [data, scales] = self.addresses();
-        Pod::default().ptr(data).ptr(scales).int(self.heads).int(self.width).arg()
+        Pod::default().ptr(data).ptr(scales).int(self.shape.heads).int(self.shape.width).arg()
     }
 
     /// Of elements, and of scales if there are any.

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use baton_device::{DeviceError, DeviceMemory, Result};
+use baton_device::{DeviceError, DeviceMemory, Result, StepMemory};
 use cudarc::driver::sys::{self, CUresult, CUstream};
 
 use crate::blas::{Blas, Matmul};
@@ -208,6 +208,17 @@ impl Gpu {
         Ok(Buffer::new(self, self.block(bytes, Kind::Lasting, what)?, Kind::Lasting))
     }
 
+    /// Asks the driver for blocks of these sizes at once, so that many of them take no more than their sum. Those that find no
+    /// room together are asked for one by one.
+    pub(crate) fn reserve_together(&self, kind: Kind, blocks: impl IntoIterator<Item = usize>) -> Result<()> {
+        self.context.enter()?;
+        let mut memory = lock(&self.memory);
+        match memory.together(blocks) {
+            Some(bytes) => self.chunk(&mut memory, kind, bytes).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
     /// Memory for use within an operation, as [`Gpu::alloc`]: equal steps get equal addresses. It may be dropped as soon as
     /// what uses it is queued.
     pub(crate) fn scratch(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
@@ -318,10 +329,29 @@ impl Gpu {
         })
     }
 
-    /// Memory of the device as the driver tells it; what is reserved here and not in use is free.
+    /// Memory of the device as the driver tells it. What is reserved here for steps to come is not free.
     pub(crate) fn memory(&self) -> Result<DeviceMemory> {
+        self.synchronize()?;
         let (free, total) = self.context.memory()?;
-        Ok(DeviceMemory { total: total as u64, free: free as u64 + lock(&self.memory).unused() })
+        Ok(DeviceMemory { total: total as u64, free: free as u64 })
+    }
+
+    /// Has `steps` queue what steps queue, of which nothing runs, and keeps what they took. Scratch becomes one piece, so that
+    /// it holds whatever takes no more at once, in what blocks ever.
+    pub(crate) fn rehearse(&self, steps: impl FnOnce() -> Result<()>) -> Result<StepMemory> {
+        self.synchronize()?;
+        self.with_queue(|queue| {
+            queue.begin_rehearsal();
+            Ok(())
+        })?;
+        let result = steps().and_then(|()| self.flush());
+        let graphs = self.with_queue(|queue| queue.end_rehearsal(&self.context))?;
+        result?;
+        self.give_up_scratch()?;
+        let (_, most) = lock(&self.memory).scratch();
+        self.reserve_together(Kind::Scratch, [most])?;
+        let (scratch, _) = lock(&self.memory).scratch();
+        Ok(StepMemory { scratch, graphs })
     }
 
     /// What was done so far.
@@ -376,19 +406,26 @@ impl Gpu {
             return Ok(Some(block));
         }
         for wanted in memory.wanted(bytes) {
-            let mut address = 0;
-            // SAFETY: a valid out pointer.
-            match unsafe { sys::cuMemAlloc_v2(&raw mut address, wanted) } {
-                CUresult::CUDA_SUCCESS => {
-                    add(&self.counters.allocations, 1);
-                    memory.add(kind, address, wanted);
-                    return Ok(memory.take(kind, bytes));
-                }
-                CUresult::CUDA_ERROR_OUT_OF_MEMORY => {}
-                code => self.context.check("cuMemAlloc", code)?,
+            if self.chunk(&mut memory, kind, wanted)? {
+                return Ok(memory.take(kind, bytes));
             }
         }
         Ok(None)
+    }
+
+    /// Whether the driver gave so many bytes.
+    fn chunk(&self, memory: &mut Memory, kind: Kind, bytes: usize) -> Result<bool> {
+        let mut address = 0;
+        // SAFETY: a valid out pointer.
+        match unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) } {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(false),
+            code => {
+                self.context.check("cuMemAlloc", code)?;
+                add(&self.counters.allocations, 1);
+                memory.add(kind, address, bytes);
+                Ok(true)
+            }
+        }
     }
 
     /// Gives back what nothing uses any more: the stream has passed, and nothing is queued.

@@ -68,6 +68,9 @@ pub(crate) struct Memory {
     scratch: Arena,
     /// Lasting blocks that queued work may still use.
     freed: Vec<Block>,
+    /// Bytes of scratch in use, and the most that ever were.
+    in_use: usize,
+    most: usize,
     /// Allocations of the driver with their sizes.
     chunks: BTreeMap<u64, usize>,
 }
@@ -77,18 +80,26 @@ impl Memory {
     /// beyond it.
     pub(crate) fn new(isolated: bool) -> Self {
         let arena = || Arena { chunks: Vec::new(), isolated };
-        Self { lasting: arena(), scratch: arena(), freed: Vec::new(), chunks: BTreeMap::new() }
+        Self { lasting: arena(), scratch: arena(), freed: Vec::new(), in_use: 0, most: 0, chunks: BTreeMap::new() }
     }
 
     /// A block, if there is room.
     pub(crate) fn take(&mut self, kind: Kind, bytes: usize) -> Option<Block> {
-        self.arena(kind).take(bytes)
+        let block = self.arena(kind).take(bytes)?;
+        if kind == Kind::Scratch {
+            self.in_use += self.scratch.room(bytes);
+            self.most = self.most.max(self.in_use);
+        }
+        Some(block)
     }
 
     /// Gives a block back.
     pub(crate) fn give(&mut self, kind: Kind, block: Block) {
         match kind {
-            Kind::Scratch => self.scratch.give(block),
+            Kind::Scratch => {
+                self.in_use -= self.scratch.room(block.bytes);
+                self.scratch.give(block);
+            }
             Kind::Lasting => self.freed.push(block),
         }
     }
@@ -137,11 +148,18 @@ impl Memory {
         self.chunks.values().map(|bytes| *bytes as u64).sum()
     }
 
-    /// Bytes of all chunks that nobody holds.
-    pub(crate) fn unused(&self) -> u64 {
-        let chunks = self.lasting.chunks.iter().chain(&self.scratch.chunks);
-        let free = chunks.flat_map(|chunk| &chunk.free).map(|(_, bytes)| *bytes as u64);
-        free.chain(self.freed.iter().map(|block| self.lasting.room(block.bytes) as u64)).sum()
+    /// Bytes of the chunks of scratch, and the most that were in use of them at once.
+    pub(crate) fn scratch(&self) -> (u64, usize) {
+        (self.scratch.chunks.iter().map(|chunk| chunk.bytes as u64).sum(), self.most)
+    }
+
+    /// Bytes of a chunk for blocks of these sizes; `None` if each gets its own, or if so many bytes are no number.
+    pub(crate) fn together(&self, blocks: impl IntoIterator<Item = usize>) -> Option<usize> {
+        if self.lasting.isolated {
+            return None;
+        }
+        let add = |sum: usize, bytes: usize| sum.checked_add(bytes.checked_next_multiple_of(ALIGNMENT)?);
+        blocks.into_iter().try_fold(0, add)?.max(1).checked_next_multiple_of(GRANULE)
     }
 
     fn arena(&mut self, kind: Kind) -> &mut Arena {

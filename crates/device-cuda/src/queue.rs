@@ -5,6 +5,8 @@
 //! runs: one by one the first time, captured as a graph the second, and from then on as that graph, which costs the host
 //! one call.
 //!
+//! While steps are rehearsed, lists do not run at all: each becomes a graph, so that it is known what these take.
+//!
 //! Invariant: a graph runs for a list only if the list is word for word the one that it was made of: functions, shapes,
 //! arguments, and of library calls the whole key. What is not in the list (contents of buffers) is read when it runs.
 
@@ -60,6 +62,8 @@ pub(crate) struct Queue {
     /// Whether the stream was given anything since the last of them.
     behind: bool,
     graphs: bool,
+    /// While lists do not run, the bytes that graphs of them have taken.
+    rehearsed: Option<u64>,
 }
 
 struct List {
@@ -82,6 +86,7 @@ impl Queue {
             fetches: 0,
             behind: false,
             graphs,
+            rehearsed: None,
         })
     }
 
@@ -135,23 +140,61 @@ impl Queue {
         self.commands.len() >= LONGEST
     }
 
-    /// Runs the list.
+    /// Runs the list, or rehearses it.
     pub(crate) fn flush(&mut self, context: &Arc<Context>, counters: &Counters) -> Result<()> {
         if self.commands.is_empty() {
             return Ok(());
         }
         add(&counters.launches, self.commands.len());
         self.behind = true;
-        let result = if self.graphs && self.commands.len() >= WORTHWHILE {
-            self.run_remembered(context, counters)
-        } else {
-            add(&counters.lists, 1);
-            self.run(context)
+        let worthwhile = self.graphs && self.commands.len() >= WORTHWHILE;
+        let result = match (self.rehearsed.is_some(), worthwhile) {
+            (true, true) => self.measure(context),
+            (true, false) => Ok(()),
+            (false, true) => self.run_remembered(context, counters),
+            (false, false) => {
+                add(&counters.lists, 1);
+                self.run(context)
+            }
         };
+        self.forget();
+        result
+    }
+
+    /// From now on lists are not run: what they would take is found out.
+    pub(crate) fn begin_rehearsal(&mut self) {
+        self.rehearsed = Some(0);
+    }
+
+    /// Lists run again. The bytes that graphs of the lists since then took together, which are given back.
+    pub(crate) fn end_rehearsal(&mut self, context: &Context) -> Result<u64> {
+        self.forget();
+        let bytes = self.rehearsed.take().unwrap_or_default();
+        // Not as long as graphs are on their way to the device.
+        self.synchronize(context)?;
+        self.lists.clear();
+        Ok(bytes)
+    }
+
+    /// Makes the list's graph as if it came again, and counts what that takes; not of more lists than are kept.
+    fn measure(&mut self, context: &Arc<Context>) -> Result<()> {
+        let kept = kept_beside(self.words.len(), self.lists.iter().map(|list| list.words.len()));
+        if kept < self.lists.len() || self.lists.iter().any(|list| list.words == self.words) {
+            return Ok(());
+        }
+        let (before, _) = context.memory()?;
+        let graph = self.capture(context)?;
+        let (after, _) = context.memory()?;
+        self.rehearsed = self.rehearsed.map(|bytes| bytes + before.saturating_sub(after) as u64);
+        self.lists.push_front(List { words: self.words.clone(), graph });
+        Ok(())
+    }
+
+    /// Begins a new list.
+    fn forget(&mut self) {
         self.commands.clear();
         self.words.clear();
         self.args.clear();
-        result
     }
 
     /// Runs the list in the best way that is known of it.

@@ -19,7 +19,7 @@ use std::borrow::Cow;
 
 use crate::{
     AttentionBatch, AttentionParams, Caps, DeviceMemory, Draw, HostExperts, HostLatent, HostLinear, HostRope,
-    HostTensor, KvSpec, Result, RopeLayout, World,
+    HostTensor, KvSpec, Result, RopeLayout, StepMemory, World,
 };
 
 /// Size of an activation.
@@ -109,10 +109,17 @@ pub trait Backend: Send + Sync + 'static {
         World::ALONE
     }
 
-    /// Memory of the device as it is now, if it has its own: what this backend has reserved and does not use is free. `None`
-    /// where it is the host's.
+    /// Memory of the device as it is now, if it has its own: free is what a cache could have of it. `None` where it is the
+    /// host's.
     fn memory(&self) -> Result<Option<DeviceMemory>> {
         Ok(None)
+    }
+
+    /// Finds out what steps take beside weights, activations and cache, from `steps` that are like the largest to come: keeps
+    /// memory for them, so that later ones ask for none. What they compute is nothing's, and need not be computed; they wait
+    /// for nothing. A device that takes memory as steps need it asks for no steps, and knows of none.
+    fn rehearse(&self, _: impl FnOnce() -> Result<()>) -> Result<StepMemory> {
+        Ok(StepMemory::default())
     }
 
     // Load time.

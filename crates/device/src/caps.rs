@@ -42,6 +42,9 @@ pub struct Caps {
     /// Whether it computes while its host goes on, and keeps the tokens that it chooses: then the next step may be asked for
     /// before they come to the host.
     pub runs_ahead: bool,
+    /// Whether a step that came before is replayed at less cost, so that it is worth a few rows more to have fewer different
+    /// ones.
+    pub replays_steps: bool,
 }
 
 /// What a model needs of a device.
@@ -99,6 +102,7 @@ mod tests {
             narrow_activations: BTreeSet::new(),
             row_invariant: true,
             runs_ahead: false,
+            replays_steps: false,
         };
         let needs = Requirements {
             ops: [Op::PagedAttention, Op::LatentAttention, Op::FusedMoe].into(),

@@ -37,6 +37,15 @@ pub struct DeviceMemory {
     pub free: u64,
 }
 
+/// Memory of a device that steps take beside weights, activations and cache, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StepMemory {
+    /// What operations compute in, which is kept for them.
+    pub scratch: u64,
+    /// What a device will ask for that replays steps. It is not taken yet.
+    pub graphs: u64,
+}
+
 /// A library by the role that it has for a device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LibraryFacts {

@@ -33,7 +33,7 @@ pub use caps::{Caps, Op, Requirements};
 pub use draw::{Candidate, Draw, Drawer};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
-pub use facts::{DeviceFacts, DeviceMemory, LibraryFacts, Limits};
+pub use facts::{DeviceFacts, DeviceMemory, LibraryFacts, Limits, StepMemory};
 pub use ggml::{BlockFormat, Unpacked};
 pub use host::{ExpertSource, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Purpose, RowSource};
 pub use largest::first_largest;

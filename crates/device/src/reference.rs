@@ -27,6 +27,12 @@ impl Reference {
         alone
     }
 
+    /// As a device that says something else of itself, for tests of what depends on that.
+    pub fn saying(mut self, change: impl FnOnce(&mut Caps)) -> Self {
+        change(&mut self.caps);
+        self
+    }
+
     /// Ranks that compute a model together, none of which waits longer than `timeout` for the others.
     pub fn ranks(size: usize, timeout: Duration) -> Vec<Self> {
         Communicator::new(size, timeout).into_iter().map(Self::with).collect()
@@ -47,6 +53,7 @@ impl Reference {
                 narrow_activations: BTreeSet::new(),
                 row_invariant: true,
                 runs_ahead: false,
+                replays_steps: false,
             },
             communicator,
         }

@@ -21,12 +21,12 @@ pub(crate) enum Begun<B: Backend> {
 pub(crate) struct Drawn<B: Backend> {
     /// In the order of the plan, with whether it samples.
     sequences: Vec<(u64, bool)>,
-    /// Of those that sample.
+    /// Of those that sample, and of none behind them.
     tokens: B::Chosen,
 }
 
 impl<B: Backend> Drawn<B> {
-    /// `tokens`: one for each sequence of the plan that samples.
+    /// `tokens`: one for each sequence of the plan that samples; those behind them do not count.
     pub fn new(plan: &StepPlan, tokens: B::Chosen) -> Self {
         let sequences = plan.sequences.iter().map(|step| (step.id, step.sample.is_some())).collect();
         Self { sequences, tokens }

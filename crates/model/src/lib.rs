@@ -7,6 +7,7 @@
 mod adapter;
 mod arch;
 mod begun;
+mod buckets;
 mod checkpoint;
 mod choosable;
 mod config;
@@ -21,6 +22,8 @@ mod philox;
 mod precision;
 mod quant;
 mod ranks;
+mod rehearsal;
+mod room;
 mod runner;
 mod sampler;
 mod split;

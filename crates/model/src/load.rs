@@ -5,18 +5,20 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_device::{
-    Backend, BlockFormat, DType, DeviceError, KvDtype, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat,
+    Backend, BlockFormat, Caps, DType, DeviceError, KvDtype, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat,
 };
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
-use crate::arch::{self, AdapterScratch, Sizes};
+use crate::arch::{self, AdapterScratch, Model, Sizes};
 use crate::checkpoint::{Checkpoint, CheckpointError, FileError, Files, Role, TensorSpec};
 use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig, QuantizationConfig};
 use crate::cost::StepCost;
 use crate::gguf::{self, Opened};
 use crate::loader::{Formats, Loader, Slot};
 use crate::precision::{Conversion, Quantization, as_text};
+use crate::rehearsal::rehearse;
+use crate::room::Room;
 use crate::runner::{AdapterSupport, ModelRunner};
 use crate::split;
 use crate::step::RunSpec;
@@ -76,7 +78,7 @@ pub enum KvCacheSize {
     /// As many whole blocks as these bytes hold.
     Bytes(u64),
     /// As `AtMost`, of what is left of this share of the device's own memory beside all that is in use of it when the weights
-    /// are there. The device must have its own ([`Backend::memory`]).
+    /// are there and steps were rehearsed. The device must have its own ([`Backend::memory`]).
     Share(f64),
 }
 
@@ -226,16 +228,49 @@ pub fn load<B: Backend + LatentOps + MoeOps>(
     options: &LoadOptions,
 ) -> Result<(ModelRunner<B>, LoadReport), LoadError> {
     assert_eq!(backend.world().size, 1, "a model on several ranks is loaded onto all of them");
-    load_share(backend, files, options)
+    let prepared = prepare(backend, files, options)?;
+    let num_blocks = prepared.num_blocks;
+    prepared.finish(num_blocks)
 }
 
-/// Loads what one rank has of a checkpoint. The first rank's report is that of the whole model, but for what is measured
-/// and taken on the others.
-pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
+/// A model on a device, all but its cache.
+pub(crate) struct Prepared<B: Backend> {
+    backend: B,
+    model: Box<dyn Model<B>>,
+    adapters: AdapterSupport<B>,
+    kv: KvSpec,
+    spec: RunSpec,
+    /// Blocks for which there is room.
+    pub(crate) num_blocks: usize,
+    report: LoadReport,
+    start: Instant,
+}
+
+impl<B: Backend> Prepared<B> {
+    /// Makes the cache, of no more than [`Prepared::num_blocks`] blocks.
+    pub(crate) fn finish(self, num_blocks: usize) -> Result<(ModelRunner<B>, LoadReport), LoadError> {
+        let Self { backend, model, adapters, kv, spec, report, start, .. } = self;
+        let blocks = num_blocks + nobodys_blocks(backend.caps());
+        let cache = backend.kv_cache(&kv, blocks)?;
+        let kv_bytes = kv.block_bytes() as u64 * blocks as u64;
+        let report = LoadReport { kv_bytes, seconds: start.elapsed().as_secs_f64(), ..report };
+        let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
+        Ok((ModelRunner::new(backend, model, cache, spec, adapters), report))
+    }
+}
+
+/// Blocks of a cache that belong to no sequence: rows that pad a step write there.
+pub(crate) fn nobodys_blocks(caps: &Caps) -> usize {
+    usize::from(caps.replays_steps)
+}
+
+/// Loads what one rank has of a checkpoint, and finds out how large its cache may be. The first rank's report is that of the
+/// whole model, but for what is measured and taken on the others.
+pub(crate) fn prepare<B: Backend + LatentOps + MoeOps>(
     backend: B,
     files: &Files,
     options: &LoadOptions,
-) -> Result<(ModelRunner<B>, LoadReport), LoadError> {
+) -> Result<Prepared<B>, LoadError> {
     let start = Instant::now();
     let Opened { config, generation_config, digest, checkpoint } = match files {
         Files::Gguf(path) => gguf::open(files, path)?,
@@ -259,26 +294,20 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
     }
     let kv = arch::kv_spec(&config, backend.world(), kv_dtype, backend.caps().kv_block_size);
     // What cannot fit is refused before weights are read; how much of a share is left is known when they are there.
-    if let KvCacheSize::Share(share) = options.kv_cache {
-        // Sharing out makes no rank's part smaller than this.
-        let kept = |s: &TensorSpec| formats.of(s, &checkpoint, backend.caps()).bytes(s.shape.iter().product());
-        let weights = specs.values().map(|s| kept(s) as u64).sum::<u64>() / backend.world().size as u64;
-        Memory::of(&backend, share)?.expect_room(weights)?;
-    } else {
-        num_blocks(&backend, &kv, &spec, options.kv_cache)?;
-    }
+    let kept = |s: &TensorSpec| formats.of(s, &checkpoint, backend.caps()).bytes(s.shape.iter().product());
+    // Sharing out makes no rank's part smaller than this.
+    let weights = specs.values().map(|s| kept(s) as u64).sum::<u64>() / backend.world().size as u64;
+    let room = Room::new(&backend, options.kv_cache, &kv, &spec, weights)?;
 
     let sizes = Sizes { rows: spec.max_step_tokens, logit_rows: spec.logit_rows(), positions: spec.max_model_len };
     let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
-    let model = arch::build(&config, sizes, &mut loader)?;
+    let mut model = arch::build(&config, sizes, &mut loader)?;
     let slots: Arc<[Slot]> = std::mem::take(&mut loader.slots).into();
     let max_rank = options.max_lora_rank;
-    let scratch = AdapterScratch::new(&backend, if max_rank > 0 { &slots } else { &[] })?;
-    let num_blocks = num_blocks(&backend, &kv, &spec, options.kv_cache)?;
+    let mut scratch = AdapterScratch::new(&backend, if max_rank > 0 { &slots } else { &[] })?;
     // Ranks take a step after the other, and a layer that looks ahead awaits what was sampled.
     let steps_ahead = backend.caps().runs_ahead && backend.world().size == 1 && !model.looks_ahead();
-    let spec = RunSpec { block_size: kv.block_size, num_blocks, steps_ahead, ..spec };
-    let cache = backend.kv_cache(&kv, num_blocks)?;
+    let spec = RunSpec { steps_ahead, ..spec };
     let report = LoadReport {
         architecture: config.architecture,
         hidden_size: config.hidden_size,
@@ -289,12 +318,15 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
         conversions: std::mem::take(&mut loader.conversions),
         weight_bytes: loader.weight_bytes,
         kv_dtype: kv.dtype,
-        kv_bytes: kv.block_bytes() as u64 * num_blocks as u64,
+        kv_bytes: 0,
         digest: loader.digest(),
         step_cost: StepCost::new(&config, specs.values(), |s| formats.of(s, &checkpoint, backend.caps())),
-        seconds: start.elapsed().as_secs_f64(),
+        seconds: 0.0,
     };
-    Ok((ModelRunner::new(backend, model, cache, spec, AdapterSupport { slots, max_rank, scratch }), report))
+    let steps = rehearse(&backend, &mut *model, &mut scratch, &kv, &spec)?;
+    let num_blocks = room.blocks(&backend, &kv, &spec, steps)?;
+    let adapters = AdapterSupport { slots, max_rank, scratch };
+    Ok(Prepared { backend, model, adapters, kv, spec, num_blocks, report, start })
 }
 
 /// The float type in which a checkpoint's matrices are, or in which those that are quantised would be kept: its
@@ -410,73 +442,4 @@ pub(crate) fn check_device<'a, B: Backend>(
     }
     reasons.extend(split::refusals(config, &blocks, backend.world().size));
     if reasons.is_empty() { Ok(needs.weight_formats) } else { Err(LoadError::Unsupported { reasons }) }
-}
-
-/// A device's memory, and the share of it that is ours.
-struct Memory {
-    share: f64,
-    total: u64,
-    used: u64,
-}
-
-impl Memory {
-    fn of<B: Backend>(backend: &B, share: f64) -> Result<Self, LoadError> {
-        let none = || format!("a share of the memory of {}, which has none of its own", backend.caps().device);
-        let memory = backend.memory()?.ok_or_else(|| LoadError::Unsupported { reasons: vec![none()] })?;
-        Ok(Self { share, total: memory.total, used: memory.total.saturating_sub(memory.free) })
-    }
-
-    /// Bytes of the share that are not in use.
-    fn left(&self) -> u64 {
-        ((self.total as f64 * self.share) as u64).saturating_sub(self.used)
-    }
-
-    fn no_room(&self, when: &'static str, reason: String) -> LoadError {
-        let Self { share, total, used } = *self;
-        LoadError::NoRoom { share, total, used, when, reason }
-    }
-
-    /// `Ok` if so many bytes of weights may fit.
-    fn expect_room(&self, weights: u64) -> Result<(), LoadError> {
-        if weights <= self.left() {
-            return Ok(());
-        }
-        let reason = format!("the weights take {weights} bytes, {} are left for them", self.left());
-        Err(self.no_room("before loading", reason))
-    }
-}
-
-/// Blocks of the cache, of what is allowed for it now.
-fn num_blocks<B: Backend>(backend: &B, kv: &KvSpec, spec: &RunSpec, size: KvCacheSize) -> Result<usize, LoadError> {
-    match size {
-        KvCacheSize::AtMost(bytes) => blocks_of(kv, spec, bytes, true),
-        KvCacheSize::Bytes(bytes) => blocks_of(kv, spec, bytes, false),
-        KvCacheSize::Share(share) => {
-            let memory = Memory::of(backend, share)?;
-            let small = |error: LoadError| memory.no_room("with the weights loaded", error.to_string());
-            blocks_of(kv, spec, memory.left(), true).map_err(small)
-        }
-    }
-}
-
-/// Blocks of the cache, of so many bytes: at least those of one whole context, and if `bounded` no more than those of as many
-/// contexts as a step has sequences.
-fn blocks_of(kv: &KvSpec, spec: &RunSpec, bytes: u64, bounded: bool) -> Result<usize, LoadError> {
-    let block_bytes = kv.block_bytes() as u64;
-    let needed_blocks = spec.max_model_len.div_ceil(kv.block_size) as u64;
-    let wanted = if bounded { needed_blocks.saturating_mul(spec.max_step_sequences as u64) } else { u64::MAX };
-    // Slots of all blocks are numbered in 32 bits.
-    let most = u64::from(u32::MAX) / kv.block_size as u64;
-    let blocks = (bytes / block_bytes).min(wanted).min(most);
-    if blocks < needed_blocks {
-        return Err(LoadError::CacheTooSmall {
-            max_model_len: spec.max_model_len,
-            needed_blocks,
-            block_size: kv.block_size,
-            block_bytes,
-            bytes,
-            blocks,
-        });
-    }
-    Ok(blocks as usize)
 }

@@ -16,7 +16,7 @@ use baton_device::{Backend, DeviceError, LatentOps, MoeOps, World};
 
 use crate::adapter::AdapterLoader;
 use crate::checkpoint::Files;
-use crate::load::{LoadError, LoadOptions, LoadReport, load_share};
+use crate::load::{LoadError, LoadOptions, LoadReport, prepare};
 use crate::runner::ModelRunner;
 use crate::step::{RunError, RunSpec, Runner, SequenceOutput, StepOutput, StepPlan};
 
@@ -59,6 +59,17 @@ type Answer = Result<Result<Vec<SequenceOutput>, DeviceError>, Box<dyn Any + Sen
 /// The rank that failed first: the others' failures may follow from its own.
 type FirstFailure = Arc<Mutex<Option<usize>>>;
 
+/// A rank whose thread loads it.
+struct Loading<B: Backend> {
+    /// Blocks for which it has room.
+    rooms: Receiver<Result<usize, LoadError>>,
+    /// What all of them have.
+    blocks: Sender<usize>,
+    outcome: Receiver<Result<Loaded<B>, LoadError>>,
+    orders: Sender<Order>,
+    thread: JoinHandle<()>,
+}
+
 /// What a rank tells when it is loaded.
 struct Loaded<B: Backend> {
     backend: Arc<B>,
@@ -82,23 +93,31 @@ pub fn load_ranks<B: Backend + LatentOps + MoeOps>(
     let size = backends.len();
     let (answer, answers) = channel();
     let first_failure = FirstFailure::default();
-    let loading: Vec<_> = (0..)
+    let loading: Vec<Loading<B>> = (0..)
         .zip(backends)
         .map(|(rank, backend)| {
             assert_eq!(backend.world(), World { rank, size }, "the ranks in their order");
             let (files, options) = (files.clone(), options.clone());
             let (answer, first_failure) = (answer.clone(), first_failure.clone());
+            let (room, rooms) = channel();
+            let (blocks, agreed) = channel();
             let (loaded, outcome) = channel();
             let (orders, taken) = channel();
             let work = move || {
-                let runner = load_share(backend, &files, &options).map(|(runner, report)| {
+                // Whoever loads has given up if nobody listens or says anything, here and below.
+                let prepared = match prepare(backend, &files, &options) {
+                    Ok(prepared) => prepared,
+                    Err(error) => return drop(room.send(Err(error))),
+                };
+                let _ = room.send(Ok(prepared.num_blocks));
+                let Ok(num_blocks) = agreed.recv() else { return };
+                let runner = prepared.finish(num_blocks).map(|(runner, report)| {
                     let (adapter_loader, looks_ahead) = (runner.adapter_loader(), runner.looks_ahead());
                     let (backend, spec) = (runner.shared_backend(), runner.spec().clone());
                     (runner, Loaded { backend, adapter_loader, spec, looks_ahead, report })
                 });
                 match runner {
                     Ok((runner, told)) => {
-                        // Whoever loads has given up if nobody listens, here and below.
                         let _ = loaded.send(Ok(told));
                         obey(runner, taken, &first_failure, |result| drop(answer.send((rank, result))));
                     }
@@ -108,21 +127,34 @@ pub fn load_ranks<B: Backend + LatentOps + MoeOps>(
             let thread = thread::Builder::new().name(format!("rank {rank}")).spawn(work).map_err(|e| {
                 LoadError::Device(DeviceError::Unavailable { device: format!("rank {rank}"), reason: e.to_string() })
             })?;
-            Ok((outcome, orders, thread))
+            Ok(Loading { rooms, blocks, outcome, orders, thread })
         })
         .collect::<Result<_, LoadError>>()?;
 
-    let (mut ranks, mut told, mut adapters, mut failure) = (Vec::new(), Vec::new(), Vec::new(), None);
-    for (outcome, orders, thread) in loading {
-        let Ok(loaded) = outcome.recv() else { resume_unwind(thread.join().expect_err("it ended without a word")) };
-        let (orders, thread) = (Some(orders), Some(thread));
-        match loaded {
-            Ok(Loaded { backend, adapter_loader, spec, looks_ahead, report }) => {
-                ranks.push(Rank { backend, orders, thread });
+    // All ranks have the blocks for which each has room: what is free need not be the same on their devices.
+    let (mut num_blocks, mut failure) = (usize::MAX, None);
+    for Loading { rooms, .. } in &loading {
+        match rooms.recv() {
+            Ok(Ok(room)) => num_blocks = num_blocks.min(room),
+            Ok(Err(error)) => failure = failure.or(Some(error)),
+            // Its thread has panicked.
+            Err(_) => {}
+        }
+    }
+    for Loading { blocks, .. } in loading.iter().filter(|_| failure.is_none()) {
+        let _ = blocks.send(num_blocks);
+    }
+    let (mut ranks, mut told, mut adapters) = (Vec::new(), Vec::new(), Vec::new());
+    for Loading { blocks, outcome, orders, thread, .. } in loading {
+        drop(blocks);
+        match outcome.recv() {
+            Ok(Ok(Loaded { backend, adapter_loader, spec, looks_ahead, report })) => {
+                ranks.push(Rank { backend, orders: Some(orders), thread: Some(thread) });
                 adapters.extend(adapter_loader);
                 told.push((spec, looks_ahead, report));
             }
-            Err(error) => failure = failure.or(Some(error)),
+            Ok(Err(error)) => failure = failure.or(Some(error)),
+            Err(_) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
         }
     }
     if let Some(error) = failure {

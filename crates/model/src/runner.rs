@@ -11,6 +11,7 @@ use baton_device::{AttentionBatch, Backend, DeviceError, Draw, SequenceSpan, Tok
 use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, AdapterWeights, Model, StepAdapters};
 use crate::begun::{Begun, Drawn, sampled};
+use crate::buckets::padded;
 use crate::loader::Slot;
 use crate::sampler::{Sampler, score};
 use crate::step::{
@@ -119,26 +120,43 @@ impl<B: Backend> ModelRunner<B> {
 
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
-        let known: Vec<u32> =
-            plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect();
-        let awaited;
-        let ids = match self.begun.back() {
-            Some(Begun::Drawn(last)) if plan.is_ahead() => {
-                awaited = last.awaited(plan);
-                last.token_ids(&awaited)
-            }
-            _ => TokenIds::Known(&known),
+        let ahead = match self.begun.back() {
+            Some(Begun::Drawn(last)) if plan.is_ahead() => Some(last),
+            _ => None,
         };
-        let spans: Vec<SequenceSpan<'_>> = plan
+        // Tokens, or where those are that are awaited.
+        let mut ids: Vec<u32> = match ahead {
+            Some(last) => last.awaited(plan),
+            None => plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect(),
+        };
+        let mut spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
             .map(|s| SequenceSpan { start: s.num_computed, len: s.num_rows(), block_table: &s.block_table })
             .collect();
+        // Rows that pad are all alike, a first token in the block that is nobody's: of experts they meet no more than one row
+        // does. They have no adapter, and nobody reads what they give.
+        let padding = self.padding(plan);
+        ids.resize(ids.len() + padding, ids[0]);
+        let nobodys = [self.spec.num_blocks as u32];
+        spans.resize(spans.len() + padding, SequenceSpan { start: 0, len: 1, block_table: &nobodys });
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
+        let ids = ahead.map_or(TokenIds::Known(&ids), |last| last.token_ids(&ids));
         self.model.forward(&*self.backend, ids, &attention, &mut self.cache, &mut adapters)?;
         Ok(attention)
+    }
+
+    /// Rows that are added to a step of single tokens.
+    fn padding(&self, plan: &StepPlan) -> usize {
+        let rows = plan.sequences.len();
+        let single = || plan.sequences.iter().all(|s| s.num_rows() == 1);
+        if self.pads() && single() { padded(rows, self.spec.max_step_sequences) - rows } else { 0 }
+    }
+
+    fn pads(&self) -> bool {
+        self.backend.caps().replays_steps
     }
 
     /// Scores and samples where the plan asks for it.
@@ -217,6 +235,7 @@ impl<B: Backend> ModelRunner<B> {
                 }
             }
         }
+        next.resize(next.len() + self.padding(plan), next[0]);
         let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
         self.model.look_ahead(&*self.backend, &next, attention, &mut self.cache, &mut adapters)?;
@@ -233,10 +252,12 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Has the device choose for sequences that all draw from their logits as they are, for each row as if the drafts before it
-    /// were accepted.
+    /// were accepted. Tokens of rows that nobody asked for come last.
     fn draw(&mut self, group: &[Sampling<'_>]) -> Result<B::Chosen, DeviceError> {
-        let logits = self.model.logits(&*self.backend, &rows_of(group))?;
-        let draws: Vec<Draw> = group.iter().flat_map(Sampling::draws).collect();
+        let rows = self.padded_rows(&rows_of(group));
+        let logits = self.model.logits(&*self.backend, &rows)?;
+        let mut draws: Vec<Draw> = group.iter().flat_map(Sampling::draws).collect();
+        draws.resize(rows.len(), Draw::LARGEST);
         self.backend.choose(logits, &draws)
     }
 
@@ -264,8 +285,20 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     fn read_logits(&mut self, rows: &[u32]) -> Result<(), DeviceError> {
-        let logits = self.model.logits(&*self.backend, rows)?;
-        self.backend.read(logits, &mut self.logits)
+        let padded = self.padded_rows(rows);
+        let logits = self.model.logits(&*self.backend, &padded)?;
+        self.backend.read(logits, &mut self.logits)?;
+        self.logits.truncate(rows.len() * self.spec.vocab_size);
+        Ok(())
+    }
+
+    /// Rows whose logits are wanted, and behind them as many others as make their number a usual one.
+    fn padded_rows(&self, rows: &[u32]) -> Vec<u32> {
+        let mut padded_rows = rows.to_vec();
+        if self.pads() {
+            padded_rows.resize(padded(rows.len(), self.spec.logit_rows()), rows[0]);
+        }
+        padded_rows
     }
 
     /// A plan that leaves the spec is a bug of the engine: it would read or write another's cache.

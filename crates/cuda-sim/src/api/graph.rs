@@ -6,11 +6,16 @@ use crate::{
     stream::Task,
 };
 
+/// Bytes of the device that an executable graph takes for each of its tasks. A driver says nothing of how many these are.
+const TASK: u64 = 1 << 10;
+
 #[unsafe(no_mangle)]
 pub extern "C" fn cuGraphInstantiateWithFlags(exec: *mut u64, graph: u64, _flags: u64) -> i32 {
     outside_capture("cuGraphInstantiateWithFlags", |m, context| {
         let tasks = m.graphs.get(graph)?.tasks.clone();
-        put(exec, m.execs.insert(Graph { context, tasks }))
+        let bytes = TASK * tasks.len() as u64;
+        m.take(m.contexts.get(context)?.device, bytes)?;
+        put(exec, m.execs.insert(Graph { context, tasks, bytes }))
     })
 }
 
@@ -50,7 +55,12 @@ pub extern "C" fn cuGraphLaunch(exec: u64, stream: u64) -> i32 {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuGraphExecDestroy(exec: u64) -> i32 {
-    in_context("cuGraphExecDestroy", |m, _| m.execs.remove(exec).map(drop))
+    in_context("cuGraphExecDestroy", |m, _| {
+        let Graph { context, bytes, .. } = m.execs.remove(exec)?;
+        let device = m.contexts.get(context)?.device;
+        m.devices[device as usize].used -= bytes;
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]

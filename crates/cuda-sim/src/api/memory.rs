@@ -22,14 +22,14 @@ pub extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> i32 {
             return Err(fail!(cuda::INVALID_VALUE, "no bytes"));
         }
         let device = m.contexts.get(context)?.device;
-        let used = m.devices[device as usize].used + bytes as u64;
-        let total = m.settings.memory;
-        let block = if used > total { None } else { m.memory.allocate(device, bytes as u64) };
-        let block =
-            block.ok_or_else(|| fail!(cuda::OUT_OF_MEMORY, "{bytes} bytes: {used} of {total} would be used"))?;
-        let device = &mut m.devices[device as usize];
-        (device.used, device.peak) = (used, device.peak.max(used));
-        put(address, block)
+        m.take(device, bytes as u64)?;
+        match m.memory.allocate(device, bytes as u64) {
+            Some(block) => put(address, block),
+            None => {
+                m.devices[device as usize].used -= bytes as u64;
+                Err(fail!(cuda::OUT_OF_MEMORY, "{bytes} bytes: no addresses are left"))
+            }
+        }
     })
 }
 

@@ -137,7 +137,7 @@ pub extern "C" fn cuStreamEndCapture(stream: u64, graph: *mut u64) -> i32 {
         if capture.broken {
             return Err(fail!(cuda::STREAM_CAPTURE_INVALIDATED, "something happened that a capture does not survive"));
         }
-        put(graph, m.graphs.insert(Graph { context, tasks: capture.tasks.into() }))
+        put(graph, m.graphs.insert(Graph { context, tasks: capture.tasks.into(), bytes: 0 }))
     })
 }
 

@@ -37,6 +37,24 @@ fn a_graph_runs_what_was_captured_each_time_it_is_launched() {
 }
 
 #[test]
+fn an_executable_graph_takes_memory_of_the_device_until_it_is_destroyed() {
+    let session = Session::with("memory=4096");
+    let block = session.alloc(1000);
+    let free = || {
+        let (mut free, mut total) = (0, 0);
+        well(cuMemGetInfo_v2(&mut free, &mut total));
+        free
+    };
+    let (_, graph) = capture(&session, || (0..2).for_each(|_| well(cuMemsetD8Async(block, 1, 4, session.stream))));
+    assert_eq!(free(), 3096);
+    let exec = made(|out| cuGraphInstantiateWithFlags(out, graph, 0));
+    assert_eq!(free(), 1048);
+    assert_eq!(cuGraphInstantiateWithFlags(&mut 0, graph, 0), cuda::OUT_OF_MEMORY);
+    well(cuGraphExecDestroy(exec));
+    assert_eq!(free(), 3096);
+}
+
+#[test]
 fn what_waits_during_a_capture_is_refused_and_ends_it() {
     let session = Session::new();
     let block = session.alloc(4);

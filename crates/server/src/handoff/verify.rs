@@ -258,7 +258,7 @@ impl Subject {
     fn load(files: &Files, settings: &Settings, manifest: &Manifest, report: &mut Report) -> Result<Option<Self>> {
         let mut parts = load::parts(files, settings, memory::available_bytes());
         if let Err(error) = &parts
-            && let Some(LoadError::CacheTooSmall { .. }) = error.downcast_ref()
+            && let Some(LoadError::CacheTooSmall { .. } | LoadError::NoRoom { .. }) = error.downcast_ref()
         {
             // Where memory does not hold the model's whole context, that of the cases will do.
             let longest = manifest.cases.iter().map(|case| case.ids().count()).max();
