@@ -4,7 +4,7 @@
 //! `openai` (other dialects, in `anthropic` and `responses`, translate theirs into a chat), choices of a generation in
 //! `generate`, and leaves as one JSON object or as server-sent events. Invariants: every refusal is an error object, of
 //! OpenAI's form but where a dialect has its own; nothing of a request is logged but its id, route, counts and times,
-//! and the name of an adapter that an admin loads; nothing of it is kept but what it asks for, in the [`Store`]; a
+//! the name of its key, and that of an adapter that an admin loads; nothing of it is kept but what it asks for, in the [`Store`]; a
 //! client that leaves ends its work in the engine, because everything of a request is owned by its response, unless it
 //! asked for a response in the background.
 //!
