@@ -7,15 +7,16 @@
 //! 3. *held and published*: [`publish`](BlockAllocator::publish) names its content. From now on
 //!    [`acquire`](BlockAllocator::acquire) lets other sequences hold it too; nobody writes it again.
 //! 4. *cached*: the last holder has [released](BlockAllocator::release) it. It keeps its content and
-//!    can be acquired again, until `allocate` finds no free block and takes the one that was released
-//!    longest ago: back to 2.
+//!    can be acquired again, until `allocate` finds no free block and takes the one that [`CachedBlocks`]
+//!    gives up next: back to 2.
 //!
 //! A block released without being published, or after [`unpublish`](BlockAllocator::unpublish), is
 //! free at once. Invariant: every block is free, cached or held; `free + cached + held = total`.
 
 use std::collections::BTreeMap;
 
-use crate::BlockStats;
+use crate::cached::CachedBlocks;
+use crate::{BlockStats, Tenant};
 
 /// Index of a block in the cache, below [`baton_model::RunSpec::num_blocks`].
 pub(crate) type BlockId = u32;
@@ -29,8 +30,7 @@ pub(crate) struct BlockAllocator {
     blocks: Vec<Block>,
     /// The next to allocate is the last.
     free: Vec<BlockId>,
-    /// Cached blocks by the time of their release, which is the order of eviction.
-    cached: BTreeMap<u64, BlockId>,
+    cached: CachedBlocks,
     /// Published blocks, held or cached.
     index: BTreeMap<BlockHash, BlockId>,
     /// Counts releases.
@@ -48,6 +48,7 @@ struct Block {
 }
 
 struct Content {
+    tenant: Tenant,
     hash: BlockHash,
     tokens: Box<[u32]>,
 }
@@ -59,7 +60,7 @@ impl BlockAllocator {
         Self {
             blocks: ids.clone().map(|_| Block::default()).collect(),
             free: ids.rev().collect(),
-            cached: BTreeMap::new(),
+            cached: CachedBlocks::default(),
             index: BTreeMap::new(),
             releases: 0,
         }
@@ -70,12 +71,12 @@ impl BlockAllocator {
         self.free.len() + self.cached.len()
     }
 
-    /// A block held once, its content unknown: a free one, else the cached one released longest ago.
+    /// A block held once, its content unknown: a free one, else the cached one that is given up next.
     pub fn allocate(&mut self) -> Option<BlockId> {
         let id = match self.free.pop() {
             Some(id) => id,
             None => {
-                let (_, id) = self.cached.pop_first()?;
+                let id = self.cached.pop()?;
                 self.unpublish(id);
                 id
             }
@@ -99,9 +100,9 @@ impl BlockAllocator {
     /// Holds a published block once more.
     pub fn acquire(&mut self, id: BlockId) {
         let block = &mut self.blocks[id as usize];
-        assert!(block.content.is_some(), "block {id} is acquired without being published");
+        let Some(content) = &block.content else { panic!("block {id} is acquired without being published") };
         if block.ref_count == 0 {
-            self.cached.remove(&block.released_at);
+            self.cached.remove(content.tenant, block.released_at);
         }
         block.ref_count += 1;
     }
@@ -113,22 +114,22 @@ impl BlockAllocator {
         if block.ref_count > 0 {
             return;
         }
-        if block.content.is_some() {
+        if let Some(content) = &block.content {
             self.releases += 1;
             block.released_at = self.releases;
-            self.cached.insert(self.releases, id);
+            self.cached.insert(content.tenant, self.releases, id);
         } else {
             self.free.push(id);
         }
     }
 
-    /// Names the content of a held, full block. If another block of this content is published, that one
+    /// Names the content of a held, full block, which is this tenant's. If another block of this content is published, that one
     /// stays the one to share.
-    pub fn publish(&mut self, id: BlockId, hash: BlockHash, tokens: &[u32]) {
+    pub fn publish(&mut self, id: BlockId, tenant: Tenant, hash: BlockHash, tokens: &[u32]) {
         let block = &mut self.blocks[id as usize];
         assert!(block.ref_count > 0, "block {id} is published without being held");
         if block.content.is_none() && !self.index.contains_key(&hash) {
-            block.content = Some(Content { hash, tokens: tokens.into() });
+            block.content = Some(Content { tenant, hash, tokens: tokens.into() });
             self.index.insert(hash, id);
         }
     }
@@ -142,7 +143,7 @@ impl BlockAllocator {
 
     /// Frees and returns all cached blocks.
     pub fn forget_cached(&mut self) -> Vec<BlockId> {
-        let cached: Vec<BlockId> = std::mem::take(&mut self.cached).into_values().collect();
+        let cached: Vec<BlockId> = std::mem::take(&mut self.cached).iter().map(|(_, _, id)| id).collect();
         cached.iter().for_each(|&id| self.unpublish(id));
         self.free.extend(&cached);
         cached
@@ -160,7 +161,7 @@ impl BlockAllocator {
     /// Checks the invariant and all redundancy, given how often each block is held.
     pub fn check(&self, held: &BTreeMap<BlockId, u32>) -> Result<(), String> {
         let mut places = vec![0; self.blocks.len()];
-        for &id in self.free.iter().chain(self.cached.values()) {
+        for id in self.free.iter().copied().chain(self.cached.iter().map(|(_, _, id)| id)) {
             places[id as usize] += 1;
         }
         for (block, id) in self.blocks.iter().zip(0..) {
@@ -177,9 +178,10 @@ impl BlockAllocator {
                 return Err(format!("published block {id} is not indexed"));
             }
         }
-        for (released_at, &id) in &self.cached {
+        for (tenant, released_at, id) in self.cached.iter() {
             let block = &self.blocks[id as usize];
-            if block.content.is_none() || block.released_at != *released_at {
+            let is_its = block.content.as_ref().is_some_and(|content| content.tenant == tenant);
+            if !is_its || block.released_at != released_at {
                 return Err(format!("cached block {id} is not as it was released"));
             }
         }
@@ -196,6 +198,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// Contents are of two tenants.
+    fn tenant(content: u8) -> Tenant {
+        Tenant([content % 2; 32])
+    }
 
     /// The same rules on plain lists, without counts or indices.
     struct Naive {
@@ -219,6 +226,15 @@ mod tests {
                 self.cached.push(id);
             }
             id
+        }
+
+        /// The oldest of whoever keeps most, of equals the oldest of all.
+        fn evict(&mut self) -> BlockId {
+            let owner = |id: &BlockId| tenant(self.content[id]);
+            let kept = |id: &BlockId| self.cached.iter().filter(|other| owner(other) == owner(id)).count();
+            let most = self.cached.iter().map(kept).max().unwrap();
+            let place = self.cached.iter().position(|id| kept(id) == most).unwrap();
+            self.cached.remove(place)
         }
 
         fn counts(&self) -> BTreeMap<BlockId, u32> {
@@ -268,7 +284,7 @@ mod tests {
                         let id = real.allocate();
                         let free = naive.free();
                         match id {
-                            Some(id) if free.is_empty() => prop_assert_eq!(naive.cached.remove(0), id),
+                            Some(id) if free.is_empty() => prop_assert_eq!(naive.evict(), id),
                             Some(id) => prop_assert!(free.contains(&id)),
                             None => prop_assert!(free.is_empty() && naive.cached.is_empty()),
                         }
@@ -291,7 +307,7 @@ mod tests {
                     },
                     Event::Publish(n, content) => if let Some(n) = nth(n) {
                         let id = naive.held[n];
-                        real.publish(id, [content; 32], &[content.into()]);
+                        real.publish(id, tenant(content), [content; 32], &[content.into()]);
                         if !naive.content.contains_key(&id) && !naive.content.values().any(|c| *c == content) {
                             naive.content.insert(id, content);
                         }
@@ -301,8 +317,11 @@ mod tests {
                         naive.content.remove(&naive.held[n]);
                     },
                     Event::ForgetCached => {
-                        prop_assert_eq!(&real.forget_cached(), &naive.cached);
-                        let cached = std::mem::take(&mut naive.cached);
+                        let mut cached = std::mem::take(&mut naive.cached);
+                        cached.sort_unstable();
+                        let mut forgotten = real.forget_cached();
+                        forgotten.sort_unstable();
+                        prop_assert_eq!(&forgotten, &cached);
                         naive.content.retain(|id, _| !cached.contains(id));
                     }
                 }

@@ -13,9 +13,9 @@
 use baton_model::Adapter;
 use sha2::{Digest, Sha256};
 
-use crate::BlockStats;
 use crate::block::{BlockAllocator, BlockHash, BlockId};
 use crate::sequence::Sequence;
+use crate::{BlockStats, CacheScope};
 
 /// The blocks of one sequence, in the order of its positions.
 #[derive(Default)]
@@ -140,7 +140,7 @@ impl BlockManager {
         let table = &mut sequence.table;
         for index in table.num_published..full {
             let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
-            self.allocator.publish(table.blocks[index], table.hashes[index], tokens);
+            self.allocator.publish(table.blocks[index], sequence.scope.tenant, table.hashes[index], tokens);
         }
         table.num_published = full;
     }
@@ -186,7 +186,7 @@ impl BlockManager {
         for index in hashes.len()..num_blocks {
             let previous = match index.checked_sub(1) {
                 Some(previous) => hashes[previous],
-                None => hasher.root(sequence.adapter.as_ref().map(Adapter::digest), &sequence.scope.0),
+                None => hasher.root(sequence.adapter.as_ref().map(Adapter::digest), &sequence.scope),
             };
             let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
             hashes.push(hasher.block(&previous, tokens));
@@ -214,8 +214,8 @@ impl BlockHasher {
     }
 
     /// Stands for the block before the first. Scopes, with and without adapter, and blocks are told apart by the
-    /// first byte, namespace and scope by the length of the former.
-    fn root(&self, adapter: Option<&[u8; 32]>, scope: &[u8]) -> BlockHash {
+    /// first byte, namespace, tenant and salt by the length of the first and the second.
+    fn root(&self, adapter: Option<&[u8; 32]>, scope: &CacheScope) -> BlockHash {
         self.mac(|hash| {
             match adapter {
                 None => hash.update([0]),
@@ -226,7 +226,8 @@ impl BlockHasher {
             }
             hash.update((self.namespace.len() as u64).to_le_bytes());
             hash.update(&self.namespace);
-            hash.update(scope);
+            hash.update(scope.tenant.0);
+            hash.update(&scope.salt);
         })
     }
 
@@ -264,6 +265,8 @@ impl BlockManager {
 
 #[cfg(test)]
 mod tests {
+    use crate::Tenant;
+
     use super::*;
 
     #[test]
@@ -278,17 +281,25 @@ mod tests {
     #[test]
     fn names_depend_on_namespace_adapter_scope_position_and_all_tokens_before() {
         let hasher = BlockHasher::new([7; 32], b"");
-        let (a, b) = (hasher.root(None, b"a"), hasher.root(None, b"b"));
-        // The adapter's digest as a scope is another thing than the adapter.
+        let salted = |salt: &[u8]| CacheScope { salt: salt.to_vec(), ..CacheScope::default() };
+        let (a, b) = (hasher.root(None, &salted(b"a")), hasher.root(None, &salted(b"b")));
+        // The adapter's digest as a salt or a tenant is another thing than the adapter.
         let digest = [9; 32];
-        let named = |namespace, scope| {
+        let named = |namespace, salt| {
             let hasher = BlockHasher::new([7; 32], namespace);
-            hasher.block(&hasher.root(None, scope), &[1, 2])
+            hasher.block(&hasher.root(None, &salted(salt)), &[1, 2])
+        };
+        let of_tenant = |tenant, salt: &[u8]| {
+            let scope = CacheScope { tenant: Tenant(tenant), ..salted(salt) };
+            hasher.block(&hasher.root(None, &scope), &[1, 2])
         };
         let names = [
-            hasher.block(&hasher.root(Some(&digest), b"a"), &[1, 2]),
-            hasher.block(&hasher.root(Some(&[8; 32]), b"a"), &[1, 2]),
-            hasher.block(&hasher.root(None, &[&digest[..], b"a"].concat()), &[1, 2]),
+            hasher.block(&hasher.root(Some(&digest), &salted(b"a")), &[1, 2]),
+            hasher.block(&hasher.root(Some(&[8; 32]), &salted(b"a")), &[1, 2]),
+            hasher.block(&hasher.root(None, &salted(&[&digest[..], b"a"].concat())), &[1, 2]),
+            of_tenant(digest, b"a"),
+            of_tenant(digest, b""),
+            of_tenant([8; 32], b"a"),
             hasher.block(&a, &[1, 2]),
             hasher.block(&b, &[1, 2]),
             hasher.block(&a, &[2, 1]),

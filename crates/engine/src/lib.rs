@@ -6,6 +6,7 @@
 
 mod block;
 mod block_manager;
+mod cached;
 mod constrain;
 mod core;
 mod engine;
@@ -28,7 +29,7 @@ pub use handle::{EngineConfig, EngineHandle, OutputStream};
 pub use rebuild::Rebuild;
 pub use request::{
     CacheScope, EngineFailure, FinishReason, HiddenStates, OutputEvent, PositionScore, PromptScores, Request,
-    RequestId, SubmitError, Timings, Usage,
+    RequestId, SubmitError, Tenant, Timings, Usage,
 };
 pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};

@@ -29,11 +29,19 @@ impl RequestId {
     }
 }
 
-/// Whose cached blocks a request may share: tenant, salt and whatever else separates prefixes, as
-/// bytes that the caller makes unambiguous. They enter the hash of the first block, and through it
-/// every later one. Equal bytes share, others never do.
+/// Whose cached blocks a request may share: equal scopes share, others never do. Both parts enter the hash of the first
+/// block, and through it every later one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct CacheScope(pub Vec<u8>);
+pub struct CacheScope {
+    /// Whose the blocks are: nobody loses any to somebody who keeps more.
+    pub tenant: Tenant,
+    /// What else separates prefixes.
+    pub salt: Vec<u8>,
+}
+
+/// Somebody whose cached blocks are counted together. The caller makes these distinct.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tenant(pub [u8; 32]);
 
 /// One sequence to generate. Immutable once submitted.
 #[derive(Debug, Clone, PartialEq)]

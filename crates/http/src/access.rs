@@ -2,7 +2,7 @@
 //!
 //! The outermost layer: whatever is inside it answers, the reply carries an `x-request-id`, and the generation that
 //! answers if there is one, and when its last byte is handed over, or the client has left, one line says what happened. The line holds no text of prompt or output, no
-//! header but the id, and the route as it is matched, not as it was sent.
+//! header but the id, of a key its name, and the route as it is matched, not as it was sent.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use crate::admission::GuardedBody;
 use crate::auth::OnBehalfOf;
 use crate::error::ApiError;
+use crate::keys::{Granted, Owner};
 use crate::service::Service;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -35,6 +36,7 @@ const CLIENT_LEFT: u16 = 499;
 pub(crate) struct AccessRecord {
     request_id: HeaderValue,
     of_batch: bool,
+    sender: OnceLock<(Owner, Option<Arc<str>>)>,
     generation: OnceLock<String>,
     prompt_tokens: AtomicU64,
     completion_tokens: AtomicU64,
@@ -53,8 +55,8 @@ struct Late {
 
 impl AccessRecord {
     fn new(request_id: HeaderValue, of_batch: bool) -> Self {
-        let (generation, late) = (OnceLock::new(), Mutex::default());
-        Self { request_id, of_batch, generation, prompt_tokens: 0.into(), completion_tokens: 0.into(), late }
+        let (sender, generation, late) = (OnceLock::new(), OnceLock::new(), Mutex::default());
+        Self { request_id, of_batch, sender, generation, prompt_tokens: 0.into(), completion_tokens: 0.into(), late }
     }
 
     /// The id under which the request is answered.
@@ -69,6 +71,17 @@ impl AccessRecord {
             true => BATCH_PRIORITY.saturating_add(asked.max(-BATCH_PRIORITY / 2)),
             false => asked,
         }
+    }
+
+    /// The request was sent by whom this was granted.
+    pub fn sent_by(&self, granted: &Granted) {
+        // Keys are looked at once.
+        let _ = self.sender.set((granted.owner(), granted.name().cloned()));
+    }
+
+    /// Whose the request is.
+    pub fn owner(&self) -> Owner {
+        self.sender.get().map_or(Owner::ANYONE, |(owner, _)| *owner)
     }
 
     /// The request is given the generation of this digest.
@@ -128,6 +141,7 @@ impl Drop for AccessLog {
             route = %self.route,
             status = self.status,
             error = late.error,
+            key = self.record.sender.get().and_then(|(_, name)| name.as_deref()),
             generation = self.record.generation.get().map(|digest| &digest[..12]),
             prompt_tokens = self.record.prompt_tokens.load(Ordering::Relaxed),
             completion_tokens = self.record.completion_tokens.load(Ordering::Relaxed),

@@ -127,14 +127,20 @@ impl ApiError {
 
     /// No admin key, where one is needed.
     pub fn admin_key_needed() -> Self {
-        let message = "an admin key (--admin-api-key) is needed, in the header: Authorization: Bearer <key>";
+        let message = "an admin key (--admin-api-key, or of --api-keys-file) is needed, in the header: Authorization: Bearer <key>";
         Self::new(StatusCode::UNAUTHORIZED, INVALID, "invalid_api_key", message)
+    }
+
+    /// A key that was good once.
+    pub fn expired_api_key() -> Self {
+        let message = "this API key has expired; ask the operator for another";
+        Self::new(StatusCode::UNAUTHORIZED, INVALID, "expired_api_key", message)
     }
 
     /// A key of another scope.
     pub fn insufficient_scope() -> Self {
-        let message =
-            "this API key is not for this route: inference keys use the model, admin keys change what is served";
+        let message = "this API key is not for this route: those of scope inference use the model, of scope admin change \
+                       what is served, of scope metrics read metrics";
         Self::new(StatusCode::FORBIDDEN, INVALID, "insufficient_scope", message)
     }
 

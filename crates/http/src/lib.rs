@@ -30,7 +30,9 @@ mod generate;
 mod generation;
 mod generations;
 mod handoff;
+mod headers;
 mod json;
+mod keys;
 mod metrics;
 mod observed;
 mod openai;
@@ -44,11 +46,11 @@ mod serve;
 mod service;
 mod shadow;
 mod sse;
+mod stall;
 mod store;
 mod tls;
 
 pub use adapters::{AdapterRefusal, Adapters};
-pub use auth::ApiKey;
 pub use cors::{Origin, OriginError};
 pub use encoder::{
     EncoderEngine, EncoderFailure, EncoderRefusal, EncoderReply, EncoderSpec, EncoderStats, EncoderTask, NewEncoder,
@@ -56,11 +58,12 @@ pub use encoder::{
 pub use generation::{Defaults, ModelCard, NewGeneration, Retired};
 pub use generations::{Traffic, TransitionError};
 pub use handoff::{Admission, HandoffState, Parity};
+pub use keys::{ApiKey, ListedKey, Scopes};
 pub use observed::{GenerationStats, Latencies, Observed, ShadowStats};
 pub use pooled::{DecoderEmbeddings, DecoderPooling};
 pub use rollout::{COMMANDS, RolloutControl, RolloutRefusal};
 pub use routes::{Surface, router};
 pub use serve::serve;
-pub use service::{Service, ServiceConfig};
+pub use service::{ConnectionLimits, Service, ServiceConfig};
 pub use store::{Store, StoreLimits};
 pub use tls::{Tls, TlsError};

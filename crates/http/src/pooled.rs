@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use baton_engine::SamplingParams;
 use baton_engine::{
-    Adapter, EngineFailure, FinishReason, HiddenStates, OutputEvent, OutputStream, PromptScores, Request,
+    Adapter, CacheScope, EngineFailure, FinishReason, HiddenStates, OutputEvent, OutputStream, PromptScores, Request,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -52,6 +52,7 @@ pub(crate) async fn embed(
         deadline: service.config().queue_timeout,
         priority: record.priority(0),
         adapter: adapter.clone(),
+        cache_scope: CacheScope { tenant: service.tenant(record), ..CacheScope::default() },
         prompt_scores: Some(PromptScores { hidden: Some(hidden), ..PromptScores::default() }),
         ..Request::new(prompt, SamplingParams::greedy(), 1)
     };

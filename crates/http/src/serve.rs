@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::future::{Future, pending};
 use std::io;
+use std::mem::replace;
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
@@ -20,7 +21,6 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
-use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
@@ -28,14 +28,14 @@ use crate::admission::{Counter, GuardedBody};
 use crate::auth::OnLoopback;
 use crate::batches;
 use crate::routes::{Surface, router};
-use crate::service::Service;
-use crate::tls;
+use crate::service::{ConnectionLimits, Service};
+use crate::stall::{Patient, Watched};
+use crate::tls::Tls;
 
-/// How long a request's head may take to arrive, idle time of the connection before it included; and how long a connection
-/// of HTTP/2 may be without a request.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_HEADERS: usize = 100;
 const MAX_HEAD_BYTES: usize = 64 << 10;
+/// Bytes that wait on a connection of HTTP/1.1 to be sent or parsed; of an event stream also no more than 16 events.
+const MAX_BUFFERED_BYTES: usize = 2 * MAX_HEAD_BYTES;
 
 /// Requests under way on one connection of HTTP/2, and requests that it gave up before they were taken or by breaking
 /// the rules: a client that has more of those is cut off.
@@ -74,8 +74,9 @@ pub async fn serve(
     let terms = Terms {
         app: router(service.clone(), surface),
         on_loopback,
-        tls: config.tls.as_ref().map(|tls| tls.acceptor(config.http2)),
+        tls: config.tls.clone(),
         http2: config.http2,
+        limits: config.connection_limits.clone(),
         close: close.clone(),
     };
     let connections = Counter::default();
@@ -90,6 +91,8 @@ pub async fn serve(
         }
     };
     let mut drained = pin!(drained);
+    // Of refusals in a row the first is logged.
+    let mut refusing = false;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -97,16 +100,27 @@ pub async fn serve(
         };
         match accepted {
             Ok((stream, _)) => {
+                let Some(place) = service.admit_connection() else {
+                    service.metrics().refused_connections.with_label_values(&["limit"]).inc();
+                    if !replace(&mut refusing, true) {
+                        tracing::warn!(limit = terms.limits.connections, "connections are refused: there are too many");
+                    }
+                    continue;
+                };
+                refusing = false;
                 let ticket = connections.ticket();
                 let connection = connection(stream, terms.clone());
                 tokio::spawn(async move {
                     connection.await;
-                    drop(ticket);
+                    drop((ticket, place));
                 });
             }
             Err(error) if is_of_the_connection(&error) => {}
             Err(error) => {
-                tracing::warn!(%error, "accepting a connection failed");
+                service.metrics().refused_connections.with_label_values(&["system"]).inc();
+                if !replace(&mut refusing, true) {
+                    tracing::warn!(%error, "connections are not accepted");
+                }
                 sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -133,9 +147,10 @@ fn is_of_the_connection(error: &io::Error) -> bool {
 struct Terms {
     app: Router,
     on_loopback: OnLoopback,
-    tls: Option<TlsAcceptor>,
+    tls: Option<Tls>,
     /// HTTP/2 may be spoken.
     http2: bool,
+    limits: ConnectionLimits,
     /// Cancelled when connections are to end.
     close: CancellationToken,
 }
@@ -143,18 +158,22 @@ struct Terms {
 async fn connection(stream: TcpStream, terms: Terms) {
     // A token is a small packet that must not wait for the next.
     let _ = stream.set_nodelay(true);
+    let ConnectionLimits { head_timeout, stall_timeout, .. } = terms.limits;
     match &terms.tls {
-        Some(acceptor) => {
-            if let Some((stream, http2)) = tls::accept(acceptor, stream).await {
-                talk(stream, http2, terms).await;
+        Some(tls) => {
+            let accepting = tls.accept(Patient::new(stream, stall_timeout), terms.http2);
+            match timeout(head_timeout, accepting).await {
+                Ok(Ok((stream, http2))) => talk(stream, http2, terms).await,
+                Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
+                Err(_) => {}
             }
         }
         None if terms.http2 => {
-            if let Ok(Ok(http2)) = timeout(HEAD_TIMEOUT, begins_as_http2(&stream)).await {
-                talk(stream, http2, terms).await;
+            if let Ok(Ok(http2)) = timeout(head_timeout, begins_as_http2(&stream)).await {
+                talk(Patient::new(stream, stall_timeout), http2, terms).await;
             }
         }
-        None => talk(stream, false, terms).await,
+        None => talk(Patient::new(stream, stall_timeout), false, terms).await,
     }
 }
 
@@ -175,7 +194,8 @@ async fn begins_as_http2(stream: &TcpStream) -> io::Result<bool> {
 }
 
 async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: Terms) {
-    let Terms { app, on_loopback, close, .. } = terms;
+    let Terms { app, on_loopback, close, limits, .. } = terms;
+    let ConnectionLimits { head_timeout, stall_timeout, .. } = limits;
     let under_way = Counter::default();
     let requests = under_way.clone();
     let answer = service_fn(move |request: Request<Incoming>| {
@@ -183,7 +203,10 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: T
         request.extensions_mut().insert(on_loopback);
         let (app, ticket) = (app.clone(), requests.ticket());
         async move {
-            let response = app.oneshot(request).await.unwrap_or_else(|never| match never {});
+            let mut response = app.oneshot(request).await.unwrap_or_else(|never| match never {});
+            if http2 {
+                response = response.map(|body| Body::new(Watched::new(body, stall_timeout)));
+            }
             Ok::<_, Infallible>(response.map(|body| GuardedBody::new(body, ticket)))
         }
     });
@@ -199,13 +222,14 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: T
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT)
             .serve_connection(stream, answer);
-        drive(connection, http2::Connection::graceful_shutdown, Some(&under_way), close).await
+        drive(connection, http2::Connection::graceful_shutdown, Some((&under_way, head_timeout)), close).await
     } else {
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
+            .header_read_timeout(head_timeout)
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEAD_BYTES)
+            .max_buf_size(MAX_BUFFERED_BYTES)
             .serve_connection(stream, answer);
         drive(connection, http1::Connection::graceful_shutdown, None, close).await
     };
@@ -219,17 +243,17 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: T
 async fn drive<C: Future<Output = hyper::Result<()>>>(
     connection: C,
     take_no_more: impl Fn(Pin<&mut C>),
-    under_way: Option<&Counter>,
+    under_way: Option<(&Counter, Duration)>,
     close: CancellationToken,
 ) -> hyper::Result<()> {
-    let idle_for = async |limit| match under_way {
-        Some(under_way) => under_way.idle_for(limit).await,
+    let idle_for = async |limit: Option<Duration>| match under_way {
+        Some((under_way, patience)) => under_way.idle_for(limit.unwrap_or(patience)).await,
         None => pending().await,
     };
     let mut connection = pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => return ended,
-        () = idle_for(HEAD_TIMEOUT) => {}
+        () = idle_for(None) => {}
         () = close.cancelled() => {}
     }
     take_no_more(connection.as_mut());
@@ -240,7 +264,7 @@ async fn drive<C: Future<Output = hyper::Result<()>>>(
     tokio::select! {
         ended = connection => ended,
         // A client that has not even begun to speak does not say good-bye.
-        () = idle_for(LAST_WORDS) => Ok(()),
+        () = idle_for(Some(LAST_WORDS)) => Ok(()),
         () = last_words => Ok(()),
     }
 }

@@ -6,17 +6,18 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
+use baton_engine::Tenant;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::access::AccessRecord;
 use crate::admission::Counter;
-use crate::auth::{ApiKey, Keys};
 use crate::cors::Origin;
 use crate::encoder::{Encoder, NewEncoder};
 use crate::error::ApiError;
 use crate::generation::{Generation, NewGeneration, Retired};
 use crate::generations::{Generations, Pick, Traffic, TransitionError};
+use crate::keys::{ApiKey, Keys, ListedKey};
 use crate::metrics::HttpMetrics;
 use crate::observed::Observed;
 use crate::rollout::RolloutControl;
@@ -26,6 +27,25 @@ use crate::tls::Tls;
 /// Accesses to the disk at once, at most.
 const DISK_WORK: usize = 8;
 
+/// What connections may take of the server.
+#[derive(Debug, Clone)]
+pub struct ConnectionLimits {
+    /// How many there are at once, over all listeners; those beyond are closed before they say anything.
+    pub connections: usize,
+    /// How long a request's head may take to arrive, idle time of the connection before it included; how long a handshake
+    /// may take; and how long a connection of HTTP/2 may be without a request.
+    pub head_timeout: Duration,
+    /// How long a client may take nothing of what waits to be sent to it.
+    pub stall_timeout: Duration,
+}
+
+impl Default for ConnectionLimits {
+    fn default() -> Self {
+        let (head_timeout, stall_timeout) = (Duration::from_secs(10), Duration::from_secs(60));
+        Self { connections: 16 << 10, head_timeout, stall_timeout }
+    }
+}
+
 /// Settings of the service.
 #[derive(Debug, Clone)]
 pub struct ServiceConfig {
@@ -33,6 +53,8 @@ pub struct ServiceConfig {
     pub api_keys: Vec<ApiKey>,
     /// Keys that may change what is served; none: nobody may.
     pub admin_api_keys: Vec<ApiKey>,
+    /// Keys besides, of any scope; `None`: there is no list. Where there is one, nobody enters without a key.
+    pub listed_keys: Option<Vec<ListedKey>>,
     /// Longest request body, in bytes.
     pub body_limit_bytes: usize,
     /// How long a request body may take to arrive.
@@ -41,6 +63,8 @@ pub struct ServiceConfig {
     pub lenient: bool,
     /// Most choices per prompt.
     pub max_n: u32,
+    /// All clients use each other's cached prefixes, and so can learn what others have sent; else each key its own.
+    pub shared_prefix_cache: bool,
     /// How long a request may wait for its first step; `None` for ever.
     pub queue_timeout: Option<Duration>,
     /// A stream that has nothing to send sends a comment this often.
@@ -51,6 +75,8 @@ pub struct ServiceConfig {
     pub allowed_origins: Vec<Origin>,
     /// Where requests may keep what must outlive the process; `None`: nowhere.
     pub store: Option<Store>,
+    /// What connections may take.
+    pub connection_limits: ConnectionLimits,
     /// Encrypts every connection.
     pub tls: Option<Tls>,
     /// Speak HTTP/2 too.
@@ -62,15 +88,18 @@ impl Default for ServiceConfig {
         Self {
             api_keys: Vec::new(),
             admin_api_keys: Vec::new(),
+            listed_keys: None,
             body_limit_bytes: 8 << 20,
             body_timeout: Duration::from_secs(30),
             lenient: false,
             max_n: 8,
+            shared_prefix_cache: false,
             queue_timeout: Some(Duration::from_secs(600)),
             keep_alive: Duration::from_secs(15),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             allowed_origins: Vec::new(),
             store: None,
+            connection_limits: ConnectionLimits::default(),
             tls: None,
             http2: false,
         }
@@ -95,6 +124,7 @@ struct Shared {
     text_work: Arc<Semaphore>,
     disk_work: Arc<Semaphore>,
     grammar_work: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
     started: Instant,
 }
 
@@ -102,8 +132,9 @@ impl Service {
     /// A service without a model.
     pub fn new(config: ServiceConfig) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let connections = config.connection_limits.connections.min(Semaphore::MAX_PERMITS);
         Self(Arc::new(Shared {
-            keys: Keys::new(&config),
+            keys: Keys::new(&config.api_keys, &config.admin_api_keys, config.listed_keys.as_deref()),
             config,
             generations: Generations::default(),
             encoder: OnceLock::new(),
@@ -115,6 +146,7 @@ impl Service {
             text_work: Arc::new(Semaphore::new(cores)),
             disk_work: Arc::new(Semaphore::new(DISK_WORK)),
             grammar_work: Arc::new(Semaphore::new(cores.div_ceil(2))),
+            connections: Arc::new(Semaphore::new(connections)),
             started: Instant::now(),
         }))
     }
@@ -198,6 +230,11 @@ impl Service {
     /// What a rollout is judged by; `None` if nothing is served.
     pub fn observed(&self) -> Option<Observed> {
         self.0.generations.observed()
+    }
+
+    /// Knows these keys from now on, instead of those of the list before. Work that is under way goes on.
+    pub fn replace_listed_keys(&self, listed: &[ListedKey]) {
+        self.0.keys.replace_list(listed);
     }
 
     /// Lets admin routes command rollouts. The first control stays.
@@ -284,6 +321,19 @@ impl Service {
 
     pub(crate) fn in_flight(&self) -> &Counter {
         &self.0.in_flight
+    }
+
+    /// Whose cached prefixes a request may use, and adds to.
+    pub(crate) fn tenant(&self, record: &AccessRecord) -> Tenant {
+        match self.0.config.shared_prefix_cache {
+            true => Tenant::default(),
+            false => Tenant(record.owner().digest()),
+        }
+    }
+
+    /// A place for one more connection, until it is dropped; `None` if there is none.
+    pub(crate) fn admit_connection(&self) -> Option<OwnedSemaphorePermit> {
+        self.0.connections.clone().try_acquire_owned().ok()
     }
 
     /// Ends all replies with an error when it is cancelled: the drain has lasted too long.

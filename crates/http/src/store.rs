@@ -13,9 +13,9 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::auth::Owner;
 use crate::batches::Batches;
 use crate::files::Files;
+use crate::keys::Owner;
 use crate::responses::{self, Responses};
 
 /// Bytes of a record that is read.

@@ -1,25 +1,30 @@
-//! TLS on the listeners, by rustls.
+//! TLS on the listeners, by rustls. What a server shows may be replaced: connections that come then see the new one.
 
+use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
+use parking_lot::RwLock;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
-use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-/// How long a handshake may take.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// HTTP/2 as TLS names it.
 const H2: &[u8] = b"h2";
 
-/// What a server shows of itself, and what it asks of clients. TLS 1.2 and 1.3.
+/// What a server shows of itself, and what it asks of clients. TLS 1.2 and 1.3. Clones are the same.
 #[derive(Debug, Clone)]
-pub struct Tls(Arc<ServerConfig>);
+pub struct Tls(Arc<RwLock<Terms>>);
+
+/// The same terms, with and without an offer of HTTP/2.
+#[derive(Debug, Clone)]
+struct Terms {
+    http1: Arc<ServerConfig>,
+    http2: Arc<ServerConfig>,
+}
 
 /// Why there is no TLS.
 #[derive(Debug, thiserror::Error)]
@@ -61,14 +66,28 @@ impl Tls {
                 builder.with_client_cert_verifier(verifier.map_err(|_| TlsError::NoAuthority)?)
             }
         };
-        Ok(Self(Arc::new(builder.with_single_cert(chain, key).map_err(TlsError::Unusable)?)))
+        let mut http1 = builder.with_single_cert(chain, key).map_err(TlsError::Unusable)?;
+        http1.alpn_protocols = vec![b"http/1.1".into()];
+        let mut http2 = http1.clone();
+        http2.alpn_protocols.insert(0, H2.into());
+        Ok(Self(Arc::new(RwLock::new(Terms { http1: Arc::new(http1), http2: Arc::new(http2) }))))
     }
 
-    /// What accepts connections, and offers these protocols.
-    pub(crate) fn acceptor(&self, http2: bool) -> TlsAcceptor {
-        let mut config = ServerConfig::clone(&self.0);
-        config.alpn_protocols = if http2 { vec![H2.into(), b"http/1.1".into()] } else { vec![b"http/1.1".into()] };
-        Arc::new(config).into()
+    /// Goes by the terms of the other from now on. Connections under way stay as they are.
+    pub fn replace(&self, other: &Self) {
+        let terms = other.0.read().clone();
+        *self.0.write() = terms;
+    }
+
+    /// Shakes hands, and says whether HTTP/2 is to be spoken, which it may be if that is offered.
+    pub(crate) async fn accept<S>(&self, stream: S, http2: bool) -> io::Result<(TlsStream<S>, bool)>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Terms { http1, http2: both } = self.0.read().clone();
+        let stream = TlsAcceptor::from(if http2 { both } else { http1 }).accept(stream).await?;
+        let http2 = stream.get_ref().1.alpn_protocol() == Some(H2);
+        Ok((stream, http2))
     }
 }
 
@@ -76,19 +95,4 @@ impl Tls {
 fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     let all: Vec<_> = CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().ok()?;
     (!all.is_empty()).then_some(all)
-}
-
-/// Shakes hands, in time, and says whether HTTP/2 is to be spoken.
-pub(crate) async fn accept(acceptor: &TlsAcceptor, stream: TcpStream) -> Option<(TlsStream<TcpStream>, bool)> {
-    match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
-        Ok(Ok(stream)) => {
-            let http2 = stream.get_ref().1.alpn_protocol() == Some(H2);
-            Some((stream, http2))
-        }
-        Ok(Err(error)) => {
-            tracing::debug!(%error, "a handshake failed");
-            None
-        }
-        Err(_) => None,
-    }
 }

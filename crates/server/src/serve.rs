@@ -5,13 +5,12 @@ use std::{io::IsTerminal, net::SocketAddr, path::Path, sync::Arc, time::SystemTi
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_engine::{Engine, EngineConfig};
 use baton_http::{
-    Adapters, Admission, ApiKey, DecoderEmbeddings, DecoderPooling, Defaults, ModelCard, NewGeneration, Service,
-    ServiceConfig, Store, StoreLimits, Surface, Tls,
+    Adapters, Admission, ApiKey, ConnectionLimits, DecoderEmbeddings, DecoderPooling, Defaults, ListedKey, ModelCard,
+    NewGeneration, Service, ServiceConfig, Store, StoreLimits, Surface, Tls,
 };
 use baton_model::LoadReport;
 use clap::ArgMatches;
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     task::JoinSet,
 };
@@ -23,11 +22,17 @@ use crate::{
     backend::Loaded,
     encoder,
     handoff::Gate,
+    keys,
+    listen::{self, listen},
     load::{self, Kind, Model},
     memory,
     reload::{self, AdapterLoader},
+    renew::{self, Source},
     rollout::{self, Control, Journal, Serving},
-    settings::{GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, PoolingType, Secret, ServeArgs, Settings},
+    settings::{
+        GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, PoolingType, PrefixCacheScope, Secret, ServeArgs,
+        Settings,
+    },
     speculative::SpeculativeConfig,
     state_dir::StateDir,
 };
@@ -74,29 +79,44 @@ async fn serve(settings: Settings) -> Result<()> {
     let store = settings.state_dir.as_deref().map(|dir| open_store(dir, &settings)).transpose()?;
     let base = rollout::base(&settings, journal.as_ref());
     let promoted = journal.as_ref().map(|journal| rollout::promoted(journal, &base)).transpose()?.flatten();
-    let listener = listen(&settings.host, settings.port).await?;
+    let listener = listen(&settings.host, settings.port, settings.guards_inference()).await?;
     let address = listener.local_addr()?;
     let surfaces = match settings.admin_port {
         None => vec![(listener, Surface::All)],
         Some(port) => {
-            let admin = listen(&settings.admin_host, port).await?;
+            let admin = listen(&settings.admin_host, port, settings.guards_admin()).await?;
             info!(address = %admin.local_addr()?, "admin routes");
             vec![(listener, Surface::WithoutAdmin), (admin, Surface::AdminOnly)]
         }
     };
+    let tls = tls(&settings).map(Source::load).transpose()?;
+    let keys = keys(&settings).map(Source::load).transpose()?;
+    let connections = settings.max_connections.unwrap_or_else(listen::connections);
     let service = Service::new(ServiceConfig {
         api_keys: api_keys("api-key", &settings.api_key)?,
         admin_api_keys: api_keys("admin-api-key", &settings.admin_api_key)?,
+        listed_keys: keys.as_ref().map(|keys| keys.value.clone()),
+        connection_limits: ConnectionLimits { connections, ..ConnectionLimits::default() },
+        shared_prefix_cache: settings.prefix_cache_scope == PrefixCacheScope::Shared,
         body_limit_bytes: settings.body_limit_bytes,
         lenient: settings.lenient,
         max_n: settings.max_n,
         queue_timeout: Some(settings.queue_timeout),
         allowed_origins: settings.allowed_origins.iter().map(|origin| origin.parse()).collect::<Result<_, _>>()?,
         store,
-        tls: tls(&settings)?,
+        tls: tls.as_ref().map(|tls| tls.value.clone()),
         http2: settings.http2,
         ..ServiceConfig::default()
     });
+    let tls = tls.map(|tls| {
+        let shown = tls.value.clone();
+        tls.renew(move |new| shown.replace(&new))
+    });
+    let keys = keys.map(|keys| {
+        let service = service.clone();
+        keys.renew(move |new| service.replace_listed_keys(&new))
+    });
+    renew::start(tls.into_iter().chain(keys).collect())?;
     let mut running = JoinSet::new();
     for (listener, surface) in surfaces {
         running.spawn(baton_http::serve(listener, service.clone(), surface, stop.clone(), settings.drain_timeout));
@@ -190,16 +210,18 @@ fn open_store(dir: &Path, settings: &Settings) -> Result<Store> {
     Store::open(dir, limits).with_context(|| format!("--state-dir {}", dir.display()))
 }
 
-fn tls(settings: &Settings) -> Result<Option<Tls>> {
-    let (Some(certificate), Some(key)) = (&settings.ssl_certfile, &settings.ssl_keyfile) else { return Ok(None) };
-    let read = |flag: &str, path: &Path| std::fs::read(path).with_context(|| format!("--{flag} {}", path.display()));
-    let authorities = settings.ssl_ca_certs.as_deref().map(|path| read("ssl-ca-certs", path)).transpose()?;
-    let (chain, key) = (read("ssl-certfile", certificate)?, read("ssl-keyfile", key)?);
-    Tls::new(&chain, &key, authorities.as_deref()).map(Some).context("TLS")
+fn tls(settings: &Settings) -> Option<Source<Tls>> {
+    let (Some(certificate), Some(key)) = (&settings.ssl_certfile, &settings.ssl_keyfile) else { return None };
+    let paths = [certificate, key].into_iter().chain(&settings.ssl_ca_certs).cloned().collect();
+    Some(Source::new("TLS (--ssl-certfile, --ssl-keyfile, --ssl-ca-certs)", paths, |contents| {
+        let [certificate, key, authorities @ ..] = contents else { bail!("a certificate and its key are needed") };
+        Ok(Tls::new(certificate, key, authorities.first().map(Vec::as_slice))?)
+    }))
 }
 
-async fn listen(host: &str, port: u16) -> Result<TcpListener> {
-    TcpListener::bind((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))
+fn keys(settings: &Settings) -> Option<Source<Vec<ListedKey>>> {
+    let path = settings.api_keys_file.clone()?;
+    Some(Source::new("--api-keys-file", vec![path], |contents| keys::parse(&contents.concat())))
 }
 
 /// Waits for all listeners.

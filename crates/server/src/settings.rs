@@ -61,6 +61,18 @@ pub struct ServeArgs {
     #[arg(long, value_name = "KEY", num_args = 1.., env = "BATON_ADMIN_API_KEY", hide_env_values = true, value_delimiter = ',', help_heading = "Service")]
     pub admin_api_key: Option<Vec<Secret>>,
 
+    /// File of keys by their SHA-256 digests, each with a name, scopes (inference, admin, metrics) and perhaps a moment of expiry; read again when it changes and at SIGHUP [default: none]
+    #[arg(long, value_name = "FILE", env = "BATON_API_KEYS_FILE", help_heading = "Service")]
+    pub api_keys_file: Option<PathBuf>,
+
+    /// Listen where other machines can connect though no client needs a key or a certificate
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ALLOW_UNAUTHENTICATED", help_heading = "Service")]
+    pub allow_unauthenticated: Option<bool>,
+
+    /// Connections at once; more are closed [default: 16384, or what the limit of descriptors leaves]
+    #[arg(long, value_name = "N", env = "BATON_MAX_CONNECTIONS", help_heading = "Service")]
+    pub max_connections: Option<usize>,
+
     /// Address of a listener for the admin routes alone; needs --admin-port [default: 127.0.0.1]
     #[arg(long, env = "BATON_ADMIN_HOST", help_heading = "Service")]
     pub admin_host: Option<String>,
@@ -229,6 +241,10 @@ pub struct ServeArgs {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ENABLE_PREFIX_CACHING", help_heading = "Engine")]
     pub enable_prefix_caching: Option<bool>,
 
+    /// Who finds a cached prompt beginning: the key that it was computed for, or all, who then can learn from cached_tokens and times what others have sent [default: key]
+    #[arg(long, value_enum, env = "BATON_PREFIX_CACHE_SCOPE", help_heading = "Engine")]
+    pub prefix_cache_scope: Option<PrefixCacheScope>,
+
     /// Compute threads; changes no result [default: all cores]
     #[arg(long, value_name = "N", env = "BATON_THREADS", help_heading = "Engine")]
     pub threads: Option<usize>,
@@ -252,6 +268,10 @@ pub struct Settings {
     pub served_model_name: Vec<String>,
     pub api_key: Vec<Secret>,
     pub admin_api_key: Vec<Secret>,
+    pub api_keys_file: Option<PathBuf>,
+    pub allow_unauthenticated: bool,
+    /// `None`: as many as descriptors allow.
+    pub max_connections: Option<usize>,
     pub admin_host: String,
     /// `None`: the admin routes are on the one listener.
     pub admin_port: Option<u16>,
@@ -301,6 +321,7 @@ pub struct Settings {
     pub kv_cache_dtype: KvCacheDtype,
     pub speculative_config: Option<SpeculativeConfig>,
     pub enable_prefix_caching: bool,
+    pub prefix_cache_scope: PrefixCacheScope,
     /// 0: all cores.
     pub threads: usize,
     pub log_level: String,
@@ -418,6 +439,9 @@ impl ServeArgs {
             served_model_name: self.served_model_name.unwrap_or_default(),
             api_key: keys("api-key", self.api_key)?,
             admin_api_key: keys("admin-api-key", self.admin_api_key)?,
+            api_keys_file: self.api_keys_file,
+            allow_unauthenticated: self.allow_unauthenticated.unwrap_or(false),
+            max_connections: self.max_connections.map(|n| positive("max-connections", n)).transpose()?,
             admin_host: self.admin_host.unwrap_or_else(|| "127.0.0.1".into()),
             admin_port: self.admin_port,
             state_dir: self.state_dir,
@@ -460,6 +484,7 @@ impl ServeArgs {
             kv_cache_dtype: self.kv_cache_dtype.unwrap_or(KvCacheDtype::Auto),
             speculative_config: self.speculative_config,
             enable_prefix_caching: self.enable_prefix_caching.unwrap_or(true),
+            prefix_cache_scope: self.prefix_cache_scope.unwrap_or(PrefixCacheScope::Key),
             threads: self.threads.unwrap_or(0),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
             log_format: self.log_format.unwrap_or(LogFormat::Text),
@@ -487,6 +512,17 @@ fn origins(given: &[String]) -> Result<Vec<String>> {
 }
 
 impl Settings {
+    /// Whether everybody who uses the model must show a key or a certificate, or need not on purpose.
+    pub fn guards_inference(&self) -> bool {
+        let shown = !self.api_key.is_empty() || self.api_keys_file.is_some() || self.ssl_ca_certs.is_some();
+        shown || self.allow_unauthenticated
+    }
+
+    /// The same of those who come to a listener for the admin routes alone, which are closed without a key: metrics are there too.
+    pub fn guards_admin(&self) -> bool {
+        self.guards_inference() || !self.admin_api_key.is_empty()
+    }
+
     /// One line per setting: name, value, origin.
     pub fn table(&self, origins: &Origins) -> Result<String> {
         let serde_json::Value::Object(map) = serde_json::to_value(self)? else { unreachable!("a struct is an object") };
@@ -540,6 +576,8 @@ mod tests {
         assert!(refusal(&["--max-num-batched-tokens", "8"], "").contains("--max-num-batched-tokens (8)"));
         assert!(refusal(&["--dtype", "fp4"], "").contains("float32"));
         assert!(refusal(&["--admin-host", "::1"], "").contains("--admin-port"));
+        assert!(refusal(&["--max-connections", "0"], "").contains("--max-connections"));
+        assert!(refusal(&["--prefix-cache-scope", "tenant"], "").contains("shared"));
         assert!(refusal(&["--ssl-certfile", "a"], "").contains("--ssl-keyfile"));
         assert!(refusal(&["--ssl-ca-certs", "a"], "").contains("--ssl-certfile"));
         for origin in ["", "example.org", "https://example.org/", "HTTPS://example.org", "https://*.example.org", "[1]"]
@@ -552,6 +590,22 @@ mod tests {
         assert!(refusal(&["--lora-modules", "a=b"], "").contains("--enable-lora"));
         assert!(refusal(&["--enable-lora", "--lora-modules", "a"], "").contains("NAME=PATH"));
         assert!(refusal(&["--enable-lora", "--max-lora-rank", "513"], "").contains("--max-lora-rank"));
+    }
+
+    #[test]
+    fn whoever_asks_for_something_guards_and_whoever_says_so_need_not() {
+        let guards = |flags: &[&str]| {
+            let settings = parse(flags, "").unwrap().0;
+            (settings.guards_inference(), settings.guards_admin())
+        };
+        assert_eq!(guards(&[]), (false, false));
+        assert_eq!(guards(&["--admin-api-key", "k"]), (false, true));
+        let tls = ["--ssl-certfile", "a", "--ssl-keyfile", "b"];
+        assert_eq!(guards(&tls), (false, false));
+        assert_eq!(guards(&[&tls[..], &["--ssl-ca-certs", "c"]].concat()), (true, true));
+        for flags in [&["--api-key", "k"][..], &["--api-keys-file", "f"], &["--allow-unauthenticated"]] {
+            assert_eq!(guards(flags), (true, true), "{flags:?}");
+        }
     }
 
     #[test]

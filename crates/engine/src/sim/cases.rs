@@ -9,7 +9,7 @@ use super::MockModel;
 use super::world::World;
 use crate::{
     CacheScope, DraftMethod, EngineConfig, EngineFailure, FinishReason, PromptScores, Request, RequestId,
-    SpeculationConfig, SubmitError,
+    SpeculationConfig, SubmitError, Tenant,
 };
 
 const BLOCK_SIZE: usize = 4;
@@ -294,17 +294,45 @@ fn r40_mixed_sampling_parameters_stay_with_their_sequence_as_the_batch_changes()
 #[test]
 fn r41_another_scope_finds_nothing_and_computes_everything() {
     let mut world = world(50);
-    let scoped = |scope: &str| Request { cache_scope: CacheScope(scope.into()), ..request(0, 14, 1) };
-    let mut computed = |scope| {
+    let mut computed = |tenant, salt: &str| {
         let before = world.control.computed_tokens();
-        let id = submit(&mut world, scoped(scope));
+        let scope = CacheScope { tenant: Tenant([tenant; 32]), salt: salt.into() };
+        let id = submit(&mut world, Request { cache_scope: scope, ..request(0, 14, 1) });
         world.run();
         (world.cached_tokens(id), world.control.computed_tokens() - before)
     };
-    assert_eq!(computed("a"), (0, 14));
-    assert_eq!(computed("b"), (0, 14));
-    assert_eq!(computed(""), (0, 14));
-    assert_eq!(computed("a"), (12, 2));
+    assert_eq!(computed(1, "a"), (0, 14));
+    assert_eq!(computed(1, "b"), (0, 14));
+    assert_eq!(computed(1, ""), (0, 14));
+    assert_eq!(computed(2, "a"), (0, 14));
+    assert_eq!(computed(1, "a"), (12, 2));
+}
+
+#[test]
+fn r41_a_flood_leaves_others_their_share_of_what_is_cached() {
+    let mut world = world(20);
+    let of = |tenant, family| Request {
+        cache_scope: CacheScope { tenant: Tenant([tenant; 32]), ..CacheScope::default() },
+        ..request(family, 14, 1)
+    };
+    let hot = submit(&mut world, of(1, 0));
+    world.run();
+    assert_eq!(world.cached_tokens(hot), 0);
+    // Of twenty blocks many times over.
+    for family in 1..60 {
+        submit(&mut world, of(2, family));
+        world.run();
+    }
+    let again = submit(&mut world, of(1, 0));
+    world.run();
+    assert_eq!(world.cached_tokens(again), 12);
+    // Of its own, the flood has lost the oldest.
+    let [first, last] = [1, 59].map(|family| {
+        let id = submit(&mut world, of(2, family));
+        world.run();
+        world.cached_tokens(id)
+    });
+    assert_eq!((first, last), (0, 12));
 }
 
 #[test]

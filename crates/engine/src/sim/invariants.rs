@@ -131,7 +131,7 @@ pub(crate) const ALL: &[Invariant] = &[
                 .journal
                 .values_mut()
                 .find(|record| record.end.as_ref().is_some_and(|(_, usage)| usage.cached_tokens > 0));
-            record.expect("a hit").request.cache_scope.0.push(b'!');
+            record.expect("a hit").request.cache_scope.salt.push(b'!');
         },
     },
     Invariant {

@@ -13,7 +13,7 @@ use super::toy::ToyGrammar;
 use super::world::{Record, World};
 use crate::{
     Adapter, CacheScope, DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, HiddenStates,
-    PromptScores, Request, RequestId, SpeculationConfig,
+    PromptScores, Request, RequestId, SpeculationConfig, Tenant,
 };
 
 const VOCAB_SIZE: u32 = 50;
@@ -99,7 +99,7 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
         stop_token_ids: if rng.random_bool(0.7) { vec![END] } else { vec![] },
         deadline: rng.random_bool(0.3).then(|| Duration::from_millis(rng.random_range(0..200))),
         adapter: [None, None, Some(1), Some(2)][rng.random_range(0..4)].map(adapter),
-        cache_scope: CacheScope(vec![rng.random_range(0..2)]),
+        cache_scope: CacheScope { tenant: Tenant([rng.random_range(0..2); 32]), salt: vec![rng.random_range(0..2)] },
         background: rng.random_bool(0.25),
         grammar: rng.random_bool(0.3).then(|| random_grammar(rng)),
         priority: [0, 0, 0, -1, 1][rng.random_range(0..5)],

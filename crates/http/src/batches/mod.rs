@@ -18,8 +18,8 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Counter;
-use crate::auth::Owner;
 use crate::error::ApiError;
+use crate::keys::Owner;
 use crate::store::Folder;
 
 pub(crate) use batch::{Batch, BatchObject, NewBatch};

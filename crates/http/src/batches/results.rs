@@ -10,10 +10,10 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::auth::Owner;
 use crate::batches::batch::{Batch, Counts};
 use crate::batches::input::IdDigest;
 use crate::files::{FileInfo, Files, Full, now};
+use crate::keys::Owner;
 use crate::store::new_id;
 
 /// A line's result.

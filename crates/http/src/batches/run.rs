@@ -16,7 +16,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use crate::auth::{OnBehalfOf, Owner};
+use crate::auth::OnBehalfOf;
 use crate::batches::batch::{BatchError, BatchObject, Counts, NewBatch, Status};
 use crate::batches::input::{Line, Lines, check};
 use crate::batches::results::{Outcome, Results};
@@ -24,6 +24,7 @@ use crate::batches::{Batches, Entry};
 use crate::error::ApiError;
 use crate::files::{Files, now};
 use crate::json;
+use crate::keys::Owner;
 use crate::routes::{Surface, router};
 use crate::service::Service;
 

@@ -17,8 +17,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use crate::auth::Owner;
 use crate::error::ApiError;
+use crate::keys::Owner;
 use crate::store::{Folder, StoreLimits};
 
 pub(crate) use download::Download;

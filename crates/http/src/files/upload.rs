@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use axum::extract::Request;
 
-use crate::auth::Owner;
 use crate::error::ApiError;
 use crate::extract;
 use crate::fields::integer;
 use crate::files::multipart::Multipart;
 use crate::files::{FileInfo, FileObject, Files, now};
+use crate::keys::Owner;
 use crate::service::Service;
 use crate::store;
 

@@ -58,7 +58,10 @@ pub(crate) struct Reasoning {
 pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<Choices, ApiError> {
     let spec = generation.engine.spec();
     let (mut sampling, stop_token_ids) = resolve(&job.params, &generation)?;
-    let cache_scope = cache_scope(&job.params);
+    let cache_scope = CacheScope {
+        tenant: service.tenant(&job.record),
+        salt: job.params.cache_salt.clone().unwrap_or_default().into(),
+    };
     bound_scores(&job.prompts, &job.params)?;
     let rooms = job.prompts.iter().map(|prompt| max_tokens(&job, prompt.len(), spec));
     let rooms = rooms.collect::<Result<Vec<_>, _>>()?;
@@ -107,7 +110,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
     let witness = shadow.and_then(|(shadow, encode)| {
         let request = shadow_request(&job.params, SamplingParams { choice: 0, ..sampling }, shadow.candidate())?;
         let deadline = service.config().queue_timeout;
-        Some(shadow.start(encode, Request { max_tokens: first_room, deadline, ..request }))
+        Some(shadow.start(encode, Request { max_tokens: first_room, deadline, cache_scope, ..request }))
     });
     let text = || {
         let splitter = job.reasoning.clone().map(|r| ReasoningSplitter::new(r.markers, r.starts_inside));
@@ -137,12 +140,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
 fn shadow_request(params: &Params, sampling: SamplingParams, candidate: &Generation) -> Option<Request> {
     let (own, stop_token_ids) = resolve(params, candidate).ok()?;
     let sampling = SamplingParams { suppressed_until_min: own.suppressed_until_min, ..sampling };
-    let cache_scope = cache_scope(params);
-    Some(Request { stop_token_ids, cache_scope, ..Request::new(Vec::new(), sampling, 1) })
-}
-
-fn cache_scope(params: &Params) -> CacheScope {
-    CacheScope(params.cache_salt.clone().unwrap_or_default().into_bytes())
+    Some(Request { stop_token_ids, ..Request::new(Vec::new(), sampling, 1) })
 }
 
 /// The request's values, else the checkpoint's, else OpenAI's; and the tokens that end an output.

@@ -36,6 +36,8 @@ pub(crate) struct HttpMetrics {
     pub requests: IntCounterVec,
     /// Whether a model is loaded and taking requests.
     pub ready: IntGauge,
+    /// Connections that were not served, by reason.
+    pub refused_connections: IntCounterVec,
 }
 
 /// A metric that is wrong in itself is a bug of ours, found by any test that makes a service.
@@ -53,11 +55,20 @@ impl HttpMetrics {
         let requests = Opts::new("baton_http_requests_total", "HTTP requests answered, by matched route and status.");
         let requests = IntCounterVec::new(requests, &["route", "status"]).expect(VALID);
         registry.register(Box::new(requests.clone())).expect(VALID);
+        let refused = Opts::new(
+            "baton_http_connections_refused_total",
+            "Connections closed at once beyond the limit, and times the system gave none.",
+        );
+        let refused_connections = IntCounterVec::new(refused, &["reason"]).expect(VALID);
+        registry.register(Box::new(refused_connections.clone())).expect(VALID);
+        for reason in ["limit", "system"] {
+            refused_connections.with_label_values(&[reason]).reset();
+        }
         let in_flight = gauge("baton_http_requests_in_flight", "Inference requests that are being answered.");
         let ready = gauge("baton_ready", "1 while a model is loaded and taking requests.");
         #[cfg(target_os = "linux")]
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self())).expect(VALID);
-        Self { registry, in_flight, requests, ready }
+        Self { registry, in_flight, requests, ready, refused_connections }
     }
 
     /// The exposition, with the metrics of all generations that requests can get, or of the encoder.

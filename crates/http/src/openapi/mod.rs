@@ -13,13 +13,14 @@ use std::sync::LazyLock;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::HeaderValue;
-use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use serde_json::{Map, Value, json};
 
 use crate::anthropic;
-use crate::auth::{self, Scope};
+use crate::auth;
 use crate::dialect::EXTENSIONS;
 use crate::json;
+use crate::keys::Scopes;
 use crate::openai::params::{NO_EFFECT, UNSUPPORTED};
 use crate::service::Service;
 
@@ -75,7 +76,6 @@ pub(crate) async fn page() -> Response {
     let headers = [
         (CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),
         (CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy)),
-        (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
     ];
     (headers, include_str!("docs.html")).into_response()
 }
@@ -161,16 +161,11 @@ fn is_method(name: &str) -> bool {
 /// The keys that an operation asks for, and its refusals.
 fn describe_access(path: &str, operation: &mut Value) {
     let operation = operation.as_object_mut().expect("an object");
-    let scope = auth::documented_scope(path);
-    let keys: &[&str] = match scope {
-        None => &[],
-        Some(Scope::Inference) => &["inference"],
-        Some(Scope::Admin) => &["admin"],
-        Some(Scope::Any) => &["inference", "admin"],
-    };
+    let scopes = auth::documented_scopes(path);
+    let keys = Scopes::NAMES.iter().filter(|(_, scope)| scopes.is_some_and(|scopes| scopes.has_any(*scope)));
     // On a loopback address metrics need no key.
     let none = (path == auth::METRICS).then(|| json!({}));
-    operation.insert("security".into(), keys.iter().map(|key| json!({*key: []})).chain(none).collect());
+    operation.insert("security".into(), keys.map(|(name, _)| json!({*name: []})).chain(none).collect());
     let more = operation.remove("x-refusals").unwrap_or_default();
     let more: Vec<_> = more.as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
     let has_body = operation.contains_key("requestBody");
@@ -178,7 +173,7 @@ fn describe_access(path: &str, operation: &mut Value) {
     for &(status, description) in REFUSALS {
         let common = match status {
             400 | 408 | 413 => has_body,
-            401 | 403 => scope.is_some(),
+            401 | 403 => scopes.is_some(),
             _ => status == 500,
         };
         if common || more.contains(&status.into()) {

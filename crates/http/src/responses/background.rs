@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 
 use serde_json::Value;
 
-use crate::auth::Owner;
 use crate::generate::Choices;
+use crate::keys::Owner;
 use crate::responses::reply::ResponseFormat;
 use crate::responses::store::{Record, Responses};
 

@@ -16,8 +16,8 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::Owner;
 use crate::error::ApiError;
+use crate::keys::Owner;
 use crate::responses::reply::failure;
 use crate::store::{Folder, is_id};
 

@@ -4,11 +4,11 @@ use axum::Json;
 use axum::extract::{Extension, Path, Request, State};
 use http::Uri;
 
-use crate::auth::Granted;
 use crate::batches::{self, BatchObject, NewBatch};
 use crate::error::ApiError;
 use crate::extract;
 use crate::fields::Fields;
+use crate::keys::Granted;
 use crate::openai::list::{Page, Paging};
 use crate::service::Service;
 

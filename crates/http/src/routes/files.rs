@@ -4,14 +4,14 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
 use axum::response::{IntoResponse, Response};
-use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
 use http::{HeaderValue, Uri};
 use serde_json::{Value, json};
 
-use crate::auth::Granted;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::files::{Download, FileObject, receive};
+use crate::keys::Granted;
 use crate::openai::list::{Page, Paging};
 use crate::service::Service;
 
@@ -80,7 +80,6 @@ pub(super) async fn content(
     let headers = [
         (CONTENT_TYPE, HeaderValue::from_static("application/octet-stream")),
         (CONTENT_DISPOSITION, HeaderValue::from_static("attachment")),
-        (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
     ];
     Ok((headers, Body::new(Download::new(file, bytes))).into_response())
 }

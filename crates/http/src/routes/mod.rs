@@ -28,7 +28,7 @@ use tower_http::compression::{CompressionLayer, CompressionLevel};
 
 use crate::error::ApiError;
 use crate::service::Service;
-use crate::{access, admission, anthropic, auth, cors, openapi};
+use crate::{access, admission, anthropic, auth, cors, headers, openapi};
 
 /// Which routes a listener shows. Probes, version and metrics are on every one; what is not shown does not exist there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +115,7 @@ pub fn router(service: Service, surface: Surface) -> Router {
 /// Shortest body worth compressing, in bytes.
 const MIN_COMPRESSED_BYTES: u64 = 1024;
 
-/// Adds what every route has: from the outside in, request id and log, compression, other origins, panics caught, keys.
+/// Adds what every route has: from the outside in, request id and log, headers, compression, other origins, panics caught, keys.
 fn wrap(routes: Router<Service>, service: Service) -> Router {
     routes
         .fallback(async || ApiError::route_not_found())
@@ -126,6 +126,7 @@ fn wrap(routes: Router<Service>, service: Service) -> Router {
         .layer(from_fn(anthropic::layer))
         .layer(from_fn_with_state(service.clone(), cors::layer))
         .layer(compression())
+        .layer(map_response(headers::layer))
         .layer(from_fn_with_state(service.clone(), access::layer))
         .with_state(service)
 }

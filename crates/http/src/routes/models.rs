@@ -8,11 +8,11 @@ use http::HeaderValue;
 use http::header::CONTENT_TYPE;
 
 use crate::adapters::ServedAdapter;
-use crate::auth::{Granted, Scope};
 use crate::encoder::Encoder;
 use crate::error::ApiError;
 use crate::generation::{Generation, ModelCard};
 use crate::handoff::Admission;
+use crate::keys::{Granted, Scopes};
 use crate::openai::models::{ModelList, ModelObject};
 use crate::routes::Surface;
 use crate::service::Service;
@@ -63,7 +63,7 @@ pub(super) async fn one(
             if !surface.admin() {
                 return Err(ApiError::route_not_found());
             }
-            granted.require(Scope::Admin)?;
+            granted.require(Scopes::ADMIN)?;
             if let Some(encoder) = service.encoder() {
                 return encoder_report(encoder, id, suffix);
             }
@@ -78,7 +78,7 @@ pub(super) async fn one(
     if !surface.inference() {
         return Err(ApiError::route_not_found());
     }
-    granted.require(Scope::Inference)?;
+    granted.require(Scopes::INFERENCE)?;
     if let Some(encoder) = service.encoder() {
         encoder.named(Some(&id))?;
         return Ok(Json(of_card(&encoder.card, encoder.spec.max_model_len, &id, None)).into_response());

@@ -10,12 +10,12 @@ use http::Uri;
 use serde_json::{Value, json};
 
 use crate::access::AccessRecord;
-use crate::auth::Granted;
 use crate::dialect::word;
 use crate::error::ApiError;
 use crate::extract;
 use crate::fields::Fields;
 use crate::generate::{StartedChat, start_chat, stream};
+use crate::keys::Granted;
 use crate::openai::list::{Page, Paging};
 use crate::openai::shared::Envelope;
 use crate::responses::{Keeping, Record, ResponseFormat, ResponseRequest, Responses, run_in_background, their_name};
@@ -36,7 +36,7 @@ pub(super) async fn create(
     let store = config.store.as_ref().map(Store::responses);
     let keeping = Keeping::read(&mut fields, store.is_some())?;
     let history = match (store, &keeping.previous) {
-        (Some(store), Some(previous)) => history(store, previous, granted, config.body_limit_bytes).await?,
+        (Some(store), Some(previous)) => history(store, previous, &granted, config.body_limit_bytes).await?,
         _ => Vec::new(),
     };
     let request = ResponseRequest::read(fields, &history, keeping.background, config, &mut body.values_left)?;
@@ -77,7 +77,7 @@ pub(super) async fn create(
 async fn history(
     store: &Arc<Responses>,
     previous: &str,
-    granted: Granted,
+    granted: &Granted,
     max_bytes: usize,
 ) -> Result<Vec<Value>, ApiError> {
     let record = store.get(previous, granted.owner()).await?.ok_or_else(ApiError::previous_not_found)?;
@@ -107,7 +107,7 @@ fn not_found() -> ApiError {
 }
 
 /// The responses of the service, and the one of a path.
-async fn find<'a>(service: &'a Service, granted: Granted, id: &str) -> Result<(&'a Arc<Responses>, Record), ApiError> {
+async fn find<'a>(service: &'a Service, granted: &Granted, id: &str) -> Result<(&'a Arc<Responses>, Record), ApiError> {
     let store = service.store()?.responses();
     let record = store.get(id, granted.owner()).await?;
     Ok((store, record.ok_or_else(not_found)?))
@@ -124,7 +124,7 @@ pub(super) async fn one(
         return Err(ApiError::unsupported("stream"));
     }
     refuse_rest(query)?;
-    let (_, record) = find(&service, granted, &id).await?;
+    let (_, record) = find(&service, &granted, &id).await?;
     Ok(Json(record.response))
 }
 
@@ -152,7 +152,7 @@ pub(super) async fn cancel(
     Extension(granted): Extension<Granted>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let (store, record) = find(&service, granted, &id).await?;
+    let (store, record) = find(&service, &granted, &id).await?;
     if record.response["background"] != true {
         let message = "only responses that were made with background: true can be cancelled";
         return Err(ApiError::invalid("response_id", message));
@@ -160,7 +160,7 @@ pub(super) async fn cancel(
     let Some(running) = store.running(&id) else { return Ok(Json(record.response)) };
     running.cancel.cancel();
     running.ended.cancelled().await;
-    let (_, record) = find(&service, granted, &id).await?;
+    let (_, record) = find(&service, &granted, &id).await?;
     Ok(Json(record.response))
 }
 
@@ -179,7 +179,7 @@ pub(super) async fn input_items(
     let paging = Paging::read(&mut query, PAGE, LONGEST_PAGE)?;
     let ascending = word(&mut query, "order", &["desc", "asc"])? == Some("asc");
     refuse_rest(query)?;
-    let (_, Record { history, input, .. }) = find(&service, granted, &id).await?;
+    let (_, Record { history, input, .. }) = find(&service, &granted, &id).await?;
     let mut items = [history, input].concat();
     if !ascending {
         items.reverse();

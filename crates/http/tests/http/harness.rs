@@ -290,7 +290,12 @@ impl Server {
 
     /// Shows routes on a listener of their own, and says where.
     pub async fn listen(&self, surface: Surface) -> SocketAddr {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.listen_on("127.0.0.1", surface).await
+    }
+
+    /// The same on an address of this machine.
+    pub async fn listen_on(&self, host: &str, surface: Surface) -> SocketAddr {
+        let listener = TcpListener::bind((host, 0)).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let drain_timeout = Setup::default().drain_timeout;
         tokio::spawn(baton_http::serve(listener, self.service.clone(), surface, self.shutdown.clone(), drain_timeout));

@@ -326,12 +326,34 @@ async fn r46_nothing_of_a_request_but_its_id_is_logged() {
         .finish();
     tracing::subscriber::set_global_default(subscriber).unwrap();
 
-    let server = Setup { reply: format!("Sure: {CANARY}"), ..Setup::default() }.start().await;
+    let mut setup = Setup { reply: format!("Sure: {CANARY}"), ..Setup::default() };
+    setup.config.admin_api_keys = vec![ApiKey::new("admin".into()).unwrap()];
+    let server = setup.start().await;
     let fields = ["model", "stop", "user", "cache_salt", "temperature", "reasoning_effort", CANARY];
     for field in fields {
         server.chat(json!({field: CANARY})).await;
         server.completion(json!({field: CANARY})).await;
     }
+    // Every field that is described, on every route, as a text and inside of what it should not have.
+    let description = server.get("/openapi.json").await.json();
+    let mut sent = 0;
+    for (path, item) in description["paths"].as_object().unwrap() {
+        let reference = &item["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"];
+        let Some(name) = reference.as_str().and_then(|reference| reference.rsplit('/').next()) else { continue };
+        let schema = &description["components"]["schemas"][name];
+        let example = schema["examples"][0].clone();
+        let fields = schema["properties"].as_object().into_iter().flatten();
+        for (field, _) in fields {
+            for value in [json!(CANARY), json!([CANARY]), json!({CANARY: CANARY})] {
+                let body = with(if example.is_object() { example.clone() } else { json!({}) }, json!({field: value}));
+                server
+                    .raw(&request("POST", path, "authorization: Bearer admin\r\n", body.to_string().as_bytes()))
+                    .await;
+                sent += 1;
+            }
+        }
+    }
+    assert!(sent > 300, "{sent}");
     let message = json!({"messages": [{"role": "user", "content": CANARY, "name": CANARY}]});
     assert!(server.chat(message.clone()).await.body.contains(CANARY), "the reply itself says it");
     assert_eq!(server.chat(with(message, json!({"stream": true, "logprobs": true}))).await.status, 200);

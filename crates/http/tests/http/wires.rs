@@ -307,6 +307,40 @@ async fn where_authorities_are_named_a_client_must_show_a_certificate_of_theirs(
     }
 }
 
+#[tokio::test]
+async fn a_certificate_is_replaced_while_connections_go_on() {
+    let (first, second) = (Authority::new(), Authority::new());
+    let mut setup = Setup { reply: "word ".repeat(150), ..Setup::default() };
+    (setup.config.tls, setup.config.http2) = (Some(first.tls(None)), true);
+    let tls = setup.config.tls.clone().unwrap();
+    let server = setup.start().await;
+    server.control.delay_steps(Duration::from_millis(5));
+    let mut client = http2(first.connect(&server, &["h2"], None).await.unwrap()).await;
+    let mut body = client.send_request(chat(json!({"stream": true}))).await.unwrap().into_body();
+    body.frame().await.unwrap().unwrap();
+    tls.replace(&second.tls(None));
+    for protocols in [&["h2"][..], &["http/1.1"]] {
+        assert!(first.connect(&server, protocols, None).await.is_err());
+        let stream = second.connect(&server, protocols, None).await.unwrap();
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(protocols[0].as_bytes()));
+    }
+    server.control.delay_steps(Duration::ZERO);
+    assert!(body.collect().await.unwrap().to_bytes().ends_with(b"data: [DONE]\n\n"));
+}
+
+#[tokio::test]
+async fn r23_who_does_not_shake_hands_is_not_waited_for() {
+    let mut setup = Setup::default();
+    (setup.config.tls, setup.config.http2) = (Some(Authority::new().tls(None)), true);
+    setup.config.connection_limits.head_timeout = Duration::from_millis(200);
+    let server = setup.start().await;
+    // Nothing, and the first bytes of a hello.
+    for begin in [&b""[..], &[22, 3, 1, 2, 0, 1, 0]] {
+        let reply = exchange(server.connect().await, begin).await;
+        assert!(reply.is_empty(), "{reply:?}");
+    }
+}
+
 #[test]
 fn what_is_no_certificate_or_another_ones_key_is_refused_by_what_it_is() {
     let authority = Authority::new();

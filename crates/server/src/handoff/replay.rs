@@ -122,9 +122,9 @@ fn run(
 /// One that no other replay of this process shares.
 fn scope() -> CacheScope {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let mut scope = b"replay\0".to_vec();
-    scope.extend(NEXT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
-    CacheScope(scope)
+    let mut salt = b"replay\0".to_vec();
+    salt.extend(NEXT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+    CacheScope { salt, ..CacheScope::default() }
 }
 
 fn collect(mut stream: OutputStream, task: &Task) -> Result<Replayed, ReplayError> {

@@ -172,6 +172,16 @@ pub enum HandoffPolicy {
     Off,
 }
 
+/// Who finds a cached prompt beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PrefixCacheScope {
+    /// Who sends the key that it was computed for.
+    Key,
+    /// Everybody.
+    Shared,
+}
+
 /// One vector of many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
