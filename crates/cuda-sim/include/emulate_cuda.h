@@ -67,6 +67,9 @@ template <typename T, typename F> inline T emulated_replace(T* at, F replace) {
 inline float atomicAdd(float* at, float value) { return emulated_replace(at, [=](float old) { return old + value; }); }
 inline int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+    return emulated_replace(at, [=](unsigned old) { return old >= last ? 0 : old + 1; });
+}
 inline int atomicMax(int* at, int value) { return emulated_replace(at, [=](int old) { return old > value ? old : value; }); }
 inline unsigned atomicMax(unsigned* at, unsigned value) { return emulated_replace(at, [=](unsigned old) { return old > value ? old : value; }); }
 inline int atomicExch(int* at, int value) { return __atomic_exchange_n(at, value, __ATOMIC_RELAXED); }
@@ -102,6 +105,9 @@ inline float __fmul_rn(float x, float y) {
     return product;
 }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(x) * y >> 64);
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostLinear, HostRope,
-    HostTensor, KvDtype, KvSpec, Op, Result, RopeLayout, Rows, WeightFormat, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, Drawer,
+    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, Op, Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
 };
 
 use crate::cache::KvCache;
@@ -178,6 +178,8 @@ fn caps(device: String, isa: String, chip: Chip, activations: DType, blocks: Vec
         narrow_activations,
         weight_formats,
         row_invariant: false,
+        // Sampled tokens are chosen on the host.
+        runs_ahead: false,
     }
 }
 
@@ -205,6 +207,8 @@ impl Backend for AscendBackend {
     type Rope = Rope;
     type KvCache = KvCache;
     type AttentionPlan = AttentionPlan;
+    /// On the host: the device finds the largest, every other draw is the host's.
+    type Chosen = Vec<Option<u32>>;
 
     fn caps(&self) -> &Caps {
         &self.caps
@@ -251,7 +255,8 @@ impl Backend for AscendBackend {
         Ok(AttentionPlan::new(&self.owner, batch, windows, &self.forms.parts()))
     }
 
-    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
+        let ids = &*ids.on_host();
         assert!(table.is_table, "rows are looked up in what was prepared as a table");
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
         below(ids, table.out_features);
@@ -442,12 +447,22 @@ impl Backend for AscendBackend {
         Ok(())
     }
 
-    fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        out.clear();
-        if x.rows() > 0 {
-            let x = x.view();
-            *out = self.owner.call("argmax", move |device| index::argmax(device, &x))?;
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+        assert_eq!(logits.rows(), draws.len(), "a draw for each row");
+        if draws.is_empty() {
+            return Ok(Vec::new());
         }
+        if draws.iter().all(Draw::takes_the_largest) {
+            let x = logits.view();
+            return self.owner.call("argmax", move |device| index::argmax(device, &x));
+        }
+        let mut values = Vec::new();
+        self.read(logits, &mut values)?;
+        Ok(Drawer::default().choose(&values, logits.cols(), draws))
+    }
+
+    fn read_chosen(&self, chosen: &Vec<Option<u32>>, out: &mut Vec<Option<u32>>) -> Result<()> {
+        out.clone_from(chosen);
         Ok(())
     }
 }

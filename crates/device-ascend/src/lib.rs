@@ -1,5 +1,6 @@
 //! The Huawei Ascend backend. CANN's libraries are opened at run time, so the same binary starts without them and says what
 //! is missing; one thread owns each device and makes all calls; an operation of the seam is queued and returns at once.
+//! Only what comes to the host is waited for, and so are tokens: greedy ones are found on the device, others drawn on the host.
 //!
 //! Nothing here was run on hardware: it was written against the published ABI and is tested through a simulator that
 //! exports the same functions (`crates/ascend-sim`). What the published documents leave open is marked UNCONFIRMED.

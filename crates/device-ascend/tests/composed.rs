@@ -5,8 +5,8 @@ mod common;
 
 use baton_device::conformance::uniform;
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, DType, DeviceError, HostLatent, HostLinear, HostTensor, KvDtype, KvSpec,
-    LatentOps, LayerKv, Purpose, Reference, Rows, SequenceSpan, WeightFormat,
+    AttentionBatch, AttentionParams, Backend, DType, DeviceError, Draw, HostLatent, HostLinear, HostTensor, KvDtype,
+    KvSpec, LatentOps, LayerKv, Purpose, Reference, Rows, SequenceSpan, WeightFormat,
 };
 use common::{A2, Simulator};
 
@@ -216,7 +216,7 @@ fn the_largest_column_of_a_row_is_chosen_on_the_device_unless_the_row_is_not_fin
         let x = tensor(b, &values, COLS);
         simulator.reset();
         let mut chosen = Vec::new();
-        b.argmax(&x, &mut chosen).unwrap();
+        b.read_chosen(&b.choose(&x, &[Draw::LARGEST; 5]).unwrap(), &mut chosen).unwrap();
         let expected: Vec<_> = largest.map(|column| Some(column as u32)).into_iter().chain([None, None]).collect();
         assert_eq!(chosen, expected, "{dtype}");
         let copies = simulator.report()["copies"]["device_to_host"].clone();
@@ -235,7 +235,7 @@ fn no_rows_are_no_work() {
     b.scale(&mut none, 2.0).unwrap();
     assert!(read(b, &none).is_empty());
     let mut chosen = vec![None];
-    b.argmax(&none, &mut chosen).unwrap();
+    b.read_chosen(&b.choose(&none, &[]).unwrap(), &mut chosen).unwrap();
     assert_eq!(chosen, []);
     simulator.expect_no_violation();
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use baton_device::conformance::uniform;
 use baton_device::{
     AttentionBatch, Backend, DType, DeviceError, HostLinear, HostTensor, KvDtype, KvSpec, Purpose, Result,
-    SequenceSpan, WeightFormat,
+    SequenceSpan, TokenIds, WeightFormat,
 };
 use baton_device_ascend::{AscendBackend, AscendOptions, Class, describe};
 use common::layer::{EPS, HIDDEN, KvCache, LLAMA_KV, Linear, Llama, Maker, Scratch, Tensor, Vector};
@@ -58,8 +58,8 @@ impl<'a> Decoder<'a> {
         let last: Vec<u32> = (0..sequences).map(|s| (s * len + len - 1) as u32).collect();
         let plan = backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let x = &mut self.scratch;
-        backend.embed(&ids, &self.embedding, &mut x.residual)?;
-        backend.embed(&ids, &self.embedding, &mut x.delta)?;
+        backend.embed(TokenIds::Known(&ids), &self.embedding, &mut x.residual)?;
+        backend.embed(TokenIds::Known(&ids), &self.embedding, &mut x.delta)?;
         for (number, layer) in self.layers.iter().enumerate() {
             layer.run(backend, x, &mut self.cache, number, &plan)?;
             if let Some(adapter) = adapter {

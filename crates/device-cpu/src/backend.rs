@@ -6,9 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, DeviceError,
-    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result,
-    RopeLayout, Rows, WeightFormat, World, first_largest,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, DeviceError, Draw,
+    Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result,
+    RopeLayout, Rows, TokenIds, WeightFormat, World,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -46,6 +46,7 @@ pub struct CpuBackend {
 struct Scratch {
     input: Buffers,
     moe: moe::Scratch,
+    drawer: Drawer,
 }
 
 impl CpuBackend {
@@ -91,6 +92,8 @@ impl CpuBackend {
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             narrow_activations: BlockFormat::ALL.map(Ggml).into_iter().chain(isa.has_pairs().then_some(BF16)).collect(),
             row_invariant: true,
+            // It is its own host.
+            runs_ahead: false,
         };
         Ok(Self { caps, isa, pool, scratch: Mutex::default(), communicator })
     }
@@ -160,6 +163,7 @@ impl Backend for CpuBackend {
     type Rope = Rope;
     type KvCache = KvCache;
     type AttentionPlan = AttentionPlan;
+    type Chosen = Vec<Option<u32>>;
 
     fn caps(&self) -> &Caps {
         &self.caps
@@ -193,7 +197,8 @@ impl Backend for CpuBackend {
         Ok(AttentionPlan::new(batch))
     }
 
-    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
+        let ids = ids.on_host();
         columns(out, table.weight.in_features);
         out.set_rows(ids.len());
         self.each_row(out, work::ADD, |row, out| table.weight.read_row(ids[row] as usize, out));
@@ -356,9 +361,12 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        out.clear();
-        out.extend(x.data().chunks_exact(x.cols()).map(first_largest));
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+        Ok(self.scratch().drawer.choose(logits.data(), logits.cols(), draws))
+    }
+
+    fn read_chosen(&self, chosen: &Vec<Option<u32>>, out: &mut Vec<Option<u32>>) -> Result<()> {
+        out.clone_from(chosen);
         Ok(())
     }
 }

@@ -6,7 +6,10 @@
 //! | `attend<.., Few<H>>` | 16 / H tokens of a sequence, H query heads of a key head | reading the cache, once for all of them |
 //! | `attend<.., Wide<H, K>>` | 64 tokens of a sequence, H query heads of a key head | tensor cores |
 //! | `attend_rows` | numbers of 32 bits and heads that are no multiple of 16 wide | arithmetic; for comparisons |
-//! | `merge` | contexts that were split | launching it |
+//! | `merge` | contexts of many tokens, or of latents, that were split | launching it |
+//!
+//! Where a context is split, the last block that ends joins the splits of a few tokens: launching another kernel would cost more. Those of
+//! many tokens are more than one block should read.
 //!
 //! Invariant: a row's scores are relative to the largest of those it saw, in f32; weights are rounded to the type of
 //! activations on their way into tensor cores, the result once.
@@ -15,12 +18,14 @@
 constexpr int THREADS = 128;
 
 /// How four warps share out a tile of queries times a tile of `KEYS` positions. A warp has a run of 16 rows for each of its
-/// `HEADS_APART`, and in it `HEADS_TOGETHER` for each token.
+/// `HEADS_APART`, and in it `HEADS_TOGETHER` for each token. Whether it JOINS splits itself.
 template <int H> struct Few {
     static constexpr int ROW_WARPS = 1, KEY_WARPS = 4, HEADS_APART = 1, HEADS_TOGETHER = H, KEYS = 64;
+    static constexpr bool JOINS = true;
 };
 template <int H, int K> struct Wide {
     static constexpr int ROW_WARPS = 4, KEY_WARPS = 1, HEADS_APART = H, HEADS_TOGETHER = 1, KEYS = K;
+    static constexpr bool JOINS = false;
 };
 
 /// Shared memory of `attend`: queries, then two stages of keys and values, or of their bytes and behind these their numbers.
@@ -33,6 +38,38 @@ template <typename T, typename KV, int D, typename S> struct Layout {
     static constexpr int PLANE = fetched<KV, S::KEYS, D, STRIDE>();
     static constexpr int STAGE = 2 * PLANE;
 };
+
+/// Whether this is the last of so many blocks to come here; it sees what the others stored before they came. The counter is then as it was
+/// before the first.
+__device__ inline bool is_last(unsigned* counter, int blocks) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicInc(counter, blocks - 1) == static_cast<unsigned>(blocks - 1);
+    __syncthreads();
+    if (last) __threadfence();
+    return last;
+}
+
+/// N columns from `column` on of what the splits of a row left, the first of which is `at`, joined in their order. All of it comes from the
+/// second cache, so that what counts is how many reads are under way.
+template <int N>
+__device__ inline Vec<float, N> join(const Partials& partials, size_t at, int splits, int width, int column) {
+    Softmax row;
+    Vec<float, N> sum{};
+#pragma unroll 16
+    for (int s = 0; s < splits; s++) {
+        const Vec<float, 2> weight = load<2>(partials.weights + (at + s) * 2);
+        const Vec<float, N> part = load<N>(partials.sums + (at + s) * width + column);
+        const float before = row.raise(weight[0]), factor = relative(weight[0], row.largest);
+        row.sum = fmaf(factor, weight[1], row.sum);
+#pragma unroll
+        for (int i = 0; i < N; i++) sum[i] = fmaf(factor, part[i], sum[i] * before);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) sum[i] /= row.sum;
+    return sum;
+}
 
 /// q and out `[rows, heads * D]`. Grid: (runs of query heads, splits, tiles of at most `tokens`, which may be fewer than S has room
 /// for).
@@ -67,6 +104,10 @@ __global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane 
     };
     auto is_row = [&](Row row) { return row.token < tile.tokens && row.head < heads; };
     auto index_of = [&](Row row) { return static_cast<size_t>(tile.row + row.token) * of.heads + head + row.head; };
+    // Where the row's first split goes.
+    auto split_of = [&](Row row) {
+        return (static_cast<size_t>(blockIdx.z * tokens + row.token) * of.heads + head + row.head) * gridDim.y;
+    };
 
     constexpr int PARTS = D / 8;
     for (int part = threadIdx.x; part < L::ROWS * PARTS; part += THREADS) {
@@ -241,10 +282,23 @@ __global__ void __launch_bounds__(THREADS) attend(const T* q, Plane keys, Plane 
             for (int j = 0; j < 8; j++) result[j] = from_float<T>(sum[j] / weight);
             store(out + index_of(row) * D + column, result);
         } else {
-            const int token = blockIdx.z * tokens + row.token;
-            const size_t at = (static_cast<size_t>(token) * of.heads + head + row.head) * gridDim.y + blockIdx.y;
+            const size_t at = split_of(row) + blockIdx.y;
             store(partials.sums + at * D + column, sum);
             if (column == 0) store(partials.weights + at * 2, Vec<float, 2>{{top, weight}});
+        }
+    }
+    if constexpr (S::JOINS) {
+        if (gridDim.y == 1 || !is_last(partials.counters + blockIdx.z * gridDim.x + blockIdx.x, gridDim.y)) return;
+        constexpr int N = 4;
+        for (int part = threadIdx.x; part < L::ROWS * D / N; part += THREADS) {
+            const Row row = row_of(part / (D / N));
+            if (!is_row(row)) continue;
+            const int column = part % (D / N) * N;
+            const Vec<float, N> sum = join<N>(partials, split_of(row), gridDim.y, D, column);
+            Vec<T, N> result;
+#pragma unroll
+            for (int j = 0; j < N; j++) result[j] = from_float<T>(sum[j]);
+            store(out + index_of(row) * D + column, result);
         }
     }
 }
@@ -331,7 +385,7 @@ __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q,
     for (int w = 0; w < WARPS; w++) top = fmaxf(top, largest[w]);
     for (int w = 0; w < WARPS; w++) weight += relative(largest[w], top) * weights[w];
     const size_t index = static_cast<size_t>(row) * of.heads + head;
-    const size_t at = (static_cast<size_t>(blockIdx.x) * of.heads + head) * gridDim.z + blockIdx.z;
+    const size_t first_split = (static_cast<size_t>(blockIdx.x) * of.heads + head) * gridDim.z, at = first_split + blockIdx.z;
     for (int d = threadIdx.x; d < values.width; d += THREADS) {
         float total = 0.0f;
         for (int w = 0; w < WARPS; w++) total += relative(largest[w], top) * joined[w][d];
@@ -341,47 +395,30 @@ __global__ void __launch_bounds__(THREADS) attend_rows(Heads q, Heads rotated_q,
             partials.sums[at * values.width + d] = total;
         }
     }
-    if (gridDim.z > 1 && threadIdx.x == 0) store(partials.weights + at * 2, Vec<float, 2>{{top, weight}});
+    if (gridDim.z == 1) return;
+    if (threadIdx.x == 0) store(partials.weights + at * 2, Vec<float, 2>{{top, weight}});
+    if (!is_last(partials.counters + blockIdx.x * gridDim.y + blockIdx.y, gridDim.z)) return;
+    for (int d = threadIdx.x; d < values.width; d += THREADS) {
+        out[index * values.width + d] = from_float<T>(join<1>(partials, first_split, gridDim.z, values.width, d)[0]);
+    }
 }
 
-/// Splits of a context at most.
-constexpr int MOST_SPLITS = 64;
-
 /// Joins the splits of what tiles of at most `tokens` left. out `[rows, heads * width]`; a thread takes N columns at a time, of
-/// which `width` is a multiple. All that is read comes from the second cache, so that what counts is how many reads wait for others:
-/// lanes read the splits' weights beside each other, and a thread those of the sums.
+/// which `width` is a multiple.
 ///
 /// Grid: (tiles times tokens, heads). Block: whole warps.
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS) merge(const Tile* tiles, int tokens, Partials partials, int splits, int width, T* out) {
-    __shared__ float factors[MOST_SPLITS];
     const Tile tile = tiles[blockIdx.x / tokens];
     const int token = blockIdx.x % tokens;
     if (token >= tile.tokens) return;
     const size_t index = static_cast<size_t>(tile.row + token) * gridDim.y + blockIdx.y;
-    const size_t from = (static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y) * splits;
-    const float* weights = partials.weights + from * 2;
-    float top = -infinity(), weight = 0.0f;
-    for (int s = lane_id(); s < splits; s += LANES) top = fmaxf(top, weights[s * 2]);
-    top = warp_max(top);
-    for (int s = lane_id(); s < splits; s += LANES) {
-        const float factor = relative(weights[s * 2], top);
-        weight += factor * weights[s * 2 + 1];
-        if (warp_id() == 0) factors[s] = factor;
-    }
-    weight = warp_sum(weight);
-    __syncthreads();
+    const size_t first_split = (static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y) * splits;
     for (int d = threadIdx.x * N; d < width; d += blockDim.x * N) {
-        float sums[N] = {};
-#pragma unroll 8
-        for (int s = 0; s < splits; s++) {
-            const Vec<float, N> part = load<N>(partials.sums + (from + s) * width + d);
-#pragma unroll
-            for (int i = 0; i < N; i++) sums[i] = fmaf(factors[s], part[i], sums[i]);
-        }
+        const Vec<float, N> sum = join<N>(partials, first_split, splits, width, d);
         Vec<T, N> result;
 #pragma unroll
-        for (int i = 0; i < N; i++) result[i] = from_float<T>(sums[i] / weight);
+        for (int i = 0; i < N; i++) result[i] = from_float<T>(sum[i]);
         store(out + index * width + d, result);
     }
 }

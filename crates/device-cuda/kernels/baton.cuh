@@ -86,6 +86,12 @@ template <> __device__ __forceinline__ f16 from_float<f16>(float x) {
 }
 #endif
 
+/// Orders floats as their bits do, every NaN included.
+__device__ __forceinline__ unsigned ordered(float x) {
+    const unsigned bits = __float_as_uint(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
 /// Two numbers rounded to T, the first in the low half: half a register pair of a fragment of `mma_16816`.
 template <typename T> __device__ unsigned pack(float low, float high);
 

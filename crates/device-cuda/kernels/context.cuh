@@ -41,11 +41,13 @@ struct Scores {
     int window;
 };
 
-/// What splits of a context leave for `merge`: by token of a tile, head and split the sums of weighted values and, in twos,
-/// the largest score and the sum of weights. Not used where there is one split.
+/// What splits of a context leave: by token of a tile, head and split the sums of weighted values and, in twos, the largest
+/// score and the sum of weights. Not used where there is one split. For each block, were there one split, how many have
+/// ended; zero between launches.
 struct Partials {
     float* sums;
     float* weights;
+    unsigned* counters;
 };
 
 /// Heads of rows in another activation: how many elements rows and heads are apart.

@@ -12,6 +12,7 @@
 //
 // Left out, as all kernels here are for compute capability 8.0 and up: wgmma and bulk copies of 9.0, and launches that begin while the one
 // before ends, which would hide a decode step's gaps between kernels.
+#include "activation.cuh"
 #include "baton.cuh"
 #include "blocks.cuh"
 
@@ -21,6 +22,8 @@ struct Weight {
     const float* bias;
     void* out;
     int out_features;
+    /// Of a gate.
+    int activation;
 };
 
 /// Weights that share an input; those that are not there have no features.
@@ -135,6 +138,8 @@ template <int N> __device__ __forceinline__ bool add_warps(float (&sums)[N], int
 template <int TILES> constexpr int WARPS = TILES <= 2 ? 8 : 4;
 /// Whether they have features of their own, and all columns, rather than columns of their own.
 template <int TILES> constexpr bool APART = TILES > 2;
+/// Blocks of `product` on an SM: as many as leave registers for what a lane loads at once.
+template <int TILES, bool GATED> constexpr int BLOCKS = TILES == 1 && !GATED ? 3 : 2;
 
 /// `out = x · Wᵀ + bias` on tensor cores: x `[rows, k]` in M, in f32 sums, out in Y. k is a multiple of 8.
 ///
@@ -150,21 +155,28 @@ template <int TILES> constexpr bool APART = TILES > 2;
 /// tensor core's product, whose registers are written where they are needed, and rows its 8, which are read as they are needed; and loads
 /// have no conditions: rows beyond the last are the last one again, since rows do not mix and nobody stores those.
 ///
+/// GATED (the group is a gate and what it lets through, of equal shape; not APART): a block's two panels are the same 16 features of
+/// both, and `out = activation(gate) * up` goes to the first one's out.
+///
 /// Grid: features of all weights, tiles of rows, parts of k (if they are more than one, out is f32 `[parts, rows, out_features]`, without
 /// bias). Block: 32 lanes of 1, 2, 4 or 8 (WARPS) warps; of WARPS if they are APART, and else k has one part.
-template <typename F, typename M, typename Y, int TILES, int PANELS>
-__global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) product(Group group, const M* x, int rows, int k) {
-    constexpr int FEATURES = 16 * PANELS, SUMS = PANELS * TILES * 4, DEPTH = APART<TILES> ? 1 : F::DEPTH;
-    int block;
-    const Weight weight = weight_of_block(group, FEATURES * (APART<TILES> ? WARPS<TILES> : 1), block);
+template <typename F, typename M, typename Y, int TILES, int PANELS, bool GATED = false>
+__global__ void __launch_bounds__(LANES * WARPS<TILES>, (BLOCKS<TILES, GATED>))
+    product(Group group, const M* x, int rows, int k) {
+    static_assert(!GATED || (PANELS == 2 && !APART<TILES>), "a panel of each");
+    constexpr int FEATURES = GATED ? 16 : 16 * PANELS, SUMS = PANELS * TILES * 4;
+    // What a lane loads at once is of both weights where they are gated.
+    constexpr int DEPTH = APART<TILES> ? 1 : GATED ? (F::DEPTH + 1) / 2 : F::DEPTH;
+    int block = blockIdx.x;
+    const Weight weight = GATED ? group.weight[0] : weight_of_block(group, FEATURES * (APART<TILES> ? WARPS<TILES> : 1), block);
     const int lane = lane_id(), g = lane / 4, t = lane % 4, warp = warp_id(), warps = blockDim.x / LANES;
     const int first = (APART<TILES> ? block * WARPS<TILES> + warp : block) * FEATURES, first_row = blockIdx.y * (8 * TILES);
     if (APART<TILES> && first >= weight.out_features) return;
     const unsigned char* feature[PANELS][2];
 #pragma unroll
     for (int i = 0; i < PANELS * 2; i++) {
-        int row = min(first + 8 * i + g, weight.out_features - 1);
-        feature[i / 2][i % 2] = weight.rows + row * F::row_bytes(k);
+        int row = min(first + 8 * (GATED ? i % 2 : i) + g, weight.out_features - 1);
+        feature[i / 2][i % 2] = (GATED ? group.weight[i / 2].rows : weight.rows) + row * F::row_bytes(k);
     }
     x += static_cast<long long>(first_row) * k;
     int from[TILES];
@@ -224,12 +236,16 @@ __global__ void __launch_bounds__(LANES * WARPS<TILES>, TILES == 1 ? 3 : 2) prod
     }
     const bool is_part = gridDim.z > 1;
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) {
+    for (int i = 0; i < (GATED ? SUMS / 2 : SUMS); i++) {
         int row = first_row + i / 4 % TILES * 8 + 2 * t + i % 2;
         int at = first + i / (4 * TILES) * 16 + i % 4 / 2 * 8 + g;
         if (row >= rows || at >= weight.out_features) continue;
         long long place = static_cast<long long>(row) * weight.out_features + at;
-        if (is_part) {
+        if constexpr (GATED) {
+            const float* of_up = group.weight[1].bias;
+            float gate = sums[i] + (weight.bias ? weight.bias[at] : 0), up = sums[SUMS / 2 + i] + (of_up ? of_up[at] : 0);
+            static_cast<Y*>(weight.out)[place] = from_float<Y>(activated(weight.activation, gate) * up);
+        } else if (is_part) {
             static_cast<float*>(weight.out)[static_cast<long long>(blockIdx.z) * rows * weight.out_features + place] = sums[i];
         } else {
             static_cast<Y*>(weight.out)[place] = from_float<Y>(sums[i] + (weight.bias ? weight.bias[at] : 0));
@@ -304,14 +320,23 @@ template <typename F, typename X> __global__ void __launch_bounds__(128) product
     static_cast<float*>(weight.out)[at] = total;
 }
 
-/// `out[i] = row ids[i]` of a weight `[_, k]`, or `row first + i` without ids; rounded to Y.
+/// Marks an id that is the number of a token chosen on the device.
+constexpr unsigned CHOSEN = 1u << 31;
+
+/// `out[i] = row ids[i]` of a weight `[_, k]`, or `row first + i` without ids; rounded to Y. An id may be a token that a step before chose;
+/// where there is none, any row will do.
 ///
 /// Grid: rows of out, parts of a row. Block: threads take 32 columns each.
 template <typename F, typename Y>
-__global__ void __launch_bounds__(128) unpack(const unsigned char* weight, const unsigned* ids, int first, int k, Y* out) {
+__global__ void __launch_bounds__(128) 
+    unpack(const unsigned char* weight, const unsigned* ids, const int* chosen, int first, int k, Y* out) {
     int unit = blockIdx.y * blockDim.x + threadIdx.x, span = unit / 4, t = unit % 4;
     if (span >= spans(k)) return;
-    long long id = ids ? static_cast<long long>(ids[blockIdx.x]) : first + static_cast<long long>(blockIdx.x);
+    long long id = first + static_cast<long long>(blockIdx.x);
+    if (ids) {
+        id = ids[blockIdx.x];
+        if (id & CHOSEN) id = max(chosen[id & ~CHOSEN], 0);
+    }
     const unsigned char* row = weight + id * F::row_bytes(k);
     out += static_cast<long long>(blockIdx.x) * k;
     typename F::Codes codes;

@@ -34,12 +34,6 @@ struct Routing {
 
 // ---------------------------------------------------------------------------------------------------------------- choosing
 
-/// Orders floats as their bits do, every NaN included: the judge's order.
-__device__ __forceinline__ unsigned ordered(float x) {
-    const unsigned bits = __float_as_uint(x);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 /// Of equal numbers the one with the lower index is larger. Never 0.
 __device__ __forceinline__ unsigned long long ranked(float x, int index) {
     return static_cast<unsigned long long>(ordered(x)) << 32 | ~static_cast<unsigned>(index);

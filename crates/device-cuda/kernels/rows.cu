@@ -1,8 +1,9 @@
-// Operations on rows and elements: norms, sums, activations, rotation, gathering, the greedy choice.
+// Operations on rows and elements: norms, sums, activations, gathering.
 //
 // All are expected to be bound (not measured) by bandwidth where rows are many and by the time of a launch where they are few: reads and writes are of 8 elements at
 // once wherever addresses allow, arithmetic is f32, and what is stored is rounded once.
 // Types: X of what is read, Y of what is written. Tensors are row-major; element counts may be odd.
+#include "activation.cuh"
 #include "baton.cuh"
 
 constexpr int STEP = 8;
@@ -75,27 +76,17 @@ template <typename X, typename Y> __global__ void __launch_bounds__(256) add(con
         [&](long long i) { y[i] = from_float<Y>(to_float(y[i]) + to_float(x[i])); });
 }
 
-/// `baton_device::Activation`.
-struct Silu {
-    static __device__ __forceinline__ float of(float x) { return silu(x); }
-};
-struct GeluTanh {
-    static __device__ __forceinline__ float of(float x) {
-        return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-    }
-};
-
 /// `out = activation(gate) * up`.
-template <typename A, typename G, typename U, typename Y>
-__global__ void __launch_bounds__(256) gated_activation(const G* gate, const U* up, Y* out, long long count) {
+template <typename G, typename U, typename Y>
+__global__ void __launch_bounds__(256) gated_activation(int activation, const G* gate, const U* up, Y* out, long long count) {
     each_element(
         count,
         [&](long long i) {
             Vec<G, STEP> a = load<STEP>(gate + i);
             Vec<U, STEP> b = load<STEP>(up + i);
-            store(out + i, over_step<Y>([&](int j) { return A::of(to_float(a[j])) * to_float(b[j]); }));
+            store(out + i, over_step<Y>([&](int j) { return activated(activation, to_float(a[j])) * to_float(b[j]); }));
         },
-        [&](long long i) { out[i] = from_float<Y>(A::of(to_float(gate[i])) * to_float(up[i])); });
+        [&](long long i) { out[i] = from_float<Y>(activated(activation, to_float(gate[i])) * to_float(up[i])); });
 }
 
 /// Of one run `[width]`: `sum` of f(i) over its elements, by the warp or the block that has it.
@@ -215,68 +206,4 @@ template <typename X, typename Y> __global__ void __launch_bounds__(256) add_row
     } else {
         for (int i = start; i < min(start + STEP, cols); i++) out[i] = from_float<Y>(to_float(out[i]) + to_float(x[i]));
     }
-}
-
-/// `baton_device::RopeLayout`, with pairs = dim / 2.
-struct RopeLayout {
-    int heads, head_dim, offset, pairs, interleaved;
-};
-
-/// Rotates pairs of columns of x `[rows, heads * head_dim]`: pair i of `table[positions[row]]`, `[pairs]` of cosine and sine.
-///
-/// Grid: rows, parts of a row's pairs. Block: threads take a pair each: neighbouring lanes have neighbouring pairs.
-template <typename X>
-__global__ void __launch_bounds__(256) rope(X* x, const float2* table, const unsigned* positions, RopeLayout layout) {
-    int index = blockIdx.y * blockDim.x + threadIdx.x, head = index / layout.pairs, pair = index % layout.pairs;
-    if (head >= layout.heads) return;
-    float2 angle = table[static_cast<long long>(positions[blockIdx.x]) * layout.pairs + pair];
-    x += (static_cast<long long>(blockIdx.x) * layout.heads + head) * layout.head_dim + layout.offset;
-    X& first = x[layout.interleaved ? 2 * pair : pair];
-    X& second = x[layout.interleaved ? 2 * pair + 1 : pair + layout.pairs];
-    float a = to_float(first), b = to_float(second);
-    first = from_float<X>(a * angle.x - b * angle.y);
-    second = from_float<X>(b * angle.x + a * angle.y);
-}
-
-/// The column of the largest number of each row, the first of equals; -1 for a row that is not finite throughout.
-///
-/// Grid: rows. Block: any number of warps.
-template <typename X> __global__ void __launch_bounds__(1024) argmax(const X* x, int* out, int cols) {
-    __shared__ int left;
-    x += static_cast<long long>(blockIdx.x) * cols;
-    float largest = -infinity();
-    int at = cols;
-    bool finite = true;
-    auto meet = [&](float value, int i) {
-        finite = finite && fabsf(value) < infinity();
-        bool larger = value > largest;
-        largest = larger ? value : largest;
-        at = larger ? i : at;
-    };
-    // In ascending order, so that a thread keeps the first of its equals.
-    if (in_steps(cols)) {
-        // A row has one block: READS at a time without conditions make up for it. Beyond the end they are of the last step.
-        constexpr int READS = 4;
-        const int stride = blockDim.x * STEP;
-        for (int i = threadIdx.x * STEP; i < cols; i += READS * stride) {
-            Vec<X, STEP> a[READS];
-#pragma unroll
-            for (int r = 0; r < READS; r++) a[r] = load<STEP>(x + min(i + r * stride, cols - STEP));
-#pragma unroll
-            for (int r = 0; r < READS; r++) {
-                if (i + r * stride >= cols) break;
-#pragma unroll
-                for (int j = 0; j < STEP; j++) meet(to_float(a[r][j]), i + r * stride + j);
-            }
-        }
-    } else {
-        for (int i = threadIdx.x; i < cols; i += blockDim.x) meet(to_float(x[i]), i);
-    }
-    if (threadIdx.x == 0) left = 0;
-    float most = block_max(largest);
-    bool sound = block_max(finite ? 0 : 1) == 0;
-    // The first has most columns from it on.
-    if (largest == most) atomicMax(&left, cols - at);
-    __syncthreads();
-    if (threadIdx.x == 0) out[blockIdx.x] = sound ? cols - left : -1;
 }

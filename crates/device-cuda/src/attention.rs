@@ -5,16 +5,17 @@
 //! take their query heads of a key head together, 16 rows in all, so a context is read once for all of them; many are taken
 //! 64 at a time. Everything else is done number by number.
 //!
-//! Levers that are not pulled: warp-group products and bulk copies of compute capability 9.0, and the merge of splits
-//! within the last block that ends.
+//! Levers that are not pulled: warp-group products and bulk copies of compute capability 9.0.
 
 use std::sync::Arc;
 
-use baton_device::{AttentionParams, LayerKv, Result, Rows};
+use baton_device::{AttentionParams, LayerKv, Result, Rotary, Rows};
 use cudarc::driver::sys::CUdevice_attribute;
 
+use crate::backend::CudaBackend;
 use crate::cache::{KvCache, Layer, Plane, expect};
 use crate::gpu::{Arg, Gpu, Launch};
+use crate::heads::Part;
 use crate::latent::Absorbed;
 use crate::memory::Buffer;
 use crate::plan::{AttentionPlan, Pod, Tiles};
@@ -71,10 +72,9 @@ pub(crate) fn shared_memory(gpu: &Gpu) -> Result<usize> {
     Ok(gpu.context().attribute(attribute)?.max(0) as usize)
 }
 
-/// Attention number by number, and the merge of splits.
+/// Attention number by number.
 pub(crate) struct RowWise {
     attend: Kernel,
-    pub(crate) merge: Kernel,
     /// Of a key, in bytes as floats.
     shared: u32,
 }
@@ -84,17 +84,13 @@ impl RowWise {
     pub(crate) fn new(gpu: &Gpu, kept: &Kept, key: usize, value: usize) -> Result<Self> {
         let t = kept.activations.name();
         let attend = format!("attend_rows<{t}, {}, {}>", kept.element, value.div_ceil(32));
-        Ok(Self {
-            attend: gpu.kernel(Source::Attention, attend)?,
-            merge: gpu.kernel(Source::Attention, format!("merge<{t}, {}>", merged(value)))?,
-            shared: (key * size_of::<f32>()) as u32,
-        })
+        Ok(Self { attend: gpu.kernel(Source::Attention, attend)?, shared: (key * size_of::<f32>()) as u32 })
     }
 
     /// Attends: `inputs` are two `Heads` and three `Plane` as the kernel has them.
     pub(crate) fn attend(&self, pass: &Pass<'_>, inputs: [Arg; 5], scores: &Arg) -> Result<()> {
         let grid = [(pass.tiles.count() * pass.tiles.tokens) as u32, pass.heads as u32];
-        pass.split(grid[0] * grid[1], |splits, partials| {
+        pass.split(grid[0] * grid[1], None, |splits, partials| {
             let launch = Launch { grid: [grid[0], grid[1], splits], block: [128, 1, 1], shared: self.shared };
             let rest = [Arg::Ptr(pass.tiles.address), Arg::I32(pass.tiles.tokens as i32), scores.clone(), partials];
             let args: Vec<Arg> =
@@ -104,10 +100,22 @@ impl RowWise {
     }
 }
 
+/// The kernel that joins splits of values so wide, where the last block that attends does not.
+pub(crate) fn merge(gpu: &Gpu, activations: DataType, width: usize) -> Result<Kernel> {
+    gpu.kernel(Source::Attention, format!("merge<{}, {}>", activations.name(), merged(width)))
+}
+
+/// The most blocks that attend to parts of a context, were they not split: each has a counter.
+pub(crate) fn counters(gpu: &Gpu) -> usize {
+    let most = FEW_REASONS.iter().chain(&WIDE_REASONS).map(|reason| reason.blocks).max().unwrap_or(0);
+    most * gpu.multiprocessors()
+}
+
 /// One list of tiles on its way through attention.
 pub(crate) struct Pass<'a> {
     pub(crate) gpu: &'a Arc<Gpu>,
-    pub(crate) merge: &'a Kernel,
+    /// Zeros, as many as [`counters`] says.
+    pub(crate) counters: &'a Buffer,
     /// Block numbers of the step.
     pub(crate) blocks: u64,
     pub(crate) tiles: &'a Tiles,
@@ -124,21 +132,23 @@ pub(crate) struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Runs `attend` with a number of splits and a place for what they leave, and joins them. Without splits it needs
-    /// `blocks` blocks.
-    fn split(&self, blocks: u32, attend: impl FnOnce(u32, Arg) -> Result<()>) -> Result<()> {
+    /// Runs `attend` with a number of splits and a place for what they leave; `merge` joins them, if `attend` does not. Without
+    /// splits it needs `blocks` blocks.
+    fn split(&self, blocks: u32, merge: Option<&Kernel>, attend: impl FnOnce(u32, Arg) -> Result<()>) -> Result<()> {
         let reasons = if self.tiles.is_wide() { &WIDE_REASONS } else { self.reasons };
         let visible = self.window.and_then(usize::checked_next_power_of_two).unwrap_or(usize::MAX);
         let longest = visible.min(self.tiles.longest());
         let splits = splits(reasons, blocks as usize, longest, self.gpu.multiprocessors());
         if splits == 1 {
-            return attend(1, partials(0, 0));
+            return attend(1, partials([0; 3]));
         }
         let (tiles, count) = (self.tiles, self.tiles.count() * self.tiles.tokens * self.heads * splits);
         let sums = self.gpu.scratch(count * self.width * size_of::<f32>())?;
         let weights = self.gpu.scratch(count * size_of::<[f32; 2]>())?;
-        let partials = partials(sums.address(), weights.address());
+        assert!(blocks as usize * size_of::<u32>() <= self.counters.bytes(), "{blocks} blocks attend to parts");
+        let partials = partials([&sums, &weights, self.counters].map(Buffer::address));
         attend(splits as u32, partials.clone())?;
+        let Some(merge) = merge else { return Ok(()) };
         let grid = [(tiles.count() * tiles.tokens) as u32, self.heads as u32, 1];
         let block = [(self.width / merged(self.width)).next_multiple_of(32).min(128) as u32, 1, 1];
         let (tokens, splits, width) = (tiles.tokens as i32, splits as i32, self.width as i32);
@@ -150,20 +160,20 @@ impl Pass<'_> {
             Arg::I32(width),
             Arg::Ptr(self.out),
         ];
-        self.gpu.launch(self.merge, Launch { grid, block, shared: 0 }, &args)
+        self.gpu.launch(merge, Launch { grid, block, shared: 0 }, &args)
     }
 
     /// Attends on tensor cores with `blocks` blocks to a tile: `inputs` are what the kernel takes before the step. What splits
     /// leave lies as the list's tiles do, whatever the kernel has room for.
     pub(crate) fn tiled(
         &self,
-        kernel: &Kernel,
+        (kernel, merge): (&Kernel, Option<&Kernel>),
         (blocks, threads, shared): (usize, u32, u32),
         inputs: impl IntoIterator<Item = Arg>,
         scores: &Arg,
     ) -> Result<()> {
         let (blocks, tiles) = (blocks as u32, self.tiles.count() as u32);
-        self.split(blocks * tiles, |splits, partials| {
+        self.split(blocks * tiles, merge, |splits, partials| {
             let launch = Launch { grid: [blocks, splits, tiles], block: [threads, 1, 1], shared };
             let tokens = Arg::I32(self.tiles.tokens as i32);
             let step = [Arg::Ptr(self.blocks), Arg::Ptr(self.tiles.address), tokens, scores.clone()];
@@ -179,8 +189,8 @@ fn merged(width: usize) -> usize {
 }
 
 /// `Partials` of kernels.
-fn partials(sums: u64, weights: u64) -> Arg {
-    Pod::default().ptr(sums).ptr(weights).arg()
+fn partials([sums, weights, counters]: [u64; 3]) -> Arg {
+    Pod::default().ptr(sums).ptr(weights).ptr(counters).arg()
 }
 
 /// How many splits: a power of two, so that few lengths of a context change it.
@@ -224,6 +234,8 @@ pub(crate) struct Full {
 /// A kernel on tensor cores.
 struct Tiled {
     kernel: Kernel,
+    /// What joins its splits, if it does not.
+    merge: Option<Kernel>,
     shared: u32,
     /// Query heads of a block.
     heads: usize,
@@ -253,6 +265,11 @@ const WIDE: [Shape; 3] = [
 ];
 
 impl Shape {
+    /// Whether the last block that ends joins splits, as the kernel has it.
+    fn joins(self) -> bool {
+        self.key_warps > 1
+    }
+
     /// Dynamic shared memory of the kernel; it has little else.
     fn shared(self, head_dim: usize, bytes: bool) -> usize {
         let Shape { rows, key_warps, keys, .. } = self;
@@ -276,7 +293,8 @@ impl Full {
         let tiled = |shape: Shape| {
             let name = format!("attend<{}, {element}, {head_dim}, {}>", activations.name(), shape.name);
             let shared = shape.shared(head_dim, bytes) as u32;
-            Ok(Tiled { kernel: gpu.kernel(Source::Attention, name)?, shared, heads: shape.heads })
+            let merge = if shape.joins() { None } else { Some(merge(gpu, activations, head_dim)?) };
+            Ok(Tiled { kernel: gpu.kernel(Source::Attention, name)?, merge, shared, heads: shape.heads })
         };
         let first = |shapes: &[Shape], heads: usize| {
             let fit = |shape: &&Shape| shape.heads == heads && shape.fits(head_dim, bytes, room);
@@ -317,6 +335,7 @@ impl AttentionKernels {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        rotary: Option<&Rotary<'_, CudaBackend>>,
         cache: &mut KvCache,
         layer: usize,
         plan: &AttentionPlan,
@@ -336,14 +355,18 @@ impl AttentionKernels {
         let gpu = &self.gpu;
         let [q, k, v] = [q, k, v].map(|x| in_type(gpu, x, self.activations));
         let (q, k, v) = (q?, k?, v?);
-        cache.write(gpu, layer, plan, [k.0, v.0])?;
+        let of_keys = Part::new(k.0, kv_heads, head_dim).normed(rotary, 1).rotated(rotary, 1).kept(keys);
+        let of_values = Part::new(v.0, kv_heads, head_dim).kept(values);
+        let of_queries = Part::new(q.0, query_heads, head_dim).normed(rotary, 0).rotated(rotary, 0);
+        let parts = [of_keys, of_values, of_queries];
+        // Queries are what they are to be where nothing is done to heads.
+        cache.enter(gpu, if rotary.is_some() { &parts } else { &parts[..2] }, plan)?;
         let (scores, group) = (scores(params), query_heads / kv_heads);
         for tiles in plan.tiles(16 / few_heads(group)) {
-            let (merge, blocks) = (&full.rows.merge, plan.blocks());
             let pass = Pass {
                 gpu,
-                merge,
-                blocks,
+                counters: cache.counters(),
+                blocks: plan.blocks(),
                 tiles,
                 heads: query_heads,
                 width: head_dim,
@@ -352,10 +375,10 @@ impl AttentionKernels {
                 out,
             };
             match full.kernel(tiles, group) {
-                Some(Tiled { kernel, shared, heads }) => {
+                Some(Tiled { kernel, merge, shared, heads }) => {
                     let blocks = kv_heads * group.div_ceil(*heads);
                     let inputs = [Arg::Ptr(q.0), keys.arg(), values.arg()];
-                    pass.tiled(kernel, (blocks, 128, *shared), inputs, &scores)?;
+                    pass.tiled((kernel, merge.as_ref()), (blocks, 128, *shared), inputs, &scores)?;
                 }
                 None => {
                     let q = heads(q.0, query_heads * head_dim, head_dim);

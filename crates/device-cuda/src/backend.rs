@@ -5,14 +5,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rows,
-    World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, HostExperts,
+    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rotary,
+    Rows, TokenIds, World,
 };
 
 use crate::attention::AttentionKernels;
 use crate::cache::{self, KvCache};
+use crate::choose::{Chooser, Chosen};
 use crate::gpu::{Gpu, GpuOptions};
+use crate::heads::{self, Rope};
 use crate::latent::{Latent, LatentKernels};
 use crate::libraries;
 use crate::limits;
@@ -21,7 +23,7 @@ use crate::moe::{Experts, MoeKernels};
 use crate::plan::{AttentionPlan, Planner};
 use crate::program::Source;
 use crate::ranks::{self, Place};
-use crate::rows::{Rope, RowKernels};
+use crate::rows::RowKernels;
 use crate::statistics::Statistics;
 use crate::tensor::{DataType, Tensor, Vector};
 
@@ -52,6 +54,7 @@ pub struct CudaBackend {
     caps: Caps,
     activations: DataType,
     rows: RowKernels,
+    chooser: Chooser,
     linear: LinearKernels,
     attention: AttentionKernels,
     latent: LatentKernels,
@@ -87,11 +90,13 @@ impl CudaBackend {
             ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
             narrow_activations: linear::narrow(dtype),
             row_invariant: false,
+            runs_ahead: true,
         };
         Ok(Self {
             caps,
             activations: dtype,
             rows: RowKernels::new(&gpu, dtype)?,
+            chooser: Chooser::new(&gpu, dtype)?,
             linear: LinearKernels::new(&gpu, dtype)?,
             attention: AttentionKernels::new(&gpu, dtype)?,
             latent: LatentKernels::new(&gpu, dtype)?,
@@ -144,6 +149,7 @@ impl Backend for CudaBackend {
     type Rope = Rope;
     type KvCache = KvCache;
     type AttentionPlan = AttentionPlan;
+    type Chosen = Chosen;
 
     fn caps(&self) -> &Caps {
         &self.caps
@@ -184,8 +190,8 @@ impl Backend for CudaBackend {
         self.planner.plan(batch)
     }
 
-    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
-        self.linear.embed(ids, table, out)
+    fn embed(&self, ids: TokenIds<'_, Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
+        self.linear.embed(&self.chooser.ids(ids), self.chooser.tokens()?, table, out)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
@@ -228,11 +234,25 @@ impl Backend for CudaBackend {
     }
 
     fn rope(&self, x: &mut Tensor, layout: RopeLayout, table: &Rope, plan: &AttentionPlan) -> Result<()> {
-        self.rows.rope(x, layout, table, plan)
+        heads::rotate(&self.gpu, x, layout, table, plan)
     }
 
     fn gated_activation(&self, activation: Activation, gate: &Tensor, up: &Tensor, out: &mut Tensor) -> Result<()> {
         self.rows.gated_activation(activation, gate, up, out)
+    }
+
+    fn gated_linear(
+        &self,
+        activation: Activation,
+        x: &Tensor,
+        [(gate, gate_out), (up, up_out)]: [(&Linear, &mut Tensor); 2],
+        out: &mut Tensor,
+    ) -> Result<()> {
+        if self.linear.gated(activation, x, [gate, up], out)? {
+            return Ok(());
+        }
+        self.linear.group(x, &mut [(gate, &mut *gate_out), (up, &mut *up_out)])?;
+        self.rows.gated_activation(activation, gate_out, up_out, out)
     }
 
     fn paged_attention(
@@ -246,7 +266,22 @@ impl Backend for CudaBackend {
         params: &AttentionParams,
         out: &mut Tensor,
     ) -> Result<()> {
-        self.attention.paged(q, k, v, cache, layer, plan, params, out)
+        self.attention.paged(q, k, v, None, cache, layer, plan, params, out)
+    }
+
+    fn rotary_attention(
+        &self,
+        q: &mut Tensor,
+        k: &mut Tensor,
+        v: &Tensor,
+        rotary: &Rotary<'_, Self>,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.attention.paged(q, k, v, Some(rotary), cache, layer, plan, params, out)
     }
 
     fn all_reduce(&self, x: &mut Tensor) -> Result<()> {
@@ -294,8 +329,12 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        self.rows.argmax(x, out)?;
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Chosen> {
+        self.chooser.choose(logits, draws)
+    }
+
+    fn read_chosen(&self, chosen: &Chosen, out: &mut Vec<Option<u32>>) -> Result<()> {
+        self.chooser.read(chosen, out)?;
         self.place.whole(self.gpu.name())
     }
 }
@@ -319,7 +358,23 @@ impl LatentOps for CudaBackend {
         scale: f32,
         out: &mut Tensor,
     ) -> Result<()> {
-        self.latent.attend(q, latent, rope_key, weight, cache, layer, plan, scale, out)
+        self.latent.attend(q, latent, rope_key, None, weight, cache, layer, plan, scale, out)
+    }
+
+    fn rotary_latent_attention(
+        &self,
+        q: &mut Tensor,
+        latent: &mut Tensor,
+        rope_key: &mut Tensor,
+        rotary: &Rotary<'_, Self>,
+        weight: &Latent,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        scale: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.latent.attend(q, latent, rope_key, Some(rotary), weight, cache, layer, plan, scale, out)
     }
 }
 

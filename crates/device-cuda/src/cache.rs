@@ -1,4 +1,4 @@
-//! The cache: block memory of all layers, and what writes to it.
+//! The cache: block memory of all layers.
 //!
 //! A layer has two planes, of keys and values or of latents and rotated keys, `[blocks, heads, 16, width]`: a head's sixteen
 //! positions lie together, so that reading a context is reading a few thousand bytes at a time. For bytes each plane has
@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use baton_device::{KvDtype, KvSpec, LayerKv, Result, Rows};
 
-use crate::attention::{Attend, Kept};
-use crate::gpu::{Arg, Gpu, Launch};
+use crate::attention::{Attend, Kept, counters};
+use crate::gpu::{Arg, Gpu};
+use crate::heads::{self, Part};
 use crate::memory::Buffer;
 use crate::plan::{AttentionPlan, Pod};
-use crate::program::{Kernel, Source};
+use crate::program::Kernel;
 use crate::tensor::{DataType, Tensor};
 
 /// Tokens of a block: of one head in bf16 and 128 columns, 4 KiB.
@@ -43,7 +44,9 @@ fn element(dtype: KvDtype) -> &'static str {
 pub struct KvCache {
     layers: Vec<Layer>,
     blocks: usize,
-    write: Kernel,
+    enter: Kernel,
+    /// Of blocks that attend to parts of a context.
+    counters: Buffer,
 }
 
 /// What one layer keeps, and what attends to it.
@@ -76,8 +79,9 @@ impl KvCache {
             let [first, second] = shapes.map(|(heads, width)| Plane::new(gpu, spec.dtype, blocks, heads, width));
             Ok(Layer { kv, planes: [first?, second?], attend: Attend::new(gpu, &kept, kv)? })
         };
-        let write = gpu.kernel(Source::Cache, format!("write_slots<{}, {}>", activations.name(), kept.element))?;
-        Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()?, blocks, write })
+        let enter = heads::kernel(gpu, activations, kept.element)?;
+        let counters = zeros(gpu, counters(gpu) * size_of::<u32>(), "counters of attention")?;
+        Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()?, blocks, enter, counters })
     }
 
     /// Zeroes blocks in every layer.
@@ -93,19 +97,20 @@ impl KvCache {
         Ok(())
     }
 
+    /// As many as [`counters`] says, zero between launches.
+    pub(crate) fn counters(&self) -> &Buffer {
+        &self.counters
+    }
+
     /// A layer.
     pub(crate) fn layer(&self, layer: usize) -> &Layer {
         &self.layers[layer]
     }
 
-    /// Writes the rows of a step into their slots: at `first` and `second`, in the type of activations, those of each plane.
-    pub(crate) fn write(&self, gpu: &Gpu, layer: usize, plan: &AttentionPlan, [first, second]: [u64; 2]) -> Result<()> {
+    /// Brings heads of a step to where attention finds them: those that are kept into their slots.
+    pub(crate) fn enter(&self, gpu: &Gpu, parts: &[Part<'_>], plan: &AttentionPlan) -> Result<()> {
         assert!(plan.highest_block() < self.blocks, "block {} of {}", plan.highest_block(), self.blocks);
-        let [a, b] = &self.layers[layer].planes;
-        let heads = a.heads.max(b.heads);
-        let launch = Launch { grid: [plan.rows() as u32, 2, 1], block: [32 * heads.min(8) as u32, 1, 1], shared: 0 };
-        let args = [Arg::Ptr(first), Arg::Ptr(second), a.arg(), b.arg(), Arg::Ptr(plan.slots())];
-        gpu.launch(&self.write, launch, &args)
+        heads::enter(gpu, &self.enter, parts, plan)
     }
 }
 
@@ -116,11 +121,7 @@ impl Plane {
             KvDtype::F16 | KvDtype::BF16 => (2, false),
             KvDtype::Int8 => (1, true),
         };
-        let memory = |bytes: usize| {
-            let buffer = gpu.alloc(blocks.saturating_mul(bytes), "key/value blocks")?;
-            gpu.fill(buffer.address(), buffer.bytes(), 0)?;
-            Ok(buffer)
-        };
+        let memory = |bytes: usize| zeros(gpu, blocks.saturating_mul(bytes), "key/value blocks");
         let positions = heads * BLOCK;
         let scales = scaled.then(|| memory(positions * size_of::<f32>())).transpose()?;
         Ok(Self { heads, width, data: memory(positions * width * size)?, scales })
@@ -128,14 +129,26 @@ impl Plane {
 
     /// `Plane` of kernels.
     pub(crate) fn arg(&self) -> Arg {
-        let scales = self.scales.as_ref().map_or(0, Buffer::address);
-        Pod::default().ptr(self.data.address()).ptr(scales).int(self.heads).int(self.width).arg()
+        let [data, scales] = self.addresses();
+        Pod::default().ptr(data).ptr(scales).int(self.heads).int(self.width).arg()
+    }
+
+    /// Of elements, and of scales if there are any.
+    pub(crate) fn addresses(&self) -> [u64; 2] {
+        [self.data.address(), self.scales.as_ref().map_or(0, Buffer::address)]
     }
 
     /// A plane of nothing.
     pub(crate) fn none() -> Arg {
         Pod::default().ptr(0).ptr(0).int(1).int(0).arg()
     }
+}
+
+/// Memory that is zero when what is queued now has run.
+fn zeros(gpu: &Arc<Gpu>, bytes: usize, what: &'static str) -> Result<Buffer> {
+    let buffer = gpu.alloc(bytes, what)?;
+    gpu.fill(buffer.address(), buffer.bytes(), 0)?;
+    Ok(buffer)
 }
 
 /// Checks the shape of an input of a step.

@@ -16,7 +16,7 @@ use crate::blas::{Blas, Matmul};
 use crate::context::{Context, Handle};
 use crate::memory::{Block, Buffer, Kind, Memory};
 use crate::program::{Kernel, Programs, Source};
-use crate::queue::Queue;
+use crate::queue::{Fetch, Queue};
 use crate::staging::{Loader, Slot};
 use crate::statistics::{Counters, Statistics, add};
 
@@ -233,9 +233,14 @@ impl Gpu {
         loader.write(&self.context, buffer.address() + offset as u64, bytes)
     }
 
+    /// Makes room in a slot, and gives its address.
+    pub(crate) fn reserve(self: &Arc<Self>, slot: &Slot, bytes: usize) -> Result<u64> {
+        slot.reserve(bytes, |bytes, what| self.alloc(bytes, what))
+    }
+
     /// Copies into a slot, behind what was queued before if that uses it, and gives its address.
     pub(crate) fn upload(self: &Arc<Self>, slot: &Slot, bytes: &[u8]) -> Result<u64> {
-        let address = slot.reserve(bytes.len(), |bytes, what| self.alloc(bytes, what))?;
+        let address = self.reserve(slot, bytes.len())?;
         self.upload_to(address, bytes)?;
         Ok(address)
     }
@@ -253,13 +258,38 @@ impl Gpu {
             if queue.uses(&range) {
                 queue.flush(&self.context, &self.counters)?;
             }
-            queue.upload(&self.context, address, bytes)
+            queue.upload(&self.context, &self.counters, address, bytes)
         })
     }
 
-    /// Runs what is queued and copies to the host. The only wait of a step.
+    /// Runs what is queued and begins a copy to the host, at whose end [`Gpu::finish`] waits.
+    pub(crate) fn fetch(&self, address: u64, bytes: usize) -> Result<Fetch> {
+        self.context.enter()?;
+        add(&self.counters.reads, 1);
+        add(&self.counters.read, bytes);
+        self.with_queue(|queue| {
+            queue.flush(&self.context, &self.counters)?;
+            queue.fetch(&self.context, address, bytes)
+        })
+    }
+
+    /// Waits for a copy to the host, and for nothing that was asked for later.
+    pub(crate) fn finish(&self, fetch: &Fetch, out: &mut [u8]) -> Result<()> {
+        self.context.enter()?;
+        add(&self.counters.waits, 1);
+        fetch.arrival.wait(&self.context, out)?;
+        self.with_queue(|queue| {
+            if queue.fetched(fetch) {
+                self.release();
+            }
+            Ok(())
+        })
+    }
+
+    /// Runs what is queued, copies to the host and waits.
     pub(crate) fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
         self.context.enter()?;
+        add(&self.counters.waits, 1);
         add(&self.counters.reads, 1);
         add(&self.counters.read, out.len());
         self.with_queue(|queue| {
@@ -279,6 +309,7 @@ impl Gpu {
     /// Runs what is queued, and waits.
     pub(crate) fn synchronize(&self) -> Result<()> {
         self.context.enter()?;
+        add(&self.counters.waits, 1);
         self.with_queue(|queue| {
             queue.flush(&self.context, &self.counters)?;
             queue.synchronize(&self.context)?;

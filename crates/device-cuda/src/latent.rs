@@ -8,12 +8,14 @@
 
 use std::sync::Arc;
 
-use baton_device::{AttentionParams, DeviceError, HostLatent, HostTensor, LayerKv, Result, Rows, WeightFormat};
+use baton_device::{AttentionParams, DeviceError, HostLatent, HostTensor, LayerKv, Result, Rotary, Rows, WeightFormat};
 
-use crate::attention::{Attend, Kept, PAD, Pass, Reason, RowWise, heads, in_type, scores, shared_memory};
+use crate::attention::{Attend, Kept, PAD, Pass, Reason, RowWise, heads, in_type, merge, scores, shared_memory};
+use crate::backend::CudaBackend;
 use crate::blocks;
 use crate::cache::{KvCache, Layer, expect};
 use crate::gpu::{Arg, Gpu, Launch};
+use crate::heads::Part;
 use crate::memory::Buffer;
 use crate::plan::{AttentionPlan, FEW};
 use crate::program::{Kernel, Source};
@@ -30,8 +32,9 @@ const REASONS: [Reason; 2] = [Reason { blocks: 1, positions: 128 }, Reason { blo
 
 /// Attention over latents that are in the cache.
 pub(crate) struct Absorbed {
-    /// On tensor cores, where shape and chip allow it, and its shared memory.
-    tiled: Option<(Kernel, u32)>,
+    /// On tensor cores, where shape and chip allow it, what joins its splits, and its shared memory. Many heads' sums of wide latents are
+    /// more than its last block should read.
+    tiled: Option<([Kernel; 2], u32)>,
     rows: RowWise,
 }
 
@@ -44,7 +47,7 @@ impl Absorbed {
         let shared = shared(rank, rope, bytes);
         let tiled = if halves && shape && shared + STATIC <= shared_memory(gpu)? {
             let name = format!("attend_latents<{}, {element}, {rank}, {rope}>", activations.name());
-            Some((gpu.kernel(Source::Latent, name)?, shared as u32))
+            Some(([gpu.kernel(Source::Latent, name)?, merge(gpu, activations, rank)?], shared as u32))
         } else {
             None
         };
@@ -178,6 +181,7 @@ impl LatentKernels {
         q: &Tensor,
         latent: &Tensor,
         rope_key: &Tensor,
+        rotary: Option<&Rotary<'_, CudaBackend>>,
         weight: &Latent,
         cache: &mut KvCache,
         layer: usize,
@@ -198,7 +202,12 @@ impl LatentKernels {
         let (gpu, size) = (&self.gpu, self.activations.bytes());
         let [q, latent, rope_key] = [q, latent, rope_key].map(|x| in_type(gpu, x, self.activations));
         let (q, latent, rope_key) = (q?, latent?, rope_key?);
-        cache.write(gpu, layer, plan, [latent.0, rope_key.0])?;
+        let of_latents = Part::new(latent.0, 1, rank).normed(rotary, 1).kept(latents);
+        let of_keys = Part::new(rope_key.0, 1, rope).rotated(rotary, 1).kept(rotated);
+        let of_queries = Part::new(q.0, count, weight.query()).normed(rotary, 0).rotated(rotary, 0);
+        let parts = [of_latents, of_keys, of_queries];
+        // Queries are what they are to be where nothing is done to heads.
+        cache.enter(gpu, if rotary.is_some() { &parts } else { &parts[..2] }, plan)?;
 
         let params =
             AttentionParams { heads: count, kv_heads: 1, head_dim: rank + rope, scale, window: None, softcap: None };
@@ -226,11 +235,10 @@ impl LatentKernels {
             per_head(query, &weight.absorb, own(&queries), [rank, weight.nope])?;
 
             let rotated_q = heads(q.0 + (weight.nope * size) as u64, query_row, weight.query());
-            let (merge, blocks) = (&absorbed.rows.merge, plan.blocks());
             let pass = Pass {
                 gpu,
-                merge,
-                blocks,
+                counters: cache.counters(),
+                blocks: plan.blocks(),
                 tiles: &tiles,
                 heads: count,
                 width: rank,
@@ -239,10 +247,10 @@ impl LatentKernels {
                 out: first_mixed,
             };
             match tiled {
-                Some((kernel, shared)) => {
+                Some(([kernel, merge], shared)) => {
                     let blocks = (tiles.tokens * count).div_ceil(PAIRS);
                     let inputs = [Arg::Ptr(first_query), rotated_q, latents.arg(), rotated.arg()];
-                    pass.tiled(kernel, (blocks, 256, *shared), inputs, &scores)?;
+                    pass.tiled((kernel, Some(merge)), (blocks, 256, *shared), inputs, &scores)?;
                 }
                 None => {
                     let q = heads(first_query, own_row, rank);

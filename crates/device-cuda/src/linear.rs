@@ -12,10 +12,11 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use baton_device::{BlockFormat, HostLinear, Result, Rows, WeightFormat};
+use baton_device::{Activation, BlockFormat, HostLinear, Purpose, Result, Rows, WeightFormat};
 
 use crate::blas::Matmul;
 use crate::blocks::{self, padded, type_name};
+use crate::choose::Ids;
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
 use crate::program::{Kernel, Source};
@@ -53,6 +54,8 @@ pub struct Linear {
 struct Kernels {
     /// Smallest tiles first.
     products: Vec<Product>,
+    /// Of a gate and what it lets through, in type M.
+    gated: Option<Product>,
     /// Rows in the type of an embedding.
     embed: Kernel,
     /// Rows in M.
@@ -148,11 +151,11 @@ impl LinearKernels {
             in_features,
             weight: blocks::load(&self.gpu, &src.weight, src.format)?,
             bias: bias.transpose()?,
-            kernels: self.kernels(src.format, out_features)?,
+            kernels: self.kernels(src.format, out_features, src.purpose)?,
         })
     }
 
-    fn kernels(&self, format: WeightFormat, out_features: usize) -> Result<Kernels> {
+    fn kernels(&self, format: WeightFormat, out_features: usize, purpose: Purpose) -> Result<Kernels> {
         use Warps::{Columns, Features};
         let kernel = |name: String| self.gpu.kernel(Source::Linear, name);
         let math = math(format, self.activations);
@@ -168,6 +171,10 @@ impl LinearKernels {
             let kernel = kernel(format!("product_f32<{f}, {}>", input.name()))?;
             Ok(Product { input, tile: [FEW_F32, 1], warps: Columns(4), kernel })
         };
+        let gated = || {
+            let kernel = kernel(format!("product<{f}, {m}, {y}, 1, 2, true>"))?;
+            Ok(Product { input: math, tile: [8, 16], warps: Columns(8), kernel })
+        };
         let products = match math {
             DataType::F32 if self.activations == DataType::F32 => vec![exact(DataType::F32)?],
             DataType::F32 => vec![exact(self.activations)?, exact(DataType::F32)?],
@@ -179,6 +186,7 @@ impl LinearKernels {
         };
         Ok(Kernels {
             products,
+            gated: (math != DataType::F32 && purpose == Purpose::Product).then(gated).transpose()?,
             embed: kernel(format!("unpack<{f}, {y}>"))?,
             widen: kernel(format!("unpack<{f}, {m}>"))?,
             add_bias: kernel(format!("add_bias<{s}, {y}>"))?,
@@ -189,14 +197,14 @@ impl LinearKernels {
         })
     }
 
-    /// `out[t] = row ids[t]`.
-    pub(crate) fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+    /// `out[t] = row ids[t]`, where chosen tokens are at `chosen`.
+    pub(crate) fn embed(&self, ids: &Ids, chosen: u64, table: &Linear, out: &mut Tensor) -> Result<()> {
         assert_eq!(out.cols(), table.in_features, "width of an embedding");
-        assert!(ids.iter().all(|id| (*id as usize) < table.out_features), "a token beyond {}", table.out_features);
-        let to = out.output(ids.len(), table.kernels.out);
-        let ids_bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-        let address = self.gpu.upload(&self.ids, &ids_bytes)?;
-        self.unpack(table, &table.kernels.embed, (address, 0), [ids.len(), table.in_features], to)
+        assert!(ids.limit <= table.out_features, "tokens up to {} of {}", ids.limit, table.out_features);
+        let to = out.output(ids.words.len(), table.kernels.out);
+        let bytes: Vec<u8> = ids.words.iter().flat_map(|id| id.to_ne_bytes()).collect();
+        let address = self.gpu.upload(&self.ids, &bytes)?;
+        self.unpack(table, &table.kernels.embed, [address, chosen], 0, [ids.words.len(), table.in_features], to)
     }
 
     /// Rows of a weight, so many of so many columns: those at `ids`, or those from `first` on.
@@ -204,7 +212,8 @@ impl LinearKernels {
         &self,
         weight: &Linear,
         kernel: &Kernel,
-        (ids, first): (u64, usize),
+        [ids, chosen]: [u64; 2],
+        first: usize,
         [rows, k]: [usize; 2],
         out: u64,
     ) -> Result<()> {
@@ -215,6 +224,7 @@ impl LinearKernels {
         let args = [
             Arg::Ptr(weight.weight.address()),
             Arg::Ptr(ids),
+            Arg::Ptr(chosen),
             Arg::I32(first as i32),
             Arg::I32(k as i32),
             Arg::Ptr(out),
@@ -242,8 +252,7 @@ impl LinearKernels {
             let Kernels { products, math, .. } = &weight.kernels;
             let direct = is_direct(weight);
             let taken = x.dtype() == *math || direct && products.iter().any(|product| product.input == x.dtype());
-            let converted = if taken && x.cols() == padded(x.cols()) { None } else { Some(self.convert(x, *math)?) };
-            let (input, dtype) = converted.as_ref().map_or((x.address(), x.dtype()), |to| (to.address(), *math));
+            let (input, dtype, _converted) = self.input(x, if taken { x.dtype() } else { *math })?;
             if direct {
                 let fitting = || products.iter().filter(|product| product.input == dtype);
                 let product = fitting().find(|product| rows <= product.tile[0]).or(fitting().next_back());
@@ -258,6 +267,43 @@ impl LinearKernels {
             }
         }
         Ok(())
+    }
+
+    /// `out = activation(gate · x) ⊙ (up · x)` in one launch, where there is a kernel for it: of few rows, and weights of a kind.
+    /// Whether there was.
+    pub(crate) fn gated(
+        &self,
+        activation: Activation,
+        x: &Tensor,
+        [gate, up]: [&Linear; 2],
+        out: &mut Tensor,
+    ) -> Result<bool> {
+        let rows = x.rows();
+        let alike = (gate.format, gate.in_features, gate.out_features) == (up.format, up.in_features, up.out_features);
+        let Some(product) = gate.kernels.gated.as_ref().filter(|product| alike && rows <= product.tile[0]) else {
+            return Ok(false);
+        };
+        assert_eq!((x.cols(), out.cols()), (gate.in_features, gate.out_features), "widths of a gated product");
+        let to = out.output(rows, gate.kernels.out);
+        if rows > 0 {
+            let (input, _, _converted) = self.input(x, gate.kernels.math)?;
+            let group =
+                [gate, up].map(|weight| Entry { activation: rows::number(activation), ..Entry::new(weight, to) });
+            let (warps, _) = self.shared(product, rows, gate);
+            let grid = [gate.out_features.div_ceil(product.tile[1]) as u32, 1, 1];
+            let launch = Launch { grid, block: [32 * warps as u32, 1, 1], shared: 0 };
+            self.gpu.launch(&product.kernel, launch, &product_args(&group, input, rows, gate))?;
+        }
+        Ok(true)
+    }
+
+    /// Where the rows of `x` are in a type, as long as those of weights, and what keeps them there.
+    fn input(&self, x: &Tensor, dtype: DataType) -> Result<(u64, DataType, Option<Buffer>)> {
+        if x.dtype() == dtype && x.cols() == padded(x.cols()) {
+            return Ok((x.address(), dtype, None));
+        }
+        let converted = self.convert(x, dtype)?;
+        Ok((converted.address(), dtype, Some(converted)))
     }
 
     /// `x` in another type, its rows padded as those of weights are.
@@ -295,14 +341,13 @@ impl LinearKernels {
     /// The product with up to [`GROUP`] weights of one format, [`LinearKernels::shared`] alike, in one launch, or two where
     /// parts of k are added up.
     fn product(&self, product: &Product, x: u64, rows: usize, parts: &[(&Linear, u64)]) -> Result<()> {
-        let k = padded(parts[0].0.in_features);
         let (warps, cuts) = self.shared(product, rows, parts[0].0);
         let [tile_rows, features] = product.tile;
         let panels: usize = parts.iter().map(|(weight, _)| weight.out_features.div_ceil(features)).sum();
         let tiles = rows.div_ceil(tile_rows);
         let grid = [panels as u32, tiles as u32, cuts as u32];
         let launch = Launch { grid, block: [32 * warps as u32, 1, 1], shared: 0 };
-        let args = |group: &[Entry]| [group_arg(group), Arg::Ptr(x), Arg::I32(rows as i32), Arg::I32(k as i32)];
+        let args = |group: &[Entry]| product_args(group, x, rows, parts[0].0);
         let mut group: Vec<Entry> = parts.iter().map(|(weight, out)| Entry::new(weight, *out)).collect();
         if cuts == 1 {
             return self.gpu.launch(&product.kernel, launch, &args(&group));
@@ -313,7 +358,7 @@ impl LinearKernels {
         let (mut into, mut next) = (group.clone(), sums.address());
         for (into, from) in into.iter_mut().zip(&mut group) {
             (into.out, from.rows) = (next, next);
-            next += (cuts * rows * DataType::F32.bytes()) as u64 * from.out_features;
+            next += (cuts * rows * DataType::F32.bytes()) as u64 * u64::from(from.out_features);
         }
         self.gpu.launch(&product.kernel, launch, &args(&into))?;
         let grid = [(rows * most).div_ceil(256) as u32, parts.len() as u32, 1];
@@ -335,7 +380,7 @@ impl LinearKernels {
             let widened = self.gpu.scratch(part * k * math.bytes())?;
             for first in (0..n).step_by(part) {
                 let rows = part.min(n - first);
-                self.unpack(weight, widen, (0, first), [rows, k], widened.address())?;
+                self.unpack(weight, widen, [0, 0], first, [rows, k], widened.address())?;
                 let out = to + (first * sums.bytes()) as u64;
                 self.gpu.matmul(&Matmul { n: rows, weight: widened.address(), out, ..product })?;
             }
@@ -362,21 +407,29 @@ struct Entry {
     rows: u64,
     bias: u64,
     out: u64,
-    out_features: u64,
+    out_features: u32,
+    /// Of a gate.
+    activation: u32,
 }
 
 impl Entry {
     fn new(weight: &Linear, out: u64) -> Self {
         let bias = weight.bias.as_ref().map_or(0, Buffer::address);
-        Self { rows: weight.weight.address(), bias, out, out_features: weight.out_features as u64 }
+        Self { rows: weight.weight.address(), bias, out, out_features: weight.out_features as u32, activation: 0 }
     }
+}
+
+/// Arguments of `product` and `product_f32`: weights as `weight` is, and rows of `x`.
+fn product_args(group: &[Entry], x: u64, rows: usize, weight: &Linear) -> [Arg; 4] {
+    [group_arg(group), Arg::Ptr(x), Arg::I32(rows as i32), Arg::I32(padded(weight.in_features) as i32)]
 }
 
 /// `Group` of `kernels/linear.cu`.
 fn group_arg(entries: &[Entry]) -> Arg {
     let mut bytes = Vec::with_capacity(GROUP * size_of::<Entry>());
-    for Entry { rows, bias, out, out_features } in entries {
-        bytes.extend([rows, bias, out, out_features].map(|word| word.to_ne_bytes()).concat());
+    for Entry { rows, bias, out, out_features, activation } in entries {
+        bytes.extend([rows, bias, out].map(|word| word.to_ne_bytes()).concat());
+        bytes.extend([out_features, activation].map(|word| word.to_ne_bytes()).concat());
     }
     bytes.resize(GROUP * size_of::<Entry>(), 0);
     Arg::Bytes(bytes.into())

@@ -188,6 +188,12 @@ impl Pod {
         self
     }
 
+    /// The fields of another struct behind those of this one.
+    pub(crate) fn join(mut self, other: Self) -> Self {
+        self.0.extend(other.0);
+        self
+    }
+
     pub(crate) fn arg(self) -> Arg {
         Arg::Bytes(self.0.into())
     }

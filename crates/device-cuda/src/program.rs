@@ -20,16 +20,18 @@ use crate::gpu::Launch;
 /// A file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
-    /// Norms, sums, functions of single numbers, rotation, copies of rows.
+    /// Norms, sums, functions of single numbers, copies of rows.
     Rows,
+    /// Tokens from logits.
+    Choose,
     /// Products with weights, rows of weights.
     Linear,
     /// Attention over keys and values.
     Attention,
     /// Attention over latents.
     Latent,
-    /// Writing to the cache.
-    Cache,
+    /// Heads on their way to attention: normed, rotated, written to the cache.
+    Heads,
     /// Experts: choosing them, few rows, sums.
     Moe,
     /// Experts on tensor cores.
@@ -37,7 +39,8 @@ pub enum Source {
 }
 
 /// Headers that sources may include.
-pub(crate) const HEADERS: [(&CStr, &str); 4] = [
+pub(crate) const HEADERS: [(&CStr, &str); 5] = [
+    (c"activation.cuh", include_str!("../kernels/activation.cuh")),
     (c"baton.cuh", include_str!("../kernels/baton.cuh")),
     (c"blocks.cuh", include_str!("../kernels/blocks.cuh")),
     (c"moe.cuh", include_str!("../kernels/moe.cuh")),
@@ -53,12 +56,13 @@ const SHARED: i32 = 48 << 10;
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 7] = [
+    pub const ALL: [Source; 8] = [
         Source::Rows,
+        Source::Choose,
         Source::Linear,
         Source::Attention,
         Source::Latent,
-        Source::Cache,
+        Source::Heads,
         Source::Moe,
         Source::MoeGrouped,
     ];
@@ -67,10 +71,11 @@ impl Source {
     pub const fn file(self) -> &'static str {
         match self {
             Source::Rows => "rows.cu",
+            Source::Choose => "choose.cu",
             Source::Linear => "linear.cu",
             Source::Attention => "attention.cu",
             Source::Latent => "latent.cu",
-            Source::Cache => "cache.cu",
+            Source::Heads => "heads.cu",
             Source::Moe => "moe.cu",
             Source::MoeGrouped => "moe_grouped.cu",
         }
@@ -80,10 +85,11 @@ impl Source {
     pub const fn text(self) -> &'static str {
         match self {
             Source::Rows => include_str!("../kernels/rows.cu"),
+            Source::Choose => include_str!("../kernels/choose.cu"),
             Source::Linear => include_str!("../kernels/linear.cu"),
             Source::Attention => include_str!("../kernels/attention.cu"),
             Source::Latent => include_str!("../kernels/latent.cu"),
-            Source::Cache => include_str!("../kernels/cache.cu"),
+            Source::Heads => include_str!("../kernels/heads.cu"),
             Source::Moe => include_str!("../kernels/moe.cu"),
             Source::MoeGrouped => include_str!("../kernels/moe_grouped.cu"),
         }

@@ -19,7 +19,7 @@ use cudarc::driver::sys::{self, CUgraphExec, CUresult, CUstream, CUstreamCapture
 use crate::context::{Context, Owned};
 use crate::gpu::{Arg, Launch};
 use crate::program::Kernel;
-use crate::staging::{self, Staging};
+use crate::staging::{self, Arrival, Staging};
 use crate::statistics::{Counters, add};
 
 /// Lists that are remembered, of those that were seen once and of those that have graphs, and their words in all: where ranks sum
@@ -53,8 +53,12 @@ pub(crate) struct Queue {
     seen: VecDeque<Vec<u64>>,
     /// Lists that were seen again, the latest first.
     lists: VecDeque<List>,
-    /// Graphs that are not needed any more, and may still run.
-    retired: Vec<Owned<CUgraphExec>>,
+    /// Graphs that are not needed any more and may still run, each with the number of fetches before it was retired.
+    retired: Vec<(u64, Owned<CUgraphExec>)>,
+    /// Fetches so far.
+    fetches: u64,
+    /// Whether the stream was given anything since the last of them.
+    behind: bool,
     graphs: bool,
 }
 
@@ -75,6 +79,8 @@ impl Queue {
             seen: VecDeque::new(),
             lists: VecDeque::new(),
             retired: Vec::new(),
+            fetches: 0,
+            behind: false,
             graphs,
         })
     }
@@ -135,6 +141,7 @@ impl Queue {
             return Ok(());
         }
         add(&counters.launches, self.commands.len());
+        self.behind = true;
         let result = if self.graphs && self.commands.len() >= WORTHWHILE {
             self.run_remembered(context, counters)
         } else {
@@ -179,7 +186,8 @@ impl Queue {
         let graph = made.as_ref().map(Owned::get);
         add(&counters.captures, usize::from(graph.is_some()));
         let kept = kept_beside(words.len(), self.lists.iter().map(|list| list.words.len()));
-        self.retired.extend(self.lists.drain(kept..).filter_map(|list| list.graph));
+        let retired = self.lists.drain(kept..).filter_map(|list| list.graph);
+        self.retired.extend(retired.map(|graph| (self.fetches, graph)));
         self.lists.push_front(List { words, graph: made });
         Ok(graph)
     }
@@ -243,12 +251,29 @@ impl Queue {
     }
 
     /// Copies to the device behind what the stream was given, ahead of what is queued.
-    pub(crate) fn upload(&mut self, context: &Context, address: u64, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn upload(&mut self, context: &Context, counters: &Counters, address: u64, bytes: &[u8]) -> Result<()> {
+        self.behind = true;
         if self.staging.upload(context, self.stream.get(), address, bytes)? {
+            add(&counters.waits, 1);
             // Ranks that bring nothing to the host wait nowhere else.
             self.retired.clear();
         }
         Ok(())
+    }
+
+    /// Begins a copy to the host; nothing is queued.
+    pub(crate) fn fetch(&mut self, context: &Arc<Context>, address: u64, bytes: usize) -> Result<Fetch> {
+        let arrival = self.staging.fetch(context, self.stream.get(), address, bytes)?;
+        self.fetches += 1;
+        self.behind = false;
+        Ok(Fetch { arrival, number: self.fetches, uploaded: self.staging.uploaded() })
+    }
+
+    /// The stream has passed a fetch. Whether it has passed everything, and nothing is queued.
+    pub(crate) fn fetched(&mut self, fetch: &Fetch) -> bool {
+        self.staging.passed(fetch.uploaded);
+        self.retired.retain(|(fetches, _)| *fetches >= fetch.number);
+        fetch.number == self.fetches && !self.behind && self.commands.is_empty()
     }
 
     /// Copies to the host and waits; nothing is queued.
@@ -266,9 +291,16 @@ impl Queue {
     }
 
     fn passed(&mut self) {
-        self.staging.passed();
+        self.staging.passed(self.staging.uploaded());
         self.retired.clear();
     }
+}
+
+/// A copy to the host, and what the stream was given before it.
+pub(crate) struct Fetch {
+    pub(crate) arrival: Arrival,
+    number: u64,
+    uploaded: u64,
 }
 
 /// How many lists, of so many words each, the latest first, are kept beside a new one.

@@ -1,4 +1,4 @@
-//! Operations on rows: norms, sums, functions of single numbers, rotation, copies of rows, the greedy choice.
+//! Operations on rows: norms, sums, functions of single numbers, copies of rows.
 //!
 //! Tensors come in the type of activations, and in f32 where a weight in f32 gave them. What an operation writes to another
 //! tensor is in the type of activations; what it changes in place keeps its type.
@@ -6,11 +6,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use baton_device::{Activation, HostRope, Result, RopeLayout, Rows};
+use baton_device::{Activation, Result, Rows};
 
 use crate::gpu::{Arg, Gpu, Launch};
-use crate::memory::Buffer;
-use crate::plan::AttentionPlan;
 use crate::program::{Kernel, Source};
 use crate::staging::Slot;
 use crate::tensor::{DataType, Tensor, Vector};
@@ -21,22 +19,6 @@ const STEP: usize = 8;
 const THREADS: usize = 256;
 /// The longest run that a warp norms by itself.
 const WARP_RUN: usize = 1024;
-
-/// Rotary tables.
-pub struct Rope {
-    /// `[positions, pairs]` of cosine and sine.
-    table: Buffer,
-    pairs: usize,
-}
-
-impl Rope {
-    pub(crate) fn new(gpu: &Arc<Gpu>, src: &HostRope) -> Result<Self> {
-        let (cos, sin) = src.tables();
-        let pairs: Vec<f32> = cos.into_iter().zip(sin).flat_map(|(cos, sin)| [cos, sin]).collect();
-        let table = gpu.load(&DataType::F32.encode(&pairs), "rotary tables")?;
-        Ok(Self { table, pairs: src.inv_freq.len() })
-    }
-}
 
 /// Kernels met so far, by name and types.
 type Known = HashMap<(&'static str, [Option<DataType>; 3]), Kernel>;
@@ -67,19 +49,16 @@ impl RowKernels {
             ("scale", &[t]),
             ("softcap", &[t]),
             ("add", &[t, t]),
-            ("gated_activation<Silu", &[t, t, t]),
-            ("gated_activation<GeluTanh", &[t, t, t]),
-            ("rope", &[t]),
+            ("gated_activation", &[t, t, t]),
             ("gather_rows", &[t]),
             ("add_rows", &[t, t]),
-            ("argmax", &[t]),
         ] {
             rows.kernel(name, types)?;
         }
         Ok(rows)
     }
 
-    /// The kernel `name<types…>`; a name may have its first parameters.
+    /// The kernel `name<types…>`.
     fn kernel(&self, name: &'static str, types: &[DataType]) -> Result<Kernel> {
         let mut key = [None; 3];
         key.iter_mut().zip(types).for_each(|(key, dtype)| *key = Some(*dtype));
@@ -155,27 +134,10 @@ impl RowKernels {
     ) -> Result<()> {
         same_shape(gate, up);
         assert_eq!(gate.cols(), out.cols(), "width of a gated activation");
-        let name = match activation {
-            Activation::Silu => "gated_activation<Silu",
-            Activation::GeluTanh => "gated_activation<GeluTanh",
-        };
         let to = out.output(gate.rows(), self.activations);
-        let args = [gate.address(), up.address(), to].map(Arg::Ptr);
-        self.each(name, &[gate.dtype(), up.dtype(), self.activations], &args, len(gate))
-    }
-
-    /// Rotates by the positions of the plan, one for each row.
-    pub(crate) fn rope(&self, x: &mut Tensor, layout: RopeLayout, table: &Rope, plan: &AttentionPlan) -> Result<()> {
-        let RopeLayout { heads, head_dim, offset, dim, interleaved } = layout;
-        assert_eq!((x.rows(), x.cols()), (plan.rows(), heads * head_dim), "shape of rotated heads");
-        assert_eq!(dim, 2 * table.pairs, "rotated columns");
-        let pairs = heads * table.pairs;
-        // `RopeLayout` of the kernel.
-        let layout = [heads, head_dim, offset, table.pairs, usize::from(interleaved)];
-        let layout = layout.iter().flat_map(|number| (*number as i32).to_ne_bytes()).collect();
-        let args =
-            [Arg::Ptr(x.address()), Arg::Ptr(table.table.address()), Arg::Ptr(plan.positions()), Arg::Bytes(layout)];
-        self.gpu.launch(&self.kernel("rope", &[x.dtype()])?, by_rows(x.rows(), pairs), &args)
+        let [gate_at, up_at, to] = [gate.address(), up.address(), to].map(Arg::Ptr);
+        let args = [Arg::I32(number(activation).cast_signed()), gate_at, up_at, to];
+        self.each("gated_activation", &[gate.dtype(), up.dtype(), self.activations], &args, len(gate))
     }
 
     pub(crate) fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
@@ -202,24 +164,6 @@ impl RowKernels {
         assert!(rows.iter().all(|row| (*row as usize) < limit), "a row beyond {limit}");
         self.gpu.upload(slot, &rows.iter().flat_map(|row| row.to_ne_bytes()).collect::<Vec<_>>())
     }
-
-    /// Replaces what `out` held.
-    pub(crate) fn argmax(&self, x: &Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        out.clear();
-        if x.rows() == 0 {
-            return Ok(());
-        }
-        let largest = self.gpu.scratch(x.rows() * 4)?;
-        let threads = x.cols().div_ceil(STEP).next_multiple_of(32).min(1024);
-        let launch = Launch { grid: [x.rows() as u32, 1, 1], block: [threads as u32, 1, 1], shared: 0 };
-        let args = [Arg::Ptr(x.address()), Arg::Ptr(largest.address()), Arg::I32(x.cols() as i32)];
-        self.gpu.launch(&self.kernel("argmax", &[x.dtype()])?, launch, &args)?;
-        let mut bytes = vec![0; x.rows() * 4];
-        self.gpu.read(largest.address(), &mut bytes)?;
-        // -1 for a row that is not finite.
-        out.extend(bytes.as_chunks().0.iter().map(|column| u32::try_from(i32::from_ne_bytes(*column)).ok()));
-        Ok(())
-    }
 }
 
 /// Queues the rows in use of `x` in another type, to an address.
@@ -228,10 +172,18 @@ pub(crate) fn convert(gpu: &Gpu, x: &Tensor, (to, dtype): (u64, DataType)) -> Re
     gpu.launch(&kernel, elements(len(x)), &[Arg::Ptr(x.address()), Arg::Ptr(to), Arg::I64(len(x) as i64)])
 }
 
-/// A kernel's name with its parameters; the name may have its first ones.
+/// Of a function, as kernels have it.
+pub(crate) fn number(activation: Activation) -> u32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+    }
+}
+
+/// A kernel's name with its parameters.
 fn expression(name: &str, types: &[DataType]) -> String {
     let types: Vec<_> = types.iter().map(|dtype| dtype.name()).collect();
-    format!("{name}{}{}>", if name.contains('<') { ", " } else { "<" }, types.join(", "))
+    format!("{name}<{}>", types.join(", "))
 }
 
 fn len(x: &Tensor) -> usize {

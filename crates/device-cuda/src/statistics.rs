@@ -21,6 +21,8 @@ pub struct Statistics {
     pub reads: u64,
     /// Bytes of those.
     pub read: u64,
+    /// Times that the host waited for what it had queued.
+    pub waits: u64,
     /// Allocations of the driver.
     pub allocations: u64,
     /// Bytes of those that were not given back.
@@ -38,6 +40,7 @@ pub(crate) struct Counters {
     pub(crate) uploaded: AtomicU64,
     pub(crate) reads: AtomicU64,
     pub(crate) read: AtomicU64,
+    pub(crate) waits: AtomicU64,
     pub(crate) allocations: AtomicU64,
 }
 
@@ -59,6 +62,7 @@ impl Counters {
             uploaded: of(&self.uploaded),
             reads: of(&self.reads),
             read: of(&self.read),
+            waits: of(&self.waits),
             allocations: of(&self.allocations),
             allocated,
         }

@@ -7,8 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, DType, DeviceError, HostLinear, HostRope, HostTensor, KvSpec,
-    LayerKv, Purpose, Result, RopeLayout, Rows, SequenceSpan, WeightFormat, conformance::uniform,
+    Activation, AttentionBatch, AttentionParams, Backend, DType, DeviceError, Draw, HostLinear, HostRope, HostTensor,
+    KvSpec, LayerKv, Purpose, Result, RopeLayout, SequenceSpan, TokenIds, WeightFormat, conformance::uniform,
 };
 use baton_device_cuda::{CudaBackend, CudaOptions, probe};
 use common::{Simulator, options};
@@ -17,6 +17,14 @@ const HIDDEN: usize = 64;
 const HEADS: usize = 4;
 const VOCABULARY: usize = 100;
 const BLOCK_TABLE: [u32; 4] = [3, 1, 2, 0];
+
+type Chosen = <CudaBackend as Backend>::Chosen;
+
+/// How the token of a step is drawn: every other is the greedy one.
+fn draw(start: usize) -> Draw {
+    let temperature = (start % 2) as f32 * 0.8;
+    Draw { temperature, top_k: 40, uniform: start as f64 * 0.37 % 1.0, ..Draw::LARGEST }
+}
 
 /// A decoder of one layer.
 struct Decoder<'a> {
@@ -60,10 +68,22 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    /// Tokens at positions `start..`, and the greedy one behind the last of them.
+    /// Tokens at positions `start..`, and the one behind the last of them.
     fn step(&mut self, ids: &[u32], start: usize) -> Result<u32> {
+        let chosen = self.begin(TokenIds::Known(ids), ids.len(), start)?;
+        self.end(&chosen)
+    }
+
+    fn end(&self, chosen: &Chosen) -> Result<u32> {
+        let mut tokens = Vec::new();
+        self.b.read_chosen(chosen, &mut tokens)?;
+        Ok(tokens[0].expect("finite logits"))
+    }
+
+    /// A step of `len` tokens that nobody waits for.
+    fn begin(&mut self, ids: TokenIds<'_, Chosen>, len: usize, start: usize) -> Result<Chosen> {
         let Self { b, embedding, qkv, up, norm, rope, cache, x, logits } = self;
-        let sequences = [SequenceSpan { start, len: ids.len(), block_table: &BLOCK_TABLE }];
+        let sequences = [SequenceSpan { start, len, block_table: &BLOCK_TABLE }];
         let plan = b.plan_attention(&AttentionBatch { sequences: &sequences })?;
         let [residual, normed, q, k, v, mixed, last] = x.as_mut_slice() else { unreachable!("as made") };
         b.embed(ids, embedding, residual)?;
@@ -81,11 +101,9 @@ impl<'a> Decoder<'a> {
         b.linear(normed, up, q)?;
         b.gated_activation(Activation::Silu, q, normed, k)?;
         b.add(residual, k)?;
-        b.gather_rows(residual, &[ids.len() as u32 - 1], last)?;
+        b.gather_rows(residual, &[len as u32 - 1], last)?;
         b.linear(last, embedding, logits)?;
-        let mut best = Vec::new();
-        b.argmax(logits, &mut best)?;
-        Ok(best[0].expect("finite logits"))
+        b.choose(logits, &[draw(start)])
     }
 
     fn generate(&mut self, tokens: usize) -> Result<Vec<u32>> {
@@ -112,11 +130,54 @@ fn decode_steps_are_one_graph_each_and_allocate_nothing() {
     assert_eq!(after.replays - before.replays, STEPS);
     assert_eq!((after.lists, after.captures, after.allocations), (before.lists, before.captures, before.allocations));
     assert_eq!(simulator.count("calls.cuLaunchKernel"), calls);
-    // The plan, the token, the row of which logits are wanted; the greedy token.
-    assert_eq!((after.uploads - before.uploads, after.reads - before.reads), (3 * STEPS, STEPS));
+    // The plan, the token, the row of which logits are wanted, how it is drawn; the token.
+    assert_eq!((after.uploads - before.uploads, after.reads - before.reads), (4 * STEPS, STEPS));
+    assert_eq!(after.waits - before.waits, STEPS);
     assert!((after.uploaded - before.uploaded) / STEPS < 1024, "{} bytes", after.uploaded - before.uploaded);
     assert_eq!(after.read - before.read, 4 * STEPS);
     eprintln!("{} launches a step, {} graphs", (after.launches - before.launches) / STEPS, after.captures);
+}
+
+#[test]
+fn a_step_begun_before_the_last_has_ended_is_the_same_graph_and_gives_the_same_tokens() {
+    let Some(simulator) = Simulator::new() else { return };
+    let b = simulator.open(DType::BF16);
+    const TOKENS: usize = 40;
+    let expected = Decoder::new(&b).unwrap().generate(TOKENS).unwrap();
+
+    let mut decoder = Decoder::new(&b).unwrap();
+    let mut tokens = decoder.generate(9).unwrap();
+    let before = b.statistics();
+    let mut ahead = decoder.begin(TokenIds::Known(&[tokens[tokens.len() - 1]]), 1, 9).unwrap();
+    for position in 10..TOKENS {
+        let (begun, launched) = (b.statistics(), simulator.count("calls.cuGraphLaunch"));
+        let next = decoder.begin(TokenIds::Chosen { tokens: &ahead, rows: &[0] }, 1, position).unwrap();
+        assert_eq!(b.statistics().waits, begun.waits, "to begin a step waits for nothing");
+        assert_eq!(simulator.count("calls.cuGraphLaunch"), launched + 1);
+        let copied = simulator.count("copies.device_to_host");
+        tokens.push(decoder.end(&ahead).unwrap());
+        assert_eq!(b.statistics().waits, begun.waits + 1);
+        assert_eq!(simulator.count("copies.device_to_host"), copied + 1, "the step begun last has not run");
+        ahead = next;
+    }
+    tokens.push(decoder.end(&ahead).unwrap());
+    assert_eq!(tokens, expected);
+    let after = b.statistics();
+    assert_eq!((after.lists, after.captures, after.allocations), (before.lists, before.captures, before.allocations));
+    drop((decoder, ahead));
+    drop(b);
+    simulator.expect_clean();
+}
+
+#[test]
+#[should_panic(expected = "only what was chosen last")]
+fn tokens_that_others_replaced_are_not_looked_up() {
+    let Some(simulator) = Simulator::new() else { panic!("only what was chosen last: skipped") };
+    let b = simulator.open(DType::BF16);
+    let mut decoder = Decoder::new(&b).unwrap();
+    let first = decoder.begin(TokenIds::Known(&[1]), 1, 0).unwrap();
+    decoder.begin(TokenIds::Known(&[2]), 1, 1).unwrap();
+    let _ = decoder.begin(TokenIds::Chosen { tokens: &first, rows: &[0] }, 1, 2);
 }
 
 #[test]
@@ -135,26 +196,6 @@ fn graphs_change_no_bit_and_neither_does_an_allocation_for_each_buffer() {
     assert_eq!(tokens(options(DType::BF16)), plain);
     assert_eq!(tokens(CudaOptions { isolated: true, ..options(DType::BF16) }), plain);
     simulator.expect_clean();
-}
-
-#[test]
-fn a_row_that_is_not_finite_has_no_greedy_token() {
-    let Some(simulator) = Simulator::new() else { return };
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
-        let b = simulator.open(dtype);
-        let mut x = b.tensor(5, 301).unwrap();
-        let mut values: Vec<f32> = (0..5 * 301).map(|i| (i % 7) as f32).collect();
-        (values[300], values[301], values[2 * 301 + 150]) = (9.0, f32::NAN, f32::INFINITY);
-        values[4 * 301 + 299] = f32::NEG_INFINITY;
-        b.write(&values, &mut x).unwrap();
-        let mut best = vec![Some(1); 9];
-        b.argmax(&x, &mut best).unwrap();
-        let of_row = |row: usize| (0..301).find(|i| values[row * 301 + i] == 6.0).map(|i| i as u32);
-        assert_eq!(best, [Some(300), None, None, of_row(3), None], "{dtype}");
-        b.write(&[], &mut x).unwrap();
-        b.argmax(&x, &mut best).unwrap();
-        assert_eq!((x.rows(), best.len()), (0, 0));
-    }
 }
 
 #[test]

@@ -31,6 +31,7 @@ fn cases() -> Vec<Case> {
     let linear = |rows, format| Case::Linear { rows, in_features: 64, out_features: 16, format, bias: true };
     vec![
         Case::Norm { rows: 3, cols: 64, run: 64 },
+        Case::Choose { cols: 200, ties: false },
         linear(40, format),
         linear(3, WeightFormat::Ggml(BlockFormat::Q8_0)),
         Case::Attention { params, kv, history: 0 },

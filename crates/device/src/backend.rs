@@ -15,9 +15,11 @@
 //! - Where [`Caps::row_invariant`] is set, a row of any output is bit-identical whatever other rows
 //!   are in the batch, however a sequence is cut into steps.
 
+use std::borrow::Cow;
+
 use crate::{
-    AttentionBatch, AttentionParams, Caps, DeviceMemory, HostExperts, HostLatent, HostLinear, HostRope, HostTensor,
-    KvSpec, Result, RopeLayout, World, first_largest,
+    AttentionBatch, AttentionParams, Caps, DeviceMemory, Draw, HostExperts, HostLatent, HostLinear, HostRope,
+    HostTensor, KvSpec, Result, RopeLayout, World,
 };
 
 /// Size of an activation.
@@ -37,6 +39,52 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// The tokens of a step, one per row.
+#[derive(Debug)]
+pub enum TokenIds<'a, C> {
+    /// As the host knows them.
+    Known(&'a [u32]),
+    /// Those that an earlier step chose, which need not have come to the host.
+    Chosen {
+        /// What the last [`Backend::choose`] gave.
+        tokens: &'a C,
+        /// For each row the row of `tokens`. Where no token was chosen it is some valid id.
+        rows: &'a [u32],
+    },
+}
+
+impl<C> Clone for TokenIds<'_, C> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<C> Copy for TokenIds<'_, C> {}
+
+impl<'a> TokenIds<'a, Vec<Option<u32>>> {
+    /// The ids, of a device that chooses when it is asked to.
+    pub fn on_host(self) -> Cow<'a, [u32]> {
+        match self {
+            TokenIds::Known(ids) => ids.into(),
+            TokenIds::Chosen { tokens, rows } => {
+                rows.iter().map(|&row| tokens[row as usize].unwrap_or_default()).collect()
+            }
+        }
+    }
+}
+
+/// How queries and keys come from what projections give: each head is normed, where there is a norm, then rotated.
+pub struct Rotary<'a, B: Backend + ?Sized> {
+    /// Over each head of queries and over each head of keys, or over the latent. As [`Backend::rms_norm`] has them.
+    pub norms: [Option<&'a B::Vector>; 2],
+    /// Of both norms.
+    pub eps: f32,
+    /// Of queries and of keys.
+    pub layouts: [RopeLayout; 2],
+    /// Angles.
+    pub table: &'a B::Rope,
+}
+
 /// A device: memory for weights, activations and cache, and the operations every decoder needs.
 pub trait Backend: Send + Sync + 'static {
     /// Activation `[rows, cols]`.
@@ -51,6 +99,8 @@ pub trait Backend: Send + Sync + 'static {
     type KvCache: Send;
     /// What attention needs to know of a step; built once, read by every layer.
     type AttentionPlan: Send;
+    /// Tokens chosen from logits: on their way to the host, and where [`Backend::embed`] finds them.
+    type Chosen: Send;
 
     /// What this device offers.
     fn caps(&self) -> &Caps;
@@ -84,7 +134,7 @@ pub trait Backend: Send + Sync + 'static {
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<Self::AttentionPlan>;
     /// `out[t] = row ids[t] of table`, widened to f32. The table is a linear weight so that a tied
     /// head shares its memory, and was prepared as [`Purpose::Table`](crate::Purpose::Table). Ids are below the table's rows.
-    fn embed(&self, ids: &[u32], table: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
+    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Self::Linear, out: &mut Self::Tensor) -> Result<()>;
     /// Root-mean-square norm over each run of `weight.len()` columns (a whole row, or each head):
     /// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467).
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, out: &mut Self::Tensor) -> Result<()>;
@@ -128,6 +178,18 @@ pub trait Backend: Send + Sync + 'static {
         up: &Self::Tensor,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// `out = activation(x·gateᵀ) ⊙ (x·upᵀ)`, biases included: [`Backend::linear_group`], then
+    /// [`Backend::gated_activation`]. Each weight brings room for its product; a device that needs none leaves it as it was.
+    fn gated_linear(
+        &self,
+        activation: Activation,
+        x: &Self::Tensor,
+        [(gate, gate_out), (up, up_out)]: [(&Self::Linear, &mut Self::Tensor); 2],
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.linear_group(x, &mut [(gate, &mut *gate_out), (up, &mut *up_out)])?;
+        self.gated_activation(activation, gate_out, up_out, out)
+    }
     /// Writes this step's keys and values into the cache of `layer`, then for every row attends
     /// causally over the positions of its sequence up to its own, or over the last `window` of them:
     /// `out = softmax(softcap(scale * q·Kᵀ))·V` per head.
@@ -145,6 +207,29 @@ pub trait Backend: Send + Sync + 'static {
         params: &AttentionParams,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`Backend::paged_attention`] of queries and keys that are first normed and rotated as `rotary` says. What q and k hold
+    /// afterwards is the device's business.
+    #[allow(clippy::too_many_arguments)] // as above
+    fn rotary_attention(
+        &self,
+        q: &mut Self::Tensor,
+        k: &mut Self::Tensor,
+        v: &Self::Tensor,
+        rotary: &Rotary<'_, Self>,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        plan: &Self::AttentionPlan,
+        params: &AttentionParams,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        for (x, (norm, layout)) in [&mut *q, &mut *k].into_iter().zip(rotary.norms.into_iter().zip(rotary.layouts)) {
+            if let Some(norm) = norm {
+                self.rms_norm_in_place(x, norm, rotary.eps)?;
+            }
+            self.rope(x, layout, rotary.table, plan)?;
+        }
+        self.paged_attention(q, k, v, cache, layer, plan, params, out)
+    }
     /// Replaces `x` by its sum over all ranks: equal shapes, and the same bits on every rank. Nothing where there is one
     /// rank.
     ///
@@ -179,15 +264,11 @@ pub trait Backend: Send + Sync + 'static {
     fn write(&self, data: &[f32], out: &mut Self::Tensor) -> Result<()>;
     /// Copies the rows in use to the host, replacing what `out` held.
     fn read(&self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
-    /// The column of the largest number of each row in use, the first of equals; `None` for a row that is not finite
-    /// throughout. Replaces what `out` held. So that a greedy token costs no copy of its logits.
-    fn argmax(&self, x: &Self::Tensor, out: &mut Vec<Option<u32>>) -> Result<()> {
-        let mut values = Vec::new();
-        self.read(x, &mut values)?;
-        out.clear();
-        out.extend(values.chunks_exact(x.cols()).map(first_largest));
-        Ok(())
-    }
+    /// Chooses a token from each row of logits in use, by one draw per row. Nobody waits: a device that collects what it is asked
+    /// for begins it now, and the next step can be asked for before the tokens are read.
+    fn choose(&self, logits: &Self::Tensor, draws: &[Draw]) -> Result<Self::Chosen>;
+    /// Waits for tokens that were chosen, replacing what `out` held; `None` for a row that is not finite throughout.
+    fn read_chosen(&self, chosen: &Self::Chosen, out: &mut Vec<Option<u32>>) -> Result<()>;
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), absorbed: the cache
@@ -217,6 +298,32 @@ pub trait LatentOps: Backend {
         scale: f32,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`LatentOps::latent_attention`] of latents that are first normed, and of queries and keys that are first rotated, as
+    /// `rotary` says. What inputs hold afterwards is the device's business.
+    #[allow(clippy::too_many_arguments)] // as above
+    fn rotary_latent_attention(
+        &self,
+        q: &mut Self::Tensor,
+        latent: &mut Self::Tensor,
+        rope_key: &mut Self::Tensor,
+        rotary: &Rotary<'_, Self>,
+        weight: &Self::Latent,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        plan: &Self::AttentionPlan,
+        scale: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        for (x, norm) in [&mut *q, &mut *latent].into_iter().zip(rotary.norms) {
+            if let Some(norm) = norm {
+                self.rms_norm_in_place(x, norm, rotary.eps)?;
+            }
+        }
+        for (x, layout) in [&mut *q, &mut *rope_key].into_iter().zip(rotary.layouts) {
+            self.rope(x, layout, rotary.table, plan)?;
+        }
+        self.latent_attention(q, latent, rope_key, weight, cache, layer, plan, scale, out)
+    }
 }
 
 /// Mixture of experts.

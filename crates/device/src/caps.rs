@@ -39,6 +39,9 @@ pub struct Caps {
     pub narrow_activations: BTreeSet<WeightFormat>,
     /// Whether a row's result is bit-identical whatever the other rows are.
     pub row_invariant: bool,
+    /// Whether it computes while its host goes on, and keeps the tokens that it chooses: then the next step may be asked for
+    /// before they come to the host.
+    pub runs_ahead: bool,
 }
 
 /// What a model needs of a device.
@@ -95,6 +98,7 @@ mod tests {
             ops: [Op::PagedAttention].into(),
             narrow_activations: BTreeSet::new(),
             row_invariant: true,
+            runs_ahead: false,
         };
         let needs = Requirements {
             ops: [Op::PagedAttention, Op::LatentAttention, Op::FusedMoe].into(),

@@ -4,6 +4,8 @@
 //! purpose: tails of vectors, panels and blocks are where kernels break. Inputs come from a counter
 //! hash, so a case means the same numbers on every machine. What ranks do together is [`ranks()`].
 
+mod choose;
+mod fused;
 mod inputs;
 mod name;
 mod ranks;
@@ -20,7 +22,7 @@ use tolerance::tolerance;
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
     HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference,
-    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, WeightFormat,
+    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, TokenIds, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -63,6 +65,21 @@ pub enum Case {
         /// Kept as.
         block: BlockFormat,
     },
+    /// [`Backend::gated_linear`].
+    Gated {
+        /// Rows of the activation.
+        rows: usize,
+        /// K.
+        in_features: usize,
+        /// N.
+        out_features: usize,
+        /// As what gate and up are kept.
+        formats: [WeightFormat; 2],
+        /// Of the gate.
+        activation: Activation,
+        /// Both with a bias.
+        bias: bool,
+    },
     /// [`Backend::rms_norm`], in place and with residual.
     Norm {
         /// Rows.
@@ -80,6 +97,13 @@ pub enum Case {
         /// Columns.
         cols: usize,
     },
+    /// [`Backend::choose`], and [`Backend::embed`] of what was chosen.
+    Choose {
+        /// Width of the logits.
+        cols: usize,
+        /// Whether many of them are equal.
+        ties: bool,
+    },
     /// [`Backend::rope`].
     Rope(RopeLayout),
     /// [`Backend::paged_attention`] over several steps of a ragged batch.
@@ -90,6 +114,28 @@ pub enum Case {
         kv: KvDtype,
         /// Positions that the longest sequence has more than usual.
         history: usize,
+    },
+    /// [`Backend::rotary_attention`] over several steps of a ragged batch.
+    Rotary {
+        /// Its shape.
+        params: AttentionParams,
+        /// First rotated column within a head.
+        offset: usize,
+        /// Rotated columns.
+        dim: usize,
+        /// Which columns are pairs.
+        interleaved: bool,
+        /// With norms of queries and keys.
+        normed: bool,
+        /// How keys and values are kept.
+        kv: KvDtype,
+    },
+    /// [`LatentOps::rotary_latent_attention`] over several steps of a ragged batch, of one shape.
+    RotaryLatent {
+        /// Which columns are pairs.
+        interleaved: bool,
+        /// How latents and rotated keys are kept.
+        kv: KvDtype,
     },
     /// [`LatentOps::latent_attention`] over several steps of a ragged batch.
     Latent {
@@ -143,6 +189,7 @@ pub fn cases() -> Vec<Case> {
     let mixed = vec![(65, block(BlockFormat::Q4_K)), (1, BF16), (16, block(BlockFormat::Q8_0)), (33, F32)];
     cases.push(Case::Group { rows: 1, in_features: 256, weights: mixed.clone() });
     cases.push(Case::Group { rows: 19, in_features: 512, weights: mixed });
+    cases.extend(fused::cases());
     for block in BlockFormat::ALL {
         let (format, k) = (WeightFormat::Ggml(block), block.elements());
         for (rows, blocks, out_features) in [(1, 1, 1), (2, 5, 33), (3, 3, 17), (7, 4, 16), (37, 2, 65)] {
@@ -170,6 +217,9 @@ pub fn cases() -> Vec<Case> {
     }
     for (rows, cols) in [(1, 1), (3, 7), (5, 33), (17, 64)] {
         cases.push(Case::Elementwise { rows, cols });
+    }
+    for (cols, ties) in [(1, false), (7, false), (255, true), (1000, false), (1000, true), (129_283, false)] {
+        cases.push(Case::Choose { cols, ties });
     }
     for interleaved in [false, true] {
         cases.push(Case::Rope(RopeLayout { heads: 3, head_dim: 10, offset: 0, dim: 10, interleaved }));
@@ -226,12 +276,19 @@ impl Case {
             Case::Group { ref weights, .. } => {
                 Requirements { weight_formats: weights.iter().map(|(_, format)| *format).collect(), ..none }
             }
+            Case::Gated { formats, .. } => Requirements { weight_formats: formats.into(), ..none },
             Case::Made { block, .. } => Requirements { weight_formats: [WeightFormat::Ggml(block)].into(), ..none },
             Case::Linear { format, .. } => Requirements { weight_formats: [format].into(), ..none },
             Case::Norm { .. } | Case::Elementwise { .. } | Case::Rope(_) => none,
-            Case::Attention { kv, .. } => {
+            Case::Choose { .. } => Requirements { weight_formats: [WeightFormat::F32].into(), ..none },
+            Case::Attention { kv, .. } | Case::Rotary { kv, .. } => {
                 Requirements { ops: [Op::PagedAttention].into(), kv_dtypes: [kv].into(), ..none }
             }
+            Case::RotaryLatent { kv, .. } => Requirements {
+                ops: [Op::LatentAttention].into(),
+                weight_formats: [WeightFormat::F32].into(),
+                kv_dtypes: [kv].into(),
+            },
             Case::Latent { format, kv, .. } => Requirements {
                 ops: [Op::LatentAttention].into(),
                 weight_formats: [format].into(),
@@ -294,6 +351,9 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             b.linear_group(&x, &mut linears.iter().zip(&mut outs).collect::<Vec<_>>())?;
             outputs(b, &outs.iter().collect::<Vec<_>>())
         }
+        Case::Gated { .. } => fused::gated(case, b),
+        Case::Rotary { .. } => fused::rotary(case, b, inputs),
+        Case::RotaryLatent { interleaved, kv } => fused::rotary_latent((interleaved, kv), b, inputs),
         Case::Made { rows, in_features, out_features, block } => {
             let shape = vec![out_features, in_features];
             let weight = Source::new(WeightFormat::BF16, shape, 1, (in_features as f32).sqrt().recip());
@@ -333,6 +393,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             b.add_rows(&some, &every_other, &mut added)?;
             outputs(b, &[&silu, &gelu, &gate, &picked, &scaled, &capped, &added])
         }
+        Case::Choose { cols, ties } => choose::evaluate(b, inputs, cols, ties),
         Case::Rope(layout) => {
             let inv_freq = (0..layout.dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
             let table = b.rope_table(&HostRope { inv_freq, scale: 1.25, max_positions: MAX_POSITIONS })?;
@@ -494,7 +555,7 @@ fn linear<B: Backend>(
     b.linear(&x, layer.as_ref().unwrap_or(&table), &mut y)?;
     let ids: Vec<u32> = (0..rows).map(|r| (r * 7 % out_features) as u32).collect();
     let mut embedded = b.tensor(rows, in_features)?;
-    b.embed(&ids, &table, &mut embedded)?;
+    b.embed(TokenIds::Known(&ids), &table, &mut embedded)?;
     outputs(b, &[&y, &embedded])
 }
 

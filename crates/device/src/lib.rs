@@ -13,6 +13,7 @@ mod attention;
 mod backend;
 mod caps;
 pub mod conformance;
+mod draw;
 mod dtype;
 mod error;
 mod facts;
@@ -27,8 +28,9 @@ mod routing;
 pub use attention::{
     AttentionBatch, AttentionParams, KvDtype, KvSpec, LayerKv, RopeLayout, SequenceSpan, saturate_f16,
 };
-pub use backend::{Activation, Backend, LatentOps, MoeOps, Rows};
+pub use backend::{Activation, Backend, LatentOps, MoeOps, Rotary, Rows, TokenIds};
 pub use caps::{Caps, Op, Requirements};
+pub use draw::{Candidate, Draw, Drawer};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
 pub use facts::{DeviceFacts, DeviceMemory, LibraryFacts, Limits};

@@ -9,9 +9,9 @@ use std::time::Duration;
 use half::{bf16, f16};
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Purpose, Result,
-    RopeLayout, Routing, Rows, WeightFormat, World, select_experts,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, Draw, Drawer,
+    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op,
+    Purpose, Result, RopeLayout, Routing, Rows, TokenIds, WeightFormat, World, select_experts,
 };
 
 /// The judge.
@@ -46,6 +46,7 @@ impl Reference {
                 ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
                 narrow_activations: BTreeSet::new(),
                 row_invariant: true,
+                runs_ahead: false,
             },
             communicator,
         }
@@ -239,6 +240,7 @@ impl Backend for Reference {
     type Rope = Rope;
     type KvCache = KvCache;
     type AttentionPlan = AttentionPlan;
+    type Chosen = Vec<Option<u32>>;
 
     fn caps(&self) -> &Caps {
         &self.caps
@@ -287,8 +289,9 @@ impl Backend for Reference {
         Ok(AttentionPlan { rows })
     }
 
-    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
         assert!(table.table, "rows are looked up in what was prepared as a table");
+        let ids = ids.on_host();
         out.set_rows(ids.len());
         for (row, &id) in ids.iter().enumerate() {
             out.row_mut(row).copy_from_slice(table.row(id as usize));
@@ -461,6 +464,15 @@ impl Backend for Reference {
     fn read(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
         out.extend_from_slice(&x.data);
+        Ok(())
+    }
+
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+        Ok(Drawer::default().choose(&logits.data, logits.cols, draws))
+    }
+
+    fn read_chosen(&self, chosen: &Vec<Option<u32>>, out: &mut Vec<Option<u32>>) -> Result<()> {
+        out.clone_from(chosen);
         Ok(())
     }
 }

@@ -64,23 +64,37 @@ impl BlockManager {
         if self.hasher.is_some() { num_tokens / self.block_size } else { 0 }
     }
 
+    /// Blocks that sequences can be given.
+    pub fn available(&self) -> usize {
+        self.allocator.available()
+    }
+
+    /// Whether [`admit`](Self::admit) would be true.
+    pub fn can_admit(&self, sequence: &mut Sequence, spare: usize) -> bool {
+        self.beginning(sequence, spare).is_some()
+    }
+
     /// Gives a sequence without blocks all that its known tokens need, from the cache as far as that
     /// reaches, and sets `num_computed`. False, and nothing given, unless `spare` blocks stay available.
     pub fn admit(&mut self, sequence: &mut Sequence, spare: usize) -> bool {
-        debug_assert!(sequence.table.blocks.is_empty(), "a waiting sequence holds no block");
-        let cached = self.cached_prefix(sequence);
-        let taken_from_cache = cached.iter().filter(|&&id| self.allocator.is_unheld(id)).count();
-        let new = sequence.tokens.len().div_ceil(self.block_size) - cached.len();
-        if self.allocator.available() < taken_from_cache + new + spare {
-            return false;
-        }
+        let Some(cached) = self.beginning(sequence, spare) else { return false };
         // Held before anything is allocated, which could evict them.
         cached.iter().for_each(|&id| self.allocator.acquire(id));
         sequence.num_computed = cached.len() * self.block_size;
         sequence.table.num_published = cached.len();
         sequence.table.blocks = cached;
-        assert!(self.grow(sequence), "available blocks were counted");
+        assert!(self.grow(sequence, sequence.tokens.len()), "available blocks were counted");
         true
+    }
+
+    /// The cached blocks with which a sequence begins that has none yet, if there are blocks for all its known tokens and
+    /// `spare` more.
+    fn beginning(&self, sequence: &mut Sequence, spare: usize) -> Option<Vec<BlockId>> {
+        debug_assert!(sequence.table.blocks.is_empty(), "a waiting sequence holds no block");
+        let cached = self.cached_prefix(sequence);
+        let taken_from_cache = cached.iter().filter(|&&id| self.allocator.is_unheld(id)).count();
+        let new = sequence.tokens.len().div_ceil(self.block_size) - cached.len();
+        (self.allocator.available() >= taken_from_cache + new + spare).then_some(cached)
     }
 
     /// The published blocks of the longest prefix of the sequence.
@@ -97,9 +111,14 @@ impl BlockManager {
         cached
     }
 
-    /// Gives the sequence blocks for all its known tokens; false, and nothing given, if there are too few.
-    pub fn grow(&mut self, sequence: &mut Sequence) -> bool {
-        let missing = sequence.tokens.len().div_ceil(self.block_size) - sequence.table.blocks.len();
+    /// Blocks that the sequence misses for its first `num_tokens` tokens; it has none beyond them.
+    pub fn missing(&self, sequence: &Sequence, num_tokens: usize) -> usize {
+        num_tokens.div_ceil(self.block_size) - sequence.table.blocks.len()
+    }
+
+    /// Gives the sequence blocks for its first `num_tokens` tokens; false, and nothing given, if there are too few.
+    pub fn grow(&mut self, sequence: &mut Sequence, num_tokens: usize) -> bool {
+        let missing = self.missing(sequence, num_tokens);
         if self.allocator.available() < missing {
             return false;
         }
@@ -111,7 +130,7 @@ impl BlockManager {
     /// `spare` ones. Returns for how many of `drafts` it has room.
     pub fn grow_for_drafts(&mut self, sequence: &mut Sequence, drafts: usize, spare: usize) -> usize {
         let known = sequence.tokens.len();
-        let missing = (known + drafts).div_ceil(self.block_size) - sequence.table.blocks.len();
+        let missing = self.missing(sequence, known + drafts);
         self.give(sequence, missing.min(self.allocator.available().saturating_sub(spare)));
         drafts.min(sequence.table.blocks.len() * self.block_size - known)
     }
@@ -151,7 +170,17 @@ impl BlockManager {
         for id in sequence.table.blocks.drain(..).rev() {
             self.allocator.release(id);
         }
-        sequence.num_computed = 0;
+        (sequence.num_computed, sequence.num_begun) = (0, 0);
+    }
+
+    /// Takes the last block out of the table of a sequence; it stays held until [`release_block`](Self::release_block).
+    pub fn detach_last(&mut self, sequence: &mut Sequence) -> BlockId {
+        sequence.table.blocks.pop().expect("it has blocks")
+    }
+
+    /// Takes a block back that is in no table.
+    pub fn release_block(&mut self, id: BlockId) {
+        self.allocator.release(id);
     }
 
     /// As `release`, for a sequence that ends or waits before its time. In the midst of a prompt nothing was
@@ -248,13 +277,11 @@ impl BlockHasher {
 
 #[cfg(test)]
 impl BlockManager {
-    /// The allocator's own check, against the tables of all sequences.
-    pub fn check<'a>(&self, sequences: impl Iterator<Item = &'a Sequence>) -> Result<(), String> {
-        let mut held = std::collections::BTreeMap::new();
-        for id in sequences.flat_map(|sequence| sequence.table.blocks()) {
-            *held.entry(*id).or_default() += 1;
-        }
-        self.allocator.check(&held)
+    /// The allocator's own check, against all that is held.
+    pub fn check<'a>(&self, held: impl Iterator<Item = &'a BlockId>) -> Result<(), String> {
+        let mut counts = std::collections::BTreeMap::new();
+        held.for_each(|id| *counts.entry(*id).or_default() += 1);
+        self.allocator.check(&counts)
     }
 
     /// Sabotage: a block that no table holds.

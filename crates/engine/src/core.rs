@@ -1,17 +1,23 @@
 //! Scheduler and runner put together: one step at a time, on the caller's thread and clock. What the
 //! engine thread drives with real time, the simulator drives with its own.
 //!
+//! One step is under way while the runner is waited for, or two, if the second could be [planned
+//! ahead](Scheduler::schedule_ahead) of the first one's end. So what the first gave is committed, and told to clients, while the
+//! device computes the second; and requests are added, aborted and expire meanwhile.
+//!
 //! Faults of the runner:
 //! - One sequence's logits are not finite: it fails, its blocks are cleared before the next step, its
 //!   batch mates go on. So it is if its grammar fails, but for the blocks: their values are sound.
 //! - A step fails, panics, or answers something else than was asked: every sequence that holds blocks fails, every
-//!   block that holds anything is cleared, and the engine goes on with those that wait.
+//!   block that holds anything is cleared, and the engine goes on with those that wait. Another step that is under way is
+//!   forgotten: what it computes comes of what failed, or failed with it.
 //! - Steps fail [`max_failed_steps`](crate::EngineConfig::max_failed_steps) times in a row, blocks cannot be cleared, or
 //!   the device says that it must be set up anew: the runner is broken. Where another can be loaded in its place, those
 //!   that wait, wait for it; it begins with an empty cache and no cached prefix.
 //! - The device is lost, nothing can be loaded, or [`max_rebuilds`](crate::EngineConfig::max_rebuilds) runners in a row
 //!   break before they have done a step: the engine is down for good. Everything fails.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
@@ -29,6 +35,8 @@ pub(crate) struct Core {
     runner: Option<Box<dyn Runner>>,
     spec: RunSpec,
     scheduler: Scheduler,
+    /// Steps that were begun and have not ended, the earliest first; two at most.
+    under_way: VecDeque<StepPlan>,
     masks: MaskPool,
     max_failed_steps: u32,
     failed_in_a_row: u32,
@@ -38,6 +46,20 @@ pub(crate) struct Core {
     rebuilds: u64,
     device_failures: DeviceFailures,
     condition: Condition,
+}
+
+/// Why the steps under way have failed.
+struct StepFailure {
+    failure: EngineFailure,
+    /// Whether the runner is of no use any more.
+    for_good: bool,
+}
+
+impl From<EngineFailure> for StepFailure {
+    fn from(failure: EngineFailure) -> Self {
+        let for_good = matches!(failure, EngineFailure::Device(RunError::Poisoned(_) | RunError::Lost(_)));
+        Self { failure, for_good }
+    }
 }
 
 /// What becomes of the next step.
@@ -62,6 +84,7 @@ impl Core {
         Self {
             spec: runner.spec().clone(),
             scheduler: Scheduler::new(runner.spec(), config, secret),
+            under_way: VecDeque::new(),
             runner: Some(runner),
             masks,
             max_failed_steps: config.max_failed_steps,
@@ -96,9 +119,14 @@ impl Core {
         self.scheduler.fail_all(failure, now)
     }
 
-    /// Whether a step would do nothing.
+    /// Whether there is nothing to do. A step that is under way must end, even if nobody is left who awaits its tokens.
     pub fn is_idle(&self) -> bool {
-        self.scheduler.is_idle()
+        self.scheduler.is_idle() && !self.is_under_way()
+    }
+
+    /// Whether a step was begun that has not ended.
+    pub fn is_under_way(&self) -> bool {
+        !self.under_way.is_empty()
     }
 
     /// Why the engine takes no more steps, if so.
@@ -171,43 +199,27 @@ impl Core {
         self.scheduler.expire(now)
     }
 
-    /// Ends what waited or took too long and plans the next step. The plan is empty only if nothing is left to do.
+    /// Ends what waited or took too long and, unless a step is under way, plans the next. The plan is empty only if one is
+    /// under way, or nothing is left to do.
     pub fn plan(&mut self, now: Duration) -> (Vec<RequestOutput>, StepPlan) {
         let expired = self.expire(now);
-        (expired, self.scheduler.schedule(now))
+        let plan = if self.is_under_way() { StepPlan::default() } else { self.scheduler.schedule(now) };
+        (expired, plan)
     }
 
-    /// Takes the planned step. `clock` is read when the runner is done.
-    pub fn execute(&mut self, plan: &StepPlan, clock: &dyn Fn() -> Duration) -> Vec<RequestOutput> {
-        let runner = self.runner.as_mut().expect("a step is planned for a sound runner");
-        let unclean = self.scheduler.take_unclean();
-        if !unclean.is_empty()
-            && let Err(failure) = guard(|| runner.clear_blocks(&unclean))
-        {
-            tracing::error!(%failure, "cache blocks cannot be cleared");
-            let now = clock();
-            let mut outputs = self.failed(&failure, now);
-            outputs.extend(self.broken(failure, now));
-            return outputs;
-        }
-        // First, so that they are computed beside the step.
-        for step in &plan.sequences {
-            if let Some(job) = self.scheduler.mask_job(step) {
-                self.masks.start(job);
-            }
-        }
-        let result = guard(|| runner.step(plan));
-        match result.and_then(|output| check(plan, output, self.spec.vocab_size)) {
-            Ok(output) => {
+    /// Begins the planned step, if there is one, and the one behind it where that can be; then waits for the earliest step
+    /// under way, and takes what it gave. `clock` is read when the runner is done. Not to be called when idle.
+    pub fn execute(&mut self, plan: StepPlan, clock: &dyn Fn() -> Duration) -> Vec<RequestOutput> {
+        match self.advance(plan) {
+            Ok((plan, output)) => {
                 (self.failed_in_a_row, self.rebuilds_in_a_row) = (0, 0);
-                self.scheduler.commit(plan, output, clock())
+                self.scheduler.commit(&plan, output, clock())
             }
-            Err(failure) => {
+            Err(StepFailure { failure, for_good }) => {
                 self.failed_in_a_row += 1;
                 tracing::error!(%failure, in_a_row = self.failed_in_a_row, "step failed");
                 let now = clock();
                 let mut outputs = self.failed(&failure, now);
-                let for_good = matches!(failure, EngineFailure::Device(RunError::Poisoned(_) | RunError::Lost(_)));
                 if for_good || self.failed_in_a_row >= self.max_failed_steps {
                     outputs.extend(self.broken(failure, now));
                 }
@@ -216,8 +228,48 @@ impl Core {
         }
     }
 
-    /// Ends all that hold blocks.
+    /// The earliest step under way, with what it gave.
+    fn advance(&mut self, plan: StepPlan) -> Result<(StepPlan, StepOutput), StepFailure> {
+        if !plan.sequences.is_empty() {
+            self.begin(plan)?;
+        }
+        let last = self.under_way.back().expect("a step was planned, or one is under way");
+        if self.spec.steps_ahead
+            && let Some(ahead) = self.scheduler.schedule_ahead(last)
+        {
+            self.begin(ahead)?;
+        }
+        let runner = self.runner.as_mut().expect("a step is under way on a sound runner");
+        let output = guard(|| runner.finish())?;
+        let plan = self.under_way.pop_front().expect("a step is under way");
+        let output = check(&plan, output, self.spec.vocab_size)?;
+        Ok((plan, output))
+    }
+
+    /// Clears what must be before the step, and begins it, behind all that was begun before.
+    fn begin(&mut self, plan: StepPlan) -> Result<(), StepFailure> {
+        let runner = self.runner.as_mut().expect("a step is planned for a sound runner");
+        let unclean = self.scheduler.take_unclean();
+        if !unclean.is_empty() {
+            guard(|| runner.clear_blocks(&unclean)).map_err(|failure| {
+                tracing::error!(%failure, "cache blocks cannot be cleared");
+                StepFailure { failure, for_good: true }
+            })?;
+        }
+        // First, so that they are computed beside the step.
+        for step in &plan.sequences {
+            if let Some(job) = self.scheduler.mask_job(step) {
+                self.masks.start(job);
+            }
+        }
+        guard(|| runner.begin(&plan))?;
+        self.under_way.push_back(plan);
+        Ok(())
+    }
+
+    /// Ends all that hold blocks, and all steps under way.
     fn failed(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
+        self.under_way.clear();
         self.device_failures.count(failure);
         self.scheduler.fail_running(failure, now)
     }
@@ -247,7 +299,8 @@ impl Core {
 }
 
 /// Turns everything that can go wrong in the runner into a failure. After a panic the runner may be asked to
-/// clear blocks and to step again: it keeps no state per sequence but the cache, which is reset.
+/// clear blocks and to step again: it keeps no state per sequence but the cache, which is reset, and forgets the steps
+/// that were under way.
 fn guard<T>(work: impl FnOnce() -> Result<T, RunError>) -> Result<T, EngineFailure> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(EngineFailure::Device),
@@ -289,7 +342,7 @@ fn check(plan: &StepPlan, output: StepOutput, vocab_size: usize) -> Result<StepO
 
 #[cfg(test)]
 mod tests {
-    use baton_model::SequenceFailure;
+    use baton_model::{SequenceFailure, Tokens};
 
     use super::*;
 
@@ -299,7 +352,7 @@ mod tests {
         let step = SequenceStep {
             id: 7,
             num_computed: 0,
-            tokens: vec![1],
+            tokens: Tokens::Known(vec![1]),
             draft: Vec::new(),
             block_table: vec![0],
             adapter: None,

@@ -222,14 +222,16 @@ impl EngineThread {
     fn step(&mut self) {
         let (expired, plan) = self.core.plan(self.now());
         self.deliver(expired);
-        if plan.sequences.is_empty() {
+        if self.core.is_idle() {
             return;
         }
-        let (epoch, start) = (self.shared.epoch, Instant::now());
-        *self.shared.step_started.lock() = Some(start);
-        let outputs = self.core.execute(&plan, &|| epoch.elapsed());
-        *self.shared.step_started.lock() = None;
-        self.last_step = start.elapsed();
+        let epoch = self.shared.epoch;
+        let start = *self.shared.step_started.lock().get_or_insert_with(Instant::now);
+        let outputs = self.core.execute(plan, &|| epoch.elapsed());
+        let end = Instant::now();
+        // A step that was begun ahead has had the device to itself since then.
+        *self.shared.step_started.lock() = self.core.is_under_way().then_some(end);
+        self.last_step = end - start;
         // The watchdog has ended everything if the step took too long.
         let given_up = self.shared.streams.lock().sealed().cloned();
         self.stop = given_up.or_else(|| self.core.down().cloned());
@@ -310,6 +312,7 @@ mod tests {
             max_step_tokens: 16,
             max_step_sequences: 2,
             max_draft_tokens: 0,
+            steps_ahead: false,
         };
         let runner = MockRunner::new(spec, MockModel::Hash { seed: 1, vocab_size: 10, end: None });
         let control = runner.control();

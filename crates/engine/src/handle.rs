@@ -91,6 +91,7 @@ pub(crate) struct Shared {
     pub left_queue: [AtomicU64; 2],
     pub stats: Mutex<EngineStats>,
     pub streams: Mutex<Streams>,
+    /// Since when the step is under way whose end is the next: its begin, or the end of the one before it if that is later.
     pub step_started: Mutex<Option<Instant>>,
     /// True once nothing is in flight and nothing new will come.
     pub drained: watch::Sender<bool>,

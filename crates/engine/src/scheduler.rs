@@ -1,8 +1,9 @@
 //! Which sequence computes which tokens in the next step: a state machine over values. Time is an
 //! argument, maps are ordered, and nothing here blocks or fails, so that a seed replays any run.
 //!
-//! A step is [`schedule`](Scheduler::schedule), the runner's work, and [`commit`](Scheduler::commit).
-//! Requests are added and aborted between steps only.
+//! A step is [`schedule`](Scheduler::schedule), the runner's work, and [`commit`](Scheduler::commit). While the runner works,
+//! the step behind it may be [planned ahead](Scheduler::schedule_ahead). Requests are added and aborted when a step was
+//! committed and before the next is planned; a step that was begun ahead may be under way then.
 //!
 //! There are two classes of sequences, foreground and background. A step is of one class: of the background only if
 //! nothing of the foreground runs or waits. Meanwhile background sequences keep their blocks, until the foreground needs
@@ -15,6 +16,7 @@
 //! what they would be without any background, but for the prefixes that the background's blocks displaced from the
 //! cache.
 
+mod ahead;
 mod commit;
 
 use std::collections::BTreeMap;
@@ -47,6 +49,9 @@ pub(crate) struct Scheduler {
     blocks: BlockManager,
     /// Blocks that were taken back and may hold values that are not finite.
     unclean: Vec<BlockId>,
+    /// Blocks that the step under way writes for sequences that have ended since it was begun. They're held until it has
+    /// said whether these values are finite.
+    in_doubt: BTreeMap<RequestId, BlockId>,
     /// Sequences that hold blocks. Each is part of every step of its class.
     running: BTreeMap<RequestId, Sequence>,
     /// Sequences that hold nothing: new and preempted ones.
@@ -74,6 +79,7 @@ impl Scheduler {
             speculation,
             blocks: BlockManager::new(spec.num_blocks, spec.block_size, hasher),
             unclean: Vec::new(),
+            in_doubt: BTreeMap::new(),
             running: BTreeMap::new(),
             waiting: BTreeMap::new(),
             left_queue: [0; 2],
@@ -122,7 +128,7 @@ impl Scheduler {
         }
     }
 
-    /// Plans a step, after `expire(now)`. It is empty only if the scheduler is idle.
+    /// Plans a step, after `expire(now)`, when none is under way. It is empty only if the scheduler is idle.
     ///
     /// A step moves `num_computed` of a sequence towards the number of its known tokens; there is no
     /// prefill or decode phase:
@@ -162,7 +168,7 @@ impl Scheduler {
         for rank in &ranks {
             // Gone if it was preempted, and then so were all after it.
             while let Some(sequence) = self.running.get_mut(&rank.id) {
-                if self.blocks.grow(sequence) {
+                if self.blocks.grow(sequence, sequence.tokens.len()) {
                     break;
                 }
                 preempted_own |= of_class(&self.preempt_last());
@@ -197,8 +203,7 @@ impl Scheduler {
     /// Adds drafts to the sequences of a step that sample, in equal parts of the rows that are left.
     fn add_drafts(&mut self, plan: &mut StepPlan) {
         let Some(speculation) = self.speculation.clone() else { return };
-        let rows = speculation.disable_by_batch_size.min(self.max_num_batched_tokens);
-        let mut left = rows.saturating_sub(plan.num_tokens());
+        let mut left = self.rows_for_drafts(plan.num_tokens());
         // As at admission: a draft takes no block that a token may soon need.
         let spare = plan.sequences.len();
         let mut sampling = plan.sequences.iter().filter(|step| step.sample.is_some()).count();
@@ -234,6 +239,12 @@ impl Scheduler {
                 DraftMethod::Model => sequence.drafting.length(speculation.num_speculative_tokens, worth),
             };
         }
+    }
+
+    /// Rows that drafts may have beside so many of tokens.
+    fn rows_for_drafts(&self, tokens: usize) -> usize {
+        let most = |speculation: &SpeculationConfig| speculation.disable_by_batch_size.min(self.max_num_batched_tokens);
+        self.speculation.as_ref().map_or(0, most).saturating_sub(tokens)
     }
 
     /// Moves the first waiting sequence to the running ones, if it may start beside the `running` ones of its class.
@@ -280,6 +291,7 @@ impl Scheduler {
     fn preempt_last(&mut self) -> RequestId {
         let id = self.last().expect("whoever lacks a block is running").id;
         let mut sequence = self.running.remove(&id).expect("it was just found");
+        debug_assert!(!sequence.is_begun_ahead(), "it will run again, and what is under way would be of its past");
         self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
         self.waiting.insert(sequence.rank(), sequence);
         self.counters.preemptions += u64::from(!id.is_background());
@@ -318,7 +330,12 @@ impl Scheduler {
     }
 
     pub fn check_blocks(&self) -> Result<(), String> {
-        self.blocks.check(self.running.values().chain(self.waiting.values()))
+        let sequences = self.running.values().chain(self.waiting.values());
+        self.blocks.check(sequences.flat_map(|sequence| sequence.table.blocks()).chain(self.in_doubt.values()))
+    }
+
+    pub fn in_doubt(&self) -> &BTreeMap<RequestId, BlockId> {
+        &self.in_doubt
     }
 
     pub fn leak_a_block(&mut self) {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Adapter, SampleRequest, SamplingParams, Score, ScoreRequest, SequenceStep, StepMasks};
+use baton_model::{Adapter, SampleRequest, SamplingParams, Score, ScoreRequest, SequenceStep, StepMasks, Tokens};
 
 use crate::block::BlockId;
 use crate::block_manager::BlockTable;
@@ -23,6 +23,8 @@ pub(crate) struct Sequence {
     pub prompt_len: usize,
     /// Tokens whose keys and values are in `table`, from the first on.
     pub num_computed: usize,
+    /// As `num_computed` once the step that was begun ahead has ended; not above it if there is none.
+    pub num_begun: usize,
     /// Blocks for all of `tokens` while it runs, empty while it waits.
     pub table: BlockTable,
     pub scope: CacheScope,
@@ -76,6 +78,7 @@ impl Sequence {
             prompt_len: request.prompt.len(),
             tokens: request.prompt,
             num_computed: 0,
+            num_begun: 0,
             table: BlockTable::default(),
             scope: request.cache_scope,
             adapter: request.adapter,
@@ -116,6 +119,16 @@ impl Sequence {
         self.tokens.len() - self.num_computed
     }
 
+    /// Whether a step that was begun ahead computes a token of it.
+    pub fn is_begun_ahead(&self) -> bool {
+        self.num_begun > self.num_computed
+    }
+
+    /// Whether it ends with the next token, whatever that is.
+    pub fn ends_next(&self) -> bool {
+        self.num_output() + 1 >= self.max_tokens
+    }
+
     /// Why it must end before the next step, if it should have started or ended by now.
     pub fn overdue(&self, now: Duration) -> Option<EngineFailure> {
         let passed = |time: Option<Duration>| time.is_some_and(|time| time <= now);
@@ -143,19 +156,39 @@ impl Sequence {
         SequenceStep {
             id: self.id.0,
             num_computed: self.num_computed,
-            tokens: self.tokens[self.num_computed..end].to_vec(),
+            tokens: Tokens::Known(self.tokens[self.num_computed..end].to_vec()),
             block_table: blocks[..end.div_ceil(block_size)].to_vec(),
             adapter: self.adapter.clone(),
             draft: Vec::new(),
             propose: 0,
             scores: self.score_requests(end),
-            sample: (end == self.tokens.len()).then(|| SampleRequest {
-                params: self.params.clone(),
-                position: self.num_output() as u32,
-                history: if self.params.needs_history() { self.tokens.clone() } else { Vec::new() },
-                prompt_len: self.prompt_len,
-                masks: self.constrained.as_ref().map(|_| StepMasks::default()),
-            }),
+            sample: (end == self.tokens.len()).then(|| self.sample_request(self.num_output())),
+        }
+    }
+
+    /// The token that the step under way samples, as work for the runner. Blocks are there for it.
+    pub fn step_ahead(&self) -> SequenceStep {
+        SequenceStep {
+            id: self.id.0,
+            num_computed: self.tokens.len(),
+            tokens: Tokens::Awaited,
+            block_table: self.table.blocks().to_vec(),
+            adapter: self.adapter.clone(),
+            draft: Vec::new(),
+            propose: 0,
+            scores: Vec::new(),
+            sample: Some(self.sample_request(self.num_output() + 1)),
+        }
+    }
+
+    /// For the token of this index in the output.
+    fn sample_request(&self, position: usize) -> SampleRequest {
+        SampleRequest {
+            params: self.params.clone(),
+            position: position as u32,
+            history: if self.params.needs_history() { self.tokens.clone() } else { Vec::new() },
+            prompt_len: self.prompt_len,
+            masks: self.constrained.as_ref().map(|_| StepMasks::default()),
         }
     }
 

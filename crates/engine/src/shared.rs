@@ -4,7 +4,7 @@
 //! A [`view`](SharedRunner::view) finds the cache as if nothing had been computed in it. An engine never reads what it did
 //! not write, so finite values that another one left would not matter; but a masked product gives NaN where they are not
 //! finite, and an engine that ends does not clear what failed in its last step. So all blocks that a view was given
-//! are cleared before the next.
+//! are cleared before the next, behind what an earlier one has begun.
 //!
 //! Invariant: only the latest view computes. Steps of an earlier one fail, and so touch nobody's blocks.
 
@@ -41,8 +41,8 @@ impl SharedRunner {
         &self.spec
     }
 
-    /// The runner with steps of at most `max_step_tokens` and a cache of at most `num_blocks`, both at least one. Waits for
-    /// the step under way; then earlier views are of no use any more.
+    /// The runner with steps of at most `max_step_tokens` and a cache of at most `num_blocks`, both at least one. From
+    /// then on earlier views are of no use.
     pub fn view(&self, max_step_tokens: usize, num_blocks: usize) -> Result<Box<dyn Runner>, RunError> {
         let mut state = self.state.lock();
         state.views += 1;
@@ -79,13 +79,17 @@ impl Runner for View {
         &self.spec
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
         self.with(|state| {
             for &block in plan.sequences.iter().flat_map(|sequence| &sequence.block_table) {
                 state.used[block as usize] = true;
             }
-            state.runner.step(plan)
+            state.runner.begin(plan)
         })
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, RunError> {
+        self.with(|state| state.runner.finish())
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
@@ -110,6 +114,7 @@ mod tests {
             max_step_tokens: 32,
             max_step_sequences: 4,
             max_draft_tokens: 0,
+            steps_ahead: false,
         };
         let runner = MockRunner::new(spec, MODEL);
         let control = runner.control();

@@ -2,6 +2,8 @@
 //! engine's core with it. The mock is public, since tests of other crates serve it as well.
 
 #[cfg(test)]
+mod ahead;
+#[cfg(test)]
 mod background;
 #[cfg(test)]
 mod cases;

@@ -51,6 +51,8 @@ pub struct EngineStats {
     pub device_failures: DeviceFailures,
     /// Counter: runners loaded in the place of one that failed.
     pub rebuilds: u64,
+    /// Counter: steps done that were begun before the one before them had ended.
+    pub steps_ahead: u64,
     /// Tokens computed per step; its count is the number of steps done.
     pub step_tokens: StepTokens,
     /// How long the last step took.
@@ -64,7 +66,8 @@ pub struct EngineStats {
 pub struct BlockStats {
     /// All blocks.
     pub total: usize,
-    /// Held by sequences, also by those of the background that pause.
+    /// Held by sequences, also by those of the background that pause; and those that a step under way writes for a sequence
+    /// which has ended meanwhile.
     pub used: usize,
     /// Held by nobody, kept for a later request with the same prefix, given up when needed.
     pub cached: usize,

@@ -1,5 +1,5 @@
-//! Looks from outside at how long the step under way takes: a device that hangs keeps the engine thread, which then can
-//! tell nobody anything.
+//! Looks from outside at how long the step under way takes, from its begin or, if that was ahead, from the end of the step
+//! before it: a device that hangs keeps the engine thread, which then can tell nobody anything.
 
 use std::sync::Arc;
 use std::time::Duration;

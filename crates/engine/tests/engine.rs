@@ -24,6 +24,7 @@ fn spec() -> RunSpec {
         max_step_tokens: 64,
         max_step_sequences: 16,
         max_draft_tokens: 5,
+        steps_ahead: true,
     }
 }
 

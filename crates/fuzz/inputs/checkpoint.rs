@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use baton_device::Reference;
 use baton_model::{
-    Files, GgufTokenizer, KvCacheSize, LoadOptions, Runner, SampleRequest, SequenceStep, StepPlan, load,
+    Files, GgufTokenizer, KvCacheSize, LoadOptions, Runner, SampleRequest, SequenceStep, StepPlan, Tokens, load,
 };
 
 /// A checkpoint is refused with a reason, or it is loaded and its rows are read; true if it was loaded.
@@ -22,7 +22,7 @@ pub fn run(path: &Path) -> bool {
     match load(Reference::new(), &files, &options) {
         Ok((mut runner, _)) => {
             let last = runner.spec().vocab_size as u32 - 1;
-            let tokens = vec![0, last];
+            let tokens = Tokens::Known(vec![0, last]);
             let sample =
                 SampleRequest { params: Arc::default(), position: 0, history: Vec::new(), prompt_len: 2, masks: None };
             let step = SequenceStep {

@@ -16,7 +16,9 @@ use crate::keys::{Owner, Scopes};
 use crate::service::Service;
 
 /// Routes that need no key.
-const PUBLIC: [&str; 12] = [
+const PUBLIC: [&str; 14] = [
+    "/",
+    "/page/{file}",
     "/live",
     "/ready",
     "/startup",

@@ -37,6 +37,7 @@ mod metrics;
 mod observed;
 mod openai;
 mod openapi;
+mod page;
 mod pooled;
 mod responses;
 mod rollout;

@@ -48,6 +48,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// The first bytes of a connection of HTTP/2.
 const HTTP2_BEGIN: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Pause after a look at such a beginning that is not whole, the first time; it doubles.
 const PEEK_PAUSE: Duration = Duration::from_millis(5);
 
 /// Pause after the system refused a connection for want of descriptors or memory.
@@ -179,7 +180,7 @@ async fn connection(stream: TcpStream, terms: Terms) {
 
 /// Whether a client that was told nothing speaks HTTP/2: it begins as no request of HTTP/1.1 can.
 async fn begins_as_http2(stream: &TcpStream) -> io::Result<bool> {
-    let mut begin = [0; HTTP2_BEGIN.len()];
+    let (mut begin, mut pause) = ([0; HTTP2_BEGIN.len()], PEEK_PAUSE);
     loop {
         let seen = stream.peek(&mut begin).await?;
         if seen == 0 || !HTTP2_BEGIN.starts_with(&begin[..seen]) {
@@ -189,7 +190,8 @@ async fn begins_as_http2(stream: &TcpStream) -> io::Result<bool> {
             return Ok(true);
         }
         // What has been seen stays readable: there is nothing to be woken by.
-        sleep(PEEK_PAUSE).await;
+        sleep(pause).await;
+        pause *= 2;
     }
 }
 

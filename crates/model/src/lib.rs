@@ -6,6 +6,7 @@
 
 mod adapter;
 mod arch;
+mod begun;
 mod checkpoint;
 mod choosable;
 mod config;
@@ -43,5 +44,5 @@ pub use runner::ModelRunner;
 pub use sampler::Sampler;
 pub use step::{
     RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan,
+    SequenceStep, StepOutput, StepPlan, Tokens,
 };

@@ -275,7 +275,9 @@ pub(crate) fn load_share<B: Backend + LatentOps + MoeOps>(
     let max_rank = options.max_lora_rank;
     let scratch = AdapterScratch::new(&backend, if max_rank > 0 { &slots } else { &[] })?;
     let num_blocks = num_blocks(&backend, &kv, &spec, options.kv_cache)?;
-    let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
+    // Ranks take a step after the other, and a layer that looks ahead awaits what was sampled.
+    let steps_ahead = backend.caps().runs_ahead && backend.world().size == 1 && !model.looks_ahead();
+    let spec = RunSpec { block_size: kv.block_size, num_blocks, steps_ahead, ..spec };
     let cache = backend.kv_cache(&kv, num_blocks)?;
     let report = LoadReport {
         architecture: config.architecture,
@@ -358,6 +360,8 @@ fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, Load
         max_step_tokens: options.max_step_tokens,
         max_step_sequences: options.max_step_sequences,
         max_draft_tokens: options.max_draft_tokens,
+        // Known with the model.
+        steps_ahead: false,
     })
 }
 

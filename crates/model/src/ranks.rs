@@ -31,6 +31,8 @@ pub struct Ranks<B: Backend> {
     timeout: Duration,
     /// A step has failed since ranks were last ready.
     failed: bool,
+    /// What the step under way gave: ranks take one after the other.
+    begun: Option<StepOutput>,
     /// Why nothing more can be asked.
     lost: Option<String>,
 }
@@ -133,8 +135,18 @@ pub fn load_ranks<B: Backend + LatentOps + MoeOps>(
         report.add_rank(&of_other);
     }
     let adapters = AdapterLoader::of_ranks(adapters);
-    let ranks =
-        Ranks { spec, looks_ahead, ranks, adapters, answers, first_failure, timeout, failed: false, lost: None };
+    let ranks = Ranks {
+        spec,
+        looks_ahead,
+        ranks,
+        adapters,
+        answers,
+        first_failure,
+        timeout,
+        failed: false,
+        begun: None,
+        lost: None,
+    };
     Ok((ranks, report))
 }
 
@@ -239,16 +251,19 @@ impl<B: Backend> Runner for Ranks<B> {
         &self.spec
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
-        if plan.sequences.is_empty() {
-            return Ok(StepOutput::default());
-        }
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        self.begun = None;
         let plan = Arc::new(plan.clone());
         let mut sequences = self.all(&Order::Step(plan.clone()))?;
         if self.looks_ahead {
             sequences = self.all(&Order::LookAhead(plan, sequences))?;
         }
-        Ok(StepOutput { sequences })
+        self.begun = Some(StepOutput { sequences });
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, RunError> {
+        Ok(self.begun.take().expect("a step is under way"))
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {

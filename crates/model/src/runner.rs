@@ -2,18 +2,20 @@
 //! scores and samples the rows that ask for it, and drafts what may follow where the model has a layer for it. Of several
 //! ranks each computes the layers; what follows is the first one's.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use baton_device::{AttentionBatch, Backend, DeviceError, SequenceSpan};
+use baton_device::{AttentionBatch, Backend, DeviceError, Draw, SequenceSpan, TokenIds};
 
 use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, AdapterWeights, Model, StepAdapters};
+use crate::begun::{Begun, Drawn, sampled};
 use crate::loader::Slot;
 use crate::sampler::{Sampler, score};
 use crate::step::{
-    RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan,
+    RunError, RunSpec, Runner, SampleRequest, Score, ScoreRequest, SequenceFailure, SequenceOutput, SequenceStep,
+    StepOutput, StepPlan,
 };
 
 /// A model on a device.
@@ -26,8 +28,10 @@ pub struct ModelRunner<B: Backend> {
     sampler: Sampler,
     /// Logits on the host, reused.
     logits: Vec<f32>,
-    /// Greedy tokens, reused.
-    largest: Vec<Option<u32>>,
+    /// Tokens that the device chose, reused.
+    chosen: Vec<Option<u32>>,
+    /// Steps that have not ended, the earliest first.
+    begun: VecDeque<Begun<B>>,
 }
 
 /// What a model needs to run adapters.
@@ -48,7 +52,17 @@ impl<B: Backend> ModelRunner<B> {
         adapters: AdapterSupport<B>,
     ) -> Self {
         let (backend, sampler) = (Arc::new(backend), Sampler::default());
-        Self { backend, model, cache, spec, adapters, sampler, logits: Vec::new(), largest: Vec::new() }
+        Self {
+            backend,
+            model,
+            cache,
+            spec,
+            adapters,
+            sampler,
+            logits: Vec::new(),
+            chosen: Vec::new(),
+            begun: VecDeque::new(),
+        }
     }
 
     /// Loads adapters for this runner; `None` if it was not loaded for any (see
@@ -105,7 +119,16 @@ impl<B: Backend> ModelRunner<B> {
 
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
-        let ids: Vec<u32> = plan.sequences.iter().flat_map(|s| s.tokens.iter().chain(&s.draft)).copied().collect();
+        let known: Vec<u32> =
+            plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect();
+        let awaited;
+        let ids = match self.begun.back() {
+            Some(Begun::Drawn(last)) if plan.is_ahead() => {
+                awaited = last.awaited(plan);
+                last.token_ids(&awaited)
+            }
+            _ => TokenIds::Known(&known),
+        };
         let spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
@@ -114,7 +137,7 @@ impl<B: Backend> ModelRunner<B> {
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
-        self.model.forward(&*self.backend, &ids, &attention, &mut self.cache, &mut adapters)?;
+        self.model.forward(&*self.backend, ids, &attention, &mut self.cache, &mut adapters)?;
         Ok(attention)
     }
 
@@ -122,24 +145,13 @@ impl<B: Backend> ModelRunner<B> {
     fn sample(&mut self, plan: &StepPlan) -> Result<Vec<SequenceOutput>, DeviceError> {
         let mut sequences: Vec<SequenceOutput> = plan.sequences.iter().map(|s| SequenceOutput::new(s.id)).collect();
         self.score(plan, &mut sequences)?;
-        let mut end = 0;
-        let sampling: Vec<Sampling<'_>> = plan
-            .sequences
-            .iter()
-            .enumerate()
-            .filter_map(|(index, step)| {
-                end += step.num_rows() as u32;
-                step.sample.is_some().then(|| Sampling { index, step, rows: end - step.draft.len() as u32 - 1..end })
-            })
-            .collect();
         let vocab = self.spec.vocab_size;
-        for group in groups_of_rows(&sampling, self.spec.logit_rows()) {
-            let rows: Vec<u32> = group.iter().flat_map(|s| s.rows.clone()).collect();
-            if group.iter().all(|s| s.step.sample.as_ref().is_some_and(SampleRequest::takes_the_largest)) {
-                self.take_largest(&rows, group, &mut sequences)?;
+        for group in groups_of_rows(&sampling(plan), self.spec.logit_rows()) {
+            if group.iter().all(|s| s.step.sample.as_ref().is_some_and(SampleRequest::is_plain_draw)) {
+                self.choose(group, &mut sequences)?;
                 continue;
             }
-            self.read_logits(&rows)?;
+            self.read_logits(&rows_of(group))?;
             let mut logits = self.logits.chunks_exact(vocab);
             for Sampling { index, step, rows } in group {
                 let logits: Vec<&[f32]> = logits.by_ref().take(rows.len()).collect();
@@ -193,12 +205,12 @@ impl<B: Backend> ModelRunner<B> {
         let mut next = Vec::with_capacity(plan.num_tokens());
         let mut drafting = Vec::new();
         for (index, (step, output)) in plan.sequences.iter().zip(&*outputs).enumerate() {
-            let rows = step.tokens.iter().chain(&step.draft);
+            let rows = step.tokens.known().iter().chain(&step.draft);
             let start = next.len();
             // Behind the last row nothing is known, unless it is sampled: any token is as good.
             next.extend(rows.clone().skip(1).chain(rows.last()));
             if let Some(Ok(last)) = output.sampled.last() {
-                let row = start + step.tokens.len() - 1 + output.sampled.len() - 1;
+                let row = start + step.tokens.count() - 1 + output.sampled.len() - 1;
                 next[row] = last.token;
                 if step.propose > 0 && self.speaks() {
                     drafting.push((index, row as u32));
@@ -220,23 +232,23 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.submit()
     }
 
-    /// Samples sequences that all take the largest logit: it is found where the logits are.
-    fn take_largest(
-        &mut self,
-        rows: &[u32],
-        group: &[Sampling<'_>],
-        outputs: &mut [SequenceOutput],
-    ) -> Result<(), DeviceError> {
-        let logits = self.model.logits(&*self.backend, rows)?;
-        self.backend.argmax(logits, &mut self.largest)?;
-        let mut largest = self.largest.as_slice();
+    /// Has the device choose for sequences that all draw from their logits as they are, for each row as if the drafts before it
+    /// were accepted.
+    fn draw(&mut self, group: &[Sampling<'_>]) -> Result<B::Chosen, DeviceError> {
+        let logits = self.model.logits(&*self.backend, &rows_of(group))?;
+        let draws: Vec<Draw> = group.iter().flat_map(Sampling::draws).collect();
+        self.backend.choose(logits, &draws)
+    }
+
+    /// Samples such sequences.
+    fn choose(&mut self, group: &[Sampling<'_>], outputs: &mut [SequenceOutput]) -> Result<(), DeviceError> {
+        let chosen = self.draw(group)?;
+        self.backend.read_chosen(&chosen, &mut self.chosen)?;
+        let mut chosen = self.chosen.as_slice();
         for Sampling { index, step, rows } in group {
-            let (own, others) = largest.split_at(rows.len());
-            largest = others;
-            outputs[*index].sampled = step.sample_along(|drafts, _| {
-                let token = own[drafts].ok_or(SequenceFailure::NonFiniteLogits)?;
-                Ok(SampledToken { token, logprob: 0.0, top: Vec::new() })
-            });
+            let (own, others) = chosen.split_at(rows.len());
+            chosen = others;
+            outputs[*index].sampled = step.sample_along(|drafts, _| sampled(own[drafts]));
         }
         Ok(())
     }
@@ -263,7 +275,7 @@ impl<B: Backend> ModelRunner<B> {
         assert!(plan.sequences.len() <= spec.max_step_sequences, "{} sequences in a step", plan.sequences.len());
         for s in &plan.sequences {
             let end = s.num_computed + s.num_rows();
-            assert!(!s.tokens.is_empty() && end <= spec.max_model_len, "sequence {} ends at {end}", s.id);
+            assert!(s.tokens.count() > 0 && end <= spec.max_model_len, "sequence {} ends at {end}", s.id);
             assert!(s.block_table.len() * spec.block_size >= end, "sequence {} lacks blocks for {end} tokens", s.id);
             assert!(s.block_table.iter().all(|&b| (b as usize) < spec.num_blocks), "sequence {}: a block id", s.id);
             assert!(s.draft.len() <= spec.max_draft_tokens, "sequence {}: {} drafts", s.id, s.draft.len());
@@ -273,12 +285,12 @@ impl<B: Backend> ModelRunner<B> {
                 s.id
             );
             assert!(
-                s.tokens.iter().chain(&s.draft).all(|&t| (t as usize) < spec.vocab_size),
+                s.tokens.known().iter().chain(&s.draft).all(|&t| (t as usize) < spec.vocab_size),
                 "sequence {}: a token id",
                 s.id
             );
             let scored =
-                |r: &ScoreRequest| r.row < s.tokens.len() && r.ids.iter().all(|&id| (id as usize) < spec.vocab_size);
+                |r: &ScoreRequest| r.row < s.tokens.count() && r.ids.iter().all(|&id| (id as usize) < spec.vocab_size);
             assert!(s.scores.iter().all(scored), "sequence {}: scores of what is not there", s.id);
         }
     }
@@ -291,6 +303,29 @@ struct Sampling<'a> {
     step: &'a SequenceStep,
     /// Its last token and its drafts.
     rows: Range<u32>,
+}
+
+impl Sampling<'_> {
+    /// How each row's token is drawn.
+    fn draws(&self) -> impl Iterator<Item = Draw> {
+        let request = self.step.sample.as_ref().expect("a sequence that samples");
+        (0..self.rows.len() as u32).map(|drafts| request.draw(drafts))
+    }
+}
+
+/// The sequences of a plan that ask for a sample.
+fn sampling(plan: &StepPlan) -> Vec<Sampling<'_>> {
+    let mut end = 0;
+    let sampling = plan.sequences.iter().enumerate().filter_map(|(index, step)| {
+        end += step.num_rows() as u32;
+        step.sample.is_some().then(|| Sampling { index, step, rows: end - step.draft.len() as u32 - 1..end })
+    });
+    sampling.collect()
+}
+
+/// All their rows.
+fn rows_of(group: &[Sampling<'_>]) -> Vec<u32> {
+    group.iter().flat_map(|s| s.rows.clone()).collect()
 }
 
 /// Whole sequences whose rows are at most `most` together; none has more alone.
@@ -342,14 +377,31 @@ impl<B: Backend> Runner for ModelRunner<B> {
         &self.spec
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
-        if plan.sequences.is_empty() {
-            return Ok(StepOutput::default());
+    /// A step of draws is left to the device; of any other it is known what it gave when it has begun.
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        if !plan.is_ahead() {
+            self.begun.clear();
         }
-        let (mut sequences, attention) = self.compute(plan)?;
-        if self.looks_ahead() {
-            self.look_ahead(plan, &attention, &mut sequences)?;
-        }
+        let sampling = sampling(plan);
+        let begun = if plan.is_plain_draw() && !sampling.is_empty() && !self.looks_ahead() {
+            self.forward(plan)?;
+            Begun::Drawn(Drawn::new(plan, self.draw(&sampling)?))
+        } else {
+            let (mut sequences, attention) = self.compute(plan)?;
+            if self.looks_ahead() {
+                self.look_ahead(plan, &attention, &mut sequences)?;
+            }
+            Begun::Told(sequences)
+        };
+        self.begun.push_back(begun);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, RunError> {
+        let sequences = match self.begun.pop_front().expect("a step is under way") {
+            Begun::Told(sequences) => sequences,
+            Begun::Drawn(step) => step.finish(&self.backend)?,
+        };
         Ok(StepOutput { sequences })
     }
 

@@ -1,32 +1,22 @@
 //! From one row of logits to a token.
 //!
 //! Steps, in this order: logit_bias, repetition penalty, presence and frequency penalties, what is refused
-//! ([`crate::choosable`]: grammar, `allowed_token_ids`, `bad_words`, `min_tokens`), temperature, top_k, top_p, min_p;
-//! then one draw. All in f64, so that rounding decides no cut. Logprobs are taken before every step: they are the
-//! model's own.
+//! ([`crate::choosable`]: grammar, `allowed_token_ids`, `bad_words`, `min_tokens`), and then what the device seam calls a
+//! [`Draw`](baton_device::Draw), with the request's own random number ([`crate::philox`]): where there is nothing before it, the device makes it.
+//! All in f64, so that rounding decides no cut. Logprobs are taken before every step: they are the model's own.
 //!
-//! The draw inverts the cumulative distribution over the kept tokens by ascending id, with the
-//! request's own random number ([`crate::philox`]). So a token depends on its row of logits, its
-//! request and its position alone. Nothing sorts the vocabulary: selection finds the few tokens that
-//! a cut keeps.
+//! So a token depends on its row of logits, its request and its position alone.
 
-use std::cmp::Ordering;
-
-use baton_device::first_largest;
+use baton_device::{Drawer, first_largest};
 
 use crate::choosable::choosable;
-use crate::philox::uniform;
-use crate::{SampleRequest, SampledToken, SamplingParams, Score, ScoreRequest, SequenceFailure, TokenMask};
-
-/// A token that can be drawn, with its weight relative to the most likely one.
-type Candidate = (u32, f64);
+use crate::{SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure, TokenMask};
 
 /// Chooses tokens. Holds only memory that is reused.
 #[derive(Debug, Default)]
 pub struct Sampler {
     processed: Vec<f64>,
-    selection: Vec<f64>,
-    candidates: Vec<Candidate>,
+    drawer: Drawer,
 }
 
 impl Sampler {
@@ -55,52 +45,41 @@ impl Sampler {
             };
             return Ok((token, best));
         }
-        self.select(logits, mask.as_ref(), request);
-        Ok((draw(&self.candidates, uniform(params.seed, params.choice, request.position)), best))
+        self.process(logits, mask.as_ref(), request);
+        let drawn = self.drawer.draw(&self.processed, &request.draw(0));
+        Ok((drawn.unwrap_or_else(|| first_allowed(mask.as_ref())), best))
     }
 
     /// The probability of every token, after all steps. Logits may be -inf, for tokens ruled out.
     pub fn probabilities(&mut self, logits: &[f32], request: &SampleRequest) -> Result<Vec<f64>, SequenceFailure> {
-        self.select(logits, choosable(logits.len(), request)?.as_ref(), request);
-        let total: f64 = self.candidates.iter().map(|c| c.1).sum();
+        let mask = choosable(logits.len(), request)?;
+        self.process(logits, mask.as_ref(), request);
+        let candidates = self.drawer.candidates(&self.processed, &request.draw(0));
+        let total: f64 = candidates.iter().map(|c| c.1).sum();
         let mut probabilities = vec![0.0; logits.len()];
-        for (id, weight) in &self.candidates {
+        for (id, weight) in candidates {
             probabilities[*id as usize] = weight / total;
+        }
+        if candidates.is_empty() {
+            probabilities[first_allowed(mask.as_ref()) as usize] = 1.0;
         }
         Ok(probabilities)
     }
 
-    /// Leaves in `candidates` the tokens that can be drawn, by ascending id; at least one. All are of the mask.
-    fn select(&mut self, logits: &[f32], mask: Option<&TokenMask>, request: &SampleRequest) {
-        let Self { processed, selection, candidates } = self;
-        processed.clear();
-        processed.extend(logits.iter().map(|&l| f64::from(l)));
-        penalize(processed, request);
+    /// Leaves in `processed` the logits as they are drawn from.
+    fn process(&mut self, logits: &[f32], mask: Option<&TokenMask>, request: &SampleRequest) {
+        self.processed.clear();
+        self.processed.extend(logits.iter().map(|&l| f64::from(l)));
+        penalize(&mut self.processed, request);
         if let Some(mask) = mask {
-            rule_out(processed, mask);
-        }
-
-        let SamplingParams { temperature, top_k, top_p, min_p, .. } = *request.params;
-        let (best, max) = first_max(processed, mask.and_then(|mask| mask.ids().next()).unwrap_or(0));
-        candidates.clear();
-        if temperature > 0.0 {
-            let threshold = kth_largest(processed, top_k as usize, selection);
-            // Relative to the maximum first: exact for large logits, and never an overflow.
-            let weight = |l: f64| ((l - max) / f64::from(temperature)).exp();
-            let kept = (0u32..).zip(processed.iter()).filter(|(_, l)| **l >= threshold);
-            candidates.extend(kept.map(|(id, l)| (id, weight(*l))).filter(|c| c.1 > 0.0));
-            if top_p < 1.0 {
-                keep_nucleus(candidates, f64::from(top_p));
-            }
-            if min_p > 0.0 {
-                candidates.retain(|c| c.1 >= f64::from(min_p));
-            }
-            candidates.sort_unstable_by_key(|c| c.0);
-        }
-        if candidates.is_empty() {
-            candidates.push((best, 1.0));
+            rule_out(&mut self.processed, mask);
         }
     }
+}
+
+/// What is taken where no logit is above -inf.
+fn first_allowed(mask: Option<&TokenMask>) -> u32 {
+    mask.and_then(|mask| mask.ids().next()).unwrap_or(0)
 }
 
 /// The bit of each lane in a word of a mask. Comparing with constants compiles to vector code, shifting by lane does not.
@@ -148,17 +127,6 @@ fn rule_out(logits: &mut [f64], mask: &TokenMask) {
     }
 }
 
-/// The first of the largest logits, or `otherwise` if there is none above -inf.
-fn first_max(logits: &[f64], otherwise: u32) -> (u32, f64) {
-    let mut best = (otherwise, f64::NEG_INFINITY);
-    for (id, &l) in (0u32..).zip(logits) {
-        if l > best.1 {
-            best = (id, l);
-        }
-    }
-    best
-}
-
 /// Every step that changes single logits. Ids outside the vocabulary have no logit to change.
 fn penalize(logits: &mut [f64], request: &SampleRequest) {
     let params = &*request.params;
@@ -190,56 +158,6 @@ fn occurrences(ids: &[u32]) -> Vec<(u32, usize)> {
     let mut sorted = ids.to_vec();
     sorted.sort_unstable();
     sorted.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect()
-}
-
-/// The k-th largest logit: ties with it are kept. The smallest f64 where nothing is cut.
-fn kth_largest(logits: &[f64], k: usize, scratch: &mut Vec<f64>) -> f64 {
-    if k == 0 || k >= logits.len() {
-        return f64::MIN;
-    }
-    scratch.clear();
-    scratch.extend_from_slice(logits);
-    *scratch.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
-}
-
-/// Most likely first; equal ones by ascending id.
-fn by_weight(a: &Candidate, b: &Candidate) -> Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
-}
-
-/// Keeps the smallest set of most likely candidates whose mass reaches `p`; at least one. A small set
-/// is the rule, so ever larger heads are tried instead of sorting everything.
-fn keep_nucleus(candidates: &mut Vec<Candidate>, p: f64) {
-    let goal = p * candidates.iter().map(|c| c.1).sum::<f64>();
-    let mut head = 64;
-    while !candidates.is_empty() {
-        head = candidates.len().min(head);
-        if head < candidates.len() {
-            candidates.select_nth_unstable_by(head - 1, by_weight);
-        }
-        candidates[..head].sort_unstable_by(by_weight);
-        let mut mass = 0.0;
-        let reached = candidates[..head].iter().position(|c| {
-            mass += c.1;
-            mass >= goal
-        });
-        match reached {
-            Some(last) => return candidates.truncate(last + 1),
-            None if head == candidates.len() => return,
-            None => head *= 8,
-        }
-    }
-}
-
-/// The first candidate at which the cumulative weight exceeds `u` of the total.
-fn draw(candidates: &[Candidate], u: f64) -> u32 {
-    let goal = u * candidates.iter().map(|c| c.1).sum::<f64>();
-    let mut mass = 0.0;
-    let drawn = candidates.iter().find(|c| {
-        mass += c.1;
-        mass > goal
-    });
-    drawn.or(candidates.last()).expect("at least one candidate").0
 }
 
 /// What a row says of the ids in question.

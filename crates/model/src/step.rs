@@ -5,14 +5,20 @@
 //! bring drafts: guesses at what comes next, computed in the same step. A draft is accepted if and only if it is
 //! the token that is sampled in its place ([`SequenceStep::sample_along`]), so drafts change no output.
 //! Everything a step needs is in the plan: a runner keeps no state per sequence but the cache.
+//!
+//! A step has a begin and an end, so that a device need not wait for its host: behind a step that is under way another may
+//! begin, which computes what the former samples ([`Tokens::Awaited`]) before the host knows it.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use baton_device::Draw;
+
 use crate::choosable::restricts;
+use crate::philox::uniform;
 use crate::{Adapter, ConstraintError, SamplingParams, StepMasks};
 
-/// Work of one step. Sequence ids are distinct.
+/// Work of one step, of at least one sequence. Sequence ids are distinct.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepPlan {
     /// In the order in which rows are packed.
@@ -24,25 +30,69 @@ impl StepPlan {
     pub fn num_tokens(&self) -> usize {
         self.sequences.iter().map(SequenceStep::num_rows).sum()
     }
+
+    /// Whether it computes what the step before it samples, instead of tokens that are known.
+    pub fn is_ahead(&self) -> bool {
+        self.sequences.iter().any(|step| step.tokens == Tokens::Awaited)
+    }
+
+    /// Whether all that it tells is one plain draw for each sequence that samples: then its end says nothing that a device
+    /// could not have told the next step.
+    pub fn is_plain_draw(&self) -> bool {
+        let is_plain = |step: &SequenceStep| {
+            step.scores.is_empty()
+                && step.draft.is_empty()
+                && step.sample.as_ref().is_none_or(SampleRequest::is_plain_draw)
+        };
+        self.sequences.iter().all(is_plain)
+    }
 }
 
-/// Tokens of one sequence at positions `num_computed..num_computed + tokens.len()`, and drafts behind them.
+/// What a step computes of a sequence, besides drafts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tokens {
+    /// These; at least one.
+    Known(Vec<u32>),
+    /// The one that the step before samples for the sequence; any valid one, if it fails to. Of all sequences of a plan or
+    /// of none.
+    Awaited,
+}
+
+impl Tokens {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Known(tokens) => tokens.len(),
+            Self::Awaited => 1,
+        }
+    }
+
+    /// Those that are known.
+    pub fn known(&self) -> &[u32] {
+        match self {
+            Self::Known(tokens) => tokens,
+            Self::Awaited => &[],
+        }
+    }
+}
+
+/// Tokens of one sequence at positions `num_computed..num_computed + tokens.count()`, and drafts behind them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SequenceStep {
     /// The engine's number for the sequence.
     pub id: u64,
-    /// Tokens whose keys and values are in the cache already.
+    /// Tokens whose keys and values are in the cache when the step is computed.
     pub num_computed: usize,
-    /// At least one.
-    pub tokens: Vec<u32>,
+    /// What is computed.
+    pub tokens: Tokens,
     /// Guesses at the tokens to be sampled behind `tokens`; none where no sample is asked for. What is computed for
     /// those that are not accepted must not matter to anything, be it finite or not: their positions are computed again.
     pub draft: Vec<u32>,
-    /// Blocks of positions `0..num_computed + tokens.len() + draft.len()`.
+    /// Blocks of positions `0..num_computed + tokens.count() + draft.len()`.
     pub block_table: Vec<u32>,
     /// Changes the model for this sequence. The same in every step of it: what is in the cache depends on it.
     pub adapter: Option<Adapter>,
-    /// Set when the last of `tokens` is the last known one: choose the next.
+    /// Set when the last of `tokens` is the last one that is known, or awaited: choose the next.
     pub sample: Option<SampleRequest>,
     /// Drafts for the next step that a runner which can make them shall return, at most.
     pub propose: usize,
@@ -53,7 +103,7 @@ pub struct SequenceStep {
 impl SequenceStep {
     /// Tokens and drafts: rows of the batch.
     pub fn num_rows(&self) -> usize {
-        self.tokens.len() + self.draft.len()
+        self.tokens.count() + self.draft.len()
     }
 
     /// The rule of acceptance: `sample(n, request)` chooses the token behind the last known one and the first `n`
@@ -93,7 +143,7 @@ impl SequenceStep {
 /// What to tell of the distribution behind one token, under the model alone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ScoreRequest {
-    /// Index of the token in [`SequenceStep::tokens`].
+    /// Index of the token in [`SequenceStep::tokens`], which are known.
     pub row: usize,
     /// Ids whose log-probabilities are wanted, below the width of the logits.
     pub ids: Vec<u32>,
@@ -126,10 +176,16 @@ pub struct SampleRequest {
 }
 
 impl SampleRequest {
-    /// Whether the token is the one with the largest logit and nothing else is asked of the logits. It stays so as the
-    /// request advances.
-    pub(crate) fn takes_the_largest(&self) -> bool {
-        self.params.is_greedy() && self.params.logprobs.is_none() && !restricts(self)
+    /// How the token behind so many accepted drafts is drawn, once its logits are what they shall be.
+    pub(crate) fn draw(&self, drafts: u32) -> Draw {
+        let SamplingParams { temperature, top_k, top_p, min_p, seed, choice, .. } = *self.params;
+        Draw { temperature, top_k, top_p, min_p, uniform: uniform(seed, choice, self.position + drafts) }
+    }
+
+    /// Whether the token is drawn from the model's logits as they are, and nothing is told of them: then a device can choose
+    /// it. It stays so as the request advances.
+    pub fn is_plain_draw(&self) -> bool {
+        self.params.logprobs.is_none() && !self.params.changes_logits() && !restricts(self)
     }
 
     /// The request for the token behind `token`, which was chosen.
@@ -240,6 +296,8 @@ pub struct RunSpec {
     pub max_step_sequences: usize,
     /// Drafts of one sequence in a step, at most.
     pub max_draft_tokens: usize,
+    /// Whether a step may begin before the one before it has ended.
+    pub steps_ahead: bool,
 }
 
 impl RunSpec {
@@ -250,11 +308,23 @@ impl RunSpec {
 }
 
 /// Runs steps. Implemented by the model runner and by the engine's simulator.
+///
+/// What it is asked for happens in the order in which it is asked: a step reads what those before it wrote, and a block
+/// is cleared behind all that were begun. An error, or a panic, ends all steps under way.
 pub trait Runner: Send {
     /// Limits of this runner.
     fn spec(&self) -> &RunSpec;
-    /// Computes a step. The plan keeps to the spec.
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError>;
+    /// Begins a step. The plan keeps to the spec. A plan [ahead](StepPlan::is_ahead) comes while one other step is under way,
+    /// which samples a token for each of its sequences by a [plain draw](StepPlan::is_plain_draw). Any other plan comes while none
+    /// is: what is left of steps that an error ended is forgotten.
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError>;
+    /// Waits for the end of the earliest step under way, of which there is one.
+    fn finish(&mut self) -> Result<StepOutput, RunError>;
+    /// Computes a step, while none is under way.
+    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+        self.begin(plan)?;
+        self.finish()
+    }
     /// Zeroes cache blocks, after a sequence failed.
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError>;
 }
@@ -264,7 +334,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_request_that_asks_for_nothing_else_takes_the_largest() {
+    fn only_a_request_that_asks_for_nothing_else_is_a_plain_draw() {
         let greedy = SamplingParams { temperature: 0.0, logprobs: None, ..SamplingParams::default() };
         let request = |params: SamplingParams, position| SampleRequest {
             params: Arc::new(params),
@@ -273,19 +343,19 @@ mod tests {
             prompt_len: 0,
             masks: None,
         };
-        assert!(request(greedy.clone(), 0).takes_the_largest());
+        let cut = SamplingParams { temperature: 0.5, top_k: 5, top_p: 0.9, min_p: 0.1, ..greedy.clone() };
+        assert!(request(greedy.clone(), 0).is_plain_draw() && request(cut, 0).is_plain_draw());
         let at_least = SamplingParams { min_tokens: 2, suppressed_until_min: [1].into(), ..greedy.clone() };
-        assert!(request(at_least.clone(), 2).takes_the_largest());
+        assert!(request(at_least.clone(), 2).is_plain_draw());
         for other in [
             at_least,
-            SamplingParams { temperature: 0.5, ..greedy.clone() },
             SamplingParams { logprobs: Some(0), ..greedy.clone() },
             SamplingParams { allowed_token_ids: Some([1].into()), ..greedy.clone() },
             SamplingParams { bad_words: vec![vec![1]], ..greedy.clone() },
             SamplingParams { logit_bias: vec![(1, 1.0)], ..greedy.clone() },
             SamplingParams { repetition_penalty: 1.5, ..greedy },
         ] {
-            assert!(!request(other.clone(), 1).takes_the_largest(), "{other:?}");
+            assert!(!request(other.clone(), 1).is_plain_draw(), "{other:?}");
         }
     }
 }

@@ -9,11 +9,10 @@ use std::fmt;
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Adapter, Files, ModelRunner, Runner, SamplingParams, SequenceFailure, StepPlan, load};
-use common::checkpoint::{Copy, Tensor, find};
+use common::checkpoint::poisoned_by_token_7;
 use common::{
     MAX_DRAFT, Pool, Rng, Sequence, adapted, all_logits_with, alone, generate, options, prompts, step, step_with_drafts,
 };
-use half::bf16;
 
 const OUTPUT: usize = 12;
 
@@ -232,21 +231,6 @@ fn cleared_blocks_leave_nothing<B: Backend + LatentOps + MoeOps>(make: impl Fn()
     runner.clear_blocks(&used).unwrap();
     let cleared = last_token_over(&mut runner, &prompt.ids, &used);
     assert!(cleared == empty, "{case}: something of the sequence remained");
-}
-
-/// A checkpoint in which token 7, and nothing else, makes the first layer's queries overflow.
-fn poisoned_by_token_7() -> Copy {
-    let copy = Copy::of("llama-rope3");
-    copy.edit_weights(|tensors| {
-        let put = |t: &mut Tensor, row: usize, value: bf16| {
-            t.data[2 * row * t.shape[1]..][..2].copy_from_slice(&value.to_le_bytes());
-        };
-        let embedding = find(tensors, "model.embed_tokens.weight");
-        (0..512).for_each(|row| put(embedding, row, if row == 7 { bf16::ONE } else { bf16::ZERO }));
-        let query = find(tensors, "model.layers.0.self_attn.q_proj.weight");
-        (0..128).for_each(|row| put(query, row, bf16::MAX));
-    });
-    copy
 }
 
 fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: Case) {

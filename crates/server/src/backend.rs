@@ -13,7 +13,7 @@ use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_device_cuda::{CudaBackend, CudaOptions};
 use baton_model::{
     Adapter, AdapterError, AdapterLoader, Files, KvCacheSize, LoadError, LoadOptions, LoadReport, ModelRunner, Ranks,
-    RunError, Runner, SequenceStep, StepPlan, load, load_ranks, stored_dtype,
+    RunError, Runner, SequenceStep, StepPlan, Tokens, load, load_ranks, stored_dtype,
 };
 
 use crate::{memory, settings::Settings};
@@ -301,7 +301,7 @@ fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
     let step = SequenceStep {
         id: 0,
         num_computed: 0,
-        tokens: vec![0],
+        tokens: Tokens::Known(vec![0]),
         draft: Vec::new(),
         block_table: vec![0],
         adapter: None,

@@ -135,11 +135,15 @@ mod tests {
             self.runner.spec()
         }
 
-        fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+        fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
             match self.breaks.load(Ordering::Relaxed) {
                 true => Err(RunError::Poisoned("as the test says".into())),
-                false => self.runner.step(plan),
+                false => self.runner.begin(plan),
             }
+        }
+
+        fn finish(&mut self) -> Result<StepOutput, RunError> {
+            self.runner.finish()
         }
 
         fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {

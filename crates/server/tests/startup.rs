@@ -108,6 +108,25 @@ fn a_port_in_use_is_named() {
 }
 
 #[test]
+fn an_address_that_others_reach_is_refused_without_keys_and_what_to_do_is_named() {
+    let ways = ["--api-key", "--api-keys-file", "--ssl-ca-certs", "--host 127.0.0.1", "--allow-unauthenticated"];
+    assert_names(&refusal(&["--host", "0.0.0.0", "--port", "0"]), &ways);
+    assert_names(&refusal(&["--host", "::", "--port", "0", "--admin-api-key", "k"]), &ways);
+    assert_names(&refusal(&["--port", "0", "--admin-host", "0.0.0.0", "--admin-port", "0"]), &ways);
+}
+
+#[test]
+fn a_file_of_keys_that_cannot_be_used_is_named_and_not_repeated() {
+    let dir = TempDir::new().expect("a folder");
+    let file = dir.path().join("keys.toml");
+    fs::write(&file, "[[key]]\nname = \"a\"\nsha256 = \"s3cret\"\nscopes = [\"inference\"]").expect("a file");
+    let message = refusal(&["--port", "0", "--api-keys-file", file.to_str().expect("UTF-8")]);
+    assert_names(&message, &["--api-keys-file", "key 1", "sha256sum"]);
+    assert!(!message.contains("s3cret"), "{message}");
+    assert_names(&refusal(&["--port", "0", "--api-keys-file", "/nonexistent.toml"]), &["/nonexistent.toml"]);
+}
+
+#[test]
 fn a_certificate_that_is_missing_or_none_is_named() {
     let dir = TempDir::new().expect("a folder");
     let file = dir.path().join("not-a-certificate.pem");

@@ -170,6 +170,46 @@ fn every_block_of_a_large_grid_runs_once() {
 }
 
 #[test]
+fn the_last_block_to_count_sees_what_all_have_stored_and_leaves_the_counter_as_it_was() {
+    if !can_compile() {
+        return;
+    }
+    let session = Session::new();
+    let source = "__global__ void total(unsigned* counter, int* each, int* all) {
+        if (threadIdx.x > 0) return;
+        each[blockIdx.x] += blockIdx.x;
+        __threadfence();
+        if (atomicInc(counter, gridDim.x - 1) < gridDim.x - 1) return;
+        __threadfence();
+        *all = 0;
+        for (int i = 0; i < gridDim.x; i++) *all += each[i];
+    }";
+    let kernel = session.kernel(source, "total");
+    let (counter, each, all) = (session.upload(&[0u32]), session.upload(&[0i32; 100]), session.upload(&[0i32]));
+    for launch in 1..4 {
+        well(session.launch(kernel, 100, 32, 0, &[&counter, &each, &all]));
+        assert_eq!(session.download::<i32>(all, 1), [launch * 4950]);
+        assert_eq!(session.download::<i32>(counter, 1), [0]);
+    }
+}
+
+#[test]
+fn the_upper_half_of_a_product_is_whole() {
+    if !can_compile() {
+        return;
+    }
+    let session = Session::new();
+    let source = "__global__ void upper(const unsigned long long* x, unsigned long long* out) {
+        out[threadIdx.x] = __umul64hi(x[threadIdx.x], x[threadIdx.x + 1]);
+    }";
+    let factors = [u64::MAX, u64::MAX, 1 << 63, 0x0123_4567_89ab_cdef, 6];
+    let (kernel, x, out) = (session.kernel(source, "upper"), session.upload(&factors), session.alloc(32));
+    well(session.launch(kernel, 1, 4, 0, &[&x, &out]));
+    let upper = |pair: &[u64]| (u128::from(pair[0]) * u128::from(pair[1]) >> 64) as u64;
+    assert_eq!(session.download::<u64>(out, 4), factors.windows(2).map(upper).collect::<Vec<_>>());
+}
+
+#[test]
 fn launches_that_no_device_takes_are_refused_at_the_call() {
     if !can_compile() {
         return;

@@ -7,7 +7,9 @@ use baton_device::DeviceError;
 use super::gpu;
 use crate::gpu::Gpu;
 use crate::memory::Buffer;
+use crate::queue::Fetch;
 use crate::simulator::Simulator;
+use crate::staging::Slot;
 use crate::statistics::Statistics;
 
 /// Bytes of the buffers of these tests.
@@ -20,7 +22,7 @@ fn read(gpu: &Gpu, buffer: &Buffer) -> Vec<u8> {
 }
 
 /// A step: brings a number to the slot, and from there through scratch to `out`, beside `noise` that it leaves in no place.
-fn step(gpu: &Arc<Gpu>, slot: &crate::staging::Slot, out: &Buffer, number: u8, noise: u8) {
+fn step(gpu: &Arc<Gpu>, slot: &Slot, out: &Buffer, number: u8, noise: u8) {
     let from = gpu.upload(slot, &[number; BYTES]).unwrap();
     let (one, two) = (gpu.scratch(BYTES).unwrap(), gpu.scratch(BYTES).unwrap());
     gpu.copy(from, one.address(), BYTES).unwrap();
@@ -198,6 +200,64 @@ fn graphs_that_are_kept_have_a_bound() {
 }
 
 #[test]
+fn a_fetch_is_waited_for_and_nothing_behind_it() {
+    let Some(simulator) = Simulator::new() else { return };
+    let gpu = gpu(&simulator);
+    let (slot, out) = (gpu.slot(BYTES, "a slot").unwrap(), gpu.alloc(BYTES, "an output").unwrap());
+    let fetched = |fetch: &Fetch| {
+        let mut bytes = vec![0xee; BYTES];
+        gpu.finish(fetch, &mut bytes).unwrap();
+        bytes
+    };
+    let begin = |number: u8| {
+        step(&gpu, &slot, &out, number, 0);
+        gpu.fetch(out.address(), BYTES).unwrap()
+    };
+    let before = gpu.statistics();
+    let mut ahead = begin(0);
+    // Uploads of many times the page-locked memory, each while the step before is under way.
+    for number in 1..=100 {
+        let more = gpu.upload(&slot, &[7; 1 << 17]).unwrap();
+        gpu.fill(more, 1, 1).unwrap();
+        let (next, copies) = (begin(number), simulator.count("copies.device_to_device"));
+        assert_eq!(fetched(&ahead), [number - 1; BYTES]);
+        assert_eq!(simulator.count("copies.device_to_device") - copies, 3, "its own");
+        ahead = next;
+    }
+    assert_eq!(gpu.statistics().waits - before.waits, 100);
+    // Also behind one that nobody waits for.
+    drop(begin(1));
+    let last = begin(2);
+    assert_eq!((fetched(&last), fetched(&ahead)), (vec![2; BYTES], vec![100; BYTES]));
+    drop((slot, out, last, ahead, gpu));
+    simulator.expect_clean();
+}
+
+#[test]
+fn an_upload_behind_a_fetch_keeps_its_place_when_the_fetch_has_ended() {
+    let Some(simulator) = Simulator::new() else { return };
+    let gpu = gpu(&simulator);
+    // More than half of the page-locked memory.
+    const LARGE: usize = 3 << 20;
+    let slots = [1, 2].map(|_| gpu.slot(LARGE, "a slot").unwrap());
+    let out = gpu.alloc(1, "an output").unwrap();
+    let upload = |slot: &Slot, number: u8| {
+        let address = gpu.upload(slot, &vec![number; LARGE]).unwrap();
+        gpu.fetch(address + LARGE as u64 - 1, 1).unwrap()
+    };
+    let (first, second) = (gpu.fetch(out.address(), 1).unwrap(), upload(&slots[0], 2));
+    let mut byte = [0];
+    gpu.finish(&first, &mut byte).unwrap();
+    let before = gpu.statistics();
+    let third = upload(&slots[1], 3);
+    assert_eq!(gpu.statistics().waits, before.waits + 1, "there is no room beside what is under way");
+    gpu.finish(&second, &mut byte).unwrap();
+    assert_eq!(byte, [2]);
+    gpu.finish(&third, &mut byte).unwrap();
+    assert_eq!(byte, [3]);
+}
+
+#[test]
 fn no_room_says_for_what_and_leaves_the_device_as_it_was() {
     let Some(simulator) = Simulator::new() else { return };
     let gpu = gpu(&simulator);
@@ -237,7 +297,7 @@ fn an_error_that_sticks_poisons_every_call_and_a_new_backend_begins_anew() {
     assert_eq!(read(&fresh, &other), [9; BYTES]);
     drop((other, fresh));
     // What libraries and host hold for a context that is gone is not asked back: the driver takes it at the reset.
-    assert_eq!(simulator.left(), [("blas_handles", 1), ("host_blocks", 4)]);
+    assert_eq!(simulator.left(), [("blas_handles", 1), ("host_blocks", 6)]);
 }
 
 #[test]

@@ -21,7 +21,8 @@ impl Part {
         let cases = conformance::cases();
         let kind = |(i, case): (usize, &Case)| match (self, case) {
             // They are cheap, and each of them is of a kind of its own.
-            (Part::All, _) | (_, Case::Norm { .. } | Case::Elementwise { .. } | Case::Rope(_)) => i.to_string(),
+            (Part::All, _)
+            | (_, Case::Norm { .. } | Case::Elementwise { .. } | Case::Choose { .. } | Case::Rope(_)) => i.to_string(),
             _ => format!("{:?} {:?}", discriminant(case), case.needs()),
         };
         let last: BTreeMap<String, usize> = cases

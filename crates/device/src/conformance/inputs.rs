@@ -84,14 +84,19 @@ pub fn random_blocks(block: BlockFormat, seed: u64, elements: usize, scale: f32)
 /// Numbers of order one that `inputs` holds.
 pub(super) fn activation<B: Backend>(b: &B, inputs: DType, rows: usize, cols: usize, seed: u64) -> Result<B::Tensor> {
     let mut values = uniform(seed, rows * cols, 1.0);
-    match inputs {
-        DType::F32 | DType::Ggml(_) => {}
-        DType::F16 => KvDtype::F16.round(&mut values),
-        DType::BF16 => KvDtype::BF16.round(&mut values),
-    }
+    round(&mut values, inputs);
     let mut t = b.tensor(rows, cols)?;
     b.write(&values, &mut t)?;
     Ok(t)
+}
+
+/// Makes them numbers that `inputs` holds.
+pub(super) fn round(values: &mut [f32], inputs: DType) {
+    match inputs {
+        DType::F32 | DType::Ggml(_) => {}
+        DType::F16 => KvDtype::F16.round(values),
+        DType::BF16 => KvDtype::BF16.round(values),
+    }
 }
 
 /// Router logits that choose the same experts whatever rounds them: random ones, or in a row of narrow numbers, of which some

@@ -13,11 +13,15 @@ impl Case {
             Case::Linear { .. } => "linear",
             Case::Group { .. } => "linear-group",
             Case::Made { .. } => "linear-made",
+            Case::Gated { .. } => "linear-gated",
             Case::Norm { .. } => "norm",
             Case::Elementwise { .. } => "elementwise",
+            Case::Choose { .. } => "choose",
             Case::Rope(_) => "rope",
             Case::Attention { .. } => "attention",
             Case::Latent { .. } => "latent",
+            Case::Rotary { .. } => "attention-rotary",
+            Case::RotaryLatent { .. } => "latent-rotary",
             Case::Moe { .. } => "moe",
         }
     }
@@ -41,12 +45,32 @@ impl fmt::Display for Case {
                 write!(f, "-{block}-{rows}x{in_features}x{out_features}")?;
                 0
             }
+            Case::Gated { rows, in_features, out_features, formats: [gate, up], activation, bias } => {
+                let bias = if bias { "-bias" } else { "" };
+                write!(f, "-{activation:?}-{gate}-{up}-{rows}x{in_features}x{out_features}{bias}")?;
+                0
+            }
+            Case::Rotary { params, offset, dim, interleaved, normed, kv } => {
+                let AttentionParams { heads, kv_heads, head_dim, .. } = params;
+                let (pairs, norms) =
+                    (if interleaved { "-interleaved" } else { "" }, if normed { "-normed" } else { "" });
+                write!(f, "-{kv}-{heads}over{kv_heads}x{head_dim}-at{offset}-{dim}{pairs}{norms}")?;
+                0
+            }
+            Case::RotaryLatent { interleaved, kv } => {
+                write!(f, "-{kv}{}", if interleaved { "-interleaved" } else { "" })?;
+                0
+            }
             Case::Norm { rows, cols, run } => {
                 write!(f, "-{rows}x{cols}-by{run}")?;
                 0
             }
             Case::Elementwise { rows, cols } => {
                 write!(f, "-{rows}x{cols}")?;
+                0
+            }
+            Case::Choose { cols, ties } => {
+                write!(f, "-{cols}{}", if ties { "-ties" } else { "" })?;
                 0
             }
             Case::Rope(RopeLayout { heads, head_dim, offset, dim, interleaved }) => {

@@ -106,8 +106,7 @@ impl Parts {
         let inner = || b.tensor(rows, share.len());
         let (mut gates, mut ups, mut product) = (inner()?, inner()?, inner()?);
         let (mut sum, mut routed) = (b.tensor(rows, Self::HIDDEN)?, b.tensor(rows, Self::HIDDEN)?);
-        b.linear_group(&x, &mut [(&gate, &mut gates), (&up, &mut ups)])?;
-        b.gated_activation(Activation::Silu, &gates, &ups, &mut product)?;
+        b.gated_linear(Activation::Silu, &x, [(&gate, &mut gates), (&up, &mut ups)], &mut product)?;
         b.linear(&product, &down, &mut sum)?;
         b.all_reduce(&mut sum)?;
         b.fused_moe(&x, &logits, &experts, &mut routed)?;

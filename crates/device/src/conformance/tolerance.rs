@@ -41,16 +41,23 @@ impl Case {
         match self {
             // Of the weight where the device multiplies in less, of the product, of the bias, of their sum.
             Case::Linear { .. } | Case::Group { .. } | Case::Made { .. } => 4.0,
+            // As above, of both.
+            Case::Gated { .. } => 8.0,
             // Of the sum with the residual, of the weight, of the result.
             Case::Norm { .. } => 3.0,
             // Of the activation or the scaled number, of the weight of a sum, of the result.
             Case::Elementwise { .. } => 3.0,
+            // Logits are given, and the table is in f32.
+            Case::Choose { .. } => 0.0,
             // Of cosine and sine, of both products, of the result.
             Case::Rope(_) => 4.0,
             // Of the scaled query, of the softmax, of the result; once more where products are narrower.
             Case::Attention { .. } => 4.0,
             // As above, and of the absorbed query and of the mixed latents.
             Case::Latent { .. } => 6.0,
+            // As norms, rotation and attention one after the other.
+            Case::Rotary { .. } => 11.0,
+            Case::RotaryLatent { .. } => 13.0,
             // Of gate, up, activation, their product and down; of an expert's share and the sum.
             Case::Moe { .. } => 8.0,
         }
@@ -69,6 +76,7 @@ impl Case {
             Case::Made { block, .. } => narrow(&WeightFormat::Ggml(*block)),
             Case::Group { weights, .. } => weights.iter().map(|(_, format)| narrow(format)).fold(0.0, f32::max),
             Case::Latent { format, .. } | Case::Moe { format, .. } => narrow(format).max(roundoff(caps.activations)),
+            Case::Gated { formats, .. } => formats.iter().map(narrow).fold(roundoff(caps.activations), f32::max),
             _ => roundoff(caps.activations),
         }
     }

@@ -4,21 +4,27 @@
 
 use std::time::Duration;
 
-use baton_model::{SampledToken, SequenceFailure, StepOutput, StepPlan};
+use baton_model::{SampledToken, SequenceFailure, SequenceOutput, StepOutput, StepPlan};
 
 use super::{RequestOutput, Scheduler};
 use crate::sequence::Sequence;
 use crate::{EngineFailure, FinishReason, OutputEvent, RequestId};
 
 impl Scheduler {
-    /// Takes the result of the planned step, entry by entry.
+    /// Takes the result of the earliest step under way, entry by entry. What it gave sequences that have ended since it was
+    /// begun is ignored.
     pub fn commit(&mut self, plan: &StepPlan, output: StepOutput, now: Duration) -> Vec<RequestOutput> {
         let mut outputs = Vec::new();
         self.counters.step_tokens.observe(plan.num_tokens());
+        self.counters.steps_ahead += u64::from(plan.is_ahead());
         for (step, result) in plan.sequences.iter().zip(output.sequences) {
             let id = RequestId(step.id);
-            let sequence = self.running.get_mut(&id).expect("what is planned is running until committed");
-            let end = step.num_computed + step.tokens.len();
+            let Some(sequence) = self.running.get_mut(&id) else {
+                self.end_doubt(id, &result);
+                continue;
+            };
+            debug_assert_eq!(sequence.num_computed, step.num_computed, "steps come one after the other");
+            let end = step.num_computed + step.tokens.count();
             self.counters.prompt_tokens_computed +=
                 end.min(sequence.prompt_len).saturating_sub(step.num_computed) as u64;
             sequence.num_computed = end;
@@ -97,14 +103,42 @@ impl Scheduler {
 
     /// Ends a sequence by what its step gave.
     fn end_running(&mut self, id: RequestId, reason: FinishReason, now: Duration) -> RequestOutput {
-        let mut sequence = self.running.remove(&id).expect("what is planned is running until committed");
+        let mut sequence = self.running.remove(&id).expect("it was part of the step");
         match reason {
+            // Also what a step begun ahead writes for it: blocks are cleared behind all that was begun.
             FinishReason::Error(EngineFailure::NonFiniteLogits) => {
                 self.unclean.extend(self.blocks.discard(&mut sequence))
             }
-            _ => self.blocks.release(&mut sequence),
+            _ => self.take_blocks(&mut sequence),
         }
         self.finish(sequence, reason, now)
+    }
+
+    /// Takes the blocks of a sequence that ends. A step begun ahead may still read and write them: it does so before any step
+    /// that somebody else gets them for. What it writes may turn out to be not finite, so that block is kept back.
+    fn take_blocks(&mut self, sequence: &mut Sequence) {
+        if sequence.is_begun_ahead() {
+            self.in_doubt.insert(sequence.id, self.blocks.detach_last(sequence));
+        }
+        self.unclean.extend(self.blocks.release_unfinished(sequence));
+    }
+
+    /// Takes the block back that a step wrote for a sequence which had ended.
+    fn end_doubt(&mut self, id: RequestId, result: &SequenceOutput) {
+        // None of one that failed: its blocks were discarded.
+        let Some(block) = self.in_doubt.remove(&id) else { return };
+        if result.sampled.iter().any(Result::is_err) {
+            self.unclean.push(block);
+        }
+        self.blocks.release_block(block);
+    }
+
+    /// Takes all blocks back that are kept for the step under way, which has failed. None is to be trusted.
+    fn end_all_doubts(&mut self) {
+        for block in std::mem::take(&mut self.in_doubt).into_values() {
+            self.unclean.push(block);
+            self.blocks.release_block(block);
+        }
     }
 
     /// Ends the requests that should have started, or ended, by now and have not.
@@ -115,7 +149,7 @@ impl Scheduler {
         let overdue: Vec<Sequence> = overdue.collect();
         let end = |mut sequence: Sequence| {
             let failure = sequence.overdue(now).expect("it was looked for");
-            self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
+            self.take_blocks(&mut sequence);
             self.finish(sequence, FinishReason::Error(failure), now)
         };
         overdue.into_iter().map(end).collect()
@@ -127,11 +161,11 @@ impl Scheduler {
             let rank = self.waiting.keys().find(|rank| rank.id == id).copied()?;
             self.waiting.remove(&rank)
         })?;
-        self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
+        self.take_blocks(&mut sequence);
         Some(self.finish(sequence, FinishReason::Aborted, now))
     }
 
-    /// Ends all sequences that hold blocks after a step that failed as a whole, and forgets all cached blocks:
+    /// Ends all sequences that hold blocks after steps under way failed as a whole, and forgets all cached blocks:
     /// nobody knows what the step left in the cache. The waiting ones have nothing there and go on.
     pub fn fail_running(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
         let mut outputs = Vec::new();
@@ -139,6 +173,7 @@ impl Scheduler {
             self.unclean.extend(self.blocks.discard(&mut sequence));
             outputs.push(self.finish(sequence, FinishReason::Error(failure.clone()), now));
         }
+        self.end_all_doubts();
         self.unclean.extend(self.blocks.forget_cached());
         self.counters.failed_steps += 1;
         outputs
@@ -160,6 +195,7 @@ impl Scheduler {
         let all =
             std::mem::take(&mut self.running).into_values().chain(std::mem::take(&mut self.waiting).into_values());
         let all: Vec<Sequence> = all.collect();
+        self.end_all_doubts();
         all.into_iter()
             .map(|mut sequence| {
                 self.blocks.release(&mut sequence);

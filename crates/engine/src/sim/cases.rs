@@ -23,6 +23,7 @@ pub(super) fn spec(num_blocks: usize) -> RunSpec {
         max_step_tokens: 16,
         max_step_sequences: 8,
         max_draft_tokens: 5,
+        steps_ahead: false,
     }
 }
 

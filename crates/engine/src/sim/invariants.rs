@@ -54,6 +54,23 @@ pub(crate) const ALL: &[Invariant] = &[
         },
     },
     Invariant {
+        name: "nobody waits for a step ahead",
+        check: nobody_waits_for_a_step_ahead,
+        sabotage: |world| {
+            world.last_step.ahead = world.last_step.plan.clone();
+            world.last_step.before_ahead.running.pop_last();
+            world.last_step.before_ahead.available = world.spec.num_blocks;
+        },
+    },
+    Invariant {
+        name: "steps ahead take all along",
+        check: steps_ahead_take_all_along,
+        sabotage: |world| {
+            world.last_step.ahead = world.last_step.plan.clone();
+            world.last_step.ahead.as_mut().expect("it stepped").sequences.remove(0);
+        },
+    },
+    Invariant {
         name: "nobody is overtaken",
         check: nobody_is_overtaken,
         sabotage: |world| {
@@ -187,6 +204,8 @@ fn the_ended_hold_nothing(world: &World) -> Result<(), String> {
         let expected = usize::from(record.end.is_none());
         ensure(kept(id) == expected, || format!("{id:?} is kept {} times, expected {expected}", kept(id)))
     })?;
+    let in_doubt = scheduler.in_doubt();
+    ensure(in_doubt.is_empty() || world.core.is_under_way(), || format!("{in_doubt:?} for no step"))?;
     scheduler.waiting().values().try_for_each(|sequence| {
         ensure(sequence.table.blocks().is_empty(), || format!("{:?} waits and holds blocks", sequence.id))
     })
@@ -195,22 +214,45 @@ fn the_ended_hold_nothing(world: &World) -> Result<(), String> {
 fn what_fits_is_scheduled(world: &World) -> Result<(), String> {
     let step = &world.last_step;
     let Some(plan) = &step.plan else {
-        let stepped = !step.running_before.is_empty() || step.head_before.is_some();
-        return ensure(!stepped || world.core.is_idle(), || "an empty step, and there was work".into());
+        let stepped = !step.before.running.is_empty() || step.before.head.is_some();
+        let excused = step.before.under_way || world.core.is_idle();
+        return ensure(!stepped || excused, || "an empty step, and there was work".into());
     };
-    let Some(head) = step.head_before else { return Ok(()) };
-    let (record, running) = (world.record(head), step.running_before.len());
+    ensure(!step.before.under_way, || "a step of known tokens behind one that is under way".into())?;
+    let Some(head) = step.before.head else { return Ok(()) };
+    let (record, running) = (world.record(head), step.before.running.len());
     let (max_num_seqs, max_num_batched_tokens) = world.core.scheduler().limits();
     let needed = (record.request.prompt.len() + record.tokens.len()).div_ceil(world.spec.block_size);
-    let preempted = step.running_before.iter().any(|id| world.core.scheduler().waiting().contains_key(id));
+    let preempted = step.before.running.iter().any(|id| world.core.scheduler().waiting().contains_key(id));
     // A block for each running sequence now, and one to spare for later.
     let fits = running < max_num_seqs
-        && plan.sequences.iter().map(|step| step.tokens.len()).sum::<usize>() < max_num_batched_tokens
-        && step.available_before >= needed + 2 * running
+        && plan.sequences.iter().map(|step| step.tokens.count()).sum::<usize>() < max_num_batched_tokens
+        && step.before.available >= needed + 2 * running
         && !preempted;
-    let awaits_a_choice = step.running_before.iter().any(|&id| world.record(id).group == record.group);
+    let awaits_a_choice = step.before.running.iter().any(|&id| world.record(id).group == record.group);
     let passed = fits && !awaits_a_choice && record.end.is_none() && !step.planned().contains(&head);
     ensure(!passed, || format!("{head:?} fits and is not part of the step"))
+}
+
+/// Whoever waits comes before a step that could be begun ahead: such a step is begun only if the first that waits lacks a
+/// place or blocks.
+fn nobody_waits_for_a_step_ahead(world: &World) -> Result<(), String> {
+    let (step, scheduler) = (&world.last_step, world.core.scheduler());
+    let (Some(_), Some(head)) = (&step.ahead, step.before_ahead.head) else { return Ok(()) };
+    let (record, running) = (world.record(head), step.before_ahead.running.len());
+    let needed = (record.request.prompt.len() + record.tokens.len()).div_ceil(world.spec.block_size);
+    let fits = running < scheduler.limits().0 && step.before_ahead.available >= needed + running;
+    ensure(!fits || record.end.is_some(), || format!("{head:?} waits for a step ahead and fits"))
+}
+
+/// All those that a step ahead did not take along have ended.
+fn steps_ahead_take_all_along(world: &World) -> Result<(), String> {
+    let (step, scheduler) = (&world.last_step, world.core.scheduler());
+    let Some(ahead) = &step.ahead else { return Ok(()) };
+    let ids: BTreeSet<_> = ahead.sequences.iter().map(|step| RequestId(step.id)).collect();
+    let left_out =
+        step.before_ahead.running.iter().find(|id| !ids.contains(id) && scheduler.running().contains_key(id));
+    ensure(left_out.is_none(), || format!("{left_out:?} runs and is not part of the step ahead"))
 }
 
 fn who_runs_advances(world: &World) -> Result<(), String> {
@@ -218,7 +260,7 @@ fn who_runs_advances(world: &World) -> Result<(), String> {
         return Ok(());
     }
     let (planned, scheduler) = (world.last_step.planned(), world.core.scheduler());
-    world.last_step.running_before.iter().try_for_each(|id| {
+    world.last_step.before.running.iter().try_for_each(|id| {
         let preempted = scheduler.waiting().contains_key(id);
         let late = matches!(world.record(*id).end, Some((FinishReason::Error(EngineFailure::DeadlineExceeded), _)));
         // After a step that failed, even the preempted may have been ended.
@@ -252,6 +294,9 @@ fn the_last_are_preempted(world: &World) -> Result<(), String> {
 /// What is left of the foreground after a step of the background was there before it.
 fn the_background_takes_idle_steps_only(world: &World) -> Result<(), String> {
     let planned = world.last_step.planned();
+    let ahead = world.last_step.ahead.iter().flat_map(|plan| &plan.sequences);
+    let in_the_way = ahead.map(|step| RequestId(step.id)).find(|id| id.is_background());
+    ensure(in_the_way.is_none(), || format!("a step of the background ahead: {in_the_way:?}"))?;
     let Some(id) = planned.iter().find(|id| id.is_background()) else { return Ok(()) };
     let foreground = planned.iter().copied().chain(live(world).map(|(id, _)| id)).find(|id| !id.is_background());
     ensure(foreground.is_none(), || format!("{id:?} is part of a step, and there was {foreground:?}"))
@@ -404,7 +449,8 @@ fn gauges_are_true(world: &World) -> Result<(), String> {
     let foreground = |all: BTreeMap<RequestId, &Sequence>| all.keys().filter(|id| !id.is_background()).count() as u64;
     let holders = scheduler.running().iter().map(|(&id, sequence)| (id, sequence)).collect();
     let background = live(world).filter(|(id, _)| id.is_background()).count() as u64;
-    let held: BTreeSet<_> = scheduler.running().values().flat_map(|sequence| sequence.table.blocks()).collect();
+    let held = scheduler.running().values().flat_map(|sequence| sequence.table.blocks());
+    let held: BTreeSet<_> = held.chain(scheduler.in_doubt().values()).collect();
     for (name, told, counted) in [
         ("running", stats.running as u64, foreground(holders)),
         ("waiting", stats.waiting as u64, foreground(scheduler.waiting())),

@@ -1,14 +1,15 @@
 //! A runner whose next token is a hash of the whole context *as it reads it back* from its own paged
 //! memory. So a lost, doubled, stale or foreign block shows as a wrong token, not as a subtle change of
-//! probabilities. It checks every plan against its spec, and fails on command.
+//! probabilities. It checks every plan against its spec, and fails on command. Like a device it works off what it was asked
+//! for one by one, and as late as it can: when somebody waits for it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_model::{
     Adapter, RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure,
-    SequenceOutput, SequenceStep, StepOutput, StepPlan, TokenMask,
+    SequenceOutput, SequenceStep, StepOutput, StepPlan, TokenMask, Tokens,
 };
 use parking_lot::{Condvar, Mutex};
 
@@ -182,6 +183,7 @@ struct State {
     fail_clears: u32,
     fail_rebuilds: u32,
     panic_steps: u32,
+    fail_early: bool,
     hang: bool,
     hang_rebuilds: bool,
     not_finite_from: BTreeMap<u64, usize>,
@@ -193,7 +195,7 @@ struct State {
 }
 
 impl MockControl {
-    /// Every step takes this long from now on.
+    /// The end of every step takes this long from now on.
     pub fn delay_steps(&self, delay: Duration) {
         self.0.0.lock().delay = delay;
     }
@@ -208,6 +210,11 @@ impl MockControl {
     pub fn fail_steps_with(&self, n: u32, error: RunError) {
         let mut state = self.0.0.lock();
         (state.fail_steps, state.fault) = (n, Some(error));
+    }
+
+    /// Steps that fail or panic do so when they begin, not when they end.
+    pub fn fail_early(&self) {
+        self.0.0.lock().fail_early = true;
     }
 
     /// The next `n` attempts to load another runner fail.
@@ -230,7 +237,7 @@ impl MockControl {
         self.0.0.lock().panic_steps = n;
     }
 
-    /// Steps do not return before [`release`](Self::release), or a minute.
+    /// Steps do not end before [`release`](Self::release), or a minute.
     pub fn hang(&self) {
         self.0.0.lock().hang = true;
     }
@@ -259,7 +266,7 @@ impl MockControl {
         self.0.0.lock().not_finite_tokens.insert(token);
     }
 
-    /// Steps asked for so far, failed ones included.
+    /// Steps begun so far, failed ones included.
     pub fn steps(&self) -> u64 {
         self.0.0.lock().steps
     }
@@ -280,6 +287,11 @@ impl MockControl {
     }
 }
 
+enum Work {
+    Step(StepPlan),
+    Clear(Vec<u32>),
+}
+
 /// See the head of the file.
 pub struct MockRunner {
     spec: RunSpec,
@@ -287,6 +299,10 @@ pub struct MockRunner {
     /// `[num_blocks * block_size]`
     slots: Vec<Slot>,
     control: MockControl,
+    /// What it was asked for and has not done.
+    queue: VecDeque<Work>,
+    /// What the last step gave.
+    last: StepOutput,
     /// What it says from now on.
     broken: Option<RunError>,
 }
@@ -299,7 +315,7 @@ impl MockRunner {
 
     fn under(control: MockControl, spec: RunSpec, model: MockModel) -> Self {
         let slots = vec![Slot::Empty; spec.num_blocks * spec.block_size];
-        Self { spec, model, slots, control, broken: None }
+        Self { spec, model, slots, control, queue: VecDeque::new(), last: StepOutput::default(), broken: None }
     }
 
     /// Makes another one like it, under the same control.
@@ -337,10 +353,10 @@ impl MockRunner {
         assert_eq!(ids.len(), plan.sequences.len(), "a sequence twice in a step");
         let mut written = BTreeSet::new();
         for s in &plan.sequences {
-            assert!(!s.tokens.is_empty(), "a sequence without tokens in a step");
+            assert!(s.tokens.count() > 0, "a sequence without tokens in a step");
             assert!(s.draft.len() <= self.spec.max_draft_tokens, "too many drafts");
             assert!(s.draft.is_empty() || s.sample.is_some(), "drafts that no sample judges");
-            assert!(s.scores.iter().all(|score| score.row < s.tokens.len()), "scores of what is not computed");
+            assert!(s.scores.iter().all(|score| score.row < s.tokens.known().len()), "scores of what is not computed");
             let end = s.num_computed + s.num_rows();
             assert!(end <= self.spec.max_model_len, "a sequence beyond the context");
             assert_eq!(s.block_table.len(), end.div_ceil(self.spec.block_size), "blocks do not match the positions");
@@ -349,12 +365,96 @@ impl MockRunner {
                 assert!(written.insert(self.slot(s, position)), "a slot written twice in a step");
             }
         }
+        if plan.is_ahead() {
+            self.check_ahead(plan);
+        }
+    }
+
+    /// The promises of a plan ahead: each of its sequences goes on where the step under way leaves it.
+    fn check_ahead(&self, plan: &StepPlan) {
+        assert!(self.spec.steps_ahead, "a step ahead of another");
+        let steps = self.queue.iter().filter_map(|work| match work {
+            Work::Step(plan) => Some(plan),
+            Work::Clear(_) => None,
+        });
+        let [last] = steps.collect::<Vec<_>>()[..] else { panic!("not one step is under way") };
+        assert!(last.is_plain_draw() && plan.is_plain_draw(), "more is asked than draws");
+        for s in &plan.sequences {
+            assert_eq!(s.tokens, Tokens::Awaited, "known tokens among awaited ones");
+            let before = last.sequences.iter().find(|before| before.id == s.id).expect("it is part of the step before");
+            assert_eq!(s.num_computed, before.num_computed + before.num_rows(), "it goes on where that ends");
+            let [sample, sample_before] = [s, before].map(|s| s.sample.as_ref().expect("it samples"));
+            assert_eq!(sample.position, sample_before.position + 1, "it samples what follows");
+            assert!(s.block_table.starts_with(&before.block_table), "its blocks are others");
+        }
+    }
+
+    /// What was told to happen to a step by now.
+    fn suffer(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        let control = self.control.clone();
+        let mut state = control.0.0.lock();
+        if state.fail_steps > 0 || state.panic_steps > 0 {
+            self.spoil(plan);
+        }
+        if state.fail_steps > 0 {
+            state.fail_steps -= 1;
+            let error = state.fault.clone().expect("set with the number of steps");
+            if matches!(error, RunError::Poisoned(_) | RunError::Lost(_)) {
+                self.broken = Some(error.clone());
+            }
+            return Err(error);
+        }
+        if state.panic_steps > 0 {
+            state.panic_steps -= 1;
+            panic!("mock panic");
+        }
+        Ok(())
+    }
+
+    /// Does what comes next; what it gave, if that is a step.
+    fn work(&mut self, work: Work) -> Option<StepOutput> {
+        match work {
+            Work::Step(plan) => Some(self.compute(plan)),
+            Work::Clear(blocks) => {
+                for block in blocks {
+                    let start = block as usize * self.spec.block_size;
+                    self.slots[start..start + self.spec.block_size].fill(Slot::Empty);
+                }
+                None
+            }
+        }
+    }
+
+    fn compute(&mut self, mut plan: StepPlan) -> StepOutput {
+        for step in plan.sequences.iter_mut().filter(|step| step.tokens == Tokens::Awaited) {
+            let before = self.last.sequences.iter().find(|before| before.id == step.id);
+            let sampled = before.and_then(|before| before.sampled.first()?.as_ref().ok());
+            step.tokens = Tokens::Known(vec![sampled.map_or(0, |sampled| sampled.token)]);
+        }
+        let control = self.control.clone();
+        let mut state = control.0.0.lock();
+        let mut output = StepOutput::default();
+        for sequence in &plan.sequences {
+            state.computed_tokens += sequence.num_rows() as u64;
+            state.adapters.extend(sequence.adapter.as_ref().map(Adapter::digest));
+            self.write(sequence, &state);
+        }
+        for sequence in &plan.sequences {
+            let known = sequence.num_computed + sequence.tokens.count();
+            let sampled =
+                sequence.sample_along(|drafts, request| self.sample(self.read(sequence, known + drafts)?, request));
+            let proposed = self.propose(sequence, &sampled);
+            let scores = sequence.scores.iter().map(|request| self.score(sequence, request)).collect();
+            output.sequences.push(SequenceOutput { id: sequence.id, sampled, proposed, scores });
+        }
+        self.last = output.clone();
+        output
     }
 
     fn write(&mut self, sequence: &SequenceStep, state: &State) {
         let not_finite_from = state.not_finite_from.get(&sequence.id).copied().unwrap_or(usize::MAX);
-        let known = sequence.num_computed + sequence.tokens.len();
-        for (&token, position) in sequence.tokens.iter().chain(&sequence.draft).zip(sequence.num_computed..) {
+        let known = sequence.num_computed + sequence.tokens.count();
+        for (&token, position) in sequence.tokens.known().iter().chain(&sequence.draft).zip(sequence.num_computed..) {
             let previous = match position.checked_sub(1).map(|previous| self.slots[self.slot(sequence, previous)]) {
                 None => Some(self.model.empty_context(sequence.adapter.as_ref())),
                 Some(Slot::Written { context, .. }) => Some(context),
@@ -408,7 +508,7 @@ impl MockRunner {
         let (Some(mut request), Some(Ok(last))) = (sequence.request_behind(sampled), sampled.last()) else {
             return Vec::new();
         };
-        let end = sequence.num_computed + sequence.tokens.len() + sampled.len() - 1;
+        let end = sequence.num_computed + sequence.tokens.count() + sampled.len() - 1;
         let Ok(context) = self.read(sequence, end) else { return Vec::new() };
         let mut context = MockModel::extend(context, last.token);
         let next = |_| {
@@ -451,53 +551,46 @@ impl Runner for MockRunner {
         &self.spec
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        if !plan.is_ahead() {
+            // What is left of steps that nobody waits for any more happens nevertheless.
+            while let Some(work) = self.queue.pop_front() {
+                self.work(work);
+            }
+        }
         self.check(plan);
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
+        let mut state = self.control.0.0.lock();
+        state.steps += 1;
+        let fails_early = state.fail_early;
+        drop(state);
+        if fails_early {
+            self.suffer(plan)?;
+        }
+        self.queue.push_back(Work::Step(plan.clone()));
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, RunError> {
         let control = self.control.clone();
         let mut state = control.0.0.lock();
-        state.steps += 1;
         if state.hang {
             control.0.1.wait_while_for(&mut state, |state| state.hang, MAX_HANG);
         }
-        if !state.delay.is_zero() {
-            let delay = state.delay;
-            parking_lot::MutexGuard::unlocked(&mut state, || std::thread::sleep(delay));
-        }
-        if state.fail_steps > 0 || state.panic_steps > 0 {
-            self.spoil(plan);
-        }
-        if state.fail_steps > 0 {
-            state.fail_steps -= 1;
-            let error = state.fault.clone().expect("set with the number of steps");
-            if matches!(error, RunError::Poisoned(_) | RunError::Lost(_)) {
-                self.broken = Some(error.clone());
+        let delay = state.delay;
+        drop(state);
+        std::thread::sleep(delay);
+        loop {
+            let work = self.queue.pop_front().expect("a step is under way");
+            if let Work::Step(plan) = &work {
+                self.suffer(plan)?;
             }
-            return Err(error);
+            if let Some(output) = self.work(work) {
+                return Ok(output);
+            }
         }
-        if state.panic_steps > 0 {
-            state.panic_steps -= 1;
-            drop(state);
-            panic!("mock panic");
-        }
-
-        let mut output = StepOutput::default();
-        for sequence in &plan.sequences {
-            state.computed_tokens += sequence.num_rows() as u64;
-            state.adapters.extend(sequence.adapter.as_ref().map(Adapter::digest));
-            self.write(sequence, &state);
-        }
-        for sequence in &plan.sequences {
-            let known = sequence.num_computed + sequence.tokens.len();
-            let sampled =
-                sequence.sample_along(|drafts, request| self.sample(self.read(sequence, known + drafts)?, request));
-            let proposed = self.propose(sequence, &sampled);
-            let scores = sequence.scores.iter().map(|request| self.score(sequence, request)).collect();
-            output.sequences.push(SequenceOutput { id: sequence.id, sampled, proposed, scores });
-        }
-        Ok(output)
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
@@ -510,10 +603,7 @@ impl Runner for MockRunner {
             return Err(RunError::Failed("mock fault while clearing".into()));
         }
         state.cleared.extend(blocks);
-        for &block in blocks {
-            let start = block as usize * self.spec.block_size;
-            self.slots[start..start + self.spec.block_size].fill(Slot::Empty);
-        }
+        self.queue.push_back(Work::Clear(blocks.to_vec()));
         Ok(())
     }
 }

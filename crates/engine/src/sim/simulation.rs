@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Grammar, RunError, RunSpec, SamplingParams};
+use baton_model::{Grammar, RunError, RunSpec, SamplingParams, Tokens};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -23,6 +23,7 @@ const END: u32 = 0;
 fn random_world(rng: &mut StdRng) -> World {
     let block_size = [1, 2, 4, 8][rng.random_range(0..4)];
     let num_blocks = rng.random_range(2..40);
+    let steps_ahead = rng.random_bool(0.5);
     let spec = RunSpec {
         vocab_size: VOCAB_SIZE as usize,
         max_model_len: rng.random_range(2..=(num_blocks * block_size + 1).min(120)),
@@ -31,12 +32,14 @@ fn random_world(rng: &mut StdRng) -> World {
         max_step_tokens: rng.random_range(1..48),
         max_step_sequences: rng.random_range(1..9),
         max_draft_tokens: 5,
+        steps_ahead,
     };
     let config = EngineConfig {
         max_num_seqs: rng.random_range(1..9),
         max_num_batched_tokens: rng.random_range(1..64),
         enable_prefix_caching: rng.random_bool(0.8),
-        speculation: rng.random_bool(0.7).then(|| random_speculation(rng)),
+        // There are drafts or steps ahead.
+        speculation: rng.random_bool(if steps_ahead { 0.2 } else { 0.7 }).then(|| random_speculation(rng)),
         ..EngineConfig::default()
     };
     let model = MockModel::Hash { seed: rng.random(), vocab_size: VOCAB_SIZE, end: Some((END, 12)) };
@@ -52,14 +55,18 @@ fn random_speculation(rng: &mut StdRng) -> SpeculationConfig {
     }
 }
 
+/// A draw from the logits as they are.
+fn plain_params(rng: &mut StdRng) -> SamplingParams {
+    let temperature = [0.0, 0.7][rng.random_range(0..2)];
+    SamplingParams { temperature, seed: rng.random(), ..SamplingParams::default() }
+}
+
 fn random_params(rng: &mut StdRng) -> SamplingParams {
     SamplingParams {
-        temperature: [0.0, 0.7][rng.random_range(0..2)],
         repetition_penalty: [1.0, 1.1][rng.random_range(0..2)],
         logit_bias: (0..rng.random_range(0..3)).map(|_| (rng.random_range(0..VOCAB_SIZE), 1.5)).collect(),
-        seed: rng.random(),
         logprobs: rng.random_bool(0.2).then_some(3),
-        ..SamplingParams::default()
+        ..plain_params(rng)
     }
 }
 
@@ -83,7 +90,7 @@ fn random_scores(rng: &mut StdRng, prompt_len: usize) -> PromptScores {
 
 /// A grammar, perhaps one that fails.
 fn random_grammar(rng: &mut StdRng) -> Arc<dyn Grammar> {
-    let fails_after = rng.random_bool(0.1).then(|| rng.random_range(0..20));
+    let fails_after = rng.random_bool(0.25).then(|| rng.random_range(0..20));
     Arc::new(ToyGrammar { seed: rng.random(), vocab_size: VOCAB_SIZE, fails_after })
 }
 
@@ -95,17 +102,19 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
     let rest = rng.random_range(0..=(longest - prompt.len()).min(12));
     prompt.extend((0..rest).map(|_| rng.random_range(0..VOCAB_SIZE)));
     let max_tokens = rng.random_range(1..=(spec.max_model_len - prompt.len()).min(30)) as u32;
+    // Others keep steps from being begun ahead.
+    let is_plain = spec.steps_ahead && rng.random_bool(0.9);
     let request = Request {
         stop_token_ids: if rng.random_bool(0.7) { vec![END] } else { vec![] },
         deadline: rng.random_bool(0.3).then(|| Duration::from_millis(rng.random_range(0..200))),
         adapter: [None, None, Some(1), Some(2)][rng.random_range(0..4)].map(adapter),
         cache_scope: CacheScope { tenant: Tenant([rng.random_range(0..2); 32]), salt: vec![rng.random_range(0..2)] },
         background: rng.random_bool(0.25),
-        grammar: rng.random_bool(0.3).then(|| random_grammar(rng)),
+        grammar: (!is_plain && rng.random_bool(0.3)).then(|| random_grammar(rng)),
         priority: [0, 0, 0, -1, 1][rng.random_range(0..5)],
         time_limit: rng.random_bool(0.1).then(|| Duration::from_millis(rng.random_range(0..400))),
         prompt_scores: rng.random_bool(0.2).then(|| random_scores(rng, prompt.len())),
-        ..Request::new(prompt, random_params(rng), max_tokens)
+        ..Request::new(prompt, if is_plain { plain_params(rng) } else { random_params(rng) }, max_tokens)
     };
     let choices = if rng.random_bool(0.3) { rng.random_range(2..5) } else { 1 };
     (0..choices)
@@ -118,6 +127,7 @@ struct Run {
     stats: EngineStats,
     /// See [`World`].
     displaced: usize,
+    in_vain: usize,
     journal: Vec<Record>,
 }
 
@@ -129,6 +139,9 @@ fn simulate(seed: u64) -> Run {
     let prefixes: Vec<Vec<u32>> =
         (0..3).map(|_| (0..rng.random_range(1..60)).map(|_| rng.random_range(0..VOCAB_SIZE)).collect()).collect();
     let with_faults = rng.random_bool(0.5);
+    if with_faults && rng.random_bool(0.5) {
+        world.control.fail_early();
+    }
     let arrivals = rng.random_range(1..25);
     let mut arrived = 0;
     while (arrived < arrivals || !world.core.is_idle()) && world.core.down().is_none() {
@@ -164,7 +177,12 @@ fn simulate(seed: u64) -> Run {
     }
     assert!(world.journal.values().all(|record| record.end.is_some()), "a request never ended");
     assert_eq!(world.core.stats().blocks.used, 0, "blocks are used and nothing runs");
-    Run { stats: world.core.stats(), displaced: world.displaced, journal: world.journal.into_values().collect() }
+    Run {
+        stats: world.core.stats(),
+        displaced: world.displaced,
+        in_vain: world.in_vain,
+        journal: world.journal.into_values().collect(),
+    }
 }
 
 /// Seeds that failed once.
@@ -204,6 +222,8 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
     for (what, count) in [
         ("preemption", count(|stats| stats.preemptions > 0)),
         ("displaced background", runs.iter().filter(|run| run.displaced > 0).count()),
+        ("step ahead", count(|stats| stats.steps_ahead > 9)),
+        ("step ahead in vain", runs.iter().filter(|run| run.in_vain > 0).count()),
         ("prefix hit", count(|stats| stats.prefix_hit_tokens > 0)),
         ("failed step", count(|stats| stats.failed_steps > 0)),
         ("runner in the place of another", count(|stats| stats.rebuilds > 0)),
@@ -224,8 +244,8 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
     }
 }
 
-/// What each step computed for the foreground, with the drafts it had; idle steps are empty.
-type Trace = Vec<Vec<(u64, usize, Vec<u32>, Vec<u32>)>>;
+/// What was begun for the foreground in each step of the world, with the drafts it had; idle steps are empty.
+type Trace = Vec<Vec<(u64, usize, Tokens, Vec<u32>)>>;
 
 /// One run without faults and without cached prefixes, which the background's blocks would displace. Whether there is a
 /// background decides nothing else about it.
@@ -248,7 +268,7 @@ fn trace(seed: u64, with_background: bool) -> (Trace, EngineStats) {
             }
         }
         world.step();
-        let steps = world.last_step.plan.iter().flat_map(|plan| &plan.sequences);
+        let steps = world.last_step.plan.iter().chain(&world.last_step.ahead).flat_map(|plan| &plan.sequences);
         let foreground = steps.filter(|step| !RequestId(step.id).is_background()).cloned();
         trace.push(foreground.map(|step| (step.id, step.num_computed, step.tokens, step.draft)).collect());
     }
@@ -259,14 +279,18 @@ fn trace(seed: u64, with_background: bool) -> (Trace, EngineStats) {
 
 #[test]
 fn steps_of_the_foreground_are_the_same_with_a_background_and_none_is_delayed() {
-    let (mut busy, mut drafted) = (0, 0);
+    let (mut busy, mut drafted, mut ahead) = (0, 0, 0);
     for seed in 0..300 {
         let ((with, stats), (without, _)) = (trace(seed, true), trace(seed, false));
         assert!(with == without, "seed {seed}");
         busy += usize::from(stats.step_tokens.count > with.iter().filter(|step| !step.is_empty()).count() as u64);
         drafted += usize::from(with.iter().flatten().any(|(.., draft)| !draft.is_empty()));
+        ahead += usize::from(stats.steps_ahead > 0);
     }
-    assert!(busy > 100 && drafted > 100, "{busy} runs with steps of the background, {drafted} with drafts");
+    assert!(
+        busy > 100 && drafted > 60 && ahead > 60,
+        "{busy} runs with steps of the background, {drafted} with drafts, {ahead} with steps ahead"
+    );
 }
 
 /// A world in the middle of things: of those that ended one got a hit and one its scores; some run, some wait.
@@ -279,6 +303,7 @@ fn busy_world() -> World {
         max_step_tokens: 32,
         max_step_sequences: 3,
         max_draft_tokens: 5,
+        steps_ahead: false,
     };
     let model = MockModel::Hash { seed: 7, vocab_size: VOCAB_SIZE, end: None };
     let speculation =

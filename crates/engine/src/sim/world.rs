@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{RunError, RunSpec, Runner, StepOutput, StepPlan};
+use baton_model::{RunError, RunSpec, Runner, SequenceStep, StepOutput, StepPlan};
 use parking_lot::Mutex;
 
 use super::invariants;
@@ -29,10 +29,19 @@ pub(crate) struct World {
     pub drafts: Vec<(usize, usize)>,
     /// Times a background sequence lost its blocks to the foreground.
     pub displaced: usize,
+    /// Tokens that steps computed for sequences which had ended since the step was begun, and how many of these were not
+    /// finite.
+    pub in_vain: usize,
+    pub spoilt_in_vain: usize,
+    /// The step under way.
+    begun_ahead: Option<StepPlan>,
     model: MockModel,
-    plans: Arc<Mutex<Option<StepPlan>>>,
+    plans: Plans,
     rebuild: Rebuild,
 }
+
+/// Those that the runner was given and that the world has not looked at, in their order.
+type Plans = Arc<Mutex<Vec<StepPlan>>>;
 
 /// One request as its client sees it.
 pub(crate) struct Record {
@@ -51,6 +60,8 @@ pub(crate) struct Record {
     pub end: Option<(FinishReason, Usage)>,
     pub events_after_end: usize,
     pub aborted: bool,
+    /// What it computes from there on is not finite.
+    pub poisoned_from: Option<usize>,
     /// Its own computation was told to go wrong, or it was part of a step that was.
     pub faulty: bool,
 }
@@ -58,22 +69,34 @@ pub(crate) struct Record {
 /// What the last step did, and the state it found.
 #[derive(Default)]
 pub(crate) struct LastStep {
-    /// `None` if the runner was not called.
+    /// `None` if the runner was not given one, perhaps because a step was under way.
     pub plan: Option<StepPlan>,
+    /// The plan behind the step under way, if the runner was given one.
+    pub ahead: Option<StepPlan>,
     /// Of both classes.
     pub holders: BTreeSet<RequestId>,
-    /// Of the class whose turn it was.
-    pub running_before: BTreeSet<RequestId>,
-    /// The first waiting one of this class.
-    pub head_before: Option<RequestId>,
-    /// Blocks that this class could have.
-    pub available_before: usize,
+    /// What `plan` found.
+    pub before: Found,
+    /// What `ahead` found.
+    pub before_ahead: Found,
 }
 
-/// Keeps the last plan.
+/// What a plan finds of the class whose turn it is.
+#[derive(Default)]
+pub(crate) struct Found {
+    pub running: BTreeSet<RequestId>,
+    /// The first that waits.
+    pub head: Option<RequestId>,
+    /// Blocks that the class could have.
+    pub available: usize,
+    /// Whether a step is under way.
+    pub under_way: bool,
+}
+
+/// Keeps the plans.
 struct Recorder {
     inner: Box<dyn Runner>,
-    plans: Arc<Mutex<Option<StepPlan>>>,
+    plans: Plans,
 }
 
 impl Runner for Recorder {
@@ -81,9 +104,13 @@ impl Runner for Recorder {
         self.inner.spec()
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
-        *self.plans.lock() = Some(plan.clone());
-        self.inner.step(plan)
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        self.plans.lock().push(plan.clone());
+        self.inner.begin(plan)
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, RunError> {
+        self.inner.finish()
     }
 
     fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
@@ -111,6 +138,9 @@ impl World {
             config: config.clone(),
             drafts: Vec::new(),
             displaced: 0,
+            in_vain: 0,
+            spoilt_in_vain: 0,
+            begun_ahead: None,
             model,
             plans,
             rebuild,
@@ -137,6 +167,7 @@ impl World {
                 end: None,
                 events_after_end: 0,
                 aborted: false,
+                poisoned_from: None,
                 faulty: false,
             };
             self.journal.insert(id, record);
@@ -158,7 +189,8 @@ impl World {
 
     /// What the sequence computes from this position on is not finite.
     pub fn poison(&mut self, id: RequestId, position: usize) {
-        self.record_mut(id).faulty = true;
+        let record = self.record_mut(id);
+        (record.faulty, record.poisoned_from) = (true, Some(position));
         self.control.not_finite_from(id.0, position);
     }
 
@@ -181,32 +213,39 @@ impl World {
         if self.core.is_broken() {
             return self.rebuild();
         }
-        let (scheduler, stats) = (self.core.scheduler(), self.core.stats());
-        let failed_before = stats.failed_steps;
-        let of_class = |id: &RequestId| id.is_background() == scheduler.is_background_turn();
-        let running = || scheduler.running().iter().filter(|(id, _)| of_class(id));
-        let held: BTreeSet<_> = running().flat_map(|(_, sequence)| sequence.table.blocks()).collect();
+        let failed_before = self.core.stats().failed_steps;
         self.last_step = LastStep {
-            plan: None,
-            running_before: running().map(|(&id, _)| id).collect(),
-            head_before: scheduler.waiting().into_keys().filter(of_class).min_by_key(|id| self.record(*id).rank(*id)),
-            holders: scheduler.running().keys().copied().collect(),
-            available_before: stats.blocks.total - held.len(),
+            holders: self.core.scheduler().running().keys().copied().collect(),
+            before: self.found(),
+            ..LastStep::default()
         };
-        *self.plans.lock() = None;
         let now = self.now;
         let (mut outputs, plan) = self.core.plan(now);
-        if !plan.sequences.is_empty() {
-            outputs.extend(self.core.execute(&plan, &|| now));
+        self.last_step.before_ahead = self.found();
+        let ending = self.begun_ahead.take();
+        let gone = |step: &&SequenceStep| !self.core.scheduler().running().contains_key(&RequestId(step.id));
+        let in_vain: Vec<_> = ending.iter().flat_map(|plan| &plan.sequences).filter(gone).collect();
+        for step in in_vain {
+            let poisoned_from = self.record(RequestId(step.id)).poisoned_from;
+            self.in_vain += 1;
+            self.spoilt_in_vain += usize::from(poisoned_from.is_some_and(|from| from <= step.num_computed));
         }
-        self.last_step.plan = self.plans.lock().take();
+        let scheduled: Vec<RequestId> = plan.sequences.iter().map(|step| RequestId(step.id)).collect();
+        if !self.core.is_idle() {
+            outputs.extend(self.core.execute(plan, &|| now));
+        }
+        let plans = std::mem::take(&mut *self.plans.lock());
+        let (ahead, plan): (Vec<_>, Vec<_>) = plans.into_iter().partition(StepPlan::is_ahead);
+        (self.last_step.plan, self.last_step.ahead) = (plan.into_iter().next(), ahead.into_iter().next());
         let failed = self.core.stats().failed_steps > failed_before;
+        self.begun_ahead = self.last_step.ahead.clone();
         let planned = self.last_step.planned();
-        if planned.is_empty() && failed {
-            // Blocks could not be cleared: there was no step to be judged.
-            self.last_step.running_before.clear();
-            self.last_step.head_before = None;
-            plan.sequences.iter().for_each(|step| self.record_mut(RequestId(step.id)).faulty = true);
+        if failed {
+            // There may have been no step to be judged, since blocks could not be cleared.
+            if self.last_step.plan.is_none() {
+                self.last_step.before = Found::default();
+            }
+            scheduled.iter().for_each(|&id| self.record_mut(id).faulty = true);
         }
         for &id in &planned {
             self.record_mut(id).started.get_or_insert(now);
@@ -243,6 +282,20 @@ impl World {
             self.drafts.push((draft.len(), got.zip(&draft).take_while(|(token, draft)| token == *draft).count()));
         }
         self.check();
+    }
+
+    /// What a plan would find.
+    fn found(&self) -> Found {
+        let (scheduler, total) = (self.core.scheduler(), self.core.stats().blocks.total);
+        let of_class = |id: &RequestId| id.is_background() == scheduler.is_background_turn();
+        let running = || scheduler.running().iter().filter(|(id, _)| of_class(id));
+        let held = running().flat_map(|(_, sequence)| sequence.table.blocks()).chain(scheduler.in_doubt().values());
+        Found {
+            running: running().map(|(&id, _)| id).collect(),
+            head: scheduler.waiting().into_keys().filter(of_class).min_by_key(|id| self.record(*id).rank(*id)),
+            available: total - held.collect::<BTreeSet<_>>().len(),
+            under_way: self.core.is_under_way(),
+        }
     }
 
     /// Steps until nothing is left to do.
@@ -310,7 +363,9 @@ impl Record {
 }
 
 impl LastStep {
+    /// The sequences of the plans that the runner was given.
     pub fn planned(&self) -> BTreeSet<RequestId> {
-        self.plan.iter().flat_map(|plan| &plan.sequences).map(|step| RequestId(step.id)).collect()
+        let plans = self.plan.iter().chain(&self.ahead);
+        plans.flat_map(|plan| &plan.sequences).map(|step| RequestId(step.id)).collect()
     }
 }

@@ -45,6 +45,7 @@ pub(super) fn families(
             MetricType::HISTOGRAM,
             vec![step_tokens(labels.with(&[]), &stats.step_tokens)],
         ),
+        counter("baton_steps_ahead_total", "Steps begun before the one before them had ended.", stats.steps_ahead),
         gauges("vllm:cache_config_info", "Settings of the cache, as labels.", &[(&cache, 1.0)]),
         gauge("baton_engine_alive", "1 while the engine takes steps.", f64::from(u8::from(stats.alive))),
         gauge(

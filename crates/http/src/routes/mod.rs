@@ -28,9 +28,9 @@ use tower_http::compression::{CompressionLayer, CompressionLevel};
 
 use crate::error::ApiError;
 use crate::service::Service;
-use crate::{access, admission, anthropic, auth, cors, headers, openapi};
+use crate::{access, admission, anthropic, auth, cors, headers, openapi, page};
 
-/// Which routes a listener shows. Probes, version and metrics are on every one; what is not shown does not exist there.
+/// Which routes a listener shows. The page, probes, version and metrics are on every one; what is not shown does not exist there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Surface {
     /// All routes.
@@ -60,6 +60,8 @@ pub fn router(service: Service, surface: Surface) -> Router {
     let mut routes = Router::new()
         // An admin sees more of a model than others.
         .route(auth::MODEL, get(models::one).layer(Extension(surface)))
+        .route("/", get(page::index))
+        .route("/page/{file}", get(page::file))
         .route("/live", get(health::live))
         .route("/health/live", get(health::live))
         .route("/v2/health/live", get(health::live))

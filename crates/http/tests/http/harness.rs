@@ -56,6 +56,7 @@ impl Default for Setup {
                 max_step_tokens: 256,
                 max_step_sequences: 32,
                 max_draft_tokens: 4,
+                steps_ahead: false,
             },
             defaults: Defaults::default(),
             drain_timeout: Duration::from_secs(5),

@@ -15,6 +15,7 @@ mod keys;
 mod lifecycle;
 mod operations;
 mod origins;
+mod page;
 mod params;
 mod refusals;
 mod replies;

@@ -11,7 +11,9 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::harness::{CHAT, COMPLETIONS, Reply, Server, Setup, chat_body, request, with};
 
-const PUBLIC: [&str; 10] = [
+const PUBLIC: [&str; 12] = [
+    "/",
+    "/page/app.js",
     "/live",
     "/ready",
     "/startup",

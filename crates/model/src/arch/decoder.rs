@@ -11,7 +11,7 @@
 //! What a half adds is summed over the ranks first. Additions are fused into the norm that follows them. Gemma also scales the
 //! embeddings, norms what each half adds, and caps the logits.
 
-use baton_device::{Backend, HostRope, Result as DeviceResult};
+use baton_device::{Backend, HostRope, Result as DeviceResult, TokenIds};
 
 use super::mtp::Mtp;
 use super::{Model, Sizes, Specs, StepAdapters};
@@ -200,7 +200,7 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
     fn forward(
         &mut self,
         backend: &B,
-        ids: &[u32],
+        ids: TokenIds<'_, B::Chosen>,
         plan: &B::AttentionPlan,
         cache: &mut B::KvCache,
         adapters: &mut StepAdapters<'_, B>,
@@ -236,7 +236,7 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
     ) -> DeviceResult<()> {
         let Self { eps, embedding, layers, mtp, shared, residual, h, delta, .. } = self;
         let mtp = mtp.as_ref().expect("asked for where there is one");
-        backend.embed(next, embedding, residual)?;
+        backend.embed(TokenIds::Known(next), embedding, residual)?;
         mtp.input(backend, *eps, residual, h, delta)?;
         backend.rms_norm(residual, &mtp.layer.attention_norm, *eps, h)?;
         let step = Step { layer: layers.len(), plan, cache, adapters };

@@ -5,7 +5,7 @@
 //! (see [`LatentOps`]), so keys and values are never expanded. `kv_a_proj_with_mqa` yields both the
 //! latent and the shared key; its rows are split at load.
 
-use baton_device::{Backend, HostLatent, LatentOps, MoeOps, Result as DeviceResult, RopeLayout};
+use baton_device::{Backend, HostLatent, LatentOps, MoeOps, Result as DeviceResult, RopeLayout, Rotary};
 
 use super::decoder::{Decoder, Layer, Step, rope};
 use super::feed_forward::{FeedForward, FeedForwardScratch, feed_forward_specs};
@@ -188,11 +188,14 @@ impl<B: LatentOps + MoeOps> Layer<B> for DeepseekLayer<B> {
             }
             (Query::Latent { .. }, None) => unreachable!("allocated where q_lora_rank is set"),
         }
-        backend.rms_norm_in_place(latent, &self.latent_norm, LATENT_NORM_EPS)?;
-        backend.rope(q, *q_rope, rope, step.plan)?;
-        backend.rope(rope_key, *k_rope, rope, step.plan)?;
-        let Step { layer, plan, cache, adapters } = step;
-        backend.latent_attention(q, latent, rope_key, &self.kv_b, cache, *layer, plan, *scale, context)?;
+        let rotary = Rotary {
+            norms: [None, Some(&self.latent_norm)],
+            eps: LATENT_NORM_EPS,
+            layouts: [*q_rope, *k_rope],
+            table: rope,
+        };
+        let (kv_b, Step { layer, plan, cache, adapters }) = (&self.kv_b, step);
+        backend.rotary_latent_attention(q, latent, rope_key, &rotary, kv_b, cache, *layer, plan, *scale, context)?;
         self.o.forward(backend, context, adapters, out)
     }
 

@@ -217,8 +217,7 @@ impl<B: Backend> Mlp<B> {
     ) -> DeviceResult<()> {
         let MlpScratch { gate, up, product } = scratch;
         let group = [(&self.gate, &mut *gate), (&self.up, &mut *up)];
-        Projection::forward_group(backend, x, adapters, group)?;
-        backend.gated_activation(self.activation, gate, up, product)?;
+        Projection::forward_gated(backend, self.activation, x, adapters, group, product)?;
         self.down.forward(backend, product, adapters, out)
     }
 }

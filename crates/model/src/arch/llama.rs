@@ -5,7 +5,7 @@
 //! scores (Gemma 2), a second rotary base for layers with a window (Gemma 3), experts (Mixtral,
 //! Qwen3-MoE).
 
-use baton_device::{AttentionParams, Backend, MoeOps, Result as DeviceResult, RopeLayout};
+use baton_device::{AttentionParams, Backend, MoeOps, Result as DeviceResult, RopeLayout, Rotary};
 
 use super::decoder::{Decoder, Layer, Step, rope};
 use super::feed_forward::{FeedForward, FeedForwardScratch, feed_forward_specs};
@@ -139,16 +139,16 @@ impl<B: MoeOps> Layer<B> for LlamaLayer<B> {
         let AttentionParams { heads, kv_heads, head_dim, window, .. } = self.params;
         let group = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
         Projection::forward_group(backend, h, step.adapters, group)?;
-        if let Some([q_norm, k_norm]) = &self.qk_norm {
-            backend.rms_norm_in_place(q, q_norm, *eps)?;
-            backend.rms_norm_in_place(k, k_norm, *eps)?;
-        }
-        let rope = window_rope.as_ref().filter(|_| window.is_some()).unwrap_or(rope);
         let layout = |heads| RopeLayout { heads, head_dim, offset: 0, dim: head_dim, interleaved: false };
-        backend.rope(q, layout(heads), rope, step.plan)?;
-        backend.rope(k, layout(kv_heads), rope, step.plan)?;
-        backend.paged_attention(q, k, v, step.cache, step.layer, step.plan, &self.params, context)?;
-        self.o.forward(backend, context, step.adapters, out)
+        let rotary = Rotary {
+            norms: self.qk_norm.as_ref().map_or([None; 2], |norms| norms.each_ref().map(Some)),
+            eps: *eps,
+            layouts: [heads, kv_heads].map(layout),
+            table: window_rope.as_ref().filter(|_| window.is_some()).unwrap_or(rope),
+        };
+        let Step { layer, plan, cache, adapters } = step;
+        backend.rotary_attention(q, k, v, &rotary, cache, *layer, plan, &self.params, context)?;
+        self.o.forward(backend, context, adapters, out)
     }
 
     fn feed_forward(

@@ -12,7 +12,7 @@ mod projection;
 
 use std::collections::BTreeMap;
 
-use baton_device::{Backend, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as DeviceResult, World};
+use baton_device::{Backend, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as DeviceResult, TokenIds, World};
 
 use crate::LoadError;
 use crate::checkpoint::{Role, TensorSpec};
@@ -30,7 +30,7 @@ pub(crate) trait Model<B: Backend>: Send {
     fn forward(
         &mut self,
         backend: &B,
-        ids: &[u32],
+        ids: TokenIds<'_, B::Chosen>,
         plan: &B::AttentionPlan,
         cache: &mut B::KvCache,
         adapters: &mut StepAdapters<'_, B>,

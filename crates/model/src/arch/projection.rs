@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use baton_device::{Backend, Result as DeviceResult, Rows};
+use baton_device::{Activation, Backend, Result as DeviceResult, Rows};
 
 use crate::loader::Slot;
 
@@ -84,6 +84,28 @@ impl<B: Backend> Projection<B> {
     ) -> DeviceResult<()> {
         backend.linear_group(x, &mut group.each_mut().map(|(projection, out)| (&projection.weight, &mut **out)))?;
         group.into_iter().try_for_each(|(projection, out)| projection.adapt(backend, x, adapters, out))
+    }
+
+    /// `out = activation(gate(x)) ⊙ up(x)` of `[gate, up]`, each with room for what it gives.
+    pub(super) fn forward_gated(
+        backend: &B,
+        activation: Activation,
+        x: &B::Tensor,
+        adapters: &mut StepAdapters<'_, B>,
+        group: [(&Self, &mut B::Tensor); 2],
+        out: &mut B::Tensor,
+    ) -> DeviceResult<()> {
+        let [(gate, gate_out), (up, up_out)] = group;
+        if !gate.is_adapted(adapters) && !up.is_adapted(adapters) {
+            return backend.gated_linear(activation, x, [(&gate.weight, gate_out), (&up.weight, up_out)], out);
+        }
+        Self::forward_group(backend, x, adapters, [(gate, &mut *gate_out), (up, &mut *up_out)])?;
+        backend.gated_activation(activation, gate_out, up_out, out)
+    }
+
+    /// Whether an adapter of the step changes this layer.
+    fn is_adapted(&self, adapters: &StepAdapters<'_, B>) -> bool {
+        adapters.groups.iter().any(|adapted| adapted.weights.deltas[self.slot].is_some())
     }
 
     /// Adds to the rows of each adapter what it has for this layer.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use baton_device::Reference;
 use baton_model::{Files, LoadError, LoadReport, ModelRunner, load};
+use half::bf16;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -149,4 +150,19 @@ impl Copy {
         self.write_index(&map);
         self
     }
+}
+
+/// A checkpoint in which token 7, and nothing else, makes the first layer's queries overflow.
+pub fn poisoned_by_token_7() -> Copy {
+    let copy = Copy::of("llama-rope3");
+    copy.edit_weights(|tensors| {
+        let put = |t: &mut Tensor, row: usize, value: bf16| {
+            t.data[2 * row * t.shape[1]..][..2].copy_from_slice(&value.to_le_bytes());
+        };
+        let embedding = find(tensors, "model.embed_tokens.weight");
+        (0..512).for_each(|row| put(embedding, row, if row == 7 { bf16::ONE } else { bf16::ZERO }));
+        let query = find(tensors, "model.layers.0.self_attn.q_proj.weight");
+        (0..128).for_each(|row| put(query, row, bf16::MAX));
+    });
+    copy
 }

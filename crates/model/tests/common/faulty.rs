@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DeviceError, HostExperts, HostLatent, HostLinear,
-    HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Reference, Result, RopeLayout, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, DeviceError, Draw, HostExperts, HostLatent, HostLinear,
+    HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Reference, Result, RopeLayout, TokenIds, World,
 };
 
 /// What a rank shall do instead of an activation.
@@ -47,6 +47,7 @@ impl Backend for Faulty {
     type Rope = Rope;
     type KvCache = KvCache;
     type AttentionPlan = Plan;
+    type Chosen = <Reference as Backend>::Chosen;
 
     fn caps(&self) -> &Caps {
         self.inner.caps()
@@ -72,7 +73,7 @@ impl Backend for Faulty {
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<Plan> {
         self.inner.plan_attention(batch)
     }
-    fn embed(&self, ids: &[u32], table: &Linear, out: &mut Tensor) -> Result<()> {
+    fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
         self.inner.embed(ids, table, out)
     }
     fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor) -> Result<()> {
@@ -157,6 +158,12 @@ impl Backend for Faulty {
     }
     fn read(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         self.inner.read(x, out)
+    }
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Self::Chosen> {
+        self.inner.choose(logits, draws)
+    }
+    fn read_chosen(&self, chosen: &Self::Chosen, out: &mut Vec<Option<u32>>) -> Result<()> {
+        self.inner.read_chosen(chosen, out)
     }
 }
 

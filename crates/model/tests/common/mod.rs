@@ -13,7 +13,7 @@ use baton_device::{Backend, DType, LatentOps, MoeOps, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
 use baton_model::{
     Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams, Score,
-    ScoreRequest, SequenceStep, StepPlan, load,
+    ScoreRequest, SequenceStep, StepPlan, Tokens, load,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -204,7 +204,7 @@ impl Sequence {
         SequenceStep {
             id: self.id,
             num_computed: self.num_computed,
-            tokens: self.tokens[self.num_computed..end].to_vec(),
+            tokens: Tokens::Known(self.tokens[self.num_computed..end].to_vec()),
             draft: Vec::new(),
             block_table: self.table.clone(),
             adapter: self.adapter.clone(),

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use baton_device::{DType, Reference};
-use baton_model::{Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SequenceStep, StepPlan, load};
+use baton_model::{Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SequenceStep, StepPlan, Tokens, load};
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
@@ -68,7 +68,7 @@ pub fn ours(path: &Path) -> Feed {
             adapter: None,
             id: 1,
             num_computed,
-            tokens: tokens.to_vec(),
+            tokens: Tokens::Known(tokens.to_vec()),
             draft: Vec::new(),
             block_table: block_table.clone(),
             sample: None,

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use baton_device::{Limits, WeightFormat};
 use baton_loadgen::median;
-use baton_model::{LoadOptions, SampleRequest, SamplingParams, SequenceStep, StepPlan};
+use baton_model::{LoadOptions, SampleRequest, SamplingParams, SequenceStep, StepPlan, Tokens};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -212,7 +212,9 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
                 id: s as u64,
                 num_computed: context,
                 // What they are does not matter for speed, nor does what the cache holds.
-                tokens: (0..tokens).map(|i| ((s * 7919 + (context + i) * 104_729) % spec.vocab_size) as u32).collect(),
+                tokens: Tokens::Known(
+                    (0..tokens).map(|i| ((s * 7919 + (context + i) * 104_729) % spec.vocab_size) as u32).collect(),
+                ),
                 draft: Vec::new(),
                 block_table: (s * blocks..(s + 1) * blocks).map(|b| b as u32).collect(),
                 sample: Some(SampleRequest {

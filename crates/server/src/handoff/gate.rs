@@ -228,8 +228,12 @@ mod tests {
             self.runner.spec()
         }
 
-        fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
-            let mut output = self.runner.step(plan)?;
+        fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+            self.runner.begin(plan)
+        }
+
+        fn finish(&mut self) -> Result<StepOutput, RunError> {
+            let mut output = self.runner.finish()?;
             if self.bad.load(Ordering::Relaxed) {
                 let scores = output.sequences.iter_mut().filter_map(|sequence| sequence.scores.as_mut().ok());
                 scores.flatten().flat_map(|score| &mut score.logprobs).for_each(|logprob| *logprob += 1e-6);

@@ -3,6 +3,7 @@
 BATON names the binary (default: target/release/baton). A suite's packages are in the requirements.txt beside it.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -52,18 +53,14 @@ def adapter(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def url(adapter, tmp_path_factory):
-    """The base of the bundled model's server, without /v1; the server must end well."""
+@contextlib.contextmanager
+def serving(*flags):
+    """The base of a server of the bundled model with these flags, without /v1; the server must end well."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     binary = os.environ.get("BATON", str(ROOT / "target/release/baton"))
-    adapters = ["--enable-lora", "--lora-modules", f"tuned={adapter}"]
-    state = ["--state-dir", str(tmp_path_factory.mktemp("state"))]
-    keys = ["--api-key", KEY, "--admin-api-key", ADMIN_KEY]
-    command = [binary, "serve", "--port", str(port), *keys, *adapters, *state, "--log-level", "warn"]
-    server = subprocess.Popen(command, cwd=ROOT)
+    server = subprocess.Popen([binary, "serve", "--port", str(port), *flags, "--log-level", "warn"], cwd=ROOT)
     try:
         for _ in range(6000):
             assert server.poll() is None, "the server ended"
@@ -79,6 +76,15 @@ def url(adapter, tmp_path_factory):
         assert server.wait(timeout=40) == 0, "SIGTERM must end in exit code 0"
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def url(adapter, tmp_path_factory):
+    """A server with keys, an adapter and a state folder."""
+    adapters = ["--enable-lora", "--lora-modules", f"tuned={adapter}"]
+    state = ["--state-dir", str(tmp_path_factory.mktemp("state"))]
+    with serving("--api-key", KEY, "--admin-api-key", ADMIN_KEY, *adapters, *state) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

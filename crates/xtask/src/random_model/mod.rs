@@ -223,7 +223,7 @@ mod tests {
     use std::path::Path;
 
     use baton_device::Reference;
-    use baton_model::{Files, LoadOptions, SequenceStep, StepPlan, load};
+    use baton_model::{Files, LoadOptions, SequenceStep, StepPlan, Tokens, load};
 
     use super::*;
 
@@ -281,7 +281,7 @@ mod tests {
         let logits = |path: &Path| {
             let options = LoadOptions { max_model_len: Some(16), ..LoadOptions::default() };
             let (mut runner, _) = load(Reference::new(), &Files::at(path).unwrap(), &options).unwrap();
-            let tokens = vec![7, 300, 21];
+            let tokens = Tokens::Known(vec![7, 300, 21]);
             let sequence = SequenceStep {
                 id: 0,
                 num_computed: 0,

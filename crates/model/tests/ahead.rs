@@ -1,0 +1,157 @@
+//! A sequence gets the same tokens whether its steps wait for each other or each begins before the one before it has ended;
+//! also beside sequences that have ended meanwhile, and behind what failed. Through the runner, on every kind of device.
+
+mod common;
+#[path = "../../device-cuda/tests/common/mod.rs"]
+mod cuda;
+
+use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
+use baton_device_cuda::CudaBackend;
+use baton_model::{
+    Adapter, Files, Runner, SamplingParams, SequenceFailure, SequenceStep, StepOutput, StepPlan, Tokens, load,
+};
+use common::checkpoint::poisoned_by_token_7;
+use common::{Pool, Sequence, adapted, alone, exact_cpu, generate, options, prompts, step};
+
+/// Draws of every kind.
+fn params(i: usize) -> SamplingParams {
+    let base = SamplingParams { seed: 5 * i as u64, choice: i as u32, ..SamplingParams::default() };
+    match i % 3 {
+        0 => SamplingParams::greedy(),
+        1 => base,
+        _ => SamplingParams { temperature: 0.8, top_k: 40, top_p: 0.9, min_p: 0.02, ..base },
+    }
+}
+
+/// The shorter golden prompts, each with one of the adapters in turn, or none.
+fn sequences(case: &str, adapters: &[Adapter]) -> Vec<Sequence> {
+    let adapters: Vec<Option<&Adapter>> = std::iter::once(None).chain(adapters.iter().map(Some)).collect();
+    let prompts = prompts(case).into_iter().filter(|prompt| prompt.ids.len() < 80).take(4).enumerate();
+    let sequence = |(i, prompt): (usize, common::Prompt)| {
+        Sequence::new(i as u64, &prompt.ids, params(i)).adapted(adapters[i % adapters.len()])
+    };
+    prompts.map(sequence).collect()
+}
+
+/// The step behind the one under way, of those sequences that shall have it.
+fn plan_ahead(sequences: &[Sequence], output: usize, stays: impl Fn(u64) -> bool) -> StepPlan {
+    let ahead = |sequence: &Sequence| {
+        let known = sequence.step(sequence.remaining());
+        let mut sample = known.sample.expect("its last token is known");
+        sample.position = output as u32;
+        let num_computed = sequence.prompt_len + output - 1;
+        SequenceStep { num_computed, tokens: Tokens::Awaited, sample: Some(sample), ..known }
+    };
+    StepPlan { sequences: sequences.iter().filter(|sequence| stays(sequence.id)).map(ahead).collect() }
+}
+
+fn keep(sequences: &mut [Sequence], output: StepOutput) {
+    for out in output.sequences {
+        let sequence = sequences.iter_mut().find(|sequence| sequence.id == out.id).unwrap();
+        sequence.output.extend(out.sampled.into_iter().map(Result::unwrap));
+    }
+}
+
+/// Computes so many tokens of each; of the second, which then leaves, three and another in vain.
+fn run_ahead(runner: &mut dyn Runner, sequences: &mut [Sequence], tokens: usize) {
+    let mut pool = Pool::new(runner);
+    sequences.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len() + tokens));
+    let whole = |s: &Sequence| s.step(s.remaining());
+    runner.begin(&StepPlan { sequences: sequences.iter().map(whole).collect() }).unwrap();
+    for output in 1..tokens {
+        runner.begin(&plan_ahead(sequences, output, |id| id != 1 || output <= 3)).unwrap();
+        let told = runner.finish().unwrap();
+        keep(sequences, told);
+    }
+    let told = runner.finish().unwrap();
+    keep(sequences, told);
+}
+
+fn ahead_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str, adapters: &[&str], tokens: usize) {
+    let (mut runner, adapters) = adapted(make(), case, adapters);
+    let (mut waiting, mut ahead) = (sequences(case, &adapters), sequences(case, &adapters));
+    assert!(waiting.len() > 2, "{case}");
+    let mut pool = Pool::new(&runner);
+    for _ in 0..tokens {
+        let counts: Vec<usize> = waiting.iter().map(Sequence::remaining).collect();
+        step(&mut runner, &mut pool, &mut waiting, &counts);
+    }
+    run_ahead(&mut runner, &mut ahead, tokens);
+    for (waiting, ahead) in waiting.iter().zip(&ahead) {
+        let got = if ahead.id == 1 { tokens.min(4) } else { tokens };
+        assert_eq!(ahead.output, waiting.output[..got], "{case}, sequence {}", ahead.id);
+    }
+}
+
+fn a_failed_sequence_spares_its_batch_ahead<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
+    let copy = poisoned_by_token_7();
+    let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
+    let healthy = [1, 2, 3, 4];
+    let solo: Vec<_> = generate(&mut runner, &healthy, params(1), 2).into_iter().map(Ok).collect();
+    let mut pool = Pool::new(&runner);
+    let mut both = [Sequence::new(1, &[5, 6, 7], params(0)), Sequence::new(2, &healthy, params(1))];
+    both.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len() + 1));
+    runner.begin(&StepPlan { sequences: both.iter().map(|s| s.step(s.tokens.len())).collect() }).unwrap();
+    runner.begin(&plan_ahead(&both, 1, |_| true)).unwrap();
+    // Asked for while two steps are under way, it happens behind them.
+    runner.clear_blocks(&both[0].table).unwrap();
+    let first = runner.finish().unwrap().sequences;
+    assert_eq!(first[0].sampled, [Err(SequenceFailure::NonFiniteLogits)]);
+    assert_eq!(first[1].sampled, solo[..1]);
+    assert_eq!(runner.finish().unwrap().sequences[1].sampled, solo[1..]);
+
+    let mut next = Sequence::new(3, &healthy, params(1));
+    next.table = both[0].table.clone();
+    let mut next = [next];
+    step(&mut runner, &mut pool, &mut next, &[healthy.len()]);
+    assert_eq!(Ok(&next[0].output[0]), solo[0].as_ref());
+}
+
+#[test]
+fn who_fails_is_part_of_the_step_ahead_in_vain_and_spares_its_batch() {
+    a_failed_sequence_spares_its_batch_ahead(Reference::new);
+    a_failed_sequence_spares_its_batch_ahead(exact_cpu);
+    if cuda_sim::can_compile() {
+        a_failed_sequence_spares_its_batch_ahead(gpu);
+    }
+}
+
+#[test]
+fn what_is_left_of_steps_under_way_is_forgotten_by_the_next_of_known_tokens() {
+    let (mut runner, _) = adapted(Reference::new(), "llama-rope3", &[]);
+    let mut left = sequences("llama-rope3", &[]);
+    let expected = alone(&mut runner, left[0].clone(), 1).output;
+    let mut pool = Pool::new(&runner);
+    left.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len() + 1));
+    runner.begin(&StepPlan { sequences: left.iter().map(|s| s.step(s.remaining())).collect() }).unwrap();
+    runner.begin(&plan_ahead(&left, 1, |_| true)).unwrap();
+    let mut first = [left[0].clone()];
+    let remaining = first[0].remaining();
+    step(&mut runner, &mut pool, &mut first, &[remaining]);
+    assert_eq!(first[0].output, expected);
+}
+
+/// One checkpoint of each family: dense, windows and caps, experts, latents.
+const FAMILIES: [&str; 4] = ["llama-rope3", "gemma2", "qwen3-moe", "deepseek-v2-lite"];
+
+#[test]
+fn ahead_is_not_on_the_reference() {
+    FAMILIES.into_iter().for_each(|case| ahead_is_not(Reference::new, case, &[], 12));
+    ahead_is_not(Reference::new, "llama-rope3", &["llama-all", "llama-rslora"], 12);
+}
+
+#[test]
+fn ahead_is_not_on_the_cpu() {
+    FAMILIES.into_iter().for_each(|case| ahead_is_not(exact_cpu, case, &[], 12));
+}
+
+#[test]
+fn ahead_is_not_on_a_simulated_gpu() {
+    if cuda_sim::can_compile() {
+        FAMILIES.into_iter().for_each(|case| ahead_is_not(gpu, case, &[], 6));
+    }
+}
+
+fn gpu() -> CudaBackend {
+    CudaBackend::new(&cuda::options(DType::F32)).unwrap()
+}
