@@ -6,6 +6,7 @@ from the path, else unpacked from the distribution's packages. A tool that canno
 
 import contextlib
 import functools
+import hashlib
 import http.client
 import json
 import os
@@ -171,9 +172,10 @@ def environment_names():
 
 
 def with_keys(arguments, file, tmp_path):
-    """A command line whose file of keys is one with the key."""
+    """A command line whose file of keys is one with the key, for all that it may be for."""
     keys = tmp_path / "keys.toml"
-    keys.write_text(f'api-key = ["{KEY}"]\n')
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    keys.write_text(f'[[key]]\nname = "test"\nscopes = ["inference", "metrics"]\nsha256 = "{digest}"\n')
     return [str(keys) if argument == file else argument for argument in arguments]
 
 

@@ -21,7 +21,7 @@ UNCHECKED = {"InferencePool", "HTTPRoute"}
 # Made by whoever installs, as README.md says.
 FROM_OUTSIDE = {("Secret", "baton-keys"), ("PersistentVolumeClaim", "models")}
 WORKLOADS = {"Deployment", "Job"}
-KEYS = "/etc/baton/baton.toml"
+KEYS = "/etc/baton/keys.toml"
 
 KUSTOMIZATIONS = {
     "cpu": ["overlays/cpu"],
@@ -122,18 +122,26 @@ def test_the_binary_takes_the_settings_and_the_port_as_they_are_written(name, tm
     assert rows["port"] == str(container["ports"][0]["containerPort"]) and rows["host"] == '"0.0.0.0"'
     keys = KEYS in container["args"]
     assert keys == any(volume["name"] == "keys" for volume in of(objects, "Deployment")["spec"]["template"]["spec"]["volumes"])
-    assert ("[redacted]" in table) == keys, "keys are there by a file, or not at all"
+    assert (rows["api-keys-file"] != "-") == keys and (rows["allow-unauthenticated"] == "false") == keys
 
 
-@pytest.mark.parametrize("name, keys", [("cpu", True), ("cpu, a gateway", False)])
-def test_a_replica_starts_as_it_is_written_and_shows_its_metrics_to_whom_it_should(name, keys, tmp_path):
-    objects = rendered(name)
+def test_a_replica_starts_as_it_is_written_with_keys_made_by_the_page(tmp_path):
+    made = re.findall(r"^    (key=.* metrics=.*\n.*\n.*> keys.toml)$", (DEPLOY / "README.md").read_text(), re.M)
+    clients, prometheus = run("bash", "-c", f'{made[0]}\necho "$key $metrics"', cwd=tmp_path).split()
+    objects, port = rendered("cpu"), free_port()
     _, _, container = next(found for found in workloads(objects) if found[0] == "baton")
-    port = free_port()
+    arguments = [str(tmp_path / "keys.toml") if argument == KEYS else argument for argument in container["args"]]
+    with serving(arguments, settings(objects) | {"BATON_PORT": str(port)}, port) as replica:
+        granted = {key: [replica.call(path, key=key)[0] for path in ("/v1/models", "/metrics")] for key in (clients, prometheus, None)}
+    assert granted == {clients: [200, 403], prometheus: [403, 200], None: [401, 401]}
+
+
+def test_behind_a_gateway_a_replica_starts_as_it_is_written_and_the_picker_needs_no_key():
+    objects, port = rendered("cpu, a gateway"), free_port()
+    _, _, container = next(found for found in workloads(objects) if found[0] == "baton")
     here = {name: value for name, value in settings(objects).items() if name != "BATON_MODEL"} | {"BATON_PORT": str(port)}
-    with serving(with_keys(container["args"], KEYS, tmp_path), here, port) as replica:
-        assert replica.call("/metrics")[0] == 200
-        assert replica.call("/metrics", key=None)[0] == (401 if keys else 200)
+    with serving(container["args"], here, port) as replica:
+        assert [replica.call(path, key=None)[0] for path in ("/v1/models", "/metrics")] == [200, 200]
 
 
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)

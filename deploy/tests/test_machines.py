@@ -5,7 +5,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import BATON, DEPLOY, ROOT, load, promtool, python_tool, run, systemd_analyze, understood, with_keys
+from conftest import BATON, DEPLOY, ROOT, free_port, load, promtool, python_tool, run, serving, systemd_analyze, understood, with_keys
 
 UNIT = DEPLOY / "systemd/baton.service"
 
@@ -32,8 +32,8 @@ def test_the_unit_is_exposed_to_little():
 def test_the_units_command_is_understood_and_its_drain_fits(tmp_path):
     unit = UNIT.read_text()
     [command] = re.findall(r"^ExecStart=/usr/local/bin/baton (.*)$", unit, re.M)
-    assert "LoadCredential=baton.toml:" in unit and "StateDirectory=baton\n" in unit
-    table = understood(with_keys(shlex.split(command), "%d/baton.toml", tmp_path))
+    assert "StateDirectory=baton\n" in unit and "--state-dir %S/baton" in command
+    table = understood(with_keys(shlex.split(command), "/etc/baton/keys.toml", tmp_path))
     [drain] = re.findall(r"^drain-timeout +(\d+) ", table, re.M)
     [stop] = re.findall(r"^TimeoutStopSec=(\d+)s$", unit, re.M)
     assert int(stop) >= int(drain) + 10
@@ -42,10 +42,9 @@ def test_the_units_command_is_understood_and_its_drain_fits(tmp_path):
 def test_the_composition_is_well_formed_and_has_all_its_files():
     compose = load("compose/compose.yaml")
     run(python_tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose/compose.yaml")
-    made = re.findall(r"> (secrets/\S+)$", (DEPLOY / "compose/compose.yaml").read_text(), re.M)
-    assert sorted(secret["file"] for secret in compose["secrets"].values()) == sorted(made)
-    ignored = run("git", "check-ignore", *(f"deploy/compose/{file}" for file in made), cwd=ROOT)
-    assert len(ignored.splitlines()) == len(made), "keys must never be committed"
+    secrets = sorted(secret["file"] for secret in compose["secrets"].values())
+    ignored = run("git", "check-ignore", *(f"deploy/compose/{file}" for file in secrets), cwd=ROOT)
+    assert len(ignored.splitlines()) == len(secrets), "keys must never be committed"
     for name, service in compose["services"].items():
         assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"], name
         assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
@@ -58,9 +57,25 @@ def test_the_composition_is_well_formed_and_has_all_its_files():
     assert (DEPLOY / "compose" / build["context"]).resolve() == ROOT and (ROOT / build["dockerfile"]).exists()
 
 
+def test_the_commands_at_the_head_of_the_composition_make_its_secrets(tmp_path):
+    compose = load("compose/compose.yaml")
+    head = [line[4:] for line in (DEPLOY / "compose/compose.yaml").read_text().splitlines() if line.startswith("#   ")]
+    assert head[-1].startswith("docker compose up")
+    run("bash", "-euc", "\n".join(head[:-1]), cwd=tmp_path)
+    made = {f"secrets/{path.name}" for path in (tmp_path / "secrets").iterdir()}
+    assert {secret["file"] for secret in compose["secrets"].values()} <= made
+    port = free_port()
+    command = [str(tmp_path / "secrets/keys.toml") if part == "/run/secrets/keys" else part for part in compose["services"]["baton"]["command"]]
+    command[command.index("/var/lib/baton/state")] = str(tmp_path / "state")
+    with serving([*command, "--port", str(port)], {}, port) as server:
+        for name, path in (("inference", "/v1/models"), ("metrics", "/metrics")):
+            key = (tmp_path / "secrets" / name).read_text()
+            assert server.call(path, key=key)[0] == 200, name
+
+
 def test_the_composed_baton_is_understood_and_drains_before_it_is_killed(tmp_path):
     service = load("compose/compose.yaml")["services"]["baton"]
-    table = understood(with_keys(service["command"], "/run/secrets/baton-config", tmp_path))
+    table = understood(with_keys(service["command"], "/run/secrets/keys", tmp_path))
     [drain] = re.findall(r"^drain-timeout +(\d+) ", table, re.M)
     assert int(service["stop_grace_period"].removesuffix("s")) >= int(drain) + 10
 

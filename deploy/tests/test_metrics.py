@@ -138,4 +138,4 @@ def test_rules_are_evaluated_and_a_healthy_server_raises_none(prometheus):
 
 def test_metrics_need_the_key_that_prometheus_is_given(server):
     assert server.call("/metrics", key=None)[0] == 401
-    assert load("prometheus/prometheus.yml")["scrape_configs"][0]["authorization"]["credentials_file"] == "/run/secrets/baton-key"
+    assert load("prometheus/prometheus.yml")["scrape_configs"][0]["authorization"]["credentials_file"] == "/run/secrets/metrics"
