@@ -1,6 +1,6 @@
 //! Requests of real checkpoints give the same bits alone, in a batch, in chunks, over cached prefixes, preempted, with
-//! drafts, and in the background: tokens, log-probabilities and scores of the prompt, grammars or not. Each time another
-//! engine on the same loaded model.
+//! drafts, with steps begun ahead, and in the background: tokens, log-probabilities and scores of the prompt, grammars or
+//! not. Each time another engine on the same loaded model.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,9 +8,11 @@ use std::sync::Arc;
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_engine::{
     DraftMethod, EngineConfig, EngineHandle, EngineStats, FinishReason, OutputEvent, OutputStream, PositionScore,
-    PromptScores, Request, SamplingParams, SharedRunner, SpeculationConfig, spawn,
+    PromptScores, Request, RunError, RunSpec, Runner, SamplingParams, SharedRunner, SpeculationConfig, spawn,
 };
-use baton_model::{Constraint, ConstraintError, Files, Grammar, KvCacheSize, LoadOptions, TokenMask, load};
+use baton_model::{
+    Constraint, ConstraintError, Files, Grammar, KvCacheSize, LoadOptions, StepOutput, StepPlan, TokenMask, load,
+};
 
 /// Tokens of each reply.
 const OUTPUT: u32 = 40;
@@ -132,8 +134,12 @@ fn with_engine<T>(
     speculation: Option<SpeculationConfig>,
     work: impl FnOnce(&EngineHandle) -> T,
 ) -> (T, EngineStats) {
-    let runner = model.view(max_step_tokens, num_blocks).unwrap();
-    let (handle, engine) = spawn(runner, EngineConfig { speculation, ..EngineConfig::default() });
+    let config = EngineConfig { speculation, ..EngineConfig::default() };
+    run(model.view(max_step_tokens, num_blocks).unwrap(), config, work)
+}
+
+fn run<T>(runner: Box<dyn Runner>, config: EngineConfig, work: impl FnOnce(&EngineHandle) -> T) -> (T, EngineStats) {
+    let (handle, engine) = spawn(runner, config);
     let result = work(&handle);
     let stats = handle.stats();
     handle.shutdown();
@@ -201,6 +207,82 @@ fn replays_are_equal(name: &str) {
     });
     equal(front, "beside a background");
     equal(back, "in the background");
+}
+
+/// A runner of a device on which there is nothing to overlap, and whose steps may begin ahead all the same.
+struct Ahead {
+    runner: Box<dyn Runner>,
+    spec: RunSpec,
+}
+
+impl Ahead {
+    fn view(model: &SharedRunner, (max_step_tokens, num_blocks): (usize, usize)) -> Box<dyn Runner> {
+        let runner = model.view(max_step_tokens, num_blocks).unwrap();
+        assert!(!runner.spec().steps_ahead);
+        let spec = RunSpec { steps_ahead: true, ..runner.spec().clone() };
+        Box::new(Self { runner, spec })
+    }
+}
+
+impl Runner for Ahead {
+    fn spec(&self) -> &RunSpec {
+        &self.spec
+    }
+
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        self.runner.begin(plan)
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, RunError> {
+        self.runner.finish()
+    }
+
+    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
+        self.runner.clear_blocks(blocks)
+    }
+}
+
+fn replays_ahead_are_equal(name: &str) {
+    let plain = |request: Request| {
+        let SamplingParams { temperature, seed, .. } = request.params;
+        Request::new(request.prompt, SamplingParams { temperature, seed, ..SamplingParams::default() }, OUTPUT)
+    };
+    let (model, requests) = (model(name), requests().into_iter().map(plain).collect::<Vec<_>>());
+    let all = usize::MAX;
+    let alone = with_engine(&model, (all, all), None, |engine| one_by_one(engine, &requests)).0;
+    let equal = |replies: Vec<Reply>, how: &str| assert!(replies == alone, "{name} ahead, {how}");
+    let ahead = |limits, work: fn(&EngineHandle, &[Request]) -> Vec<Reply>| {
+        run(Ahead::view(&model, limits), EngineConfig::default(), |engine| work(engine, &requests))
+    };
+
+    let (replies, stats) = ahead((all, all), one_by_one);
+    equal(replies, "alone");
+    assert_eq!(stats.steps_ahead, requests.len() as u64 * u64::from(OUTPUT - 1), "all steps but that of each prompt");
+
+    let (replies, stats) = ahead((all, all), together);
+    equal(replies, "batched");
+    assert!(stats.steps_ahead > u64::from(OUTPUT) / 2);
+
+    let longest = requests.iter().map(|request| request.prompt.len() + OUTPUT as usize).max().unwrap();
+    let num_blocks = longest.div_ceil(model.spec().block_size) + 1;
+    let (replies, stats) = ahead((16, num_blocks), together);
+    equal(replies, "in a tight cache");
+    assert!(stats.preemptions > 0 && stats.steps_ahead > 0, "{name}: {stats:?}");
+
+    // Of each a twin that leaves in the midst.
+    let (replies, _) = ahead((all, all), |engine, requests| {
+        let mut twins = engine.submit_group(requests.to_vec()).unwrap();
+        let stayers = engine.submit_group(requests.to_vec()).unwrap();
+        twins.iter_mut().for_each(|twin| drop(twin.blocking_next()));
+        drop(twins);
+        stayers.into_iter().map(reply).collect()
+    });
+    equal(replies, "beside others that leave");
+}
+
+#[test]
+fn replays_with_steps_ahead_are_equal() {
+    replays_ahead_are_equal("golden/llama-rope3");
 }
 
 #[test]
