@@ -23,6 +23,7 @@ use crate::handle::{Command, EngineConfig, EngineHandle, Gate, Shared, Submissio
 use crate::rebuild::{self, Rebuild};
 use crate::scheduler::RequestOutput;
 use crate::streams::Streams;
+use crate::timeline::Timeline;
 use crate::watchdog::{self, Never};
 use crate::{EngineFailure, EngineStats};
 
@@ -84,6 +85,7 @@ fn start(runner: Box<dyn Runner>, rebuild: Option<Rebuild>, config: EngineConfig
         stats: Mutex::new(EngineStats { alive: true, ..core.stats() }),
         streams: Mutex::new(Streams::default()),
         step_started: Mutex::new(None),
+        timeline: Timeline::default(),
         drained: watch::Sender::new(false),
     });
     let (alive, ended) = bounded(0);
@@ -230,6 +232,7 @@ impl EngineThread {
         let outputs = self.core.execute(&plan, &|| epoch.elapsed());
         *self.shared.step_started.lock() = None;
         self.last_step = start.elapsed();
+        self.shared.timeline.record(start - epoch..epoch.elapsed(), || self.core.stats());
         // The watchdog has ended everything if the step took too long.
         let given_up = self.shared.streams.lock().sealed().cloned();
         self.stop = given_up.or_else(|| self.core.down().cloned());

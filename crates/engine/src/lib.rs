@@ -18,6 +18,7 @@ mod shared;
 mod speculate;
 mod stats;
 mod streams;
+mod timeline;
 mod watchdog;
 
 pub mod sim;
@@ -33,3 +34,4 @@ pub use request::{
 pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};
 pub use stats::{BlockStats, DeviceFailures, EngineStats, FinishedCounts, StepTokens};
+pub use timeline::{RecordedSteps, StepRecord, StepRecording};

@@ -43,9 +43,13 @@ mod scoring;
 mod serve;
 mod service;
 mod shadow;
+mod slow;
 mod sse;
 mod store;
+mod summary;
+mod timeline;
 mod tls;
+mod trace_context;
 
 pub use adapters::{AdapterRefusal, Adapters};
 pub use auth::ApiKey;
@@ -56,6 +60,7 @@ pub use encoder::{
 pub use generation::{Defaults, ModelCard, NewGeneration, Retired};
 pub use generations::{Traffic, TransitionError};
 pub use handoff::{Admission, HandoffState, Parity};
+pub use metrics::OutsideCounter;
 pub use observed::{GenerationStats, Latencies, Observed, ShadowStats};
 pub use pooled::{DecoderEmbeddings, DecoderPooling};
 pub use rollout::{COMMANDS, RolloutControl, RolloutRefusal};
@@ -63,4 +68,6 @@ pub use routes::{Surface, router};
 pub use serve::serve;
 pub use service::{Service, ServiceConfig};
 pub use store::{Store, StoreLimits};
+pub use summary::{Asked, Known, RequestObserver, RequestSummary};
 pub use tls::{Tls, TlsError};
+pub use trace_context::TraceContext;

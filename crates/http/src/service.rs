@@ -17,10 +17,12 @@ use crate::encoder::{Encoder, NewEncoder};
 use crate::error::ApiError;
 use crate::generation::{Generation, NewGeneration, Retired};
 use crate::generations::{Generations, Pick, Traffic, TransitionError};
-use crate::metrics::HttpMetrics;
+use crate::metrics::{HttpMetrics, OutsideCounter};
 use crate::observed::Observed;
 use crate::rollout::RolloutControl;
+use crate::slow::SlowRequests;
 use crate::store::Store;
+use crate::summary::{RequestObserver, RequestSummary};
 use crate::tls::Tls;
 
 /// Accesses to the disk at once, at most.
@@ -55,6 +57,12 @@ pub struct ServiceConfig {
     pub tls: Option<Tls>,
     /// Speak HTTP/2 too.
     pub http2: bool,
+    /// A request that is given a model and takes at least so long is worth a warning; `None`: none is.
+    pub slow_request: Option<Duration>,
+    /// Is told of every request that has ended. With one, every request is part of a trace.
+    pub observer: Option<RequestObserver>,
+    /// What is counted elsewhere and shown among the metrics.
+    pub counters: Vec<OutsideCounter>,
 }
 
 impl Default for ServiceConfig {
@@ -73,6 +81,9 @@ impl Default for ServiceConfig {
             store: None,
             tls: None,
             http2: false,
+            slow_request: Some(Duration::from_secs(60)),
+            observer: None,
+            counters: Vec::new(),
         }
     }
 }
@@ -89,6 +100,7 @@ struct Shared {
     encoder: OnceLock<Arc<Encoder>>,
     rollout: OnceLock<Arc<dyn RolloutControl>>,
     metrics: HttpMetrics,
+    slow: SlowRequests,
     in_flight: Counter,
     draining: CancellationToken,
     kill_switch: CancellationToken,
@@ -109,6 +121,7 @@ impl Service {
             encoder: OnceLock::new(),
             rollout: OnceLock::new(),
             metrics: HttpMetrics::new(),
+            slow: SlowRequests::default(),
             in_flight: Counter::default(),
             draining: CancellationToken::new(),
             kill_switch: CancellationToken::new(),
@@ -257,7 +270,7 @@ impl Service {
             return Err(encoder.does_not_generate());
         }
         let pick = self.0.generations.pick(record.request_id(), asked)?;
-        record.generation(&pick.generation.card.generation);
+        record.generation(&pick.generation.card.generation, &pick.target.name);
         Ok(pick)
     }
 
@@ -280,6 +293,27 @@ impl Service {
 
     pub(crate) fn metrics(&self) -> &HttpMetrics {
         &self.0.metrics
+    }
+
+    /// The slowest requests of the last minutes.
+    pub(crate) fn slow_requests(&self) -> &SlowRequests {
+        &self.0.slow
+    }
+
+    /// A request has ended: it is counted, logged, and told to whoever wants to know.
+    pub(crate) fn ended(&self, summary: &RequestSummary) {
+        self.0.metrics.answered(summary);
+        summary.log();
+        if summary.known.generation.is_some() {
+            self.0.slow.add(summary, Instant::now());
+            if self.config().slow_request.is_some_and(|limit| limit <= summary.total) {
+                let seconds = summary.total.as_secs_f64();
+                tracing::warn!(request_id = summary.request_id, seconds, "a slow request");
+            }
+        }
+        if let Some(observer) = &self.config().observer {
+            observer.observe(summary);
+        }
     }
 
     pub(crate) fn in_flight(&self) -> &Counter {

@@ -9,6 +9,7 @@ mod encoder;
 mod facts;
 mod handoff;
 mod load;
+mod log;
 mod memory;
 mod pull;
 mod quantize;
@@ -19,6 +20,7 @@ mod serve;
 mod settings;
 mod speculative;
 mod state_dir;
+mod traces;
 
 use std::process::ExitCode;
 

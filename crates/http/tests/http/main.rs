@@ -11,6 +11,7 @@ mod generations;
 mod handoff;
 mod harness;
 mod lifecycle;
+mod observe;
 mod operations;
 mod origins;
 mod params;

@@ -3,6 +3,7 @@
 BATON names the binary (default: target/release/baton). A suite's packages are in the requirements.txt beside it.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -52,18 +53,15 @@ def adapter(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def url(adapter, tmp_path_factory):
-    """The base of the bundled model's server, without /v1; the server must end well."""
+@contextlib.contextmanager
+def served(*flags):
+    """The base of a server of the bundled model with these flags, without /v1; it must end well."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     binary = os.environ.get("BATON", str(ROOT / "target/release/baton"))
-    adapters = ["--enable-lora", "--lora-modules", f"tuned={adapter}"]
-    state = ["--state-dir", str(tmp_path_factory.mktemp("state"))]
-    keys = ["--api-key", KEY, "--admin-api-key", ADMIN_KEY]
-    command = [binary, "serve", "--port", str(port), *keys, *adapters, *state, "--log-level", "warn"]
-    server = subprocess.Popen(command, cwd=ROOT)
+    command = [binary, "serve", "--port", str(port), "--api-key", KEY, "--admin-api-key", ADMIN_KEY, *flags]
+    server = subprocess.Popen([*command, "--log-level", "warn"], cwd=ROOT)
     try:
         for _ in range(6000):
             assert server.poll() is None, "the server ended"
@@ -79,6 +77,14 @@ def url(adapter, tmp_path_factory):
         assert server.wait(timeout=40) == 0, "SIGTERM must end in exit code 0"
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def url(adapter, tmp_path_factory):
+    """The server that the suites share, with an adapter and a place to keep things in."""
+    adapters = ["--enable-lora", "--lora-modules", f"tuned={adapter}"]
+    with served(*adapters, "--state-dir", str(tmp_path_factory.mktemp("state"))) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
