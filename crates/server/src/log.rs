@@ -20,7 +20,7 @@ use tracing_subscriber::EnvFilter;
 use crate::settings::{LogFormat, Settings};
 
 /// Lines that wait, at most.
-const QUEUED: usize = 4096;
+const QUEUED: usize = 1024;
 
 /// What the writing thread is given.
 enum Entry {
