@@ -23,6 +23,7 @@ use crate::handle::{Command, EngineConfig, EngineHandle, Gate, Shared, Submissio
 use crate::rebuild::{self, Rebuild};
 use crate::scheduler::RequestOutput;
 use crate::streams::Streams;
+use crate::timeline::Timeline;
 use crate::watchdog::{self, Never};
 use crate::{EngineFailure, EngineStats};
 
@@ -84,6 +85,7 @@ fn start(runner: Box<dyn Runner>, rebuild: Option<Rebuild>, config: EngineConfig
         stats: Mutex::new(EngineStats { alive: true, ..core.stats() }),
         streams: Mutex::new(Streams::default()),
         step_started: Mutex::new(None),
+        timeline: Timeline::default(),
         drained: watch::Sender::new(false),
     });
     let (alive, ended) = bounded(0);
@@ -232,6 +234,7 @@ impl EngineThread {
         // A step that was begun ahead has had the device to itself since then.
         *self.shared.step_started.lock() = self.core.is_under_way().then_some(end);
         self.last_step = end - start;
+        self.shared.timeline.record(start - epoch..end - epoch, || self.core.stats());
         // The watchdog has ended everything if the step took too long.
         let given_up = self.shared.streams.lock().sealed().cloned();
         self.stop = given_up.or_else(|| self.core.down().cloned());

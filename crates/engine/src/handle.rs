@@ -14,6 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
 use crate::streams::Streams;
+use crate::timeline::{StepRecording, Timeline};
 use crate::{EngineStats, OutputEvent, Request, RequestId, SpeculationConfig, SubmitError};
 
 /// Limits of the engine. Those that exceed what the runner can do are lowered to it.
@@ -93,6 +94,7 @@ pub(crate) struct Shared {
     pub streams: Mutex<Streams>,
     /// Since when the step is under way whose end is the next: its begin, or the end of the one before it if that is later.
     pub step_started: Mutex<Option<Instant>>,
+    pub timeline: Timeline,
     /// True once nothing is in flight and nothing new will come.
     pub drained: watch::Sender<bool>,
 }
@@ -176,6 +178,11 @@ impl EngineHandle {
         let mut stats = self.shared.stats.lock().clone();
         stats.step_under_way = self.shared.step_started.lock().map(|start| start.elapsed());
         stats
+    }
+
+    /// Records what each step does from now on, in memory for the `capacity` newest; `None` while somebody else does.
+    pub fn record_steps(&self, capacity: usize) -> Option<StepRecording> {
+        StepRecording::begin(&self.shared, capacity)
     }
 
     /// Takes no new requests from now on; those accepted finish.

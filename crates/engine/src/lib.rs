@@ -19,6 +19,7 @@ mod shared;
 mod speculate;
 mod stats;
 mod streams;
+mod timeline;
 mod watchdog;
 
 pub mod sim;
@@ -34,3 +35,4 @@ pub use request::{
 pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};
 pub use stats::{BlockStats, DeviceFailures, EngineStats, FinishedCounts, StepTokens};
+pub use timeline::{RecordedSteps, StepRecord, StepRecording};

@@ -1,17 +1,17 @@
-//! Request ids, and one log line per request.
+//! Request ids, and what a request leaves behind when it has ended.
 //!
 //! The outermost layer: whatever is inside it answers, the reply carries an `x-request-id`, and the generation that
-//! answers if there is one, and when its last byte is handed over, or the client has left, one line says what happened. The line holds no text of prompt or output, no
-//! header but the id, of a key its name, and the route as it is matched, not as it was sent.
+//! answers if there is one. When its last byte is handed over, or the client has left, the service is given its
+//! [`RequestSummary`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
+use baton_engine::Timings;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use parking_lot::Mutex;
 
@@ -20,6 +20,8 @@ use crate::auth::OnBehalfOf;
 use crate::error::ApiError;
 use crate::keys::{Granted, Owner};
 use crate::service::Service;
+use crate::summary::{Asked, Known, RequestSummary};
+use crate::trace_context::TraceContext;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The digest of the generation that a request was given.
@@ -32,31 +34,18 @@ const BATCH_PRIORITY: i32 = 1 << 20;
 /// Status in the log for a client that left before the reply began, as nginx writes it.
 const CLIENT_LEFT: u16 = 499;
 
-/// A request's id, and what the parts of the service add to its log line.
+/// A request's id, and what the parts of the service find out about it.
 pub(crate) struct AccessRecord {
     request_id: HeaderValue,
     of_batch: bool,
-    sender: OnceLock<(Owner, Option<Arc<str>>)>,
-    generation: OnceLock<String>,
-    prompt_tokens: AtomicU64,
-    completion_tokens: AtomicU64,
-    late: Mutex<Late>,
-}
-
-/// Times of the slowest choice, and how it failed after the head was sent.
-#[derive(Default, Clone, Copy)]
-struct Late {
-    first_token: Duration,
-    queue: Duration,
-    prefill: Duration,
-    decode: Duration,
-    error: Option<&'static str>,
+    owner: OnceLock<Owner>,
+    arrival: Instant,
+    known: Mutex<Known>,
 }
 
 impl AccessRecord {
     fn new(request_id: HeaderValue, of_batch: bool) -> Self {
-        let (sender, generation, late) = (OnceLock::new(), OnceLock::new(), Mutex::default());
-        Self { request_id, of_batch, sender, generation, prompt_tokens: 0.into(), completion_tokens: 0.into(), late }
+        Self { request_id, of_batch, arrival: Instant::now(), owner: OnceLock::new(), known: Mutex::default() }
     }
 
     /// The id under which the request is answered.
@@ -76,95 +65,98 @@ impl AccessRecord {
     /// The request was sent by whom this was granted.
     pub fn sent_by(&self, granted: &Granted) {
         // Keys are looked at once.
-        let _ = self.sender.set((granted.owner(), granted.name().cloned()));
+        let _ = self.owner.set(granted.owner());
+        self.known.lock().key = granted.name().cloned();
     }
 
     /// Whose the request is.
     pub fn owner(&self) -> Owner {
-        self.sender.get().map_or(Owner::ANYONE, |(owner, _)| *owner)
+        self.owner.get().copied().unwrap_or(Owner::ANYONE)
     }
 
-    /// The request is given the generation of this digest.
-    pub fn generation(&self, digest: &str) {
-        // A request picks once.
-        let _ = self.generation.set(digest.to_owned());
+    /// The request is given the generation of this digest, and is answered under this name.
+    pub fn generation(&self, digest: &str, model: &str) {
+        let mut known = self.known.lock();
+        (known.generation, known.model) = (Some(digest.to_owned()), Some(model.to_owned()));
+    }
+
+    /// The engine has taken the request.
+    pub fn submitted(&self, asked: Asked) {
+        let mut known = self.known.lock();
+        (known.submitted, known.asked) = (Some(self.arrival.elapsed()), Some(asked));
     }
 
     /// Tokens of all prompts.
     pub fn prompt_tokens(&self, tokens: usize) {
-        self.prompt_tokens.store(tokens as u64, Ordering::Relaxed);
+        self.known.lock().prompt_tokens = tokens as u64;
     }
 
-    /// Adds the tokens of a choice.
-    pub fn completion_tokens(&self, tokens: usize) {
-        self.completion_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
+    /// Adds tokens of a prompt that came from the prefix cache.
+    pub fn cached_tokens(&self, tokens: usize) {
+        self.known.lock().cached_tokens += tokens as u64;
+    }
+
+    /// A choice has ended, with so many tokens.
+    pub fn ended(&self, reason: &'static str, tokens: usize) {
+        let mut known = self.known.lock();
+        known.completion_tokens += tokens as u64;
+        known.endings.push(reason);
     }
 
     /// A choice has its first token.
     pub fn first_token(&self, after: Duration) {
-        let mut late = self.late.lock();
-        late.first_token = late.first_token.max(after);
+        let first = &mut self.known.lock().first_token;
+        *first = (*first).max(Some(after));
     }
 
     /// Where the time of a choice went.
-    pub fn timings(&self, queue: Duration, prefill: Duration, decode: Duration) {
-        let mut late = self.late.lock();
-        late.queue = late.queue.max(queue);
-        late.prefill = late.prefill.max(prefill);
-        late.decode = late.decode.max(decode);
+    pub fn timings(&self, timings: &Timings) {
+        self.known.lock().timings(timings);
     }
 
     /// The request has failed, perhaps behind a head that says 200.
     pub fn error(&self, code: &'static str) {
-        self.late.lock().error = Some(code);
+        self.known.lock().error = Some(code);
     }
 }
 
-/// Writes the line when it is dropped.
-struct AccessLog {
+/// Tells the service when it is dropped.
+struct OnEnd {
     service: Service,
     record: Arc<AccessRecord>,
-    method: Method,
+    trace: Option<TraceContext>,
+    method: &'static str,
     route: String,
-    arrival: Instant,
+    arrived: SystemTime,
     status: u16,
 }
 
-impl Drop for AccessLog {
+impl Drop for OnEnd {
     fn drop(&mut self) {
-        let late = *self.record.late.lock();
-        self.service.metrics().requests.with_label_values(&[&self.route, &self.status.to_string()]).inc();
-        tracing::info!(
-            target: "baton_http::access",
-            request_id = self.record.request_id.to_str().unwrap_or_default(),
-            method = method_name(&self.method),
-            route = %self.route,
-            status = self.status,
-            error = late.error,
-            key = self.record.sender.get().and_then(|(_, name)| name.as_deref()),
-            generation = self.record.generation.get().map(|digest| &digest[..12]),
-            prompt_tokens = self.record.prompt_tokens.load(Ordering::Relaxed),
-            completion_tokens = self.record.completion_tokens.load(Ordering::Relaxed),
-            first_token_ms = millis(late.first_token),
-            queue_ms = millis(late.queue),
-            prefill_ms = millis(late.prefill),
-            decode_ms = millis(late.decode),
-            total_ms = millis(self.arrival.elapsed()),
-            "request"
-        );
+        let record = &self.record;
+        self.service.ended(&RequestSummary {
+            request_id: record.request_id.to_str().unwrap_or_default().to_owned(),
+            trace: self.trace,
+            method: self.method,
+            route: std::mem::take(&mut self.route),
+            status: self.status,
+            arrived: self.arrived,
+            total: record.arrival.elapsed(),
+            known: std::mem::take(&mut record.known.lock()),
+        });
     }
 }
 
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// A method may be any word; only the usual ones are logged.
-fn method_name(method: &Method) -> &str {
+/// A method may be any word; only the usual ones are told.
+fn method_name(method: &Method) -> &'static str {
     match *method {
-        Method::GET | Method::HEAD | Method::POST | Method::OPTIONS | Method::PUT | Method::DELETE | Method::PATCH => {
-            method.as_str()
-        }
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::OPTIONS => "OPTIONS",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        Method::PATCH => "PATCH",
         _ => "other",
     }
 }
@@ -174,25 +166,28 @@ pub(crate) async fn layer(State(service): State<Service>, mut request: Request, 
     let of_batch = request.extensions().get::<OnBehalfOf>().is_some();
     let record = Arc::new(AccessRecord::new(request_id(request.headers()), of_batch));
     request.extensions_mut().insert(record.clone());
-    let mut log = AccessLog {
+    // Without a trace around it, and nobody to send one to, there is none.
+    let begun_here = || service.config().observer.is_some().then(TraceContext::root);
+    let mut end = OnEnd {
+        trace: TraceContext::incoming(request.headers()).or_else(begun_here),
         service,
         record,
-        method: request.method().clone(),
+        method: method_name(request.method()),
         route: request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned(),
-        arrival: Instant::now(),
+        arrived: SystemTime::now(),
         status: CLIENT_LEFT,
     };
     let mut response = next.run(request).await;
-    log.status = response.status().as_u16();
+    end.status = response.status().as_u16();
     if let Some(error) = response.extensions().get::<ApiError>() {
-        log.record.error(error.code());
+        end.record.error(error.code());
     }
     let headers = response.headers_mut();
-    headers.insert(REQUEST_ID, log.record.request_id.clone());
-    if let Some(digest) = log.record.generation.get() {
+    headers.insert(REQUEST_ID, end.record.request_id.clone());
+    if let Some(digest) = &end.record.known.lock().generation {
         headers.insert(GENERATION, HeaderValue::try_from(digest).expect("hex is visible ASCII"));
     }
-    response.map(|body| Body::new(GuardedBody::new(body, log)))
+    response.map(|body| Body::new(GuardedBody::new(body, end)))
 }
 
 /// The client's id if it is one, else one of our own. It is a label for people, and what decides between two generations; never a key.

@@ -64,10 +64,11 @@ impl Drop for Ticket {
 }
 
 /// A gauge that is one higher while this lives.
-struct Raised(IntGauge);
+pub(crate) struct Raised(IntGauge);
 
 impl Raised {
-    fn new(gauge: &IntGauge) -> Self {
+    /// Raises it.
+    pub fn new(gauge: &IntGauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
     }

@@ -34,12 +34,14 @@ const PUBLIC: [&str; 14] = [
 ];
 
 /// Routes that change what is served, or show how.
-const ADMIN: [&str; 5] = [
+const ADMIN: [&str; 7] = [
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/admin/generations",
     "/admin/rollout",
     "/admin/rollout/{command}",
+    "/admin/slow-requests",
+    "/admin/timeline",
 ];
 
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");

@@ -189,7 +189,7 @@ impl Encoder {
         inputs: Vec<EncoderInput>,
         field: impl Fn(usize) -> String,
     ) -> Result<Vec<Vec<f32>>, ApiError> {
-        record.generation(&self.card.generation);
+        record.generation(&self.card.generation, &self.card.names[0]);
         record.prompt_tokens(inputs.iter().map(|input| input.ids.len()).sum());
         let (sender, receiver) = oneshot::channel();
         let deadline = service.config().queue_timeout.map(|timeout| Instant::now() + timeout);

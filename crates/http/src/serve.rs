@@ -24,7 +24,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use crate::admission::{Counter, GuardedBody};
+use crate::admission::{Counter, GuardedBody, Raised};
 use crate::auth::OnLoopback;
 use crate::batches;
 use crate::routes::{Surface, router};
@@ -109,7 +109,7 @@ pub async fn serve(
                     continue;
                 };
                 refusing = false;
-                let ticket = connections.ticket();
+                let ticket = (connections.ticket(), Raised::new(&service.metrics().connections));
                 let connection = connection(stream, terms.clone());
                 tokio::spawn(async move {
                     connection.await;

@@ -18,10 +18,12 @@ use crate::error::ApiError;
 use crate::generation::{Generation, NewGeneration, Retired};
 use crate::generations::{Generations, Pick, Traffic, TransitionError};
 use crate::keys::{ApiKey, Keys, ListedKey};
-use crate::metrics::HttpMetrics;
+use crate::metrics::{HttpMetrics, OutsideCounter};
 use crate::observed::Observed;
 use crate::rollout::RolloutControl;
+use crate::slow::SlowRequests;
 use crate::store::Store;
+use crate::summary::{RequestObserver, RequestSummary};
 use crate::tls::Tls;
 
 /// Accesses to the disk at once, at most.
@@ -81,6 +83,12 @@ pub struct ServiceConfig {
     pub tls: Option<Tls>,
     /// Speak HTTP/2 too.
     pub http2: bool,
+    /// A request that is given a model and takes at least so long is worth a warning; `None`: none is.
+    pub slow_request: Option<Duration>,
+    /// Is told of every request that has ended. With one, every request is part of a trace.
+    pub observer: Option<RequestObserver>,
+    /// What is counted elsewhere and shown among the metrics.
+    pub counters: Vec<OutsideCounter>,
 }
 
 impl Default for ServiceConfig {
@@ -102,6 +110,9 @@ impl Default for ServiceConfig {
             connection_limits: ConnectionLimits::default(),
             tls: None,
             http2: false,
+            slow_request: Some(Duration::from_secs(60)),
+            observer: None,
+            counters: Vec::new(),
         }
     }
 }
@@ -118,6 +129,7 @@ struct Shared {
     encoder: OnceLock<Arc<Encoder>>,
     rollout: OnceLock<Arc<dyn RolloutControl>>,
     metrics: HttpMetrics,
+    slow: SlowRequests,
     in_flight: Counter,
     draining: CancellationToken,
     kill_switch: CancellationToken,
@@ -140,6 +152,7 @@ impl Service {
             encoder: OnceLock::new(),
             rollout: OnceLock::new(),
             metrics: HttpMetrics::new(),
+            slow: SlowRequests::default(),
             in_flight: Counter::default(),
             draining: CancellationToken::new(),
             kill_switch: CancellationToken::new(),
@@ -294,7 +307,7 @@ impl Service {
             return Err(encoder.does_not_generate());
         }
         let pick = self.0.generations.pick(record.request_id(), asked)?;
-        record.generation(&pick.generation.card.generation);
+        record.generation(&pick.generation.card.generation, &pick.target.name);
         Ok(pick)
     }
 
@@ -317,6 +330,27 @@ impl Service {
 
     pub(crate) fn metrics(&self) -> &HttpMetrics {
         &self.0.metrics
+    }
+
+    /// The slowest requests of the last minutes.
+    pub(crate) fn slow_requests(&self) -> &SlowRequests {
+        &self.0.slow
+    }
+
+    /// A request has ended: it is counted, logged, and told to whoever wants to know.
+    pub(crate) fn ended(&self, summary: &RequestSummary) {
+        self.0.metrics.answered(summary);
+        summary.log();
+        if summary.known.generation.is_some() {
+            self.0.slow.add(summary, Instant::now());
+            if self.config().slow_request.is_some_and(|limit| limit <= summary.total) {
+                let seconds = summary.total.as_secs_f64();
+                tracing::warn!(request_id = summary.request_id, seconds, "a slow request");
+            }
+        }
+        if let Some(observer) = &self.config().observer {
+            observer.observe(summary);
+        }
     }
 
     pub(crate) fn in_flight(&self) -> &Counter {

@@ -3,10 +3,13 @@
 //! Invariant: a finding that would keep `baton serve` from serving as it was asked to is in the list of problems, with what
 //! to do about it, and makes the exit code 1. A device that nobody asked for may be missing.
 
+mod report;
+
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
+    io::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -31,6 +34,14 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "DIR", env = "BATON_STATE_DIR")]
     state_dir: Option<PathBuf>,
 
+    /// Write to this file, or to standard output if it is -, what somebody who helps needs to know, as JSON: what is found, the settings of `baton serve`, digests of the model and a self-test of the device(s), without secrets, names and paths of this machine
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+
+    /// Settings file of `baton serve`, for the report; BATON_CONFIG names one too
+    #[arg(long, value_name = "FILE", requires = "report")]
+    config: Option<PathBuf>,
+
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -38,8 +49,7 @@ pub struct DoctorArgs {
 
 /// Runs the command: exit code 0 if nothing is missing, 1 if something is, 2 if the question cannot be answered.
 pub fn main(args: &DoctorArgs) -> ExitCode {
-    let show = |findings: &Findings| if args.json { findings.json() } else { Ok(findings.text()) };
-    match examine(args).and_then(|findings| Ok((show(&findings)?, findings.problems.is_empty()))) {
+    match examine(args).and_then(|mut findings| Ok((tell(args, &mut findings)?, findings.problems.is_empty()))) {
         Ok((shown, well)) => {
             #[allow(clippy::print_stdout)] // what was asked for
             {
@@ -54,8 +64,24 @@ pub fn main(args: &DoctorArgs) -> ExitCode {
     }
 }
 
+/// What is printed; the report, if one is asked for, goes to its file.
+fn tell(args: &DoctorArgs, findings: &mut Findings) -> Result<String> {
+    if let Some(file) = &args.report {
+        if file == Path::new("-") {
+            return report::make(args, findings);
+        }
+        // Opened first: the self-test takes a while.
+        let context = || format!("--report {}", file.display());
+        let mut written = fs::File::create(file).with_context(context)?;
+        written.write_all(report::make(args, findings)?.as_bytes()).with_context(context)?;
+    }
+    if args.json { Ok(serde_json::to_string_pretty(&findings.value())? + "\n") } else { Ok(findings.text()) }
+}
+
 /// All that was found.
 struct Findings {
+    /// Devices that were asked for, or the CPU, of which nothing is missing.
+    usable: Vec<String>,
     devices: Vec<DeviceFacts>,
     /// How many open files a process may have: each connection is one.
     open_files: Option<String>,
@@ -69,7 +95,7 @@ fn examine(args: &DoctorArgs) -> Result<Findings> {
     let required = if asked.is_empty() { vec![Device::Cpu] } else { asked.clone() };
     let looked_for = if asked.is_empty() { Device::KINDS.to_vec() } else { asked };
     let mut problems: Vec<String> = Vec::new();
-    let mut devices = Vec::new();
+    let (mut devices, mut usable) = (Vec::new(), Vec::new());
     for device in looked_for {
         let mut facts = device.probe();
         if device == Device::Cpu {
@@ -81,6 +107,7 @@ fn examine(args: &DoctorArgs) -> Result<Findings> {
         }
         if required.contains(&device) {
             problems.extend(facts.missing.iter().map(|reason| format!("device {}: {reason}", facts.device)));
+            usable.extend(facts.missing.is_empty().then(|| facts.device.clone()));
         }
         devices.push(facts);
     }
@@ -92,7 +119,7 @@ fn examine(args: &DoctorArgs) -> Result<Findings> {
     };
     let model = found(bundled_model());
     let state_dir = args.state_dir.as_deref().map(|path| found(writable(path)));
-    Ok(Findings { devices, open_files: open_files(), model, state_dir, problems })
+    Ok(Findings { usable, devices, open_files: open_files(), model, state_dir, problems })
 }
 
 /// The model that is served when none is named, as far as its files tell.
@@ -131,8 +158,8 @@ fn rates(limits: &Limits) -> String {
 }
 
 impl Findings {
-    fn json(&self) -> Result<String> {
-        let value: Value = json!({
+    fn value(&self) -> Value {
+        json!({
             "baton": facts::build(),
             "system": facts::system(),
             "memory": {"total_bytes": memory::total_bytes(), "free_bytes": memory::available_bytes()},
@@ -141,8 +168,7 @@ impl Findings {
             "model": self.model,
             "state_dir": self.state_dir,
             "problems": self.problems,
-        });
-        Ok(serde_json::to_string_pretty(&value)? + "\n")
+        })
     }
 
     fn text(&self) -> String {

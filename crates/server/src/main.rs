@@ -11,6 +11,7 @@ mod handoff;
 mod keys;
 mod listen;
 mod load;
+mod log;
 mod memory;
 mod pull;
 mod quantize;
@@ -22,6 +23,7 @@ mod serve;
 mod settings;
 mod speculative;
 mod state_dir;
+mod traces;
 
 use std::process::ExitCode;
 

@@ -1,14 +1,20 @@
 //! `baton serve`, in boot order: settings, logs, address, service, model, engine; then SIGTERM, drain.
 
-use std::{io::IsTerminal, net::SocketAddr, path::Path, sync::Arc, time::SystemTime};
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_engine::{Engine, EngineConfig};
 use baton_http::{
     Adapters, Admission, ApiKey, ConnectionLimits, DecoderEmbeddings, DecoderPooling, Defaults, ListedKey, ModelCard,
-    NewGeneration, Service, ServiceConfig, Store, StoreLimits, Surface, Tls,
+    NewGeneration, OutsideCounter, Service, ServiceConfig, Store, StoreLimits, Surface, Tls,
 };
 use baton_model::LoadReport;
+use baton_otlp::Exporter;
 use clap::ArgMatches;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -16,7 +22,6 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::info;
-use tracing_subscriber::EnvFilter;
 
 use crate::{
     backend::Loaded,
@@ -25,17 +30,21 @@ use crate::{
     keys,
     listen::{self, listen},
     load::{self, Kind, Model},
+    log::Log,
     memory,
     reload::{self, AdapterLoader},
     renew::{self, Source},
     rollout::{self, Control, Journal, Serving},
     settings::{
-        GenerationConfigUse, HandoffPolicy, LogFormat, LoraModule, PoolingType, PrefixCacheScope, Secret, ServeArgs,
-        Settings,
+        GenerationConfigUse, HandoffPolicy, LoraModule, PoolingType, PrefixCacheScope, Secret, ServeArgs, Settings,
     },
     speculative::SpeculativeConfig,
     state_dir::StateDir,
+    traces,
 };
+
+/// At the end: how long the last spans and the last lines may take to be taken.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Runs the command.
 pub fn main(matches: &ArgMatches) -> Result<()> {
@@ -49,29 +58,39 @@ pub fn main(matches: &ArgMatches) -> Result<()> {
         }
         return Ok(());
     }
-    init_log(&settings)?;
+    let log = Log::start(&settings)?;
+    let exporter = settings.otlp_traces_endpoint.as_ref().map(|url| traces::start(url.parse()?)).transpose()?;
+    let counters = counters(&log, exporter.as_ref());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let result = runtime.block_on(serve(settings));
+    let result = runtime.block_on(serve(settings, exporter.as_ref(), counters));
     // A model that still loads is not waited for.
     runtime.shutdown_background();
+    if let Some(exporter) = exporter {
+        exporter.stop(LAST_WORDS);
+    }
+    log.flush(LAST_WORDS);
     result
 }
 
-fn init_log(settings: &Settings) -> Result<()> {
-    let filter =
-        EnvFilter::try_new(&settings.log_level).with_context(|| format!("--log-level {}", settings.log_level))?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    match settings.log_format {
-        LogFormat::Text => builder.init(),
-        LogFormat::Json => builder.json().init(),
-    }
-    Ok(())
+/// What is counted beside the service.
+fn counters(log: &Log, exporter: Option<&Exporter>) -> Vec<OutsideCounter> {
+    let lost = OutsideCounter {
+        name: "baton_log_lines_lost_total",
+        help: "Lines of the log that standard error did not take.",
+        value: log.lost(),
+    };
+    let spans = exporter.into_iter().flat_map(|exporter| {
+        let counts = exporter.counts();
+        let counter = |name, help, value| OutsideCounter { name, help, value };
+        [
+            counter("baton_trace_spans_exported_total", "Spans that the collector has taken.", counts.exported),
+            counter("baton_trace_spans_dropped_total", "Spans that no collector has seen.", counts.dropped),
+        ]
+    });
+    [lost].into_iter().chain(spans).collect()
 }
 
-async fn serve(settings: Settings) -> Result<()> {
+async fn serve(settings: Settings, exporter: Option<&Exporter>, counters: Vec<OutsideCounter>) -> Result<()> {
     // Signals first: one that comes while the model loads must find us listening.
     let stop = stop_on_signal()?;
     let journal = settings.state_dir.as_deref().map(StateDir::open).transpose()?.map(Journal::open).transpose()?;
@@ -106,6 +125,9 @@ async fn serve(settings: Settings) -> Result<()> {
         store,
         tls: tls.as_ref().map(|tls| tls.value.clone()),
         http2: settings.http2,
+        slow_request: Some(settings.slow_request_seconds).filter(|limit| !limit.is_zero()),
+        observer: exporter.map(traces::observer),
+        counters,
         ..ServiceConfig::default()
     });
     let tls = tls.map(|tls| {

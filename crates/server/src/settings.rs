@@ -6,6 +6,7 @@
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
+use baton_otlp::Endpoint;
 use clap::{ArgMatches, Args, FromArgMatches, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
@@ -256,6 +257,14 @@ pub struct ServeArgs {
     /// Form of log lines [default: text]
     #[arg(long, value_enum, env = "BATON_LOG_FORMAT", help_heading = "Log")]
     pub log_format: Option<LogFormat>,
+
+    /// Seconds from which on a request is logged as a slow one, with a warning; 0 warns of none [default: 60]
+    #[arg(long, value_name = "SECONDS", env = "BATON_SLOW_REQUEST_SECONDS", help_heading = "Log")]
+    pub slow_request_seconds: Option<u64>,
+
+    /// OpenTelemetry collector that is sent a trace of every request, by OTLP over HTTP; without a path, /v1/traces is taken [default: nothing is sent]
+    #[arg(long, value_name = "URL", env = "BATON_OTLP_TRACES_ENDPOINT", help_heading = "Log")]
+    pub otlp_traces_endpoint: Option<String>,
 }
 
 /// Settings after precedence, defaults and checks.
@@ -326,6 +335,9 @@ pub struct Settings {
     pub threads: usize,
     pub log_level: String,
     pub log_format: LogFormat,
+    #[serde(serialize_with = "seconds")]
+    pub slow_request_seconds: Duration,
+    pub otlp_traces_endpoint: Option<String>,
 }
 
 type Map = serde_json::Map<String, serde_json::Value>;
@@ -488,8 +500,16 @@ impl ServeArgs {
             threads: self.threads.unwrap_or(0),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
             log_format: self.log_format.unwrap_or(LogFormat::Text),
+            slow_request_seconds: Duration::from_secs(self.slow_request_seconds.unwrap_or(60)),
+            otlp_traces_endpoint: self.otlp_traces_endpoint.map(endpoint).transpose()?,
         })
     }
+}
+
+/// The collector as it is written in full.
+fn endpoint(url: String) -> Result<String> {
+    let endpoint: Endpoint = url.parse().context("--otlp-traces-endpoint")?;
+    Ok(endpoint.to_string())
 }
 
 /// Origins, each given alone, in a list with commas, or in a list as JSON writes it.
@@ -525,13 +545,29 @@ impl Settings {
 
     /// One line per setting: name, value, origin.
     pub fn table(&self, origins: &Origins) -> Result<String> {
-        let serde_json::Value::Object(map) = serde_json::to_value(self)? else { unreachable!("a struct is an object") };
-        let line = |(key, value): (&String, &serde_json::Value)| {
+        let line = |(key, value, origin): (String, serde_json::Value, Origin)| {
             let value = if value.is_null() { "-".to_owned() } else { value.to_string() };
-            let origin = origins.get(key).copied().unwrap_or(Origin::Default);
             format!("{key:24} {value:32} {origin}\n")
         };
-        Ok(map.iter().map(line).collect())
+        Ok(self.entries(origins)?.into_iter().map(line).collect())
+    }
+
+    /// The same as an object.
+    pub fn described(&self, origins: &Origins) -> Result<serde_json::Value> {
+        let entry = |(key, value, origin): (String, serde_json::Value, Origin)| {
+            (key, serde_json::json!({"value": value, "from": origin.to_string()}))
+        };
+        Ok(self.entries(origins)?.into_iter().map(entry).collect())
+    }
+
+    /// Name, value and origin of each, without secrets.
+    fn entries(&self, origins: &Origins) -> Result<Vec<(String, serde_json::Value, Origin)>> {
+        let serde_json::Value::Object(map) = serde_json::to_value(self)? else { unreachable!("a struct is an object") };
+        let entry = |(key, value): (String, serde_json::Value)| {
+            let origin = origins.get(&key).copied().unwrap_or(Origin::Default);
+            (key, value, origin)
+        };
+        Ok(map.into_iter().map(entry).collect())
     }
 }
 
@@ -580,6 +616,7 @@ mod tests {
         assert!(refusal(&["--prefix-cache-scope", "tenant"], "").contains("shared"));
         assert!(refusal(&["--ssl-certfile", "a"], "").contains("--ssl-keyfile"));
         assert!(refusal(&["--ssl-ca-certs", "a"], "").contains("--ssl-certfile"));
+        assert!(refusal(&["--otlp-traces-endpoint", "collector:4317"], "").contains("http://HOST:PORT"));
         for origin in ["", "example.org", "https://example.org/", "HTTPS://example.org", "https://*.example.org", "[1]"]
         {
             assert!(refusal(&["--allowed-origins", origin], "").contains("--allowed-origins"), "{origin}");

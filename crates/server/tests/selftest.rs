@@ -285,6 +285,55 @@ fn what_is_wrong_is_a_problem_each_and_the_exit_code_says_so() {
     assert!(problems[1].to_string().contains("--state-dir state"), "{problems:#?}");
 }
 
+#[test]
+fn a_report_for_those_who_help_has_settings_digests_and_a_self_test_and_no_secret() {
+    let folder = TempDir::new().expect("a folder");
+    fs::write(folder.path().join("baton.toml"), "max-num-seqs = 7\nadmin-api-key = [\"sk-of-the-file\"]")
+        .expect("a file");
+    let variables = [
+        ("BATON_SSL_CERTFILE", "/secret-folder/chain.pem"),
+        ("BATON_SSL_KEYFILE", "/secret-folder/key.pem"),
+        ("BATON_OTLP_TRACES_ENDPOINT", "http://collector:4318"),
+        ("UNRELATED_TOKEN", "sk-unrelated"),
+    ];
+    let args = ["doctor", "--report", "-", "--config", "baton.toml"];
+    let ended = baton_with(folder.path(), &variables, &args);
+    assert_eq!(ended.code, 0, "{}{}", ended.stdout, ended.stderr);
+    let report: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    let setting = |name: &str| (report["settings"][name]["value"].clone(), report["settings"][name]["from"].clone());
+    assert_eq!(setting("max-num-seqs"), (7.into(), "file".into()));
+    assert_eq!(setting("port"), (8000.into(), "default".into()));
+    assert_eq!(setting("api-key"), (serde_json::json!(["[redacted]"]), "environment".into()));
+    assert_eq!(setting("ssl-keyfile"), ("…/key.pem".into(), "environment".into()));
+    let sha256 = |text: &Value| text.as_str().is_some_and(|text| text.len() == 64);
+    let checkpoint = &report["checkpoint"];
+    assert!(sha256(&checkpoint["config_sha256"]) && sha256(&checkpoint["handoff_generation"]), "{checkpoint:#}");
+    let selftest = &report["selftests"][0];
+    assert_eq!(
+        (&selftest["device"], &selftest["verdict"], &selftest["failed"]),
+        (&"cpu".into(), &"pass".into(), &0.into())
+    );
+    assert!(selftest["passed"].as_u64() > Some(300), "{selftest:#}");
+    for part in ["baton", "system", "memory", "devices", "problems"] {
+        assert!(!report[part].is_null(), "{part}");
+    }
+    let secrets =
+        ["sk-of-secrets", "sk-of-the-file", "sk-unrelated", "secret-folder", "eve-lives", "mallory", "host-of-secrets"];
+    secrets.iter().for_each(|secret| assert!(!ended.stdout.contains(secret), "{secret}: {report:#}"));
+}
+
+#[test]
+fn a_report_says_what_is_wrong_with_the_settings_and_goes_to_its_file() {
+    let folder = TempDir::new().expect("a folder");
+    let variables = [("BATON_MAX_NUM_SEQS", "0")];
+    let ended = baton_with(folder.path(), &variables, &["doctor", "--device", "cpu", "--report", "report.json"]);
+    assert!(ended.code == 0 && ended.stdout.contains("device cpu"), "{}{}", ended.stdout, ended.stderr);
+    let report = json(&folder.path().join("report.json"));
+    assert!(report["settings"]["error"].as_str().is_some_and(|error| error.contains("--max-num-seqs")), "{report:#}");
+    let refused = baton_with(folder.path(), &[], &["doctor", "--report", "no/such/report.json"]);
+    assert!(refused.code == 2 && refused.stderr.contains("--report no/such/report.json"), "{}", refused.stderr);
+}
+
 fn copy(from: &Path, to: &PathBuf) {
     fs::create_dir_all(to).expect("a folder");
     for entry in fs::read_dir(from).expect("a folder").map(|entry| entry.expect("an entry").path()) {

@@ -24,6 +24,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-handoff", &["baton-model", "baton-text"], &[]),
     ("baton-hub", &[], &[]),
     ("baton-encoder", &[], &[]),
+    ("baton-otlp", &[], &[]),
     ("baton-grammar", &["baton-model"], &[]),
     ("baton-http", &["baton-engine", "baton-grammar", "baton-text"], &["baton-loadgen"]),
     (
@@ -40,6 +41,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
             "baton-hub",
             "baton-loadgen",
             "baton-model",
+            "baton-otlp",
             "baton-text",
         ],
         &["baton-ascend-sim", "baton-cuda-sim"],
@@ -49,7 +51,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("xtask", &["baton-cuda-sim", "baton-device", "baton-loadgen", "baton-model"], &[]),
 ];
 
-/// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.
+/// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` and `baton-otlp` use the network.
 const PLAIN: &[&str] = &[
     "baton-ascend-sim",
     "baton-cuda-sim",
@@ -61,6 +63,7 @@ const PLAIN: &[&str] = &[
     "baton-handoff",
     "baton-hub",
     "baton-model",
+    "baton-otlp",
     "baton-text",
 ];
 

@@ -6,7 +6,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use baton_engine::{EngineFailure, FinishReason, OutputEvent, OutputStream};
+use baton_engine::{EngineFailure, FinishReason, OutputEvent, OutputStream, Timings};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::error::ApiError;
@@ -233,8 +233,10 @@ impl Choices {
             Some(OutputEvent::Finished { reason, usage, timings }) => {
                 let told = match (choice.state, reason) {
                     (State::Ending(reason), _) => (choice.text.reason(reason), choice.text.tokens().0),
-                    (_, FinishReason::Error(failure)) => return Err(self.failed(index, failure)),
-                    (_, FinishReason::Aborted) => return Err(self.failed(index, EngineFailure::ShuttingDown)),
+                    (_, FinishReason::Error(failure)) => return Err(self.failed(index, failure, &timings)),
+                    (_, FinishReason::Aborted) => {
+                        return Err(self.failed(index, EngineFailure::ShuttingDown, &timings));
+                    }
                     _ if self.prompts_only => (Finish::Length, 0),
                     (_, FinishReason::Stop { token }) => {
                         (self.finish(index, Some(token), Finish::Stop), usage.completion_tokens)
@@ -255,6 +257,7 @@ impl Choices {
                 self.usage.reasoning_tokens += choice.text.tokens().1;
                 if index.is_multiple_of(self.n) {
                     self.usage.cached_tokens += usage.cached_tokens;
+                    self.meter.cached(usage.cached_tokens);
                 }
                 self.meter.finished(index, reason.into(), completion_tokens, &timings);
                 let (matched, tokens) = (choice.text.matched(), choice.text.remaining_tokens());
@@ -287,9 +290,9 @@ impl Choices {
         self.choices[index].text.reason(if stopped { Finish::Stop } else { reason })
     }
 
-    fn failed(&mut self, index: usize, failure: EngineFailure) -> ApiError {
+    fn failed(&mut self, index: usize, failure: EngineFailure, timings: &Timings) -> ApiError {
         self.choices[index].state = State::Finished;
-        self.meter.failed(index, &failure);
+        self.meter.failed(index, &failure, timings);
         engine_failure(&failure)
     }
 

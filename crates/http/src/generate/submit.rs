@@ -17,6 +17,7 @@ use crate::metrics::Meter;
 use crate::openai::params::Params;
 use crate::service::Service;
 use crate::shadow::{Encode, Shadow};
+use crate::summary::Asked;
 
 /// A request whose prompts are encoded.
 pub(crate) struct Job {
@@ -105,6 +106,12 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
         told.push(prompt);
     }
 
+    let asked = Asked {
+        n: job.params.n,
+        max_tokens: job.params.max_tokens,
+        temperature: sampling.temperature,
+        top_p: sampling.top_p,
+    };
     // A grammar is made for one vocabulary; the candidate's may be another.
     let shadow = job.shadow.filter(|_| job.grammar.is_none());
     let witness = shadow.and_then(|(shadow, encode)| {
@@ -128,7 +135,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
             .hide_reasoning(job.params.hide_reasoning)
     };
     let choices = streams.into_iter().map(|stream| (stream, text())).collect();
-    let meter = Meter::new(generation, job.arrival, job.record, &prompt_tokens, per_prompt as usize);
+    let meter = Meter::new(generation, job.arrival, job.record, &prompt_tokens, per_prompt as usize, asked);
     let choices = Choices::new(choices, told, service.kill_switch(), meter, witness);
     let prompts_only = job.params.max_tokens == Some(0);
     Ok(choices.told(job.params.n as usize).prompts_only(prompts_only))

@@ -1,6 +1,6 @@
 //! What `/metrics` shows.
 //!
-//! The HTTP side counts its own requests ([`HttpMetrics`]); each generation has the histograms and counters of its
+//! The HTTP side counts its own requests and connections ([`HttpMetrics`]); each generation has the histograms and counters of its
 //! requests ([`ModelMetrics`], fed by a [`Meter`] per request). What the engine counts, and what is known of a hand-off
 //! and of shadows, is read at scrape time. Both live generations are in the same families, told apart by a label; one
 //! that is retired vanishes, and so do its series. Names with `vllm:` are those of vLLM, so that its dashboards and
@@ -10,30 +10,36 @@ mod encoder;
 mod engine;
 mod families;
 mod handoff;
+mod meter;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use baton_engine::{EngineFailure, SubmitError, Timings};
+use baton_engine::SubmitError;
 use prometheus::proto::MetricFamily;
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
 
-use crate::access::AccessRecord;
 use crate::encoder::Encoder;
-use crate::error::ApiError;
-use crate::generation::{Generation, InUse};
+use crate::generation::Generation;
 use crate::generations::{All, Generations, Role};
 use crate::metrics::families::Labelled;
+use crate::summary::RequestSummary;
+
+pub(crate) use meter::{Ending, Meter};
 
 /// Metrics of the service, model or not.
 pub(crate) struct HttpMetrics {
     registry: Registry,
     /// Inference requests whose reply has not been sent to its last byte.
     pub in_flight: IntGauge,
+    /// Connections that are open, on all listeners.
+    pub connections: IntGauge,
     /// By matched route and status.
-    pub requests: IntCounterVec,
+    requests: IntCounterVec,
+    /// By the code of what was refused or failed.
+    errors: IntCounterVec,
     /// Whether a model is loaded and taking requests.
     pub ready: IntGauge,
     /// Connections that were not served, by reason.
@@ -52,15 +58,18 @@ impl HttpMetrics {
             registry.register(Box::new(gauge.clone())).expect(VALID);
             gauge
         };
-        let requests = Opts::new("baton_http_requests_total", "HTTP requests answered, by matched route and status.");
-        let requests = IntCounterVec::new(requests, &["route", "status"]).expect(VALID);
-        registry.register(Box::new(requests.clone())).expect(VALID);
-        let refused = Opts::new(
-            "baton_http_connections_refused_total",
-            "Connections closed at once beyond the limit, and times the system gave none.",
-        );
-        let refused_connections = IntCounterVec::new(refused, &["reason"]).expect(VALID);
-        registry.register(Box::new(refused_connections.clone())).expect(VALID);
+        let counters = |name, help, labels: &[&str]| {
+            let counters = IntCounterVec::new(Opts::new(name, help), labels).expect(VALID);
+            registry.register(Box::new(counters.clone())).expect(VALID);
+            counters
+        };
+        let help = "HTTP requests answered, by matched route and status.";
+        let requests = counters("baton_http_requests_total", help, &["route", "status"]);
+        let help = "HTTP requests refused or failed, by the code that the client was told.";
+        let errors = counters("baton_http_errors_total", help, &["code"]);
+        let connections = gauge("baton_http_connections", "Connections that are open.");
+        let help = "Connections closed at once beyond the limit, and times the system gave none.";
+        let refused_connections = counters("baton_http_connections_refused_total", help, &["reason"]);
         for reason in ["limit", "system"] {
             refused_connections.with_label_values(&[reason]).reset();
         }
@@ -68,12 +77,24 @@ impl HttpMetrics {
         let ready = gauge("baton_ready", "1 while a model is loaded and taking requests.");
         #[cfg(target_os = "linux")]
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self())).expect(VALID);
-        Self { registry, in_flight, requests, ready, refused_connections }
+        Self { registry, in_flight, connections, requests, errors, ready, refused_connections }
     }
 
-    /// The exposition, with the metrics of all generations that requests can get, or of the encoder.
-    pub fn expose(&self, generations: &Generations, encoder: Option<&Encoder>) -> Vec<u8> {
+    /// Counts a request that has ended.
+    pub fn answered(&self, summary: &RequestSummary) {
+        self.requests.with_label_values(&[summary.route.as_str(), summary.status.to_string().as_str()]).inc();
+        if let Some(code) = summary.known.error {
+            self.errors.with_label_values(&[code]).inc();
+        }
+    }
+
+    /// The exposition, with the metrics of all generations that requests can get, or of the encoder, and with what is
+    /// counted outside of the service.
+    pub fn expose(&self, generations: &Generations, encoder: Option<&Encoder>, outside: &[OutsideCounter]) -> Vec<u8> {
         let mut families = self.registry.gather();
+        families.extend(outside.iter().map(|OutsideCounter { name, help, value }| {
+            Labelled(&[]).counter(name, help, value.load(Ordering::Relaxed))
+        }));
         families.extend(encoder.into_iter().flat_map(encoder::families));
         let All { generations, shadow, .. } = generations.all();
         for (role, generation) in generations.iter().filter(|(role, _)| *role != Role::Retired) {
@@ -88,6 +109,17 @@ impl HttpMetrics {
     }
 }
 
+/// A counter that is kept outside of the service and shown with its own.
+#[derive(Debug, Clone)]
+pub struct OutsideCounter {
+    /// As Prometheus has names of counters: `baton_…_total`.
+    pub name: &'static str,
+    /// What it counts, in a sentence.
+    pub help: &'static str,
+    /// The count, which never falls.
+    pub value: Arc<AtomicU64>,
+}
+
 /// Adds families to others, those of the same name together.
 fn merge(families: &mut Vec<MetricFamily>, more: Vec<MetricFamily>) {
     for mut family in more {
@@ -96,15 +128,6 @@ fn merge(families: &mut Vec<MetricFamily>, more: Vec<MetricFamily>) {
             None => families.push(family),
         }
     }
-}
-
-/// How a choice ended, as the label `finished_reason` says it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ending {
-    Stop,
-    Length,
-    Abort,
-    Error,
 }
 
 /// Metrics of one generation.
@@ -124,7 +147,14 @@ pub(crate) struct ModelMetrics {
     inference: Histogram,
     prompt_tokens: Histogram,
     generation_tokens: Histogram,
+    longest: Histogram,
+    params_n: Histogram,
+    params_max_tokens: Histogram,
 }
+
+/// What vLLM has called this before, and what dashboards of that time ask for.
+const INTER_TOKEN: &str = "vllm:inter_token_latency_seconds";
+const INTER_TOKEN_BEFORE: &str = "vllm:time_per_output_token_seconds";
 
 const TTFT_SECONDS: [f64; 22] = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -179,7 +209,7 @@ impl ModelMetrics {
                 &TTFT_SECONDS,
             ),
             inter_token: histogram(
-                "vllm:inter_token_latency_seconds",
+                INTER_TOKEN,
                 "Between two tokens of a choice, as taken by the client's connection.",
                 &INTER_TOKEN_SECONDS,
             ),
@@ -195,6 +225,17 @@ impl ModelMetrics {
             inference: latency("vllm:request_inference_time_seconds", "From the first step to the end."),
             prompt_tokens: histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", &lengths),
             generation_tokens: histogram("vllm:request_generation_tokens", "Tokens of a choice.", &lengths),
+            longest: histogram(
+                "vllm:request_max_num_generation_tokens",
+                "Tokens of a request's longest choice.",
+                &lengths,
+            ),
+            params_n: histogram("vllm:request_params_n", "Choices asked for per prompt.", &[1.0, 2.0, 5.0, 10.0, 20.0]),
+            params_max_tokens: histogram(
+                "vllm:request_params_max_tokens",
+                "Tokens asked for at most, by requests that say so.",
+                &lengths,
+            ),
             registry,
             labels,
         }
@@ -202,6 +243,9 @@ impl ModelMetrics {
 
     fn gather(&self, generation: &Generation, role: Role) -> Vec<MetricFamily> {
         let (mut families, labels, stats) = (self.registry.gather(), Labelled(&self.labels), generation.engine.stats());
+        let mut before = families.iter().find(|family| family.name() == INTER_TOKEN).expect("it is registered").clone();
+        before.set_name(INTER_TOKEN_BEFORE.to_owned());
+        families.push(before);
         families.extend(engine::families(
             &labels,
             &stats,
@@ -234,114 +278,4 @@ fn labels(model_name: &str, generation: &str) -> [(&'static str, String); 3] {
 fn one_two_five(max: usize) -> Vec<f64> {
     let decades = (0..).map(|exponent| 10_f64.powi(exponent));
     decades.flat_map(|decade| [1.0, 2.0, 5.0].map(|m| m * decade)).take_while(|edge| *edge <= max as f64).collect()
-}
-
-/// Measures one request, and holds its generation. A choice that has not ended when the meter is dropped was aborted.
-pub(crate) struct Meter {
-    generation: InUse,
-    arrival: Instant,
-    record: Arc<AccessRecord>,
-    choices: Vec<MeteredChoice>,
-}
-
-#[derive(Clone)]
-struct MeteredChoice {
-    prompt_tokens: usize,
-    tokens: usize,
-    last_token: Option<Instant>,
-    ended: bool,
-}
-
-impl Meter {
-    /// The engine has accepted all choices, `n` per prompt.
-    pub fn new(
-        generation: InUse,
-        arrival: Instant,
-        record: Arc<AccessRecord>,
-        prompt_tokens: &[usize],
-        n: usize,
-    ) -> Self {
-        record.prompt_tokens(prompt_tokens.iter().sum());
-        generation.stats.lock().requests += 1;
-        let choices = |&prompt_tokens: &usize| {
-            vec![MeteredChoice { prompt_tokens, tokens: 0, last_token: None, ended: false }; n]
-        };
-        let choices = prompt_tokens.iter().flat_map(choices).collect();
-        Self { generation, arrival, record, choices }
-    }
-
-    /// A choice has a token.
-    pub fn token(&mut self, index: usize) {
-        let (now, choice) = (Instant::now(), &mut self.choices[index]);
-        match choice.last_token.replace(now) {
-            Some(last) => self.generation.metrics.inter_token.observe((now - last).as_secs_f64()),
-            None => {
-                let ttft = now - self.arrival;
-                self.generation.metrics.time_to_first_token.observe(ttft.as_secs_f64());
-                self.generation.stats.lock().time_to_first_token.record(ttft);
-                self.record.first_token(ttft);
-            }
-        }
-        choice.tokens += 1;
-    }
-
-    /// A choice is complete. `completion_tokens`: what the client is told.
-    pub fn finished(&mut self, index: usize, ending: Ending, completion_tokens: usize, timings: &Timings) {
-        let metrics = &self.generation.metrics;
-        self.choices[index].tokens = completion_tokens;
-        self.record.timings(timings.queue, timings.prefill, timings.decode);
-        metrics.queue.observe(timings.queue.as_secs_f64());
-        metrics.prefill.observe(timings.prefill.as_secs_f64());
-        metrics.decode.observe(timings.decode.as_secs_f64());
-        metrics.inference.observe((timings.prefill + timings.decode).as_secs_f64());
-        if completion_tokens > 1 {
-            let intervals = u32::try_from(completion_tokens - 1).unwrap_or(u32::MAX);
-            let per_token = timings.decode / intervals;
-            metrics.per_output_token.observe(per_token.as_secs_f64());
-            self.generation.stats.lock().time_per_output_token.record(per_token);
-        }
-        self.end(index, ending);
-    }
-
-    /// A choice has failed.
-    pub fn failed(&mut self, index: usize, failure: &EngineFailure) {
-        if *failure == EngineFailure::NonFiniteLogits {
-            self.generation.metrics.corrupted.inc();
-            self.generation.stats.lock().non_finite += 1;
-        }
-        self.end(index, Ending::Error);
-    }
-
-    /// The request as a whole ends with this error.
-    pub fn error(&self, error: &ApiError) {
-        self.record.error(error.code());
-        self.generation.stats.lock().errors += u64::from(error.is_breakdown());
-    }
-
-    fn end(&mut self, index: usize, ending: Ending) {
-        let choice = &mut self.choices[index];
-        choice.ended = true;
-        self.record.completion_tokens(choice.tokens);
-        let reason = match ending {
-            Ending::Stop => "stop",
-            Ending::Length => "length",
-            Ending::Abort => "abort",
-            Ending::Error => "error",
-        };
-        let metrics = &self.generation.metrics;
-        metrics.success.with_label_values(&[reason]).inc();
-        metrics.e2e.observe(self.arrival.elapsed().as_secs_f64());
-        metrics.prompt_tokens.observe(choice.prompt_tokens as f64);
-        metrics.generation_tokens.observe(choice.tokens as f64);
-    }
-}
-
-impl Drop for Meter {
-    fn drop(&mut self) {
-        for index in 0..self.choices.len() {
-            if !self.choices[index].ended {
-                self.end(index, Ending::Abort);
-            }
-        }
-    }
 }

@@ -10,6 +10,7 @@ mod files;
 mod health;
 mod messages;
 mod models;
+mod observe;
 mod rerank;
 mod responses;
 mod tokenize;
@@ -109,7 +110,9 @@ pub fn router(service: Service, surface: Surface) -> Router {
             .route("/v1/unload_lora_adapter", post(adapters::unload))
             .route("/admin/generations", get(admin::generations))
             .route("/admin/rollout", get(admin::status).post(admin::start))
-            .route("/admin/rollout/{command}", post(admin::command));
+            .route("/admin/rollout/{command}", post(admin::command))
+            .route("/admin/slow-requests", get(observe::slow_requests))
+            .route("/admin/timeline", get(observe::timeline));
     }
     wrap(routes, service)
 }
@@ -160,7 +163,8 @@ async fn no_plain_refusals(response: Response<Body>) -> Response {
 async fn metrics(State(service): State<Service>) -> Response {
     let metrics = service.metrics();
     metrics.ready.set(i64::from(service.ready().is_ok()));
-    let text = metrics.expose(service.generations(), service.encoder().map(AsRef::as_ref));
+    let encoder = service.encoder().map(AsRef::as_ref);
+    let text = metrics.expose(service.generations(), encoder, &service.config().counters);
     ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

@@ -13,6 +13,7 @@ mod handoff;
 mod harness;
 mod keys;
 mod lifecycle;
+mod observe;
 mod operations;
 mod origins;
 mod page;

@@ -1,15 +1,18 @@
 //! Keys, ids, probes, models, metrics and logs.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use baton_engine::{DraftMethod, EngineConfig, SpeculationConfig};
-use baton_http::{ApiKey, Store, StoreLimits};
+use baton_http::{ApiKey, OutsideCounter, RequestObserver, Store, StoreLimits};
 use serde_json::json;
 use tempfile::TempDir;
+use tokio::time::timeout;
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::harness::{CHAT, COMPLETIONS, Reply, Server, Setup, chat_body, request, with};
+use crate::harness::{CHAT, COMPLETIONS, PATIENCE, Reply, Server, Setup, chat_body, request, with};
 
 const PUBLIC: [&str; 12] = [
     "/",
@@ -53,6 +56,8 @@ async fn every_route_but_the_public_ones_needs_a_key() {
         ("POST", "/v1/load_lora_adapter"),
         ("POST", "/v1/unload_lora_adapter"),
         ("GET", "/admin/generations"),
+        ("GET", "/admin/slow-requests"),
+        ("GET", "/admin/timeline"),
         ("GET", "/admin/rollout"),
         ("POST", "/admin/rollout"),
         ("POST", "/admin/rollout/shadow"),
@@ -189,7 +194,8 @@ async fn models_are_listed_and_found_by_any_of_their_names() {
     }
 }
 
-const NAMES: [&str; 25] = [
+/// The first 25 names of vLLM, then what its dashboards and scaling rules ask for besides.
+const NAMES: [&str; 29] = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:num_requests_waiting_by_reason",
@@ -215,6 +221,10 @@ const NAMES: [&str; 25] = [
     "vllm:request_generation_tokens",
     "vllm:iteration_tokens_total",
     "vllm:cache_config_info",
+    "vllm:time_per_output_token_seconds",
+    "vllm:request_params_n",
+    "vllm:request_params_max_tokens",
+    "vllm:request_max_num_generation_tokens",
 ];
 
 #[tokio::test]
@@ -243,10 +253,48 @@ async fn metrics_have_every_name_with_both_labels_and_count_what_happened() {
     {
         assert_eq!(value(&format!("vllm:{counted_once_per_choice}_count{labels}")), 2.0);
     }
-    assert_eq!(value(&format!("vllm:inter_token_latency_seconds_count{labels}")), 18.0);
+    for name in ["inter_token_latency_seconds", "time_per_output_token_seconds"] {
+        assert_eq!(value(&format!("vllm:{name}_count{labels}")), 18.0);
+    }
+    for (per_request, sum) in
+        [("request_params_n", 2.0), ("request_params_max_tokens", 10.0), ("request_max_num_generation_tokens", 10.0)]
+    {
+        assert_eq!(value(&format!("vllm:{per_request}_count{labels}")), 1.0);
+        assert_eq!(value(&format!("vllm:{per_request}_sum{labels}")), sum);
+    }
     assert_eq!(value(&format!("vllm:request_generation_tokens_sum{labels}")), 20.0);
     assert_eq!(value("baton_http_requests_in_flight"), 0.0);
     assert_eq!(value("baton_http_requests_total{route=\"/v1/chat/completions\",status=\"200\"}"), 1.0);
+}
+
+#[tokio::test]
+async fn connections_refusals_and_what_is_counted_elsewhere_are_shown() {
+    let elsewhere = Arc::new(AtomicU64::new(7));
+    let mut setup = Setup::default();
+    let name = "baton_elsewhere_total";
+    setup.config.counters = vec![OutsideCounter { name, help: "Things elsewhere.", value: elsewhere.clone() }];
+    let server = setup.start().await;
+    let metrics = async || server.get("/metrics").await.body;
+    let idle = [server.connect().await, server.connect().await];
+    // Those two and the one that asks; who accepts them is a moment behind.
+    let all = async { while !metrics().await.contains("\nbaton_http_connections 3\n") {} };
+    timeout(PATIENCE, all).await.expect("all three are counted");
+    drop(idle);
+    let gone = async { while !metrics().await.contains("\nbaton_http_connections 1\n") {} };
+    timeout(PATIENCE, gone).await.expect("those that left are not");
+
+    server.chat(json!({"temperature": -1})).await;
+    server.chat(json!({"model": "odd"})).await;
+    elsewhere.store(9, Ordering::Relaxed);
+    let text = metrics().await;
+    for line in [
+        "baton_http_errors_total{code=\"out_of_range\"} 1",
+        "baton_http_errors_total{code=\"model_not_found\"} 1",
+        "# TYPE baton_elsewhere_total counter",
+        "baton_elsewhere_total 9",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
+    }
 }
 
 #[tokio::test]
@@ -329,7 +377,12 @@ async fn r46_nothing_of_a_request_but_its_id_is_logged() {
     tracing::subscriber::set_global_default(subscriber).unwrap();
 
     let mut setup = Setup { reply: format!("Sure: {CANARY}"), ..Setup::default() };
+    setup.config.slow_request = Some(Duration::ZERO);
     setup.config.admin_api_keys = vec![ApiKey::new("admin".into()).unwrap()];
+    let summaries = Arc::new(Mutex::new(String::new()));
+    let told = summaries.clone();
+    setup.config.observer =
+        Some(RequestObserver::new(move |summary| *told.lock().unwrap() += &format!("{summary:?}\n")));
     let server = setup.start().await;
     let fields = ["model", "stop", "user", "cache_salt", "temperature", "reasoning_effort", CANARY];
     for field in fields {
@@ -363,7 +416,10 @@ async fn r46_nothing_of_a_request_but_its_id_is_logged() {
     server.chat(json!({"messages": [{"role": CANARY, "content": CANARY}]})).await;
     server.chat(json!({"chat_template_kwargs": {"a": CANARY}})).await;
     server.raw(&request("POST", CHAT, "", CANARY.as_bytes())).await;
-    let headers = format!("authorization: Bearer {CANARY}\r\ncookie: {CANARY}\r\nuser-agent: {CANARY}\r\n");
+    let headers = format!(
+        "authorization: Bearer {CANARY}\r\ncookie: {CANARY}\r\nuser-agent: {CANARY}\r\ntraceparent: {CANARY}\r\n\
+         tracestate: a={CANARY}\r\nbaggage: a={CANARY}\r\n"
+    );
     let body = with(chat_body(), json!({"max_tokens": 5})).to_string();
     server.raw(&request("POST", &format!("{CHAT}?q={CANARY}"), &headers, body.as_bytes())).await;
     server.get(&format!("/{CANARY}")).await;
@@ -371,6 +427,10 @@ async fn r46_nothing_of_a_request_but_its_id_is_logged() {
     server.raw(&request(CANARY, "/live", "", b"")).await;
     let metrics = server.get("/metrics").await.body;
     assert!(!metrics.contains(CANARY));
+    for path in ["/admin/slow-requests", "/admin/timeline"] {
+        let reply = server.get_with_key(path, "admin").await;
+        assert!(reply.status == 200 && !reply.body.contains(CANARY), "{path}");
+    }
     let id = "x-request-id: the-id-of-this\r\n";
     server.raw(&request("POST", CHAT, id, body.as_bytes())).await;
 
@@ -378,9 +438,23 @@ async fn r46_nothing_of_a_request_but_its_id_is_logged() {
     let lines = logged.lines().filter(|line| line.contains("baton_http::access")).count();
     assert!(lines > 20, "{lines}");
     let line = logged.lines().find(|line| line.contains("the-id-of-this")).expect("the line of a request");
-    for part in ["route=/v1/chat/completions", "status=200", "completion_tokens=5", "total_ms="] {
+    for part in [
+        "route=/v1/chat/completions",
+        "status=200",
+        "model=\"tiny\"",
+        "trace_id=",
+        "cached_tokens=",
+        "completion_tokens=5",
+        "queue_ms=",
+        "first_token_ms=",
+        "total_ms=",
+    ] {
         assert!(line.contains(part), "{line}");
     }
+    let slow = logged.lines().find(|line| line.contains("a slow request") && line.contains("the-id-of-this"));
+    assert!(slow.is_some_and(|line| line.contains("WARN") && line.contains("seconds=")), "{slow:?}");
+    let summaries = summaries.lock().unwrap();
+    assert!(summaries.lines().count() > 20 && !summaries.contains("canary"), "{summaries}");
     if let Some(leak) = logged.lines().find(|line| line.contains("canary")) {
         panic!("leaked: {leak}");
     }

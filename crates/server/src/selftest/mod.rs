@@ -6,17 +6,23 @@
 
 mod cases;
 mod model;
-mod privacy;
+pub mod privacy;
 mod report;
 
-use std::{fs, path::PathBuf, process::ExitCode, time::Instant};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 use anyhow::{Context, Result, ensure};
-use baton_device::DType;
 use baton_device::conformance::{self, Case, Vectors};
+use baton_device::{DType, DeviceFacts};
 use baton_handoff::Verdict;
 use clap::Args;
 use indicatif::ProgressBar;
+use serde_json::Value;
 
 use crate::{backend::Device, load};
 use cases::Judge;
@@ -106,13 +112,34 @@ fn selftest(args: &SelftestArgs) -> Result<Verdict> {
         chosen.names().for_each(|(name, _)| println!("{name}"));
         return Ok(Verdict::Skipped);
     }
+    let report = run(args, device, &facts, &chosen)?;
+    print!("{report}");
+    Ok(report.verdict())
+}
+
+fn run(args: &SelftestArgs, device: Device, facts: &DeviceFacts, chosen: &Chosen) -> Result<Report> {
     let vectors = vectors(args)?;
-    let report = Report::new(&facts, chosen.names(), Redactor::here());
+    let report = Report::new(facts, chosen.names(), Redactor::here());
     let mut session = Session { args, bar: ProgressBar::hidden(), report };
     session.write()?;
-    session.run(device, &chosen, &vectors)?;
-    print!("{}", session.report);
-    Ok(session.report.verdict())
+    session.run(device, chosen, &vectors)?;
+    Ok(session.report)
+}
+
+/// Runs all of it on a device, and sums up what was found.
+pub fn summary(device: &str, state_dir: Option<&Path>) -> Result<Value> {
+    let args = SelftestArgs {
+        device: device.to_owned(),
+        filter: Vec::new(),
+        list: false,
+        report: None,
+        state_dir: state_dir.map(Path::to_owned),
+        vectors: None,
+    };
+    let device = Device::parse(&args.device)?;
+    let facts = device.probe();
+    let chosen = Chosen::new(&args.filter, device.activations(|| facts.clone()))?;
+    Ok(run(&args, device, &facts, &chosen)?.summary(&args.device))
 }
 
 fn vectors(args: &SelftestArgs) -> Result<Vectors> {

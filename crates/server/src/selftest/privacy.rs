@@ -1,7 +1,8 @@
-//! What a report must not carry: who runs this machine, what it is called, and where its files lie.
+//! What a report must not carry: who runs this machine, what it is called, where its files lie, and how to log in elsewhere.
 //!
 //! Libraries and drivers write paths and names into their messages, so every text of a report that is not our own is
-//! cleaned: of an absolute path its last part stays, and names of this machine and its user become [`PRIVATE`].
+//! cleaned: of an absolute path its last part stays, and names of this machine and its user, and credentials in a URL, become
+//! [`PRIVATE`].
 
 use std::{collections::BTreeSet, env, fs, path::Path};
 
@@ -46,12 +47,23 @@ impl Redactor {
 
     /// Cleans a text.
     pub fn text(&self, text: &str) -> String {
-        let text = without_folders(text);
+        let text = without_folders(&without_credentials(text));
         // The longest first: a host's whole name before its first part.
         let mut names: Vec<&String> = self.names.iter().collect();
         names.sort_by_key(|name| std::cmp::Reverse(name.len()));
         names.into_iter().fold(text, |text, name| without(&text, name))
     }
+}
+
+/// Of every URL what is not before an @.
+fn without_credentials(text: &str) -> String {
+    let mut parts = text.split("://");
+    let before = parts.next().unwrap_or_default().to_owned();
+    parts.fold(before, |clean, part| {
+        let host = part.find(|c: char| c == '/' || c.is_whitespace()).unwrap_or(part.len());
+        let credentials = part[..host].rfind('@');
+        clean + "://" + credentials.map_or("", |_| PRIVATE) + &part[credentials.unwrap_or(0)..]
+    })
 }
 
 /// Of every absolute path the last part.
@@ -104,6 +116,8 @@ mod tests {
             ("relative/alice/file", "relative/[private]/file"),
             ("/home/alice", "…/[private]"),
             ("3 tokens/s, a / b, x", "3 tokens/s, a / b, x"),
+            ("https://hub.example/m@2 a@b", "https:…/m@2 a@b"),
+            ("at https://me:pass@w@hub/m, ftp://u@h", "at https:…/[private]@hub/m, ftp:…/[private]@h"),
         ] {
             assert_eq!(redactor.text(text), clean);
         }

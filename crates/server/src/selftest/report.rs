@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use baton_device::{Caps, DeviceError, DeviceFacts};
 use baton_handoff::Verdict;
 use serde::{Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::privacy::Redactor;
 use crate::facts;
@@ -152,6 +152,22 @@ impl Report {
     /// The whole.
     pub fn verdict(&self) -> Verdict {
         self.verdict
+    }
+
+    /// What there is to say of a device in few lines: how many cases ended how, and why some failed.
+    pub fn summary(&self, device: &str) -> Value {
+        let count = |verdict| self.cases.iter().filter(|case| case.found.verdict == verdict).count();
+        let failed = self.cases.iter().filter(|case| case.found.verdict == Verdict::Fail).take(SHOWN);
+        json!({
+            "device": device,
+            "verdict": self.verdict,
+            "passed": count(Verdict::Pass),
+            "failed": count(Verdict::Fail),
+            "skipped": count(Verdict::Skipped),
+            "not_run": count(Verdict::NotRun),
+            "seconds": self.seconds,
+            "failures": failed.map(|case| json!({"case": case.name, "reasons": case.found.reasons})).collect::<Vec<_>>(),
+        })
     }
 
     /// Writes the file, in one step.

@@ -3,6 +3,7 @@
 
 pub mod abacus;
 pub mod bundle;
+pub mod otlp;
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 

@@ -1,0 +1,167 @@
+//! The exporter against a collector on a real socket, which answers as it is told.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use crate::{Endpoint, Exporter, Kind, Span, Value};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Head and body of each request, answered with the next status, or 200 when none is left.
+struct Collector {
+    endpoint: Endpoint,
+    requests: Receiver<(String, Vec<u8>)>,
+    statuses: Sender<u16>,
+}
+
+impl Collector {
+    fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let (sender, requests) = unbounded();
+        let (statuses, answers) = unbounded();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut bytes = Vec::new();
+                let head = loop {
+                    let mut more = [0; 4096];
+                    let read = stream.read(&mut more).unwrap();
+                    bytes.extend_from_slice(&more[..read]);
+                    if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
+                        break end + 4;
+                    }
+                };
+                let text = String::from_utf8(bytes[..head].to_vec()).unwrap().to_ascii_lowercase();
+                let length = text.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
+                let mut body = bytes.split_off(head);
+                let read = body.len();
+                body.resize(length.parse().unwrap(), 0);
+                stream.read_exact(&mut body[read..]).unwrap();
+                let status = answers.try_recv().unwrap_or(200);
+                let reply = format!(
+                    "HTTP/1.1 {status} x\r\nlocation: http://127.0.0.1:1/\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+                );
+                stream.write_all(reply.as_bytes()).unwrap();
+                if sender.send((text, body)).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { endpoint, requests, statuses }
+    }
+
+    fn exporter(&self) -> Exporter {
+        exporter(self.endpoint.clone())
+    }
+}
+
+fn exporter(endpoint: Endpoint) -> Exporter {
+    Exporter::start(endpoint, vec![("service.name", "tests".into())], ("scope-of-tests", "9")).unwrap()
+}
+
+fn span(name: &str) -> Span {
+    Span {
+        trace_id: 0x0102,
+        span_id: 0x0304,
+        parent_id: None,
+        name: name.into(),
+        kind: Kind::Server,
+        start: SystemTime::UNIX_EPOCH,
+        end: SystemTime::UNIX_EPOCH + Duration::from_nanos(5),
+        attributes: vec![("a.number", Value::Int(-3))],
+        failed: false,
+    }
+}
+
+fn has(body: &[u8], text: &str) -> bool {
+    body.windows(text.len()).any(|window| window == text.as_bytes())
+}
+
+/// Waits until a count is reached.
+#[track_caller]
+fn eventually(count: &AtomicU64, value: u64) {
+    let start = Instant::now();
+    while count.load(Ordering::Relaxed) != value {
+        assert!(start.elapsed() < PATIENCE, "{count:?} does not become {value}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn spans_arrive_together_as_protobuf_under_the_name_of_the_resource() {
+    let collector = Collector::start();
+    let exporter = collector.exporter();
+    exporter.spans().send(vec![span("one"), span("two")]);
+    exporter.spans().send(vec![span("three")]);
+    let (head, body) = collector.requests.recv_timeout(PATIENCE).unwrap();
+    assert!(head.starts_with("post /v1/traces http/1.1\r\n"), "{head}");
+    assert!(head.contains("content-type: application/x-protobuf\r\n"), "{head}");
+    for text in ["service.name", "tests", "scope-of-tests", "one", "two", "three", "a.number"] {
+        assert!(has(&body, text), "{text}");
+    }
+    eventually(&exporter.counts().exported, 3);
+    assert_eq!(exporter.counts().dropped.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_batch_that_cannot_be_taken_now_is_sent_again_and_one_that_is_refused_is_not() {
+    let collector = Collector::start();
+    [503, 429].map(|status| collector.statuses.send(status).unwrap());
+    let exporter = collector.exporter();
+    exporter.spans().send(vec![span("late")]);
+    let bodies: Vec<_> = (0..3).map(|_| collector.requests.recv_timeout(PATIENCE).unwrap().1).collect();
+    assert!(bodies.iter().all(|body| *body == bodies[0] && has(body, "late")));
+    eventually(&exporter.counts().exported, 1);
+
+    // A redirect is an answer like others: nobody goes where it leads.
+    for (refusals, status) in (1..).zip([400, 401, 307]) {
+        collector.statuses.send(status).unwrap();
+        exporter.spans().send(vec![span("refused")]);
+        assert!(has(&collector.requests.recv_timeout(PATIENCE).unwrap().1, "refused"));
+        eventually(&exporter.counts().dropped, refusals);
+    }
+    assert_eq!(exporter.counts().exported.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn whoever_gives_spans_never_waits_and_what_does_not_fit_is_counted() {
+    // Accepts connections and never answers.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let exporter = exporter(format!("http://{}", listener.local_addr().unwrap()).parse().unwrap());
+    let (spans, counts) = (exporter.spans(), exporter.counts());
+    let start = Instant::now();
+    (0..20_000).for_each(|_| spans.send(vec![span("flood")]));
+    assert!(start.elapsed() < Duration::from_secs(5), "it waited for the collector");
+    let dropped = counts.dropped.load(Ordering::Relaxed);
+    assert!(dropped > 10_000, "only {dropped} were dropped");
+    assert_eq!(counts.exported.load(Ordering::Relaxed), 0);
+    // Nor does the end wait.
+    let start = Instant::now();
+    exporter.stop(Duration::from_millis(50));
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn what_is_queued_at_the_end_is_sent_and_a_collector_that_is_away_is_tried_once() {
+    let collector = Collector::start();
+    let exporter = collector.exporter();
+    let counts = exporter.counts();
+    exporter.spans().send(vec![span("last"), span("words")]);
+    exporter.stop(PATIENCE);
+    assert!(has(&collector.requests.try_recv().unwrap().1, "words"));
+    assert_eq!(counts.exported.load(Ordering::Relaxed), 2);
+
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let exporter = self::exporter(format!("http://{nobody}").parse().unwrap());
+    let (spans, counts) = (exporter.spans(), exporter.counts());
+    spans.send(vec![span("lost")]);
+    exporter.stop(PATIENCE);
+    assert_eq!(counts.dropped.load(Ordering::Relaxed), 1);
+    spans.send(vec![span("too late"); 2]);
+    assert_eq!(counts.dropped.load(Ordering::Relaxed), 3);
+}

@@ -1,0 +1,107 @@
+//! The log: lines on standard error that nobody waits for.
+//!
+//! Whoever logs hands its line to a bounded queue; one thread writes. Where standard error takes no lines, be it a pipe that
+//! nobody reads or a full disk, lines are lost and counted, and serving goes on.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use tracing_subscriber::EnvFilter;
+
+use crate::settings::{LogFormat, Settings};
+
+/// Lines that wait, at most.
+const QUEUED: usize = 1024;
+
+/// What the writing thread is given.
+enum Entry {
+    Line(Vec<u8>),
+    /// To be answered when all before it is written.
+    Flush(Sender<()>),
+}
+
+/// The log of this process.
+pub struct Log {
+    lines: Lines,
+}
+
+impl Log {
+    /// Begins to log as the settings say.
+    pub fn start(settings: &Settings) -> Result<Self> {
+        let filter =
+            EnvFilter::try_new(&settings.log_level).with_context(|| format!("--log-level {}", settings.log_level))?;
+        let (queue, entries) = bounded(QUEUED);
+        let lines = Lines { queue, lost: Arc::default() };
+        let lost = lines.lost.clone();
+        thread::Builder::new().name("log".into()).spawn(move || write(&entries, &lost))?;
+        let writer = lines.clone();
+        let builder = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(move || writer.clone())
+            .with_ansi(io::stderr().is_terminal());
+        match settings.log_format {
+            LogFormat::Text => builder.init(),
+            LogFormat::Json => builder.json().init(),
+        }
+        Ok(Self { lines })
+    }
+
+    /// How many lines were lost.
+    pub fn lost(&self) -> Arc<AtomicU64> {
+        self.lines.lost.clone()
+    }
+
+    /// Waits until what was logged is written, but no longer than this.
+    pub fn flush(&self, patience: Duration) {
+        let (written, answer) = bounded(1);
+        if self.lines.queue.send_timeout(Entry::Flush(written), patience).is_ok() {
+            // Whether it was in time: the process ends either way.
+            let _ = answer.recv_timeout(patience);
+        }
+    }
+}
+
+/// Takes lines and never waits.
+#[derive(Clone)]
+struct Lines {
+    queue: Sender<Entry>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Write for Lines {
+    /// A whole line: so the subscriber writes them.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.queue.try_send(Entry::Line(line.to_vec())).is_err() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes until nobody can log any more.
+fn write(entries: &Receiver<Entry>, lost: &AtomicU64) {
+    for entry in entries {
+        match entry {
+            Entry::Line(line) => {
+                if io::stderr().write_all(&line).is_err() {
+                    lost.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            // Whoever asked has perhaps lost its patience.
+            Entry::Flush(written) => _ = written.send(()),
+        }
+    }
+}
