@@ -14,6 +14,7 @@ fn start() -> (EngineHandle, MockControl) {
         max_step_tokens: 16,
         max_step_sequences: 4,
         max_draft_tokens: 0,
+        steps_ahead: false,
     };
     let runner = MockRunner::new(spec, MockModel::Hash { seed: 3, vocab_size: 500, end: None });
     let control = runner.control();
