@@ -119,7 +119,7 @@ impl<T> Look for Watched<T> {
     }
 }
 
-/// Watches from now on, in the background.
+/// Watches from now on, in the background. Without files SIGHUP ends nothing either.
 ///
 /// # Errors
 /// If the system takes no handler of signals.
@@ -130,7 +130,7 @@ pub fn start(mut renewals: Vec<Renewal>) -> Result<()> {
         loop {
             let at_once = tokio::select! {
                 _ = asked.recv() => true,
-                _ = looks.tick() => false,
+                _ = looks.tick(), if !renewals.is_empty() => false,
             };
             let look = move || {
                 renewals.iter_mut().for_each(|renewal| renewal.0.look(at_once));
