@@ -10,7 +10,9 @@ use sha2::{Digest, Sha256};
 use crate::harness::{CHAT, REPLY, Reply, Server, Setup, chat_body, raw, read_until, request, with};
 
 /// What anybody may see.
-const PUBLIC: [&str; 12] = [
+const PUBLIC: [&str; 14] = [
+    "/",
+    "/page/app.js",
     "/live",
     "/ready",
     "/startup",
@@ -100,7 +102,15 @@ fn routes(server: &Server) -> BTreeSet<String> {
     // The one way to ask a router for its routes.
     let debug = format!("{:?}", baton_http::router(server.service.clone(), Surface::All));
     let routes = debug.split('"').filter(|text| text.starts_with('/') && !text.contains("__private"));
-    routes.map(|route| route.replace("{*id}", "tiny").replace("{command}", "share").replace("{id}", "none")).collect()
+    routes
+        .map(|route| {
+            route
+                .replace("{*id}", "tiny")
+                .replace("{command}", "share")
+                .replace("{id}", "none")
+                .replace("{file}", "app.js")
+        })
+        .collect()
 }
 
 /// Other ways to write a path, of which some routers make the same.
