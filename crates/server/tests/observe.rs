@@ -14,10 +14,13 @@ use std::{
 
 use baton_loadgen::{Client, LocalServer, free_port};
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use crate::common::otlp::{Collector, Span};
 
 const CHAT: &str = "/v1/chat/completions";
+/// No test waits longer for anything.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn start(flags: &[&str]) -> LocalServer {
     LocalServer::start(Path::new(env!("CARGO_BIN_EXE_baton")), flags).await.expect("it starts")
@@ -28,7 +31,7 @@ async fn start_logging_to(stderr: impl Into<std::process::Stdio>, flags: &[&str]
     let port = free_port().expect("a port");
     let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
     command.args(["serve", "--port", &port.to_string()]).args(flags).stderr(stderr);
-    LocalServer::launch(command, port, "/ready", Duration::from_secs(60)).await.expect("it starts")
+    LocalServer::launch(command, port, "/ready", PATIENCE).await.expect("it starts")
 }
 
 fn question(fields: Value) -> Value {
@@ -84,9 +87,12 @@ async fn a_request_arrives_at_the_collector_as_a_span_with_its_parts_and_its_fig
     let ids: BTreeSet<&Vec<u8>> = spans.iter().map(|span| &span.span_id).collect();
     assert_eq!(ids.len(), 4);
     // The collector's answer may come after the next request.
-    while server.metric("baton_trace_spans_exported_total").await.expect("a metric") != 4.0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let all_taken = async {
+        while server.metric("baton_trace_spans_exported_total").await.expect("a metric") != 4.0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, all_taken).await.expect("four spans are counted");
     assert!(collector.is_empty(), "probes and metrics are no traces");
 }
 
@@ -125,9 +131,17 @@ async fn r45_a_log_that_nobody_reads_blocks_nobody_and_what_is_lost_is_counted()
             assert_eq!(client.get("/live").await.expect("an answer").0, 200);
         }
     };
-    while server.metric("baton_log_lines_lost_total").await.expect("a metric") == 0.0 {
-        tokio::join!(flood(server.client()), flood(server.client()), flood(server.client()), flood(server.client()));
-    }
+    let until_lost = async {
+        while server.metric("baton_log_lines_lost_total").await.expect("a metric") == 0.0 {
+            tokio::join!(
+                flood(server.client()),
+                flood(server.client()),
+                flood(server.client()),
+                flood(server.client())
+            );
+        }
+    };
+    timeout(PATIENCE, until_lost).await.expect("it serves on, and loses lines");
     assert_eq!(ask(&server, json!({"max_tokens": 5})).await.0, 200);
     server.terminate().expect("a signal");
     assert!(server.wait(Duration::from_secs(30)).await.expect("it ends").success());
