@@ -23,6 +23,8 @@ pub(crate) struct BlockTable {
     blocks: Vec<BlockId>,
     /// How many of `blocks` were offered to the cache or came from it.
     num_published: usize,
+    /// How many tokens had been computed when one was last sampled behind them; those from the cache count.
+    num_proven: usize,
     /// Names of the first full blocks of the tokens. Tokens are only ever appended, so names once
     /// computed stay, also while the table is empty.
     hashes: Vec<BlockHash>,
@@ -82,6 +84,7 @@ impl BlockManager {
         cached.iter().for_each(|&id| self.allocator.acquire(id));
         sequence.num_computed = cached.len() * self.block_size;
         sequence.table.num_published = cached.len();
+        sequence.table.num_proven = sequence.num_computed;
         sequence.table.blocks = cached;
         assert!(self.grow(sequence, sequence.tokens.len()), "available blocks were counted");
         true
@@ -148,9 +151,10 @@ impl BlockManager {
         }
     }
 
-    /// Publishes the full computed blocks, but for the background: it leaves nothing in the cache, so that of the
+    /// A token was sampled behind all computed ones. Publishes the full computed blocks, but for the background: it leaves nothing in the cache, so that of the
     /// foreground's prefixes it never displaces more than it holds at a time. Only for values known to be finite.
     pub fn publish(&mut self, sequence: &mut Sequence) {
+        sequence.table.num_proven = sequence.num_computed;
         if self.hasher.is_none() || sequence.id.is_background() {
             return;
         }
@@ -187,8 +191,8 @@ impl BlockManager {
     /// sampled yet that would vouch for its values: returns the blocks that hold such, to be cleared
     /// before they are used.
     pub fn release_unfinished(&mut self, sequence: &mut Sequence) -> Vec<BlockId> {
-        let computed = sequence.num_computed.div_ceil(self.block_size);
-        let unproven = if sequence.num_pending() > 1 { sequence.table.num_published..computed } else { 0..0 };
+        let proven = sequence.table.num_proven.div_ceil(self.block_size);
+        let unproven = proven..sequence.num_computed.div_ceil(self.block_size);
         let unproven = sequence.table.blocks.get(unproven).unwrap_or_default().to_vec();
         self.release(sequence);
         unproven

@@ -109,18 +109,27 @@ impl Scheduler {
             FinishReason::Error(EngineFailure::NonFiniteLogits) => {
                 self.unclean.extend(self.blocks.discard(&mut sequence))
             }
-            _ => self.take_blocks(&mut sequence),
+            _ => {
+                self.keep_in_doubt(&mut sequence);
+                self.blocks.release(&mut sequence);
+            }
         }
         self.finish(sequence, reason, now)
     }
 
-    /// Takes the blocks of a sequence that ends. A step begun ahead may still read and write them: it does so before any step
-    /// that somebody else gets them for. What it writes may turn out to be not finite, so that block is kept back.
-    fn take_blocks(&mut self, sequence: &mut Sequence) {
+    /// Takes the blocks of a sequence that ends before its time.
+    fn take_unfinished(&mut self, sequence: &mut Sequence) {
+        self.keep_in_doubt(sequence);
+        self.unclean.extend(self.blocks.release_unfinished(sequence));
+    }
+
+    /// Comes before the blocks of a sequence that ends are given back. A step begun ahead may still read and write them: it
+    /// does so before any step that somebody else gets them for. But what it writes may turn out to be not finite, so that
+    /// block is kept back.
+    fn keep_in_doubt(&mut self, sequence: &mut Sequence) {
         if sequence.is_begun_ahead() {
             self.in_doubt.insert(sequence.id, self.blocks.detach_last(sequence));
         }
-        self.unclean.extend(self.blocks.release_unfinished(sequence));
     }
 
     /// Takes the block back that a step wrote for a sequence which had ended.
@@ -149,7 +158,7 @@ impl Scheduler {
         let overdue: Vec<Sequence> = overdue.collect();
         let end = |mut sequence: Sequence| {
             let failure = sequence.overdue(now).expect("it was looked for");
-            self.take_blocks(&mut sequence);
+            self.take_unfinished(&mut sequence);
             self.finish(sequence, FinishReason::Error(failure), now)
         };
         overdue.into_iter().map(end).collect()
@@ -161,7 +170,7 @@ impl Scheduler {
             let rank = self.waiting.keys().find(|rank| rank.id == id).copied()?;
             self.waiting.remove(&rank)
         })?;
-        self.take_blocks(&mut sequence);
+        self.take_unfinished(&mut sequence);
         Some(self.finish(sequence, FinishReason::Aborted, now))
     }
 

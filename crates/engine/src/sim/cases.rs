@@ -165,6 +165,19 @@ fn r13_blocks_that_no_sample_vouched_for_are_cleared_as_well() {
 }
 
 #[test]
+fn r13_so_are_they_where_all_of_a_prompt_but_its_last_token_was_computed() {
+    let mut world = world(50);
+    let faulty = submit(&mut world, request(0, 17, 20));
+    world.poison(faulty, 3);
+    world.step();
+    world.abort(faulty);
+    let heir = submit(&mut world, request(1, 6, 20));
+    world.run();
+    assert_eq!(world.end(heir), &FinishReason::Length);
+    assert_eq!(world.control.cleared_blocks().len(), 16 / BLOCK_SIZE);
+}
+
+#[test]
 fn r13_a_score_that_is_not_finite_fails_its_request_in_the_midst_of_the_prompt() {
     let mut world = world(50);
     let faulty = submit(&mut world, scored(request(0, 40, 20), 2, &[]));

@@ -186,7 +186,7 @@ fn simulate(seed: u64) -> Run {
 }
 
 /// Seeds that failed once.
-const REGRESSIONS: [u64; 2] = [1696, 1820];
+const REGRESSIONS: [u64; 3] = [1696, 1820, 2765];
 
 /// More or other seeds: `BATON_SIM_SEEDS=first..end`.
 fn seeds() -> std::ops::Range<u64> {
