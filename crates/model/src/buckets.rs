@@ -34,10 +34,8 @@ mod tests {
             }
             sizes.dedup();
             assert!(sizes.is_sorted() && sizes.last() == Some(&most));
-            assert!(
-                sizes.len()
-                    <= EXACT + FOR_EACH_DOUBLING * (most.max(EXACT) / EXACT).next_power_of_two().ilog2() as usize
-            );
+            let doublings = most.div_ceil(EXACT).next_power_of_two().ilog2() as usize;
+            assert!(sizes.len() <= EXACT + FOR_EACH_DOUBLING * doublings, "{most}: {sizes:?}");
         }
         assert_eq!([17, 24, 25, 32, 33, 64, 65].map(|rows| padded(rows, 256)), [18, 24, 26, 32, 36, 64, 72]);
     }
