@@ -186,7 +186,7 @@ struct Chunk {
 }
 
 impl Arena {
-    /// The first place with room, if there is any.
+    /// The first place with room in the latest chunk that has any: what was asked of the driver for some blocks is theirs.
     fn take(&mut self, bytes: usize) -> Option<Block> {
         let room = self.room(bytes);
         let isolated = self.isolated;
@@ -201,7 +201,7 @@ impl Arena {
             }
             Some(Block { address: chunk.address + offset as u64, bytes })
         };
-        self.chunks.iter_mut().find_map(fit)
+        self.chunks.iter_mut().rev().find_map(fit)
     }
 
     /// Gives a block back.
