@@ -111,7 +111,7 @@ fn spans_arrive_together_as_protobuf_under_the_name_of_the_resource() {
 #[test]
 fn a_batch_that_cannot_be_taken_now_is_sent_again_and_one_that_is_refused_is_not() {
     let collector = Collector::start();
-    [503, 429].map(|status| collector.statuses.send(status).unwrap());
+    [503, 429].into_iter().for_each(|status| collector.statuses.send(status).unwrap());
     let exporter = collector.exporter();
     exporter.spans().send(vec![span("late")]);
     let bodies: Vec<_> = (0..3).map(|_| collector.requests.recv_timeout(PATIENCE).unwrap().1).collect();
