@@ -17,7 +17,7 @@ use crate::handle::Shared;
 /// One step, and how the engine stood behind it. Times are since the engine began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepRecord {
-    /// When it began, after it was planned.
+    /// When it began, after it was planned; or the end of the step before, if it was begun ahead of that.
     pub begin: Duration,
     /// When its results were taken.
     pub end: Duration,
@@ -97,6 +97,8 @@ impl Ring {
 /// Steps are recorded until this is finished or dropped.
 pub struct StepRecording {
     shared: Arc<Shared>,
+    /// The ring is not this one's any more.
+    finished: bool,
 }
 
 impl StepRecording {
@@ -111,20 +113,28 @@ impl StepRecording {
         }
         *ring = Some(Ring { capacity: capacity.max(1), steps: VecDeque::new(), lost: 0, before });
         timeline.on.store(true, Ordering::Relaxed);
-        Some(Self { shared: shared.clone() })
+        Some(Self { shared: shared.clone(), finished: false })
     }
 
     /// Ends the recording.
-    pub fn finish(self) -> RecordedSteps {
-        let ring = self.shared.timeline.ring.lock().take();
-        ring.map(|ring| RecordedSteps { steps: ring.steps.into(), lost: ring.lost }).unwrap_or_default()
+    pub fn finish(mut self) -> RecordedSteps {
+        self.end().map(|ring| RecordedSteps { steps: ring.steps.into(), lost: ring.lost }).unwrap_or_default()
+    }
+
+    /// Takes the ring, once: from then on it may be another recording's.
+    fn end(&mut self) -> Option<Ring> {
+        if std::mem::replace(&mut self.finished, true) {
+            return None;
+        }
+        let timeline = &self.shared.timeline;
+        let mut ring = timeline.ring.lock();
+        timeline.on.store(false, Ordering::Relaxed);
+        ring.take()
     }
 }
 
 impl Drop for StepRecording {
     fn drop(&mut self) {
-        let timeline = &self.shared.timeline;
-        timeline.on.store(false, Ordering::Relaxed);
-        timeline.ring.lock().take();
+        self.end();
     }
 }

@@ -252,7 +252,8 @@ impl<B: Backend> Prepared<B> {
         let Self { backend, model, adapters, kv, spec, report, start, .. } = self;
         let blocks = num_blocks + nobodys_blocks(backend.caps());
         let cache = backend.kv_cache(&kv, blocks)?;
-        let kv_bytes = kv.block_bytes() as u64 * blocks as u64;
+        // Whoever loads it again with so many bytes gets as many blocks: nobody's is beside them each time.
+        let kv_bytes = kv.block_bytes() as u64 * num_blocks as u64;
         let report = LoadReport { kv_bytes, seconds: start.elapsed().as_secs_f64(), ..report };
         let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
         Ok((ModelRunner::new(backend, model, cache, spec, adapters), report))

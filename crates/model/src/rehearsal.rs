@@ -2,8 +2,8 @@
 //! sized.
 //!
 //! What a step takes depends on how many rows it has, how sequences share them, and the longest context up to its next power
-//! of two. All steps of single tokens that serving can have are here by that measure, prompts by powers of two, and the
-//! largest step that the limits allow.
+//! of two. All steps of single tokens that serving can have are here by that measure, those in which all have all their drafts,
+//! prompts by powers of two, and the largest step that the limits allow. Steps between these, and what adapters add, are not.
 
 use std::collections::BTreeSet;
 
@@ -42,18 +42,19 @@ pub(crate) fn rehearse<B: Backend + LatentOps + MoeOps>(
         // A step may be planned while the one before it runs.
         let _next = backend.plan_attention(&batch)?;
         let ids = vec![0; batch.num_tokens()];
-        let mut end = 0;
-        let last: Vec<u32> = spans
-            .iter()
-            .map(|span| {
-                end += span.len as u32;
-                end - 1
-            })
-            .collect();
+        let (mut end, mut last, mut sampled) = (0, Vec::new(), Vec::new());
+        for span in spans {
+            end += span.len as u32;
+            last.push(end - 1);
+            // Behind drafts tokens are chosen as well.
+            let rows = if span.len <= 1 + spec.max_draft_tokens { span.len as u32 } else { 1 };
+            sampled.extend(end - rows..end);
+        }
+        sampled.truncate(spec.logit_rows());
         let mut adapters = StepAdapters { groups: &[], scratch };
         model.forward(backend, TokenIds::Known(&ids), &plan, &mut cache, &mut adapters)?;
-        let logits = model.logits(backend, &last)?;
-        backend.choose(logits, &vec![Draw::LARGEST; last.len()])?;
+        let logits = model.logits(backend, &sampled)?;
+        backend.choose(logits, &vec![Draw::LARGEST; sampled.len()])?;
         if model.looks_ahead() {
             model.look_ahead(backend, &ids, &plan, &mut cache, &mut adapters)?;
             model.logits(backend, &last)?;

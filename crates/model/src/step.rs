@@ -318,7 +318,8 @@ pub trait Runner: Send {
     /// which samples a token for each of its sequences by a [plain draw](StepPlan::is_plain_draw). Any other plan comes while none
     /// is: what is left of steps that an error ended is forgotten.
     fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError>;
-    /// Waits for the end of the earliest step under way, of which there is one.
+    /// Waits for what the earliest step under way gives, of which there is one. A step that was asked for nothing need not be at
+    /// its end then: the next one that gives something is behind it.
     fn finish(&mut self) -> Result<StepOutput, RunError>;
     /// Computes a step, while none is under way.
     fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {

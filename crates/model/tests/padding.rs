@@ -106,6 +106,14 @@ fn rows_that_pad_change_no_bit_of_the_others_with_every_block_in_use() {
 }
 
 #[test]
+fn a_model_that_is_loaded_again_with_as_many_bytes_of_cache_has_the_same_limits() {
+    let files = Files::folder(folder("llama-rope3")).unwrap();
+    let (runner, report) = load(padding(), &files, &limits()).unwrap();
+    let again = LoadOptions { kv_cache: KvCacheSize::Bytes(report.kv_bytes), ..limits() };
+    assert_eq!(load(padding(), &files, &again).unwrap().0.spec(), runner.spec());
+}
+
+#[test]
 fn rows_that_pad_have_no_adapter() {
     let options = LoadOptions { max_lora_rank: 16, ..limits() };
     let adapted = |backend: Reference| {

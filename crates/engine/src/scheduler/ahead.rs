@@ -29,8 +29,9 @@ impl Scheduler {
         let running = || last.sequences.iter().filter_map(|step| self.running.get(&RequestId(step.id)));
         let (ending, staying): (Vec<&Sequence>, Vec<&Sequence>) = running().partition(|sequence| sequence.ends_next());
         let staying: Vec<RequestId> = staying.into_iter().map(|sequence| sequence.id).collect();
-        // Behind a prompt that is computed, and behind who ends, there is more for those that wait.
-        let makes_room = !ending.is_empty() || running().any(|sequence| sequence.num_pending() > 1);
+        // Behind a prompt that is computed, and behind who ends or has ended, there is more for those that wait.
+        let makes_room =
+            !ending.is_empty() || !self.in_doubt.is_empty() || running().any(|sequence| sequence.num_pending() > 1);
         if staying.is_empty() || self.drafts(staying.len()) || self.may_admit(staying.len(), makes_room) {
             return None;
         }
