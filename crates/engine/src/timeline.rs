@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -38,8 +38,10 @@ pub struct StepRecord {
 }
 
 /// The steps of a recording, oldest first.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecordedSteps {
+    /// When the engine began, from which its times count.
+    pub epoch: Instant,
     /// At most as many as were asked for.
     pub steps: Vec<StepRecord>,
     /// Earlier ones, for which there was no room.
@@ -118,7 +120,8 @@ impl StepRecording {
 
     /// Ends the recording.
     pub fn finish(mut self) -> RecordedSteps {
-        self.end().map(|ring| RecordedSteps { steps: ring.steps.into(), lost: ring.lost }).unwrap_or_default()
+        let Ring { steps, lost, .. } = self.end().expect("its own until it is finished");
+        RecordedSteps { epoch: self.shared.epoch, steps: steps.into(), lost }
     }
 
     /// Takes the ring, once: from then on it may be another recording's.

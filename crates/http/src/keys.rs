@@ -47,6 +47,20 @@ pub struct ListedKey {
     pub expires: Option<SystemTime>,
 }
 
+impl ListedKey {
+    /// The digest that 64 hexadecimal digits write; `None` for anything else, and for zeros, which are of no key.
+    pub fn digest_of(hex: &str) -> Option<[u8; 32]> {
+        bytes_of(hex).filter(|digest| *digest != Owner::ANYONE.0)
+    }
+}
+
+fn bytes_of(hex: &str) -> Option<[u8; 32]> {
+    let digit = |digit: u8| Some(char::from(digit).to_digit(16)? as u8);
+    let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
+    let bytes: Option<Vec<u8>> = pairs.iter().map(|&[high, low]| Some(digit(high)? << 4 | digit(low)?)).collect();
+    bytes?.try_into().ok().filter(|_| rest.is_empty())
+}
+
 impl fmt::Debug for ListedKey {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Self { name, digest: _, scopes, expires } = self;
@@ -117,14 +131,7 @@ impl TryFrom<String> for Owner {
     type Error = &'static str;
 
     fn try_from(hex: String) -> Result<Self, Self::Error> {
-        let refusal = "an owner is 64 hexadecimal digits";
-        let digit = |digit: u8| char::from(digit).to_digit(16).ok_or(refusal);
-        let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
-        let bytes: Vec<u8> = pairs
-            .iter()
-            .map(|&[high, low]| Ok((digit(high)? << 4 | digit(low)?) as u8))
-            .collect::<Result<_, Self::Error>>()?;
-        bytes.try_into().ok().filter(|_| rest.is_empty()).map(Self).ok_or(refusal)
+        bytes_of(&hex).map(Self).ok_or("an owner is 64 hexadecimal digits")
     }
 }
 

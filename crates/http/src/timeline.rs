@@ -79,18 +79,21 @@ enum Args<'a> {
 
 impl<'a> Trace<'a> {
     fn new(recorded: &'a [(String, RecordedSteps)]) -> Self {
+        // Engines count from their own beginnings; the file has one axis.
+        let origin = recorded.iter().map(|(_, recorded)| recorded.epoch).min();
         let events = |(pid, (name, recorded)): (usize, &'a (String, RecordedSteps))| {
+            let later = origin.map_or(Duration::ZERO, |origin| recorded.epoch - origin);
             let entry = move |name, ph, ts, args| Event { name, ph, pid, tid: 1, ts, dur: None, args };
             let names = [
                 entry("process_name", "M", 0.0, Args::Name { name }),
                 entry("thread_name", "M", 0.0, Args::Name { name: "engine" }),
             ];
             let steps = recorded.steps.iter().flat_map(move |step| {
-                let end = micros(step.end);
+                let end = micros(later + step.end);
                 [
                     Event {
                         dur: Some(micros(step.end - step.begin)),
-                        ..entry("step", "X", micros(step.begin), Args::of(step))
+                        ..entry("step", "X", micros(later + step.begin), Args::of(step))
                     },
                     entry("requests", "C", end, Args::Requests { running: step.running, waiting: step.waiting }),
                     entry("cache blocks", "C", end, Args::Blocks { used: step.used_blocks }),

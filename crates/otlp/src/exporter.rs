@@ -25,6 +25,8 @@ const LINGER: Duration = Duration::from_millis(500);
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Pauses before a batch is sent again: twice as long each time, up to the second.
 const PAUSES: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(30)];
+/// The longest answer that is read, in bytes.
+const MAX_ANSWER: u64 = 64 << 10;
 /// Failures are not logged more often.
 const COMPLAINTS: Duration = Duration::from_secs(60);
 
@@ -172,9 +174,14 @@ impl Worker {
         let body = wire::encode(&self.resource, self.scope, batch);
         let mut pause = PAUSES[0];
         loop {
-            let Err(failure) = self.post(&body) else {
-                add(&self.counts.exported, batch.len());
-                return;
+            let failure = match self.post(&body) {
+                Err(failure) => failure,
+                Ok(rejected) => {
+                    let rejected = batch.len().min(rejected);
+                    add(&self.counts.exported, batch.len() - rejected);
+                    add(&self.counts.dropped, rejected);
+                    return;
+                }
             };
             self.complain(&failure);
             if !failure.passing || self.stops_within(pause) {
@@ -190,11 +197,16 @@ impl Worker {
         self.stopped.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected)
     }
 
-    fn post(&self, body: &[u8]) -> Result<(), Failure> {
+    /// Sends a batch, of which the collector says how many spans it did not take.
+    fn post(&self, body: &[u8]) -> Result<usize, Failure> {
         let request = self.agent.post(self.endpoint.uri()).content_type("application/x-protobuf");
-        let response = request.send(body).map_err(|error| Failure { reason: error.to_string(), passing: true })?;
+        let mut response = request.send(body).map_err(|error| Failure { reason: error.to_string(), passing: true })?;
         match response.status().as_u16() {
-            200..=299 => Ok(()),
+            // What cannot be read is no reason to send them twice.
+            200..=299 => {
+                let answer = response.body_mut().with_config().limit(MAX_ANSWER).read_to_vec();
+                Ok(wire::rejected(&answer.unwrap_or_default()))
+            }
             // Those that the protocol says to try again.
             status @ (429 | 502 | 503 | 504) => Err(Failure { reason: format!("status {status}"), passing: true }),
             status => Err(Failure { reason: format!("status {status}"), passing: false }),

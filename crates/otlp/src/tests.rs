@@ -11,7 +11,10 @@ use crate::{Endpoint, Exporter, Kind, Span, Value};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Head and body of each request, answered with the next status, or 200 when none is left.
+/// `partial_success { rejected_spans: 1 }`, as the protocol writes it.
+const ONE_REJECTED: [u8; 4] = [0x0a, 2, 0x08, 1];
+
+/// Head and body of each request, answered with the next status, or 200 when none is left; 202 says that one span was rejected.
 struct Collector {
     endpoint: Endpoint,
     requests: Receiver<(String, Vec<u8>)>,
@@ -43,10 +46,12 @@ impl Collector {
                 body.resize(length.parse().unwrap(), 0);
                 stream.read_exact(&mut body[read..]).unwrap();
                 let status = answers.try_recv().unwrap_or(200);
+                let answer: &[u8] = if status == 202 { &ONE_REJECTED } else { b"" };
                 let reply = format!(
-                    "HTTP/1.1 {status} x\r\nlocation: http://127.0.0.1:1/\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+                    "HTTP/1.1 {status} x\r\nlocation: http://127.0.0.1:1/\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+                    answer.len()
                 );
-                stream.write_all(reply.as_bytes()).unwrap();
+                stream.write_all(&[reply.as_bytes(), answer].concat()).unwrap();
                 if sender.send((text, body)).is_err() {
                     return;
                 }
@@ -126,6 +131,11 @@ fn a_batch_that_cannot_be_taken_now_is_sent_again_and_one_that_is_refused_is_not
         eventually(&exporter.counts().dropped, refusals);
     }
     assert_eq!(exporter.counts().exported.load(Ordering::Relaxed), 1);
+
+    collector.statuses.send(202).unwrap();
+    exporter.spans().send(vec![span("taken"), span("rejected")]);
+    eventually(&exporter.counts().exported, 2);
+    eventually(&exporter.counts().dropped, 4);
 }
 
 #[test]

@@ -22,6 +22,25 @@ pub(crate) fn encode(resource: &[Attribute], scope: (&str, &str), spans: &[Span]
     request.encode_to_vec()
 }
 
+/// How many spans the collector says that it did not take, behind a status that says it took them.
+pub(crate) fn rejected(answer: &[u8]) -> usize {
+    let answer = ExportTraceServiceResponse::decode(answer).unwrap_or_default();
+    let rejected = answer.partial_success.map_or(0, |partial| partial.rejected_spans);
+    usize::try_from(rejected).unwrap_or(0)
+}
+
+#[derive(Message)]
+struct ExportTraceServiceResponse {
+    #[prost(message, optional, tag = "1")]
+    partial_success: Option<PartialSuccess>,
+}
+
+#[derive(Message)]
+struct PartialSuccess {
+    #[prost(int64, tag = "1")]
+    rejected_spans: i64,
+}
+
 #[derive(Message)]
 struct ExportTraceServiceRequest {
     #[prost(message, repeated, tag = "1")]

@@ -57,7 +57,7 @@ fn key(entry: &Table) -> Result<ListedKey> {
     let fits = |name: &&str| (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(plain);
     let name = text("name").filter(fits);
     let name = name.with_context(|| format!("name must be 1 to {MAX_NAME_BYTES} letters, digits, - _ . and @"))?;
-    let digest = text("sha256").and_then(|hex| digest(hex.strip_prefix("sha256:").unwrap_or(hex)));
+    let digest = text("sha256").and_then(|hex| ListedKey::digest_of(hex.strip_prefix("sha256:").unwrap_or(hex)));
     let digest = digest.context("sha256 must be the 64 hexadecimal digits that `printf %s KEY | sha256sum` gives")?;
     let names = entry.get("scopes").and_then(Value::as_array).filter(|names| !names.is_empty());
     let scope = |name: &Value| Scopes::NAMES.iter().find(|(known, _)| name.as_str() == Some(known)).map(|(_, s)| *s);
@@ -69,14 +69,6 @@ fn key(entry: &Table) -> Result<ListedKey> {
         scopes: scopes.into_iter().fold(Scopes::default(), Scopes::and),
         expires: entry.get("expires").map(expiry).transpose()?,
     })
-}
-
-fn digest(hex: &str) -> Option<[u8; 32]> {
-    let digit = |b: u8| Some(char::from(b).to_digit(16)? as u8);
-    let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
-    let bytes: Vec<u8> =
-        pairs.iter().map(|&[high, low]| Some(digit(high)? << 4 | digit(low)?)).collect::<Option<_>>()?;
-    bytes.try_into().ok().filter(|_| rest.is_empty())
 }
 
 /// A moment as TOML writes it, or as a string.
@@ -133,6 +125,8 @@ mod tests {
             (entry("key = \"s3cret\""), "key 1: a key has"),
             (replaced(&format!("\"{DIGEST}\""), "\"s3cret\""), "sha256sum"),
             (replaced(DIGEST, &DIGEST[1..]), "64 hexadecimal"),
+            // What stands for the sender of no key.
+            (replaced(DIGEST, &"0".repeat(64)), "64 hexadecimal"),
             (replaced("name = \"a\"", "name = \"s3cret\\n\""), "name must be"),
             (replaced("[\"inference\"]", "[]"), "scopes must be"),
             (replaced("[\"inference\"]", "[\"s3cret\"]"), "scopes must be"),

@@ -3,10 +3,10 @@
 //! Invariant: nothing is bound to an address that other machines reach unless clients must show a key or a certificate
 //! there, or the operator has said that they need not.
 
-use std::fs;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, lookup_host};
 
 /// Connections at once, at most, where neither the settings nor the system say less.
@@ -34,21 +34,18 @@ pub async fn listen(host: &str, port: u16, guarded: bool) -> Result<TcpListener>
     TcpListener::bind(&addresses[..]).await.with_context(place)
 }
 
-/// How many connections there may be at once, for the descriptors that the process may have.
+/// How many connections there may be at once, for the descriptors that the process may have: all that the system allows it,
+/// since the usual limit is there for programs that wait by `select`.
 pub fn connections() -> usize {
-    let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    within(descriptors(&limits))
+    let limits = getrlimit(Resource::Nofile);
+    let all = Rlimit { current: limits.maximum, ..limits.clone() };
+    let may = if setrlimit(Resource::Nofile, all).is_ok() { limits.maximum } else { limits.current };
+    within(may.map(|descriptors| usize::try_from(descriptors).unwrap_or(usize::MAX)))
 }
 
 fn within(descriptors: Option<usize>) -> usize {
     let left = |all: usize| all.saturating_sub(SPARE_DESCRIPTORS).max(all / 2);
     descriptors.map_or(MOST_CONNECTIONS, left).min(MOST_CONNECTIONS)
-}
-
-/// The soft limit as Linux tells it; `None` if there is none.
-fn descriptors(limits: &str) -> Option<usize> {
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
-    line.split_whitespace().next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -57,13 +54,10 @@ mod tests {
 
     #[test]
     fn connections_leave_descriptors_for_files() {
-        let limits = "Limit          Soft Limit     Hard Limit     Units\nMax open files            1024          524288          files\n";
-        assert_eq!(descriptors(limits), Some(1024));
         assert_eq!(
             [Some(64), Some(1024), Some(1 << 20), None].map(within),
             [32, 768, MOST_CONNECTIONS, MOST_CONNECTIONS]
         );
-        assert_eq!(descriptors("Max open files            unlimited            unlimited            files"), None);
     }
 
     #[tokio::test]

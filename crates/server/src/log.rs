@@ -1,7 +1,8 @@
 //! The log: lines on standard error that nobody waits for.
 //!
 //! Whoever logs hands its line to a bounded queue; one thread writes. Where standard error takes no lines, be it a pipe that
-//! nobody reads or a full disk, lines are lost and counted, and serving goes on.
+//! nobody reads or a full disk, lines are lost and counted, and serving goes on. `tracing-appender` does nearly that: it does not
+//! count the lines that cannot be written, nor wait for the last ones no longer than it is told.
 
 use std::{
     io::{self, IsTerminal, Write},

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_otlp::Endpoint;
 use clap::{ArgMatches, Args, FromArgMatches, parser::ValueSource};
 use serde::{Deserialize, Serialize};
@@ -387,7 +387,7 @@ impl ServeArgs {
     }
 
     fn over(self, file: &str, origins: &mut Origins) -> Result<Self> {
-        let file: ServeArgs = toml::from_str(file)?;
+        let file: ServeArgs = toml::from_str(file).map_err(|error| refusal(file, &error))?;
         let mut merged = file.to_map()?;
         for key in merged.keys() {
             origins.entry(key.clone()).or_insert(Origin::File);
@@ -512,6 +512,22 @@ fn endpoint(url: String) -> Result<String> {
     Ok(endpoint.to_string())
 }
 
+/// What is wrong with a file, without the value of what may be a key: the parser's own words quote the line.
+fn refusal(file: &str, error: &toml::de::Error) -> anyhow::Error {
+    let place = error.span().map_or(0, |span| span.start);
+    let before = file.get(..place).unwrap_or_default();
+    let (number, start) = (before.matches('\n').count() + 1, before.rfind('\n').map_or(0, |end| end + 1));
+    let line = file[start..].lines().next().unwrap_or_default();
+    let message = error.message();
+    match line.split_once('=').map(|(name, _)| name.trim()) {
+        Some(name) if !name.contains("key") || message.starts_with("unknown field") => {
+            anyhow!("line {number}, {name}: {message}")
+        }
+        Some(name) => anyhow!("line {number}, {name}: not a value that is taken there"),
+        None => anyhow!("line {number}: not TOML, or not a value that is taken there"),
+    }
+}
+
 /// Origins, each given alone, in a list with commas, or in a list as JSON writes it.
 fn origins(given: &[String]) -> Result<Vec<String>> {
     let mut origins: Vec<String> = Vec::new();
@@ -601,6 +617,15 @@ mod tests {
         let (settings, origins) = parse(&flags, "").unwrap();
         let shown = format!("{settings:?}{}", settings.table(&origins).unwrap());
         assert!(shown.contains("[redacted]") && !shown.contains("s3cret"), "{shown}");
+        for (file, names) in [
+            ("port = 1\napi-key = \"s3cret\"", "line 2, api-key"),
+            ("api-keys = [\"s3cret\"]", "`api-keys`"),
+            ("api-key = [\n  \"a\",\n  s3cret,\n]", "line 3"),
+            ("admin-api-key = s3cret", "line 1"),
+        ] {
+            let refusal = format!("{:?}", parse(&[], file).unwrap_err());
+            assert!(refusal.contains(names) && !refusal.contains("s3cret"), "{refusal}");
+        }
     }
 
     #[test]

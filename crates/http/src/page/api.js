@@ -22,11 +22,24 @@ export class Refusal extends Error {
 }
 
 const KEYS = ["api-key", "admin-key"];
+let kept = KEYS.map(() => "");
+try {
+  kept = KEYS.map(name => sessionStorage.getItem(name) ?? "");
+} catch {
+  // Where nothing may be stored they last as long as the page.
+}
 
 /** The keys of this tab: of the model's users, and of admins. */
 export const keys = {
-  read: () => KEYS.map(name => sessionStorage.getItem(name) ?? ""),
-  keep: values => KEYS.forEach((name, i) => sessionStorage.setItem(name, values[i])),
+  read: () => kept,
+  keep: values => {
+    kept = values;
+    try {
+      KEYS.forEach((name, i) => sessionStorage.setItem(name, values[i]));
+    } catch {
+      // As above.
+    }
+  },
 };
 
 /** Who may make a call: for each, the keys to try, the likelier first. */
