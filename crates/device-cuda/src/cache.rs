@@ -77,11 +77,13 @@ impl KvCache {
         assert_eq!(spec.block_size, BLOCK, "tokens of a block");
         assert!(blocks < i32::MAX as usize / BLOCK, "{blocks} blocks");
         let kept = Kept { activations, element: element(spec.dtype), bytes: spec.dtype == KvDtype::Int8 };
-        let counters = zeros(gpu, counters(gpu) * size_of::<u32>(), "counters of attention")?;
+        let of_counters = counters(gpu) * size_of::<u32>();
         // Nothing else may come in between.
         let planes = spec.layers.iter().flat_map(|kv| shapes(*kv)).map(|shape| shape.bytes(spec.dtype));
         let buffers = planes.flat_map(|(data, scales)| std::iter::once(data).chain(scales));
-        gpu.reserve_together(Kind::Lasting, buffers.map(|bytes| blocks.saturating_mul(bytes)))?;
+        let planes = buffers.map(|bytes| blocks.saturating_mul(bytes));
+        gpu.reserve_together(Kind::Lasting, std::iter::once(of_counters).chain(planes))?;
+        let counters = zeros(gpu, of_counters, "counters of attention")?;
         let layer = |&kv: &LayerKv| {
             let [first, second] = shapes(kv).map(|shape| Plane::new(gpu, spec.dtype, blocks, shape));
             Ok(Layer { kv, planes: [first?, second?], attend: Attend::new(gpu, &kept, kv)? })

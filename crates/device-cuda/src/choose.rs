@@ -63,11 +63,11 @@ impl Chooser {
         self.gpu.kernel(Source::Choose, format!("choose<{}>", logits.name()))
     }
 
-    /// Runs what is queued, and chooses behind it.
+    /// Queues the choice, and begins to bring it to the host: with that all that is queued runs.
     pub(crate) fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Chosen> {
         let (rows, limit) = (logits.rows(), logits.cols());
         assert_eq!(rows, draws.len(), "a draw for each row");
-        let number = self.choices.fetch_add(1, Ordering::Relaxed) + 1;
+        let number = self.choices.load(Ordering::Relaxed) + 1;
         if rows == 0 {
             return Ok(Chosen { number, rows, limit, fetch: None });
         }
@@ -78,6 +78,8 @@ impl Chooser {
         let args = [logits.address(), draws, tokens].map(Arg::Ptr);
         let args = [&args[..], &[Arg::I32(limit as i32)]].concat();
         self.gpu.launch(&self.kernel(logits.dtype())?, launch, &args)?;
+        // What was there is overwritten from now on.
+        self.choices.store(number, Ordering::Relaxed);
         let fetch = self.gpu.fetch(tokens, rows * size_of::<i32>())?;
         Ok(Chosen { number, rows, limit, fetch: Some(fetch) })
     }

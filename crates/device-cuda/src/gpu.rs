@@ -336,8 +336,11 @@ impl Gpu {
         Ok(DeviceMemory { total: total as u64, free: free as u64 })
     }
 
-    /// Has `steps` queue what steps queue, of which nothing runs, and keeps what they took. Scratch becomes one piece, so that
-    /// it holds whatever takes no more at once, in what blocks ever.
+    /// Has `steps` queue what steps queue, of which nothing runs, and keeps what they took. Scratch becomes one piece: it holds
+    /// whatever takes no more at once, since operations give it back in the reverse of the order in which they took it.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] if scratch is not to be had again as one piece.
     pub(crate) fn rehearse(&self, steps: impl FnOnce() -> Result<()>) -> Result<StepMemory> {
         self.synchronize()?;
         self.with_queue(|queue| {
@@ -350,7 +353,15 @@ impl Gpu {
         self.give_up_scratch()?;
         let (_, most) = lock(&self.memory).scratch();
         self.reserve_together(Kind::Scratch, [most])?;
-        let (scratch, _) = lock(&self.memory).scratch();
+        let memory = lock(&self.memory);
+        let (scratch, _) = memory.scratch();
+        if scratch < most as u64 && memory.together([most]).is_some() {
+            return Err(DeviceError::OutOfMemory {
+                device: self.name().to_owned(),
+                bytes: most,
+                what: "what steps compute in",
+            });
+        }
         Ok(StepMemory { scratch, graphs })
     }
 

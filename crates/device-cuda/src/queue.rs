@@ -62,8 +62,8 @@ pub(crate) struct Queue {
     /// Whether the stream was given anything since the last of them.
     behind: bool,
     graphs: bool,
-    /// While lists do not run, the bytes that graphs of them have taken.
-    rehearsed: Option<u64>,
+    /// Lists do not run, but become graphs.
+    rehearsing: bool,
 }
 
 struct List {
@@ -86,7 +86,7 @@ impl Queue {
             fetches: 0,
             behind: false,
             graphs,
-            rehearsed: None,
+            rehearsing: false,
         })
     }
 
@@ -148,7 +148,7 @@ impl Queue {
         add(&counters.launches, self.commands.len());
         self.behind = true;
         let worthwhile = self.graphs && self.commands.len() >= WORTHWHILE;
-        let result = match (self.rehearsed.is_some(), worthwhile) {
+        let result = match (self.rehearsing, worthwhile) {
             (true, true) => self.measure(context),
             (true, false) => Ok(()),
             (false, true) => self.run_remembered(context, counters),
@@ -163,29 +163,29 @@ impl Queue {
 
     /// From now on lists are not run: what they would take is found out.
     pub(crate) fn begin_rehearsal(&mut self) {
-        self.rehearsed = Some(0);
+        self.rehearsing = true;
     }
 
-    /// Lists run again. The bytes that graphs of the lists since then took together, which are given back.
+    /// Lists run again. The bytes that graphs of the lists since then took together, and gave back: what capturing them left
+    /// behind (code that libraries loaded, what the driver keeps) is in use from now on.
     pub(crate) fn end_rehearsal(&mut self, context: &Context) -> Result<u64> {
         self.forget();
-        let bytes = self.rehearsed.take().unwrap_or_default();
+        self.rehearsing = false;
         // Not as long as graphs are on their way to the device.
         self.synchronize(context)?;
+        let (before, _) = context.memory()?;
         self.lists.clear();
-        Ok(bytes)
+        let (after, _) = context.memory()?;
+        Ok(after.saturating_sub(before) as u64)
     }
 
-    /// Makes the list's graph as if it came again, and counts what that takes; not of more lists than are kept.
+    /// Makes the list's graph as if it came again; not of more lists than are kept.
     fn measure(&mut self, context: &Arc<Context>) -> Result<()> {
         let kept = kept_beside(self.words.len(), self.lists.iter().map(|list| list.words.len()));
         if kept < self.lists.len() || self.lists.iter().any(|list| list.words == self.words) {
             return Ok(());
         }
-        let (before, _) = context.memory()?;
         let graph = self.capture(context)?;
-        let (after, _) = context.memory()?;
-        self.rehearsed = self.rehearsed.map(|bytes| bytes + before.saturating_sub(after) as u64);
         self.lists.push_front(List { words: self.words.clone(), graph });
         Ok(())
     }

@@ -39,8 +39,6 @@ pub(crate) fn rehearse<B: Backend + LatentOps + MoeOps>(
         let sequences: Vec<SequenceSpan<'_>> = spans.iter().map(sequence).collect();
         let batch = AttentionBatch { sequences: &sequences };
         let plan = backend.plan_attention(&batch)?;
-        // A step may be planned while the one before it runs.
-        let _next = backend.plan_attention(&batch)?;
         let ids = vec![0; batch.num_tokens()];
         let (mut end, mut last, mut sampled) = (0, Vec::new(), Vec::new());
         for span in spans {
