@@ -108,6 +108,6 @@ fn blocks_that_are_reserved_together_take_one_piece_of_the_driver_and_little_mor
     let now = gpu.statistics();
     assert_eq!(now.allocations - before.allocations, 1);
     assert_eq!(now.allocated - before.allocated, 42 << 20);
-    [1 << 40, usize::MAX].map(|bytes| gpu.reserve_together(Kind::Lasting, [bytes]).unwrap());
+    [1 << 40, usize::MAX].into_iter().for_each(|bytes| gpu.reserve_together(Kind::Lasting, [bytes]).unwrap());
     assert!(matches!(gpu.alloc(1 << 40, "a test"), Err(DeviceError::OutOfMemory { .. })));
 }
