@@ -38,7 +38,7 @@ pub async fn listen(host: &str, port: u16, guarded: bool) -> Result<TcpListener>
 /// since the usual limit is there for programs that wait by `select`.
 pub fn connections() -> usize {
     let limits = getrlimit(Resource::Nofile);
-    let all = Rlimit { current: limits.maximum, ..limits.clone() };
+    let all = Rlimit { current: limits.maximum, ..limits };
     let may = if setrlimit(Resource::Nofile, all).is_ok() { limits.maximum } else { limits.current };
     within(may.map(|descriptors| usize::try_from(descriptors).unwrap_or(usize::MAX)))
 }

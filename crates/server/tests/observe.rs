@@ -186,9 +186,8 @@ async fn a_line_of_json_says_of_a_request_what_an_operator_asks_for() {
 /// The lines of the access log in what was logged, all of which is JSON; the last line may be cut off.
 fn requests(log: PipeReader) -> Vec<Value> {
     let lines: Vec<String> = BufReader::new(log).lines().map(|line| line.expect("UTF-8")).collect();
-    let parsed = lines.iter().map(|line| serde_json::from_str::<Value>(line));
-    let whole: Vec<Value> =
-        parsed.clone().take(lines.len().saturating_sub(1)).map(|line| line.expect("JSON")).collect();
-    let last = parsed.last().and_then(Result::ok);
-    whole.into_iter().chain(last).filter(|line| line["target"] == "baton_http::access").collect()
+    let Some((last, whole)) = lines.split_last() else { return Vec::new() };
+    let parse = |line: &String| serde_json::from_str::<Value>(line);
+    let whole = whole.iter().map(|line| parse(line).expect("JSON"));
+    whole.chain(parse(last).ok()).filter(|line| line["target"] == "baton_http::access").collect()
 }

@@ -205,7 +205,7 @@ fn the_upper_half_of_a_product_is_whole() {
     let factors = [u64::MAX, u64::MAX, 1 << 63, 0x0123_4567_89ab_cdef, 6];
     let (kernel, x, out) = (session.kernel(source, "upper"), session.upload(&factors), session.alloc(32));
     well(session.launch(kernel, 1, 4, 0, &[&x, &out]));
-    let upper = |pair: &[u64]| (u128::from(pair[0]) * u128::from(pair[1]) >> 64) as u64;
+    let upper = |pair: &[u64]| ((u128::from(pair[0]) * u128::from(pair[1])) >> 64) as u64;
     assert_eq!(session.download::<u64>(out, 4), factors.windows(2).map(upper).collect::<Vec<_>>());
 }
 
