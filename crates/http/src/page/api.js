@@ -22,22 +22,24 @@ export class Refusal extends Error {
 }
 
 const KEYS = ["api-key", "admin-key"];
+// Where nothing may be stored they last as long as the page.
 let kept = KEYS.map(() => "");
-try {
-  kept = KEYS.map(name => sessionStorage.getItem(name) ?? "");
-} catch {
-  // Where nothing may be stored they last as long as the page.
-}
 
 /** The keys of this tab: of the model's users, and of admins. */
 export const keys = {
-  read: () => kept,
+  read: () => {
+    try {
+      return KEYS.map(name => sessionStorage.getItem(name) ?? "");
+    } catch {
+      return kept;
+    }
+  },
   keep: values => {
     kept = values;
     try {
       KEYS.forEach((name, i) => sessionStorage.setItem(name, values[i]));
     } catch {
-      // As above.
+      // They are kept above.
     }
   },
 };
