@@ -10,7 +10,8 @@ use sha2::{Digest, Sha256};
 use crate::harness::{CHAT, REPLY, Reply, Server, Setup, chat_body, raw, read_until, request, with};
 
 /// What anybody may see.
-const PUBLIC: [&str; 14] = [
+/// Routes that need no key.
+pub const PUBLIC: [&str; 14] = [
     "/",
     "/page/app.js",
     "/live",

@@ -13,21 +13,7 @@ use tokio::time::timeout;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::harness::{CHAT, COMPLETIONS, PATIENCE, Reply, Server, Setup, chat_body, request, with};
-
-const PUBLIC: [&str; 12] = [
-    "/",
-    "/page/app.js",
-    "/live",
-    "/ready",
-    "/startup",
-    "/health",
-    "/health/live",
-    "/health/ready",
-    "/health/startup",
-    "/v2/health/live",
-    "/v2/health/ready",
-    "/version",
-];
+use crate::keys::PUBLIC;
 
 async fn guarded() -> Server {
     let mut setup = Setup::default();
