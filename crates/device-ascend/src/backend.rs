@@ -58,6 +58,8 @@ pub struct AscendBackend {
     masks: Buffer,
     /// Windows that attention was asked for, so that plans foresee them.
     windows: Mutex<BTreeSet<usize>>,
+    /// Draws what the device does not choose itself.
+    drawer: Mutex<Drawer>,
 }
 
 /// Tokens of a cache block: what fused attention takes everywhere.
@@ -89,7 +91,17 @@ impl AscendBackend {
         let caps = caps(name, soc, chip, options.activations, blocks);
         let forms = Forms::new(!options.fused);
         let place = Place::alone();
-        Ok(Self { caps, chip, activations, forms, owner, place, masks, windows: Mutex::default() })
+        Ok(Self {
+            caps,
+            chip,
+            activations,
+            forms,
+            owner,
+            place,
+            masks,
+            windows: Mutex::default(),
+            drawer: Mutex::default(),
+        })
     }
 
     /// Opens several devices as the ranks of one model, in this order; `options.device` is none of them.
@@ -460,7 +472,8 @@ impl Backend for AscendBackend {
         }
         let mut values = Vec::new();
         self.read(logits, &mut values)?;
-        Ok(Drawer::default().choose(&values, logits.cols(), draws))
+        let mut drawer = self.drawer.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(drawer.choose(&values, logits.cols(), draws))
     }
 
     fn read_chosen(&self, chosen: &Vec<Option<u32>>, out: &mut Vec<Option<u32>>) -> Result<()> {

@@ -111,13 +111,27 @@ async fn the_last_spans_are_sent_before_the_server_ends_and_refusals_are_among_t
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_collector_that_is_away_costs_spans_and_nothing_else() {
+async fn a_collector_that_refuses_costs_spans_and_nothing_else() {
+    let collector = Collector::answering(400);
+    let url = format!("http://{}", collector.address);
+    let server = start(&["--log-level", "error", "--otlp-traces-endpoint", &url]).await;
+    assert_eq!(ask(&server, json!({"max_tokens": 5})).await.0, 200);
+    let all_lost = async {
+        while server.metric("baton_trace_spans_dropped_total").await.expect("a metric") != 4.0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, all_lost).await.expect("four spans are counted");
+    assert_eq!(server.metric("baton_trace_spans_exported_total").await.expect("a metric"), 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collector_that_is_away_keeps_no_request_waiting_and_no_server_from_its_end() {
     let nobody = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
     let mut server = start(&["--log-level", "error", "--otlp-traces-endpoint", &format!("http://{nobody}")]).await;
     for _ in 0..3 {
         assert_eq!(ask(&server, json!({"max_tokens": 5})).await.0, 200);
     }
-    assert_eq!(server.metric("baton_trace_spans_exported_total").await.expect("a metric"), 0.0);
     server.terminate().expect("a signal");
     assert!(server.wait(Duration::from_secs(30)).await.expect("it ends").success());
 }

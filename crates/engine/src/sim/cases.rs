@@ -153,28 +153,18 @@ fn r13_one_sequence_that_is_not_finite_fails_alone_and_leaves_nothing_in_the_cac
 
 #[test]
 fn r13_blocks_that_no_sample_vouched_for_are_cleared_as_well() {
-    let mut world = world(50);
-    let faulty = submit(&mut world, request(0, 40, 20));
-    world.poison(faulty, 3);
-    world.step();
-    world.abort(faulty);
-    let heir = submit(&mut world, request(1, 6, 20));
-    world.run();
-    assert_eq!(world.end(heir), &FinishReason::Length);
-    assert_eq!(world.control.cleared_blocks().len(), 16 / BLOCK_SIZE);
-}
-
-#[test]
-fn r13_so_are_they_where_all_of_a_prompt_but_its_last_token_was_computed() {
-    let mut world = world(50);
-    let faulty = submit(&mut world, request(0, 17, 20));
-    world.poison(faulty, 3);
-    world.step();
-    world.abort(faulty);
-    let heir = submit(&mut world, request(1, 6, 20));
-    world.run();
-    assert_eq!(world.end(heir), &FinishReason::Length);
-    assert_eq!(world.control.cleared_blocks().len(), 16 / BLOCK_SIZE);
+    // In the midst of a prompt, and where all of it but its last token was computed.
+    for prompt in [40, 17] {
+        let mut world = world(50);
+        let faulty = submit(&mut world, request(0, prompt, 20));
+        world.poison(faulty, 3);
+        world.step();
+        world.abort(faulty);
+        let heir = submit(&mut world, request(1, 6, 20));
+        world.run();
+        assert_eq!(world.end(heir), &FinishReason::Length);
+        assert_eq!(world.control.cleared_blocks().len(), 16 / BLOCK_SIZE);
+    }
 }
 
 #[test]

@@ -27,20 +27,26 @@ pub struct Span {
     pub status: u64,
 }
 
-/// Listens on a port of its own and answers 200 to everything.
+/// Listens on a port of its own and answers everything alike.
 pub struct Collector {
     pub address: SocketAddr,
     spans: Receiver<Span>,
 }
 
 impl Collector {
+    /// Takes everything.
     pub fn start() -> Self {
+        Self::answering(200)
+    }
+
+    /// Answers with this status.
+    pub fn answering(status: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
         let (sender, spans) = channel();
         thread::spawn(move || {
             for stream in listener.incoming() {
-                let body = answered(stream.expect("a connection"));
+                let body = answered(stream.expect("a connection"), status);
                 if export(&body).into_iter().any(|span| sender.send(span).is_err()) {
                     return;
                 }
@@ -61,7 +67,7 @@ impl Collector {
 }
 
 /// Reads one request and answers it.
-fn answered(mut stream: TcpStream) -> Vec<u8> {
+fn answered(mut stream: TcpStream, status: u16) -> Vec<u8> {
     let mut bytes = Vec::new();
     let end = loop {
         let mut more = [0; 4096];
@@ -79,7 +85,8 @@ fn answered(mut stream: TcpStream) -> Vec<u8> {
     let read = body.len();
     body.resize(length.parse().expect("a number"), 0);
     stream.read_exact(&mut body[read..]).expect("the rest");
-    stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").expect("an answer");
+    let answer = format!("HTTP/1.1 {status} x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+    stream.write_all(answer.as_bytes()).expect("an answer");
     body
 }
 
