@@ -14,6 +14,7 @@ mod grammars;
 #[cfg(test)]
 mod invariants;
 mod mock;
+mod mock_model;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
@@ -23,4 +24,5 @@ mod urgency;
 #[cfg(test)]
 mod world;
 
-pub use mock::{MockControl, MockModel, MockRunner};
+pub use mock::{MockControl, MockRunner};
+pub use mock_model::MockModel;

@@ -3,7 +3,7 @@
 
 use baton_model::{Constraint, ConstraintError, Grammar, TokenMask};
 
-use super::mock::mix;
+use super::mock_model::mix;
 
 /// See the head of the file.
 #[derive(Debug)]
