@@ -3,6 +3,7 @@
 
 #![cfg(target_os = "linux")]
 
+#[path = "model/common/mod.rs"]
 mod common;
 
 use std::fs;

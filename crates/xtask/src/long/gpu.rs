@@ -15,7 +15,7 @@ pub fn check(_: &Path) -> Result<()> {
         env::var_os(NVRTC).is_some(),
         "{NVRTC} names a folder with NVRTC: the Python package nvidia-cuda-nvrtc has it"
     );
-    timed("goldens", || ignored("baton-model", "golden", "gpu_in_f32"))?;
+    timed("goldens", || ignored("baton-model", "model", "golden::gpu_in_f32"))?;
     timed("cases", || ignored("baton-device-cuda", "conformance", "all_cases"))?;
     timed("kernels", || ignored("baton-device-cuda", "nvrtc", "every_kernel"))
 }

@@ -2,17 +2,15 @@
 //! one step or many, over a cached prefix or from nothing, preempted or not, with drafts right or wrong,
 //! whatever adapters its batch mates have. Through the runner, with a real paged cache, sampled and greedy.
 
-mod common;
-
 use std::fmt;
 
+use crate::common::checkpoint::poisoned_by_token_7;
+use crate::common::{
+    MAX_DRAFT, Pool, Rng, Sequence, adapted, all_logits_with, alone, generate, options, prompts, step, step_with_drafts,
+};
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Adapter, Files, ModelRunner, Runner, SamplingParams, SequenceFailure, StepPlan, load};
-use common::checkpoint::poisoned_by_token_7;
-use common::{
-    MAX_DRAFT, Pool, Rng, Sequence, adapted, all_logits_with, alone, generate, options, prompts, step, step_with_drafts,
-};
 
 const OUTPUT: usize = 12;
 
@@ -56,7 +54,7 @@ fn sequences<B: Backend + LatentOps + MoeOps>(
     adapters: &[Option<Adapter>],
     case: Case,
 ) -> Vec<(Sequence, Sequence)> {
-    let solo = |(i, prompt): (usize, common::Prompt)| {
+    let solo = |(i, prompt): (usize, crate::common::Prompt)| {
         let adapter = adapters[i % adapters.len()].as_ref();
         let sequence = Sequence::new(i as u64, &prompt.ids, params(i)).adapted(adapter);
         let sequence = if i % 2 == 0 { sequence.scored() } else { sequence };

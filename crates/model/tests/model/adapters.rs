@@ -1,10 +1,8 @@
 //! LoRA adapters against peft's own forward, in float64 (see `models/golden/lora`), and what their loader refuses.
 
-mod common;
-
+use crate::common::{adapted, all_logits_with, exact_cpu, folder, generate_with, json, options, prompts};
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_model::{Files, LoadOptions, SamplingParams, load};
-use common::{adapted, all_logits_with, exact_cpu, folder, generate_with, json, options, prompts};
 
 /// On logits and logprobs, absolute, as for models without adapter.
 const TOLERANCE: f64 = 1e-3;
@@ -73,7 +71,7 @@ fn an_adapter_does_to_a_gguf_file_what_it_does_to_its_checkpoint() {
         let mut runner = load(Reference::new(), &files, &options).unwrap().0;
         let adapter = runner.adapter_loader().unwrap().load(&folder("lora").join(case)).unwrap();
         let (base, prompts) = (file.rsplit_once('-').unwrap().0, prompts(&format!("lora/{case}")));
-        let mut plain = common::runner(Reference::new(), base);
+        let mut plain = crate::common::runner(Reference::new(), base);
         for prompt in prompts {
             let last = |logits: Vec<f32>| logits[logits.len() - prompt.last_logits.len()..].to_vec();
             let expected: Vec<f32> = prompt.last_logits.iter().map(|l| *l as f32).collect();

@@ -1,14 +1,12 @@
 //! Damaged, hostile and unsuitable checkpoints: each is a typed error that names the cause, none a
 //! panic, none a silently different model.
 
-mod common;
-
 use std::fs;
 
+use crate::common::checkpoint::{Copy, Tensor, find, probe, sharded, with_header};
+use crate::common::{Rng, folder, options};
 use baton_device::{BlockFormat, DType, Reference, WeightFormat};
 use baton_model::{Files, KvCacheSize, LoadError, LoadOptions, load};
-use common::checkpoint::{Copy, Tensor, find, probe, sharded, with_header};
-use common::{Rng, folder, options};
 use serde_json::json;
 
 #[test]

@@ -1,21 +1,17 @@
 //! A model in a share of a device's memory, on a simulated GPU: the cache fills what weights and steps leave, no step goes beyond
 //! it, and what does not fit is refused with what would.
 
-mod common;
-#[path = "../../device-cuda/tests/common/mod.rs"]
-mod cuda;
-
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::common::folder;
+use crate::cuda::Simulator;
 use baton_device::{Backend, DType};
 use baton_device_cuda::{CudaBackend, CudaOptions};
 use baton_model::{
     Files, KvCacheSize, LoadError, LoadOptions, ModelRunner, Runner, SampleRequest, SamplingParams, SequenceStep,
     StepPlan, Tokens, load, load_ranks,
 };
-use common::folder;
-use cuda::Simulator;
 
 const TOTAL: u64 = 256 << 20;
 /// What graphs take and what is rounded up is not more.
@@ -34,7 +30,7 @@ fn options(share: f64) -> LoadOptions {
         max_step_tokens: TOKENS,
         max_step_sequences: SEQUENCES,
         kv_cache: KvCacheSize::Share(share),
-        ..common::options()
+        ..crate::common::options()
     }
 }
 
@@ -147,7 +143,7 @@ fn ranks_on_devices_with_different_room_have_the_blocks_that_all_have_room_for()
     simulator.control("devices=2");
     let timeout = Duration::from_secs(300);
     let blocks = || {
-        let gpus = CudaBackend::ranks(&cuda::options(DType::F32), &[0, 1]).unwrap();
+        let gpus = CudaBackend::ranks(&crate::cuda::options(DType::F32), &[0, 1]).unwrap();
         let (mut ranks, _) = load_ranks(gpus, &files(), &options(0.55), timeout).unwrap();
         let blocks = ranks.spec().num_blocks;
         ranks.clear_blocks(&[blocks as u32 - 1]).unwrap();
@@ -155,7 +151,7 @@ fn ranks_on_devices_with_different_room_have_the_blocks_that_all_have_room_for()
     };
     simulator.control(&format!("memory={TOTAL}"));
     let even = blocks();
-    let other = CudaBackend::new(&CudaOptions { device: 1, ..cuda::options(DType::F32) }).unwrap();
+    let other = CudaBackend::new(&CudaOptions { device: 1, ..crate::cuda::options(DType::F32) }).unwrap();
     let _in_the_way = other.tensor(1 << 20, 2).unwrap();
     let uneven = blocks();
     assert!(uneven < even, "{uneven}, {even}");

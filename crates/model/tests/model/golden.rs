@@ -1,18 +1,12 @@
 //! Every architecture against what Hugging Face transformers computes from the same checkpoint, in
 //! float64 (see the goldens in `models/golden`): logits, greedy continuations, logprobs.
 
-#[path = "../../device-ascend/tests/common/mod.rs"]
-mod ascend_sim;
-mod common;
-#[path = "../../device-cuda/tests/common/mod.rs"]
-mod cuda;
-
+use crate::common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
 use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_device_cuda::CudaBackend;
 use baton_model::{Files, SamplingParams, ScoreRequest, Tensors, load};
-use common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
 
 /// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
 const TOLERANCE: f64 = 1e-3;
@@ -131,7 +125,7 @@ fn hidden_states_are_what_the_head_multiplies() {
 /// The bundled model: trained, so its answers have wide margins.
 fn bundled_model_answers_as_transformers_does<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
     let mut runner = runner(make(), "../abacus");
-    let golden = common::json(folder("../abacus").join("golden.json"));
+    let golden = crate::common::json(folder("../abacus").join("golden.json"));
     let ids = |v: &serde_json::Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
     let chats = golden["chats"].as_array().unwrap();
     for chat in chats {
@@ -255,11 +249,11 @@ fn a_checkpoint_of_each_family_answers_on_a_simulated_gpu_as_transformers_does()
 }
 
 fn ascend(activations: DType) -> AscendBackend {
-    AscendBackend::new(&AscendOptions { fused: true, ..ascend_sim::options(activations) }).unwrap()
+    AscendBackend::new(&AscendOptions { fused: true, ..crate::ascend_sim::options(activations) }).unwrap()
 }
 
 fn gpu(activations: DType) -> CudaBackend {
-    CudaBackend::new(&cuda::options(activations)).unwrap()
+    CudaBackend::new(&crate::cuda::options(activations)).unwrap()
 }
 
 fn cpu() -> CpuBackend {

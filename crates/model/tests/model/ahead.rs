@@ -1,17 +1,13 @@
 //! A sequence gets the same tokens whether its steps wait for each other or each begins before the one before it has ended;
 //! also beside sequences that have ended meanwhile, and behind what failed. Through the runner, on every kind of device.
 
-mod common;
-#[path = "../../device-cuda/tests/common/mod.rs"]
-mod cuda;
-
+use crate::common::checkpoint::poisoned_by_token_7;
+use crate::common::{Pool, Sequence, adapted, alone, exact_cpu, generate, options, prompts, step};
 use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
 use baton_device_cuda::CudaBackend;
 use baton_model::{
     Adapter, Files, Runner, SamplingParams, SequenceFailure, SequenceStep, StepOutput, StepPlan, Tokens, load,
 };
-use common::checkpoint::poisoned_by_token_7;
-use common::{Pool, Sequence, adapted, alone, exact_cpu, generate, options, prompts, step};
 
 /// Draws of every kind.
 fn params(i: usize) -> SamplingParams {
@@ -27,7 +23,7 @@ fn params(i: usize) -> SamplingParams {
 fn sequences(case: &str, adapters: &[Adapter]) -> Vec<Sequence> {
     let adapters: Vec<Option<&Adapter>> = std::iter::once(None).chain(adapters.iter().map(Some)).collect();
     let prompts = prompts(case).into_iter().filter(|prompt| prompt.ids.len() < 80).take(4).enumerate();
-    let sequence = |(i, prompt): (usize, common::Prompt)| {
+    let sequence = |(i, prompt): (usize, crate::common::Prompt)| {
         Sequence::new(i as u64, &prompt.ids, params(i)).adapted(adapters[i % adapters.len()])
     };
     prompts.map(sequence).collect()
@@ -153,5 +149,5 @@ fn ahead_is_not_on_a_simulated_gpu() {
 }
 
 fn gpu() -> CudaBackend {
-    CudaBackend::new(&cuda::options(DType::F32)).unwrap()
+    CudaBackend::new(&crate::cuda::options(DType::F32)).unwrap()
 }

@@ -1,12 +1,10 @@
 //! The sampler against transformers' own processors (`models/golden/sampling.json`), and the
 //! properties of its draw.
 
-mod common;
-
 use std::sync::Arc;
 
+use crate::common::{Rng, folder, json};
 use baton_model::{ConstraintError, SampleRequest, Sampler, SamplingParams, SequenceFailure, StepMasks, TokenMask};
-use common::{Rng, folder, json};
 use serde_json::Value;
 
 fn request(params: SamplingParams) -> SampleRequest {

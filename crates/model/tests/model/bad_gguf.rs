@@ -1,16 +1,14 @@
 //! GGUF files that are damaged or hostile: refused with the reason, never a panic, a hang, or memory beyond
 //! what the file has.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
+use crate::common::gguf::{GgufFile, GgufTensor, layouts, u32_value};
+use crate::common::{Rng, options};
 use baton_device::{DType, Reference};
 use baton_model::{Files, GgufTokenizer, LoadError, LoadOptions, load};
-use common::gguf::{GgufFile, GgufTensor, layouts, u32_value};
-use common::{Rng, options};
 use tempfile::TempDir;
 
 fn golden(name: &str) -> Vec<u8> {

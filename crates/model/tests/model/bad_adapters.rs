@@ -1,15 +1,13 @@
 //! Adapters that are damaged, hostile or of a kind that would not be applied exactly: each is a typed error that names
 //! the cause, none a panic, none silently applied in part.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
+use crate::common::checkpoint::{Tensor, find, read_tensors, with_header, write_tensors};
+use crate::common::{Rng, adapted, folder, options};
 use baton_device::Reference;
 use baton_model::{Adapter, AdapterError, AdapterLoader, Files, LoadOptions, load};
-use common::checkpoint::{Tensor, find, read_tensors, with_header, write_tensors};
-use common::{Rng, adapted, folder, options};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 

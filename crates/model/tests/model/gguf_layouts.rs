@@ -1,14 +1,12 @@
 //! Golden checkpoints of every architecture as GGUF files, laid out as llama.cpp's converter does
 //! (`models/golden/make/gguf.py`): the file computes what the checkpoint does, to the last bit.
 
-mod common;
-
+use crate::common::checkpoint::Copy;
+use crate::common::gguf::{GgufFile, layouts};
+use crate::common::{all_logits, folder, options, prompts};
 use baton_device::{Backend, BlockFormat, DType, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadOptions, LoadReport, ModelRunner, load};
-use common::checkpoint::Copy;
-use common::gguf::{GgufFile, layouts};
-use common::{all_logits, folder, options, prompts};
 use serde_json::Value;
 
 /// On logits, absolute, between blocks and the floats that they stand for.

@@ -1,16 +1,14 @@
 //! `config.json` and `generation_config.json`: what is read, and what is refused with every reason.
 
-mod common;
-
 use std::fs;
 
+use crate::common::{CASES, Rng, folder};
 use baton_device::{DType, GroupScore, Groups, Scoring};
 use baton_model::{Architecture, Family, GenerationConfig, LlamaConfig, ModelConfig, RopeScaling};
-use common::{CASES, Rng, folder};
 use serde_json::{Value, json};
 
 fn config(case: &str) -> Value {
-    common::json(folder(case).join("config.json"))
+    crate::common::json(folder(case).join("config.json"))
 }
 
 fn parse(config: &Value) -> Result<ModelConfig, String> {
@@ -76,7 +74,7 @@ fn the_newer_style_means_the_same() {
 
 #[test]
 fn configs_as_transformers_rewrites_them_mean_the_same() {
-    let rewritten = common::json(folder("configs.json"));
+    let rewritten = crate::common::json(folder("configs.json"));
     for case in CASES {
         assert_eq!(parse(&rewritten[case]).unwrap(), parse(&config(case)).unwrap(), "{case}");
     }

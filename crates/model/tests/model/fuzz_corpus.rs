@@ -1,16 +1,16 @@
 //! The inputs of the fuzz targets `safetensors_index`, `gguf` and `config`, kept in `crates/fuzz/corpus`.
 
-#[path = "../../fuzz/inputs/checkpoint.rs"]
+#[path = "../../../fuzz/inputs/checkpoint.rs"]
 mod checkpoint;
-#[path = "../../fuzz/inputs/config.rs"]
+#[path = "../../../fuzz/inputs/config.rs"]
 mod config;
-#[path = "../../fuzz/inputs/gguf.rs"]
+#[path = "../../../fuzz/inputs/gguf.rs"]
 mod gguf;
-#[path = "../../fuzz/inputs/parts.rs"]
+#[path = "../../../fuzz/inputs/parts.rs"]
 mod parts;
-#[path = "../../fuzz/inputs/replay.rs"]
+#[path = "../../../fuzz/inputs/replay.rs"]
 mod replay;
-#[path = "../../fuzz/inputs/safetensors_index.rs"]
+#[path = "../../../fuzz/inputs/safetensors_index.rs"]
 mod safetensors_index;
 
 use replay::replay;

@@ -1,18 +1,14 @@
 //! Rows that pad steps of single tokens, where a device replays steps: they change nothing of the others, take no block that a
 //! sequence can have, and leave few different steps.
 
-mod common;
-#[path = "../../device-cuda/tests/common/mod.rs"]
-mod cuda;
-
+use crate::common::{Pool, Sequence, folder, options};
+use crate::cuda::Simulator;
 use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
 use baton_device_cuda::{CudaBackend, CudaOptions};
 use baton_model::{
     Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SamplingParams, SequenceStep, StepOutput, StepPlan,
     Tokens, load, load_ranks,
 };
-use common::{Pool, Sequence, folder, options};
-use cuda::Simulator;
 
 /// Tokens of a sequence at most: two blocks of the reference.
 const LENGTH: usize = 16;
@@ -173,7 +169,7 @@ fn many_numbers_of_sequences_are_few_graphs_and_say_what_they_say_without() {
     let Some(simulator) = Simulator::new() else { return };
     let mut told = Vec::new();
     for graphs in [false, true] {
-        let gpu = CudaBackend::new(&CudaOptions { graphs, ..cuda::options(DType::F32) }).unwrap();
+        let gpu = CudaBackend::new(&CudaOptions { graphs, ..crate::cuda::options(DType::F32) }).unwrap();
         let mut runner = loaded(gpu, "llama-256", &limits());
         let mut pool = Pool::new(&runner);
         let mut sequences = greedy(20);

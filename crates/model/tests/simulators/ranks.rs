@@ -1,16 +1,13 @@
 //! Models on several ranks say what they say on one, whatever their architecture, their form of weights and their adapters;
 //! a rank that goes wrong ends a step and no more than that, unless it does not come back; what cannot be shared out is refused.
 
-#[path = "../../device-ascend/tests/common/mod.rs"]
-mod ascend_sim;
-mod common;
-#[path = "common/faulty.rs"]
-mod faulty;
-
 use std::collections::BTreeMap;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use crate::common::checkpoint::{Copy, find};
+use crate::common::{CASES, Pool, Sequence, folder, generate_with, json, options, prompts, step};
+use crate::faulty::{Fault, Faulty};
 use baton_device::{Backend, BlockFormat, DType, LatentOps, MoeOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
@@ -18,9 +15,6 @@ use baton_model::{
     Adapter, Files, LoadError, LoadOptions, LoadReport, Quantization, Ranks, RunError, Runner, SampledToken,
     SamplingParams, SequenceStep, StepPlan, load, load_ranks,
 };
-use common::checkpoint::{Copy, find};
-use common::{CASES, Pool, Sequence, folder, generate_with, json, options, prompts, step};
-use faulty::{Fault, Faulty};
 
 /// On log-probabilities, absolute: sums are taken in another order.
 const TOLERANCE: f32 = 1e-4;
@@ -88,9 +82,9 @@ fn every_architecture_says_on_ranks_what_it_says_on_one() {
 
 #[test]
 fn simulated_npus_say_together_what_the_reference_says_alone() {
-    let simulator = ascend_sim::Simulator::new();
+    let simulator = crate::ascend_sim::Simulator::new();
     simulator.control("devices=4");
-    let device = AscendOptions { fused: true, ..ascend_sim::options(DType::F32) };
+    let device = AscendOptions { fused: true, ..crate::ascend_sim::options(DType::F32) };
     for case in ["llama-rope3", "qwen3-moe", "mixtral", "deepseek-v3"] {
         let (mut one, _) = load(Reference::new(), &golden(case), &options()).unwrap();
         let expected = told(&mut one, None, &PROMPT);
@@ -251,8 +245,8 @@ fn ranks_of_the_cpu_say_what_one_says_and_a_row_does_not_depend_on_the_others() 
 }
 
 /// Two ranks, of which the second goes wrong as planned.
-fn faulty(timeout: Duration) -> (Ranks<Faulty>, faulty::Planned) {
-    let (backends, planned) = faulty::ranks(2, 1, timeout);
+fn faulty(timeout: Duration) -> (Ranks<Faulty>, crate::faulty::Planned) {
+    let (backends, planned) = crate::faulty::ranks(2, 1, timeout);
     (load_ranks(backends, &golden("qwen3"), &options(), timeout).unwrap().0, planned)
 }
 

@@ -1,14 +1,12 @@
 //! `models/supported.toml` says what the code does, and what it calls judged by goldens has goldens.
 
-mod common;
-
 use std::collections::BTreeSet;
 
+use crate::common::gguf::{GgufFile, layouts, text};
+use crate::common::{CASES, folder, json, options};
 use baton_device::{Backend, DType, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
 use baton_model::{Architecture, Files, load};
-use common::gguf::{GgufFile, layouts, text};
-use common::{CASES, folder, json, options};
 use serde::Deserialize;
 
 #[derive(Deserialize)]

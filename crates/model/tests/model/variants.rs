@@ -1,8 +1,6 @@
 //! Config switches that no golden has, against an equal model written the other way.
 
-mod common;
-
-use common::checkpoint::{Copy, Loaded, Tensor, find, probe};
+use crate::common::checkpoint::{Copy, Loaded, Tensor, find, probe};
 use serde_json::json;
 
 const LAYERS: usize = 3;
@@ -22,7 +20,7 @@ fn f32_tensor(name: String, shape: Vec<usize>, values: &[f32]) -> Tensor {
 
 /// Small numbers without pattern.
 fn noise(len: usize) -> Vec<f32> {
-    let mut rng = common::Rng(len as u64);
+    let mut rng = crate::common::Rng(len as u64);
     (0..len).map(|_| (rng.below(2001) as f32 / 1000.0 - 1.0) * 0.2).collect()
 }
 

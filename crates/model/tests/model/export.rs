@@ -1,16 +1,14 @@
 //! A saved quantised checkpoint gives the logits of quantising at load, to the last bit, and is there whole or not at all.
 
-mod common;
-
 use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 
+use crate::common::checkpoint::{Copy, find, read_tensors};
+use crate::common::{all_logits, folder, options};
 use baton_device::{BlockFormat, DType, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{ExportError, Files, LoadOptions, LoadReport, Quantization, load, quantize};
-use common::checkpoint::{Copy, find, read_tensors};
-use common::{all_logits, folder, options};
 use serde_json::json;
 
 const FORMATS: [Quantization; 4] = [

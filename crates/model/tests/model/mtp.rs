@@ -1,12 +1,10 @@
 //! The layer for multi-token prediction, on the bundled checkpoint, which has a trained one: what it drafts is mostly
 //! what the model then says. That drafts change nothing is shown in `equalities.rs`.
 
-mod common;
-
+use crate::common::{Pool, Sequence, folder, json, options};
 use baton_device::{Backend, LatentOps, MoeOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadError, LoadOptions, Runner, SamplingParams, SequenceStep, StepPlan, load};
-use common::{Pool, Sequence, folder, json, options};
 
 fn abacus() -> Files {
     Files::folder(folder("../abacus")).unwrap()

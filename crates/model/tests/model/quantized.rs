@@ -2,15 +2,13 @@
 //! `models/golden/make/libraries.py`), their conversions are recorded, and what is wrong with them is
 //! refused by name.
 
-mod common;
-
 use std::fs;
 
+use crate::common::checkpoint::{Copy, Tensor, find, probe, read_tensors};
+use crate::common::{all_logits, folder, options};
 use baton_device::{BlockFormat, DType, Reference, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadOptions, LoadReport, load};
-use common::checkpoint::{Copy, Tensor, find, probe, read_tensors};
-use common::{all_logits, folder, options};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -86,7 +84,7 @@ fn every_layout_means_exactly_the_expected_values() {
 
 #[test]
 fn the_values_are_those_that_the_libraries_gave() {
-    let judges = common::json(folder("quantized/judges.json"));
+    let judges = crate::common::json(folder("quantized/judges.json"));
     for case in &CASES[..LLAMAS] {
         let mut values = values(case);
         assert_eq!(values.len(), 7, "{case}");
@@ -101,7 +99,7 @@ fn the_values_are_those_that_the_libraries_gave() {
 /// to float16, and so do we when asked.
 #[test]
 fn the_logits_are_those_that_transformers_computes_through_the_libraries() {
-    let judges = common::json(folder("quantized/judges.json"));
+    let judges = crate::common::json(folder("quantized/judges.json"));
     let mut judged = 0;
     for case in &CASES[..LLAMAS] {
         let Some(expected) = judges[case]["logits"].as_array() else { continue };

@@ -1,18 +1,14 @@
 //! GGUF files against what Hugging Face transformers computes from the very weights that the file's blocks
 //! stand for, in float64: logits and greedy continuations.
 
-#[path = "../../device-ascend/tests/common/mod.rs"]
-mod ascend_sim;
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::common::{all_logits, generate, options};
 use baton_device::{Backend, DType, LatentOps, MoeOps, Reference, WeightFormat};
 use baton_device_ascend::AscendBackend;
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, GgufTokenizer, LoadOptions, LoadReport, ModelRunner, SamplingParams, load};
-use common::{all_logits, generate, options};
 use serde_json::Value;
 
 /// On logits, absolute, where blocks are widened.
@@ -132,7 +128,7 @@ fn every_file_stays_near_transformers_on_the_cpu() {
 
 #[test]
 fn a_device_widens_the_blocks_that_it_does_not_keep_and_says_so() {
-    let ascend = |activations| AscendBackend::new(&ascend_sim::options(activations)).unwrap();
+    let ascend = |activations| AscendBackend::new(&crate::ascend_sim::options(activations)).unwrap();
     for case in CASES {
         agrees(ascend(DType::F32), &folder(), case, None);
         let report = stays_near(ascend(DType::BF16), &folder(), case, ROUNDED);
@@ -142,7 +138,7 @@ fn a_device_widens_the_blocks_that_it_does_not_keep_and_says_so() {
     }
 }
 
-/// `BATON_GGUF_GOLDENS=FOLDER cargo test -p baton-model --test gguf -- --ignored`
+/// `BATON_GGUF_GOLDENS=FOLDER cargo test -p baton-model --test model gguf:: -- --ignored`
 #[test]
 #[ignore = "needs a folder with all golden files, which are too large to keep here"]
 fn all_files_of_a_folder_agree() {
@@ -185,7 +181,7 @@ fn the_vocabulary_is_that_of_the_tokenizer_json_it_was_made_from() {
         assert!(read.chat_template.is_some() && read.eos.is_some() && read.pre.is_some(), "{case}");
         assert_eq!(read.add_bos, Some(original == "llama3"));
     }
-    assert_eq!(GgufTokenizer::read(&Files::folder(common::folder("llama-256")).unwrap()).unwrap(), None);
+    assert_eq!(GgufTokenizer::read(&Files::folder(crate::common::folder("llama-256")).unwrap()).unwrap(), None);
 }
 
 #[test]
