@@ -44,6 +44,7 @@ mod responses;
 mod rollout;
 mod routes;
 mod scoring;
+mod seldom;
 mod serve;
 mod service;
 mod shadow;
