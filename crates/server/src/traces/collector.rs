@@ -259,6 +259,30 @@ mod tests {
     }
 
     #[test]
+    fn certificates_and_a_key_in_pem_are_taken_together() {
+        let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(["a".to_owned()]).unwrap();
+        let folder = tempfile::TempDir::new().unwrap();
+        let file = |name: &str, pem: String| {
+            let path = folder.path().join(name);
+            fs::write(&path, pem).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let (certificates, key) =
+            (file("cert.pem", cert.pem() + &cert.pem()), file("key.pem", signing_key.serialize_pem()));
+        let given = [
+            ("OTEL_EXPORTER_OTLP_CERTIFICATE", &*certificates),
+            ("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", &certificates),
+            ("OTEL_EXPORTER_OTLP_CLIENT_KEY", &key),
+        ];
+        let tls = means(&given).unwrap().tls;
+        assert_eq!(tls.client_cert().map(|shown| shown.certs().len()), Some(2));
+        assert!(matches!(tls.root_certs(), RootCerts::Specific(roots) if roots.len() == 2));
+        let swapped =
+            [("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", &*key), ("OTEL_EXPORTER_OTLP_CLIENT_KEY", &certificates)];
+        assert!(means(&swapped).is_err());
+    }
+
+    #[test]
     fn what_the_variables_ask_for_and_cannot_be_had_is_refused_by_name() {
         let empty = tempfile::NamedTempFile::new().unwrap();
         let empty = empty.path().to_str().unwrap();
