@@ -34,6 +34,8 @@ KUSTOMIZATIONS = {
     "nvidia, kept state": ["overlays/nvidia", "components/model-volume", "components/state"],
     "cpu, kept state": ["overlays/cpu", "components/state"],
     "ascend, a puller, keda": ["overlays/ascend", "components/model-puller", "components/keda"],
+    "cpu, traces": ["overlays/cpu", "components/traces"],
+    "nvidia, a puller, traces": ["overlays/nvidia", "components/model-puller", "components/traces"],
     "cpu, a gateway": ["overlays/cpu", "../gateway"],
     "nvidia, a gateway, a puller": ["overlays/nvidia", "components/model-puller", "../gateway"],
 }
@@ -194,6 +196,31 @@ def test_what_is_named_is_there(name):
         if o["kind"] in {"NetworkPolicy", "PodDisruptionBudget", "InferencePool", "PodMonitor"}:
             selector = o["spec"].get("podSelector") or o["spec"].get("selector")
             assert any(matches(t["metadata"]["labels"], selector) for _, t, _ in workloads(objects)), o["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", SERVING)
+def test_replicas_reach_the_collector_that_they_are_told_of_and_nobody_else(name):
+    objects = rendered(name)
+    labels = of(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    policies = [o["spec"] for o in objects if o["kind"] == "NetworkPolicy" and matches(labels, o["spec"]["podSelector"])]
+    assert any("Egress" in policy["policyTypes"] for policy in policies)
+    reached = {(port["port"], to["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"])
+               for policy in policies for rule in policy.get("egress", []) for port in rule["ports"]
+               for to in rule["to"] if "namespaceSelector" in to}
+    collector = settings(objects).get("BATON_OTLP_TRACES_ENDPOINT")
+    if collector is None:
+        assert reached == set()
+    else:
+        service, namespace, port = re.fullmatch(r"http://([\w-]+)\.([\w-]+)\.svc:(\d+)", collector).groups()
+        assert reached == {(53, "kube-system"), (int(port), namespace)}, service
+
+
+def test_spans_name_the_replica_that_they_are_from():
+    variables = of(rendered("cpu, traces"), "Deployment")["spec"]["template"]["spec"]["containers"][0]["env"]
+    names = [variable["name"] for variable in variables]
+    # A variable can use those that stand before it.
+    for used in re.findall(r"\$\((\w+)\)", variables[names.index("OTEL_RESOURCE_ATTRIBUTES")]["value"]):
+        assert used in names[: names.index("OTEL_RESOURCE_ATTRIBUTES")], used
 
 
 @pytest.mark.parametrize("name", SERVING)

@@ -12,6 +12,7 @@ use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderName};
 
 use crate::access::AccessRecord;
+use crate::browsers;
 use crate::keys::{Owner, Scopes};
 use crate::service::Service;
 
@@ -105,12 +106,20 @@ pub(crate) async fn layer(State(service): State<Service>, mut request: Request, 
         record.sent_by(&granted);
     }
     let on_loopback = matches!(request.extensions().get(), Some(OnLoopback(true)));
-    let scopes = match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
+    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    let scopes = match route {
         Some(METRICS) if on_loopback => None,
         Some(route) => required(route),
         None => Some(ANY),
     };
     if let Some(Err(refusal)) = scopes.map(|scopes| granted.require(scopes)) {
+        return refusal.into_response();
+    }
+    let is_public = route.is_some_and(|route| PUBLIC.contains(&route));
+    if !is_public
+        && granted.name().is_none()
+        && let Err(refusal) = browsers::check(service.config(), on_loopback, &request)
+    {
         return refusal.into_response();
     }
     request.extensions_mut().insert(granted);

@@ -63,7 +63,7 @@ impl FromStr for Origin {
         let plain = |b: u8| b.is_ascii_graphic() && !b.is_ascii_uppercase() && !b"/,*?#@\\".contains(&b);
         let listed = text.split_once("://").is_some_and(|(scheme, host)| {
             !scheme.is_empty()
-                && scheme.bytes().all(|b| b.is_ascii_lowercase())
+                && scheme.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
                 && !host.is_empty()
                 && host.bytes().all(plain)
         });
@@ -75,7 +75,7 @@ impl FromStr for Origin {
 }
 
 /// What to tell a page of this origin: itself, or that all are allowed; `None` if it is not.
-fn allowed(origins: &[Origin], headers: &HeaderMap) -> Option<HeaderValue> {
+pub(crate) fn allowed(origins: &[Origin], headers: &HeaderMap) -> Option<HeaderValue> {
     let origin = headers.get(ORIGIN)?;
     let fits = |known: &&Origin| known.0 == "*" || known.0 == origin;
     origins.iter().find(fits).map(|known| known.0.clone())

@@ -144,6 +144,20 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, INVALID, "insufficient_scope", message)
     }
 
+    /// No key, and the address is called by a name that a page may have made lead here.
+    pub fn host_not_allowed() -> Self {
+        let message =
+            "without a key this address is called as localhost, by its number, or by a name of --allowed-hosts";
+        Self::new(StatusCode::FORBIDDEN, INVALID, "host_not_allowed", message)
+    }
+
+    /// No key, and a browser says that a page of elsewhere asks.
+    pub fn origin_not_allowed() -> Self {
+        let message =
+            "without a key only pages of this server and of --allowed-origins may ask for this from a browser";
+        Self::new(StatusCode::FORBIDDEN, INVALID, "origin_not_allowed", message)
+    }
+
     /// There is no such adapter; `message` says where it was looked for.
     pub fn adapter_not_found(param: &str, message: &str) -> Self {
         let error = Self::new(StatusCode::NOT_FOUND, INVALID, "adapter_not_found", message);

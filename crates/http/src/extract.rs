@@ -1,7 +1,7 @@
 //! The one way in which a request body becomes JSON.
 //!
 //! Bytes are counted while they are read, and nothing beyond the limit is kept. The content type is not looked at:
-//! what is not JSON fails as JSON.
+//! what is not JSON fails as JSON, and that no page of elsewhere sends it `browsers` sees to.
 
 use std::time::Duration;
 

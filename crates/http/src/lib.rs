@@ -19,6 +19,7 @@ mod admission;
 mod anthropic;
 mod auth;
 mod batches;
+mod browsers;
 mod cors;
 mod dialect;
 mod encoder;
@@ -43,6 +44,7 @@ mod responses;
 mod rollout;
 mod routes;
 mod scoring;
+mod seldom;
 mod serve;
 mod service;
 mod shadow;
@@ -56,6 +58,7 @@ mod tls;
 mod trace_context;
 
 pub use adapters::{AdapterRefusal, Adapters};
+pub use browsers::{HostName, HostNameError};
 pub use cors::{Origin, OriginError};
 pub use encoder::{
     EncoderEngine, EncoderFailure, EncoderRefusal, EncoderReply, EncoderSpec, EncoderStats, EncoderTask, NewEncoder,

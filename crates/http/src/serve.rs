@@ -7,9 +7,8 @@
 use std::convert::Infallible;
 use std::future::{Future, pending};
 use std::io;
-use std::mem::replace;
 use std::pin::{Pin, pin};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -28,6 +27,7 @@ use crate::admission::{Counter, GuardedBody, Raised};
 use crate::auth::OnLoopback;
 use crate::batches;
 use crate::routes::{Surface, router};
+use crate::seldom::Seldom;
 use crate::service::{ConnectionLimits, Service};
 use crate::stall::{Patient, Watched};
 use crate::tls::Tls;
@@ -92,8 +92,7 @@ pub async fn serve(
         }
     };
     let mut drained = pin!(drained);
-    // Of refusals in a row the first is logged.
-    let mut refusing = false;
+    let (mut too_many, mut not_accepted) = (Seldom::default(), Seldom::default());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -103,12 +102,12 @@ pub async fn serve(
             Ok((stream, _)) => {
                 let Some(place) = service.admit_connection() else {
                     service.metrics().refused_connections.with_label_values(&["limit"]).inc();
-                    if !replace(&mut refusing, true) {
-                        tracing::warn!(limit = terms.limits.connections, "connections are refused: there are too many");
+                    if let Some(refused) = too_many.one_more(Instant::now()) {
+                        let limit = terms.limits.connections;
+                        tracing::warn!(limit, refused, "connections are refused: there are too many");
                     }
                     continue;
                 };
-                refusing = false;
                 let ticket = (connections.ticket(), Raised::new(&service.metrics().connections));
                 let connection = connection(stream, terms.clone());
                 tokio::spawn(async move {
@@ -119,8 +118,8 @@ pub async fn serve(
             Err(error) if is_of_the_connection(&error) => {}
             Err(error) => {
                 service.metrics().refused_connections.with_label_values(&["system"]).inc();
-                if !replace(&mut refusing, true) {
-                    tracing::warn!(%error, "connections are not accepted");
+                if let Some(times) = not_accepted.one_more(Instant::now()) {
+                    tracing::warn!(%error, times, "connections are not accepted");
                 }
                 sleep(ACCEPT_PAUSE).await;
             }

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access::AccessRecord;
 use crate::admission::Counter;
+use crate::browsers::HostName;
 use crate::cors::Origin;
 use crate::encoder::{Encoder, NewEncoder};
 use crate::error::ApiError;
@@ -75,6 +76,8 @@ pub struct ServiceConfig {
     pub version: String,
     /// Whose pages may use the service from a browser; none: nobody's.
     pub allowed_origins: Vec<Origin>,
+    /// Names by which clients without a key may call a listener on a loopback address, besides `localhost` and addresses.
+    pub allowed_hosts: Vec<HostName>,
     /// Where requests may keep what must outlive the process; `None`: nowhere.
     pub store: Option<Store>,
     /// What connections may take.
@@ -106,6 +109,7 @@ impl Default for ServiceConfig {
             keep_alive: Duration::from_secs(15),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             allowed_origins: Vec::new(),
+            allowed_hosts: Vec::new(),
             store: None,
             connection_limits: ConnectionLimits::default(),
             tls: None,

@@ -11,12 +11,11 @@ use std::{
     fs,
     io::Write as _,
     path::{Path, PathBuf},
-    process::ExitCode,
 };
 
 use anyhow::{Context, Result};
 use baton_device::{DeviceFacts, Limits};
-use baton_handoff::Bundle;
+use baton_handoff::{Bundle, Verdict};
 use clap::Args;
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
@@ -47,21 +46,12 @@ pub struct DoctorArgs {
     json: bool,
 }
 
-/// Runs the command: exit code 0 if nothing is missing, 1 if something is, 2 if the question cannot be answered.
-pub fn main(args: &DoctorArgs) -> ExitCode {
-    match examine(args).and_then(|mut findings| Ok((tell(args, &mut findings)?, findings.problems.is_empty()))) {
-        Ok((shown, well)) => {
-            #[allow(clippy::print_stdout)] // what was asked for
-            {
-                print!("{shown}");
-            }
-            if well { ExitCode::SUCCESS } else { ExitCode::from(1) }
-        }
-        Err(error) => {
-            eprintln!("baton: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+/// Runs the command.
+#[allow(clippy::print_stdout)] // what was asked for
+pub fn main(args: &DoctorArgs) -> Result<Verdict> {
+    let mut findings = examine(args)?;
+    print!("{}", tell(args, &mut findings)?);
+    Ok(if findings.problems.is_empty() { Verdict::Pass } else { Verdict::Fail })
 }
 
 /// What is printed; the report, if one is asked for, goes to its file.

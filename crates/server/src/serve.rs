@@ -14,7 +14,6 @@ use baton_http::{
     NewGeneration, OutsideCounter, Service, ServiceConfig, Store, StoreLimits, Surface, Tls,
 };
 use baton_model::LoadReport;
-use baton_otlp::Exporter;
 use clap::ArgMatches;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -40,7 +39,7 @@ use crate::{
     },
     speculative::SpeculativeConfig,
     state_dir::StateDir,
-    traces,
+    traces::{self, Exporter},
 };
 
 /// At the end: how long the last spans and the last lines may take to be taken.
@@ -59,7 +58,8 @@ pub fn main(matches: &ArgMatches) -> Result<()> {
         return Ok(());
     }
     let log = Log::start(&settings)?;
-    let exporter = settings.otlp_traces_endpoint.as_ref().map(|url| traces::start(url.parse()?)).transpose()?;
+    let endpoint = settings.otlp_traces_endpoint.as_deref().map(str::parse).transpose()?;
+    let exporter = endpoint.as_ref().map(traces::start).transpose()?.flatten();
     let counters = counters(&log, exporter.as_ref());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(serve(settings, exporter.as_ref(), counters));
@@ -122,6 +122,11 @@ async fn serve(settings: Settings, exporter: Option<&Exporter>, counters: Vec<Ou
         max_n: settings.max_n,
         queue_timeout: Some(settings.queue_timeout),
         allowed_origins: settings.allowed_origins.iter().map(|origin| origin.parse()).collect::<Result<_, _>>()?,
+        allowed_hosts: {
+            let hosts = settings.allowed_hosts.iter().chain([&settings.host, &settings.admin_host]);
+            // What is no name is an address in a form of its own, of which none need be named.
+            hosts.filter_map(|host| host.parse().ok()).collect()
+        },
         store,
         tls: tls.as_ref().map(|tls| tls.value.clone()),
         http2: settings.http2,

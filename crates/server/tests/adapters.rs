@@ -68,7 +68,7 @@ fn client(server: &LocalServer, key: &str) -> Client {
 fn admin(server: &LocalServer, path: &str, body: &Value) -> (u16, String) {
     let address = server.target().base.strip_prefix("http://").expect("http");
     let (mut stream, body) = (TcpStream::connect(address).expect("a connection"), body.to_string());
-    let head = "host: x\r\nconnection: close\r\nauthorization: Bearer admin\r\n";
+    let head = "host: localhost\r\nconnection: close\r\nauthorization: Bearer admin\r\n";
     write!(stream, "POST {path} HTTP/1.1\r\n{head}content-length: {}\r\n\r\n{body}", body.len()).expect("it is sent");
     let mut reply = String::new();
     stream.read_to_string(&mut reply).expect("a reply");

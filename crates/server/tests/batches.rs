@@ -27,7 +27,7 @@ fn upload(server: &LocalServer, content: &str) -> Value {
          Content-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n--cut--\r\n"
     );
     let head = format!(
-        "POST /v1/files HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: multipart/form-data; boundary=cut\r\n\
+        "POST /v1/files HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: multipart/form-data; boundary=cut\r\n\
          content-length: {}\r\n\r\n",
         body.len()
     );

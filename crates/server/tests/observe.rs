@@ -4,10 +4,9 @@ mod common;
 
 use std::{
     collections::BTreeSet,
-    fs::File,
+    fs::{self, File},
     io::{BufRead, BufReader, PipeReader, pipe},
     net::TcpListener,
-    path::Path,
     process::Command,
     time::Duration,
 };
@@ -22,8 +21,13 @@ const CHAT: &str = "/v1/chat/completions";
 /// No test waits longer for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-async fn start(flags: &[&str]) -> LocalServer {
-    LocalServer::start(Path::new(env!("CARGO_BIN_EXE_baton")), flags).await.expect("it starts")
+/// Starts with a collector, which need not wait long, and with these variables of OpenTelemetry.
+async fn start_traced(url: &str, variables: &[(&str, &str)]) -> LocalServer {
+    let port = free_port().expect("a port");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
+    command.args(["serve", "--port", &port.to_string(), "--log-level", "error", "--otlp-traces-endpoint", url]);
+    command.env("OTEL_BSP_SCHEDULE_DELAY", "100").envs(variables.iter().copied());
+    LocalServer::launch(command, port, "/ready", PATIENCE).await.expect("it starts")
 }
 
 /// Starts with a standard error of its own.
@@ -46,11 +50,21 @@ async fn ask(server: &LocalServer, fields: Value) -> (u16, Value) {
     (status.as_u16(), reply)
 }
 
+/// Waits for the spans of one request to be counted there.
+async fn four_are_counted(server: &LocalServer, metric: &str) {
+    let counted = async {
+        while server.metric(metric).await.expect("a metric") != 4.0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, counted).await.expect("four spans are counted");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_arrives_at_the_collector_as_a_span_with_its_parts_and_its_figures() {
     let collector = Collector::start();
     let url = format!("http://{}", collector.address);
-    let server = start(&["--log-level", "warn", "--otlp-traces-endpoint", &url]).await;
+    let server = start_traced(&url, &[]).await;
     let (_, reply) = ask(&server, json!({"max_tokens": 20})).await;
     let spans: Vec<Span> = (0..4).map(|_| collector.next()).collect();
     let names: Vec<&str> = spans.iter().map(|span| span.name.as_str()).collect();
@@ -87,20 +101,36 @@ async fn a_request_arrives_at_the_collector_as_a_span_with_its_parts_and_its_fig
     let ids: BTreeSet<&Vec<u8>> = spans.iter().map(|span| &span.span_id).collect();
     assert_eq!(ids.len(), 4);
     // The collector's answer may come after the next request.
-    let all_taken = async {
-        while server.metric("baton_trace_spans_exported_total").await.expect("a metric") != 4.0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, all_taken).await.expect("four spans are counted");
+    four_are_counted(&server, "baton_trace_spans_exported_total").await;
     assert!(collector.is_empty(), "probes and metrics are no traces");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collector_under_tls_is_believed_by_the_authority_that_is_named_and_by_no_public_one() {
+    let (collector, pem) = Collector::encrypted();
+    let url = format!("https://{}", collector.address);
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(file.path(), pem).expect("a certificate");
+    let authority = ("OTEL_EXPORTER_OTLP_CERTIFICATE", file.path().to_str().expect("UTF-8"));
+    let server = start_traced(
+        &url,
+        &[authority, ("OTEL_SERVICE_NAME", "ours"), ("OTEL_RESOURCE_ATTRIBUTES", "service.name=not-so,team=search")],
+    )
+    .await;
+    ask(&server, json!({"max_tokens": 5})).await;
+    let span = collector.next();
+    assert_eq!((&span.resource["service.name"], &span.resource["team"]), (&json!("ours"), &json!("search")));
+
+    let server = start_traced(&url, &[("OTEL_EXPORTER_OTLP_TIMEOUT", "300")]).await;
+    ask(&server, json!({"max_tokens": 5})).await;
+    four_are_counted(&server, "baton_trace_spans_dropped_total").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_spans_are_sent_before_the_server_ends_and_refusals_are_among_them() {
     let collector = Collector::start();
     let url = format!("http://{}/v1/traces", collector.address);
-    let mut server = start(&["--log-level", "warn", "--otlp-traces-endpoint", &url]).await;
+    let mut server = start_traced(&url, &[]).await;
     assert_eq!(ask(&server, json!({"temperature": -1, "user": "canary-77"})).await.0, 400);
     server.terminate().expect("a signal");
     assert!(server.wait(Duration::from_secs(30)).await.expect("it ends").success());
@@ -114,21 +144,16 @@ async fn the_last_spans_are_sent_before_the_server_ends_and_refusals_are_among_t
 async fn a_collector_that_refuses_costs_spans_and_nothing_else() {
     let collector = Collector::answering(400);
     let url = format!("http://{}", collector.address);
-    let server = start(&["--log-level", "error", "--otlp-traces-endpoint", &url]).await;
+    let server = start_traced(&url, &[]).await;
     assert_eq!(ask(&server, json!({"max_tokens": 5})).await.0, 200);
-    let all_lost = async {
-        while server.metric("baton_trace_spans_dropped_total").await.expect("a metric") != 4.0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, all_lost).await.expect("four spans are counted");
+    four_are_counted(&server, "baton_trace_spans_dropped_total").await;
     assert_eq!(server.metric("baton_trace_spans_exported_total").await.expect("a metric"), 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_that_is_away_keeps_no_request_waiting_and_no_server_from_its_end() {
     let nobody = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
-    let mut server = start(&["--log-level", "error", "--otlp-traces-endpoint", &format!("http://{nobody}")]).await;
+    let mut server = start_traced(&format!("http://{nobody}"), &[]).await;
     for _ in 0..3 {
         assert_eq!(ask(&server, json!({"max_tokens": 5})).await.0, 200);
     }

@@ -187,7 +187,7 @@ fn stream(address: &str, n: usize) -> Result<Reply, String> {
     let body = body.to_string();
     let mut connection = TcpStream::connect(address).map_err(|error| error.to_string())?;
     let length = body.len();
-    let head = format!("POST /v1/chat/completions HTTP/1.0\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+    let head = format!("POST /v1/chat/completions HTTP/1.0\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n");
     let mut reply = String::new();
     connection.write_all((head + &body).as_bytes()).map_err(|error| error.to_string())?;
     connection.read_to_string(&mut reply).map_err(|error| error.to_string())?;

@@ -24,7 +24,6 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("baton-handoff", &["baton-model", "baton-text"], &[]),
     ("baton-hub", &[], &[]),
     ("baton-encoder", &[], &[]),
-    ("baton-otlp", &[], &[]),
     ("baton-grammar", &["baton-model"], &[]),
     ("baton-http", &["baton-engine", "baton-grammar", "baton-text"], &["baton-loadgen"]),
     (
@@ -41,7 +40,6 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
             "baton-hub",
             "baton-loadgen",
             "baton-model",
-            "baton-otlp",
             "baton-text",
         ],
         &["baton-ascend-sim", "baton-cuda-sim"],
@@ -51,7 +49,7 @@ const EDGES: &[(&str, &[&str], &[&str])] = &[
     ("xtask", &["baton-cuda-sim", "baton-device", "baton-loadgen", "baton-model"], &[]),
 ];
 
-/// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` and `baton-otlp` use the network.
+/// Crates that must not know an HTTP server or an async runtime. Of these only `baton-hub` uses the network.
 const PLAIN: &[&str] = &[
     "baton-ascend-sim",
     "baton-cuda-sim",
@@ -63,7 +61,6 @@ const PLAIN: &[&str] = &[
     "baton-handoff",
     "baton-hub",
     "baton-model",
-    "baton-otlp",
     "baton-text",
 ];
 

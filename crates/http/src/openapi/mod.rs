@@ -50,7 +50,7 @@ const SAMPLING: &str = "Sampling";
 const REFUSALS: &[(u16, &str)] = &[
     (400, "The request cannot be served as it is; `param` names the field."),
     (401, "No key, or one that is not known."),
-    (403, "A key of another scope."),
+    (403, "A key of another scope; or no key, and a browser asks for a page of elsewhere."),
     (404, "There is no such thing."),
     (408, "The body did not arrive in time, or the request was not done within its `deadline_ms`."),
     (409, "It does not go together with what is under way."),

@@ -45,7 +45,8 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             reply: REPLY.into(),
-            config: ServiceConfig::default(),
+            // The name that requests of the tests' own making call it by.
+            config: ServiceConfig { allowed_hosts: vec!["x".parse().unwrap()], ..ServiceConfig::default() },
             engine: EngineConfig::default(),
             rebuildable: false,
             spec: RunSpec {
@@ -266,7 +267,7 @@ pub fn unchunked(mut bytes: &[u8]) -> Vec<u8> {
 pub fn request(method: &str, path: &str, headers: &str, body: &[u8]) -> Vec<u8> {
     let length = body.len();
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
     );
     [head.as_bytes(), body].concat()
 }

@@ -28,7 +28,7 @@ pub const PUBLIC: [&str; 14] = [
     "/docs",
 ];
 
-fn listed(key: &str, scopes: Scopes) -> ListedKey {
+pub fn listed(key: &str, scopes: Scopes) -> ListedKey {
     ListedKey { name: format!("name-of-{key}"), digest: Sha256::digest(key).into(), scopes, expires: None }
 }
 

@@ -4,6 +4,7 @@ mod adapters;
 mod admin;
 mod anthropic;
 mod batches;
+mod browsers;
 mod connections;
 mod dialect_tools;
 mod encoders;

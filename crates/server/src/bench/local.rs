@@ -16,7 +16,7 @@ use baton_model::{LoadOptions, SampleRequest, SamplingParams, SequenceStep, Step
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{count, length};
+use super::args::{count, length};
 use crate::{
     backend::{Device, DeviceOptions, Loaded},
     load, memory,

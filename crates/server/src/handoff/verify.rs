@@ -1,6 +1,6 @@
 //! `baton verify`: is a bundle what was handed over, and do devices compute what the trainer computed?
 
-use std::{path::PathBuf, process::ExitCode, str::FromStr};
+use std::{path::PathBuf, str::FromStr};
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_engine::SharedRunner;
@@ -99,17 +99,11 @@ impl FromStr for Other {
     }
 }
 
-/// Runs the command: exit code 0 if the bundle passes, 1 if it fails, 2 if that cannot be found out.
-pub fn main(args: &VerifyArgs) -> ExitCode {
-    match verify(args).and_then(|report| show(args, &report).map(|()| report.verdict())) {
-        Ok(Verdict::Pass | Verdict::Skipped) => ExitCode::SUCCESS,
-        Ok(Verdict::Fail) => ExitCode::from(1),
-        Ok(Verdict::NotRun) => ExitCode::from(2),
-        Err(error) => {
-            eprintln!("baton: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+/// Runs the command.
+pub fn main(args: &VerifyArgs) -> Result<Verdict> {
+    let report = verify(args)?;
+    show(args, &report)?;
+    Ok(report.verdict())
 }
 
 #[allow(clippy::print_stdout)] // what was asked for

@@ -3,10 +3,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use baton_handoff::Verdict;
 use baton_loadgen::{Client, Target};
 use chrono::{DateTime, Local};
 use clap::{Args, Subcommand};
@@ -133,15 +133,8 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 /// Runs the command.
-pub fn main(args: &RolloutArgs) -> ExitCode {
-    match run(args) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::from(1),
-        Err(error) => {
-            eprintln!("baton: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+pub fn main(args: &RolloutArgs) -> Result<Verdict> {
+    Ok(if run(args)? { Verdict::Pass } else { Verdict::Fail })
 }
 
 /// Whether it was done.

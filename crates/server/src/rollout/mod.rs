@@ -1,13 +1,16 @@
 //! Rollout: a new generation of the model beside the one that serves, judged, tried on traffic, and then promoted or
 //! rolled back, while clients notice nothing.
 //!
-//! `policy` decides, as a state machine over values; `control` carries out, on a thread of its own that owns every
+//! `policy` decides, as a state machine over values; `driver` carries out, on a thread of its own that owns every
 //! generation's engine; `journal` remembers. Invariant: what serves after a restart is what served before it.
 
 mod candidate;
 pub mod cli;
+mod commands;
 mod control;
+mod driver;
 mod journal;
+mod ledger;
 mod plan;
 mod policy;
 mod room;
@@ -22,7 +25,8 @@ use tracing::info;
 
 pub use candidate::Serving;
 pub use control::{Control, Start};
-pub use journal::{Journal, Promoted};
+pub use journal::Journal;
+pub use ledger::Promoted;
 
 use crate::{bundled, settings::Settings};
 

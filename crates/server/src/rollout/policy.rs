@@ -8,7 +8,7 @@
 //!
 //! Invariants: a candidate gets traffic, and is promoted, only after the gate has admitted it; every rollout that is
 //! rolled back ends; there is never a second candidate, since [`Rollouts`] begins nothing before the last one has ended,
-//! its generation freed. Transitions say all that [`Ledger`](super::journal::Ledger) needs to arrive at the same phase.
+//! its generation freed. Transitions say all that [`Ledger`](super::ledger::Ledger) needs to arrive at the same phase.
 
 use std::time::Duration;
 
@@ -153,7 +153,7 @@ pub enum Transition {
     Retired,
     /// The journal was shortened; these promotions hold.
     Compacted {
-        promotions: super::journal::Promotions,
+        promotions: super::ledger::Promotions,
     },
     /// An operator forgot all promotions.
     Reset,

@@ -6,7 +6,7 @@ use baton_http::{GenerationStats, Latencies, Observed, Traffic};
 use serde_json::{Value, json};
 
 use super::candidate::Serving;
-use super::journal::Ledger;
+use super::ledger::Ledger;
 use super::policy::{Rollout, Rollouts};
 use super::rules::{Figures, Latency, Observation};
 

@@ -12,7 +12,6 @@ mod report;
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::ExitCode,
     time::Instant,
 };
 
@@ -90,21 +89,9 @@ impl Chosen {
     }
 }
 
-/// Runs the command: exit code 0 if nothing failed, 1 if something did, 2 if that cannot be found out.
-pub fn main(args: &SelftestArgs) -> ExitCode {
-    match selftest(args) {
-        Ok(Verdict::Pass | Verdict::Skipped) => ExitCode::SUCCESS,
-        Ok(Verdict::Fail) => ExitCode::from(1),
-        Ok(Verdict::NotRun) => ExitCode::from(2),
-        Err(error) => {
-            eprintln!("baton: {error:#}");
-            ExitCode::from(2)
-        }
-    }
-}
-
+/// Runs the command.
 #[allow(clippy::print_stdout)] // what was asked for
-fn selftest(args: &SelftestArgs) -> Result<Verdict> {
+pub fn main(args: &SelftestArgs) -> Result<Verdict> {
     let device = Device::parse(&args.device)?;
     let facts = device.probe();
     let chosen = Chosen::new(&args.filter, device.activations(|| facts.clone()))?;

@@ -1,6 +1,8 @@
 //! Precedence, refusals and what is shown of settings.
 
+use anyhow::Result;
 use baton_text::ToolSyntax;
+use clap::Args;
 
 use super::*;
 

@@ -2,13 +2,21 @@
 
 use std::{
     collections::BTreeMap,
-    io::{Read, Write},
+    io::{self, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    sync::mpsc::{Receiver, channel},
+    sync::{
+        Arc,
+        mpsc::{Receiver, channel},
+    },
     thread,
     time::Duration,
 };
 
+use rustls::{
+    ServerConfig, ServerConnection, StreamOwned,
+    crypto::ring,
+    pki_types::{PrivateKeyDer, pem::PemObject},
+};
 use serde_json::{Value, json};
 
 /// A span as it arrived.
@@ -41,12 +49,36 @@ impl Collector {
 
     /// Answers with this status.
     pub fn answering(status: u16) -> Self {
+        Self::listen(move |stream| answered(stream, status))
+    }
+
+    /// Takes everything under TLS, with a certificate of its own for 127.0.0.1, which is given back as PEM.
+    pub fn encrypted() -> (Self, String) {
+        let rcgen::CertifiedKey { cert, signing_key } =
+            rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
+        let key = PrivateKeyDer::from_pem_slice(signing_key.serialize_pem().as_bytes()).expect("a key");
+        let config = ServerConfig::builder_with_provider(ring::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key)
+            .expect("they go together");
+        let config = Arc::new(config);
+        let listening = Self::listen(move |stream| {
+            let connection = ServerConnection::new(config.clone()).expect("a connection");
+            answered(StreamOwned::new(connection, stream), 200)
+        });
+        (listening, cert.pem())
+    }
+
+    /// What is read of a connection is an export; connections that break off are none.
+    fn listen(answered: impl Fn(TcpStream) -> io::Result<Vec<u8>> + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
         let (sender, spans) = channel();
         thread::spawn(move || {
             for stream in listener.incoming() {
-                let body = answered(stream.expect("a connection"), status);
+                let Ok(body) = answered(stream.expect("a connection")) else { continue };
                 if export(&body).into_iter().any(|span| sender.send(span).is_err()) {
                     return;
                 }
@@ -67,12 +99,14 @@ impl Collector {
 }
 
 /// Reads one request and answers it.
-fn answered(mut stream: TcpStream, status: u16) -> Vec<u8> {
+fn answered(mut stream: impl Read + Write, status: u16) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let end = loop {
         let mut more = [0; 4096];
-        let read = stream.read(&mut more).expect("bytes");
-        assert!(read > 0, "a whole head");
+        let read = stream.read(&mut more)?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         bytes.extend_from_slice(&more[..read]);
         if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
             break end + 4;
@@ -87,7 +121,7 @@ fn answered(mut stream: TcpStream, status: u16) -> Vec<u8> {
     stream.read_exact(&mut body[read..]).expect("the rest");
     let answer = format!("HTTP/1.1 {status} x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
     stream.write_all(answer.as_bytes()).expect("an answer");
-    body
+    Ok(body)
 }
 
 enum Field<'a> {

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::rollout::journal::{Ledger, Record};
+use crate::rollout::ledger::{Ledger, Record};
 use crate::rollout::rules::{Figures, Latency};
 
 fn plan(value: serde_json::Value) -> Plan {

@@ -5,9 +5,13 @@ use std::net::TcpListener;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use baton_http::TraceContext;
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use opentelemetry::KeyValue;
+use opentelemetry_sdk::{Resource, trace::SpanData};
 
-use crate::{Endpoint, Exporter, Kind, Span, Value};
+use super::collector::{Endpoint, Means};
+use super::exporter::Exporter;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -61,26 +65,22 @@ impl Collector {
     }
 
     fn exporter(&self) -> Exporter {
-        exporter(self.endpoint.clone())
+        exporter(self.endpoint.clone(), &[])
     }
 }
 
-fn exporter(endpoint: Endpoint) -> Exporter {
-    Exporter::start(endpoint, vec![("service.name", "tests".into())], ("scope-of-tests", "9")).unwrap()
+fn exporter(endpoint: Endpoint, variables: &[(&str, &str)]) -> Exporter {
+    let variables: Vec<_> =
+        [variables, &[("OTEL_BSP_SCHEDULE_DELAY", "20"), ("OTEL_EXPORTER_OTLP_TIMEOUT", "30000")]].concat();
+    let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
+    let resource = Resource::builder_empty().with_service_name("tests").build();
+    Exporter::start(&endpoint, Means::of(variable).unwrap(), &resource, variable).unwrap()
 }
 
-fn span(name: &str) -> Span {
-    Span {
-        trace_id: 0x0102,
-        span_id: 0x0304,
-        parent_id: None,
-        name: name.into(),
-        kind: Kind::Server,
-        start: SystemTime::UNIX_EPOCH,
-        end: SystemTime::UNIX_EPOCH + Duration::from_nanos(5),
-        attributes: vec![("a.number", Value::Int(-3))],
-        failed: false,
-    }
+fn span(name: &str) -> SpanData {
+    let trace = TraceContext { trace_id: 0x0102, parent_id: None, span_id: 0x0304, sampled: true };
+    let times = (SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH + Duration::from_nanos(5));
+    SpanData { attributes: vec![KeyValue::new("a.number", -3)], ..super::span(trace, 5, name.into(), times) }
 }
 
 fn has(body: &[u8], text: &str) -> bool {
@@ -98,19 +98,28 @@ fn eventually(count: &AtomicU64, value: u64) {
 }
 
 #[test]
-fn spans_arrive_together_as_protobuf_under_the_name_of_the_resource() {
+fn spans_arrive_as_protobuf_under_the_name_of_the_resource() {
     let collector = Collector::start();
     let exporter = collector.exporter();
     exporter.spans().send(vec![span("one"), span("two")]);
-    exporter.spans().send(vec![span("three")]);
     let (head, body) = collector.requests.recv_timeout(PATIENCE).unwrap();
     assert!(head.starts_with("post /v1/traces http/1.1\r\n"), "{head}");
     assert!(head.contains("content-type: application/x-protobuf\r\n"), "{head}");
-    for text in ["service.name", "tests", "scope-of-tests", "one", "two", "three", "a.number"] {
+    for text in ["service.name", "tests", "baton", "one", "a.number"] {
         assert!(has(&body, text), "{text}");
     }
-    eventually(&exporter.counts().exported, 3);
+    eventually(&exporter.counts().exported, 2);
     assert_eq!(exporter.counts().dropped.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn what_is_sent_is_compressed_if_that_is_asked_for() {
+    let collector = Collector::start();
+    let exporter = exporter(collector.endpoint.clone(), &[("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")]);
+    exporter.spans().send(vec![span("one")]);
+    let (head, body) = collector.requests.recv_timeout(PATIENCE).unwrap();
+    assert!(head.contains("content-encoding: gzip\r\n") && body.starts_with(&[0x1f, 0x8b]), "{head}");
+    eventually(&exporter.counts().exported, 1);
 }
 
 #[test]
@@ -142,36 +151,49 @@ fn a_batch_that_cannot_be_taken_now_is_sent_again_and_one_that_is_refused_is_not
 fn whoever_gives_spans_never_waits_and_what_does_not_fit_is_counted() {
     // Accepts connections and never answers.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let exporter = exporter(format!("http://{}", listener.local_addr().unwrap()).parse().unwrap());
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let exporter = exporter(url.parse().unwrap(), &[("OTEL_BSP_MAX_QUEUE_SIZE", "1000")]);
     let (spans, counts) = (exporter.spans(), exporter.counts());
-    let start = Instant::now();
-    (0..20_000).for_each(|_| spans.send(vec![span("flood")]));
-    assert!(start.elapsed() < Duration::from_secs(5), "it waited for the collector");
-    let dropped = counts.dropped.load(Ordering::Relaxed);
-    assert!(dropped > 10_000, "only {dropped} were dropped");
+    (0..5_000).for_each(|_| spans.send(vec![span("flood"); 3]));
+    // What is being sent has a place too, and a group is taken as a whole.
+    assert_eq!(counts.dropped.load(Ordering::Relaxed), 15_000 - 999);
     assert_eq!(counts.exported.load(Ordering::Relaxed), 0);
-    // Nor does the end wait.
-    let start = Instant::now();
+    // Nor does the end wait: the collector has not answered, and will not.
     exporter.stop(Duration::from_millis(50));
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert_eq!(counts.exported.load(Ordering::Relaxed), 0);
 }
 
 #[test]
-fn what_is_queued_at_the_end_is_sent_and_a_collector_that_is_away_is_tried_once() {
+fn what_is_queued_at_the_end_is_sent() {
     let collector = Collector::start();
     let exporter = collector.exporter();
     let counts = exporter.counts();
     exporter.spans().send(vec![span("last"), span("words")]);
     exporter.stop(PATIENCE);
-    assert!(has(&collector.requests.try_recv().unwrap().1, "words"));
     assert_eq!(counts.exported.load(Ordering::Relaxed), 2);
+    let bodies: Vec<_> = collector.requests.try_iter().map(|(_, body)| body).collect();
+    assert!(bodies.iter().any(|body| has(body, "words")));
+}
 
+#[test]
+fn a_collector_that_is_away_is_asked_as_long_as_was_said() {
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let exporter = self::exporter(format!("http://{nobody}").parse().unwrap());
-    let (spans, counts) = (exporter.spans(), exporter.counts());
-    spans.send(vec![span("lost")]);
+    let exporter =
+        exporter(format!("http://{nobody}").parse().unwrap(), &[("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "300")]);
+    exporter.spans().send(vec![span("lost")]);
+    eventually(&exporter.counts().dropped, 1);
     exporter.stop(PATIENCE);
-    assert_eq!(counts.dropped.load(Ordering::Relaxed), 1);
-    spans.send(vec![span("too late"); 2]);
-    assert_eq!(counts.dropped.load(Ordering::Relaxed), 3);
+}
+
+#[test]
+fn numbers_of_batches_that_cannot_be_had_are_refused() {
+    for name in ["OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_SCHEDULE_DELAY", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"] {
+        for value in ["0", "-1", "5s"] {
+            let variable = |asked: &str| (asked == name).then(|| value.to_owned());
+            let endpoint = "http://localhost".parse().unwrap();
+            let resource = Resource::builder_empty().build();
+            let refusal = Exporter::start(&endpoint, Means::of(variable).unwrap(), &resource, variable).err().unwrap();
+            assert!(refusal.to_string().contains(name), "{refusal}");
+        }
+    }
 }
