@@ -46,6 +46,7 @@ impl KvCache {
             Ok(match *layer {
                 LayerKv::Full { kv_heads, head_dim } => [plane(kv_heads * head_dim)?, plane(kv_heads * head_dim)?],
                 LayerKv::Latent { rank, rope } => [plane(rank)?, plane(rope)?],
+                LayerKv::Indexed { .. } => panic!("no indexed attention: the capabilities do not offer it"),
             })
         };
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()? })

@@ -7,18 +7,19 @@ use std::time::Duration;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, DeviceError, Draw,
-    Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, MoeOps, Op, Result,
-    RopeLayout, Rows, TokenIds, WeightFormat, World,
+    Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, MoeOps, Op,
+    Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
 use crate::isa::{Dispatch, Isa};
 use crate::kernels::attention;
+use crate::kernels::chosen::Chosen;
 use crate::kernels::latent::{self, Latent};
 use crate::kernels::linear::{Buffers, Prepared, Product, multiply};
 use crate::kernels::moe::{self, Experts};
 use crate::kernels::rope::{Rope, Rotate};
-use crate::kernels::rows::{Add, Gated, RmsNorm, Scale, Softcap};
+use crate::kernels::rows::{Add, Gated, LayerNorm, RmsNorm, Scale, Softcap};
 use crate::memory::DEVICE;
 use crate::pool::Pool;
 use crate::tensor::{Target, Tensor};
@@ -89,7 +90,7 @@ impl CpuBackend {
             kv_dtypes: KvDtype::ALL.into(),
             weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
             activations: DType::F32,
-            ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
+            ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::IndexedAttention, Op::FusedMoe]),
             narrow_activations: BlockFormat::ALL.map(Ggml).into_iter().chain(isa.has_pairs().then_some(BF16)).collect(),
             row_invariant: true,
             // It is its own host.
@@ -391,7 +392,50 @@ impl LatentOps for CpuBackend {
         scale: f32,
         out: &mut Tensor,
     ) -> Result<()> {
-        let Layer::Latent(plane) = &mut cache.layers[layer] else { panic!("layer {layer} caches keys and values") };
+        self.latents(q, latent, rope_key, None, weight, (cache, layer), plan, scale, out)
+    }
+
+    fn layer_norm_in_place(&self, x: &mut Tensor, [weight, bias]: [&Vec<f32>; 2], eps: f32) -> Result<()> {
+        columns(x, weight.len());
+        self.each_row(x, work::NORM, |_, x| self.isa.run(LayerNorm { x, weight, bias, eps }));
+        Ok(())
+    }
+
+    fn indexed_attention(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        rope_key: &Tensor,
+        indexer: &Indexer<'_, Self>,
+        weight: &Latent,
+        cache: &mut KvCache,
+        layer: usize,
+        plan: &AttentionPlan,
+        scale: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.latents(q, latent, rope_key, Some(indexer), weight, (cache, layer), plan, scale, out)
+    }
+}
+
+impl CpuBackend {
+    /// Attention to latents, all of them or those that an indexer chooses.
+    #[allow(clippy::too_many_arguments)] // as in the seam
+    fn latents(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        rope_key: &Tensor,
+        indexer: Option<&Indexer<'_, Self>>,
+        weight: &Latent,
+        (cache, layer): (&mut KvCache, usize),
+        plan: &AttentionPlan,
+        scale: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let Layer::Latent { rows: plane, index } = &mut cache.layers[layer] else {
+            panic!("layer {layer} caches keys and values")
+        };
         columns(q, weight.heads() * (weight.nope + weight.rope));
         columns(latent, weight.rank);
         columns(rope_key, weight.rope);
@@ -403,9 +447,17 @@ impl LatentOps for CpuBackend {
             plane.put(plan.slot(row), 0, 0, latent.row(row));
             plane.put(plan.slot(row), 1, rope_start(weight.rank), rope_key.row(row));
         }
+        let chosen = indexer.map(|indexer| {
+            let keys = index.as_mut().unwrap_or_else(|| panic!("layer {layer} has no indexer"));
+            columns(indexer.q, indexer.weights.cols() * indexer.k.cols());
+            for row in 0..plan.rows() {
+                keys.put(plan.slot(row), 0, 0, indexer.k.row(row));
+            }
+            Chosen::new((&self.pool, self.isa), indexer, keys, plan)
+        });
         out.set_rows(q.rows());
         let target = Target::new(out.data_mut(), weight.heads() * weight.v);
-        latent::attend(&self.pool, self.isa, q, weight, plane, plan, scale, &target);
+        latent::attend(&self.pool, self.isa, q, weight, plane, plan, chosen.as_ref(), scale, &target);
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 //! Keys and values have a plane each, block by block and head by head. A block of keys lies feature by feature, 16
 //! positions side by side, so that scores need no sums across a vector; a block of values lies position by position, a row
 //! padded with zeros to whole vectors. A latent layer has one plane that lies as values do: a row is the latent and behind
-//! it the rotated key, each padded. Elements of a plane in bytes have their scales apart, 16 positions side by side.
+//! it the rotated key, each padded; its indexer's keys have one that lies as keys do. Elements of a plane in bytes have their scales apart, 16 positions side by side.
 
 use std::ops::Range;
 
@@ -28,8 +28,15 @@ pub struct KvCache {
 
 /// What one layer keeps.
 pub(crate) enum Layer {
-    Full { keys: Plane, values: Plane },
-    Latent(Plane),
+    Full {
+        keys: Plane,
+        values: Plane,
+    },
+    /// Latents and rotated keys, and the keys of an indexer where there is one.
+    Latent {
+        rows: Plane,
+        index: Option<Plane>,
+    },
 }
 
 impl KvCache {
@@ -43,8 +50,12 @@ impl KvCache {
                     values: plane(kv_heads, head_dim.next_multiple_of(LANES), 1, Order::Positions)?,
                 },
                 LayerKv::Latent { rank, rope } => {
-                    Layer::Latent(plane(1, latent_width(rank, rope), 2, Order::Positions)?)
+                    Layer::Latent { rows: plane(1, latent_width(rank, rope), 2, Order::Positions)?, index: None }
                 }
+                LayerKv::Indexed { rank, rope, index } => Layer::Latent {
+                    rows: plane(1, latent_width(rank, rope), 2, Order::Positions)?,
+                    index: Some(plane(1, index, 1, Order::Features)?),
+                },
             })
         };
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()? })
@@ -57,7 +68,10 @@ impl KvCache {
                     keys.clear(block);
                     values.clear(block);
                 }
-                Layer::Latent(plane) => plane.clear(block),
+                Layer::Latent { rows, index } => {
+                    rows.clear(block);
+                    index.iter_mut().for_each(|keys| keys.clear(block));
+                }
             }
         }
     }
@@ -306,9 +320,9 @@ impl AttentionPlan {
         (self.blocks(row)[position / BLOCK], position % BLOCK)
     }
 
-    /// Groups of the longest context.
-    pub(crate) fn groups(&self) -> usize {
-        self.rows.iter().map(|row| row.position / GROUP_LEN + 1).max().unwrap_or(0)
+    /// Groups of the longest context, of which at most so many positions are read.
+    pub(crate) fn groups(&self, most: usize) -> usize {
+        self.rows.iter().map(|row| row.position.min(most - 1) / GROUP_LEN + 1).max().unwrap_or(0)
     }
 
     /// Positions that all rows attend to, together, where each sees at most `window`.

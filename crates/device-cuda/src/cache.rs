@@ -127,6 +127,7 @@ fn shapes(kv: LayerKv) -> [Shape; 2] {
     match kv {
         LayerKv::Full { kv_heads: heads, head_dim: width } => [Shape { heads, width }; 2],
         LayerKv::Latent { rank, rope } => [rank, rope].map(|width| Shape { heads: 1, width }),
+        LayerKv::Indexed { .. } => panic!("no indexed attention: the capabilities do not offer it"),
     }
 }
 

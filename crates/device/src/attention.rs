@@ -86,6 +86,15 @@ pub enum LayerKv {
         /// Rotary key width.
         rope: usize,
     },
+    /// As `Latent`, and the key of the indexer that chooses among the positions (DeepSeek-V3.2).
+    Indexed {
+        /// Latent width.
+        rank: usize,
+        /// Rotary key width.
+        rope: usize,
+        /// Width of the indexer's key.
+        index: usize,
+    },
 }
 
 impl LayerKv {
@@ -94,6 +103,7 @@ impl LayerKv {
         match self {
             LayerKv::Full { kv_heads, head_dim } => 2 * kv_heads * dtype.bytes(head_dim),
             LayerKv::Latent { rank, rope } => dtype.bytes(rank) + dtype.bytes(rope),
+            LayerKv::Indexed { rank, rope, index } => dtype.bytes(rank) + dtype.bytes(rope) + dtype.bytes(index),
         }
     }
 }

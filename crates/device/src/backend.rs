@@ -85,6 +85,21 @@ pub struct Rotary<'a, B: Backend + ?Sized> {
     pub table: &'a B::Rope,
 }
 
+/// What chooses the positions that latent attention reads (DeepSeek-V3.2's lightning indexer): of those that a row sees the
+/// `top_k` with the largest `Σ_h weights_h · max(0, scale · q_h·k_s)`, the earlier of equals; all where there are no more.
+pub struct Indexer<'a, B: Backend + ?Sized> {
+    /// `[rows, heads * width]`, rotated; there are as many heads as `weights` has columns.
+    pub q: &'a B::Tensor,
+    /// `[rows, width]`, normed and rotated. Kept in the cache.
+    pub k: &'a B::Tensor,
+    /// `[rows, heads]`.
+    pub weights: &'a B::Tensor,
+    /// Factor on the products.
+    pub scale: f32,
+    /// Positions that are read, at least 1.
+    pub top_k: usize,
+}
+
 /// A device: memory for weights, activations and cache, and the operations every decoder needs.
 pub trait Backend: Send + Sync + 'static {
     /// Activation `[rows, cols]`.
@@ -330,6 +345,31 @@ pub trait LatentOps: Backend {
             self.rope(x, layout, rotary.table, plan)?;
         }
         self.latent_attention(q, latent, rope_key, weight, cache, layer, plan, scale, out)
+    }
+
+    // Of devices that offer [`Op::IndexedAttention`](crate::Op::IndexedAttention); nobody asks others.
+
+    /// `x = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`, over each row (arXiv 1607.06450).
+    fn layer_norm_in_place(&self, _: &mut Self::Tensor, _: [&Self::Vector; 2], _: f32) -> Result<()> {
+        unreachable!("{} has no indexed attention", self.caps().device)
+    }
+    /// [`LatentOps::latent_attention`] to the positions that an indexer chooses, whose keys are written into the cache with the
+    /// latents. Every position is either read as there or not at all.
+    #[allow(clippy::too_many_arguments)] // as above
+    fn indexed_attention(
+        &self,
+        _q: &Self::Tensor,
+        _latent: &Self::Tensor,
+        _rope_key: &Self::Tensor,
+        _indexer: &Indexer<'_, Self>,
+        _weight: &Self::Latent,
+        _cache: &mut Self::KvCache,
+        _layer: usize,
+        _plan: &Self::AttentionPlan,
+        _scale: f32,
+        _out: &mut Self::Tensor,
+    ) -> Result<()> {
+        unreachable!("{} has no indexed attention", self.caps().device)
     }
 }
 

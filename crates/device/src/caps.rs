@@ -11,6 +11,8 @@ pub enum Op {
     PagedAttention,
     /// Multi-head latent attention ([`crate::LatentOps`]).
     LatentAttention,
+    /// Latent attention to the positions that an indexer chooses ([`crate::LatentOps::indexed_attention`]).
+    IndexedAttention,
     /// Routed experts ([`crate::MoeOps`]).
     FusedMoe,
 }

@@ -6,6 +6,7 @@
 
 mod choose;
 mod fused;
+mod indexed;
 mod inputs;
 mod name;
 mod ranks;
@@ -137,6 +138,19 @@ pub enum Case {
         /// How latents and rotated keys are kept.
         kv: KvDtype,
     },
+    /// [`LatentOps::indexed_attention`] over several steps of a ragged batch, behind [`LatentOps::layer_norm_in_place`].
+    Indexed {
+        /// Heads of the indexer.
+        heads: usize,
+        /// Width of its heads.
+        width: usize,
+        /// Positions that are read.
+        top_k: usize,
+        /// How the cache keeps them.
+        kv: KvDtype,
+        /// Positions that the last sequence has more than the others.
+        history: usize,
+    },
     /// [`LatentOps::latent_attention`] over several steps of a ragged batch.
     Latent {
         /// Heads.
@@ -190,6 +204,7 @@ pub fn cases() -> Vec<Case> {
     cases.push(Case::Group { rows: 1, in_features: 256, weights: mixed.clone() });
     cases.push(Case::Group { rows: 19, in_features: 512, weights: mixed });
     cases.extend(fused::cases());
+    cases.extend(indexed::cases());
     for block in BlockFormat::ALL {
         let (format, k) = (WeightFormat::Ggml(block), block.elements());
         for (rows, blocks, out_features) in [(1, 1, 1), (2, 5, 33), (3, 3, 17), (7, 4, 16), (37, 2, 65)] {
@@ -289,6 +304,9 @@ impl Case {
                 weight_formats: [WeightFormat::F32].into(),
                 kv_dtypes: [kv].into(),
             },
+            Case::Indexed { kv, .. } => {
+                Requirements { ops: [Op::LatentAttention, Op::IndexedAttention].into(), kv_dtypes: [kv].into(), ..none }
+            }
             Case::Latent { format, kv, .. } => Requirements {
                 ops: [Op::LatentAttention].into(),
                 weight_formats: [format].into(),
@@ -354,6 +372,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
         Case::Gated { .. } => fused::gated(case, b),
         Case::Rotary { .. } => fused::rotary(case, b, inputs),
         Case::RotaryLatent { interleaved, kv } => fused::rotary_latent((interleaved, kv), b, inputs),
+        Case::Indexed { .. } => indexed::attention(case, b, inputs),
         Case::Made { rows, in_features, out_features, block } => {
             let shape = vec![out_features, in_features];
             let weight = Source::new(WeightFormat::BF16, shape, 1, (in_features as f32).sqrt().recip());

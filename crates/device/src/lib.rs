@@ -28,7 +28,7 @@ mod routing;
 pub use attention::{
     AttentionBatch, AttentionParams, KvDtype, KvSpec, LayerKv, RopeLayout, SequenceSpan, saturate_f16,
 };
-pub use backend::{Activation, Backend, LatentOps, MoeOps, Rotary, Rows, TokenIds};
+pub use backend::{Activation, Backend, Indexer, LatentOps, MoeOps, Rotary, Rows, TokenIds};
 pub use caps::{Caps, Op, Requirements};
 pub use draw::{Candidate, Draw, Drawer};
 pub use dtype::{DType, WeightFormat};

@@ -1,6 +1,8 @@
 //! The naive backend: plain loops in f32, one thread, the formula and nothing else. It judges every
 //! other backend, so it must stay obvious; it is never made faster.
 
+mod latent;
+
 use std::collections::BTreeSet;
 use std::f32::consts::FRAC_2_PI;
 use std::ops::Range;
@@ -10,8 +12,8 @@ use half::{bf16, f16};
 
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, Draw, Drawer,
-    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op,
-    Purpose, Result, RopeLayout, Routing, Rows, TokenIds, WeightFormat, World, select_experts,
+    HostExperts, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LayerKv, MoeOps, Op, Purpose, Result, RopeLayout,
+    Routing, Rows, TokenIds, WeightFormat, World, select_experts,
 };
 
 /// The judge.
@@ -49,7 +51,7 @@ impl Reference {
                 kv_dtypes: KvDtype::ALL.into(),
                 weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
                 activations: DType::F32,
-                ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::FusedMoe]),
+                ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::IndexedAttention, Op::FusedMoe]),
                 narrow_activations: BTreeSet::new(),
                 row_invariant: true,
                 runs_ahead: false,
@@ -163,10 +165,11 @@ pub struct Rope {
     sin: Vec<f32>,
 }
 
-/// Per layer two planes of `[blocks * block_size, width]`: keys and values, or latents and rotated keys.
+/// Per layer planes of `[blocks * block_size, width]`: keys and values, or latents, rotated keys and, where there is an indexer, its
+/// keys.
 pub struct KvCache {
     block_size: usize,
-    layers: Vec<[Plane; 2]>,
+    layers: Vec<Vec<Plane>>,
 }
 
 /// Values after rounding to their dtype.
@@ -214,12 +217,6 @@ pub struct Experts {
     /// Those held.
     experts: Vec<[Linear; 3]>,
     routing: Routing,
-}
-
-/// Per head: key rows `[nope, rank]` and value rows `[v, rank]`.
-pub struct Latent {
-    shape: (usize, usize, usize),
-    heads: Vec<[Linear; 2]>,
 }
 
 fn softmax(scores: &mut [f32]) {
@@ -278,11 +275,12 @@ impl Backend for Reference {
     fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
         let slots = num_blocks * spec.block_size;
         let planes = |layer: &LayerKv| match *layer {
-            LayerKv::Full { kv_heads, head_dim } => [(kv_heads, head_dim); 2],
-            LayerKv::Latent { rank, rope } => [(1, rank), (1, rope)],
+            LayerKv::Full { kv_heads, head_dim } => vec![(kv_heads, head_dim); 2],
+            LayerKv::Latent { rank, rope } => vec![(1, rank), (1, rope)],
+            LayerKv::Indexed { rank, rope, index } => vec![(1, rank), (1, rope), (1, index)],
         };
         let plane = |heads| Plane::new(slots, heads, spec.dtype);
-        let layers = spec.layers.iter().map(|l| planes(l).map(plane)).collect();
+        let layers = spec.layers.iter().map(|l| planes(l).into_iter().map(plane).collect()).collect();
         Ok(KvCache { block_size: spec.block_size, layers })
     }
 
@@ -400,7 +398,7 @@ impl Backend for Reference {
         out: &mut Tensor,
     ) -> Result<()> {
         let AttentionParams { heads, kv_heads, head_dim, scale, softcap, .. } = *params;
-        let [keys, values] = &mut cache.layers[layer];
+        let [keys, values] = &mut cache.layers[layer][..] else { panic!("layer {layer} caches latents") };
         write_slots(keys, k, plan);
         write_slots(values, v, plan);
         out.set_rows(q.rows());
@@ -490,55 +488,6 @@ fn weighted_sum<'a>(weights: &[f32], rows: impl Iterator<Item = &'a [f32]>, out:
         for (out, v) in out.iter_mut().zip(row) {
             *out += w * v;
         }
-    }
-}
-
-impl LatentOps for Reference {
-    type Latent = Latent;
-
-    fn latent_weight(&self, src: &HostLatent<'_>) -> Result<Latent> {
-        let HostLatent { kv_b, heads, nope, rope, v, rank, format } = src;
-        kv_b.expect_shape(&[heads * (nope + v), *rank])?;
-        let head = |h: usize| {
-            let start = h * (nope + v);
-            let key = Linear::new(&kv_b.rows(start, *nope), None, *format)?;
-            Ok([key, Linear::new(&kv_b.rows(start + nope, *v), None, *format)?])
-        };
-        Ok(Latent { shape: (*nope, *rope, *v), heads: (0..*heads).map(head).collect::<Result<_>>()? })
-    }
-
-    fn latent_attention(
-        &self,
-        q: &Tensor,
-        latent: &Tensor,
-        rope_key: &Tensor,
-        weight: &Latent,
-        cache: &mut KvCache,
-        layer: usize,
-        plan: &AttentionPlan,
-        scale: f32,
-        out: &mut Tensor,
-    ) -> Result<()> {
-        let (nope, rope, v) = weight.shape;
-        let [latents, rope_keys] = &mut cache.layers[layer];
-        write_slots(latents, latent, plan);
-        write_slots(rope_keys, rope_key, plan);
-        out.set_rows(q.rows());
-        for row in 0..q.rows() {
-            for (head, [keys, values]) in weight.heads.iter().enumerate() {
-                let query = &q.row(row)[head * (nope + rope)..][..nope + rope];
-                let mut absorbed = vec![0.0; latent.cols];
-                weighted_sum(&query[..nope], (0..nope).map(|i| keys.row(i)), &mut absorbed);
-                let context = &plan.rows[row];
-                let score = |s: usize| dot(&absorbed, latents.slot(s)) + dot(&query[nope..], rope_keys.slot(s));
-                let mut scores: Vec<f32> = context.iter().map(|&s| scale * score(s)).collect();
-                softmax(&mut scores);
-                let mut mixed = vec![0.0; latent.cols];
-                weighted_sum(&scores, context.iter().map(|&s| latents.slot(s)), &mut mixed);
-                values.apply(&mixed, &mut out.row_mut(row)[head * v..][..v]);
-            }
-        }
-        Ok(())
     }
 }
 

@@ -43,7 +43,7 @@ pub(crate) fn attend(
         let (rows, kv_head) = (runs[i / kv_heads].clone(), i % kv_heads);
         Task { isa, q, keys, values, plan, params, rows, kv_head }
     };
-    let groups = plan.groups();
+    let groups = plan.groups(usize::MAX);
     if groups == 1 || pool.threads() == 1 || tasks >= 2 * pool.threads() {
         return pool.run(tasks, work, |i| {
             let task = task(i);

@@ -13,6 +13,7 @@ use half::{bf16, f16};
 
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane, rope_start};
 use crate::isa::Dispatch;
+use crate::kernels::chosen::Chosen;
 use crate::kernels::context::{self, GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
 use crate::kernels::linear::{Buffers, Part, Prepared};
 use crate::pool::Pool;
@@ -79,7 +80,7 @@ fn pack_transposed(pool: &Pool, matrix: Matrix) -> Result<Matrix> {
     })
 }
 
-/// Every row and head over latents and rotated keys already written.
+/// Every row and head over latents and rotated keys already written, all of them or those that were chosen.
 #[allow(clippy::too_many_arguments)] // where to run, two inputs, their context, one output
 pub(crate) fn attend(
     pool: &Pool,
@@ -88,20 +89,22 @@ pub(crate) fn attend(
     weight: &Latent,
     plane: &Plane,
     plan: &AttentionPlan,
+    chosen: Option<&Chosen>,
     scale: f32,
     out: &Target<'_>,
 ) {
     let (rows, heads) = (plan.rows(), weight.heads.len());
-    let work = heads * (rows * weight.rank * (weight.nope + weight.v) + 2 * plan.context(None) * plane.width);
+    let top_k = chosen.map(Chosen::top_k);
+    let work = heads * (rows * weight.rank * (weight.nope + weight.v) + 2 * plan.context(top_k) * plane.width);
     let row_chunk = pool.share(rows, work).min(TASK_ROWS);
     let head_chunks = heads.div_ceil(TASK_HEADS);
     let tasks = rows.div_ceil(row_chunk) * head_chunks;
     let task = |i: usize| {
         let (row, head) = (i / head_chunks * row_chunk, i % head_chunks * TASK_HEADS);
         let (rows, heads) = (row..rows.min(row + row_chunk), head..heads.min(head + TASK_HEADS));
-        Task { pool, isa, q, weight, plane, plan, scale, rows, heads }
+        Task { pool, isa, q, weight, plane, plan, chosen, scale, rows, heads }
     };
-    let groups = plan.groups();
+    let groups = plan.groups(top_k.unwrap_or(usize::MAX));
     if groups == 1 || pool.threads() == 1 || tasks >= 2 * pool.threads() {
         return pool.run(tasks, work, |i| {
             let task = task(i);
@@ -142,6 +145,7 @@ struct Task<'a> {
     weight: &'a Latent,
     plane: &'a Plane,
     plan: &'a AttentionPlan,
+    chosen: Option<&'a Chosen>,
     scale: f32,
     rows: Range<usize>,
     heads: Range<usize>,
@@ -196,25 +200,36 @@ impl Task<'_> {
         let (next, scratch) = scratch.split_at_mut(self.sums());
         let (keys, values) = scratch.as_chunks_mut().0.split_at_mut(PIECE * width);
         let [mut sums, mut next] = [sums, next].map(|sums| Sums::new(sums, self.queries(), value_width));
-        for rows in self.plan.runs(self.rows.clone(), RUN_QUERIES.div_ceil(heads)) {
+        let mut latents = Latents { plane: self.plane, rank_width: value_width, chosen: None, keys, values };
+        let mut walk = |rows: Range<usize>, position: usize, blocks: &[u32], latents: &mut Latents<'_>| {
             let of = |row: usize| (row - self.rows.start) * heads;
             let of = of(rows.start)..of(rows.end);
-            let blocks = self.plan.blocks(rows.end - 1);
+            let data = &queries[of.start * width..of.end * width];
             let walk = Walk {
-                queries: Queries {
-                    data: &queries[of.start * width..of.end * width],
-                    heads,
-                    width,
-                    position: self.plan.position(rows.start),
-                    window: usize::MAX,
-                    softcap: None,
-                },
+                queries: Queries { data, heads, width, position, window: usize::MAX, softcap: None },
                 blocks,
                 groups: groups.start..groups.end.min(blocks.len().div_ceil(GROUP_LEN / BLOCK)),
                 sums: sums.part(of.clone()),
                 next: next.part(of),
             };
-            walk.run(self.isa, &mut Latents { plane: self.plane, rank_width: value_width, keys, values });
+            walk.run(self.isa, latents);
+        };
+        for run in self.plan.runs(self.rows.clone(), RUN_QUERIES.div_ceil(heads)) {
+            let of_row = |row: usize| self.chosen.and_then(|chosen| chosen.of(row));
+            // Of a sequence's rows the first see few enough positions to read all of them.
+            let all = run.start..run.clone().find(|&row| of_row(row).is_some()).unwrap_or(run.end);
+            if !all.is_empty() {
+                let (position, blocks) = (self.plan.position(all.start), self.plan.blocks(all.end - 1));
+                walk(all.clone(), position, blocks, &mut latents);
+            }
+            for row in all.end..run.end {
+                // As a context of its own, in blocks of the positions that are read, one behind the other.
+                let positions = of_row(row).expect("a row behind one that reads some reads some");
+                let blocks: Vec<u32> = (0..positions.len().div_ceil(BLOCK) as u32).collect();
+                latents.chosen = Some((positions, self.plan.blocks(row)));
+                walk(row..row + 1, positions.len() - 1, &blocks, &mut latents);
+                latents.chosen = None;
+            }
         }
     }
 
@@ -244,6 +259,8 @@ struct Latents<'a> {
     plane: &'a Plane,
     /// Width of the first part of a row.
     rank_width: usize,
+    /// Positions that are read, and the blocks of their sequence: then a piece's blocks are runs of these positions.
+    chosen: Option<(&'a [u32], &'a [u32])>,
     /// `[PIECE, width, 16]`.
     keys: &'a mut [[f32; LANES]],
     /// `[PIECE, 16, width]`.
@@ -259,6 +276,17 @@ impl Source for Latents<'_> {
         let mut values: [&[[f32; LANES]]; PIECE] = [&[]; PIECE];
         for (b, to) in self.values.chunks_exact_mut(width).enumerate() {
             let block = blocks[b.min(blocks.len() - 1)];
+            if let Some((positions, table)) = self.chosen {
+                let positions = &positions[block as usize * BLOCK..];
+                let rows = GatheredRows { plane, positions: &positions[..positions.len().min(BLOCK)], table };
+                values[b] = match plane.dtype {
+                    KvDtype::F32 => rows.widen::<f32>(isa, self.rank_width, to),
+                    KvDtype::F16 => rows.widen::<f16>(isa, self.rank_width, to),
+                    KvDtype::BF16 => rows.widen::<bf16>(isa, self.rank_width, to),
+                    KvDtype::Int8 => rows.widen::<i8>(isa, self.rank_width, to),
+                };
+                continue;
+            }
             let rows = CachedBlock { plane, block, rank_width: self.rank_width };
             values[b] = match plane.dtype {
                 KvDtype::F32 => plane.block(block, 0),
@@ -289,6 +317,49 @@ impl CachedBlock<'_> {
         let scales = [0, 1].map(|part| self.plane.scales(self.block, 0, part));
         isa.run(Widen { from: self.plane.block::<E>(self.block, 0), scales, split: self.rank_width / LANES, to });
         to
+    }
+}
+
+/// Rows of some positions, at most a block's.
+struct GatheredRows<'a> {
+    plane: &'a Plane,
+    positions: &'a [u32],
+    /// Blocks of their sequence.
+    table: &'a [u32],
+}
+
+impl GatheredRows<'_> {
+    /// Each element times its scale, one row behind the other; what is behind the last row is left as it was, for nobody sees it.
+    fn widen<E: Element>(self, isa: Dispatch, rank_width: usize, to: &mut [[f32; LANES]]) -> &[[f32; LANES]] {
+        let vectors = self.plane.width / LANES;
+        for (&position, to) in self.positions.iter().zip(to.chunks_exact_mut(vectors)) {
+            let (block, offset) = (self.table[position as usize / BLOCK], position as usize % BLOCK);
+            let from = &self.plane.block::<E>(block, 0)[offset * vectors..][..vectors];
+            let scales = [0, 1].map(|part| self.plane.scales(block, 0, part).map(|scales| scales[offset]));
+            isa.run(WidenRow { from, scales, split: rank_width / LANES, to });
+        }
+        to
+    }
+}
+
+/// One row, as [`Widen`] does it.
+struct WidenRow<'a, E> {
+    from: &'a [[E; LANES]],
+    scales: [Option<f32>; 2],
+    split: usize,
+    to: &'a mut [[f32; LANES]],
+}
+
+impl<E: Element> Kernel for WidenRow<'_, E> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (v, (from, to)) in self.from.iter().zip(self.to).enumerate() {
+            let elements = E::load(s, from);
+            match self.scales[usize::from(v >= self.split)] {
+                Some(scale) => s.store(s.mul(elements, s.splat(scale)), to),
+                None => s.store(elements, to),
+            }
+        }
     }
 }
 

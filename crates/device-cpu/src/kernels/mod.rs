@@ -2,6 +2,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod blocks;
+pub(crate) mod chosen;
 pub(crate) mod context;
 pub(crate) mod latent;
 pub(crate) mod linear;

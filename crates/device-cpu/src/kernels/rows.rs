@@ -32,6 +32,38 @@ impl Kernel for RmsNorm<'_> {
     }
 }
 
+/// `x = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` over the whole row.
+pub(crate) struct LayerNorm<'a> {
+    pub(crate) x: &'a mut [f32],
+    pub(crate) weight: &'a [f32],
+    pub(crate) bias: &'a [f32],
+    pub(crate) eps: f32,
+}
+
+impl Kernel for LayerNorm<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let len = self.x.len() as f32;
+        let mut sum = s.splat(0.0);
+        for part in self.x.chunks(LANES) {
+            sum = s.add(sum, s.load_first(part));
+        }
+        let mean = s.sum(sum) / len;
+        self.x.iter_mut().for_each(|x| *x -= mean);
+        let mut squares = s.splat(0.0);
+        for part in self.x.chunks(LANES) {
+            let v = s.load_first(part);
+            squares = s.mul_add(v, v, squares);
+        }
+        let inverse = s.splat(1.0 / (s.sum(squares) / len + self.eps).sqrt());
+        let parameters = self.weight.chunks(LANES).zip(self.bias.chunks(LANES));
+        for (part, (weight, bias)) in self.x.chunks_mut(LANES).zip(parameters) {
+            let v = s.mul_add(s.mul(s.load_first(part), inverse), s.load_first(weight), s.load_first(bias));
+            s.store_first(v, part);
+        }
+    }
+}
+
 /// `x += y`.
 pub(crate) struct Add<'a> {
     pub(crate) x: &'a mut [f32],

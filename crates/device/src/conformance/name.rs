@@ -20,6 +20,7 @@ impl Case {
             Case::Rope(_) => "rope",
             Case::Attention { .. } => "attention",
             Case::Latent { .. } => "latent",
+            Case::Indexed { .. } => "latent-indexed",
             Case::Rotary { .. } => "attention-rotary",
             Case::RotaryLatent { .. } => "latent-rotary",
             Case::Moe { .. } => "moe",
@@ -82,6 +83,10 @@ impl fmt::Display for Case {
                 write!(f, "-{kv}-{heads}over{kv_heads}x{head_dim}")?;
                 window.iter().try_for_each(|window| write!(f, "-window{window}"))?;
                 softcap.iter().try_for_each(|softcap| write!(f, "-cap{softcap}"))?;
+                history
+            }
+            Case::Indexed { heads, width, top_k, kv, history } => {
+                write!(f, "-{kv}-{heads}x{width}-top{top_k}")?;
                 history
             }
             Case::Latent { heads, nope, rope, v, rank, format, kv, history } => {

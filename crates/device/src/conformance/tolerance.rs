@@ -14,7 +14,8 @@ pub(super) fn tolerance(case: &Case, caps: &Caps, expected: &[f32]) -> f32 {
             // (of 256 for bf16) for each of two products.
             Case::Moe { format, .. } | Case::Latent { format, .. } if caps.narrow_activations.contains(format) => 5e-3,
             // A key whose last bit is another before it is kept may be rounded to the other side.
-            Case::Rotary { kv, .. } | Case::RotaryLatent { kv, .. } => SUMS + kept(*kv),
+            // As is the norm of a key before it is kept.
+            Case::Rotary { kv, .. } | Case::RotaryLatent { kv, .. } | Case::Indexed { kv, .. } => SUMS + kept(*kv),
             _ => SUMS,
         };
     }
@@ -66,6 +67,8 @@ impl Case {
             // Of the scaled query, of the softmax, of the result; once more where products are narrower.
             Case::Attention { .. } => 4.0,
             // As above, and of the absorbed query and of the mixed latents.
+            // Of devices that compute in f32: with less, others would be chosen.
+            Case::Indexed { .. } => 0.0,
             Case::Latent { .. } => 6.0,
             // As norms, rotation and attention one after the other.
             Case::Rotary { .. } => 11.0,
