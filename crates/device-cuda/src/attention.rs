@@ -62,6 +62,7 @@ impl Attend {
         Ok(match kv {
             LayerKv::Full { head_dim, .. } => Self::Full(Full::new(gpu, kept, head_dim)?),
             LayerKv::Latent { rank, rope } => Self::Latent(Absorbed::new(gpu, kept, rank, rope)?),
+            LayerKv::Indexed { .. } => panic!("no indexed attention: the capabilities do not offer it"),
         })
     }
 }

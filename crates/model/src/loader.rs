@@ -245,6 +245,14 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(self.backend.vector(&HostTensor::new(host.name(), DType::F32, host.shape().to_vec(), &bytes))?)
     }
 
+    /// A vector by its full name.
+    pub(crate) fn vector(&mut self, name: &str) -> Result<B::Vector, LoadError> {
+        let vector = self.map(name)?;
+        let host = vector.host();
+        self.weight_bytes += host.len() as u64 * 4;
+        Ok(self.backend.vector(&host)?)
+    }
+
     /// A vector that stays on the host, by its full name.
     pub(crate) fn host_vector(&mut self, name: &str) -> Result<Vec<f32>, LoadError> {
         Ok(self.map(name)?.host().to_f32())

@@ -1,18 +1,20 @@
-//! DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437): multi-head latent attention, and experts behind
-//! the first layers. The two differ in how experts are chosen, which is in the config.
+//! DeepSeek-V2, V3 and V3.2 (arXiv 2405.04434, 2412.19437): multi-head latent attention, and experts behind
+//! the first layers. V2 and V3 differ in how experts are chosen, which is in the config. In V3.2 an indexer in every layer
+//! chooses the positions that a token reads: its queries come from the latent of attention's queries, its one key from
+//! the hidden state, both rotated in their first columns, by halves.
 //!
 //! The cache keeps the latent and one rotated key per token; attention absorbs `kv_b_proj`
 //! (see [`LatentOps`]), so keys and values are never expanded. `kv_a_proj_with_mqa` yields both the
 //! latent and the shared key; its rows are split at load.
 
-use baton_device::{Backend, HostLatent, LatentOps, MoeOps, Result as DeviceResult, RopeLayout, Rotary};
+use baton_device::{Backend, HostLatent, Indexer, LatentOps, MoeOps, Result as DeviceResult, RopeLayout, Rotary};
 
 use super::decoder::{Decoder, Layer, Step, rope};
 use super::feed_forward::{FeedForward, FeedForwardScratch, feed_forward_specs};
 use super::{Projection, Sizes, Specs, StepAdapters};
 use crate::LoadError;
 use crate::checkpoint::Role;
-use crate::config::{DeepseekConfig, ModelConfig};
+use crate::config::{DeepseekConfig, IndexerConfig, ModelConfig};
 use crate::loader::Loader;
 use crate::split::Split;
 
@@ -29,9 +31,21 @@ pub(super) struct DeepseekLayer<B: LatentOps + MoeOps> {
     /// `[rope, hidden]`.
     rope_key: Projection<B>,
     kv_b: B::Latent,
+    indexer: Option<LayerIndexer<B>>,
     /// `[hidden, heads * v]`.
     o: Projection<B>,
     feed_forward: FeedForward<B>,
+}
+
+struct LayerIndexer<B: Backend> {
+    /// `[index_heads * index_dim, q_rank]`.
+    q: Projection<B>,
+    /// `[index_dim, hidden]`.
+    k: Projection<B>,
+    /// Weight and bias, `[index_dim]` each.
+    k_norm: [B::Vector; 2],
+    /// `[index_heads, hidden]`.
+    weights: B::Linear,
 }
 
 enum Query<B: Backend> {
@@ -56,7 +70,20 @@ pub(super) struct Shared<B: Backend> {
     rope_key: B::Tensor,
     /// `[rows, heads * v]`.
     context: B::Tensor,
+    indexer: Option<IndexerScratch<B>>,
     feed_forward: FeedForwardScratch<B>,
+}
+
+struct IndexerScratch<B: Backend> {
+    q_rope: RopeLayout,
+    k_rope: RopeLayout,
+    top_k: usize,
+    /// `[rows, index_heads * index_dim]`.
+    q: B::Tensor,
+    /// `[rows, index_dim]`.
+    k: B::Tensor,
+    /// `[rows, index_heads]`.
+    weights: B::Tensor,
 }
 
 /// Names and shapes of a layer's tensors.
@@ -82,6 +109,13 @@ pub(super) fn layer_specs(config: &ModelConfig, own: &DeepseekConfig, layer: usi
         Role::Float,
         Split::Outputs(heads),
     );
+    if let (Some(indexer), Some(rank)) = (&own.indexer, own.q_lora_rank) {
+        specs.linear(part("indexer.wq_b"), indexer.heads * indexer.head_dim, rank);
+        specs.linear(part("indexer.wk"), indexer.head_dim, hidden);
+        specs.norm(part("indexer.k_norm"), indexer.head_dim);
+        specs.vector(part("indexer.k_norm.bias"), indexer.head_dim);
+        specs.matrix(part("indexer.weights_proj"), indexer.heads, hidden, Role::Router);
+    }
     specs.shared(part("o_proj"), hidden, heads * own.v_head_dim, Split::Inputs(heads));
     if own.bias {
         if let Some(rank) = own.q_lora_rank {
@@ -128,6 +162,15 @@ pub(super) fn build<B: LatentOps + MoeOps>(
                 rank: own.kv_lora_rank,
                 format,
             })?,
+            indexer: match own.indexer {
+                None => None,
+                Some(_) => Some(LayerIndexer {
+                    q: loader.projection(&part("indexer.wq_b"))?,
+                    k: loader.projection(&part("indexer.wk"))?,
+                    k_norm: [loader.norm(&part("indexer.k_norm"), 0.0)?, loader.vector(&part("indexer.k_norm.bias"))?],
+                    weights: loader.linear(&part("indexer.weights_proj"))?,
+                }),
+            },
             o: loader.projection(&part("o_proj"))?,
             feed_forward: FeedForward::load(loader, config, layer)?,
         })
@@ -157,8 +200,54 @@ impl<B: Backend> Shared<B> {
             latent: activation(own.kv_lora_rank)?,
             rope_key: activation(rope_dim)?,
             context: activation(heads * own.v_head_dim)?,
+            indexer: own
+                .indexer
+                .as_ref()
+                .map(|indexer| IndexerScratch::new(indexer, rope_dim, activation))
+                .transpose()?,
             feed_forward: FeedForwardScratch::new(backend, config, sizes)?,
         })
+    }
+}
+
+impl<B: Backend> IndexerScratch<B> {
+    fn new(
+        indexer: &IndexerConfig,
+        rope_dim: usize,
+        activation: impl Fn(usize) -> DeviceResult<B::Tensor>,
+    ) -> DeviceResult<Self> {
+        let &IndexerConfig { heads, head_dim, top_k } = indexer;
+        let q_rope = RopeLayout { heads, head_dim, offset: 0, dim: rope_dim, interleaved: false };
+        Ok(Self {
+            q_rope,
+            k_rope: RopeLayout { heads: 1, ..q_rope },
+            top_k,
+            q: activation(heads * head_dim)?,
+            k: activation(head_dim)?,
+            weights: activation(heads)?,
+        })
+    }
+}
+
+impl<B: LatentOps> LayerIndexer<B> {
+    /// Of normed hidden states and of the latents of attention's queries.
+    fn forward<'a>(
+        &self,
+        backend: &B,
+        (h, q_latent): (&B::Tensor, &B::Tensor),
+        (rope, plan): (&B::Rope, &B::AttentionPlan),
+        adapters: &mut StepAdapters<'_, B>,
+        scratch: &'a mut IndexerScratch<B>,
+    ) -> DeviceResult<Indexer<'a, B>> {
+        let IndexerScratch { q_rope, k_rope, top_k, q, k, weights } = scratch;
+        self.q.forward(backend, q_latent, adapters, q)?;
+        self.k.forward(backend, h, adapters, k)?;
+        backend.layer_norm_in_place(k, self.k_norm.each_ref(), LATENT_NORM_EPS)?;
+        backend.rope(q, *q_rope, rope, plan)?;
+        backend.rope(k, *k_rope, rope, plan)?;
+        backend.linear(h, &self.weights, weights)?;
+        backend.scale(weights, (q_rope.heads as f32).sqrt().recip())?;
+        Ok(Indexer { q, k, weights, scale: (q_rope.head_dim as f32).sqrt().recip(), top_k: *top_k })
     }
 }
 
@@ -173,9 +262,9 @@ impl<B: LatentOps + MoeOps> Layer<B> for DeepseekLayer<B> {
         shared: &mut Shared<B>,
         out: &mut B::Tensor,
     ) -> DeviceResult<()> {
-        let Shared { scale, rope, q_rope, k_rope, q_latent, q, latent, rope_key, context, .. } = shared;
+        let Shared { scale, rope, q_rope, k_rope, q_latent, q, latent, rope_key, context, indexer, .. } = shared;
         let [of_latent, of_key] = [(&self.latent, &mut *latent), (&self.rope_key, &mut *rope_key)];
-        match (&self.query, q_latent) {
+        match (&self.query, &mut *q_latent) {
             (Query::Latent { a, norm, b }, Some(q_latent)) => {
                 let group = [(a, &mut *q_latent), of_latent, of_key];
                 Projection::forward_group(backend, h, step.adapters, group)?;
@@ -195,6 +284,14 @@ impl<B: LatentOps + MoeOps> Layer<B> for DeepseekLayer<B> {
             table: rope,
         };
         let (kv_b, Step { layer, plan, cache, adapters }) = (&self.kv_b, step);
+        if let (Some(own), Some(scratch), Some(q_latent)) = (&self.indexer, indexer, q_latent) {
+            let indexer = own.forward(backend, (h, q_latent), (rope, plan), adapters, scratch)?;
+            backend.rms_norm_in_place(latent, &self.latent_norm, LATENT_NORM_EPS)?;
+            backend.rope(q, *q_rope, rope, plan)?;
+            backend.rope(rope_key, *k_rope, rope, plan)?;
+            backend.indexed_attention(q, latent, rope_key, &indexer, kv_b, cache, *layer, plan, *scale, context)?;
+            return self.o.forward(backend, context, adapters, out);
+        }
         backend.rotary_latent_attention(q, latent, rope_key, &rotary, kv_b, cache, *layer, plan, *scale, context)?;
         self.o.forward(backend, context, adapters, out)
     }

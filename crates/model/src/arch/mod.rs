@@ -146,7 +146,8 @@ pub(crate) fn is_ignorable(config: &ModelConfig, name: &str) -> bool {
     // copies of embedding and head.
     name.ends_with(".rotary_emb.inv_freq")
         || (config.tie_word_embeddings && name == decoder::HEAD_WEIGHT)
-        || (config.architecture == Architecture::DeepseekV3 && beyond_last_layer() == Some(true))
+        || (matches!(config.architecture, Architecture::DeepseekV3 | Architecture::DeepseekV32)
+            && beyond_last_layer() == Some(true))
 }
 
 /// Whether the checkpoint that has these tensors has what `config.mtp_layers` says.
@@ -159,6 +160,7 @@ pub(crate) fn has_mtp<'a>(config: &ModelConfig, mut names: impl Iterator<Item = 
 pub(crate) fn ops(config: &ModelConfig) -> Vec<Op> {
     let attention = match &config.family {
         Family::Llama(_) => Op::PagedAttention,
+        Family::Deepseek(own) if own.indexer.is_some() => Op::IndexedAttention,
         Family::Deepseek(_) => Op::LatentAttention,
     };
     let has_experts = config.moe.as_ref().is_some_and(|moe| moe.layers.contains(&true));
@@ -169,7 +171,13 @@ pub(crate) fn ops(config: &ModelConfig) -> Vec<Op> {
 pub(crate) fn kv_spec(config: &ModelConfig, world: World, dtype: KvDtype, block_size: usize) -> KvSpec {
     let layer = match &config.family {
         Family::Llama(own) => LayerKv::Full { kv_heads: world.share(own.num_kv_heads).len(), head_dim: own.head_dim },
-        Family::Deepseek(own) => LayerKv::Latent { rank: own.kv_lora_rank, rope: own.qk_rope_head_dim },
+        Family::Deepseek(own) => {
+            let (rank, rope) = (own.kv_lora_rank, own.qk_rope_head_dim);
+            match &own.indexer {
+                None => LayerKv::Latent { rank, rope },
+                Some(indexer) => LayerKv::Indexed { rank, rope, index: indexer.head_dim },
+            }
+        }
     };
     KvSpec { layers: vec![layer; config.num_layers + config.mtp_layers], dtype, block_size }
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::fields::Fields;
 use super::parse::{HEAD_DIM, HEADS, POSITIONS, WIDTH};
-use super::{Architecture, DeepseekConfig, LlamaConfig, MoeConfig};
+use super::{Architecture, DeepseekConfig, IndexerConfig, LlamaConfig, MoeConfig};
 
 const EXPERTS: RangeInclusive<usize> = 1..=4096;
 /// Experts of all layers: bounds the list of tensors that a config can ask for.
@@ -83,7 +83,9 @@ pub(super) fn softcap(fields: &mut Fields<'_>, architecture: Architecture, name:
 
 /// The window of every layer: `sliding_window`, and which layers it is for.
 pub(super) fn windows(fields: &mut Fields<'_>, architecture: Architecture, num_layers: usize) -> Vec<Option<usize>> {
-    use Architecture::{DeepseekV2, DeepseekV3, Gemma2, Gemma3, Llama, Mistral, Mixtral, Phi3, Qwen2, Qwen3, Qwen3Moe};
+    use Architecture::{
+        DeepseekV2, DeepseekV3, DeepseekV32, Gemma2, Gemma3, Llama, Mistral, Mixtral, Phi3, Qwen2, Qwen3, Qwen3Moe,
+    };
     let stated = fields.is_stated("sliding_window");
     let assumed = matches!(architecture, Mistral | Qwen2 | Qwen3 | Gemma2 | Gemma3).then_some(DEFAULT_WINDOW);
     let window = if stated { fields.optional_size("sliding_window", POSITIONS) } else { assumed };
@@ -104,7 +106,7 @@ pub(super) fn windows(fields: &mut Fields<'_>, architecture: Architecture, num_l
             let pattern = fields.size_or(name, 6, 1..=1 << 20);
             (0..num_layers).map(|layer| (layer + 1) % pattern != 0).collect()
         }
-        Llama | Qwen3Moe | DeepseekV2 | DeepseekV3 => {
+        Llama | Qwen3Moe | DeepseekV2 | DeepseekV3 | DeepseekV32 => {
             if window.is_some() {
                 fields.refuse(format!("sliding_window is in use; {} has full attention only", architecture.name()));
             }
@@ -112,7 +114,7 @@ pub(super) fn windows(fields: &mut Fields<'_>, architecture: Architecture, num_l
         }
     };
     let free = matches!(architecture, Qwen2 | Qwen3 | Gemma2 | Gemma3);
-    let slides = match layer_types(fields, num_layers) {
+    let slides = match layer_types(fields, architecture, num_layers) {
         None => by_rule,
         Some(types) if free => types,
         // Where it decides nothing, it may say the same in other words.
@@ -130,7 +132,11 @@ pub(super) fn windows(fields: &mut Fields<'_>, architecture: Architecture, num_l
 }
 
 /// Per layer, whether it is named as sliding.
-fn layer_types(fields: &mut Fields<'_>, num_layers: usize) -> Option<Vec<bool>> {
+fn layer_types(fields: &mut Fields<'_>, architecture: Architecture, num_layers: usize) -> Option<Vec<bool>> {
+    if architecture == Architecture::DeepseekV32 {
+        fields.only("layer_types", &[json!(vec!["indexed_attention"; num_layers])]);
+        return None;
+    }
     let slides = |t: &Value| match t.as_str()? {
         "sliding_attention" => Some(true),
         "full_attention" => Some(false),
@@ -150,15 +156,30 @@ fn layer_types(fields: &mut Fields<'_>, num_layers: usize) -> Option<Vec<bool>> 
 /// Latent attention.
 pub(super) fn deepseek(fields: &mut Fields<'_>, architecture: Architecture, num_heads: usize) -> DeepseekConfig {
     fields.only("num_key_value_heads", &[json!(num_heads)]);
-    DeepseekConfig {
-        q_lora_rank: fields.optional_size("q_lora_rank", WIDTH),
+    let indexed = architecture == Architecture::DeepseekV32;
+    let config = DeepseekConfig {
+        // The indexer's queries come from it.
+        q_lora_rank: match indexed {
+            true => Some(fields.size("q_lora_rank", WIDTH)),
+            false => fields.optional_size("q_lora_rank", WIDTH),
+        },
         kv_lora_rank: fields.size("kv_lora_rank", WIDTH),
         qk_nope_head_dim: fields.size("qk_nope_head_dim", HEAD_DIM),
         qk_rope_head_dim: fields.size("qk_rope_head_dim", HEAD_DIM),
         v_head_dim: fields.size("v_head_dim", HEAD_DIM),
         rope_interleaved: architecture == Architecture::DeepseekV2 || fields.flag("rope_interleave", true),
         bias: fields.flag("attention_bias", false),
+        indexer: indexed.then(|| IndexerConfig {
+            heads: fields.size("index_n_heads", HEADS),
+            head_dim: fields.size("index_head_dim", HEAD_DIM),
+            top_k: fields.size("index_topk", POSITIONS),
+        }),
+    };
+    if let Some(indexer) = config.indexer.as_ref().filter(|own| own.head_dim < config.qk_rope_head_dim) {
+        let (width, rotated) = (indexer.head_dim, config.qk_rope_head_dim);
+        fields.refuse(format!("index_head_dim {width} is less than the {rotated} columns of qk_rope_head_dim"));
     }
+    config
 }
 
 /// Experts, where the architecture has them.
@@ -172,7 +193,7 @@ pub(super) fn moe(
         // The second as transformers 5 writes it.
         Architecture::Qwen3Moe if fields.get("num_experts").is_some() => "num_experts",
         Architecture::Qwen3Moe => "num_local_experts",
-        Architecture::DeepseekV2 | Architecture::DeepseekV3 => "n_routed_experts",
+        architecture if architecture.is_deepseek() => "n_routed_experts",
         _ => return None,
     };
     let num_experts = fields.size(experts_field, EXPERTS);
@@ -190,6 +211,8 @@ pub(super) fn moe(
         _ => {
             fields.only("moe_layer_freq", &[json!(1)]);
             let dense = fields.size("first_k_dense_replace", 0..=num_layers);
+            let kinds: Vec<_> = (0..num_layers).map(|layer| if layer < dense { "dense" } else { "sparse" }).collect();
+            fields.only("mlp_layer_types", &[json!(kinds)]);
             let layers = (0..num_layers + mtp_layers).map(|layer| layer >= dense).collect();
             (layers, deepseek_routing(fields, architecture, shares))
         }
@@ -199,7 +222,7 @@ pub(super) fn moe(
         fields.refuse(format!("num_experts_per_tok {top_k} exceeds the {eligible} experts that can be chosen"));
     }
     let width = if architecture == Architecture::Mixtral { "intermediate_size" } else { "moe_intermediate_size" };
-    let has_shared = matches!(architecture, Architecture::DeepseekV2 | Architecture::DeepseekV3);
+    let has_shared = architecture.is_deepseek();
     Some(MoeConfig {
         layers,
         intermediate_size: fields.size(width, WIDTH),
@@ -233,7 +256,7 @@ fn deepseek_routing(fields: &mut Fields<'_>, architecture: Architecture, shares:
         let kept = fields.size_or("topk_group", count, EXPERTS);
         (count > 1).then_some(Groups { count, kept, score })
     };
-    if architecture == Architecture::DeepseekV3 {
+    if architecture != Architecture::DeepseekV2 {
         fields.only("scoring_func", &[json!("sigmoid")]);
         fields.only("topk_method", &[json!("noaux_tc")]);
         return Routing {

@@ -58,11 +58,13 @@ pub enum Architecture {
     DeepseekV2,
     /// DeepSeek-V3 and R1 (arXiv 2412.19437).
     DeepseekV3,
+    /// DeepSeek-V3.2: V3 whose attention reads the positions that an indexer chooses.
+    DeepseekV32,
 }
 
 impl Architecture {
     /// All of them.
-    pub const ALL: [Architecture; 11] = [
+    pub const ALL: [Architecture; 12] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Mixtral,
@@ -74,6 +76,7 @@ impl Architecture {
         Architecture::Gemma3,
         Architecture::DeepseekV2,
         Architecture::DeepseekV3,
+        Architecture::DeepseekV32,
     ];
 
     /// As in the config's `architectures`.
@@ -90,6 +93,7 @@ impl Architecture {
             Architecture::Gemma3 => "Gemma3ForCausalLM",
             Architecture::DeepseekV2 => "DeepseekV2ForCausalLM",
             Architecture::DeepseekV3 => "DeepseekV3ForCausalLM",
+            Architecture::DeepseekV32 => "DeepseekV32ForCausalLM",
         }
     }
 
@@ -107,7 +111,13 @@ impl Architecture {
             Architecture::Gemma3 => "gemma3_text",
             Architecture::DeepseekV2 => "deepseek_v2",
             Architecture::DeepseekV3 => "deepseek_v3",
+            Architecture::DeepseekV32 => "deepseek_v32",
         }
+    }
+
+    /// Whether it is one of the DeepSeek models.
+    pub(crate) const fn is_deepseek(self) -> bool {
+        matches!(self, Architecture::DeepseekV2 | Architecture::DeepseekV3 | Architecture::DeepseekV32)
     }
 
     /// Whether it is one of the Gemma models, which have several habits in common.
@@ -172,7 +182,7 @@ pub struct ModelConfig {
 pub enum Family {
     /// Llama and its near copies, up to Gemma.
     Llama(LlamaConfig),
-    /// DeepSeek-V2 and V3.
+    /// DeepSeek-V2, V3 and V3.2.
     Deepseek(DeepseekConfig),
 }
 
@@ -216,6 +226,19 @@ pub struct DeepseekConfig {
     pub rope_interleaved: bool,
     /// Biases on the projections down to the latents and on the output projection.
     pub bias: bool,
+    /// What chooses the positions that are read; `None` for all.
+    pub indexer: Option<IndexerConfig>,
+}
+
+/// The indexer in front of latent attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct IndexerConfig {
+    /// Heads, whose scores are added.
+    pub heads: usize,
+    /// Width of a head, and of the key that they share.
+    pub head_dim: usize,
+    /// Positions that a token reads.
+    pub top_k: usize,
 }
 
 /// Mixture of experts.

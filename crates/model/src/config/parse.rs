@@ -52,7 +52,7 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
     let max_position_embeddings = fields.size("max_position_embeddings", POSITIONS);
     let windows = families::windows(&mut fields, architecture, num_layers);
     let mut family = match architecture {
-        Architecture::DeepseekV2 | Architecture::DeepseekV3 => {
+        architecture if architecture.is_deepseek() => {
             Family::Deepseek(families::deepseek(&mut fields, architecture, num_heads))
         }
         _ => Family::Llama(families::llama(&mut fields, architecture, (num_heads, hidden_size), windows)),

@@ -45,6 +45,8 @@ fn published_configs_are_read() {
         Architecture::DeepseekV2,
         Architecture::DeepseekV2,
         Architecture::DeepseekV3,
+        Architecture::DeepseekV32,
+        Architecture::DeepseekV32,
     ]) {
         let config = parse(&config(case)).unwrap();
         assert_eq!(config.architecture, architecture, "{case}");
@@ -134,6 +136,14 @@ fn what_is_not_built_is_refused_by_name() {
         ("deepseek-v2", json!({"scoring_func": "sigmoid"}), "scoring_func"),
         ("deepseek-v2", json!({"topk_method": "noaux_tc"}), "topk_method"),
         ("deepseek-v3", json!({"num_key_value_heads": 2}), "num_key_value_heads"),
+        ("deepseek-v32", json!({"index_topk": 0}), "index_topk is 0"),
+        ("deepseek-v32", json!({"index_topk": null}), "index_topk"),
+        ("deepseek-v32", json!({"index_n_heads": 0}), "index_n_heads is 0"),
+        ("deepseek-v32", json!({"index_head_dim": 15}), "index_head_dim 15 is less than the 16 columns"),
+        ("deepseek-v32", json!({"q_lora_rank": null}), "q_lora_rank"),
+        ("deepseek-v32", json!({"layer_types": vec!["full_attention"; 4]}), "layer_types"),
+        ("deepseek-v32", json!({"mlp_layer_types": vec!["sparse"; 4]}), "mlp_layer_types"),
+        ("deepseek-v3", json!({"architectures": ["DeepseekV41ForCausalLM"]}), "DeepseekV41ForCausalLM"),
     ] {
         let message = refusal(case, fields);
         assert!(message.contains(wanted), "{wanted} not in: {message}");

@@ -316,13 +316,14 @@ fn last_token_over<B: Backend + LatentOps + MoeOps>(
 }
 
 /// One checkpoint per kind of attention and feed-forward network: full, in windows (with head norms and two rotary
-/// bases; with soft caps), latent; dense, with experts; and one of each kind of adapted layer: plain, fused, latent.
-const CASES: [(&str, &[&str]); 8] = [
+/// bases; with soft caps), latent, latent with an indexer; dense, with experts; and one of each kind of adapted layer: plain, fused, latent.
+const CASES: [(&str, &[&str]); 9] = [
     ("llama-rope3", &[]),
     ("qwen3-moe", &[]),
     ("gemma2", &[]),
     ("gemma3", &[]),
     ("deepseek-v3", &[]),
+    ("deepseek-v32", &[]),
     ("llama-rope3", &["llama-all", "llama-rslora"]),
     ("phi3", &["phi3-fused"]),
     ("deepseek-v3", &["deepseek-v3"]),

@@ -236,6 +236,30 @@ goldens!(
     || gpu(DType::F32)
 );
 
+/// Devices that let an indexer choose. Whole and chunk by chunk, for each prompt has more tokens than are read.
+mod indexed {
+    use super::*;
+
+    fn agrees<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B + Copy) {
+        for case in ["deepseek-v32", "deepseek-v32-b"] {
+            last_logits_agree(make, case);
+            greedy_continuations_are_equal(make, case, usize::MAX);
+            prompt_logprobs_agree(make, case);
+            prompt_scores_agree(make, case);
+        }
+    }
+
+    #[test]
+    fn on_the_reference() {
+        agrees(Reference::new);
+    }
+
+    #[test]
+    fn on_the_cpu() {
+        agrees(exact_cpu);
+    }
+}
+
 /// One checkpoint of each family: dense, windows and caps, experts, latents.
 #[test]
 fn a_checkpoint_of_each_family_answers_on_a_simulated_gpu_as_transformers_does() {

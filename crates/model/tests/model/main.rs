@@ -19,6 +19,7 @@ mod fuzz_corpus;
 mod gguf;
 mod gguf_layouts;
 mod golden;
+mod indexed;
 mod mtp;
 mod quantized;
 mod sampling;

@@ -18,7 +18,7 @@ use baton_model::{
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-pub const CASES: [&str; 18] = [
+pub const CASES: [&str; 20] = [
     "llama-rope3",
     "llama-256",
     "llama-bias",
@@ -37,6 +37,8 @@ pub const CASES: [&str; 18] = [
     "deepseek-v2-bias",
     "deepseek-v2-lite",
     "deepseek-v3",
+    "deepseek-v32",
+    "deepseek-v32-b",
 ];
 
 pub fn folder(case: &str) -> PathBuf {
