@@ -7,8 +7,8 @@ use std::rc::Rc;
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, RopeLayout,
-    Routing, Scoring, SequenceSpan, WeightFormat,
+    HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose,
+    RopeLayout, Routing, Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
 use proptest::prelude::*;
@@ -276,6 +276,67 @@ proptest! {
     }
 }
 
+/// Also where contexts are so long that threads share one, for scores and for what is read.
+#[test]
+fn attention_to_chosen_positions_does_not_depend_on_batch_chunks_or_threads() {
+    let (heads, nope, rope, v, rank) = (3, 8, 4, 8, 32);
+    let (index_heads, width) = (5, 12);
+    let kv_b = Stored::new(1, &[heads * (nope + v), rank]);
+    let src = HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format: WeightFormat::F32 };
+    let widths = [heads * (nope + rope), rank, rope, index_heads * width, width, index_heads];
+    let layer = LayerKv::Indexed { rank, rope, index: width };
+    for (same_isa, dtype) in backends_and_dtypes() {
+        let cases = [
+            (vec![70, 1, 33], vec![9, 1, 40], vec![1, 7, 16, 40]),
+            (vec![1300, 40, 600], vec![511, 13, 1, 90, 2, 700], vec![64, 600]),
+        ];
+        for (lens, cuts, top_ks) in cases {
+            for top_k in top_ks {
+                let steps = Steps { lens: lens.clone(), cuts: cuts.clone(), seed: 7, layer, dtype };
+                let attended = steps.check(&same_isa, &widths, heads * v, |b, x, cache, plan, out| {
+                    let weight = b.latent_weight(&src).unwrap();
+                    let [q, latent, key, index_q, index_k, weights] = x;
+                    let indexer = Indexer { q: index_q, k: index_k, weights, scale: 0.3, top_k };
+                    b.indexed_attention(q, latent, key, &indexer, &weight, cache, 0, plan, 0.3, out).unwrap();
+                });
+                attended.unwrap();
+            }
+        }
+    }
+}
+
+/// What a row reads decides its bits, not how it came to be read.
+#[test]
+fn all_positions_chosen_are_all_positions_to_the_last_bit() {
+    let b = CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap();
+    let (heads, nope, rope, v, rank, width, len) = (2, 8, 4, 8, 32, 16, 700);
+    let kv_b = Stored::new(1, &[heads * (nope + v), rank]);
+    let src = HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format: WeightFormat::F32 };
+    let weight = b.latent_weight(&src).unwrap();
+    let table: Vec<u32> = (0..len as u32).collect();
+    let batch = [SequenceSpan { start: 0, len, block_table: &table }];
+    let plan = b.plan_attention(&AttentionBatch { sequences: &batch }).unwrap();
+    let input = |seed: u64, width: usize| tensor(&b, len, width, &uniform(seed, len * width, 1.0));
+    let (q, latent, key) = (input(1, heads * (nope + rope)), input(2, rank), input(3, rope));
+    let (index_q, index_k, weights) = (input(4, 2 * width), input(5, width), input(6, 2));
+    let cache = |layer| {
+        let spec = KvSpec { layers: vec![layer], dtype: KvDtype::F32, block_size: b.caps().kv_block_size };
+        b.kv_cache(&spec, len).unwrap()
+    };
+    let mut dense = b.tensor(len, heads * v).unwrap();
+    let mut cache_of_all = cache(LayerKv::Latent { rank, rope });
+    b.latent_attention(&q, &latent, &key, &weight, &mut cache_of_all, 0, &plan, 0.3, &mut dense).unwrap();
+    let last = |x: &Tensor| bits(&b, x)[(len - 1) * heads * v..].to_vec();
+    for top_k in [len - 1, len] {
+        let indexer = Indexer { q: &index_q, k: &index_k, weights: &weights, scale: 0.3, top_k };
+        let (mut cache, mut out) =
+            (cache(LayerKv::Indexed { rank, rope, index: width }), b.tensor(len, heads * v).unwrap());
+        b.indexed_attention(&q, &latent, &key, &indexer, &weight, &mut cache, 0, &plan, 0.3, &mut out).unwrap();
+        assert_eq!(bits(&b, &out)[..(len - 1) * heads * v], bits(&b, &dense)[..(len - 1) * heads * v]);
+        assert_eq!(last(&out) == last(&dense), top_k == len, "{top_k} of {len} positions");
+    }
+}
+
 /// Contexts so long that threads share one, cut so that steps end on all sides of where it is shared.
 #[test]
 fn attention_to_long_contexts_does_not_depend_on_batch_chunks_or_threads() {
@@ -316,12 +377,12 @@ struct Steps {
 impl Steps {
     /// Checks that batched sequences in chunks give, on any number of threads, the bits that each
     /// gives alone and whole.
-    fn check(
+    fn check<const N: usize>(
         &self,
         same_isa: &[CpuBackend],
-        widths: &[usize; 3],
+        widths: &[usize; N],
         out_width: usize,
-        attend: impl Fn(&CpuBackend, &mut [Tensor; 3], &mut KvCache, &<CpuBackend as Backend>::AttentionPlan, &mut Tensor),
+        attend: impl Fn(&CpuBackend, &mut [Tensor; N], &mut KvCache, &<CpuBackend as Backend>::AttentionPlan, &mut Tensor),
     ) -> Result<(), TestCaseError> {
         let run = |b: &CpuBackend, cache: &mut KvCache, spans: &[(usize, usize, usize)]| {
             let tables: Vec<Vec<u32>> = (0..self.lens.len()).map(|s| self.table(s)).collect();
