@@ -1,5 +1,5 @@
 //! Speed of the kernels on this machine: `cargo run --release -p baton-device-cpu --example kernels`,
-//! with `linear`, `linear ISA`, `attention`, `attention DTYPE` or `step` behind it for a part of it.
+//! with `linear`, `linear ISA`, `attention`, `attention DTYPE`, `indexed` or `step` behind it for a part of it.
 //!
 //! Prints the minimum of several runs: other work on the machine only ever adds time. One thread is timed by its
 //! own processor time, which other work hardly touches.
@@ -14,8 +14,8 @@ use baton_device::WeightFormat::Ggml;
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, Result, Routing, Scoring,
-    SequenceSpan, WeightFormat,
+    HostLatent, HostLinear, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, Result, Routing,
+    Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
 
@@ -27,6 +27,9 @@ fn main() -> Result<()> {
     }
     if wanted("attention") {
         attentions(std::env::args().nth(2).as_deref())?;
+    }
+    if wanted("indexed") {
+        indexed()?;
     }
     if wanted("step") {
         steps()?;
@@ -76,6 +79,22 @@ fn attentions(only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
+/// DeepSeek-V3.2's widths: a token behind longer and longer contexts, with and without its indexer.
+fn indexed() -> Result<()> {
+    const TOP_K: usize = 2048;
+    let b = CpuBackend::new(&CpuOptions { threads: 1, isa: None })?;
+    let (heads, rank, rope, index) = (128, 512, 64, 128);
+    let (all, chosen) = (LayerKv::Latent { rank, rope }, LayerKv::Indexed { rank, rope, index });
+    for dtype in [KvDtype::F32, KvDtype::BF16] {
+        println!("{}, 1 thread: {heads} heads on latents of {rank}, cache in {dtype}; all, then {TOP_K}", b.caps().isa);
+        for context in (11..=16).map(|log| 1 << log) {
+            attention(&b, (all, dtype), heads, (1, context - 1, 1))?;
+            attention(&b, (chosen, dtype), heads, (1, context - 1, 1))?;
+        }
+    }
+    Ok(())
+}
+
 /// Time of a layer in a step that gives each of some sequences `len` tokens from position `start` on.
 fn attention(
     b: &CpuBackend,
@@ -102,7 +121,7 @@ fn attention(
             let each = |layer| b.paged_attention(&q, &k, &v, &mut cache, layer, &plan, &params, &mut out);
             (of_a_layer(each)?, 4 * pairs * heads * head_dim)
         }
-        LayerKv::Latent { rank, rope } => {
+        LayerKv::Latent { rank, rope } | LayerKv::Indexed { rank, rope, .. } => {
             let (nope, v) = (128.min(rank), 128.min(rank));
             let [q, latent, key] = [heads * (nope + rope), rank, rope].map(|cols| activation(b, rows, cols));
             let (q, latent, key, mut out) = (q?, latent?, key?, b.tensor(rows, heads * v)?);
@@ -110,8 +129,22 @@ fn attention(
             let kv_b = HostTensor::new("bench", DType::F32, vec![heads * (nope + v), rank], &data);
             let weight =
                 b.latent_weight(&HostLatent { kv_b, heads, nope, rope, v, rank, format: WeightFormat::BF16 })?;
-            let each = |layer| b.latent_attention(&q, &latent, &key, &weight, &mut cache, layer, &plan, 0.1, &mut out);
-            (of_a_layer(each)?, 2 * heads * (pairs * (2 * rank + rope) + rows * rank * (nope + v)))
+            let up = rows * rank * (nope + v);
+            if let LayerKv::Indexed { index, .. } = layer {
+                const HEADS: usize = 64;
+                let [index_q, index_k, weights] = [HEADS * index, index, HEADS].map(|cols| activation(b, rows, cols));
+                let (index_q, index_k, weights) = (index_q?, index_k?, weights?);
+                let indexer = Indexer { q: &index_q, k: &index_k, weights: &weights, scale: 0.1, top_k: 2048 };
+                let each = |layer| {
+                    b.indexed_attention(&q, &latent, &key, &indexer, &weight, &mut cache, layer, &plan, 0.1, &mut out)
+                };
+                let (read, scored) = (pairs.min(rows * 2048), if pairs > rows * 2048 { pairs } else { 0 });
+                (of_a_layer(each)?, 2 * (heads * (read * (2 * rank + rope) + up) + scored * HEADS * index))
+            } else {
+                let each =
+                    |layer| b.latent_attention(&q, &latent, &key, &weight, &mut cache, layer, &plan, 0.1, &mut out);
+                (of_a_layer(each)?, 2 * heads * (pairs * (2 * rank + rope) + up))
+            }
         }
     };
     println!(
