@@ -1,4 +1,4 @@
-//! The one error type of the service and its form on the wire.
+//! The one error type of the service. Its form on the wire is in `wire`.
 //!
 //! Every refusal is an [`ApiError`], made by the constructor of its kind: status, `type` and `code` are decided here
 //! and nowhere else. A message says what would have been accepted and never repeats what the client sent, except the
@@ -6,18 +6,10 @@
 
 use std::fmt::Write;
 
-use axum::response::{IntoResponse, Response};
 use baton_engine::{EngineFailure, RunError};
-use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
-use http::{HeaderName, HeaderValue, StatusCode};
-use serde::Serialize;
+use http::StatusCode;
 
-use crate::json;
-
-/// Longest message on the wire, in characters.
-const MAX_MESSAGE_CHARS: usize = 300;
-
-const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+mod wire;
 
 /// A refusal or failure, ready to be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -350,47 +342,6 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", "the server failed internally")
     }
 
-    /// The error object as text.
-    pub fn to_json(&self) -> Vec<u8> {
-        json::write(&self.object())
-    }
-
-    /// The error object.
-    pub fn object(&self) -> impl Serialize + '_ {
-        #[derive(Serialize)]
-        struct Body<'a> {
-            error: Object<'a>,
-        }
-        #[derive(Serialize)]
-        struct Object<'a> {
-            message: &'a str,
-            r#type: &'static str,
-            param: Option<&'a str>,
-            code: &'static str,
-        }
-        let error =
-            Object { message: self.message(), r#type: self.kind, param: self.param.as_deref(), code: self.code };
-        Body { error }
-    }
-
-    /// What is sent of its message.
-    pub fn message(&self) -> &str {
-        match self.message.char_indices().nth(MAX_MESSAGE_CHARS) {
-            Some((end, _)) => &self.message[..end],
-            None => &self.message,
-        }
-    }
-
-    /// The path of the field to blame.
-    pub fn param(&self) -> Option<&str> {
-        self.param.as_deref()
-    }
-
-    /// The status to answer with, where nothing has been sent yet.
-    pub fn status(&self) -> StatusCode {
-        self.status
-    }
-
     /// The same with the field by another name, for a dialect that has one.
     pub fn renamed(mut self, rename: impl FnOnce(&str) -> String) -> Self {
         if let Some(old) = &self.param {
@@ -401,44 +352,6 @@ impl ApiError {
             self.param = Some(new);
         }
         self
-    }
-
-    /// Whether the same request may go well later: there was no room for it, or nothing to answer it yet.
-    pub fn is_for_now(&self) -> bool {
-        matches!(self.retry, Retry::After(_))
-    }
-
-    /// Whether the generation is to blame, and not the request, the load or a drain.
-    pub fn is_breakdown(&self) -> bool {
-        self.status == StatusCode::INTERNAL_SERVER_ERROR || self.code == "engine_down"
-    }
-
-    /// The error's `code`.
-    pub fn code(&self) -> &'static str {
-        self.code
-    }
-}
-
-/// The response carries the error, for the log and for routes that write it in another form.
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let mut response = (self.status, self.to_json()).into_response();
-        let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        match self.retry {
-            Retry::Unsaid => {}
-            Retry::After(seconds) => {
-                headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
-            }
-            Retry::Never => {
-                headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
-            }
-        }
-        if self.close {
-            headers.insert(CONNECTION, HeaderValue::from_static("close"));
-        }
-        response.extensions_mut().insert(self);
-        response
     }
 }
 
@@ -452,15 +365,6 @@ fn printable(param: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn all_four_keys_are_present_and_the_message_is_bounded() {
-        let json: serde_json::Value =
-            serde_json::from_slice(&ApiError::invalid("stop", "x".repeat(1000)).to_json()).unwrap();
-        let error = json["error"].as_object().unwrap();
-        assert_eq!(error.keys().collect::<Vec<_>>(), ["message", "type", "param", "code"]);
-        assert_eq!(error["message"].as_str().unwrap().len(), MAX_MESSAGE_CHARS);
-    }
 
     #[test]
     fn a_name_that_is_no_name_is_not_repeated() {
