@@ -3,7 +3,7 @@
 //! A browser asks on behalf of any page that its user visits, and reaches what he reaches: a service on his own machine too. So
 //! of requests that no key vouches for two things are looked at, which a browser says and no page can change:
 //!
-//! - the name that is called (`Host`), on a loopback address without TLS. A page whose name was made to lead here (DNS
+//! - the name that is called (`Host`), without TLS and on a loopback address, or anywhere if the operator lists names. A page whose name was made to lead here (DNS
 //!   rebinding) would be one of the service's own. What nobody can make lead here is taken: addresses, `localhost`, and
 //!   what the operator names. Under TLS the certificate says the same.
 //! - whose page asks (`Sec-Fetch-Site`, else `Origin`), where something may be changed. A page of elsewhere cannot read the
@@ -27,7 +27,7 @@ use crate::service::ServiceConfig;
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// A name by which the service may be called on a loopback address, or `*` for all.
+/// A name by which the service may be called, or `*` for all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostName(String);
 
@@ -55,7 +55,8 @@ pub(crate) fn check(config: &ServiceConfig, on_loopback: bool, request: &Request
     let known = |authority: &Option<Authority>| {
         authority.as_ref().is_some_and(|authority| leads_here(authority.host(), &config.allowed_hosts))
     };
-    if on_loopback && config.tls.is_none() && !called.iter().all(known) {
+    let by_name = on_loopback || config.check_hosts_everywhere;
+    if by_name && config.tls.is_none() && !called.iter().all(known) {
         return Err(ApiError::host_not_allowed());
     }
     let headers = request.headers();

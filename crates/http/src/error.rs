@@ -139,7 +139,7 @@ impl ApiError {
     /// No key, and the address is called by a name that a page may have made lead here.
     pub fn host_not_allowed() -> Self {
         let message =
-            "without a key this address is called as localhost, by its number, or by a name of --allowed-hosts";
+            "without a key the server is called as localhost, by its address, or by a name of --allowed-hosts";
         Self::new(StatusCode::FORBIDDEN, INVALID, "host_not_allowed", message)
     }
 

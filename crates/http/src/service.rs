@@ -76,8 +76,10 @@ pub struct ServiceConfig {
     pub version: String,
     /// Whose pages may use the service from a browser; none: nobody's.
     pub allowed_origins: Vec<Origin>,
-    /// Names by which clients without a key may call a listener on a loopback address, besides `localhost` and addresses.
+    /// Names by which clients without a key may call the service on a loopback address, besides `localhost` and addresses.
     pub allowed_hosts: Vec<HostName>,
+    /// They may call it by no other on any address.
+    pub check_hosts_everywhere: bool,
     /// Where requests may keep what must outlive the process; `None`: nowhere.
     pub store: Option<Store>,
     /// What connections may take.
@@ -110,6 +112,7 @@ impl Default for ServiceConfig {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             allowed_origins: Vec::new(),
             allowed_hosts: Vec::new(),
+            check_hosts_everywhere: false,
             store: None,
             connection_limits: ConnectionLimits::default(),
             tls: None,

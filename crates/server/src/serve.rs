@@ -127,6 +127,7 @@ async fn serve(settings: Settings, exporter: Option<&Exporter>, counters: Vec<Ou
             // What is no name is an address in a form of its own, of which none need be named.
             hosts.filter_map(|host| host.parse().ok()).collect()
         },
+        check_hosts_everywhere: !settings.allowed_hosts.is_empty(),
         store,
         tls: tls.as_ref().map(|tls| tls.value.clone()),
         http2: settings.http2,

@@ -25,6 +25,13 @@ async fn send(server: &Server, method: &str, path: &str, host: &str, headers: &s
     server.raw(head.as_bytes()).await
 }
 
+/// The status of a chat that is sent to an address that others reach.
+async fn elsewhere(server: &Server, host: &str) -> u16 {
+    let addr = server.listen_on("0.0.0.0", Surface::All).await;
+    let bytes = String::from_utf8(request("POST", CHAT, "", body().as_bytes())).unwrap();
+    raw(addr, bytes.replacen("host: localhost\r\n", host, 1).as_bytes()).await.status
+}
+
 #[tokio::test]
 async fn a_name_that_a_page_can_have_made_lead_here_is_refused_with_what_is_taken() {
     let server = server(&[], &[]).await;
@@ -69,10 +76,7 @@ async fn probes_and_whoever_shows_a_key_may_call_by_any_name_and_so_may_all_wher
     for path in ["/live", "/ready", "/health", "/version", "/"] {
         assert_eq!(send(&server, "GET", path, any, "").await.status, 200, "{path}");
     }
-    let addr = server.listen_on("0.0.0.0", Surface::All).await;
-    let called = request("POST", CHAT, "", body().as_bytes());
-    let called = String::from_utf8(called).unwrap().replacen("host: localhost\r\n", any, 1);
-    assert_eq!(raw(addr, called.as_bytes()).await.status, 200);
+    assert_eq!(elsewhere(&server, any).await, 200);
 
     let mut setup = Setup::default();
     setup.config.listed_keys = Some(vec![listed("k", Scopes::INFERENCE.and(Scopes::METRICS))]);
@@ -83,6 +87,17 @@ async fn probes_and_whoever_shows_a_key_may_call_by_any_name_and_so_may_all_wher
     assert_eq!(send(&server, "POST", CHAT, any, "").await.status, 401);
     // Metrics are open on a loopback address, and not to pages.
     assert_eq!(send(&server, "GET", "/metrics", any, "").await.error_code(), "host_not_allowed");
+}
+
+#[tokio::test]
+async fn where_others_reach_names_are_looked_at_if_some_are_listed() {
+    let mut setup = Setup::default();
+    setup.config.allowed_hosts = vec!["baton.lan".parse().unwrap()];
+    setup.config.check_hosts_everywhere = true;
+    let server = setup.start().await;
+    for (host, status) in [("baton.lan", 200), ("10.1.2.3:8000", 200), ("localhost", 200), ("evil.example", 403)] {
+        assert_eq!(elsewhere(&server, &format!("host: {host}\r\n")).await, status, "{host}");
+    }
 }
 
 #[tokio::test]

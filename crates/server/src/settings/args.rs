@@ -82,7 +82,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "ORIGIN", num_args = 1.., env = "BATON_ALLOWED_ORIGINS", help_heading = "Service")]
     pub allowed_origins: Option<Vec<String>>,
 
-    /// Name(s) by which clients without a key may call a listener on a loopback address, besides localhost and addresses: a page could have any other made lead here; * for all [default: what --host and --admin-host name]
+    /// Name(s) by which clients without a key may call, besides localhost and addresses: a page could have any other made lead here; * for all [default: what --host and --admin-host name, and any where the address is not loopback]
     #[arg(long, value_name = "NAME", num_args = 1.., env = "BATON_ALLOWED_HOSTS", value_delimiter = ',', help_heading = "Service")]
     pub allowed_hosts: Option<Vec<String>>,
 

@@ -60,6 +60,9 @@ fn unknown_keys_and_absurd_values_are_refused_by_name() {
     for origin in ["", "example.org", "https://example.org/", "HTTPS://example.org", "https://*.example.org", "[1]"] {
         assert!(refusal(&["--allowed-origins", origin], "").contains("--allowed-origins"), "{origin}");
     }
+    for host in ["", "http://baton", "baton:8000", "*.example.org"] {
+        assert!(refusal(&["--allowed-hosts", host], "").contains("--allowed-hosts"), "{host}");
+    }
     let kv = refusal(&["--kv-cache-dtype", "fp8"], "");
     assert!(["auto", "float32", "bfloat16", "float16", "int8"].iter().all(|name| kv.contains(name)), "{kv}");
     assert!(refusal(&[], "kv-cache-dtype = \"fp8\"").contains("int8"));
