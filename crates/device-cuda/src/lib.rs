@@ -10,6 +10,7 @@ mod blas;
 mod blocks;
 mod cache;
 mod choose;
+mod coded;
 mod compiler;
 mod context;
 mod error;
@@ -36,6 +37,7 @@ mod statistics;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};
 pub use compiler::compile;
