@@ -23,6 +23,7 @@ mod linear;
 mod memory;
 mod moe;
 mod nccl;
+mod order;
 mod plan;
 mod probe;
 mod program;

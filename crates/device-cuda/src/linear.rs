@@ -10,7 +10,7 @@
 //! activations.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 use baton_device::{Activation, BlockFormat, Code, DeviceError, HostLinear, Purpose, Result, Rows, WeightFormat};
 
@@ -18,6 +18,7 @@ use crate::blas::Matmul;
 use crate::choose::Ids;
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
+use crate::order::{Order, Orders};
 use crate::program::{Kernel, Source};
 use crate::rows;
 use crate::staging::Slot;
@@ -54,23 +55,10 @@ pub struct Linear {
     kernels: Kernels,
 }
 
-/// An order of columns that weights share.
-struct Order {
-    /// In order of making.
-    number: usize,
-    columns: Vec<i32>,
-    /// The same on the device.
-    buffer: Buffer,
-}
-
 impl Linear {
-    fn order_number(&self) -> Option<usize> {
-        self.order.as_ref().map(|order| order.number)
-    }
-
     /// What weights have in common that take the same rows in one launch.
     fn kind(&self) -> (Form, usize, Option<usize>) {
-        (self.form, self.columns, self.order_number())
+        (self.form, self.columns, self.order.as_ref().map(|order| order.number))
     }
 }
 
@@ -153,19 +141,12 @@ pub(crate) struct LinearKernels {
     gpu: Arc<Gpu>,
     activations: DataType,
     ids: Slot,
-    orders: Mutex<Orders>,
-}
-
-/// The orders of columns of the weights that are there, and how many there were.
-#[derive(Default)]
-struct Orders {
-    known: Vec<Weak<Order>>,
-    made: usize,
+    orders: Orders,
 }
 
 impl LinearKernels {
     pub(crate) fn new(gpu: &Arc<Gpu>, activations: DataType) -> Result<Self> {
-        Ok(Self { gpu: gpu.clone(), activations, ids: gpu.slot(4096, "tokens")?, orders: Mutex::default() })
+        Ok(Self { gpu: gpu.clone(), activations, ids: gpu.slot(4096, "tokens")?, orders: Orders::default() })
     }
 
     /// Load time: checks shape and format, packs, uploads, asks for the kernels that the format needs.
@@ -194,26 +175,11 @@ impl LinearKernels {
             out_features,
             in_features,
             columns,
-            order: order.map(|order| self.order(order)).transpose()?,
+            order: order.map(|columns| self.orders.get(&self.gpu, columns)).transpose()?,
             weight,
             bias: bias.transpose()?,
             kernels: self.kernels(form, out_features, src.purpose)?,
         })
-    }
-
-    /// An order of columns, once for all weights that have it.
-    fn order(&self, columns: Vec<i32>) -> Result<Arc<Order>> {
-        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        orders.known.retain(|order| order.strong_count() > 0);
-        if let Some(known) = orders.known.iter().filter_map(Weak::upgrade).find(|order| order.columns == columns) {
-            return Ok(known);
-        }
-        let bytes: Vec<u8> = columns.iter().flat_map(|column| column.to_ne_bytes()).collect();
-        let buffer = self.gpu.load(&bytes, "an order of columns")?;
-        let order = Arc::new(Order { number: orders.made, columns, buffer });
-        orders.made += 1;
-        orders.known.push(Arc::downgrade(&order));
-        Ok(order)
     }
 
     fn kernels(&self, form: Form, out_features: usize, purpose: Purpose) -> Result<Kernels> {
@@ -377,7 +343,7 @@ impl LinearKernels {
             return Ok(converted);
         }
         let kernel = self.gpu.kernel(Source::Linear, format!("pad_rows<{}, {}>", x.dtype().name(), to.name()))?;
-        let order = weight.order.as_ref().map_or(0, |order| order.buffer.address());
+        let order = weight.order.as_ref().map_or(0, |order| order.address());
         let addresses = [x.address(), order, converted.address()].map(Arg::Ptr);
         let shape = [Arg::I64(count as i64), Arg::I32(x.cols() as i32), Arg::I32(columns as i32)];
         self.gpu.launch(&kernel, one_each(count), &[&addresses[..], &shape].concat())?;
