@@ -36,7 +36,7 @@ const LLAMAS: [&str; 21] = [
 /// Sums in f32 of the same products in another order, of which log-probabilities are made.
 const SUMS: f32 = 1e-4;
 const TIMEOUT: Duration = Duration::from_secs(300);
-const PROMPT: [u32; 7] = [1, 2, 3, 4, 5, 60, 7];
+const PROMPT: [u32; 6] = [1, 2, 3, 4, 5, 7];
 
 fn files(case: &str) -> Files {
     let folder = if case.starts_with("deepseek") { folder(case) } else { folder("quantized").join(case) };
@@ -65,10 +65,13 @@ fn codes_mean_what_they_are_widened_to_and_reports_say_that_they_are_kept() {
             assert!(matches!(c.to, WeightFormat::Coded(_)), "{case}: {c:?}");
             assert_eq!((c.max_abs_error, c.mean_abs_error, c.bytes_after), (0.0, 0.0, c.bytes_before), "{case}");
         }
-        let saved: u64 = in_f32.conversions.iter().map(|c| c.bytes_after - c.bytes_before).sum();
-        assert_eq!(report.weight_bytes, in_f32.weight_bytes - saved, "{case}");
+        let (_, in_bf16) = load(Reference::new(), &files(case), &options()).unwrap();
+        let saved: u64 = in_bf16.conversions.iter().map(|c| c.bytes_after - c.bytes_before).sum();
+        assert!(saved > 0 && report.weight_bytes + saved == in_bf16.weight_bytes, "{case}");
         // Another type is asked for, or the device keeps no codes.
-        assert!(!in_f32.weight_formats.iter().any(|format| matches!(format, WeightFormat::Coded(_))), "{case}");
+        for widened in [in_f32, in_bf16] {
+            assert!(!widened.weight_formats.iter().any(|format| matches!(format, WeightFormat::Coded(_))), "{case}");
+        }
     }
     let (_, report) = judged("deepseek-v3-fp8");
     assert!(report.weight_formats.contains(&WeightFormat::Coded(Code::E4M3)), "{:?}", report.weight_formats);
