@@ -108,12 +108,11 @@ fn attend(
 ) {
     let (nope, rope, v) = weight.shape;
     out.set_rows(q.rows());
-    for row in 0..q.rows() {
+    for (row, context) in contexts.iter().enumerate() {
         for (head, [keys, values]) in weight.heads.iter().enumerate() {
             let query = &q.row(row)[head * (nope + rope)..][..nope + rope];
             let mut absorbed = vec![0.0; latents.width];
             weighted_sum(&query[..nope], (0..nope).map(|i| keys.row(i)), &mut absorbed);
-            let context = &contexts[row];
             let score = |s: usize| dot(&absorbed, latents.slot(s)) + dot(&query[nope..], rope_keys.slot(s));
             let mut scores: Vec<f32> = context.iter().map(|&s| scale * score(s)).collect();
             softmax(&mut scores);
