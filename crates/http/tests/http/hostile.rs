@@ -31,15 +31,15 @@ async fn still_serves(server: &Server) {
 async fn r24_a_head_beyond_the_limits_is_refused_and_its_connection_closed() {
     let server = Setup::default().start().await;
     let heads = [
-        format!("GET /live HTTP/1.1\r\nhost: x\r\n{}\r\n", "a: b\r\n".repeat(101)),
-        format!("GET /live HTTP/1.1\r\nhost: x\r\na: {}\r\n\r\n", "x".repeat(500_000)),
-        format!("GET /live HTTP/1.1\r\nhost: x\r\n{}: b\r\n\r\n", "x".repeat(500_000)),
+        format!("GET /live HTTP/1.1\r\nhost: localhost\r\n{}\r\n", "a: b\r\n".repeat(101)),
+        format!("GET /live HTTP/1.1\r\nhost: localhost\r\na: {}\r\n\r\n", "x".repeat(500_000)),
+        format!("GET /live HTTP/1.1\r\nhost: localhost\r\n{}: b\r\n\r\n", "x".repeat(500_000)),
     ];
     for head in heads {
         let said = until_closed(&server, head.as_bytes()).await;
         assert!(said.is_empty() || said.starts_with("HTTP/1.1 431"), "{} bytes: {said}", head.len());
     }
-    let target = format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "x".repeat(500_000));
+    let target = format!("GET /{} HTTP/1.1\r\nhost: localhost\r\n\r\n", "x".repeat(500_000));
     let said = until_closed(&server, target.as_bytes()).await;
     assert!(said.is_empty() || said.starts_with("HTTP/1.1 4"), "{said}");
     still_serves(&server).await;
@@ -47,7 +47,7 @@ async fn r24_a_head_beyond_the_limits_is_refused_and_its_connection_closed() {
 
 /// A body of a request that is good but for its lengths.
 fn lying(headers: &str, body: &str) -> Vec<u8> {
-    format!("POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\n{headers}\r\n{body}").into_bytes()
+    format!("POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n{body}").into_bytes()
 }
 
 #[tokio::test]
@@ -56,7 +56,7 @@ async fn r25_lengths_that_lie_are_refused_and_nothing_of_the_body_is_taken_for_a
     let good = json!({"prompt": "a", "max_tokens": 2}).to_string();
     let (length, chunk) = (good.len(), format!("{:x}\r\n{good}\r\n", good.len()));
     // Whoever reads the other length finds this.
-    let smuggled = format!("{chunk}0\r\n\r\nGET /version HTTP/1.1\r\nhost: x\r\n\r\n");
+    let smuggled = format!("{chunk}0\r\n\r\nGET /version HTTP/1.1\r\nhost: localhost\r\n\r\n");
     // With both lengths the chunks count, and what follows them is not read: as RFC 9112 has it.
     for headers in [
         format!("content-length: {length}\r\ntransfer-encoding: chunked\r\n"),
@@ -145,8 +145,9 @@ async fn s12_frames_cut_off_anywhere_end_their_connection_alone() {
     setup.config.http2 = true;
     setup.config.connection_limits.head_timeout = Duration::from_millis(200);
     let server = setup.start().await;
-    // POST http://x/v1/completions by the static table, then its body in two.
-    let path = [&[0x83, 0x86, 0x04, COMPLETIONS.len() as u8][..], COMPLETIONS.as_bytes(), &[0x41, 1, b'x']].concat();
+    // POST http://localhost/v1/completions by the static table, then its body in two.
+    let path =
+        [&[0x83, 0x86, 0x04, COMPLETIONS.len() as u8][..], COMPLETIONS.as_bytes(), &[0x41, 9], b"localhost"].concat();
     let body = json!({"prompt": "a", "max_tokens": 2}).to_string();
     let (first, second) = body.as_bytes().split_at(body.len() / 2);
     let begin = [PREFACE, &frame(4, 0, 0, &[])].concat();

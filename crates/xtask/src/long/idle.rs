@@ -15,7 +15,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Setting, record::Record, release, watched};
+use super::{Setting, record::Record, watched};
 
 const CONNECTIONS: usize = 10_000;
 /// Descriptors of this process besides.
@@ -27,7 +27,7 @@ const LATE: f64 = 2.0;
 
 /// Runs the check.
 pub fn check(setting: &Setting) -> Result<()> {
-    let binary = release()?;
+    let binary = setting.binary()?;
     let limits = getrlimit(Resource::Nofile);
     let wanted = CONNECTIONS as u64 + SPARE;
     ensure!(
@@ -38,12 +38,12 @@ pub fn check(setting: &Setting) -> Result<()> {
     setrlimit(Resource::Nofile, Rlimit { current: Some(wanted.max(limits.current.unwrap_or(0))), ..limits })?;
     let mut record = Record::new("idle");
     super::runtime()?.block_on(async {
-        for (name, begin) in [("silent", &b""[..]), ("kept", b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")] {
+        for (name, begin) in [("silent", &b""[..]), ("kept", b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n")] {
             idle(&binary, name, begin, &mut record).await?;
         }
         flood(&binary, &mut record).await
     })?;
-    record.finish(setting.folder)
+    record.finish(setting)
 }
 
 /// Opens connections, each of which begins like this; where that is a request, it is answered.

@@ -40,9 +40,20 @@ struct Setting<'a> {
     /// Where it may keep what it needs, and leaves its record; it is its own, and stays.
     folder: &'a Path,
     minutes: Option<f64>,
+    binary: Option<&'a Path>,
 }
 
 impl Setting<'_> {
+    /// The server: the one that was named, else the release binary, built if it is not.
+    fn binary(&self) -> Result<PathBuf> {
+        if let Some(binary) = self.binary {
+            return Ok(binary.canonicalize()?);
+        }
+        let mut build = Command::new("cargo");
+        run(build.args(["build", "--release", "--locked", "-p", "baton", "-p", "xtask"]).current_dir(crate::root()))?;
+        Ok(crate::root().join("target/release/baton"))
+    }
+
     /// How long to load a server: as was asked for, else so many minutes.
     fn time(&self, minutes: f64) -> Duration {
         Duration::from_secs_f64(60.0 * self.minutes.unwrap_or(minutes))
@@ -59,6 +70,10 @@ pub struct Args {
     /// How long overload (5) and soak (60) load their server
     #[arg(long, value_name = "M")]
     minutes: Option<f64>,
+
+    /// The server that is loaded, instead of a release build
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
 }
 
 /// Runs the chore.
@@ -68,7 +83,7 @@ pub fn main(args: &Args) -> Result<()> {
     for (name, check) in CHECKS.iter().filter(|(name, _)| chosen(name)) {
         let folder = crate::root().join("target/long").join(name);
         std::fs::create_dir_all(&folder)?;
-        let setting = Setting { folder: &folder, minutes: args.minutes };
+        let setting = Setting { folder: &folder, minutes: args.minutes, binary: args.binary.as_deref() };
         if let Err(error) = timed(name, || check(&setting)) {
             say(&format!("{name} failed: {error:#}"));
             failed.push(*name);
@@ -85,13 +100,6 @@ fn timed<T>(name: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = step().with_context(|| name.to_owned());
     say(&format!("--- {name}: {:.1} s", start.elapsed().as_secs_f64()));
     result
-}
-
-/// The release binary, built if it is not.
-fn release() -> Result<PathBuf> {
-    let mut build = Command::new("cargo");
-    run(build.args(["build", "--release", "--locked", "-p", "baton", "-p", "xtask"]).current_dir(crate::root()))?;
-    Ok(crate::root().join("target/release/baton"))
 }
 
 /// What loads a server.

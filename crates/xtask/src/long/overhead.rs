@@ -16,7 +16,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Setting, record::Record, release, watched};
+use super::{Setting, record::Record, watched};
 use crate::random_model;
 
 const COMPLETIONS: &str = "/v1/completions";
@@ -31,7 +31,7 @@ const COUNTED: Duration = Duration::from_secs(10);
 
 /// Runs the check.
 pub fn check(setting: &Setting) -> Result<()> {
-    let binary = release()?;
+    let binary = setting.binary()?;
     let large = setting.folder.join("qwen2-0.5b");
     if !large.exists() {
         random_model::folder("qwen2-0.5b", large.clone())?;
@@ -50,7 +50,7 @@ pub fn check(setting: &Setting) -> Result<()> {
         record.must(format!("{rate:.0} calls of /v1/models a second (at least 5,000)"), rate >= 5000.0);
         anyhow::Ok(())
     })?;
-    record.finish(setting.folder)
+    record.finish(setting)
 }
 
 /// The share of the throughput that serving costs.
@@ -119,7 +119,7 @@ async fn calls_per_second(server: &LocalServer) -> Result<f64> {
             stream.set_nodelay(true)?;
             let (mut count, mut buffer) = (0_u64, vec![0; 16 << 10]);
             while Instant::now() < end {
-                stream.write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n").await?;
+                stream.write_all(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n").await?;
                 let mut read = 0;
                 while !is_whole(&buffer[..read])? {
                     match stream.read(&mut buffer[read..]).await? {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use baton_loadgen::{Call, CallError, LocalServer, Mode, Planned, Report, arrivals, closed_loop, run};
 use serde_json::{Value, json};
 
-use super::{Setting, record::Record, release, watched};
+use super::{Setting, record::Record, watched};
 use crate::random_model;
 
 const COMPLETIONS: &str = "/v1/completions";
@@ -27,14 +27,14 @@ const PEAK_CALLS: usize = 600;
 
 /// Runs the check.
 pub fn check(setting: &Setting) -> Result<()> {
-    let binary = release()?;
+    let binary = setting.binary()?;
     let model = setting.folder.join("model");
     if !model.exists() {
         random_model::folder(MODEL, model.clone())?;
     }
     let mut record = Record::new("overload");
     super::runtime()?.block_on(overload(&binary, &model, setting.time(5.0), &mut record))?;
-    record.finish(setting.folder)
+    record.finish(setting)
 }
 
 fn calls(seed: usize) -> impl Iterator<Item = Value> {

@@ -9,7 +9,7 @@ use tokio::{
     net::{TcpSocket, TcpStream},
 };
 
-use super::{Setting, record::Record, release, watched};
+use super::{Setting, record::Record, watched};
 
 const READERS: u32 = 500;
 const TOKENS: u32 = 900;
@@ -20,7 +20,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 
 /// Runs the check.
 pub fn check(setting: &Setting) -> Result<()> {
-    let binary = release()?;
+    let binary = setting.binary()?;
     let mut record = Record::new("readers");
     super::runtime()?.block_on(async {
         let server = watched::start(&binary, &[]).await?;
@@ -44,8 +44,10 @@ pub fn check(setting: &Setting) -> Result<()> {
             let mut body = body(seed);
             body["stream"] = true.into();
             let body = body.to_string();
-            let head =
-                format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+            let head = format!(
+                "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
             stream.write_all((head + &body).as_bytes()).await?;
             readers.push(stream);
         }
@@ -65,7 +67,7 @@ pub fn check(setting: &Setting) -> Result<()> {
         drop(readers);
         anyhow::Ok(())
     })?;
-    record.finish(setting.folder)
+    record.finish(setting)
 }
 
 /// A long reply of large events.

@@ -1,12 +1,12 @@
 //! What a check leaves: its figures, what it was held against, and what all of it was taken on. As JSON, and to read.
 
-use std::{fmt::Write as _, fs, path::Path, process::Command};
+use std::{fmt::Write as _, fs, process::Command};
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::say;
+use super::{Setting, say};
 
 /// A check under way.
 pub struct Record {
@@ -39,19 +39,21 @@ impl Record {
     ///
     /// # Errors
     /// If something did not hold, all of which is named.
-    pub fn finish(self, folder: &Path) -> Result<()> {
+    pub fn finish(self, setting: &Setting) -> Result<()> {
+        let folder = setting.folder;
         let held: Vec<Value> = self.held.iter().map(|(what, holds)| json!({"what": what, "holds": holds})).collect();
         let whole = json!({
             "check": self.name,
             "commit": output("git", &["describe", "--always", "--dirty", "--abbrev=12"]),
             "date": output("date", &["-u", "+%F %H:%M"]),
             "machine": machine(),
+            "server": setting.binary.map_or_else(|| "release build".into(), |binary| binary.display().to_string()),
             "figures": self.figures,
             "held": held,
         });
         fs::write(folder.join("record.json"), serde_json::to_string_pretty(&whole)? + "\n")?;
         let mut page = format!("# {}\n\n", self.name);
-        for name in ["commit", "date", "machine"] {
+        for name in ["commit", "date", "machine", "server"] {
             let _ = writeln!(page, "- {name}: {}", whole[name].as_str().unwrap_or_default());
         }
         page += "\n| figure | |\n|---|---|\n";

@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::{Setting, release};
+use super::Setting;
 use crate::rollouts::{self, Args};
 
 /// The tensor by which the two differ.
@@ -14,7 +14,7 @@ const NORM: &str = "model.norm.weight";
 /// Runs the check.
 pub fn check(setting: &Setting) -> Result<()> {
     let folder = setting.folder;
-    let binary = release()?;
+    let binary = setting.binary()?;
     let abacus = crate::root().join("models/abacus");
     let other = folder.join("other");
     fs::create_dir_all(&other)?;

@@ -20,7 +20,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Setting, record::Record, release, watched};
+use super::{Setting, record::Record, watched};
 
 const CHAT: &str = "/v1/chat/completions";
 const POISON: &str = "poison";
@@ -34,12 +34,12 @@ const WARM_UP: f64 = 0.25;
 
 /// Runs the check.
 pub fn check(setting: &Setting) -> Result<()> {
-    let binary = release()?;
+    let binary = setting.binary()?;
     let adapter = setting.folder.join(POISON);
     poison(&adapter)?;
     let mut record = Record::new("soak");
     super::runtime()?.block_on(soak(&binary, &adapter, setting.time(60.0), &mut record))?;
-    record.finish(setting.folder)
+    record.finish(setting)
 }
 
 /// An adapter of finite values whose products are not: what it adds to the last product of the first layer is the difference of two infinities.
@@ -186,7 +186,7 @@ async fn stop_reading(server: &LocalServer) -> Result<Option<TcpStream>> {
         "logprobs": true, "top_logprobs": 20,
     });
     let body = body.to_string();
-    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
     stream.write_all((head + &body).as_bytes()).await?;
     let mut status = [0; 12];
     stream.read_exact(&mut status).await?;

@@ -114,7 +114,7 @@ pub fn core_seconds(server: &LocalServer) -> Result<Vec<(String, f64)>> {
     Ok(all)
 }
 
-/// Starts a release server that says nothing but warnings.
+/// Starts a server that says nothing but warnings.
 pub async fn start(binary: &Path, flags: &[&str]) -> Result<LocalServer> {
     LocalServer::start(binary, &[&["--log-level", "warn"], flags].concat()).await
 }
