@@ -267,6 +267,51 @@ def grammars():
     seed("grammar", "gbnf", 'groot ::= "{" ws (pair ("," ws pair)*)? "}" # all\npair ::= [a-z]+ ":" ws root | \'\\x41\'{1,2}\nws ::= [ \\t\\n]*\n')
 
 
+def requests():
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    def send(route, name, body, headers=(trace, "an-id")):
+        letter = "abcdefghij"[["chat", "completions", "responses", "messages", "count", "render", "tokenize", "detokenize", "batches", "rerank"].index(route)]
+        seed("request", f"{route}-{name}", letter + headers[0], headers[1], compact(body))
+    function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}
+    text = [{"type": "text", "text": "a"}]
+    user = {"role": "user", "content": "Why?", "name": "n"}
+    send("chat", "plain", {"model": "tiny", "messages": [user], "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "stop": ["x"], "seed": 1, "n": 2,
+                           "logit_bias": {"5": -1}, "logprobs": True, "top_logprobs": 3, "presence_penalty": 1, "frequency_penalty": -1, "user": "u",
+                           "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "metadata": {"a": "b"}, "cache_salt": "s", "priority": 1})
+    send("chat", "stream", {"messages": [{"role": "system", "content": text}, user, {"role": "assistant", "content": "Yes", "reasoning_content": "r"}, user],
+                            "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}, "max_completion_tokens": 5, "deadline_ms": 5000})
+    send("chat", "tools", {"messages": [user, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "2"}],
+                           "tools": [{"type": "function", "function": function}], "tool_choice": "none", "parallel_tool_calls": False, "max_tokens": 3})
+    send("chat", "form", {"messages": [user], "response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {
+        "type": "object", "properties": {"a": {"enum": [1, "b", None]}}, "required": ["a"], "additionalProperties": False}}}, "max_tokens": 9,
+        "chat_template_kwargs": {"enable_thinking": False}})
+    send("completions", "text", {"prompt": ["a", "b"], "max_tokens": 2, "echo": True, "logprobs": 2, "best_of": 2, "suffix": None, "stop": "x"}, ("", ""))
+    send("completions", "ids", {"prompt": [[5, 6], [7]], "max_tokens": 2, "stop_token_ids": [9], "bad_words": ["q"], "allowed_token_ids": [5, 6],
+                                "prompt_logprobs": 1, "return_token_ids": True, "structured_outputs": {"regex": "a+"}})
+    send("responses", "text", {"input": "Why?", "instructions": "Be brief.", "max_output_tokens": 5, "store": False, "temperature": 0})
+    send("responses", "items", {"input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Why?"}]},
+                                          {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                                          {"type": "function_call_output", "call_id": "c", "output": "2"}], "stream": True, "max_output_tokens": 5,
+                                "store": False, "tools": [{"type": "function", **function}], "tool_choice": "none", "reasoning": {"effort": "low"}})
+    anthropic = {"max_tokens": 5, "system": text, "messages": [{"role": "user", "content": [*text, {"type": "tool_result", "tool_use_id": "c", "content": "2"}]},
+                                                               {"role": "assistant", "content": text}, {"role": "user", "content": "b"}]}
+    send("messages", "text", {**anthropic, "messages": [{"role": "user", "content": text}], "stop_sequences": ["x"], "top_k": 3, "stream": True})
+    send("count", "text", {"model": "tiny", "messages": [{"role": "user", "content": "a"}]})
+    send("render", "text", {"messages": [user]})
+    send("tokenize", "text", {"prompt": "a b", "add_special_tokens": False})
+    send("tokenize", "chat", {"messages": [user], "add_generation_prompt": True})
+    send("detokenize", "ids", {"tokens": [5, 6, 7]})
+
+    def upload(name, lines):
+        head = "--x\r\nContent-Disposition: form-data; name=\"{}\"{}\r\n\r\n"
+        form = head.format("purpose", "") + "batch\r\n" + head.format("file", "; filename=\"a.jsonl\"\r\nContent-Type: application/jsonl")
+        seed("upload", name, form + "\n".join(lines) + "\r\n--x--\r\n")
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": {"messages": [user], "max_tokens": 2}}
+    upload("two", [compact({"custom_id": f"l{i}", **line}) for i in range(2)])
+    upload("bad-line", [compact({"custom_id": "a", **line, "body": {"messages": [user], "temperature": 9}}), "", "no JSON"])
+
+
 checkpoints()
 gguf()
 configs()
@@ -275,3 +320,4 @@ tokenizers()
 conversions()
 manifests()
 grammars()
+requests()

@@ -39,6 +39,7 @@ mod observed;
 mod openai;
 mod openapi;
 mod page;
+mod places;
 mod pooled;
 mod responses;
 mod rollout;

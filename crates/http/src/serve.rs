@@ -8,6 +8,7 @@ use std::convert::Infallible;
 use std::future::{Future, pending};
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -26,6 +27,7 @@ use tower::ServiceExt;
 use crate::admission::{Counter, GuardedBody, Raised};
 use crate::auth::OnLoopback;
 use crate::batches;
+use crate::places::{Arriving, Place};
 use crate::routes::{Surface, router};
 use crate::seldom::Seldom;
 use crate::service::{ConnectionLimits, Service};
@@ -100,19 +102,29 @@ pub async fn serve(
         };
         match accepted {
             Ok((stream, _)) => {
-                let Some(place) = service.admit_connection() else {
-                    service.metrics().refused_connections.with_label_values(&["limit"]).inc();
-                    if let Some(refused) = too_many.one_more(Instant::now()) {
+                let (place, full) = service.places().take();
+                if full {
+                    let closed = if place.is_some() { "idle" } else { "limit" };
+                    service.metrics().refused_connections.with_label_values(&[closed]).inc();
+                    if let Some(times) = too_many.one_more(Instant::now()) {
                         let limit = terms.limits.connections;
-                        tracing::warn!(limit, refused, "connections are refused: there are too many");
+                        tracing::warn!(
+                            limit,
+                            times,
+                            "there are too many connections: one is closed, an idle one if there is any"
+                        );
                     }
-                    continue;
-                };
+                }
+                let Some(place) = place.map(Arc::new) else { continue };
                 let ticket = (connections.ticket(), Raised::new(&service.metrics().connections));
-                let connection = connection(stream, terms.clone());
+                let connection = connection(stream, terms.clone(), place.clone());
                 tokio::spawn(async move {
-                    connection.await;
-                    drop((ticket, place));
+                    tokio::select! {
+                        biased;
+                        () = place.evicted() => {}
+                        () = connection => {}
+                    }
+                    drop(ticket);
                 });
             }
             Err(error) if is_of_the_connection(&error) => {}
@@ -155,7 +167,7 @@ struct Terms {
     close: CancellationToken,
 }
 
-async fn connection(stream: TcpStream, terms: Terms) {
+async fn connection(stream: TcpStream, terms: Terms, place: Arc<Place>) {
     // A token is a small packet that must not wait for the next.
     let _ = stream.set_nodelay(true);
     let ConnectionLimits { head_timeout, stall_timeout, .. } = terms.limits;
@@ -163,17 +175,17 @@ async fn connection(stream: TcpStream, terms: Terms) {
         Some(tls) => {
             let accepting = tls.accept(Patient::new(stream, stall_timeout), terms.http2);
             match timeout(head_timeout, accepting).await {
-                Ok(Ok((stream, http2))) => talk(stream, http2, terms).await,
+                Ok(Ok((stream, http2))) => talk(stream, http2, terms, place).await,
                 Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
                 Err(_) => {}
             }
         }
         None if terms.http2 => {
             if let Ok(Ok(http2)) = timeout(head_timeout, begins_as_http2(&stream)).await {
-                talk(Patient::new(stream, stall_timeout), http2, terms).await;
+                talk(Patient::new(stream, stall_timeout), http2, terms, place).await;
             }
         }
-        None => talk(Patient::new(stream, stall_timeout), false, terms).await,
+        None => talk(Patient::new(stream, stall_timeout), false, terms, place).await,
     }
 }
 
@@ -194,21 +206,22 @@ async fn begins_as_http2(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
-async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: Terms) {
+async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, http2: bool, terms: Terms, place: Arc<Place>) {
     let Terms { app, on_loopback, close, limits, .. } = terms;
     let ConnectionLimits { head_timeout, stall_timeout, .. } = limits;
     let under_way = Counter::default();
     let requests = under_way.clone();
     let answer = service_fn(move |request: Request<Incoming>| {
-        let mut request = request.map(Body::new);
+        let progress = place.request();
+        let mut request = request.map(|body| Body::new(Arriving::new(Body::new(body), progress.clone())));
         request.extensions_mut().insert(on_loopback);
-        let (app, ticket) = (app.clone(), requests.ticket());
+        let (app, guard) = (app.clone(), (requests.ticket(), progress));
         async move {
             let mut response = app.oneshot(request).await.unwrap_or_else(|never| match never {});
             if http2 {
                 response = response.map(|body| Body::new(Watched::new(body, stall_timeout)));
             }
-            Ok::<_, Infallible>(response.map(|body| GuardedBody::new(body, ticket)))
+            Ok::<_, Infallible>(response.map(|body| GuardedBody::new(body, guard)))
         }
     });
     let stream = TokioIo::new(stream);

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use baton_engine::Tenant;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::AccessRecord;
@@ -21,6 +21,7 @@ use crate::generations::{Generations, Pick, Traffic, TransitionError};
 use crate::keys::{ApiKey, Keys, ListedKey};
 use crate::metrics::{HttpMetrics, OutsideCounter};
 use crate::observed::Observed;
+use crate::places::Places;
 use crate::rollout::RolloutControl;
 use crate::slow::SlowRequests;
 use crate::store::Store;
@@ -33,7 +34,8 @@ const DISK_WORK: usize = 8;
 /// What connections may take of the server.
 #[derive(Debug, Clone)]
 pub struct ConnectionLimits {
-    /// How many there are at once, over all listeners; those beyond are closed before they say anything.
+    /// How many there are at once, over all listeners. For one beyond, another on which nothing is under way is closed; if there is
+    /// none, the new one is.
     pub connections: usize,
     /// How long a request's head may take to arrive, idle time of the connection before it included; how long a handshake
     /// may take; and how long a connection of HTTP/2 may be without a request.
@@ -143,7 +145,7 @@ struct Shared {
     text_work: Arc<Semaphore>,
     disk_work: Arc<Semaphore>,
     grammar_work: Arc<Semaphore>,
-    connections: Arc<Semaphore>,
+    places: Arc<Places>,
     started: Instant,
 }
 
@@ -151,7 +153,7 @@ impl Service {
     /// A service without a model.
     pub fn new(config: ServiceConfig) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let connections = config.connection_limits.connections.min(Semaphore::MAX_PERMITS);
+        let places = Places::new(config.connection_limits.connections);
         Self(Arc::new(Shared {
             keys: Keys::new(&config.api_keys, &config.admin_api_keys, config.listed_keys.as_deref()),
             config,
@@ -166,7 +168,7 @@ impl Service {
             text_work: Arc::new(Semaphore::new(cores)),
             disk_work: Arc::new(Semaphore::new(DISK_WORK)),
             grammar_work: Arc::new(Semaphore::new(cores.div_ceil(2))),
-            connections: Arc::new(Semaphore::new(connections)),
+            places,
             started: Instant::now(),
         }))
     }
@@ -372,9 +374,9 @@ impl Service {
         }
     }
 
-    /// A place for one more connection, until it is dropped; `None` if there is none.
-    pub(crate) fn admit_connection(&self) -> Option<OwnedSemaphorePermit> {
-        self.0.connections.clone().try_acquire_owned().ok()
+    /// The places for connections, of all listeners.
+    pub(crate) fn places(&self) -> &Arc<Places> {
+        &self.0.places
     }
 
     /// Ends all replies with an error when it is cancelled: the drain has lasted too long.

@@ -5,7 +5,10 @@
 //! count the lines that cannot be written, nor wait for the last ones no longer than it is told.
 
 use std::{
+    any::Any,
+    backtrace::Backtrace,
     io::{self, IsTerminal, Write},
+    panic,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -30,7 +33,8 @@ enum Entry {
     Flush(Sender<()>),
 }
 
-/// The log of this process.
+/// The log of this process. Clones are the same log.
+#[derive(Clone)]
 pub struct Log {
     lines: Lines,
 }
@@ -53,6 +57,11 @@ impl Log {
             LogFormat::Text => builder.init(),
             LogFormat::Json => builder.json().init(),
         }
+        panic::set_hook(Box::new(|panic| {
+            let (place, said) = (panic.location().map(ToString::to_string), constant(panic.payload()));
+            let (thread, backtrace) = (thread::current(), Backtrace::capture());
+            tracing::error!(place, said, thread = thread.name(), %backtrace, "a panic, which is a bug");
+        }));
         Ok(Self { lines })
     }
 
@@ -69,6 +78,11 @@ impl Log {
             let _ = answer.recv_timeout(patience);
         }
     }
+}
+
+/// What a panic says, if that was written by whoever wrote the program: what is put together when it runs may have parts of a request.
+fn constant(payload: &(dyn Any + Send)) -> Option<&'static str> {
+    payload.downcast_ref::<&'static str>().copied()
 }
 
 /// Takes lines and never waits.
@@ -103,6 +117,26 @@ fn write(entries: &Receiver<Entry>, lost: &AtomicU64) {
             }
             // Whoever asked has perhaps lost its patience.
             Entry::Flush(written) => _ = written.send(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r46_a_panic_shows_nothing_that_was_put_together_when_it_ran() {
+        let prompt = "canary é".to_owned();
+        let panics: [(Option<&str>, fn(&str)); 4] = [
+            (Some("a rule was broken"), |_| panic!("a rule was broken")),
+            (None, |prompt| panic!("{prompt} is odd")),
+            (None, |prompt| drop(prompt[..8].to_owned())),
+            (None, |prompt| drop(prompt.parse::<u8>().map_err(|_| prompt).expect("a number"))),
+        ];
+        for (said, broken) in panics {
+            let payload = panic::catch_unwind(|| broken(&prompt)).expect_err("it panics");
+            assert_eq!(constant(&*payload), said);
         }
     }
 }

@@ -20,7 +20,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     backend::Loaded,
@@ -62,7 +62,7 @@ pub fn main(matches: &ArgMatches) -> Result<()> {
     let exporter = endpoint.as_ref().map(traces::start).transpose()?.flatten();
     let counters = counters(&log, exporter.as_ref());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let result = runtime.block_on(serve(settings, exporter.as_ref(), counters));
+    let result = runtime.block_on(serve(settings, &log, exporter.as_ref(), counters));
     // A model that still loads is not waited for.
     runtime.shutdown_background();
     if let Some(exporter) = exporter {
@@ -90,9 +90,14 @@ fn counters(log: &Log, exporter: Option<&Exporter>) -> Vec<OutsideCounter> {
     [lost].into_iter().chain(spans).collect()
 }
 
-async fn serve(settings: Settings, exporter: Option<&Exporter>, counters: Vec<OutsideCounter>) -> Result<()> {
+async fn serve(
+    settings: Settings,
+    log: &Log,
+    exporter: Option<&Exporter>,
+    counters: Vec<OutsideCounter>,
+) -> Result<()> {
     // Signals first: one that comes while the model loads must find us listening.
-    let stop = stop_on_signal()?;
+    let stop = stop_on_signal(log.clone())?;
     let journal = settings.state_dir.as_deref().map(StateDir::open).transpose()?.map(Journal::open).transpose()?;
     // The journal has locked the folder.
     let store = settings.state_dir.as_deref().map(|dir| open_store(dir, &settings)).transpose()?;
@@ -345,8 +350,8 @@ pub fn prepare(mut model: Model, settings: &Settings, names: Option<Vec<String>>
     Ok(Generation { new, engine, report, gate })
 }
 
-/// Cancelled by SIGTERM or SIGINT; a second signal ends the process at once.
-fn stop_on_signal() -> Result<CancellationToken> {
+/// Cancelled by SIGTERM or SIGINT; a second signal ends the process at once, but for the last lines of the log.
+fn stop_on_signal(log: Log) -> Result<CancellationToken> {
     let stop = CancellationToken::new();
     let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let token = stop.clone();
@@ -355,7 +360,9 @@ fn stop_on_signal() -> Result<CancellationToken> {
         let name = next().await;
         info!(signal = name, "draining");
         token.cancel();
-        next().await;
+        let name = next().await;
+        warn!(signal = name, "ending at once, without what is still under way");
+        log.flush(LAST_WORDS);
         std::process::exit(1);
     });
     Ok(stop)

@@ -1,7 +1,12 @@
 //! Rules of the workspace that the compiler does not check: which crate may know which, what stays
 //! out of where, and that the pages name only what exists.
 
-use std::{collections::BTreeSet, fs, path::Path, process::Command};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use serde_json::Value;
 
@@ -150,21 +155,56 @@ fn pages_name_only_paths_that_exist() {
     }
 }
 
-#[test]
-fn every_source_file_says_what_it_is_for() {
+/// Every file of Rust, tests included.
+fn sources() -> Vec<PathBuf> {
     let mut folders = vec![root().join("crates"), root().join("benches")];
-    let mut silent = Vec::new();
+    let mut files = Vec::new();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").path()) {
             if entry.is_dir() {
                 folders.push(entry);
             } else if entry.extension().is_some_and(|e| e == "rs") {
-                let text = fs::read_to_string(&entry).expect("a text file");
-                if !text.starts_with("//!") {
-                    silent.push(entry);
-                }
+                files.push(entry);
             }
         }
     }
+    files
+}
+
+#[test]
+fn every_source_file_says_what_it_is_for() {
+    let says = |file: &PathBuf| fs::read_to_string(file).expect("a text file").starts_with("//!");
+    let silent: Vec<_> = sources().into_iter().filter(|file| !says(file)).collect();
     assert!(silent.is_empty(), "no opening //! in {silent:?}");
+}
+
+#[test]
+fn the_page_of_faults_has_every_case_and_names_tests_and_checks_that_exist() {
+    let page = read("deploy/docs/reliability.md");
+    let sources: String = sources().into_iter().map(|file| fs::read_to_string(file).expect("a text file")).collect();
+    let words = |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
+    let mut cases = BTreeSet::new();
+    for row in page.lines().filter(|line| line.starts_with("| R") || line.starts_with("| | ")) {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let &[case, fault, _, tests, _] = &cells[..] else {
+            assert!(row.contains("Fault"), "not five cells: {row}");
+            continue;
+        };
+        if fault == "Fault" {
+            continue;
+        }
+        cases.extend(case.strip_prefix('R').map(|number| number.parse::<u32>().expect("a number")));
+        let named = words(tests);
+        assert!(!named.is_empty() || tests == "not run", "{case} has no test");
+        for name in named {
+            let found = match name.strip_prefix("long ") {
+                Some(check) => sources.contains(&format!("(\"{check}\", {check}::check)")),
+                None => sources.contains(&format!("fn {name}(")),
+            };
+            assert!(found, "{case} names {name}, which does not exist");
+        }
+    }
+    // Fairness between keys and their limits (9, 12) have a page of their own.
+    let missing: Vec<u32> = (1..=52).filter(|case| ![9, 12].contains(case) && !cases.contains(case)).collect();
+    assert!(missing.is_empty(), "no row for {missing:?}");
 }

@@ -68,9 +68,10 @@ impl HttpMetrics {
         let help = "HTTP requests refused or failed, by the code that the client was told.";
         let errors = counters("baton_http_errors_total", help, &["code"]);
         let connections = gauge("baton_http_connections", "Connections that are open.");
-        let help = "Connections closed at once beyond the limit, and times the system gave none.";
+        let help =
+            "Connections closed beyond the limit, or idle to make room for others, and times the system gave none.";
         let refused_connections = counters("baton_http_connections_refused_total", help, &["reason"]);
-        for reason in ["limit", "system"] {
+        for reason in ["limit", "idle", "system"] {
             refused_connections.with_label_values(&[reason]).reset();
         }
         let in_flight = gauge("baton_http_requests_in_flight", "Inference requests that are being answered.");

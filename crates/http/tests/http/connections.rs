@@ -84,38 +84,6 @@ async fn r25_a_body_shorter_than_announced_is_refused() {
     assert_eq!((reply.status, reply.error_code().as_str()), (400, "invalid_json"));
 }
 
-#[tokio::test]
-async fn connections_beyond_the_limit_are_closed_until_there_is_room() {
-    let mut setup = Setup::default();
-    setup.config.connection_limits.connections = 3;
-    setup.config.connection_limits.head_timeout = PATIENCE;
-    let server = setup.start().await;
-    let mut held = Vec::new();
-    for _ in 0..3 {
-        held.push(server.connect().await);
-    }
-    let live = request("GET", "/live", "", b"");
-    let ask = async || {
-        let mut stream = server.connect().await;
-        let _ = stream.write_all(&live).await;
-        rest(&mut stream).await
-    };
-    for _ in 0..3 {
-        assert_eq!(ask().await, "");
-    }
-    held.pop();
-    let served = async { while !ask().await.contains("200 OK") {} };
-    timeout(PATIENCE, served).await.expect("a place is free again");
-    held.pop();
-    let counted = async {
-        let name = "baton_http_connections_refused_total{reason=\"limit\"} ";
-        let text = server.get("/metrics").await.body;
-        let line = text.lines().find_map(|line| line.strip_prefix(name)).expect("the counter");
-        line.parse::<u32>().unwrap()
-    };
-    assert!(counted.await >= 3);
-}
-
 /// A server with much to say, to clients that must take some of it before long.
 async fn talkative() -> Server {
     let mut setup = Setup { reply: "word ".repeat(7000), ..Setup::default() };

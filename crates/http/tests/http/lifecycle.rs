@@ -135,6 +135,29 @@ async fn r8_a_full_queue_refuses_at_once_counts_n_and_leaves_the_server_ready() 
 }
 
 #[tokio::test]
+async fn r10_what_waits_too_long_in_the_queue_is_told_so_and_never_runs() {
+    let engine = EngineConfig { max_num_seqs: 1, ..EngineConfig::default() };
+    let mut setup = Setup { reply: "word ".repeat(150), engine, ..Setup::default() };
+    setup.config.queue_timeout = Some(Duration::from_millis(100));
+    let server = setup.start().await;
+    server.control.delay_steps(Duration::from_millis(20));
+    let running = server.open_chat(json!({})).await;
+    server.until("one is computed", |s| s.generated_tokens > 0).await;
+    let computed = server.engine.stats().prompt_tokens_computed;
+    // The head of a stream is held until it has something to say, so it too has a status of its own.
+    for fields in [json!({}), json!({"stream": true})] {
+        let reply = server.chat(fields).await;
+        assert_eq!((reply.status, reply.error_code().as_str()), (503, "overloaded"), "{reply:?}");
+        assert!(reply.header("retry-after").is_some());
+    }
+    drop(running);
+    server.blocks_are_free().await;
+    assert_eq!(server.engine.stats().prompt_tokens_computed, computed, "neither was begun");
+    server.control.delay_steps(Duration::ZERO);
+    assert_eq!(server.chat(json!({})).await.status, 200);
+}
+
+#[tokio::test]
 async fn r13_values_that_are_not_finite_fail_their_request_only() {
     let server = Setup::default().start().await;
     let poison = 700;

@@ -22,7 +22,8 @@ use tokio_rustls::client::TlsStream;
 
 use crate::harness::{CHAT, CONTENT, PATIENCE, Server, Setup, chat_body, request, with};
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// What a connection of HTTP/2 begins with.
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// An authority, and what it has signed for this machine.
 struct Authority {
@@ -188,7 +189,7 @@ async fn r19_a_drain_lets_streams_of_http2_finish_and_refuses_new_ones() {
 }
 
 /// A frame without flags' meaning checked: length, type, flags, stream.
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = (payload.len() as u32).to_be_bytes();
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }

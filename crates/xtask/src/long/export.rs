@@ -1,12 +1,12 @@
 //! The exporter against the bundles that are committed: in the versions that they were made with, it writes each
 //! `handoff.json` again, byte for byte; on a machine whose sums round in another way, all but the numbers, and these within [`ROUNDING`].
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{run, say, timed};
+use super::{Setting, run, say, timed};
 
 /// Bundles under `models`, each with the options that its `handoff.json` was made with.
 const BUNDLES: [(&str, &[&str]); 2] = [
@@ -18,7 +18,8 @@ const BUNDLES: [(&str, &[&str]); 2] = [
 const ROUNDING: f64 = 1e-4;
 
 /// Runs the check, with an environment of Python in `folder`.
-pub fn check(folder: &Path) -> Result<()> {
+pub fn check(setting: &Setting) -> Result<()> {
+    let folder = setting.folder;
     let exporter = crate::root().join("models/export");
     let venv = folder.join("venv");
     let python = venv.join("bin/python");

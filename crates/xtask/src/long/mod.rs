@@ -2,18 +2,63 @@
 
 mod export;
 mod gpu;
+mod idle;
 mod minilm;
+mod overhead;
+mod overload;
+mod readers;
+mod record;
 mod rollouts;
+mod soak;
+mod watched;
 
-use std::{path::Path, process::Command, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 
-/// A check: its name, and what fails if it does. It may keep what it needs in the folder, which is its own and stays.
-type Check = (&'static str, fn(&Path) -> Result<()>);
+/// A check: its name, and what fails if it does.
+type Check = (&'static str, fn(&Setting) -> Result<()>);
 
-const CHECKS: &[Check] =
-    &[("export", export::check), ("gpu", gpu::check), ("minilm", minilm::check), ("rollouts", rollouts::check)];
+const CHECKS: &[Check] = &[
+    ("export", export::check),
+    ("gpu", gpu::check),
+    ("idle", idle::check),
+    ("minilm", minilm::check),
+    ("overhead", overhead::check),
+    ("overload", overload::check),
+    ("readers", readers::check),
+    ("rollouts", rollouts::check),
+    ("soak", soak::check),
+];
+
+/// What a check is given.
+struct Setting<'a> {
+    /// Where it may keep what it needs, and leaves its record; it is its own, and stays.
+    folder: &'a Path,
+    minutes: Option<f64>,
+    binary: Option<&'a Path>,
+}
+
+impl Setting<'_> {
+    /// The server: the one that was named, else the release binary, built if it is not.
+    fn binary(&self) -> Result<PathBuf> {
+        if let Some(binary) = self.binary {
+            return Ok(binary.canonicalize()?);
+        }
+        let mut build = Command::new("cargo");
+        run(build.args(["build", "--release", "--locked", "-p", "baton", "-p", "xtask"]).current_dir(crate::root()))?;
+        Ok(crate::root().join("target/release/baton"))
+    }
+
+    /// How long to load a server: as was asked for, else so many minutes.
+    fn time(&self, minutes: f64) -> Duration {
+        Duration::from_secs_f64(60.0 * self.minutes.unwrap_or(minutes))
+    }
+}
 
 /// Arguments of the chore.
 #[derive(clap::Args)]
@@ -21,6 +66,14 @@ pub struct Args {
     /// Only these checks; all if none is named
     #[arg(value_name = "CHECK", value_parser = clap::builder::PossibleValuesParser::new(CHECKS.iter().map(|(name, _)| *name)))]
     checks: Vec<String>,
+
+    /// How long overload (5) and soak (60) load their server
+    #[arg(long, value_name = "M")]
+    minutes: Option<f64>,
+
+    /// The server that is loaded, instead of a release build
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
 }
 
 /// Runs the chore.
@@ -30,7 +83,8 @@ pub fn main(args: &Args) -> Result<()> {
     for (name, check) in CHECKS.iter().filter(|(name, _)| chosen(name)) {
         let folder = crate::root().join("target/long").join(name);
         std::fs::create_dir_all(&folder)?;
-        if let Err(error) = timed(name, || check(&folder)) {
+        let setting = Setting { folder: &folder, minutes: args.minutes, binary: args.binary.as_deref() };
+        if let Err(error) = timed(name, || check(&setting)) {
             say(&format!("{name} failed: {error:#}"));
             failed.push(*name);
         }
@@ -46,6 +100,11 @@ fn timed<T>(name: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = step().with_context(|| name.to_owned());
     say(&format!("--- {name}: {:.1} s", start.elapsed().as_secs_f64()));
     result
+}
+
+/// What loads a server.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?)
 }
 
 /// Runs a command, which must succeed.

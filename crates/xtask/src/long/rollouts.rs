@@ -1,19 +1,20 @@
 //! A thousand rollouts under streams, between the bundled model and one that answers otherwise.
 
-use std::{fs, path::Path, process::Command};
+use std::fs;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::Setting;
 use crate::rollouts::{self, Args};
 
 /// The tensor by which the two differ.
 const NORM: &str = "model.norm.weight";
 
 /// Runs the check.
-pub fn check(folder: &Path) -> Result<()> {
-    let built = Command::new("cargo").args(["build", "--release", "--locked"]).current_dir(crate::root()).status()?;
-    ensure!(built.success(), "the release build: {built}");
+pub fn check(setting: &Setting) -> Result<()> {
+    let folder = setting.folder;
+    let binary = setting.binary()?;
     let abacus = crate::root().join("models/abacus");
     let other = folder.join("other");
     fs::create_dir_all(&other)?;
@@ -22,7 +23,7 @@ pub fn check(folder: &Path) -> Result<()> {
     }
     fs::write(other.join("model.safetensors"), turned(fs::read(abacus.join("model.safetensors"))?)?)?;
     rollouts::main(&Args {
-        binary: crate::root().join("target/release/baton"),
+        binary,
         count: 1000,
         streams: 16,
         model_a: abacus,

@@ -107,6 +107,13 @@ pub fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Writes a folder in bf16: of a known shape, or else of a config.
+pub fn folder(shape_or_config: &str, out: PathBuf) -> Result<()> {
+    let known = SHAPES.iter().find(|(name, _)| *name == shape_or_config).map(|(_, config)| *config);
+    let args = Args { shape: None, config: None, layers: None, out, dtype: Dtype::Bf16, seed: 0 };
+    write(known.unwrap_or(shape_or_config), &args, &|_, _| ())
+}
+
 fn shape(name: &str) -> Result<&'static str> {
     let names = SHAPES.map(|s| s.0).join(", ");
     Ok(SHAPES.iter().find(|s| s.0 == name).with_context(|| format!("there is no shape {name}; there are {names}"))?.1)

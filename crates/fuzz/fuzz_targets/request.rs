@@ -1,0 +1,16 @@
+//! What one input does is in `inputs`, where the replay test finds it too.
+#![no_main]
+
+#[path = "../inputs/request.rs"]
+mod input;
+#[path = "../inputs/parts.rs"]
+mod parts;
+#[path = "../inputs/service.rs"]
+mod service;
+
+libfuzzer_sys::fuzz_target!(
+    // A panic of a handler is caught, and shows as a reply; whatever panics elsewhere is a finding at once.
+    |data: &[u8]| {
+        input::run(data);
+    }
+);

@@ -1,0 +1,122 @@
+//! Ten thousand connections that say nothing, and five times as many as there may be: what they cost, when they are closed, and that
+//! probes are answered beside them.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use baton_loadgen::LocalServer;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+};
+
+use super::{Setting, record::Record, watched};
+
+const CONNECTIONS: usize = 10_000;
+/// Descriptors of this process besides.
+const SPARE: u64 = 500;
+/// A head may take so long, and an idle connection stay so long.
+const HEAD_TIMEOUT: f64 = 10.0;
+/// That a timer may be late on a busy machine.
+const LATE: f64 = 2.0;
+
+/// Runs the check.
+pub fn check(setting: &Setting) -> Result<()> {
+    let binary = setting.binary()?;
+    let limits = getrlimit(Resource::Nofile);
+    let wanted = CONNECTIONS as u64 + SPARE;
+    ensure!(
+        limits.maximum.is_none_or(|most| wanted <= most),
+        "{wanted} descriptors are needed, {:?} allowed",
+        limits.maximum
+    );
+    setrlimit(Resource::Nofile, Rlimit { current: Some(wanted.max(limits.current.unwrap_or(0))), ..limits })?;
+    let mut record = Record::new("idle");
+    super::runtime()?.block_on(async {
+        for (name, begin) in [("silent", &b""[..]), ("kept", b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n")] {
+            idle(&binary, name, begin, &mut record).await?;
+        }
+        flood(&binary, &mut record).await
+    })?;
+    record.finish(setting)
+}
+
+/// Opens connections, each of which begins like this; where that is a request, it is answered.
+async fn open(server: &LocalServer, count: usize, begin: &'static [u8]) -> Result<Vec<TcpStream>> {
+    let address = server.target().base.strip_prefix("http://").context("http")?.to_owned();
+    let mut opened = Vec::new();
+    while opened.len() < count {
+        let mut some = JoinSet::new();
+        for _ in 0..200.min(count - opened.len()) {
+            let address = address.clone();
+            some.spawn(async move {
+                let mut stream = TcpStream::connect(address).await?;
+                if !begin.is_empty() {
+                    stream.write_all(begin).await?;
+                    ensure!(stream.read(&mut [0; 4096]).await? > 0, "no answer");
+                }
+                anyhow::Ok(stream)
+            });
+        }
+        while let Some(stream) = some.join_next().await {
+            opened.push(stream??);
+        }
+    }
+    Ok(opened)
+}
+
+async fn idle(binary: &PathBuf, name: &str, begin: &'static [u8], record: &mut Record) -> Result<()> {
+    let server = watched::start(binary, &["--max-connections", "20000"]).await?;
+    drop(open(&server, 500, begin).await?);
+    let before = server.resident_mib()?;
+    let watch = watched::Watch::begin(&server);
+    let start = Instant::now();
+    let connections = open(&server, CONNECTIONS, begin).await?;
+    let opened = start.elapsed().as_secs_f64();
+    // The system has taken them; the server has when it says so.
+    while server.metric("baton_http_connections").await? < CONNECTIONS as f64 {
+        ensure!(start.elapsed().as_secs_f64() < HEAD_TIMEOUT, "the first are closed before the last are open");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let each = (server.resident_mib()? - before) * 1024.0 / CONNECTIONS as f64;
+    record.figure(&format!("{name}_seconds_to_open"), opened)?;
+    record.figure(&format!("{name}_kib_per_connection"), each)?;
+    let mut closed = JoinSet::new();
+    for mut stream in connections {
+        closed.spawn(async move { stream.read_to_end(&mut Vec::new()).await });
+    }
+    closed.join_all().await;
+    let seconds = start.elapsed().as_secs_f64();
+    let seen = watch.end().await?;
+    let live = seen.quantiles();
+    record.must(
+        format!("{name}: all are closed {seconds:.1} s after the first was opened (opening, 10 s, {LATE} s)"),
+        seconds <= opened + HEAD_TIMEOUT + LATE,
+    );
+    record.must(
+        format!("{name}: /live p99 {:.1} ms (below 100), {} failed", live.p99_ms, seen.failed),
+        live.p99_ms < 100.0 && seen.failed == 0,
+    );
+    Ok(())
+}
+
+/// More than there may be, as fast as they can be opened.
+async fn flood(binary: &PathBuf, record: &mut Record) -> Result<()> {
+    let server = watched::start(binary, &["--max-connections", "2000"]).await?;
+    let watch = watched::Watch::begin(&server);
+    let connections = open(&server, CONNECTIONS, b"").await?;
+    let seen = watch.end().await?;
+    let live = seen.quantiles();
+    record.figure("flood_probes", seen.live.len())?;
+    record.must(
+        format!("flood: /live p99 {:.1} ms (below 100), {} failed", live.p99_ms, seen.failed),
+        live.p99_ms < 100.0 && seen.failed == 0,
+    );
+    drop(connections);
+    Ok(())
+}
