@@ -31,6 +31,7 @@ use crate::seldom::Seldom;
 use crate::service::{ConnectionLimits, Service};
 use crate::stall::{Patient, Watched};
 use crate::tls::Tls;
+use crate::usage;
 
 const MAX_HEADERS: usize = 100;
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -82,6 +83,7 @@ pub async fn serve(
     };
     let connections = Counter::default();
     batches::resume(&service);
+    tokio::spawn(usage::keep(service.clone()));
     let drained = async {
         shutdown.cancelled().await;
         service.drain();
@@ -133,6 +135,7 @@ pub async fn serve(
         }
     };
     let _ = timeout(2 * LAST_WORDS, async { tokio::join!(connections.idle(), stopped) }).await;
+    usage::save(&service).await;
     Ok(())
 }
 
