@@ -135,7 +135,8 @@ pub async fn serve(
         }
     };
     let _ = timeout(2 * LAST_WORDS, async { tokio::join!(connections.idle(), stopped) }).await;
-    usage::save(&service).await;
+    // A disk that does not answer is not waited for either.
+    let _ = timeout(5 * LAST_WORDS, usage::save(&service)).await;
     Ok(())
 }
 

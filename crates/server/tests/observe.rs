@@ -7,6 +7,7 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader, PipeReader, pipe},
     net::TcpListener,
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -228,7 +229,7 @@ async fn what_keys_have_used_goes_on_behind_a_restart() {
     let flags = ["--log-level", "warn", "--state-dir", folder.path().to_str().expect("UTF-8")];
     let (mut prompt, mut completion) = (0.0, 0.0);
     for before in 0..3 {
-        let mut server = start(&flags).await;
+        let mut server = LocalServer::start(Path::new(env!("CARGO_BIN_EXE_baton")), &flags).await.expect("it starts");
         for (name, value) in
             [("requests", f64::from(before)), ("prompt_tokens", prompt), ("completion_tokens", completion)]
         {

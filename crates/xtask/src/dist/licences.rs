@@ -8,8 +8,10 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::dist::graph::Crate;
+use crate::{dist::graph::Crate, root};
 
+/// The licence of Baton, whose text is that of all who use it.
+const OURS: &str = "Apache-2.0";
 /// How names of files begin that hold licences and notices.
 const NAMES: [&str; 6] = ["license", "licence", "copying", "copyright", "notice", "unlicense"];
 /// Folders of a crate whose code is not linked.
@@ -18,11 +20,12 @@ const ASIDE: [&str; 6] = ["tests", "benches", "examples", "fuzz", "target", ".gi
 /// A page with the licences of these crates, but of those of the workspace, and of what comes besides, as title and text.
 ///
 /// # Errors
-/// If a crate has no text, and none is beside it in its repository.
+/// If a crate has no text, none is beside it in its repository, and it is not to be had under Baton's own licence either.
 pub fn page(crates: &[Crate], besides: &[(&str, String)]) -> Result<String> {
     let theirs: Vec<&Crate> = crates.iter().filter(|one| one.checksum.is_some()).collect();
     let own: BTreeMap<String, Vec<(PathBuf, String)>> =
         theirs.iter().map(|one| Ok((one.id(), texts(&one.folder)?))).collect::<io::Result<_>>()?;
+    let ours = vec![(PathBuf::from("LICENSE of Baton"), fs::read_to_string(root().join("LICENSE"))?)];
     // By text: who brings it, and where it is there.
     let mut bringers: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for one in &theirs {
@@ -31,6 +34,7 @@ pub fn page(crates: &[Crate], besides: &[(&str, String)]) -> Result<String> {
             theirs.iter().filter(same).map(|other| &own[&other.id()]).find(|texts| !texts.is_empty())
         };
         let texts = Some(&own[&one.id()]).filter(|texts| !texts.is_empty()).or_else(neighbour);
+        let texts = texts.or_else(|| one.license.split(" OR ").any(|choice| choice == OURS).then_some(&ours));
         let texts = texts.with_context(|| format!("{} {}: no text of its licence is found", one.name, one.version))?;
         for (file, text) in texts {
             let bringer = format!("{} {} ({}), {}", one.name, one.version, one.license, file.display());
@@ -44,7 +48,7 @@ pub fn page(crates: &[Crate], besides: &[(&str, String)]) -> Result<String> {
     let mut page = String::from(
         "Licences of what is linked into this binary.\n\n\
          Each text stands once, behind the packages that bring it: name, version, licence as the package states it, and the file\n\
-         in the package, or in another one of the same repository. Baton's own licence is in LICENSE.\n",
+         in the package, or in another one of the same repository. A package under Baton's own licence that brings no text has that of LICENSE.\n",
     );
     for (bringers, text) in parts.into_iter().chain(rest) {
         page += &format!("\n{}\n{bringers}\n{}\n\n{}\n", "=".repeat(80), "-".repeat(80), text.trim_end());
@@ -110,8 +114,10 @@ mod tests {
         let bringers = "a 1.0.0 (MIT), LICENSE-MIT\nb 1.0.0 (MIT), vendored/COPYING\nc 1.0.0 (MIT), LICENSE-MIT\n";
         assert!(text.contains(bringers) && text.contains("what else"), "{text}");
 
-        let none = [crates[0].clone(), package(folder.path(), "d", None, &[])];
-        assert!(page(&none, &[]).unwrap_err().to_string().contains("d 1.0.0"));
+        let none = package(folder.path(), "d", None, &[]);
+        assert!(page(&[none.clone()], &[]).unwrap_err().to_string().contains("d 1.0.0"));
+        let apache = Crate { license: "MIT OR Apache-2.0".into(), ..none };
+        assert!(page(&[apache], &[]).unwrap().contains("d 1.0.0 (MIT OR Apache-2.0), LICENSE of Baton\n"));
     }
 
     #[test]
