@@ -1,9 +1,11 @@
 //! Request ids, and what a request leaves behind when it has ended.
 //!
 //! The outermost layer: whatever is inside it answers, the reply carries an `x-request-id`, and the generation that
-//! answers if there is one. When its last byte is handed over, or the client has left, the service is given its
-//! [`RequestSummary`].
+//! answers if there is one. When its last byte is handed over, or the client has left, and nothing of it runs in the
+//! background any more, the service is given its [`RequestSummary`].
 
+use std::mem;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -34,18 +36,40 @@ const BATCH_PRIORITY: i32 = 1 << 20;
 /// Status in the log for a client that left before the reply began, as nginx writes it.
 const CLIENT_LEFT: u16 = 499;
 
-/// A request's id, and what the parts of the service find out about it.
+/// A request: its id, and what the parts of the service find out about it. It has ended when the last who holds this lets go:
+/// its reply, or what it left to run in the background.
 pub(crate) struct AccessRecord {
+    service: Service,
     request_id: HeaderValue,
+    trace: Option<TraceContext>,
+    method: &'static str,
+    route: String,
     of_batch: bool,
     owner: OnceLock<Owner>,
+    arrived: SystemTime,
     arrival: Instant,
+    status: AtomicU16,
     known: Mutex<Known>,
 }
 
 impl AccessRecord {
-    fn new(request_id: HeaderValue, of_batch: bool) -> Self {
-        Self { request_id, of_batch, arrival: Instant::now(), owner: OnceLock::new(), known: Mutex::default() }
+    fn new(service: Service, request: &Request) -> Self {
+        // Without a trace around it, and nobody to send one to, there is none.
+        let begun_here = || service.config().observer.is_some().then(TraceContext::root);
+        let (headers, extensions) = (request.headers(), request.extensions());
+        Self {
+            request_id: request_id(headers),
+            trace: TraceContext::incoming(headers).or_else(begun_here),
+            method: method_name(request.method()),
+            route: extensions.get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned(),
+            of_batch: extensions.get::<OnBehalfOf>().is_some(),
+            owner: OnceLock::new(),
+            arrived: SystemTime::now(),
+            arrival: Instant::now(),
+            status: AtomicU16::new(CLIENT_LEFT),
+            known: Mutex::default(),
+            service,
+        }
     }
 
     /// The id under which the request is answered.
@@ -80,10 +104,10 @@ impl AccessRecord {
         (known.generation, known.model) = (Some(digest.to_owned()), Some(model.to_owned()));
     }
 
-    /// The engine has taken the request.
-    pub fn submitted(&self, asked: Asked) {
+    /// An engine has taken the request, and, if it generates, with these parameters.
+    pub fn submitted(&self, asked: Option<Asked>) {
         let mut known = self.known.lock();
-        (known.submitted, known.asked) = (Some(self.arrival.elapsed()), Some(asked));
+        (known.submitted, known.asked) = (Some(self.arrival.elapsed()), asked);
     }
 
     /// Tokens of all prompts.
@@ -120,29 +144,17 @@ impl AccessRecord {
     }
 }
 
-/// Tells the service when it is dropped.
-struct OnEnd {
-    service: Service,
-    record: Arc<AccessRecord>,
-    trace: Option<TraceContext>,
-    method: &'static str,
-    route: String,
-    arrived: SystemTime,
-    status: u16,
-}
-
-impl Drop for OnEnd {
+impl Drop for AccessRecord {
     fn drop(&mut self) {
-        let record = &self.record;
         self.service.ended(&RequestSummary {
-            request_id: record.request_id.to_str().unwrap_or_default().to_owned(),
+            request_id: self.request_id.to_str().unwrap_or_default().to_owned(),
             trace: self.trace,
             method: self.method,
-            route: std::mem::take(&mut self.route),
-            status: self.status,
+            route: mem::take(&mut self.route),
+            status: *self.status.get_mut(),
             arrived: self.arrived,
-            total: record.arrival.elapsed(),
-            known: std::mem::take(&mut record.known.lock()),
+            total: self.arrival.elapsed(),
+            known: mem::take(self.known.get_mut()),
         });
     }
 }
@@ -163,31 +175,19 @@ fn method_name(method: &Method) -> &'static str {
 
 /// The layer.
 pub(crate) async fn layer(State(service): State<Service>, mut request: Request, next: Next) -> Response {
-    let of_batch = request.extensions().get::<OnBehalfOf>().is_some();
-    let record = Arc::new(AccessRecord::new(request_id(request.headers()), of_batch));
+    let record = Arc::new(AccessRecord::new(service, &request));
     request.extensions_mut().insert(record.clone());
-    // Without a trace around it, and nobody to send one to, there is none.
-    let begun_here = || service.config().observer.is_some().then(TraceContext::root);
-    let mut end = OnEnd {
-        trace: TraceContext::incoming(request.headers()).or_else(begun_here),
-        service,
-        record,
-        method: method_name(request.method()),
-        route: request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned(),
-        arrived: SystemTime::now(),
-        status: CLIENT_LEFT,
-    };
     let mut response = next.run(request).await;
-    end.status = response.status().as_u16();
+    record.status.store(response.status().as_u16(), Ordering::Relaxed);
     if let Some(error) = response.extensions().get::<ApiError>() {
-        end.record.error(error.code());
+        record.error(error.code());
     }
     let headers = response.headers_mut();
-    headers.insert(REQUEST_ID, end.record.request_id.clone());
-    if let Some(digest) = &end.record.known.lock().generation {
+    headers.insert(REQUEST_ID, record.request_id.clone());
+    if let Some(digest) = &record.known.lock().generation {
         headers.insert(GENERATION, HeaderValue::try_from(digest).expect("hex is visible ASCII"));
     }
-    response.map(|body| Body::new(GuardedBody::new(body, end)))
+    response.map(|body| Body::new(GuardedBody::new(body, record)))
 }
 
 /// The client's id if it is one, else one of our own. It is a label for people, and what decides between two generations; never a key.

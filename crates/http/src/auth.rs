@@ -35,7 +35,7 @@ const PUBLIC: [&str; 14] = [
 ];
 
 /// Routes that change what is served, or show how.
-const ADMIN: [&str; 7] = [
+const ADMIN: [&str; 8] = [
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/admin/generations",
@@ -43,6 +43,7 @@ const ADMIN: [&str; 7] = [
     "/admin/rollout/{command}",
     "/admin/slow-requests",
     "/admin/timeline",
+    "/admin/usage",
 ];
 
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");

@@ -205,6 +205,7 @@ impl Encoder {
             }
         };
         self.engine.submit(inputs, deadline, EncoderReply(sender)).map_err(refused)?;
+        record.submitted(None);
         let result = tokio::select! {
             result = receiver => result.unwrap_or(Err(EncoderFailure::Failed)),
             () = service.kill_switch().cancelled_owned() => return Err(ApiError::draining()),

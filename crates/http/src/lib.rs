@@ -57,6 +57,7 @@ mod summary;
 mod timeline;
 mod tls;
 mod trace_context;
+mod usage;
 
 pub use adapters::{AdapterRefusal, Adapters};
 pub use browsers::{HostName, HostNameError};
@@ -79,3 +80,4 @@ pub use store::{Store, StoreLimits};
 pub use summary::{Asked, Known, RequestObserver, RequestSummary};
 pub use tls::{Tls, TlsError};
 pub use trace_context::TraceContext;
+pub use usage::OTHER as OTHER_KEYS;

@@ -67,6 +67,9 @@ pub(crate) async fn embed(
             streams.push_back(stream.map_err(|error| refusal(&error, &field(index)))?);
         }
         let Some(stream) = streams.pop_front() else { return Ok(embeddings) };
+        if embeddings.is_empty() {
+            record.submitted(None);
+        }
         embeddings.push(pooled(stream, &kill_switch).await?);
     }
 }

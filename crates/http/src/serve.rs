@@ -33,6 +33,7 @@ use crate::seldom::Seldom;
 use crate::service::{ConnectionLimits, Service};
 use crate::stall::{Patient, Watched};
 use crate::tls::Tls;
+use crate::usage;
 
 const MAX_HEADERS: usize = 100;
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -84,6 +85,7 @@ pub async fn serve(
     };
     let connections = Counter::default();
     batches::resume(&service);
+    tokio::spawn(usage::keep(service.clone()));
     let drained = async {
         shutdown.cancelled().await;
         service.drain();
@@ -145,6 +147,8 @@ pub async fn serve(
         }
     };
     let _ = timeout(2 * LAST_WORDS, async { tokio::join!(connections.idle(), stopped) }).await;
+    // A disk that does not answer is not waited for either.
+    let _ = timeout(5 * LAST_WORDS, usage::save(&service)).await;
     Ok(())
 }
 

@@ -27,6 +27,7 @@ use crate::slow::SlowRequests;
 use crate::store::Store;
 use crate::summary::{RequestObserver, RequestSummary};
 use crate::tls::Tls;
+use crate::usage::Usage;
 
 /// Accesses to the disk at once, at most.
 const DISK_WORK: usize = 8;
@@ -139,6 +140,7 @@ struct Shared {
     rollout: OnceLock<Arc<dyn RolloutControl>>,
     metrics: HttpMetrics,
     slow: SlowRequests,
+    usage: Arc<Usage>,
     in_flight: Counter,
     draining: CancellationToken,
     kill_switch: CancellationToken,
@@ -156,6 +158,7 @@ impl Service {
         let places = Places::new(config.connection_limits.connections);
         Self(Arc::new(Shared {
             keys: Keys::new(&config.api_keys, &config.admin_api_keys, config.listed_keys.as_deref()),
+            usage: config.store.as_ref().map(|store| store.usage().clone()).unwrap_or_default(),
             config,
             generations: Generations::default(),
             encoder: OnceLock::new(),
@@ -346,9 +349,15 @@ impl Service {
         &self.0.slow
     }
 
+    /// What each key has used.
+    pub(crate) fn usage(&self) -> &Arc<Usage> {
+        &self.0.usage
+    }
+
     /// A request has ended: it is counted, logged, and told to whoever wants to know.
     pub(crate) fn ended(&self, summary: &RequestSummary) {
         self.0.metrics.answered(summary);
+        self.0.usage.add(&summary.known);
         summary.log();
         if summary.known.generation.is_some() {
             self.0.slow.add(summary, Instant::now());

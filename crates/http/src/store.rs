@@ -17,6 +17,7 @@ use crate::batches::Batches;
 use crate::files::Files;
 use crate::keys::Owner;
 use crate::responses::{self, Responses};
+use crate::usage::Usage;
 
 /// Bytes of a record that is read.
 const MAX_RECORD_BYTES: u64 = 64 << 20;
@@ -49,6 +50,7 @@ pub struct Store {
     files: Arc<Files>,
     batches: Arc<Batches>,
     responses: Arc<Responses>,
+    usage: Arc<Usage>,
 }
 
 impl Store {
@@ -60,7 +62,13 @@ impl Store {
         let batches = Batches::open(Folder::open(path.join("batches"), "batch_")?)?;
         let files = Files::open(Folder::open(path.join("files"), "file-")?, limits, &batches.unfinished_results())?;
         let responses = Responses::open(Folder::open(path.join("responses"), responses::PREFIX)?)?;
-        Ok(Self { files: Arc::new(files), batches: Arc::new(batches), responses: Arc::new(responses) })
+        let usage = Usage::open(path.join("usage.json"))?;
+        Ok(Self {
+            files: Arc::new(files),
+            batches: Arc::new(batches),
+            responses: Arc::new(responses),
+            usage: Arc::new(usage),
+        })
     }
 
     /// Files that clients have uploaded, and those that batches left.
@@ -75,6 +83,11 @@ impl Store {
     /// What `/v1/responses` keeps.
     pub(crate) fn responses(&self) -> &Arc<Responses> {
         &self.responses
+    }
+
+    /// What each key has used.
+    pub(crate) fn usage(&self) -> &Arc<Usage> {
+        &self.usage
     }
 }
 
@@ -122,13 +135,7 @@ impl Folder {
 
     /// Writes or replaces a record; it is on disk when this returns.
     pub fn put<T: Serialize>(&self, id: &str, owner: Owner, value: &T) -> io::Result<()> {
-        let record = serde_json::to_vec(&Record { owner, value })?;
-        let (path, new) = (self.beside(id, "json"), self.beside(id, "json.new"));
-        let mut file = create(&new)?;
-        file.write_all(&record)?;
-        file.sync_all()?;
-        fs::rename(&new, &path)?;
-        self.sync()
+        replace_file(&self.beside(id, "json"), &serde_json::to_vec(&Record { owner, value })?)
     }
 
     /// A record of this owner; `None` if there is none, or it is another's.
@@ -167,7 +174,7 @@ impl Folder {
 
     /// Makes what has happened to names in the folder survive a power cut.
     pub fn sync(&self) -> io::Result<()> {
-        File::open(&self.path)?.sync_all()
+        sync_folder(&self.path)
     }
 
     /// The names of all its files.
@@ -181,6 +188,21 @@ impl Folder {
         File::open(self.beside(id, "json"))?.take(MAX_RECORD_BYTES).read_to_end(&mut bytes)?;
         Ok(serde_json::from_slice(&bytes)?)
     }
+}
+
+/// Makes or replaces a file `x.json` in one step, by way of `x.json.new`; it is on disk when this returns.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("json.new");
+    let mut file = create(&new)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&new, path)?;
+    sync_folder(path.parent().unwrap_or(Path::new(".")))
+}
+
+/// Makes what has happened to names in a folder survive a power cut.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 /// A new or emptied file, for its owner alone.

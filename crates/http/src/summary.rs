@@ -27,7 +27,7 @@ pub struct RequestSummary {
     pub status: u16,
     /// When it arrived, by the wall clock.
     pub arrived: SystemTime,
-    /// Until the last byte of the reply was handed over, or the client left.
+    /// Until the last byte of the reply was handed over, or the client left, and nothing ran in the background any more.
     pub total: Duration,
     /// What the service found out on the way.
     pub known: Known,
@@ -42,9 +42,9 @@ pub struct Known {
     pub generation: Option<String>,
     /// The name it is answered under.
     pub model: Option<String>,
-    /// What it asked for, once the engine has taken it.
+    /// What it asked for, once an engine has taken it to generate.
     pub asked: Option<Asked>,
-    /// When the engine took it.
+    /// When an engine took it.
     pub submitted: Option<Duration>,
     /// When the last choice had its first token.
     pub first_token: Option<Duration>,

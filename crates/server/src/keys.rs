@@ -14,7 +14,7 @@
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use baton_http::{ListedKey, Scopes};
+use baton_http::{ListedKey, OTHER_KEYS, Scopes};
 use chrono::DateTime;
 use toml::{Table, Value};
 
@@ -54,9 +54,12 @@ fn key(entry: &Table) -> Result<ListedKey> {
     }
     let text = |field: &str| entry.get(field).and_then(Value::as_str);
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.@".contains(&b);
-    let fits = |name: &&str| (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(plain);
+    let fits =
+        |name: &&str| (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(plain) && *name != OTHER_KEYS;
     let name = text("name").filter(fits);
-    let name = name.with_context(|| format!("name must be 1 to {MAX_NAME_BYTES} letters, digits, - _ . and @"))?;
+    let name = name.with_context(|| {
+        format!("name must be 1 to {MAX_NAME_BYTES} letters, digits, - _ . and @, and not {OTHER_KEYS}")
+    })?;
     let digest = text("sha256").and_then(|hex| ListedKey::digest_of(hex.strip_prefix("sha256:").unwrap_or(hex)));
     let digest = digest.context("sha256 must be the 64 hexadecimal digits that `printf %s KEY | sha256sum` gives")?;
     let names = entry.get("scopes").and_then(Value::as_array).filter(|names| !names.is_empty());
@@ -128,6 +131,8 @@ mod tests {
             // What stands for the sender of no key.
             (replaced(DIGEST, &"0".repeat(64)), "64 hexadecimal"),
             (replaced("name = \"a\"", "name = \"s3cret\\n\""), "name must be"),
+            // What those are called who have none.
+            (replaced("name = \"a\"", "name = \"other\""), "and not other"),
             (replaced("[\"inference\"]", "[]"), "scopes must be"),
             (replaced("[\"inference\"]", "[\"s3cret\"]"), "scopes must be"),
             (entry("expires = \"s3cret\""), "offset"),

@@ -7,6 +7,7 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader, PipeReader, pipe},
     net::TcpListener,
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -220,6 +221,27 @@ async fn a_line_of_json_says_of_a_request_what_an_operator_asks_for() {
     }
     assert!(fields["request_id"].as_str().is_some_and(|id| id.starts_with("req_")));
     assert!(!fields.contains_key("trace_id"), "there is no trace");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_keys_have_used_goes_on_behind_a_restart() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let flags = ["--log-level", "warn", "--state-dir", folder.path().to_str().expect("UTF-8")];
+    let (mut prompt, mut completion) = (0.0, 0.0);
+    for before in 0..3 {
+        let mut server = LocalServer::start(Path::new(env!("CARGO_BIN_EXE_baton")), &flags).await.expect("it starts");
+        for (name, value) in
+            [("requests", f64::from(before)), ("prompt_tokens", prompt), ("completion_tokens", completion)]
+        {
+            let found = server.metric(&format!("baton_key_{name}_total")).await.expect("it is there");
+            assert_eq!(found, value, "{name} behind {before} restarts");
+        }
+        let (_, reply) = ask(&server, json!({"max_tokens": 8})).await;
+        prompt += reply["usage"]["prompt_tokens"].as_f64().expect("a number");
+        completion += reply["usage"]["completion_tokens"].as_f64().expect("a number");
+        server.terminate().expect("it is told to end");
+        assert!(server.wait(PATIENCE).await.expect("it ends").success());
+    }
 }
 
 /// The lines of the access log in what was logged, all of which is JSON; the last line may be cut off.

@@ -13,6 +13,8 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::builder::PossibleValuesParser;
 
+use crate::python::{environment, finished};
+
 /// A suite: its folder below `crates/server/tests/sdk`, and how its packages are installed.
 struct Suite {
     name: &'static str,
@@ -79,14 +81,14 @@ pub fn main(args: &Args) -> Result<()> {
 }
 
 fn run(suite: &Suite, binary: &Path) -> Result<Outcome> {
-    let folder = crate::root().join(SDK).join(suite.folder);
+    let (folder, environments) = (crate::root().join(SDK).join(suite.folder), crate::root().join("target/conformance"));
     let start = Instant::now();
     // The tests for Node are begun by pytest, which the first suite has.
     let python = match suite.packages {
-        Packages::Python => environment(suite.name, &folder.join("requirements.txt"))?,
+        Packages::Python => environment(&environments.join(suite.name), &folder.join("requirements.txt"))?,
         Packages::Node => {
             finished(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&folder))?;
-            environment(SUITES[0].name, &crate::root().join(SDK).join("requirements.txt"))?
+            environment(&environments.join(SUITES[0].name), &crate::root().join(SDK).join("requirements.txt"))?
         }
     };
     let install_seconds = start.elapsed().as_secs_f64();
@@ -115,29 +117,6 @@ fn run(suite: &Suite, binary: &Path) -> Result<Outcome> {
 
 fn named(file: &Path) -> std::borrow::Cow<'_, str> {
     file.file_name().unwrap_or_default().to_string_lossy()
-}
-
-/// The Python of an environment with these requirements, made if there is none.
-fn environment(name: &str, requirements: &Path) -> Result<PathBuf> {
-    let folder = crate::root().join("target/conformance").join(name);
-    let (python, installed) = (folder.join("bin/python"), folder.join("requirements.txt"));
-    let wanted = fs::read(requirements).with_context(|| requirements.display().to_string())?;
-    if fs::read(&installed).is_ok_and(|installed| installed == wanted) {
-        return Ok(python);
-    }
-    if folder.exists() {
-        fs::remove_dir_all(&folder)?;
-    }
-    finished(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
-    finished(Command::new(&python).args(["-m", "pip", "install", "--quiet", "-r"]).arg(requirements))?;
-    fs::write(installed, wanted)?;
-    Ok(python)
-}
-
-fn finished(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("{command:?}"))?;
-    ensure!(status.success(), "{command:?}: {status}");
-    Ok(())
 }
 
 /// The packages that a suite names, with their pinned versions.

@@ -1,8 +1,11 @@
 //! Chores of the workspace, one file each: `cargo xtask CHORE`.
 
 mod conformance;
+mod dist;
+mod elf;
 mod gpu;
 mod long;
+mod python;
 mod random_model;
 mod readme;
 mod rollouts;
@@ -29,6 +32,8 @@ enum Chore {
     Conformance(conformance::Args),
     /// Build the simulator of CUDA, and libraries under the names of those that it stands for
     CudaSim(simulators::Args),
+    /// Build what is given to others: an archive for each target, with licences, bill of materials and sums
+    Dist(dist::Args),
     /// Check and measure on a machine with an NVIDIA GPU that has nothing but a folder made here
     #[command(subcommand)]
     Gpu(gpu::Chore),
@@ -51,6 +56,7 @@ fn main() -> anyhow::Result<()> {
         Chore::AscendSim(args) => simulators::ascend(&args),
         Chore::Conformance(args) => conformance::main(&args),
         Chore::CudaSim(args) => simulators::cuda(&args),
+        Chore::Dist(args) => dist::main(&args),
         Chore::Gpu(chore) => gpu::main(&chore),
         Chore::Long(args) => long::main(&args),
         Chore::RandomModel(args) => random_model::main(&args),

@@ -48,7 +48,7 @@ impl Meter {
         asked: Asked,
     ) -> Self {
         record.prompt_tokens(prompt_tokens.iter().sum());
-        record.submitted(asked);
+        record.submitted(Some(asked));
         generation.metrics.params_n.observe(f64::from(asked.n));
         if let Some(max_tokens) = asked.max_tokens {
             generation.metrics.params_max_tokens.observe(f64::from(max_tokens));

@@ -26,6 +26,7 @@ use crate::generation::Generation;
 use crate::generations::{All, Generations, Role};
 use crate::metrics::families::Labelled;
 use crate::summary::RequestSummary;
+use crate::usage::{Usage, Used};
 
 pub(crate) use meter::{Ending, Meter};
 
@@ -89,10 +90,17 @@ impl HttpMetrics {
         }
     }
 
-    /// The exposition, with the metrics of all generations that requests can get, or of the encoder, and with what is
-    /// counted outside of the service.
-    pub fn expose(&self, generations: &Generations, encoder: Option<&Encoder>, outside: &[OutsideCounter]) -> Vec<u8> {
+    /// The exposition, with the metrics of all generations that requests can get, or of the encoder, and with what keys
+    /// have used and what is counted outside of the service.
+    pub fn expose(
+        &self,
+        generations: &Generations,
+        encoder: Option<&Encoder>,
+        usage: &Usage,
+        outside: &[OutsideCounter],
+    ) -> Vec<u8> {
         let mut families = self.registry.gather();
+        families.extend(usage_families(usage));
         families.extend(outside.iter().map(|OutsideCounter { name, help, value }| {
             Labelled(&[]).counter(name, help, value.load(Ordering::Relaxed))
         }));
@@ -108,6 +116,25 @@ impl HttpMetrics {
         TextEncoder::new().encode(&families, &mut out).expect("memory takes all, and every family has metrics");
         out
     }
+}
+
+/// What each key has used.
+fn usage_families(usage: &Usage) -> [MetricFamily; 4] {
+    let keys = usage.by_key();
+    let family = |name, help, count: fn(&Used) -> u64| {
+        let labels: Vec<_> = keys.iter().map(|(key, used)| ([("key", key.as_str())], count(used))).collect();
+        let values: Vec<_> = labels.iter().map(|(labels, count)| (labels.as_slice(), *count)).collect();
+        Labelled(&[]).counters(name, help, &values)
+    };
+    let requests = "Requests that an engine took, by the name of their key.";
+    let prompt = "Tokens of their prompts, cached ones included.";
+    let cached = "Tokens of their prompts that came from the prefix cache.";
+    [
+        family("baton_key_requests_total", requests, |used| used.requests),
+        family("baton_key_prompt_tokens_total", prompt, |used| used.prompt_tokens),
+        family("baton_key_cached_tokens_total", cached, |used| used.cached_tokens),
+        family("baton_key_completion_tokens_total", "Tokens that they were given.", |used| used.completion_tokens),
+    ]
 }
 
 /// A counter that is kept outside of the service and shown with its own.

@@ -112,7 +112,8 @@ pub fn router(service: Service, surface: Surface) -> Router {
             .route("/admin/rollout", get(admin::status).post(admin::start))
             .route("/admin/rollout/{command}", post(admin::command))
             .route("/admin/slow-requests", get(observe::slow_requests))
-            .route("/admin/timeline", get(observe::timeline));
+            .route("/admin/timeline", get(observe::timeline))
+            .route("/admin/usage", get(observe::usage));
     }
     wrap(routes, service)
 }
@@ -164,7 +165,7 @@ async fn metrics(State(service): State<Service>) -> Response {
     let metrics = service.metrics();
     metrics.ready.set(i64::from(service.ready().is_ok()));
     let encoder = service.encoder().map(AsRef::as_ref);
-    let text = metrics.expose(service.generations(), encoder, &service.config().counters);
+    let text = metrics.expose(service.generations(), encoder, service.usage(), &service.config().counters);
     ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

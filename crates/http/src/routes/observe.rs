@@ -1,4 +1,4 @@
-//! Where the time went: the slowest requests, and what the engine does from step to step.
+//! Where the time went: the slowest requests, and what the engine does from step to step; and who used how much.
 
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,20 @@ const SECONDS: std::ops::RangeInclusive<i64> = 1..=60;
 /// `GET /admin/slow-requests`.
 pub(super) async fn slow_requests(State(service): State<Service>) -> Json<Value> {
     Json(service.slow_requests().list(Instant::now()))
+}
+
+/// `GET /admin/usage`: as JSON, or as a table.
+pub(super) async fn usage(State(service): State<Service>, uri: Uri) -> Result<Response, ApiError> {
+    let mut fields = Fields::of_query(&uri)?;
+    let format = fields.string("format")?;
+    fields.finish()?;
+    match format.as_deref() {
+        None | Some("json") => Ok(Json(service.usage().json()).into_response()),
+        Some("csv") => {
+            Ok(([(CONTENT_TYPE, HeaderValue::from_static("text/csv"))], service.usage().csv()).into_response())
+        }
+        Some(_) => Err(ApiError::out_of_range("format", "json or csv")),
+    }
 }
 
 /// `GET /admin/timeline`: a recording of the next seconds. A client that leaves ends it.

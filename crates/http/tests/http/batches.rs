@@ -10,9 +10,9 @@ use tempfile::TempDir;
 
 use crate::harness::{CHAT, COMPLETIONS, PATIENCE, Reply, Server, Setup, chat_body, request, with};
 
-const LIMITS: StoreLimits = StoreLimits { file_bytes: 1 << 20, total_bytes: 4 << 20 };
+pub const LIMITS: StoreLimits = StoreLimits { file_bytes: 1 << 20, total_bytes: 4 << 20 };
 
-fn setup(dir: &Path, limits: StoreLimits) -> Setup {
+pub fn setup(dir: &Path, limits: StoreLimits) -> Setup {
     let mut setup = Setup::default();
     setup.config.store = Some(Store::open(dir, limits).unwrap());
     setup.config.api_keys = ["key", "other"].map(|key| ApiKey::new(key.into()).unwrap()).to_vec();
@@ -41,7 +41,7 @@ async fn upload(server: &Server, content: &str) -> Reply {
     call(server, "key", "POST", "/v1/files", &form("batch", "input.jsonl", content.as_bytes())).await
 }
 
-fn line(id: &str, url: &str, body: &Value) -> String {
+pub fn line(id: &str, url: &str, body: &Value) -> String {
     json!({"custom_id": id, "method": "POST", "url": url, "body": body}).to_string() + "\n"
 }
 
@@ -51,7 +51,7 @@ async fn create(server: &Server, file: &str, endpoint: &str) -> Reply {
 }
 
 /// Uploads an input and begins a batch of it.
-async fn begin(server: &Server, content: &str, endpoint: &str) -> String {
+pub async fn begin(server: &Server, content: &str, endpoint: &str) -> String {
     let file = upload(server, content).await.json();
     let batch = create(server, file["id"].as_str().unwrap(), endpoint).await.json();
     assert_eq!(batch["status"], "validating", "{batch}");
@@ -76,7 +76,7 @@ async fn until(server: &Server, id: &str, reached: impl Fn(&Value) -> bool) -> V
     tokio::time::timeout(PATIENCE, wait).await.expect("it never came so far")
 }
 
-async fn ended(server: &Server, id: &str) -> Value {
+pub async fn ended(server: &Server, id: &str) -> Value {
     until(server, id, |batch| {
         ["completed", "failed", "cancelled", "expired"].contains(&batch["status"].as_str().unwrap())
     })

@@ -16,6 +16,7 @@ use tokio::io::AsyncWriteExt;
 use crate::harness::{
     CHAT, COMPLETIONS, DIGEST, REPLY, Reply, Server, Setup, card, chat_body, eventually, request, script,
 };
+use crate::usage;
 
 const EMBEDDINGS: &str = "/v1/embeddings";
 const WIDTH: usize = 4;
@@ -126,6 +127,8 @@ async fn an_embedding_for_each_input_in_their_order_as_openai_writes_them() {
     for input in [json!("the cat"), json!([2, 60, 61, 3]), json!([[2, 60, 61, 3]])] {
         assert_eq!(embeddings(&server.post(EMBEDDINGS, &json!({"input": input})).await), both[..1], "{input}");
     }
+    usage::shown(&server, "requests", 4).await;
+    usage::shown(&server, "prompt_tokens", 7 + 3 * 4).await;
 }
 
 #[tokio::test]
@@ -356,6 +359,7 @@ async fn a_model_that_generates_embeds_by_its_hidden_states() {
             assert_eq!((reply.error_code().as_str(), &reply.json()["error"]["param"]), (code, &json!(param)));
         }
         server.blocks_are_free().await;
+        usage::shown(&server, "requests", 2).await;
     }
 }
 

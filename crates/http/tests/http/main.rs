@@ -31,4 +31,5 @@ mod stored;
 mod structured;
 mod tokens;
 mod tools;
+mod usage;
 mod wires;

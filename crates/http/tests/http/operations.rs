@@ -308,13 +308,14 @@ async fn drafts_are_counted_as_vllm_counts_them_where_there_are_any() {
 }
 
 #[tokio::test]
-async fn r44_odd_models_paths_and_headers_add_no_series() {
+async fn r44_odd_models_keys_paths_and_headers_add_no_series() {
     let server = Setup::default().start().await;
     let series = async || {
         let text = server.get("/metrics").await.body;
         text.lines().filter(|line| !line.starts_with('#')).count()
     };
     let odd = async |i: u32| {
+        server.post_with_key(CHAT, &format!("odd-{i}"), &with(chat_body(), json!({"max_tokens": 1}))).await;
         server.chat(json!({"model": format!("odd-{i}")})).await;
         server.raw(&request(&format!("M{i}"), &format!("/odd/{i}"), &format!("x-odd-{i}: {i}\r\n"), b"")).await;
         server.raw(&request("GET", &format!("/v1/models/odd-{i}"), "", b"")).await;

@@ -13,7 +13,7 @@ async fn start(folder: &Path) -> Server {
     start_with(folder, Setup::default()).await
 }
 
-async fn start_with(folder: &Path, setup: Setup) -> Server {
+pub async fn start_with(folder: &Path, setup: Setup) -> Server {
     let limits = StoreLimits { file_bytes: 1 << 20, total_bytes: 1 << 20 };
     let store = Some(Store::open(folder, limits).unwrap());
     let config = ServiceConfig { store, ..setup.config };
@@ -146,6 +146,9 @@ async fn only_the_key_that_made_a_response_sees_it() {
     let going_on = body(json!({"previous_response_id": made["id"]}));
     assert_eq!(server.post_with_key(RESPONSES, "theirs", &going_on).await.error_code(), "previous_response_not_found");
     assert_eq!(server.post_with_key(RESPONSES, "ours", &going_on).await.status, 200);
+    // Behind a drain everything is written.
+    server.shutdown.cancel();
+    server.served.await.unwrap().unwrap();
     let files = std::fs::read_dir(folder.path().join("responses"))
         .unwrap()
         .map(|file| std::fs::read_to_string(file.unwrap().path()));

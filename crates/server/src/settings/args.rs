@@ -66,7 +66,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "PORT", env = "BATON_ADMIN_PORT", help_heading = "Service")]
     pub admin_port: Option<u16>,
 
-    /// Folder for what must survive a restart, made if there is none: rollouts need it, and what one has promoted serves again; files, batches and stored responses lie there [default: nothing survives]
+    /// Folder for what must survive a restart, made if there is none: rollouts need it, and what one has promoted serves again; files, batches, stored responses and what keys have used lie there [default: nothing survives]
     #[arg(long, value_name = "DIR", env = "BATON_STATE_DIR", help_heading = "Service")]
     pub state_dir: Option<PathBuf>,
 

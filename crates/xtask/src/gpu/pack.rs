@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use crate::{gpu::correct::GOLDENS, root};
+use crate::{elf, gpu::correct::GOLDENS, root};
 
 /// Arguments of the chore.
 #[derive(clap::Args)]
@@ -45,7 +45,7 @@ pub fn main(args: &Args) -> Result<()> {
     for name in BINARIES {
         let binary = folder.join(name);
         stripped(&binaries.join(name), &binary)?;
-        glibc = glibc.max(newest_glibc(&fs::read(&binary)?));
+        glibc = glibc.max(elf::needs(&fs::read(&binary)?)?.glibc);
     }
     models(&root().join("models"), &folder.join("models"))?;
     let build = json!({"commit": commit(), "glibc": format!("{}.{}", glibc.0, glibc.1)});
@@ -81,18 +81,6 @@ fn stripped(from: &Path, to: &Path) -> Result<()> {
     let status = Command::new("strip").arg("-o").args([to, from]).status().context("strip did not start")?;
     ensure!(status.success(), "strip {}: {status}", from.display());
     Ok(())
-}
-
-/// The newest version of glibc whose symbols a binary names.
-fn newest_glibc(binary: &[u8]) -> (u32, u32) {
-    const MARK: &[u8] = b"GLIBC_";
-    let version = |at: usize| {
-        let text = binary[at + MARK.len()..].split(|byte| !byte.is_ascii_digit() && *byte != b'.').next()?;
-        let mut numbers = std::str::from_utf8(text).ok()?.split('.').map(|number| number.parse().ok());
-        Some((numbers.next()??, numbers.next()??))
-    };
-    let marks = binary.windows(MARK.len()).enumerate().filter(|(_, bytes)| *bytes == MARK);
-    marks.filter_map(|(at, _)| version(at)).max().unwrap_or_default()
 }
 
 /// Golden checkpoints with what was computed from them, and questions.
@@ -134,12 +122,6 @@ fn size(folder: &Path) -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_newest_glibc_is_found_by_number() {
-        assert_eq!(newest_glibc(b"\0GLIBC_2.9\0GLIBC_2.34\0GLIBC_2.4.1\0GLIBC_PRIVATE\0GLIBC_"), (2, 34));
-        assert_eq!(newest_glibc(b"nothing"), (0, 0));
-    }
 
     #[test]
     fn every_golden_that_is_judged_and_every_question_is_packed() {
