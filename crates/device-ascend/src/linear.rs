@@ -149,6 +149,7 @@ pub(crate) fn float_bytes(
             blocks.dequantize(&block_bytes(tensor, blocks), &mut values);
             return Ok((activations, encode(&values, activations)));
         }
+        WeightFormat::Coded(code) => unreachable!("{code} is not among the formats that are kept here"),
     };
     let same = matches!(
         (tensor.dtype(), dtype),
@@ -174,6 +175,7 @@ pub(crate) fn stored_type(format: WeightFormat) -> DType {
         WeightFormat::F16 => DType::F16,
         WeightFormat::BF16 => DType::BF16,
         WeightFormat::Ggml(blocks) => DType::Ggml(blocks),
+        WeightFormat::Coded(code) => unreachable!("{code} is not among the formats that are kept here"),
     }
 }
 

@@ -72,7 +72,7 @@ fn stack_type(formats: [WeightFormat; 3], activations: DataType) -> DataType {
         WeightFormat::F32 => DataType::F32,
         WeightFormat::F16 => DataType::F16,
         WeightFormat::BF16 => DataType::BF16,
-        WeightFormat::Ggml(_) => activations,
+        WeightFormat::Ggml(_) | WeightFormat::Coded(_) => activations,
     };
     let [first, others @ ..] = formats.map(dtype);
     if others == [first; 2] { first } else { DataType::F32 }

@@ -101,6 +101,7 @@ impl Matrix {
             WeightFormat::Ggml(format) => {
                 Packed::Blocks(Blocks::pack(pool, format, shape, |range| quantized(format, &rows(range)).into())?)
             }
+            WeightFormat::Coded(code) => unreachable!("{code} is not among the formats that are kept here"),
         };
         Ok(Self { out_features, in_features, data })
     }

@@ -11,7 +11,7 @@
 //   high bits   span, lane: HIGH words, in the same order. A code is `low | high << LOW`.
 //   scales      span: f16 of its chunks, then minima. Where blocks are nested: bytes of its groups (with 128 added), then those of minima.
 //   nested      256 columns: f16 scale, then minimum: factors of the bytes.
-// What pads a row to whole spans is zero, scales too. `pack` in src/blocks.rs writes it.
+// What pads a row to whole spans is zero, scales too. `pack` in src/blocks.rs writes it. Codes of other checkpoints are in coded.cuh.
 //
 // Invariant: element i of a group is `scale · code + minimum` with the scale and minimum of baton_device's `Unpacked`, in f32.
 #pragma once
@@ -122,7 +122,7 @@ template <typename W> struct Dense {
     static __device__ __forceinline__ void load_scales(Scales&, const unsigned char*, int, int) {}
 
     /// The weights of a chunk, rounded to M.
-    template <typename M> static __device__ __forceinline__ void pairs(unsigned (&pair)[4], const Codes& codes, int chunk) {
+    template <typename M> static __device__ __forceinline__ void pairs(unsigned (&pair)[4], const Codes& codes, const Scales&, int chunk) {
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             unsigned word = codes.words[chunk][p];
@@ -154,6 +154,13 @@ __device__ __forceinline__ unsigned look_up(unsigned indices) {
     unsigned upper = __byte_perm(TABLE_WORDS[2], TABLE_WORDS[3], selector);
     unsigned is_upper = (indices >> 3 & 0x00010001u) * 0xffu;
     return (upper & is_upper) | (lower & ~is_upper & 0x00ff00ffu);
+}
+
+/// The words of planes of B bits, moved so that field f begins at bit `to`: the second half's at bit `to` of the upper half.
+template <int B> __device__ __forceinline__ unsigned moved(const unsigned* words, int f, int to) {
+    constexpr int PER_WORD = 16 / B;
+    int from = f % PER_WORD * B;
+    return from >= to ? words[f / PER_WORD] >> (from - to) : words[f / PER_WORD] << (to - from);
 }
 
 /// Blocks of small integers under scales.
@@ -206,7 +213,7 @@ template <int LOW, int HIGH, int OFFSET, int GROUP_, bool NESTED, bool MIN_, boo
     }
 
     /// The codes of a chunk in M, exact.
-    template <typename M> static __device__ __forceinline__ void pairs(unsigned (&pair)[4], const Codes& codes, int chunk) {
+    template <typename M> static __device__ __forceinline__ void pairs(unsigned (&pair)[4], const Codes& codes, const Scales&, int chunk) {
         // Where a code is the low end of a mantissa, M's number is a power of two and the code; what is too much is taken off.
         constexpr bool F16 = SAME<M, f16>;
         constexpr unsigned POWER = TWICE<F16 ? 0x6400 : 0x4300>;
@@ -234,13 +241,6 @@ template <int LOW, int HIGH, int OFFSET, int GROUP_, bool NESTED, bool MIN_, boo
     }
 
 private:
-    /// Moved so that its field f begins at bit `to`: the second half's at bit `to` of the upper half.
-    template <int B> static __device__ __forceinline__ unsigned moved(const unsigned* words, int f, int to) {
-        constexpr int PER_WORD = 16 / B;
-        int from = f % PER_WORD * B;
-        return from >= to ? words[f / PER_WORD] >> (from - to) : words[f / PER_WORD] << (to - from);
-    }
-
     /// The codes of a pair, one in each half, and the bits of `base`; of a table its values.
     template <unsigned base> static __device__ __forceinline__ unsigned code_pair(const Codes& codes, int f) {
         unsigned both = masked_or(moved<LOW>(codes.low, f, 0), TWICE<(1 << LOW) - 1>, base);

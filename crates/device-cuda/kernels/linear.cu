@@ -6,7 +6,7 @@
 // unpack         weights as numbers: embeddings, and panels for cuBLASLt       bandwidth
 // add_parts      behind a product of parts of k                                second cache
 // add_bias       behind a product of cuBLASLt                                  bandwidth
-// pad_rows       x whose rows begin anywhere                                   bandwidth
+// pad_rows       x whose rows begin anywhere, or whose columns lie otherwise   bandwidth
 //
 // Products of many rows are cuBLASLt's, on weights that `unpack` widened where they do not lie as it wants them.
 //
@@ -14,7 +14,7 @@
 // before ends, which would hide a decode step's gaps between kernels.
 #include "activation.cuh"
 #include "baton.cuh"
-#include "blocks.cuh"
+#include "coded.cuh"
 
 /// A weight `[out_features, k]`, and where its product goes: `[rows, out_features]`.
 struct Weight {
@@ -85,7 +85,7 @@ template <typename F> struct Span {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             unsigned pair[4];
-            F::template pairs<M>(pair, codes[i], chunk);
+            F::template pairs<M>(pair, codes[i], scales[i], chunk);
 #pragma unroll
             for (int p = 0; p < 4; p++) a[p / 2][p % 2 * 2 + i] = pair[p];
         }
@@ -362,14 +362,22 @@ __global__ void __launch_bounds__(128)
     }
 }
 
-/// Rows `[cols]` of x as rows `[padded]` of out with zeros behind, rounded to Y.
+/// Rows `[cols]` of x as rows `[padded]` of out, rounded to Y: zeros behind, or with an order the columns that it says, and zeros for
+/// negative ones.
 ///
 /// Grid and block: a thread per element of out.
 template <typename X, typename Y>
-__global__ void __launch_bounds__(256) pad_rows(const X* x, Y* out, long long count, int cols, int padded) {
+__global__ void __launch_bounds__(256) pad_rows(const X* x, const int* order, Y* out, long long count, int cols, int padded) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    long long row = i / padded, column = i % padded;
-    if (i < count) out[i] = from_float<Y>(column < cols ? to_float(x[row * cols + column]) : 0);
+    if (i >= count) return;
+    long long row = i / padded;
+    int column = i % padded;
+    if (order) {
+        column = order[column];
+    } else if (column >= cols) {
+        column = -1;
+    }
+    out[i] = from_float<Y>(column >= 0 ? to_float(x[row * cols + column]) : 0);
 }
 
 /// `out[r, i] = x[r, i] + bias[i]`, `[count / cols, cols]`, or x in another type where there is no bias; out may be x.

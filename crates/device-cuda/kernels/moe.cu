@@ -14,7 +14,6 @@
 //! Invariant: no result depends on the order of slots within an expert, which is left to chance; each row's sums are in one order.
 
 #include "baton.cuh"
-#include "blocks.cuh"
 #include "moe.cuh"
 
 /// How logits choose and weigh experts, and which are held here.

@@ -2,7 +2,7 @@
 // pairs sorted by expert, a tile a run of slots of one expert. See moe.cu.
 #pragma once
 
-#include "blocks.cuh"
+#include "coded.cuh"
 
 /// Slots `first .. first + count` of one expert, numbered among those held; none if that is negative.
 struct Tile {

@@ -6,7 +6,6 @@
 //! Invariant: each row's sums are in one order, whatever tile and place in it the row has.
 
 #include "baton.cuh"
-#include "blocks.cuh"
 #include "moe.cuh"
 
 /// How a block of four warps multiplies ROWS rows with COLS columns of each of some matrices of format F: warps stand DOWN below each

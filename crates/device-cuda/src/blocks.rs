@@ -1,129 +1,14 @@
-//! How weights lie in device memory, floats and blocks: the counterpart of `kernels/blocks.cuh`, which says it in full.
+//! Blocks of GGUF's formats in device memory: `Packed` of `kernels/blocks.cuh`.
 //!
-//! Invariant: bits are kept. Codes, scales and minima are those of [`BlockFormat::unpack`] in another order, rows begin at
-//! multiples of 16 bytes, what pads them is zero. Beside the formats' own bytes that takes up to 3 % more where scales are
-//! packed below a byte, and 19 % for Q2_K.
+//! Invariant: codes, scales and minima are those of [`BlockFormat::unpack`] in another order. Beside the formats' own bytes that takes
+//! up to 3 % more where scales are packed below a byte, and 19 % for Q2_K.
 
-use std::borrow::Cow;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use baton_device::{BlockFormat, Unpacked};
 
-use baton_device::{BlockFormat, DType, HostTensor, Result, Unpacked, WeightFormat};
-
-use crate::gpu::Gpu;
-use crate::memory::Buffer;
-use crate::tensor::DataType;
-
-/// Columns that lie together.
-const SPAN: usize = 128;
-/// Columns of which a lane has eight.
-const CHUNK: usize = 32;
-/// Bytes that are packed and copied at a time.
-const PART: usize = 4 << 20;
-
-/// Columns of a row of floats with what pads it: rows begin at multiples of 16 bytes.
-pub(crate) fn padded(k: usize) -> usize {
-    k.next_multiple_of(8)
-}
-
-/// The floats of a format; `None` of blocks.
-pub(crate) fn float(format: WeightFormat) -> Option<DataType> {
-    match format {
-        WeightFormat::F32 => Some(DataType::F32),
-        WeightFormat::F16 => Some(DataType::F16),
-        WeightFormat::BF16 => Some(DataType::BF16),
-        WeightFormat::Ggml(_) => None,
-    }
-}
-
-/// The format's type in kernels.
-pub(crate) fn type_name(format: WeightFormat) -> String {
-    match (float(format), format) {
-        (Some(dtype), _) => format!("Dense<{}>", dtype.name()),
-        (None, format) => format.to_string(),
-    }
-}
-
-/// Bytes of a row of `k` columns, `row_bytes` of the format's type.
-pub(crate) fn row_bytes(format: WeightFormat, k: usize) -> usize {
-    match format {
-        WeightFormat::Ggml(format) => Layout::of(format).row_bytes(k),
-        _ => padded(k) * float(format).expect("no blocks").bytes(),
-    }
-}
-
-/// A matrix `[rows, k]` in device memory.
-///
-/// # Panics
-/// If it has not two dimensions.
-///
-/// # Errors
-/// If it cannot be kept in the format, or memory is short.
-pub(crate) fn load(gpu: &Arc<Gpu>, src: &HostTensor<'_>, format: WeightFormat) -> Result<Buffer> {
-    let &[rows, k] = src.shape() else { panic!("{}: {:?} is no matrix", src.name(), src.shape()) };
-    src.expect_keepable(format)?;
-    let buffer = gpu.alloc(rows * row_bytes(format, k), "weights")?;
-    write(gpu, &buffer, 0, src, format)?;
-    Ok(buffer)
-}
-
-/// Packs the rows of a matrix that can be kept in the format, and copies them to a place in a buffer. All processors pack.
-pub(crate) fn write(
-    gpu: &Gpu,
-    buffer: &Buffer,
-    offset: usize,
-    src: &HostTensor<'_>,
-    format: WeightFormat,
-) -> Result<()> {
-    let (rows, k) = (src.shape()[0], src.shape()[1]);
-    let stride = row_bytes(format, k);
-    let part = (PART / stride.max(1)).max(1);
-    let next = AtomicUsize::new(0);
-    let work = || {
-        loop {
-            let start = part * next.fetch_add(1, Ordering::Relaxed);
-            if start >= rows {
-                return Ok(());
-            }
-            let rows = src.rows(start, part.min(rows - start));
-            gpu.write(buffer, offset + start * stride, &packed(&rows, format))?;
-        }
-    };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows.div_ceil(part));
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let own = work();
-        others.into_iter().map(|other| other.join().expect("a packer's thread")).fold(own, Result::and)
-    })
-}
-
-/// The rows of a matrix as they lie on the device.
-fn packed<'a>(src: &HostTensor<'a>, format: WeightFormat) -> Cow<'a, [u8]> {
-    let k = src.shape()[1];
-    match (format, src.stored()) {
-        (WeightFormat::Ggml(format), Some(blocks)) if src.dtype() == DType::Ggml(format) => {
-            Layout::of(format).pack(blocks, k).into()
-        }
-        (WeightFormat::Ggml(format), _) => {
-            Layout::of(format).pack(&src.to_blocks(&|values| format.quantize(values)), k).into()
-        }
-        (_, Some(floats)) if format == src.dtype().into() => pad(floats.into(), float(format), k),
-        _ => pad(float(format).expect("no blocks").encode(&src.to_f32()).into(), float(format), k),
-    }
-}
-
-/// Rows of floats, each with zeros behind it.
-fn pad(floats: Cow<'_, [u8]>, dtype: Option<DataType>, k: usize) -> Cow<'_, [u8]> {
-    let size = dtype.expect("no blocks").bytes();
-    if k == padded(k) {
-        return floats;
-    }
-    let zeros = vec![0; (padded(k) - k) * size];
-    floats.chunks_exact(k * size).flat_map(|row| [row, &zeros].concat()).collect()
-}
+use crate::weights::{CHUNK, SPAN, place};
 
 /// How blocks of a format lie on the device: the parameters of its `Packed` in `kernels/blocks.cuh`.
-struct Layout {
+pub(crate) struct Layout {
     format: BlockFormat,
     /// Bits of a code in the first plane and in the second.
     bits: [usize; 2],
@@ -134,7 +19,7 @@ struct Layout {
 }
 
 impl Layout {
-    const fn of(format: BlockFormat) -> Self {
+    pub(crate) const fn of(format: BlockFormat) -> Self {
         use BlockFormat::*;
         let (bits, offset) = match format {
             Q4_0 => ([4, 0], 8),
@@ -177,12 +62,12 @@ impl Layout {
         [0, low, low + high, low + high + scales, low + high + scales + k.div_ceil(256) * self.nested_bytes()]
     }
 
-    fn row_bytes(&self, k: usize) -> usize {
+    pub(crate) fn row_bytes(&self, k: usize) -> usize {
         self.planes(k)[4].next_multiple_of(16)
     }
 
     /// Rows of whole blocks.
-    fn pack(&self, blocks: &[u8], k: usize) -> Vec<u8> {
+    pub(crate) fn pack(&self, blocks: &[u8], k: usize) -> Vec<u8> {
         let format = self.format;
         let (row, stride) = (k / format.elements() * format.bytes(), self.row_bytes(k));
         let mut out = vec![0; blocks.len() / row * stride];
@@ -200,23 +85,9 @@ impl Layout {
 
     /// Of each column of a span where in the span its bits lie, in either plane: the byte, and the shift within.
     fn places(&self) -> Vec<[(usize, usize); 2]> {
-        let place = |column: usize| {
-            let (chunk, rest) = (column / CHUNK, column % CHUNK);
-            let (part, lane) = match self.format.group() {
-                CHUNK => (rest % 8 / 4, rest / 8),
-                _ => (rest / 16, rest % 16 / 4),
-            };
-            let field = 4 * chunk + 2 * part + rest % 4 / 2;
-            self.bits.map(|bits| {
-                if bits == 0 {
-                    return (0, 0);
-                }
-                let per_word = 16 / bits;
-                let bit = field % per_word * bits + 16 * (rest % 2);
-                ((lane * bits + field / per_word) * 4 + bit / 8, bit % 8)
-            })
-        };
-        (0..SPAN).map(place).collect()
+        let places =
+            |column| self.bits.map(|bits| if bits == 0 { (0, 0) } else { place(column, bits, self.format.group()) });
+        (0..SPAN).map(places).collect()
     }
 
     fn put_codes(
@@ -268,6 +139,8 @@ fn index(value: i8) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use baton_device::WeightFormat;
+
     use super::*;
 
     /// Reads an element as the device does: by the words that its header tells of.
@@ -338,17 +211,6 @@ mod tests {
             let more = Layout::of(format).row_bytes(k) as f64 / WeightFormat::Ggml(format).bytes(k) as f64;
             let most = if format == BlockFormat::Q2_K { 1.20 } else { 1.04 };
             assert!((1.0..most).contains(&more), "{format}: {more}");
-        }
-    }
-
-    #[test]
-    fn floats_lie_as_they_are_with_zeros_behind_each_row() {
-        let data: Vec<u8> = (0..2 * 9 * 2).collect();
-        let matrix = HostTensor::new("w", DType::BF16, vec![2, 9], &data);
-        let packed = packed(&matrix, WeightFormat::BF16);
-        assert_eq!(packed.len(), 2 * row_bytes(WeightFormat::BF16, 9));
-        for (row, data) in packed.chunks(32).zip(data.chunks(18)) {
-            assert_eq!((&row[..18], &row[18..]), (data, [0; 14].as_slice()));
         }
     }
 }

@@ -12,7 +12,6 @@ use baton_device::{AttentionParams, DeviceError, HostLatent, HostTensor, LayerKv
 
 use crate::attention::{Attend, Kept, PAD, Pass, Reason, RowWise, heads, in_type, merge, scores, shared_memory};
 use crate::backend::CudaBackend;
-use crate::blocks;
 use crate::cache::{KvCache, Layer, expect};
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::heads::Part;
@@ -20,6 +19,7 @@ use crate::memory::Buffer;
 use crate::plan::{AttentionPlan, FEW};
 use crate::program::{Kernel, Source};
 use crate::tensor::{DataType, Tensor};
+use crate::weights::float;
 
 /// Rows of a part.
 const PART: usize = 1024;
@@ -155,7 +155,7 @@ impl LatentKernels {
             }
             _ => tensor.to_f32(),
         };
-        if let Some(float) = blocks::float(format) {
+        if let Some(float) = float(format) {
             let rounded = float.encode(&values);
             values.clear();
             float.decode(&rounded, &mut values);

@@ -10,6 +10,7 @@ mod blas;
 mod blocks;
 mod cache;
 mod choose;
+mod coded;
 mod compiler;
 mod context;
 mod error;
@@ -22,6 +23,7 @@ mod linear;
 mod memory;
 mod moe;
 mod nccl;
+mod order;
 mod plan;
 mod probe;
 mod program;
@@ -36,6 +38,7 @@ mod statistics;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};
 pub use compiler::compile;

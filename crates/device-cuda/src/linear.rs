@@ -12,17 +12,18 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use baton_device::{Activation, BlockFormat, HostLinear, Purpose, Result, Rows, WeightFormat};
+use baton_device::{Activation, BlockFormat, Code, DeviceError, HostLinear, Purpose, Result, Rows, WeightFormat};
 
 use crate::blas::Matmul;
-use crate::blocks::{self, padded, type_name};
 use crate::choose::Ids;
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
+use crate::order::{Order, Orders};
 use crate::program::{Kernel, Source};
 use crate::rows;
 use crate::staging::Slot;
 use crate::tensor::{DataType, Tensor};
+use crate::weights::{Form, Kept};
 
 /// Weights of one launch.
 const GROUP: usize = 4;
@@ -40,17 +41,28 @@ const NARROW: usize = 2048;
 
 /// A linear weight with its bias.
 pub struct Linear {
-    format: WeightFormat,
+    form: Form,
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
-    /// As [`crate::blocks`] says.
+    /// Columns on the device.
+    columns: usize,
+    /// Which of its input's they are, if not in their order.
+    order: Option<Arc<Order>>,
+    /// As [`crate::weights`] says.
     weight: Buffer,
     /// In f32.
     bias: Option<Buffer>,
     kernels: Kernels,
 }
 
-/// What is done with a weight of a format.
+impl Linear {
+    /// What weights have in common that take the same rows in one launch.
+    fn kind(&self) -> (Form, usize, Option<usize>) {
+        (self.form, self.columns, self.order.as_ref().map(|order| order.number))
+    }
+}
+
+/// What is done with a weight of a form.
 struct Kernels {
     /// Smallest tiles first.
     products: Vec<Product>,
@@ -93,8 +105,8 @@ enum Warps {
 }
 
 /// The most rows whose product with a weight of so many features is our own kernels'.
-fn few(format: WeightFormat, math: DataType, out_features: usize) -> usize {
-    match (blocks::float(format) == Some(math), math) {
+fn few(form: Form, math: DataType, out_features: usize) -> usize {
+    match (form.float() == Some(math), math) {
         (true, DataType::F32) => FEW_F32,
         (true, _) if out_features > NARROW => FEW,
         _ => SOME,
@@ -103,8 +115,8 @@ fn few(format: WeightFormat, math: DataType, out_features: usize) -> usize {
 
 /// Formats in which weights, also those of experts, can be kept.
 pub(crate) fn weight_formats() -> BTreeSet<WeightFormat> {
-    use WeightFormat::{BF16, F16, F32, Ggml};
-    [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect()
+    use WeightFormat::{BF16, Coded, F16, F32, Ggml};
+    [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).chain(Code::ALL.map(Coded)).collect()
 }
 
 /// Formats whose weights meet activations of a type that were rounded to it; the others give f32.
@@ -113,10 +125,10 @@ pub(crate) fn narrow(activations: DataType) -> BTreeSet<WeightFormat> {
     weight_formats().into_iter().filter(narrow).collect()
 }
 
-/// The type in which a weight meets activations: its own if it is that of the activations, or f32 if one of them is; blocks
+/// The type in which a weight meets activations: its own if it is that of the activations, or f32 if one of them is; blocks and codes
 /// meet activations as they are. f16 and bf16 meet in bf16, which overflows for neither.
-pub(crate) fn math(format: WeightFormat, activations: DataType) -> DataType {
-    match blocks::float(format) {
+fn math(form: Form, activations: DataType) -> DataType {
+    match form.float() {
         None => activations,
         Some(own) if own == activations => own,
         Some(own) if own == DataType::F32 || activations == DataType::F32 => DataType::F32,
@@ -129,11 +141,12 @@ pub(crate) struct LinearKernels {
     gpu: Arc<Gpu>,
     activations: DataType,
     ids: Slot,
+    orders: Orders,
 }
 
 impl LinearKernels {
     pub(crate) fn new(gpu: &Arc<Gpu>, activations: DataType) -> Result<Self> {
-        Ok(Self { gpu: gpu.clone(), activations, ids: gpu.slot(4096, "tokens")? })
+        Ok(Self { gpu: gpu.clone(), activations, ids: gpu.slot(4096, "tokens")?, orders: Orders::default() })
     }
 
     /// Load time: checks shape and format, packs, uploads, asks for the kernels that the format needs.
@@ -145,23 +158,37 @@ impl LinearKernels {
             bias.expect_shape(&[out_features])?;
             self.gpu.load(&DataType::F32.encode(&bias.to_f32()), "a bias")
         });
+        let kept = Kept::of(&src.weight, src.format)?;
+        if kept.order.is_some() && src.purpose == Purpose::Table {
+            return Err(DeviceError::Format {
+                tensor: src.weight.name().to_owned(),
+                dtype: src.weight.dtype(),
+                format: src.format,
+                reason: "rows are looked up in it, and its columns lie in another order; as floats it can be kept"
+                    .into(),
+            });
+        }
+        let weight = kept.load(&self.gpu, &src.weight)?;
+        let Kept { form, columns, order } = kept;
         Ok(Linear {
-            format: src.format,
+            form,
             out_features,
             in_features,
-            weight: blocks::load(&self.gpu, &src.weight, src.format)?,
+            columns,
+            order: order.map(|columns| self.orders.get(&self.gpu, columns)).transpose()?,
+            weight,
             bias: bias.transpose()?,
-            kernels: self.kernels(src.format, out_features, src.purpose)?,
+            kernels: self.kernels(form, out_features, src.purpose)?,
         })
     }
 
-    fn kernels(&self, format: WeightFormat, out_features: usize, purpose: Purpose) -> Result<Kernels> {
+    fn kernels(&self, form: Form, out_features: usize, purpose: Purpose) -> Result<Kernels> {
         use Warps::{Columns, Features};
         let kernel = |name: String| self.gpu.kernel(Source::Linear, name);
-        let math = math(format, self.activations);
+        let math = math(form, self.activations);
         let out = if math == DataType::F32 { DataType::F32 } else { self.activations };
         let sums = if out == math { math } else { DataType::F32 };
-        let (f, m, s, y) = (type_name(format), math.name(), sums.name(), out.name());
+        let (f, m, s, y) = (form.type_name(), math.name(), sums.name(), out.name());
         let tiled = |(tiles, panels, warps): (usize, usize, Warps)| {
             let kernel = kernel(format!("product<{f}, {m}, {y}, {tiles}, {panels}>"))?;
             let apart = if let Features(warps) = warps { warps } else { 1 };
@@ -180,7 +207,7 @@ impl LinearKernels {
             DataType::F32 => vec![exact(self.activations)?, exact(DataType::F32)?],
             _ => {
                 let tiles = [(1, 1, Columns(8)), (2, 1, Columns(8)), (4, 2, Features(4)), (8, 2, Features(4))];
-                let few = tiles.into_iter().filter(|(tiles, ..)| 8 * tiles <= few(format, math, out_features));
+                let few = tiles.into_iter().filter(|(tiles, ..)| 8 * tiles <= few(form, math, out_features));
                 few.map(tiled).collect::<Result<_>>()?
             }
         };
@@ -245,14 +272,14 @@ impl LinearKernels {
         if rows == 0 {
             return Ok(());
         }
-        let is_direct = |weight: &Linear| rows <= few(weight.format, weight.kernels.math, weight.out_features);
-        parts.sort_by_key(|(weight, _)| (weight.format, weight.out_features));
-        for parts in parts.chunk_by(|(a, _), (b, _)| a.format == b.format && is_direct(a) == is_direct(b)) {
+        let is_direct = |weight: &Linear| rows <= few(weight.form, weight.kernels.math, weight.out_features);
+        parts.sort_by_key(|(weight, _)| (weight.kind(), weight.out_features));
+        for parts in parts.chunk_by(|(a, _), (b, _)| a.kind() == b.kind() && is_direct(a) == is_direct(b)) {
             let weight = parts[0].0;
             let Kernels { products, math, .. } = &weight.kernels;
             let direct = is_direct(weight);
             let taken = x.dtype() == *math || direct && products.iter().any(|product| product.input == x.dtype());
-            let (input, dtype, _converted) = self.input(x, if taken { x.dtype() } else { *math })?;
+            let (input, dtype, _converted) = self.input(x, if taken { x.dtype() } else { *math }, weight)?;
             if direct {
                 let fitting = || products.iter().filter(|product| product.input == dtype);
                 let product = fitting().find(|product| rows <= product.tile[0]).or(fitting().next_back());
@@ -279,14 +306,14 @@ impl LinearKernels {
         out: &mut Tensor,
     ) -> Result<bool> {
         let rows = x.rows();
-        let alike = (gate.format, gate.in_features, gate.out_features) == (up.format, up.in_features, up.out_features);
+        let alike = (gate.kind(), gate.in_features, gate.out_features) == (up.kind(), up.in_features, up.out_features);
         let Some(product) = gate.kernels.gated.as_ref().filter(|product| alike && rows <= product.tile[0]) else {
             return Ok(false);
         };
         assert_eq!((x.cols(), out.cols()), (gate.in_features, gate.out_features), "widths of a gated product");
         let to = out.output(rows, gate.kernels.out);
         if rows > 0 {
-            let (input, _, _converted) = self.input(x, gate.kernels.math)?;
+            let (input, _, _converted) = self.input(x, gate.kernels.math, gate)?;
             let group =
                 [gate, up].map(|weight| Entry { activation: rows::number(activation), ..Entry::new(weight, to) });
             let (warps, _) = self.shared(product, rows, gate);
@@ -297,26 +324,27 @@ impl LinearKernels {
         Ok(true)
     }
 
-    /// Where the rows of `x` are in a type, as long as those of weights, and what keeps them there.
-    fn input(&self, x: &Tensor, dtype: DataType) -> Result<(u64, DataType, Option<Buffer>)> {
-        if x.dtype() == dtype && x.cols() == padded(x.cols()) {
+    /// Where the rows of `x` are in a type, with the columns of a weight, and what keeps them there.
+    fn input(&self, x: &Tensor, dtype: DataType, weight: &Linear) -> Result<(u64, DataType, Option<Buffer>)> {
+        if x.dtype() == dtype && x.cols() == weight.columns && weight.order.is_none() {
             return Ok((x.address(), dtype, None));
         }
-        let converted = self.convert(x, dtype)?;
+        let converted = self.convert(x, dtype, weight)?;
         Ok((converted.address(), dtype, Some(converted)))
     }
 
-    /// `x` in another type, its rows padded as those of weights are.
-    fn convert(&self, x: &Tensor, to: DataType) -> Result<Buffer> {
-        let columns = padded(x.cols());
+    /// `x` in another type, its rows padded and their columns in the order in which the weight has them.
+    fn convert(&self, x: &Tensor, to: DataType, weight: &Linear) -> Result<Buffer> {
+        let columns = weight.columns;
         let count = x.rows() * columns;
         let converted = self.gpu.scratch(count * to.bytes())?;
-        if columns == x.cols() {
+        if columns == x.cols() && weight.order.is_none() {
             rows::convert(&self.gpu, x, (converted.address(), to))?;
             return Ok(converted);
         }
         let kernel = self.gpu.kernel(Source::Linear, format!("pad_rows<{}, {}>", x.dtype().name(), to.name()))?;
-        let addresses = [x.address(), converted.address()].map(Arg::Ptr);
+        let order = weight.order.as_ref().map_or(0, |order| order.address());
+        let addresses = [x.address(), order, converted.address()].map(Arg::Ptr);
         let shape = [Arg::I64(count as i64), Arg::I32(x.cols() as i32), Arg::I32(columns as i32)];
         self.gpu.launch(&kernel, one_each(count), &[&addresses[..], &shape].concat())?;
         Ok(converted)
@@ -325,7 +353,7 @@ impl LinearKernels {
     /// Warps that share a block's columns or features, and parts into which columns are cut.
     fn shared(&self, product: &Product, rows: usize, weight: &Linear) -> (usize, usize) {
         let [tile_rows, features] = product.tile;
-        let (panels, spans) = (weight.out_features.div_ceil(features), weight.in_features.div_ceil(128));
+        let (panels, spans) = (weight.out_features.div_ceil(features), weight.columns.div_ceil(128));
         match product.warps {
             // A power of two, as sums are added up in halves. Where blocks are many, the shorter end of each is worth more
             // than the shorter way to it.
@@ -368,12 +396,12 @@ impl LinearKernels {
 
     /// The product by cuBLASLt.
     fn many_rows(&self, x: u64, rows: usize, weight: &Linear, out: u64) -> Result<()> {
-        let (format, n, k) = (weight.format, weight.out_features, padded(weight.in_features));
+        let (form, n, k) = (weight.form, weight.out_features, weight.columns);
         let Kernels { math, sums, out: output, ref widen, ref add_bias, .. } = weight.kernels;
         let wide = if sums == output { None } else { Some(self.gpu.scratch(rows * n * sums.bytes())?) };
         let to = wide.as_ref().map_or(out, Buffer::address);
         let product = Matmul { rows, n, k, input: math, output: sums, out_stride: n, x, weight: 0, out: to };
-        if blocks::float(format) == Some(math) {
+        if form.float() == Some(math) {
             self.gpu.matmul(&Matmul { weight: weight.weight.address(), ..product })?;
         } else {
             let part = (WIDENED / (k * math.bytes())).next_multiple_of(128).min(n);
@@ -421,7 +449,7 @@ impl Entry {
 
 /// Arguments of `product` and `product_f32`: weights as `weight` is, and rows of `x`.
 fn product_args(group: &[Entry], x: u64, rows: usize, weight: &Linear) -> [Arg; 4] {
-    [group_arg(group), Arg::Ptr(x), Arg::I32(rows as i32), Arg::I32(padded(weight.in_features) as i32)]
+    [group_arg(group), Arg::Ptr(x), Arg::I32(rows as i32), Arg::I32(weight.columns as i32)]
 }
 
 /// `Group` of `kernels/linear.cu`.

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use baton_device::{DeviceError, GroupScore, HostExperts, HostTensor, Result, Routing, Rows, Scoring, WeightFormat};
 
-use crate::blocks;
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::memory::Buffer;
 use crate::program::{Kernel, Source};
 use crate::tensor::{DataType, Tensor};
+use crate::weights::{Form, Kept};
 
 /// Experts of a layer, of which the kernels keep a few numbers for each lane.
 const MOST_EXPERTS: usize = 1024;
@@ -56,6 +56,7 @@ struct Shape {
 struct Stack {
     buffer: Buffer,
     format: WeightFormat,
+    kept: Kept,
     rows: usize,
     /// Bytes of a row.
     stride: usize,
@@ -114,7 +115,7 @@ impl MoeKernels {
             let matrices = source.expert(e)?;
             let stacks = match &stacks {
                 Some(stacks) => stacks,
-                None => stacks.insert(Stack::three(gpu, held.len(), &matrices[0], formats)?),
+                None => stacks.insert(Stack::three(gpu, held.len(), &matrices, formats)?),
             };
             let [gate, _, down] = stacks;
             for (stack, (matrix, inputs)) in stacks.iter().zip(matrices.iter().zip([down, down, gate].map(|s| s.rows)))
@@ -132,7 +133,7 @@ impl MoeKernels {
                 Some(gpu.load(&DataType::F32.encode(correction_bias), "a router's bias")?)
             }
         };
-        let kernels = Kernels::new(gpu, activations, shape, [&gate, &up, &down].map(|stack| stack.format))?;
+        let kernels = Kernels::new(gpu, activations, shape, [&gate, &up, &down].map(|stack| stack.kept.form))?;
         let routing = packed(&routing, count, held.start, held.len());
         Ok(Experts { shape, routing, bias, gate, up, down, kernels })
     }
@@ -255,21 +256,36 @@ impl MoeKernels {
 }
 
 impl Stack {
-    /// Room for gates, ups and downs of `experts` experts with matrices as `gate` is.
-    fn three(gpu: &Arc<Gpu>, experts: usize, gate: &HostTensor<'_>, formats: [WeightFormat; 3]) -> Result<[Self; 3]> {
-        let &[inner, hidden] = gate.shape() else { panic!("{}: an expert has matrices", gate.name()) };
-        let [gate, up, down] = formats;
-        let new = |rows: usize, cols: usize, format: WeightFormat| -> Result<Self> {
-            let stride = blocks::row_bytes(format, cols);
-            Ok(Self { buffer: gpu.alloc(experts * rows * stride, "experts")?, format, rows, stride })
+    /// Room for gates, ups and downs of `experts` experts with matrices as these are.
+    fn three(
+        gpu: &Arc<Gpu>,
+        experts: usize,
+        matrices: &[HostTensor<'_>; 3],
+        formats: [WeightFormat; 3],
+    ) -> Result<[Self; 3]> {
+        let new = |i: usize| -> Result<Self> {
+            let (matrix, format) = (&matrices[i], formats[i]);
+            let kept = Kept::of(matrix, format)?;
+            let (rows, stride) = (matrix.shape()[0], kept.row_bytes());
+            Ok(Self { buffer: gpu.alloc(experts * rows * stride, "experts")?, format, kept, rows, stride })
         };
-        Ok([new(inner, hidden, gate)?, new(inner, hidden, up)?, new(hidden, inner, down)?])
+        Ok([new(0)?, new(1)?, new(2)?])
     }
 
-    /// Writes an expert's matrix.
+    /// Writes an expert's matrix, which must lie as the first one's and have its columns in their order.
     fn put(&self, gpu: &Gpu, expert: usize, matrix: &HostTensor<'_>) -> Result<()> {
-        matrix.expect_keepable(self.format)?;
-        blocks::write(gpu, &self.buffer, expert * self.rows * self.stride, matrix, self.format)
+        let own = Kept::of(matrix, self.format)?;
+        if own.order.is_some() || own != self.kept {
+            return Err(DeviceError::Format {
+                tensor: matrix.name().to_owned(),
+                dtype: matrix.dtype(),
+                format: self.format,
+                reason: "codes of experts must all have columns in the order of their groups, and one type of scales; as floats they \
+                         can be kept"
+                    .into(),
+            });
+        }
+        own.write(gpu, &self.buffer, expert * self.rows * self.stride, matrix)
     }
 
     /// `Stack` of the kernels.
@@ -302,8 +318,8 @@ fn packed(routing: &Routing, count: usize, first: usize, held: usize) -> Box<[u8
 }
 
 /// Whether weights go to the tensor cores as they are: `Shape::COPIED` of the kernels.
-fn is_copied(activations: DataType, format: WeightFormat) -> bool {
-    blocks::float(format) == Some(activations)
+fn is_copied(activations: DataType, form: Form) -> bool {
+    form.float() == Some(activations)
 }
 
 /// `Shape` of the kernels.
@@ -315,8 +331,8 @@ struct Staged {
 }
 
 impl Staged {
-    fn new(activations: DataType, format: WeightFormat, slots: usize) -> Self {
-        match (is_copied(activations, format), slots) {
+    fn new(activations: DataType, form: Form, slots: usize) -> Self {
+        match (is_copied(activations, form), slots) {
             (true, 16) => Self { columns: 64, bytes: 4 * (slots + 64) * 128 },
             (true, _) => Self { columns: 128, bytes: 3 * (slots + 128) * 128 },
             (false, _) => Self { columns: 64, bytes: 4 * slots * 256 },
@@ -325,9 +341,9 @@ impl Staged {
 }
 
 impl Kernels {
-    fn new(gpu: &Gpu, activations: DataType, shape: Shape, formats: [WeightFormat; 3]) -> Result<Self> {
+    fn new(gpu: &Gpu, activations: DataType, shape: Shape, forms: [Form; 3]) -> Result<Self> {
         let t = activations.name();
-        let [gate, up, down] = formats.map(blocks::type_name);
+        let [gate, up, down] = forms.map(Form::type_name);
         let kernel = |name: String| gpu.kernel(Source::Moe, name);
         let lanes = shape.count.div_ceil(32);
         let route = |logits: &str| kernel(format!("route<{logits}, {lanes}>"));
@@ -337,12 +353,12 @@ impl Kernels {
         let few = |slots: usize| kernel(format!("skinny_gate_up<{t}, {gate}, {up}, {vector}, {slots}>"));
         let tensor_cores = aligned
             && activations != DataType::F32
-            && formats[0] == formats[1]
-            && !formats.contains(&WeightFormat::F32);
+            && forms[0] == forms[1]
+            && !forms.contains(&Form::Floats(DataType::F32));
         let tiled = if tensor_cores {
             let tiled = |slots: usize| {
                 let [into, out_of] =
-                    [Staged::new(activations, formats[0], slots), Staged::new(activations, formats[2], slots)];
+                    [Staged::new(activations, forms[0], slots), Staged::new(activations, forms[2], slots)];
                 let kernel = |name: String| gpu.kernel(Source::MoeGrouped, name);
                 Ok(Tiled {
                     slots,
@@ -353,7 +369,7 @@ impl Kernels {
                 })
             };
             // What is taken apart in registers leaves none for the sums of larger tiles.
-            let copied = formats.iter().all(|format| is_copied(activations, *format));
+            let copied = forms.iter().all(|form| is_copied(activations, *form));
             let slots: &[usize] = if copied { &[16, 64, 128] } else { &[16, 64] };
             slots.iter().map(|slots| tiled(*slots)).collect::<Result<_>>()?
         } else {

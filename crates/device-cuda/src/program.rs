@@ -39,10 +39,11 @@ pub enum Source {
 }
 
 /// Headers that sources may include.
-pub(crate) const HEADERS: [(&CStr, &str); 5] = [
+pub(crate) const HEADERS: [(&CStr, &str); 6] = [
     (c"activation.cuh", include_str!("../kernels/activation.cuh")),
     (c"baton.cuh", include_str!("../kernels/baton.cuh")),
     (c"blocks.cuh", include_str!("../kernels/blocks.cuh")),
+    (c"coded.cuh", include_str!("../kernels/coded.cuh")),
     (c"moe.cuh", include_str!("../kernels/moe.cuh")),
     (c"context.cuh", include_str!("../kernels/context.cuh")),
 ];

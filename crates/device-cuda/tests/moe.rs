@@ -4,7 +4,7 @@ mod common;
 
 use baton_device::conformance::{self, Case, random_blocks, uniform};
 use baton_device::{
-    BlockFormat, DType, DeviceError, ExpertSource, HostExperts, HostLinear, HostTensor, KvDtype, MoeOps, Purpose,
+    BlockFormat, Code, DType, DeviceError, ExpertSource, HostExperts, HostLinear, HostTensor, KvDtype, MoeOps, Purpose,
     Reference, Result, Routing, Scoring, WeightFormat,
 };
 use common::Simulator;
@@ -16,8 +16,9 @@ fn every_size_of_tile_gives_the_judges_numbers() {
     let backend = simulator.open(DType::BF16);
     // Pairs for each expert on average: less than one, 22, 75. The last block of each tile has few of its columns and rows.
     let cases = [(1, 8, WeightFormat::BF16), (60, 8, WeightFormat::BF16), (200, 8, WeightFormat::BF16)];
-    let q4 = WeightFormat::Ggml(BlockFormat::Q4_K);
-    for (rows, experts, format) in cases.into_iter().chain([(1, 4, q4), (4, 4, q4), (70, 4, q4)]) {
+    let (q4, fp8) = (WeightFormat::Ggml(BlockFormat::Q4_K), WeightFormat::Coded(Code::E4M3));
+    let cases = cases.into_iter().chain([(1, 4, q4), (4, 4, q4), (70, 4, q4), (2, 4, fp8), (70, 4, fp8)]);
+    for (rows, experts, format) in cases {
         let (hidden, intermediate) = if format == q4 { (256, 256) } else { (136, 200) };
         let case = Case::Moe { rows, hidden, intermediate, experts, format, groups: None };
         let outcome = conformance::run(&case, &backend).unwrap();

@@ -25,11 +25,13 @@ fn kernels_of_every_template_compile_for_ampere_and_hopper() {
     // Of each template with each format of weights, or without one, the first.
     compile_for_chips("list_of_bf16", |name| {
         let (template, arguments) = name.split_once('<').unwrap_or((name, ""));
-        let format = arguments
+        // Of codes those of each kind, whatever their scales.
+        let codes = arguments.find("Coded<").and_then(|at| arguments[at..].split('>').next());
+        let blocks_or_floats = arguments
             .split([',', '>'])
             .map(str::trim)
             .find(|argument| argument.starts_with("Dense") || BLOCKS.iter().any(|block| block.name() == *argument));
-        kinds.insert((template.to_owned(), format.map(str::to_owned)))
+        kinds.insert((template.to_owned(), codes.or(blocks_or_floats).map(str::to_owned)))
     });
 }
 

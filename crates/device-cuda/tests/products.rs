@@ -2,10 +2,10 @@
 
 mod common;
 
-use baton_device::conformance::{self, Case, random_blocks, uniform};
+use baton_device::conformance::{self, Case, Layout, random_blocks, uniform};
 use baton_device::{
-    Backend, BlockFormat, DType, HostLinear, HostTensor, Purpose, Result, Rows, WeightFormat, WeightFormat::BF16,
-    WeightFormat::F16, WeightFormat::F32,
+    Backend, BlockFormat, Code, CodedRows, CodedSource, Coding, DType, DeviceError, HostLinear, HostTensor, Purpose,
+    Result, RowSource, Rows, WeightFormat, WeightFormat::BF16, WeightFormat::F16, WeightFormat::F32, widen,
 };
 use baton_device_cuda::{CudaBackend, CudaOptions};
 use common::{Simulator, options};
@@ -17,14 +17,22 @@ const Q8_0: WeightFormat = WeightFormat::Ggml(BlockFormat::Q8_0);
 
 /// Judged more closely than the shared cases are: what a kernel rounds is its result, and floats that meet another type.
 fn judged(activations: DType, cases: &[(usize, usize, usize, WeightFormat)]) {
+    let case = |&(rows, in_features, out_features, format)| {
+        let case = Case::Linear { rows, in_features, out_features, format, bias: rows % 3 != 0 };
+        (case, format == F32)
+    };
+    judged_cases(activations, cases.iter().map(case));
+}
+
+/// As [`judged`], of cases and whether weights in f32 meet f32 in them.
+fn judged_cases(activations: DType, cases: impl Iterator<Item = (Case, bool)>) {
     let Some(simulator) = Simulator::new() else { return };
     simulator.control("order=5");
     // Whatever a kernel touches beyond a buffer is a fault.
     let backend = CudaBackend::new(&CudaOptions { isolated: true, ..options(activations) }).unwrap();
-    for &(rows, in_features, out_features, format) in cases {
-        let case = Case::Linear { rows, in_features, out_features, format, bias: rows % 3 != 0 };
+    for (case, wide) in cases {
         let outcome = conformance::run(&case, &backend).unwrap();
-        let wanted = if format == F32 || activations == DType::F32 { 1.0 } else { 0.5 } * outcome.tolerance;
+        let wanted = if wide || activations == DType::F32 { 1.0 } else { 0.5 } * outcome.tolerance;
         assert!(outcome.max_error() <= wanted, "{case:?} in {activations}: {} over {wanted}", outcome.max_error());
     }
     drop(backend);
@@ -39,6 +47,91 @@ fn rows_that_fill_tiles_and_rows_that_do_not_give_the_judges_numbers() {
     judged(DType::F16, &[(9, 256, 17, Q6_K), (33, 512, 17, Q6_K), (64, 32, 5, Q8_0), (20, 100, 9, BF16)]);
     // Columns in parts of their own, an odd number of spans and no whole one at the end; and features of several blocks.
     judged(DType::BF16, &[(20, 1312, 150, Q8_0), (64, 2048, 3, Q4_K), (33, 1100, 20, F16), (64, 128, 300, Q4_0)]);
+}
+
+#[test]
+fn codes_give_the_judges_numbers_in_every_tile_and_where_they_are_widened() {
+    let fp8 = Layout { code: Code::E4M3, block: [32, 128], scales: DType::F32, zeros: false, shuffled: false };
+    let int4 = Layout { code: Code::Int4, block: [1, 64], scales: DType::F16, zeros: true, shuffled: true };
+    let case = |(rows, in_features, out_features, layout)| {
+        (Case::Coded { rows, in_features, out_features, layout, bias: rows % 3 != 0 }, false)
+    };
+    let cases = [(9, 264, 33, fp8), (31, 1160, 70, fp8), (64, 384, 40, int4), (65, 300, 33, fp8), (70, 320, 17, int4)];
+    judged_cases(DType::BF16, cases.into_iter().map(case));
+    judged_cases(DType::F32, [(5, 264, 33, fp8), (66, 320, 17, int4)].into_iter().map(case));
+}
+
+/// Rows of one code, in groups of 32 that are dealt out among the columns in some order.
+#[derive(Debug)]
+struct Dealt(Coding, usize);
+
+impl RowSource for Dealt {
+    fn rows(&self, rows: std::ops::Range<usize>) -> Vec<f32> {
+        widen(self, rows)
+    }
+
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        Some(self)
+    }
+}
+
+impl CodedSource for Dealt {
+    fn coding(&self) -> &Coding {
+        &self.0
+    }
+
+    fn codes(&self, rows: std::ops::Range<usize>) -> CodedRows {
+        CodedRows {
+            codes: rows
+                .clone()
+                .flat_map(|row| (0..self.0.group_of.len()).map(move |c| ((row + c) % 16) as u8))
+                .collect(),
+            scales: rows.flat_map(|row| (0..self.0.groups).map(move |group| 1.0 + (row + group) as f32)).collect(),
+            zeros: Vec::new(),
+        }
+    }
+}
+
+impl Dealt {
+    fn new(rows: usize, step: u32) -> Self {
+        let group_of = (0..128).map(|column| column * step % 128 / 32).collect();
+        Self(Coding { code: Code::Int4, scales: DType::F32, zeros: false, groups: 4, group_of }, rows)
+    }
+
+    fn linear<B: Backend>(&self, b: &B, purpose: Purpose) -> Result<B::Linear> {
+        let weight = HostTensor::computed("w", [self.1, 128], self);
+        b.linear_weight(&HostLinear { weight, bias: None, format: WeightFormat::Coded(Code::Int4), purpose })
+    }
+}
+
+#[test]
+fn weights_whose_columns_lie_alike_share_rows_in_that_order_and_a_table_is_refused() {
+    let Some(simulator) = Simulator::new() else { return };
+    let backend = simulator.open(DType::F32);
+    let (alike, other) = ([Dealt::new(5, 5), Dealt::new(9, 5)], Dealt::new(7, 11));
+    let sources = [&alike[0], &other, &alike[1]];
+    let linears: Vec<_> = sources.iter().map(|source| source.linear(&backend, Purpose::Product).unwrap()).collect();
+    let mut x = backend.tensor(2, 128).unwrap();
+    let rows: Vec<f32> = (0..256).map(|i| (i % 7) as f32 - 3.0).collect();
+    backend.write(&rows, &mut x).unwrap();
+    let mut outs: Vec<_> = sources.iter().map(|source| backend.tensor(2, source.1).unwrap()).collect();
+    let before = backend.statistics().launches;
+    backend.linear_group(&x, &mut linears.iter().zip(&mut outs).collect::<Vec<_>>()).unwrap();
+    for (source, out) in sources.iter().zip(&outs) {
+        let (weights, mut values) = (source.rows(0..source.1), Vec::new());
+        backend.read(out, &mut values).unwrap();
+        let product = |row: &[f32], weight: &[f32]| row.iter().zip(weight).map(|(x, w)| x * w).sum::<f32>();
+        let expected = rows.chunks(128).flat_map(|row| weights.chunks(128).map(move |weight| product(row, weight)));
+        assert_eq!(values, expected.collect::<Vec<_>>());
+    }
+    // An order of rows and a product for each of two orders.
+    assert_eq!(backend.statistics().launches - before, 4);
+    match alike[0].linear(&backend, Purpose::Table).map(|_| ()) {
+        Err(DeviceError::Format { reason, .. }) => assert!(reason.contains("rows are looked up"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    drop((linears, x, outs, backend));
+    simulator.expect_clean();
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! hash, so a case means the same numbers on every machine. What ranks do together is [`ranks()`].
 
 mod choose;
+mod codes;
 mod fused;
 mod indexed;
 mod inputs;
@@ -13,6 +14,7 @@ mod ranks;
 mod tolerance;
 mod vectors;
 
+pub use codes::Layout;
 pub use vectors::{MAGIC, Vector, Vectors, VectorsError, name};
 
 use inputs::{Source, activation, on_grid, router_logits};
@@ -21,7 +23,7 @@ pub use ranks::ranks;
 use tolerance::tolerance;
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Code, DType, GroupScore, Groups, HostExperts,
     HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference,
     Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, TokenIds, WeightFormat,
 };
@@ -65,6 +67,19 @@ pub enum Case {
         out_features: usize,
         /// Kept as.
         block: BlockFormat,
+    },
+    /// As `Linear`, with codes under scales of any layout.
+    Coded {
+        /// Rows of the activation.
+        rows: usize,
+        /// K.
+        in_features: usize,
+        /// N.
+        out_features: usize,
+        /// How the codes lie.
+        layout: Layout,
+        /// With a bias.
+        bias: bool,
     },
     /// [`Backend::gated_linear`].
     Gated {
@@ -205,6 +220,7 @@ pub fn cases() -> Vec<Case> {
     cases.push(Case::Group { rows: 19, in_features: 512, weights: mixed });
     cases.extend(fused::cases());
     cases.extend(indexed::cases());
+    cases.extend(codes::cases());
     for block in BlockFormat::ALL {
         let (format, k) = (WeightFormat::Ggml(block), block.elements());
         for (rows, blocks, out_features) in [(1, 1, 1), (2, 5, 33), (3, 3, 17), (7, 4, 16), (37, 2, 65)] {
@@ -280,6 +296,10 @@ pub fn cases() -> Vec<Case> {
         cases.push(Case::Moe { rows: 5, hidden: 37, intermediate: 23, experts: 8, format: BF16, groups });
     }
     cases.push(Case::Moe { rows: 6, hidden: 33, intermediate: 17, experts: 9, format: F32, groups: None });
+    for (rows, hidden, intermediate, code) in [(1, 64, 128, Code::Int4), (19, 136, 200, Code::E4M3)] {
+        let format = WeightFormat::Coded(code);
+        cases.push(Case::Moe { rows, hidden, intermediate, experts: 8, format, groups: None });
+    }
     cases
 }
 
@@ -294,6 +314,9 @@ impl Case {
             Case::Gated { formats, .. } => Requirements { weight_formats: formats.into(), ..none },
             Case::Made { block, .. } => Requirements { weight_formats: [WeightFormat::Ggml(block)].into(), ..none },
             Case::Linear { format, .. } => Requirements { weight_formats: [format].into(), ..none },
+            Case::Coded { layout, .. } => {
+                Requirements { weight_formats: [WeightFormat::Coded(layout.code)].into(), ..none }
+            }
             Case::Norm { .. } | Case::Elementwise { .. } | Case::Rope(_) => none,
             Case::Choose { .. } => Requirements { weight_formats: [WeightFormat::F32].into(), ..none },
             Case::Attention { kv, .. } | Case::Rotary { kv, .. } => {
@@ -370,6 +393,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             outputs(b, &outs.iter().collect::<Vec<_>>())
         }
         Case::Gated { .. } => fused::gated(case, b),
+        Case::Coded { .. } => codes::coded(case, b, inputs),
         Case::Rotary { .. } => fused::rotary(case, b, inputs),
         Case::RotaryLatent { interleaved, kv } => fused::rotary_latent((interleaved, kv), b, inputs),
         Case::Indexed { .. } => indexed::attention(case, b, inputs),
@@ -567,7 +591,7 @@ fn linear<B: Backend>(
     let table = keep(Purpose::Table)?;
     let layer = bias.is_some().then(|| keep(Purpose::Product)).transpose()?;
     let x = match format {
-        WeightFormat::Ggml(_) | WeightFormat::BF16 => on_grid(b, rows, in_features, 3)?,
+        WeightFormat::Ggml(_) | WeightFormat::Coded(_) | WeightFormat::BF16 => on_grid(b, rows, in_features, 3)?,
         WeightFormat::F32 | WeightFormat::F16 => activation(b, inputs, rows, in_features, 3)?,
     };
     let mut y = b.tensor(rows, out_features)?;

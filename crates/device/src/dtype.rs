@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::BlockFormat;
+use crate::{BlockFormat, Code};
 
 /// Element type of a tensor in a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,15 +59,18 @@ pub enum WeightFormat {
     /// Blocks as a GGUF file has them. A device may quantise the activations that meet them, as
     /// [`crate::int8`] says.
     Ggml(BlockFormat),
+    /// Codes under scales as a checkpoint has them ([`crate::CodedSource`]).
+    Coded(Code),
 }
 
 impl WeightFormat {
-    /// Bytes that `elements` weights take in this format.
+    /// Bytes that `elements` weights take in this format; of codes without their scales, which are as many as the checkpoint has.
     pub const fn bytes(self, elements: usize) -> usize {
         match self {
             WeightFormat::F32 => elements * 4,
             WeightFormat::F16 | WeightFormat::BF16 => elements * 2,
             WeightFormat::Ggml(format) => elements / format.elements() * format.bytes(),
+            WeightFormat::Coded(code) => elements * code.bits() / 8,
         }
     }
 }
@@ -90,6 +93,7 @@ impl fmt::Display for WeightFormat {
             WeightFormat::F16 => "f16",
             WeightFormat::BF16 => "bf16",
             WeightFormat::Ggml(format) => format.name(),
+            WeightFormat::Coded(code) => code.name(),
         })
     }
 }

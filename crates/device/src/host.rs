@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use crate::{DType, DeviceError, Result, Routing, WeightFormat};
+use crate::{CodedRows, CodedSource, Coding, DType, DeviceError, Result, Routing, WeightFormat};
 
 /// A matrix whose rows are computed when asked for: weights of a quantised checkpoint.
 pub trait RowSource: fmt::Debug + Send + Sync {
@@ -20,6 +20,11 @@ pub trait RowSource: fmt::Debug + Send + Sync {
     /// Some rows as the blocks that a device keeps, made by the device's `quantize`, unless the source has its own way.
     fn blocks(&self, rows: Range<usize>, quantize: &dyn Fn(&[f32]) -> Vec<u8>) -> Vec<u8> {
         quantize(&self.rows(rows))
+    }
+
+    /// The codes, if that is how it is stored.
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        None
     }
 }
 
@@ -139,11 +144,34 @@ impl<'a> HostTensor<'a> {
         }
     }
 
-    /// `Ok` if the tensor can be kept in `format`: as a file's blocks, or in rows of whole blocks that can be made.
+    /// How it is codes under scales, if it is.
+    pub fn coding(&self) -> Option<&'a Coding> {
+        self.coded().map(|(source, _)| source.coding())
+    }
+
+    /// All rows as codes.
+    ///
+    /// # Panics
+    /// If it is not [coded](Self::coding).
+    pub fn to_codes(&self) -> CodedRows {
+        let (source, start) = self.coded().expect("a matrix of codes");
+        source.codes(start..start + self.shape[0])
+    }
+
+    fn coded(&self) -> Option<(&'a dyn CodedSource, usize)> {
+        match self.data {
+            Data::Stored(_) => None,
+            Data::Computed { source, start } => source.as_coded().map(|source| (source, start)),
+        }
+    }
+
+    /// `Ok` if the tensor can be kept in `format`: as a file's blocks or codes, or in rows of whole blocks that can be made.
     pub fn expect_keepable(&self, format: WeightFormat) -> Result<()> {
         let cols = self.shape.last().copied().unwrap_or(1);
         let reason = match format {
             WeightFormat::Ggml(blocks) if self.dtype == DType::Ggml(blocks) => return Ok(()),
+            WeightFormat::Coded(code) if self.coding().is_some_and(|coding| coding.code == code) => return Ok(()),
+            WeightFormat::Coded(_) => "codes are kept as a file has them, never made".to_owned(),
             WeightFormat::Ggml(blocks) if !blocks.can_be_made() => {
                 format!("{blocks} is kept as a file has it, never made")
             }

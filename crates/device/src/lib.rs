@@ -12,6 +12,7 @@
 mod attention;
 mod backend;
 mod caps;
+mod coded;
 pub mod conformance;
 mod draw;
 mod dtype;
@@ -30,6 +31,7 @@ pub use attention::{
 };
 pub use backend::{Activation, Backend, Indexer, LatentOps, MoeOps, Rotary, Rows, TokenIds};
 pub use caps::{Caps, Op, Requirements};
+pub use coded::{Code, CodedRows, CodedSource, Coding, widen};
 pub use draw::{Candidate, Draw, Drawer};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};

@@ -120,7 +120,7 @@ impl Linear {
             bias.expect_shape(&[out_features])?;
         }
         let weight = match format {
-            WeightFormat::F32 => src.to_f32(),
+            WeightFormat::F32 | WeightFormat::Coded(_) => src.to_f32(),
             WeightFormat::F16 => src.to_f32().iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
             WeightFormat::BF16 => src.to_f32().iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
             WeightFormat::Ggml(blocks) if src.dtype() == DType::Ggml(blocks) => src.to_f32(),

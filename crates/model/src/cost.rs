@@ -1,8 +1,6 @@
 //! What a step costs: multiply-adds of a model's matrices, and bytes of weights that are read for them. Benchmarks
 //! hold it against what a machine can do.
 
-use baton_device::WeightFormat;
-
 use crate::arch;
 use crate::checkpoint::{Role, TensorSpec};
 use crate::config::ModelConfig;
@@ -27,11 +25,11 @@ struct Part {
 }
 
 impl StepCost {
-    /// Of a model whose matrices are kept as `format` says.
+    /// Of a model whose matrices take the bytes that `kept` says.
     pub(crate) fn new<'a>(
         config: &ModelConfig,
         specs: impl Iterator<Item = &'a TensorSpec>,
-        format: impl Fn(&TensorSpec) -> WeightFormat,
+        kept: impl Fn(&TensorSpec) -> u64,
     ) -> Self {
         let mut cost = Self::default();
         if let Some(moe) = &config.moe {
@@ -41,12 +39,12 @@ impl StepCost {
             let part = match spec.name.as_str() {
                 name if arch::is_head(config, name) => &mut cost.head,
                 arch::EMBEDDING_WEIGHT => continue, // of which a row is copied
-                name if name.contains(".experts.") => &mut cost.experts,
+                name if arch::is_expert(name) => &mut cost.experts,
                 _ => &mut cost.layers,
             };
             let elements: usize = spec.shape.iter().product();
             part.elements += elements as u64;
-            part.bytes += format(spec).bytes(elements) as u64;
+            part.bytes += kept(spec);
         }
         cost
     }
@@ -77,7 +75,9 @@ mod tests {
             "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "eos_token_id": 1"#;
         let cost = |json: &str| {
             let config = ModelConfig::parse(json.as_bytes()).unwrap_or_else(|e| panic!("{e}"));
-            StepCost::new(&config, arch::specs(&config).0.values(), |_| WeightFormat::BF16)
+            StepCost::new(&config, arch::specs(&config).0.values(), |spec| {
+                2 * spec.shape.iter().product::<usize>() as u64
+            })
         };
         let layers = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64);
         for tied in [true, false] {

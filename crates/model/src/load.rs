@@ -295,9 +295,10 @@ pub(crate) fn prepare<B: Backend + LatentOps + MoeOps>(
     }
     let kv = arch::kv_spec(&config, backend.world(), kv_dtype, backend.caps().kv_block_size);
     // What cannot fit is refused before weights are read; how much of a share is left is known when they are there.
-    let kept = |s: &TensorSpec| formats.of(s, &checkpoint, backend.caps()).bytes(s.shape.iter().product());
+    let caps = backend.caps().clone();
+    let kept = |s: &TensorSpec| formats.bytes(s, &checkpoint, &caps);
     // Sharing out makes no rank's part smaller than this.
-    let weights = specs.values().map(|s| kept(s) as u64).sum::<u64>() / backend.world().size as u64;
+    let weights = specs.values().map(kept).sum::<u64>() / backend.world().size as u64;
     let room = Room::new(&backend, options.kv_cache, &kv, &spec, weights)?;
 
     let sizes = Sizes { rows: spec.max_step_tokens, logit_rows: spec.logit_rows(), positions: spec.max_model_len };
@@ -321,7 +322,7 @@ pub(crate) fn prepare<B: Backend + LatentOps + MoeOps>(
         kv_dtype: kv.dtype,
         kv_bytes: 0,
         digest: loader.digest(),
-        step_cost: StepCost::new(&config, specs.values(), |s| formats.of(s, &checkpoint, backend.caps())),
+        step_cost: StepCost::new(&config, specs.values(), kept),
         seconds: 0.0,
     };
     let steps = rehearse(&backend, &mut *model, &mut scratch, &kv, &spec)?;

@@ -18,7 +18,7 @@ use baton_device::{
 use sha2::{Digest, Sha256};
 
 use crate::LoadError;
-use crate::arch::Projection;
+use crate::arch::{self, Projection};
 use crate::checkpoint::{Checkpoint, CheckpointError, Part, Role, TensorSpec};
 use crate::precision::{self, Conversion, Measured, Quantization, StoredRows};
 use crate::quant::{Encoding, Values};
@@ -40,8 +40,9 @@ pub(crate) struct Formats {
 
 impl Formats {
     /// The format of a matrix. Unless something else is asked for, it is kept as it is stored if the device keeps that, blocks
-    /// included, else in the device's type of activations. What is stored quantised in another way is widened to that, too,
-    /// or to bf16 where that is f32 and the device has bf16. Routers are f32: they are small, and a device may make activations narrow for other
+    /// and codes included, else in the device's type of activations. Codes that it does not keep are widened to that, too,
+    /// or to bf16 where that is f32 and the device has bf16. So are those of experts whose columns are not in the order of their groups:
+    /// each would need rows in an order of its own. Routers are f32: they are small, and a device may make activations narrow for other
     /// formats, which can choose other experts.
     pub(crate) fn of(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
         let keeps = |dtype: DType| caps.weight_formats.contains(&dtype.into());
@@ -55,14 +56,32 @@ impl Formats {
             if keeps(stored) { stored } else { caps.activations }
         };
         let float = || self.dtype.unwrap_or_else(stored).into();
+        let codes = || {
+            let encoding = spec.encoding.as_ref().filter(|own| !own.is_ordered() || !arch::is_expert(&spec.name))?;
+            let codes = WeightFormat::Coded(encoding.code()?);
+            (self.dtype.is_none() && caps.weight_formats.contains(&codes)).then_some(codes)
+        };
         match spec.role {
             Role::Linear => match self.quantized {
                 Some(wanted) => WeightFormat::Ggml(wanted.format().made_for(spec.matrix()[1])),
-                None => float(),
+                None => codes().unwrap_or_else(float),
             },
             Role::Float => float(),
             Role::Router | Role::Vector => WeightFormat::F32,
         }
+    }
+
+    /// Bytes of a matrix as it is kept; of codes as many as it has in the checkpoint.
+    pub(crate) fn bytes(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> u64 {
+        kept(self.of(spec, checkpoint, caps), spec.shape.iter().product(), checkpoint.bytes(spec))
+    }
+}
+
+/// Bytes of so many elements that take `stored` in the checkpoint.
+fn kept(format: WeightFormat, elements: usize, stored: u64) -> u64 {
+    match format {
+        WeightFormat::Coded(_) => stored,
+        format => format.bytes(elements) as u64,
     }
 }
 
@@ -340,7 +359,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// The matrix on its way to `format`, its memory counted.
     fn convert(&mut self, matrix: Mapped<'a>, format: WeightFormat) -> Mapped<'a> {
         let shape = matrix.spec.matrix();
-        self.weight_bytes += format.bytes(shape[0] * shape[1]) as u64;
+        self.weight_bytes += kept(format, shape[0] * shape[1], matrix.bytes);
         let by_row = matrix.spec.role == Role::Linear && self.formats.quantized == Some(Quantization::Int8);
         let measured = |rows| Data::Converted(Measured::new(rows, shape, format, by_row));
         let data = match matrix.data {
@@ -371,7 +390,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             mean_abs_error,
             measured: elements,
             bytes_before: matrix.bytes,
-            bytes_after: measured.format().bytes(spec.shape.iter().product()) as u64,
+            bytes_after: kept(measured.format(), spec.shape.iter().product(), matrix.bytes),
         });
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use baton_device::{BlockFormat, DType, HostTensor, RowSource, WeightFormat};
+use baton_device::{BlockFormat, CodedSource, DType, HostTensor, RowSource, WeightFormat};
 use half::f16;
 use serde::{Serialize, Serializer};
 
@@ -223,8 +223,8 @@ impl RowSource for Measured {
             WeightFormat::BF16 => self.measure(rows, &values, |_, piece, kept| {
                 kept.iter_mut().zip(piece).for_each(|(kept, v)| *kept = nearest_bf16(*v));
             }),
-            // f32 holds every value; blocks are measured when they are made.
-            WeightFormat::F32 | WeightFormat::Ggml(_) => {}
+            // f32 holds every value; blocks are measured when they are made; codes lose nothing.
+            WeightFormat::F32 | WeightFormat::Ggml(_) | WeightFormat::Coded(_) => {}
         }
         values
     }
@@ -238,6 +238,10 @@ impl RowSource for Measured {
             format.dequantize(&blocks[bytes(at)..][..bytes(piece.len())], kept);
         });
         blocks
+    }
+
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        self.rows.as_coded().filter(|_| matches!(self.format, WeightFormat::Coded(_)))
     }
 }
 

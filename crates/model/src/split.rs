@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use baton_device::{HostTensor, RowSource, World};
+use baton_device::{CodedRows, CodedSource, Coding, HostTensor, RowSource, World};
 
 use crate::checkpoint::TensorSpec;
 use crate::config::{Family, ModelConfig};
@@ -103,7 +103,7 @@ pub(crate) enum Columns<'a> {
     All(HostTensor<'a>),
     /// Copied out of what is stored.
     Stored(HostTensor<'a>, Vec<u8>, usize),
-    Computed(HostTensor<'a>, Range<usize>),
+    Computed(HostTensor<'a>, Range<usize>, Option<Coding>),
 }
 
 impl<'a> Columns<'a> {
@@ -111,7 +111,12 @@ impl<'a> Columns<'a> {
         let cols = matrix.shape()[1];
         match matrix.stored() {
             _ if columns.len() == cols => Columns::All(matrix),
-            None => Columns::Computed(matrix, columns),
+            None => {
+                let part =
+                    |coding: &Coding| Coding { group_of: coding.group_of[columns.clone()].to_vec(), ..coding.clone() };
+                let coding = matrix.coding().map(part);
+                Columns::Computed(matrix, columns, coding)
+            }
             Some(bytes) => {
                 let part = cut(bytes, matrix.shape()[0], cols, &columns);
                 Columns::Stored(matrix, part, columns.len())
@@ -125,7 +130,7 @@ impl<'a> Columns<'a> {
             Columns::Stored(matrix, part, cols) => {
                 HostTensor::new(matrix.name(), matrix.dtype(), vec![matrix.shape()[0], *cols], part)
             }
-            Columns::Computed(matrix, columns) => {
+            Columns::Computed(matrix, columns, _) => {
                 HostTensor::computed(matrix.name(), [matrix.shape()[0], columns.len()], self)
             }
         }
@@ -142,15 +147,32 @@ fn cut(bytes: &[u8], rows: usize, cols: usize, columns: &Range<usize>) -> Vec<u8
 /// Of whole rows, so that every element is what it would be on one rank, whatever a form has per row.
 impl RowSource for Columns<'_> {
     fn rows(&self, rows: Range<usize>) -> Vec<f32> {
-        let Columns::Computed(matrix, columns) = self else { unreachable!("the others are tensors") };
+        let Columns::Computed(matrix, columns, _) = self else { unreachable!("the others are tensors") };
         let whole = matrix.rows(rows.start, rows.len()).to_f32();
         whole.chunks_exact(matrix.shape()[1]).flat_map(|row| &row[columns.clone()]).copied().collect()
     }
 
     fn blocks(&self, rows: Range<usize>, quantize: &dyn Fn(&[f32]) -> Vec<u8>) -> Vec<u8> {
-        let Columns::Computed(matrix, columns) = self else { unreachable!("the others are tensors") };
+        let Columns::Computed(matrix, columns, _) = self else { unreachable!("the others are tensors") };
         let whole = matrix.rows(rows.start, rows.len()).to_blocks(quantize);
         cut(&whole, rows.len(), matrix.shape()[1], columns)
+    }
+
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        matches!(self, Columns::Computed(_, _, Some(_))).then_some(self as _)
+    }
+}
+
+impl CodedSource for Columns<'_> {
+    fn coding(&self) -> &Coding {
+        let Columns::Computed(_, _, Some(coding)) = self else { unreachable!("the others are no codes") };
+        coding
+    }
+
+    fn codes(&self, rows: Range<usize>) -> CodedRows {
+        let Columns::Computed(matrix, columns, _) = self else { unreachable!("the others are tensors") };
+        let whole = matrix.rows(rows.start, rows.len()).to_codes();
+        CodedRows { codes: cut(&whole.codes, rows.len(), matrix.shape()[1], columns), ..whole }
     }
 }
 

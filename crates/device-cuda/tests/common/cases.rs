@@ -4,12 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::mem::discriminant;
 
 use baton_device::conformance::{self, Case};
-use baton_device::{BlockFormat, WeightFormat};
+use baton_device::{BlockFormat, Code, WeightFormat};
 
 /// Blocks of each way to hold scales. Most of what tests cost is compiling kernels, which are others for each format.
 pub const BLOCKS: [BlockFormat; 3] = [BlockFormat::Q4_0, BlockFormat::Q8_0, BlockFormat::Q4_K];
 
-/// Those of the cases that are run: all; or of each kind of case, plain format or one of [`BLOCKS`], and type of caches one, the last.
+/// Integers, and floats.
+pub const CODES: [Code; 2] = [Code::Int4, Code::E4M3];
+
+/// Those of the cases that are run: all; or of each kind of case, plain format or one of [`BLOCKS`] and [`CODES`], and type of caches one,
+/// the last.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     All,
@@ -36,8 +40,12 @@ impl Part {
     }
 }
 
-/// Whether a case needs no other blocks than [`BLOCKS`].
+/// Whether a case needs no other blocks than [`BLOCKS`], and no other codes than [`CODES`].
 fn usual(case: &Case) -> bool {
-    let known = |format: &WeightFormat| !matches!(format, WeightFormat::Ggml(block) if !BLOCKS.contains(block));
+    let known = |format: &WeightFormat| match format {
+        WeightFormat::Ggml(block) => BLOCKS.contains(block),
+        WeightFormat::Coded(code) => CODES.contains(code),
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::BF16 => true,
+    };
     case.needs().weight_formats.iter().all(known)
 }

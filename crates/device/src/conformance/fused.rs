@@ -4,13 +4,13 @@
 use super::inputs::{Source, activation, on_grid};
 use super::{Case, MAX_POSITIONS, outputs, over_steps};
 use crate::{
-    Activation, AttentionParams, Backend, BlockFormat, DType, HostLatent, HostLinear, HostRope, KvDtype, LatentOps,
-    LayerKv, Purpose, Result, RopeLayout, Rotary, WeightFormat,
+    Activation, AttentionParams, Backend, BlockFormat, Code, DType, HostLatent, HostLinear, HostRope, KvDtype,
+    LatentOps, LayerKv, Purpose, Result, RopeLayout, Rotary, WeightFormat,
 };
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use WeightFormat::{BF16, F16, F32, Ggml};
+    use WeightFormat::{BF16, Coded, F16, F32, Ggml};
     let (q4_0, q4_k, q8_0) = (Ggml(BlockFormat::Q4_0), Ggml(BlockFormat::Q4_K), Ggml(BlockFormat::Q8_0));
     let gated = [
         (1, 7, 5, [BF16; 2]),
@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         (3, 64, 40, [q8_0, q4_0]),
         (19, 96, 17, [BF16; 2]),
         (3, 2056, 33, [BF16; 2]),
+        (8, 300, 33, [Coded(Code::E4M3); 2]),
     ];
     let gated = gated.into_iter().enumerate().map(|(i, (rows, in_features, out_features, formats))| {
         let activation = if i % 3 == 1 { Activation::GeluTanh } else { Activation::Silu };

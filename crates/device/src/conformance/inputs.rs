@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::codes::{Codes, Layout};
 use crate::{Backend, BlockFormat, DType, HostTensor, KvDtype, Result, WeightFormat, int8};
 
 /// `n` numbers in (-scale, scale) from a hash of `seed` and their index (splitmix64).
@@ -15,11 +16,15 @@ pub fn uniform(seed: u64, n: usize, scale: f32) -> Vec<f32> {
     (0..n).map(|i| value(i) * scale).collect()
 }
 
-/// Bytes of a stored tensor.
+/// A tensor of a checkpoint.
 pub(super) struct Source {
-    dtype: DType,
     pub(super) shape: Vec<usize>,
-    data: Vec<u8>,
+    data: Data,
+}
+
+enum Data {
+    Stored(DType, Vec<u8>),
+    Coded(Codes),
 }
 
 impl Source {
@@ -35,21 +40,34 @@ impl Source {
             WeightFormat::BF16 => {
                 (DType::BF16, values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect())
             }
+            WeightFormat::Coded(code) => {
+                let &[rows, columns] = shape.as_slice() else { unreachable!("a matrix") };
+                return Self::coded(Layout::usual(code), [rows, columns], seed, scale);
+            }
         };
-        Self { dtype, shape, data }
+        Self { shape, data: Data::Stored(dtype, data) }
+    }
+
+    /// A matrix of random codes.
+    pub(super) fn coded(layout: Layout, shape: [usize; 2], seed: u64, scale: f32) -> Self {
+        Self { shape: shape.to_vec(), data: Data::Coded(Codes::new(layout, shape, seed, scale)) }
     }
 
     /// Some columns of a matrix of floats.
     pub(super) fn columns(&self, columns: Range<usize>) -> Self {
-        let size = self.dtype.bytes(1);
+        let Data::Stored(dtype, data) = &self.data else { unreachable!("floats") };
+        let size = dtype.bytes(1);
         let row = self.shape[1] * size;
         let part = |row: &[u8]| row[columns.start * size..columns.end * size].to_vec();
-        let data = self.data.chunks_exact(row).flat_map(part).collect();
-        Self { dtype: self.dtype, shape: vec![self.shape[0], columns.len()], data }
+        let data = data.chunks_exact(row).flat_map(part).collect();
+        Self { shape: vec![self.shape[0], columns.len()], data: Data::Stored(*dtype, data) }
     }
 
     pub(super) fn tensor(&self) -> HostTensor<'_> {
-        HostTensor::new("case", self.dtype, self.shape.clone(), &self.data)
+        match &self.data {
+            Data::Stored(dtype, data) => HostTensor::new("case", *dtype, self.shape.clone(), data),
+            Data::Coded(codes) => codes.tensor(),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::Case;
+use super::{Case, Layout};
 use crate::{AttentionParams, GroupScore, RopeLayout};
 
 impl Case {
@@ -13,6 +13,7 @@ impl Case {
             Case::Linear { .. } => "linear",
             Case::Group { .. } => "linear-group",
             Case::Made { .. } => "linear-made",
+            Case::Coded { .. } => "linear-coded",
             Case::Gated { .. } => "linear-gated",
             Case::Norm { .. } => "norm",
             Case::Elementwise { .. } => "elementwise",
@@ -44,6 +45,14 @@ impl fmt::Display for Case {
             }
             Case::Made { rows, in_features, out_features, block } => {
                 write!(f, "-{block}-{rows}x{in_features}x{out_features}")?;
+                0
+            }
+            Case::Coded { rows, in_features, out_features, layout, bias } => {
+                let Layout { code, block: [block_rows, columns], scales, zeros, shuffled } = layout;
+                write!(f, "-{code}-{block_rows}by{columns}-{scales}")?;
+                f.write_str(if zeros { "-zeros" } else { "" })?;
+                f.write_str(if shuffled { "-shuffled" } else { "" })?;
+                write!(f, "-{rows}x{in_features}x{out_features}{}", if bias { "-bias" } else { "" })?;
                 0
             }
             Case::Gated { rows, in_features, out_features, formats: [gate, up], activation, bias } => {

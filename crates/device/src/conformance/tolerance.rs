@@ -53,7 +53,7 @@ impl Case {
     fn roundings(&self) -> f32 {
         match self {
             // Of the weight where the device multiplies in less, of the product, of the bias, of their sum.
-            Case::Linear { .. } | Case::Group { .. } | Case::Made { .. } => 4.0,
+            Case::Linear { .. } | Case::Coded { .. } | Case::Group { .. } | Case::Made { .. } => 4.0,
             // As above, of both.
             Case::Gated { .. } => 8.0,
             // Of the sum with the residual, of the weight, of the result.
@@ -88,6 +88,7 @@ impl Case {
         match self {
             // A weight that meets activations as they are gives an exact product: router logits depend on it.
             Case::Linear { format, .. } => narrow(format),
+            Case::Coded { layout, .. } => narrow(&WeightFormat::Coded(layout.code)),
             Case::Made { block, .. } => narrow(&WeightFormat::Ggml(*block)),
             Case::Group { weights, .. } => weights.iter().map(|(_, format)| narrow(format)).fold(0.0, f32::max),
             Case::Latent { format, .. } | Case::Moe { format, .. } => narrow(format).max(roundoff(caps.activations)),

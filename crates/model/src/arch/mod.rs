@@ -136,6 +136,11 @@ pub(crate) fn is_head(config: &ModelConfig, name: &str) -> bool {
     name == if config.tie_word_embeddings { EMBEDDING_WEIGHT } else { decoder::HEAD_WEIGHT }
 }
 
+/// Whether a tensor is a routed expert's.
+pub(crate) fn is_expert(name: &str) -> bool {
+    name.contains(".experts.")
+}
+
 /// Whether a tensor beyond [`specs`] is known to change nothing.
 pub(crate) fn is_ignorable(config: &ModelConfig, name: &str) -> bool {
     let beyond_last_layer = || {

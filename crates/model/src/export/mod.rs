@@ -154,6 +154,7 @@ fn as_stored(format: WeightFormat) -> DType {
         WeightFormat::F16 => DType::F16,
         WeightFormat::BF16 => DType::BF16,
         WeightFormat::Ggml(format) => DType::Ggml(format),
+        WeightFormat::Coded(code) => unreachable!("codes of {code} are made into something else"),
     }
 }
 
@@ -206,5 +207,6 @@ fn encode(rows: &HostTensor<'_>, format: WeightFormat) -> Vec<u8> {
         WeightFormat::F16 => rows.to_f32().iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
         WeightFormat::BF16 => rows.to_f32().iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
         WeightFormat::Ggml(format) => rows.to_blocks(&|values| format.quantize(values)),
+        WeightFormat::Coded(code) => unreachable!("codes of {code} are made into something else"),
     }
 }

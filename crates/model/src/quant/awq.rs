@@ -5,7 +5,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use baton_device::RowSource;
+use baton_device::{Code, CodedRows, CodedSource, Coding, RowSource, widen};
 
 use super::parts::{FLOATS, Parts, StoredTensor, unpack, word};
 use crate::checkpoint::{CheckpointError, Part};
@@ -38,12 +38,14 @@ impl Awq {
         [outputs, inputs]: [usize; 2],
         mut parts: Parts,
     ) -> Result<Box<dyn RowSource>, CheckpointError> {
+        let groups = super::groups(inputs, self.group).expect("verified");
+        let group_of = Coding::groups_of(inputs, inputs / groups);
+        let scales = parts.float("scales");
         Ok(Box::new(Rows {
+            coding: Coding { code: Code::Int4, scales, zeros: true, groups, group_of },
             scales: parts.floats("scales")?,
             zeros: parts.words("qzeros"),
             words: parts.take("qweight"),
-            group: if self.group == 0 { inputs } else { self.group },
-            inputs,
             outputs,
         }))
     }
@@ -56,36 +58,51 @@ impl fmt::Display for Awq {
 }
 
 struct Rows {
+    coding: Coding,
     /// `[in, out / 8]`.
     words: Part,
     /// `[groups, out]`.
     scales: Vec<f32>,
     /// `[groups, out / 8]`.
     zeros: Vec<u32>,
-    group: usize,
-    inputs: usize,
     outputs: usize,
 }
 
 impl fmt::Debug for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "awq, {} columns", self.inputs)
+        write!(f, "awq, {} columns", self.coding.group_of.len())
     }
 }
 
 impl RowSource for Rows {
     fn rows(&self, rows: Range<usize>) -> Vec<f32> {
-        let words = self.outputs / PER_WORD;
-        let mut out = Vec::with_capacity(rows.len() * self.inputs);
-        for row in rows {
-            let (column, place) = (row / PER_WORD, PLACE[row % PER_WORD]);
-            out.extend((0..self.inputs).map(|input| {
-                let group = input / self.group;
-                let q = unpack(word(&self.words, input * words + column), place, BITS);
-                let zero = unpack(self.zeros[group * words + column], place, BITS);
-                (q as f32 - zero as f32) * self.scales[group * self.outputs + row]
-            }));
+        widen(self, rows)
+    }
+
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        Some(self)
+    }
+}
+
+impl CodedSource for Rows {
+    fn coding(&self) -> &Coding {
+        &self.coding
+    }
+
+    fn codes(&self, rows: Range<usize>) -> CodedRows {
+        let (inputs, groups, words) = (self.coding.group_of.len(), self.coding.groups, self.outputs / PER_WORD);
+        let element = |word: u32, row: usize| unpack(word, PLACE[row % PER_WORD], BITS) as u8;
+        let mut codes = vec![0; rows.len() * inputs];
+        for input in 0..inputs {
+            for (row, codes) in rows.clone().zip(codes.chunks_exact_mut(inputs)) {
+                codes[input] = element(word(&self.words, input * words + row / PER_WORD), row);
+            }
         }
-        out
+        let cells = || rows.clone().flat_map(|row| (0..groups).map(move |group| (row, group)));
+        CodedRows {
+            codes,
+            scales: cells().map(|(row, group)| self.scales[group * self.outputs + row]).collect(),
+            zeros: cells().map(|(row, group)| element(self.zeros[group * words + row / PER_WORD], row)).collect(),
+        }
     }
 }

@@ -9,7 +9,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use baton_device::RowSource;
+use baton_device::{Code, CodedRows, CodedSource, Coding, RowSource, widen};
 
 use super::parts::{FLOATS, Parts, StoredTensor, unpack, word};
 use crate::checkpoint::{CheckpointError, Part};
@@ -46,19 +46,24 @@ impl Gptq {
         mut parts: Parts,
     ) -> Result<Box<dyn RowSource>, CheckpointError> {
         let groups = super::groups(inputs, self.group).expect("verified");
+        let group_of = if parts.has("g_idx") {
+            parts.group_indices("g_idx", groups)?
+        } else {
+            Coding::groups_of(inputs, inputs / groups)
+        };
+        let scales = parts.float("scales");
         Ok(Box::new(Rows {
+            coding: Coding { code: self.code(), scales, zeros: true, groups, group_of },
             scales: parts.floats("scales")?,
             zeros: parts.words("qzeros"),
-            group_of: if parts.has("g_idx") {
-                parts.group_indices("g_idx", groups)?
-            } else {
-                (0..inputs).map(|i| (i * groups / inputs) as u32).collect()
-            },
             words: parts.take("qweight"),
-            bits: self.bits,
             outputs,
             zeros_less_one: self.zeros_less_one,
         }))
+    }
+
+    pub(super) fn code(&self) -> Code {
+        super::integers(self.bits)
     }
 }
 
@@ -70,39 +75,58 @@ impl fmt::Display for Gptq {
 }
 
 struct Rows {
+    coding: Coding,
     /// `[in / per word, out]`.
     words: Part,
     /// `[groups, out]`.
     scales: Vec<f32>,
     /// `[groups, out / per word]`.
     zeros: Vec<u32>,
-    /// `[in]`.
-    group_of: Vec<u32>,
-    bits: usize,
     outputs: usize,
     zeros_less_one: bool,
 }
 
 impl fmt::Debug for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "gptq, {} columns", self.group_of.len())
+        write!(f, "gptq, {} columns", self.coding.group_of.len())
     }
 }
 
 impl RowSource for Rows {
     fn rows(&self, rows: Range<usize>) -> Vec<f32> {
-        let per_word = 32 / self.bits;
-        let mut out = Vec::with_capacity(rows.len() * self.group_of.len());
-        for row in rows {
-            out.extend(self.group_of.iter().enumerate().map(|(col, &group)| {
-                let group = group as usize;
-                let q = unpack(word(&self.words, col / per_word * self.outputs + row), col % per_word, self.bits);
-                let stored =
-                    unpack(self.zeros[group * (self.outputs / per_word) + row / per_word], row % per_word, self.bits);
-                let zero = if self.zeros_less_one { (stored + 1) & ((1 << self.bits) - 1) } else { stored };
-                (q as f32 - zero as f32) * self.scales[group * self.outputs + row]
-            }));
+        widen(self, rows)
+    }
+
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        Some(self)
+    }
+}
+
+impl CodedSource for Rows {
+    fn coding(&self) -> &Coding {
+        &self.coding
+    }
+
+    fn codes(&self, rows: Range<usize>) -> CodedRows {
+        let Coding { code, groups, ref group_of, .. } = self.coding;
+        let (bits, cols, per_word) = (code.bits(), group_of.len(), 32 / code.bits());
+        let mut codes = vec![0; rows.len() * cols];
+        for words in 0..cols / per_word {
+            for (row, codes) in rows.clone().zip(codes.chunks_exact_mut(cols)) {
+                let word = word(&self.words, words * self.outputs + row);
+                let codes = codes[words * per_word..][..per_word].iter_mut().enumerate();
+                codes.for_each(|(i, code)| *code = unpack(word, i, bits) as u8);
+            }
         }
-        out
+        let zero = |row: usize, group: usize| {
+            let stored = unpack(self.zeros[group * (self.outputs / per_word) + row / per_word], row % per_word, bits);
+            (if self.zeros_less_one { (stored + 1) & ((1 << bits) - 1) } else { stored }) as u8
+        };
+        let cells = || rows.clone().flat_map(|row| (0..groups).map(move |group| (row, group)));
+        CodedRows {
+            codes,
+            scales: cells().map(|(row, group)| self.scales[group * self.outputs + row]).collect(),
+            zeros: cells().map(|(row, group)| zero(row, group)).collect(),
+        }
     }
 }

@@ -2,8 +2,9 @@
 //! that they mean.
 //!
 //! A matrix keeps its logical shape `[out, in]` everywhere; its [`Encoding`] says which tensors lie in
-//! the file instead of it. It is widened a few rows at a time while the device packs it, so that
-//! loading never holds a whole widened matrix. Only blocks that a device keeps stay as they are.
+//! the file instead of it. All but blocks are codes under scales ([`CodedSource`](baton_device::CodedSource)). A device
+//! that keeps those is given them; for others they are widened a few rows at a time while the device packs them, so that
+//! loading never holds a whole widened matrix.
 //!
 //! Invariant: what can be wrong with stored values (scales that are not finite, indices out of range,
 //! NaN codes) is refused by [`Encoding::open`]; reading rows afterwards cannot fail. To add a format:
@@ -19,7 +20,7 @@ mod scaled;
 
 use std::fmt;
 
-use baton_device::{BlockFormat, RowSource};
+use baton_device::{BlockFormat, Code, RowSource};
 
 pub(crate) use awq::Awq;
 pub(crate) use blocks::Blocks;
@@ -70,6 +71,27 @@ impl Encoding {
         }
     }
 
+    /// The codes under scales that it is, unless it is blocks.
+    pub(crate) fn code(&self) -> Option<Code> {
+        match self {
+            Encoding::Scaled(format) => Some(format.codes.code()),
+            Encoding::Packed(format) => Some(format.code()),
+            Encoding::Gptq(format) => Some(format.code()),
+            Encoding::Awq(_) => Some(Code::Int4),
+            Encoding::Mxfp4(_) => Some(Code::E2M1),
+            Encoding::Blocks(_) => None,
+        }
+    }
+
+    /// Whether the columns of a group may lie apart.
+    pub(crate) fn is_ordered(&self) -> bool {
+        match self {
+            Encoding::Packed(format) => format.ordered,
+            Encoding::Gptq(format) => format.desc_act,
+            Encoding::Scaled(_) | Encoding::Awq(_) | Encoding::Mxfp4(_) | Encoding::Blocks(_) => false,
+        }
+    }
+
     /// The matrix that tensors of those shapes and types mean.
     pub(crate) fn open(&self, shape: [usize; 2], parts: Parts) -> Result<Values, CheckpointError> {
         let rows = match self {
@@ -95,6 +117,11 @@ impl fmt::Display for Encoding {
             Encoding::Blocks(format) => format.fmt(f),
         }
     }
+}
+
+/// The integers of four or eight bits.
+fn integers(bits: usize) -> Code {
+    if bits == 4 { Code::Int4 } else { Code::Int8 }
 }
 
 /// Groups of `size` columns (0 for one group of all), or why there are none.

@@ -5,14 +5,12 @@
 use std::fmt;
 use std::ops::Range;
 
-use baton_device::RowSource;
+use baton_device::{Code, CodedRows, CodedSource, Coding, DType, RowSource, widen};
 
 use super::parts::{Parts, StoredTensor};
 use crate::checkpoint::{CheckpointError, Part};
 
 const BLOCK: usize = 32;
-/// Values of the eight codes without a sign; the fourth bit is the sign.
-const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 /// The exponents' NaN.
 const NAN: u8 = 255;
 /// The largest exponent with which six, the largest code, is below 2^128.
@@ -40,7 +38,10 @@ impl Mxfp4 {
         if let Some(at) = exponents.iter().position(|e| *e > LARGEST) {
             return Err(parts.refuse("weight_scale", format!("exponent {at} is {}, beyond f32", exponents[at])));
         }
-        Ok(Box::new(Rows { codes: parts.take("weight_packed"), exponents, cols }))
+        let (groups, group_of) = (cols / BLOCK, Coding::groups_of(cols, BLOCK));
+        // It has f32's exponents.
+        let coding = Coding { code: Code::E2M1, scales: DType::BF16, zeros: false, groups, group_of };
+        Ok(Box::new(Rows { coding, codes: parts.take("weight_packed"), exponents }))
     }
 }
 
@@ -51,32 +52,42 @@ impl fmt::Display for Mxfp4 {
 }
 
 struct Rows {
+    coding: Coding,
     /// `[out, in / 2]`.
     codes: Part,
     /// `[out, in / 32]`.
     exponents: Part,
-    cols: usize,
 }
 
 impl fmt::Debug for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "mxfp4, {} columns", self.cols)
+        write!(f, "mxfp4, {} columns", self.coding.group_of.len())
     }
 }
 
 impl RowSource for Rows {
     fn rows(&self, rows: Range<usize>) -> Vec<f32> {
-        let blocks = rows.start * self.cols / BLOCK..rows.end * self.cols / BLOCK;
-        let mut out = Vec::with_capacity(rows.len() * self.cols);
-        for block in blocks {
-            let scale = 2f32.powi(i32::from(self.exponents[block]) - 127);
-            let value = |code: u8| {
-                let magnitude = E2M1[usize::from(code & 7)] * scale;
-                if code & 8 == 0 { magnitude } else { -magnitude }
-            };
-            let codes = &self.codes[block * BLOCK / 2..][..BLOCK / 2];
-            out.extend(codes.iter().flat_map(|byte| [value(byte & 15), value(byte >> 4)]));
+        widen(self, rows)
+    }
+
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        Some(self)
+    }
+}
+
+impl CodedSource for Rows {
+    fn coding(&self) -> &Coding {
+        &self.coding
+    }
+
+    fn codes(&self, rows: Range<usize>) -> CodedRows {
+        let (cols, groups) = (self.coding.group_of.len(), self.coding.groups);
+        let bytes = &self.codes[rows.start * cols / 2..rows.end * cols / 2];
+        let exponents = &self.exponents[rows.start * groups..rows.end * groups];
+        CodedRows {
+            codes: bytes.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect(),
+            scales: exponents.iter().map(|exponent| 2f32.powi(i32::from(*exponent) - 127)).collect(),
+            zeros: Vec::new(),
         }
-        out
     }
 }

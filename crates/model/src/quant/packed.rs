@@ -8,7 +8,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use baton_device::RowSource;
+use baton_device::{Code, CodedRows, CodedSource, Coding, RowSource, widen};
 
 use super::parts::{FLOATS, Parts, StoredTensor, unpack, word};
 use crate::checkpoint::{CheckpointError, Part};
@@ -65,22 +65,26 @@ impl Packed {
                 parts.refuse("weight_shape", format!("it states {stated:?}, the config asks for [{rows}, {cols}]"))
             );
         }
+        let dtype = parts.float("weight_scale");
         let mut scales = parts.floats("weight_scale")?;
         if self.per_tensor {
             scales = vec![scales[0]; rows];
         }
+        let group_of = if self.ordered {
+            parts.group_indices("weight_g_idx", groups)?
+        } else {
+            Coding::groups_of(cols, cols / groups)
+        };
         Ok(Box::new(Rows {
+            coding: Coding { code: self.code(), scales: dtype, zeros: self.zero_points, groups, group_of },
             scales,
             zeros: self.zero_points.then(|| parts.words("weight_zero_point")),
-            group_of: if self.ordered {
-                parts.group_indices("weight_g_idx", groups)?
-            } else {
-                (0..cols).map(|c| (c * groups / cols) as u32).collect()
-            },
             words: parts.take("weight_packed"),
-            bits: self.bits,
-            groups,
         }))
+    }
+
+    pub(super) fn code(&self) -> Code {
+        super::integers(self.bits)
     }
 }
 
@@ -94,40 +98,53 @@ impl fmt::Display for Packed {
 }
 
 struct Rows {
+    coding: Coding,
     /// `[out, words]`.
     words: Part,
     /// `[out, groups]`.
     scales: Vec<f32>,
     /// `[out / per word, groups]`.
     zeros: Option<Vec<u32>>,
-    /// `[in]`.
-    group_of: Vec<u32>,
-    bits: usize,
-    groups: usize,
 }
 
 impl fmt::Debug for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "packed integers, {} columns", self.group_of.len())
+        write!(f, "packed integers, {} columns", self.coding.group_of.len())
     }
 }
 
 impl RowSource for Rows {
     fn rows(&self, rows: Range<usize>) -> Vec<f32> {
-        let (cols, per_word) = (self.group_of.len(), 32 / self.bits);
+        widen(self, rows)
+    }
+
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        Some(self)
+    }
+}
+
+impl CodedSource for Rows {
+    fn coding(&self) -> &Coding {
+        &self.coding
+    }
+
+    fn codes(&self, rows: Range<usize>) -> CodedRows {
+        let Coding { code, groups, ref group_of, .. } = self.coding;
+        let (bits, cols, per_word) = (code.bits(), group_of.len(), 32 / code.bits());
         let words = cols.div_ceil(per_word);
-        let mut out = Vec::with_capacity(rows.len() * cols);
-        for row in rows {
-            let zero = |group: usize| match &self.zeros {
-                None => 1 << (self.bits - 1),
-                Some(zeros) => unpack(zeros[row / per_word * self.groups + group], row % per_word, self.bits),
-            };
-            out.extend(self.group_of.iter().enumerate().map(|(col, &group)| {
-                let q = unpack(word(&self.words, row * words + col / per_word), col % per_word, self.bits);
-                let group = group as usize;
-                (q as f32 - zero(group) as f32) * self.scales[row * self.groups + group]
-            }));
+        let mut codes = Vec::with_capacity(rows.len() * cols);
+        for row in rows.clone() {
+            let word = |col: usize| word(&self.words, row * words + col / per_word);
+            codes.extend((0..cols).map(|col| unpack(word(col), col % per_word, bits) as u8));
         }
-        out
+        let zeros = self.zeros.iter().flat_map(|zeros| {
+            let cells = rows.clone().flat_map(|row| (0..groups).map(move |group| (row, group)));
+            cells.map(|(row, group)| unpack(zeros[row / per_word * groups + group], row % per_word, bits) as u8)
+        });
+        CodedRows {
+            codes,
+            zeros: zeros.collect(),
+            scales: self.scales[rows.start * groups..rows.end * groups].to_vec(),
+        }
     }
 }

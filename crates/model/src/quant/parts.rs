@@ -71,13 +71,18 @@ impl Parts {
         self.parts.remove(suffix).unwrap_or_else(|| panic!("{}.{suffix} was verified", self.module)).1
     }
 
-    /// Copies finite floats.
-    pub(crate) fn floats(&mut self, suffix: &str) -> Result<Vec<f32>, CheckpointError> {
-        let dtype = match self.parts[suffix].0 {
+    /// The type of floats.
+    pub(crate) fn float(&self, suffix: &str) -> DType {
+        match self.parts[suffix].0 {
             "F32" => DType::F32,
             "BF16" => DType::BF16,
             _ => DType::F16,
-        };
+        }
+    }
+
+    /// Copies finite floats.
+    pub(crate) fn floats(&mut self, suffix: &str) -> Result<Vec<f32>, CheckpointError> {
+        let dtype = self.float(suffix);
         let (name, part) = (self.name(suffix), self.take(suffix));
         let host = HostTensor::new(&name, dtype, vec![part.len() / dtype.bytes(1)], &part);
         match precision::first_non_finite(&host) {

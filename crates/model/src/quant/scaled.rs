@@ -8,8 +8,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use baton_device::RowSource;
-use half::f16;
+use baton_device::{Code, CodedRows, CodedSource, Coding, RowSource, widen};
 
 use super::parts::{FLOATS, Parts, StoredTensor};
 use crate::checkpoint::{CheckpointError, Part};
@@ -43,24 +42,13 @@ impl Codes {
         }
     }
 
-    /// The values of all codes.
-    fn table(self) -> [f32; 256] {
-        std::array::from_fn(|code| match self {
-            Codes::E4M3 => e4m3(code as u8),
-            Codes::E5M2 => f16::from_bits((code as u16) << 8).to_f32(),
-            Codes::I8 => f32::from(code as u8 as i8),
-        })
+    pub(super) fn code(self) -> Code {
+        match self {
+            Codes::E4M3 => Code::E4M3,
+            Codes::E5M2 => Code::E5M2,
+            Codes::I8 => Code::Int8,
+        }
     }
-}
-
-fn e4m3(code: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
-    let magnitude = match (exponent, code & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa / 8.0 * 2f32.powi(-6),
-        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
-    };
-    if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 /// One byte per element, a scale per block.
@@ -105,18 +93,23 @@ impl Scaled {
     }
 
     pub(super) fn open(&self, shape: [usize; 2], mut parts: Parts) -> Result<Box<dyn RowSource>, CheckpointError> {
+        let dtype = parts.float(self.scales);
         let scales = parts.floats(self.scales)?;
-        let zeros =
-            self.zero_points.then(|| parts.take("weight_zero_point").iter().map(|z| f32::from(*z as i8)).collect());
-        let table = self.codes.table();
-        let codes = parts.take("weight");
-        if let Some(at) = precision::first_where(&codes, |[code]| !self.codes.is_finite(code)) {
-            let value = table[usize::from(codes[at])];
+        let bytes = parts.take("weight");
+        if let Some(at) = precision::first_where(&bytes, |[code]| !self.codes.is_finite(code)) {
+            let value = self.codes.code().numbers()[usize::from(bytes[at])];
             return Err(CheckpointError::NotFinite { tensor: format!("{}.weight", parts.module), element: at, value });
         }
-        let cells = self.grid(shape);
+        let [_, groups] = self.grid(shape);
         let block = [0, 1].map(|i| if self.block[i] == 0 { shape[i] } else { self.block[i] });
-        Ok(Box::new(Rows { codes, table, scales, zeros, cols: shape[1], block, grid_cols: cells[1] }))
+        let (code, zeros, group_of) = (self.codes.code(), self.zero_points, Coding::groups_of(shape[1], block[1]));
+        Ok(Box::new(Rows {
+            coding: Coding { code, scales: dtype, zeros, groups, group_of },
+            bytes,
+            scales,
+            zeros: self.zero_points.then(|| parts.take("weight_zero_point")),
+            block: block[0],
+        }))
     }
 }
 
@@ -138,35 +131,50 @@ impl fmt::Display for Scaled {
 }
 
 struct Rows {
-    /// `[out, in]`.
-    codes: Part,
-    table: [f32; 256],
+    coding: Coding,
+    /// `[out, in]`, as stored.
+    bytes: Part,
     /// One per block, row-major.
     scales: Vec<f32>,
-    zeros: Option<Vec<f32>>,
-    cols: usize,
-    block: [usize; 2],
-    grid_cols: usize,
+    zeros: Option<Part>,
+    /// Rows of a block.
+    block: usize,
 }
 
 impl fmt::Debug for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "scaled bytes, {} columns", self.cols)
+        write!(f, "scaled bytes, {} columns", self.coding.group_of.len())
     }
 }
 
 impl RowSource for Rows {
     fn rows(&self, rows: Range<usize>) -> Vec<f32> {
-        let mut out = Vec::with_capacity(rows.len() * self.cols);
-        for row in rows {
-            let codes = &self.codes[row * self.cols..][..self.cols];
-            let cells = row / self.block[0] * self.grid_cols;
-            for (cell, codes) in (cells..).zip(codes.chunks(self.block[1])) {
-                let (scale, zero) = (self.scales[cell], self.zeros.as_ref().map_or(0.0, |z| z[cell]));
-                out.extend(codes.iter().map(|code| (self.table[usize::from(*code)] - zero) * scale));
-            }
+        widen(self, rows)
+    }
+
+    fn as_coded(&self) -> Option<&dyn CodedSource> {
+        Some(self)
+    }
+}
+
+impl CodedSource for Rows {
+    fn coding(&self) -> &Coding {
+        &self.coding
+    }
+
+    fn codes(&self, rows: Range<usize>) -> CodedRows {
+        let Coding { code, groups, ref group_of, .. } = self.coding;
+        let codes = |bytes: &[u8]| match code {
+            // Two's complement, counted from the lowest.
+            Code::Int8 => bytes.iter().map(|byte| byte ^ 0x80).collect(),
+            _ => bytes.to_vec(),
+        };
+        let cells = || rows.clone().map(|row| row / self.block * groups..(row / self.block + 1) * groups);
+        CodedRows {
+            codes: codes(&self.bytes[rows.start * group_of.len()..rows.end * group_of.len()]),
+            scales: cells().flat_map(|cells| &self.scales[cells]).copied().collect(),
+            zeros: self.zeros.iter().flat_map(|zeros| cells().flat_map(|cells| codes(&zeros[cells]))).collect(),
         }
-        out
     }
 }
 
@@ -175,20 +183,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_mean_what_their_formats_say() {
-        let e4m3 = Codes::E4M3.table();
-        assert_eq!(
-            [e4m3[0x7e], e4m3[0xfe], e4m3[0x08], e4m3[0x01], e4m3[0x38]],
-            [448.0, -448.0, 0.015625, 0.001953125, 1.0]
-        );
-        assert_eq!(e4m3.iter().filter(|v| !v.is_finite()).count(), 2);
-        assert!(e4m3[0x7f].is_nan() && e4m3[0xff].is_nan());
-        let e5m2 = Codes::E5M2.table();
-        assert_eq!([e5m2[0x7b], e5m2[0x01], e5m2[0x3c]], [57344.0, 2f32.powi(-16), 1.0]);
-        assert_eq!(e5m2.iter().filter(|v| !v.is_finite()).count(), 8);
-        for (codes, table) in [(Codes::E4M3, e4m3), (Codes::E5M2, e5m2), (Codes::I8, Codes::I8.table())] {
-            assert!((0..=255).all(|code| codes.is_finite(code) == table[usize::from(code)].is_finite()));
+    fn codes_that_are_refused_are_those_without_a_finite_number() {
+        for codes in [Codes::E4M3, Codes::E5M2, Codes::I8] {
+            let numbers = codes.code().numbers();
+            assert!((0..=255).all(|code| codes.is_finite(code) == numbers[usize::from(code)].is_finite()));
         }
-        assert_eq!([Codes::I8.table()[0x80], Codes::I8.table()[0x7f]], [-128.0, 127.0]);
     }
 }

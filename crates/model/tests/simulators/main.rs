@@ -7,6 +7,7 @@ mod common;
 #[path = "../../../device-cuda/tests/common/mod.rs"]
 mod cuda;
 
+mod codes;
 mod faulty;
 mod padding;
 mod ranks;

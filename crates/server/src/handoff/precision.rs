@@ -1,6 +1,6 @@
 //! What is rounded on the way to the numbers that are served, beyond what the trainer's golden values were.
 
-use baton_device::{Caps, DType, KvDtype, WeightFormat};
+use baton_device::{Caps, Code, DType, KvDtype, WeightFormat};
 use baton_handoff::{Feature, Manifest, PrecisionClass};
 use baton_model::LoadReport;
 
@@ -53,7 +53,8 @@ fn of_weights(format: WeightFormat) -> PrecisionClass {
         WeightFormat::F32 => PrecisionClass::Float32,
         WeightFormat::F16 | WeightFormat::BF16 => PrecisionClass::Half,
         WeightFormat::Ggml(block) if block.bytes() >= block.elements() => PrecisionClass::Int8,
-        WeightFormat::Ggml(_) => PrecisionClass::Int4,
+        WeightFormat::Coded(Code::Int8 | Code::E4M3 | Code::E5M2) => PrecisionClass::Int8,
+        WeightFormat::Ggml(_) | WeightFormat::Coded(Code::Int4 | Code::E2M1) => PrecisionClass::Int4,
     }
 }
 

@@ -16,6 +16,7 @@ pub fn check(_: &Path) -> Result<()> {
         "{NVRTC} names a folder with NVRTC: the Python package nvidia-cuda-nvrtc has it"
     );
     timed("goldens", || ignored("baton-model", "model", "golden::gpu_in_f32"))?;
+    timed("codes", || ignored("baton-model", "simulators", "codes::every_layout"))?;
     timed("cases", || ignored("baton-device-cuda", "conformance", "all_cases"))?;
     timed("kernels", || ignored("baton-device-cuda", "nvrtc", "every_kernel"))
 }
