@@ -14,6 +14,7 @@ mod handoff;
 mod harness;
 mod keys;
 mod lifecycle;
+mod limits;
 mod observe;
 mod operations;
 mod origins;
