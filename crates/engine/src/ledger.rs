@@ -39,13 +39,13 @@ pub(crate) struct Ledger {
     pub fault: Option<Fault>,
 }
 
-/// What the simulator breaks to see that it would notice.
+/// What is left out, for the simulator to see that it would notice.
 #[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    NoLift,
-    NoCharge,
-    NoWeight,
+    Lift,
+    Charge,
+    Weight,
 }
 
 impl Ledger {
@@ -67,7 +67,7 @@ impl Ledger {
         }
         let level = self.first().or(self.last.map(|last| self.turn(last)));
         #[cfg(test)]
-        let level = level.filter(|_| self.fault != Some(Fault::NoLift));
+        let level = level.filter(|_| self.fault != Some(Fault::Lift));
         turn.served = turn.served.max(level.map_or(0, |level| level.served));
         self.turns.insert(tenant, turn);
         self.waiting.insert(turn);
@@ -91,8 +91,8 @@ impl Ledger {
         let weight = share.weight.max(1);
         #[cfg(test)]
         let (weight, count) = match self.fault {
-            Some(Fault::NoCharge) => (weight, 0),
-            Some(Fault::NoWeight) => (1, count),
+            Some(Fault::Charge) => (weight, 0),
+            Some(Fault::Weight) => (1, count),
             _ => (weight, count),
         };
         self.change(share.tenant, |turn| turn.served += u128::from(count) * UNIT / u128::from(weight));

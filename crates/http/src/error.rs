@@ -137,7 +137,7 @@ impl ApiError {
             Some(tokens) => write!(message, " and {tokens} more were requested").expect("a String takes all"),
             None => message.push_str(", which leaves no room for an answer"),
         }
-        Self::bad_request("context_length_exceeded", param, message).as_refusal(Refusal::TooLong)
+        Self::bad_request("context_length_exceeded", param, message).counted_as(Refusal::TooLong)
     }
 
     /// A text that is only read does not fit into the context.
@@ -145,7 +145,7 @@ impl ApiError {
         let message = format!(
             "the context holds {context} tokens; the input has {tokens}: shorten it, or ask for truncate_prompt_tokens"
         );
-        Self::bad_request("context_length_exceeded", param, message).as_refusal(Refusal::TooLong)
+        Self::bad_request("context_length_exceeded", param, message).counted_as(Refusal::TooLong)
     }
 
     /// Prompt and output do not fit into the cache, even alone.
@@ -153,7 +153,7 @@ impl ApiError {
         let message = format!(
             "prompt and output need {needed_blocks} blocks of cache, the server has {total_blocks}; ask for fewer tokens"
         );
-        Self::bad_request("context_length_exceeded", param, message).as_refusal(Refusal::TooLong)
+        Self::bad_request("context_length_exceeded", param, message).counted_as(Refusal::TooLong)
     }
 
     /// No or wrong key.
@@ -239,7 +239,7 @@ impl ApiError {
         Self { close: true, ..error }
     }
 
-    fn as_refusal(self, refusal: Refusal) -> Self {
+    fn counted_as(self, refusal: Refusal) -> Self {
         Self { refusal: Some(refusal), ..self }
     }
 
@@ -261,7 +261,7 @@ impl ApiError {
     /// The queue is full, or the request waited in it too long. There may be room after this time.
     pub fn overloaded(refusal: Refusal, wait: Duration) -> Self {
         let error = Self::unavailable("overloaded", 1, "the server is at its limit; try again later");
-        error.as_refusal(refusal).after(wait)
+        error.counted_as(refusal).after(wait)
     }
 
     /// The key has reached a limit of its own.
@@ -281,14 +281,14 @@ impl ApiError {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, kind, "rate_limit_exceeded", "").after(wait);
         let Retry::After(seconds) = error.retry else { unreachable!("it was just set") };
         let message = format!("rate limit reached: this key may have {limit}; please try again in {seconds}s");
-        Self { message, ..error.as_refusal(refusal) }
+        Self { message, ..error.counted_as(refusal) }
     }
 
     /// The request was not done within its own `deadline_ms`.
     pub fn deadline_exceeded() -> Self {
         let message = "the request was not done within its deadline_ms";
         Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, "deadline_exceeded", message)
-            .as_refusal(Refusal::Deadline)
+            .counted_as(Refusal::Deadline)
             .never()
     }
 
@@ -365,7 +365,7 @@ impl ApiError {
 
     /// The server is going down.
     pub fn draining() -> Self {
-        let error = Self::unavailable("draining", 5, "the server is shutting down").as_refusal(Refusal::Draining);
+        let error = Self::unavailable("draining", 5, "the server is shutting down").counted_as(Refusal::Draining);
         Self { close: true, ..error }
     }
 

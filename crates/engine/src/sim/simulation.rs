@@ -118,7 +118,7 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
         priority: [0, 0, 0, -1, 1][rng.random_range(0..5)],
         time_limit: rng.random_bool(0.1).then(|| Duration::from_millis(rng.random_range(0..400))),
         prompt_scores: rng.random_bool(0.2).then(|| random_scores(rng, prompt.len())),
-        batch: max_tokens % 5 == 0,
+        batch: max_tokens.is_multiple_of(5),
         ..Request::new(prompt, if is_plain { plain_params(rng) } else { random_params(rng) }, max_tokens)
     });
     let choices = if rng.random_bool(0.3) { rng.random_range(2..5) } else { 1 };

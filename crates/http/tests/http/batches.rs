@@ -458,7 +458,10 @@ async fn lines_of_a_key_beyond_its_limits_keep_nobody_elses_waiting() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, wait).await.expect("it waits behind the other");
+    if tokio::time::timeout(PATIENCE, wait).await.is_err() {
+        let other = server.get_with_key(&format!("/v1/batches/{id}"), "other").await.json();
+        panic!("it waits behind the other: {other}, {}", batch(&server, &limited).await);
+    }
     let limited = batch(&server, &limited).await;
     assert_eq!((&limited["status"], &limited["request_counts"]["failed"]), (&json!("in_progress"), &json!(0)));
 }
