@@ -25,6 +25,7 @@ use baton_model::{RunError, RunSpec, Runner, Score, ScoreRequest, SequenceOutput
 
 use crate::constrain::MaskPool;
 use crate::handle::EngineConfig;
+use crate::intake::Amount;
 use crate::scheduler::{RequestOutput, Scheduler};
 use crate::sequence::Sequence;
 use crate::{DeviceFailures, EngineFailure, EngineStats, Request, RequestId};
@@ -179,7 +180,7 @@ impl Core {
     }
 
     /// Requests that started, or ended without starting, so far: of the foreground, and of the background.
-    pub fn left_queue(&self) -> [u64; 2] {
+    pub fn left_queue(&self) -> [Amount; 2] {
         self.scheduler.left_queue()
     }
 

@@ -6,7 +6,6 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,6 +19,7 @@ use tokio::sync::watch;
 use crate::constrain::MaskPool;
 use crate::core::Core;
 use crate::handle::{Command, EngineConfig, EngineHandle, Gate, Shared, Submission};
+use crate::intake::Limits;
 use crate::rebuild::{self, Rebuild};
 use crate::scheduler::RequestOutput;
 use crate::streams::Streams;
@@ -78,10 +78,10 @@ fn start(runner: Box<dyn Runner>, rebuild: Option<Rebuild>, config: EngineConfig
     let core = Core::new(runner, rebuild.is_some(), &config, secret, masks);
     let shared = Arc::new(Shared {
         spec,
-        max_queued: config.max_queued,
+        queue: Limits { requests: config.max_queued, tokens: config.max_queued_tokens },
         epoch: Instant::now(),
         gate: Mutex::new(Gate::default()),
-        left_queue: [const { AtomicU64::new(0) }; 2],
+        left_queue: Default::default(),
         stats: Mutex::new(EngineStats { alive: true, ..core.stats() }),
         streams: Mutex::new(Streams::default()),
         step_started: Mutex::new(None),
@@ -251,7 +251,7 @@ impl EngineThread {
 
     fn publish_stats(&self) {
         for (shared, left_queue) in self.shared.left_queue.iter().zip(self.core.left_queue()) {
-            shared.store(left_queue, Ordering::Release);
+            shared.store(left_queue);
         }
         let mut stats = self.shared.stats.lock();
         // Whoever gave the thread up has the last word: it comes to these statistics behind the streams.

@@ -4,7 +4,7 @@
 //! the engine in the order of its ids, and will get its one `Finished` event.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use baton_model::RunSpec;
@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
+use crate::intake::{Amount, Intake, Limits, SharedAmount};
 use crate::streams::Streams;
 use crate::timeline::{StepRecording, Timeline};
 use crate::{EngineStats, OutputEvent, Request, RequestId, SpeculationConfig, SubmitError};
@@ -27,6 +28,8 @@ pub struct EngineConfig {
     /// Accepted requests that have not started, at most; those of the background are counted apart, up to the same
     /// number. A group with more choices is never accepted.
     pub max_queued: usize,
+    /// Tokens of their prompts, at most, counted in the same way; `None` for any number. What waits alone may have more.
+    pub max_queued_tokens: Option<usize>,
     /// Keep computed blocks for later requests with the same prefix.
     pub enable_prefix_caching: bool,
     /// Part of the name of every cached block, whatever its scope: a digest of all that decides what is computed.
@@ -48,6 +51,7 @@ impl Default for EngineConfig {
             max_num_seqs: 64,
             max_num_batched_tokens: 2048,
             max_queued: 1024,
+            max_queued_tokens: None,
             enable_prefix_caching: true,
             cache_namespace: Vec::new(),
             speculation: None,
@@ -84,12 +88,13 @@ pub(crate) struct Submission {
 /// State that the engine thread and all handles share.
 pub(crate) struct Shared {
     pub spec: RunSpec,
-    pub max_queued: usize,
+    /// What may wait, of each class.
+    pub queue: Limits,
     /// Times in the engine are durations since this moment.
     pub epoch: Instant,
     pub gate: Mutex<Gate>,
-    /// How many accepted requests have started, or ended without starting: of the foreground, and of the background.
-    pub left_queue: [AtomicU64; 2],
+    /// What has started, or ended without starting: of the foreground, and of the background.
+    pub left_queue: [SharedAmount; 2],
     pub stats: Mutex<EngineStats>,
     pub streams: Mutex<Streams>,
     /// Since when the step is under way whose end is the next: its begin, or the end of the one before it if that is later.
@@ -103,8 +108,8 @@ pub(crate) struct Shared {
 /// channel behind a `Drain`, or after the engine thread has emptied it for the last time.
 #[derive(Default)]
 pub(crate) struct Gate {
-    /// Requests accepted so far, of the foreground and of the background; the next ids of each.
-    pub accepted: [u64; 2],
+    /// Of the foreground, and of the background.
+    pub intake: [Intake; 2],
     pub draining: bool,
     pub down: bool,
 }
@@ -141,24 +146,24 @@ impl EngineHandle {
         if gate.draining {
             return Err(SubmitError::Draining);
         }
-        for (class, (accepted, left_queue)) in gate.accepted.iter().zip(&self.shared.left_queue).enumerate() {
-            let new = requests.iter().filter(|request| usize::from(request.background) == class).count();
-            let queued = (accepted - left_queue.load(Ordering::Acquire)) as usize;
-            let max_queued = self.shared.max_queued;
-            if new > 0 && queued + new > max_queued {
-                return Err(SubmitError::QueueFull { queued, max_queued });
-            }
-        }
-
-        let groups = gate.accepted;
         let arrival = self.shared.epoch.elapsed();
+        // The next ids of each class.
+        let groups = gate.intake.each_ref().map(|intake| intake.accepted.requests);
+        let wanted = [false, true]
+            .map(|background| Amount::of(requests.iter().filter(|request| request.background == background)));
+        for ((intake, left), wanted) in gate.intake.iter_mut().zip(&self.shared.left_queue).zip(wanted) {
+            intake.check(self.shared.queue, left.load(), wanted, arrival)?;
+        }
+        gate.intake.iter_mut().zip(wanted).for_each(|(intake, wanted)| intake.accept(wanted));
+
+        let mut next = groups;
         let mut submissions = Vec::with_capacity(requests.len());
         let mut streams = Vec::with_capacity(requests.len());
         for request in requests {
             let (class, background) = (usize::from(request.background), request.background);
             let group = RequestId::nth(groups[class], background);
-            let id = RequestId::nth(gate.accepted[class], background);
-            gate.accepted[class] += 1;
+            let id = RequestId::nth(next[class], background);
+            next[class] += 1;
             let (sender, receiver) = unbounded_channel();
             submissions.push(Submission { id, group, request, arrival, events: sender });
             streams.push(OutputStream {
@@ -183,6 +188,13 @@ impl EngineHandle {
     /// Records what each step does from now on, in memory for the `capacity` newest; `None` while somebody else does.
     pub fn record_steps(&self, capacity: usize) -> Option<StepRecording> {
         StepRecording::begin(&self.shared, capacity)
+    }
+
+    /// How long it takes, at the pace of late, until there is room in the queue for what was refused for want of it. For
+    /// any other refusal, or none, until all that waits has begun.
+    pub fn room_in(&self, refusal: Option<&SubmitError>) -> Duration {
+        let gate = self.shared.gate.lock();
+        gate.intake[0].room_in(refusal, self.shared.left_queue[0].load(), self.shared.epoch.elapsed())
     }
 
     /// Takes no new requests from now on; those accepted finish.

@@ -11,6 +11,8 @@ mod constrain;
 mod core;
 mod engine;
 mod handle;
+mod intake;
+mod ledger;
 mod rebuild;
 mod request;
 mod scheduler;
@@ -30,7 +32,7 @@ pub use handle::{EngineConfig, EngineHandle, OutputStream};
 pub use rebuild::Rebuild;
 pub use request::{
     CacheScope, EngineFailure, FinishReason, HiddenStates, OutputEvent, PositionScore, PromptScores, Request,
-    RequestId, SubmitError, Tenant, Timings, Usage,
+    RequestId, Share, SubmitError, Tenant, Timings, Usage,
 };
 pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};

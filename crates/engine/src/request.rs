@@ -10,7 +10,7 @@ use std::time::Duration;
 use baton_model::{Adapter, ConstraintError, Grammar, RunError, SamplingParams, SequenceFailure};
 
 /// The engine's own number for a request; strings that clients send are never keys. Ids grow in the order of
-/// acceptance, and those of background requests are above all others: of one priority, a smaller id goes first.
+/// acceptance, and those of background requests are above all others: of one tenant and priority, a smaller id goes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 
@@ -39,9 +39,24 @@ pub struct CacheScope {
     pub salt: Vec<u8>,
 }
 
-/// Somebody whose cached blocks are counted together. The caller makes these distinct.
+/// Somebody whose cached blocks, or whose requests, are counted together. The caller makes these distinct.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Tenant(pub [u8; 32]);
+
+/// Whose turn a request takes, and how much of the engine that tenant is given while others wait as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Whose.
+    pub tenant: Tenant,
+    /// How much, relative to others; 0 is as 1.
+    pub weight: u32,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { tenant: Tenant::default(), weight: 1 }
+    }
+}
 
 /// One sequence to generate. Immutable once submitted.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,8 +84,13 @@ pub struct Request {
     pub prompt_scores: Option<PromptScores>,
     /// What the output must be.
     pub grammar: Option<Arc<dyn Grammar>>,
-    /// Who goes first of those that wait and stays longest of those that run: the lower value, then who came first.
+    /// Between tenants whoever was served less goes first.
+    pub share: Share,
+    /// Who goes first of the same tenant, and stays longest: the lower value, then who came first. To other tenants it
+    /// means nothing.
     pub priority: i32,
+    /// Nobody waits for it: it comes behind all that are not of a batch, whosever they are.
+    pub batch: bool,
     /// Advances only in steps in which nothing else is to be done, gives its blocks to whoever needs them, and leaves
     /// none in the prefix cache.
     pub background: bool,
@@ -98,7 +118,8 @@ pub enum HiddenStates {
 }
 
 impl Request {
-    /// A request without stop tokens, deadlines, adapter, scores and grammar, in the common cache scope.
+    /// A request without stop tokens, deadlines, adapter, scores and grammar, in the common cache scope and of the common
+    /// tenant.
     pub fn new(prompt: Vec<u32>, params: SamplingParams, max_tokens: u32) -> Self {
         Self {
             prompt,
@@ -111,7 +132,9 @@ impl Request {
             cache_scope: CacheScope::default(),
             prompt_scores: None,
             grammar: None,
+            share: Share::default(),
             priority: 0,
+            batch: false,
             background: false,
         }
     }
@@ -125,8 +148,20 @@ pub enum SubmitError {
     QueueFull {
         /// Requests that wait for their first step.
         queued: usize,
+        /// Choices that were to be added.
+        wanted: usize,
         /// The limit.
         max_queued: usize,
+    },
+    /// Too many tokens of prompts have not started yet; each choice has its own. A request that waits alone may have more.
+    #[error("the queue is full: prompts of {queued} tokens wait, at most {max_queued_tokens} may")]
+    QueuedTokens {
+        /// Tokens of prompts that wait for their first step.
+        queued: usize,
+        /// Those that were to be added.
+        wanted: usize,
+        /// The limit.
+        max_queued_tokens: usize,
     },
     /// There is no token to start from.
     #[error("the prompt is empty; at least one token is needed")]

@@ -9,17 +9,21 @@
 //! nothing of the foreground runs or waits. Meanwhile background sequences keep their blocks, until the foreground needs
 //! them.
 //!
-//! Invariant: of each class the first by [`Rank`] (priority, then arrival) of those that wait is the next to be admitted,
-//! and the last of those that run is the first to be preempted. So nobody is overtaken by its equals, and the first of
-//! all always makes progress, alone in the whole cache if it must: behind it whoever has a worse priority waits as long
-//! as better ones keep coming. Nobody who runs is preempted for one who waits. And the steps of the foreground are
-//! what they would be without any background, but for the prefixes that the background's blocks displaced from the
-//! cache.
+//! Who goes first is decided by class, then between tenants by what they [were served](crate::ledger), then within a tenant
+//! by priority and arrival.
+//!
+//! Invariant: the first of those that wait is the next to be admitted, and the last of those that run is the first to be
+//! preempted. So within a tenant nobody is overtaken by its equals, and the first of all always makes progress, alone in
+//! the whole cache if it must: behind it whoever has a worse priority waits as long as its tenant's better ones keep coming.
+//! Nobody who runs is preempted for one who waits, but for a tenant that holds far fewer places than it: see
+//! [`gives_way`](Scheduler::gives_way). And the steps of the foreground are what they would be without any background, but
+//! for the prefixes that the background's blocks displaced from the cache.
 
 mod ahead;
 mod commit;
+mod queue;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use baton_model::{RunSpec, SequenceStep, StepPlan};
@@ -27,7 +31,10 @@ use baton_model::{RunSpec, SequenceStep, StepPlan};
 use crate::block::BlockId;
 use crate::block_manager::{BlockHasher, BlockManager};
 use crate::constrain::MaskJob;
-use crate::sequence::{Rank, Sequence, Start};
+use crate::intake::Amount;
+use crate::ledger::PROMPT_TOKEN;
+use crate::scheduler::queue::{Queue, Urgency};
+use crate::sequence::{Sequence, Start};
 use crate::speculate::{lookup, worth};
 use crate::{
     DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, SpeculationConfig,
@@ -55,9 +62,9 @@ pub(crate) struct Scheduler {
     /// Sequences that hold blocks. Each is part of every step of its class.
     running: BTreeMap<RequestId, Sequence>,
     /// Sequences that hold nothing: new and preempted ones.
-    waiting: BTreeMap<Rank, Sequence>,
+    waiting: Queue,
     /// Requests that started, or ended without starting: of the foreground, and of the background.
-    left_queue: [u64; 2],
+    left_queue: [Amount; 2],
     counters: EngineStats,
 }
 
@@ -81,8 +88,8 @@ impl Scheduler {
             unclean: Vec::new(),
             in_doubt: BTreeMap::new(),
             running: BTreeMap::new(),
-            waiting: BTreeMap::new(),
-            left_queue: [0; 2],
+            waiting: Queue::default(),
+            left_queue: [Amount::default(); 2],
             counters,
         }
     }
@@ -96,7 +103,10 @@ impl Scheduler {
         if !sequence.renew_adapter() {
             return Some(self.finish(sequence, FinishReason::Error(EngineFailure::AdapterLost), now));
         }
-        self.waiting.insert(sequence.rank(), sequence);
+        if !self.runs(is_background) && !self.waiting.has(is_background) {
+            self.waiting.forget(is_background);
+        }
+        self.waiting.insert(sequence);
         None
     }
 
@@ -106,7 +116,7 @@ impl Scheduler {
     }
 
     /// Requests that started, or ended without starting, so far: of the foreground, and of the background.
-    pub fn left_queue(&self) -> [u64; 2] {
+    pub fn left_queue(&self) -> [Amount; 2] {
         self.left_queue
     }
 
@@ -145,59 +155,83 @@ impl Scheduler {
     ///
     /// Of the class whose turn it is:
     ///
-    /// 1. Running sequences, first by rank, get the blocks that they miss. If there are too few, the last by rank
-    ///    gives its own up, waits again and later computes from its tokens what it lost.
-    /// 2. They get what they miss of the budget. All but one miss one token, since nobody is admitted before the
-    ///    latest has all it misses, and that one goes last; so each gets some.
-    /// 3. Waiting sequences, first by rank, are admitted while budget, places and blocks last. The
-    ///    first that cannot be admitted ends the step's plan: nobody passes it.
-    /// 4. Drafts take what is left of budget and blocks, and nobody's place.
+    /// 1. Running sequences, first by urgency, get the blocks that they miss. If there are too few, the last gives its own
+    ///    up, waits again and later computes from its tokens what it lost.
+    /// 2. Each running sequence has a row of the budget. All, first by urgency, get what else they miss, and those that
+    ///    wait are admitted in their place among them, while budget, places and blocks last. Nobody passes the first, also
+    ///    if it cannot be admitted; but what the step does for its tenant may make another's the first.
+    /// 3. Drafts take what is left of budget and blocks, and nobody's place.
     ///
-    /// In each of these the blocks of background sequences are there for the foreground, the last's first.
+    /// In each of these the blocks of background sequences are there for the foreground, the last's first. Tenants are
+    /// charged for prompts as they are planned, so that several are admitted in turn, and for outputs when they are there.
     pub fn schedule(&mut self, now: Duration) -> StepPlan {
         let mut plan = StepPlan::default();
-        let mut budget = self.max_num_batched_tokens;
-        let block_size = self.blocks.block_size();
         let background = self.is_background_turn();
         let of_class = |id: &RequestId| id.is_background() == background;
         let mut preempted_own = false;
 
-        let mut ranks: Vec<Rank> =
-            self.running.values().map(Sequence::rank).filter(|rank| of_class(&rank.id)).collect();
-        ranks.sort_unstable();
-        for rank in &ranks {
+        let mut behind = self.in_order(background);
+        for urgency in &behind {
             // Gone if it was preempted, and then so were all after it.
-            while let Some(sequence) = self.running.get_mut(&rank.id) {
+            while let Some(sequence) = self.running.get_mut(&urgency.id()) {
                 if self.blocks.grow(sequence, sequence.tokens.len()) {
                     break;
                 }
                 preempted_own |= of_class(&self.preempt_last());
             }
         }
-        let mut running: Vec<&Sequence> = ranks.iter().filter_map(|rank| self.running.get(&rank.id)).collect();
-        running.sort_by_key(|sequence| sequence.num_pending() > 1);
-        for sequence in running {
-            let n = sequence.num_pending().min(budget);
-            debug_assert!(n > 0, "every running sequence is part of every step of its class");
-            plan.sequences.push(sequence.step(n, block_size));
-            budget -= n;
-        }
-
-        // Blocks that a preemption among equals just set free are for those that run.
-        while !preempted_own && budget > 0 && self.waiting.keys().next().is_some_and(|rank| of_class(&rank.id)) {
-            let Some(sequence) = self.admit(plan.sequences.len(), now) else { break };
-            let n = sequence.num_pending().min(budget);
-            budget -= n;
-            plan.sequences.push(sequence.step(n, block_size));
+        behind.retain(|urgency| self.running.contains_key(&urgency.id()));
+        let mut left = self.max_num_batched_tokens;
+        let mut refused = None;
+        loop {
+            // Blocks that a preemption among equals just set free are for those that run.
+            while !preempted_own
+                && left > behind.len()
+                && let Some(first) = self.waiting.first().filter(|first| of_class(&first.id()))
+                && refused != Some(first.id())
+                && behind.front().is_none_or(|next| first < *next)
+            {
+                if self.admit(&first, plan.sequences.len(), &mut behind, now) {
+                    left -= self.plan(first.id(), left - behind.len(), &mut plan);
+                } else {
+                    refused = Some(first.id());
+                }
+            }
+            let Some(next) = behind.pop_front() else { break };
+            left -= self.plan(next.id(), left - behind.len(), &mut plan);
         }
         self.add_drafts(&mut plan);
         plan
     }
 
+    /// Adds a running sequence to the plan, with as many of its tokens as there is room for; returns how many.
+    fn plan(&mut self, id: RequestId, room: usize, plan: &mut StepPlan) -> usize {
+        let sequence = self.running.get_mut(&id).expect("who is planned runs");
+        let n = sequence.num_pending().min(room);
+        debug_assert!(n > 0, "every running sequence is part of every step of its class");
+        let uncharged = sequence.take_uncharged(n) as u64;
+        self.waiting.charge(sequence, uncharged * PROMPT_TOKEN);
+        plan.sequences.push(sequence.step(n, self.blocks.block_size()));
+        n
+    }
+
+    /// The running sequences of a class, the first to go first.
+    fn in_order(&self, background: bool) -> VecDeque<Urgency> {
+        let of_class = self.running.values().filter(|sequence| sequence.id.is_background() == background);
+        let mut order: Vec<Urgency> = of_class.map(|sequence| self.waiting.urgency(sequence)).collect();
+        order.sort_unstable();
+        order.into()
+    }
+
     /// Whether the next step is of the background: there is nothing else.
     pub fn is_background_turn(&self) -> bool {
-        let first = [self.running.keys().next(), self.waiting.keys().next().map(|rank| &rank.id)];
-        first.into_iter().flatten().all(|id| id.is_background())
+        !self.runs(false) && !self.waiting.has(false)
+    }
+
+    /// Whether anything of the background runs, or of the foreground.
+    fn runs(&self, background: bool) -> bool {
+        let id = if background { self.running.keys().next_back() } else { self.running.keys().next() };
+        id.is_some_and(|id| id.is_background() == background)
     }
 
     /// Adds drafts to the sequences of a step that sample, in equal parts of the rows that are left.
@@ -247,33 +281,69 @@ impl Scheduler {
         self.speculation.as_ref().map_or(0, most).saturating_sub(tokens)
     }
 
-    /// Moves the first waiting sequence to the running ones, if it may start beside the `running` ones of its class.
-    fn admit(&mut self, running: usize, now: Duration) -> Option<&Sequence> {
-        if running >= self.max_num_seqs {
-            return None;
-        }
-        let (&rank, sequence) = self.waiting.first_key_value()?;
-        let id = rank.id;
+    /// Moves the first that waits to the running ones, if it may start beside those of its class that are `planned` and
+    /// those `behind` it, of whom some may give way.
+    fn admit(&mut self, first: &Urgency, planned: usize, behind: &mut VecDeque<Urgency>, now: Duration) -> bool {
+        let (rank, id) = (first.rank(), first.id());
+        let sequence = self.waiting.get(rank).expect("it waits");
         if shares_soon(&self.blocks, self.running.values(), sequence) {
-            return None;
+            return false;
+        }
+        if planned + behind.len() >= self.max_num_seqs && !self.displace(first, behind) {
+            return false;
         }
         // Each running sequence may need one block within the next `block_size` steps. Without them to
         // spare, whoever is admitted now would soon be preempted again.
-        while !self.blocks.admit(self.waiting.get_mut(&rank)?, running) {
-            if !self.preempt_background_for(id) {
-                return None;
+        while !self.blocks.admit(self.waiting.get_mut(rank).expect("it waits"), planned + behind.len()) {
+            if !self.preempt_background_for(id) && !self.displace(first, behind) {
+                return false;
             }
         }
-        let mut sequence = self.waiting.remove(&rank)?;
+        let mut sequence = self.waiting.start(rank).expect("it waits");
         if sequence.start.is_none() {
             let cached_tokens = sequence.num_computed;
             sequence.start = Some(Start { at: now, cached_tokens });
-            self.left_queue[usize::from(id.is_background())] += 1;
+            self.leaves_queue(&sequence);
             let looked_up = if sequence.num_cacheable() == 0 { 0 } else { sequence.prompt_len };
             self.counters.prefix_query_tokens += looked_up as u64;
             self.counters.prefix_hit_tokens += cached_tokens as u64;
         }
-        Some(self.running.entry(sequence.id).or_insert(sequence))
+        self.running.insert(id, sequence);
+        true
+    }
+
+    /// Takes the blocks of the one that gives way to `first`, if one of those `behind` does.
+    fn displace(&mut self, first: &Urgency, behind: &mut VecDeque<Urgency>) -> bool {
+        let gone = self.gives_way(first, behind).and_then(|index| behind.remove(index));
+        gone.inspect(|urgency| self.preempt(urgency.id())).is_some()
+    }
+
+    /// Which of the running ones `behind` it gives way to `first`, which waits: the last of the tenant that holds the most
+    /// places for its weight, if `first`'s holds not half as many, also with one more, and it keeps others.
+    ///
+    /// So a tenant that comes to an engine which another one fills need not wait for any of its requests to end. It gets a
+    /// third of the places in this way; the rest as they become free. What one takes, the other cannot take back.
+    fn gives_way(&self, first: &Urgency, behind: &VecDeque<Urgency>) -> Option<usize> {
+        let mut held = BTreeMap::<_, u64>::new();
+        for sequence in self.running.values().filter(|sequence| !sequence.id.is_background()) {
+            *held.entry(sequence.share.tenant).or_default() += 1;
+        }
+        let own = held.get(&first.tenant()).copied().unwrap_or_default() + 1;
+        let weight = |sequence: &Sequence| u64::from(sequence.share.weight.max(1));
+        let own_weight = weight(self.waiting.get(first.rank())?);
+        let others = behind.iter().enumerate().filter(|(_, other)| other.tenant() != first.tenant());
+        let load = |(index, other): (usize, &Urgency)| {
+            let (held, weight) = (held.get(&other.tenant())?, weight(self.running.get(&other.id())?));
+            let gives = *held > 1 && 2 * own * weight <= held * own_weight;
+            // In whole parts of a place, as far as it matters.
+            gives.then_some(((held << 20) / weight, index))
+        };
+        others.filter_map(load).max().map(|(_, index)| index)
+    }
+
+    /// A request has started, or ended without starting.
+    fn leaves_queue(&mut self, sequence: &Sequence) {
+        self.left_queue[usize::from(sequence.id.is_background())].add(sequence.prompt_len);
     }
 
     /// Blocks that must be cleared before the step just planned, whoever holds them by now: nothing was
@@ -284,18 +354,23 @@ impl Scheduler {
 
     /// The running sequence that is the first to lose its blocks.
     fn last(&self) -> Option<&Sequence> {
-        self.running.values().max_by_key(|sequence| sequence.rank())
+        self.running.values().max_by_key(|sequence| self.waiting.urgency(sequence))
     }
 
     /// Takes all blocks from the last running sequence, which waits then.
     fn preempt_last(&mut self) -> RequestId {
         let id = self.last().expect("whoever lacks a block is running").id;
-        let mut sequence = self.running.remove(&id).expect("it was just found");
+        self.preempt(id);
+        id
+    }
+
+    /// Takes all blocks from a running sequence, which waits then.
+    fn preempt(&mut self, id: RequestId) {
+        let mut sequence = self.running.remove(&id).expect("it runs");
         debug_assert!(!sequence.is_begun_ahead(), "it will run again, and what is under way would be of its past");
         self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
-        self.waiting.insert(sequence.rank(), sequence);
+        self.waiting.insert(sequence);
         self.counters.preemptions += u64::from(!id.is_background());
-        id
     }
 
     /// Takes the blocks of a background sequence, if there is one that has some and `id` is of the foreground.
@@ -336,6 +411,17 @@ impl Scheduler {
 
     pub fn in_doubt(&self) -> &BTreeMap<RequestId, BlockId> {
         &self.in_doubt
+    }
+
+    /// The first of those that wait, of the class whose turn it is.
+    pub fn first_waiting(&self) -> Option<RequestId> {
+        let background = self.is_background_turn();
+        self.waiting.first().map(|first| first.id()).filter(|id| id.is_background() == background)
+    }
+
+    /// Breaks the order between tenants.
+    pub fn plant(&mut self, fault: crate::ledger::Fault) {
+        self.waiting.plant(fault);
     }
 
     pub fn leak_a_block(&mut self) {

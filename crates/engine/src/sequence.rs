@@ -10,11 +10,16 @@ use crate::block::BlockId;
 use crate::block_manager::BlockTable;
 use crate::constrain::{Constrained, MaskJob};
 use crate::speculate::Drafting;
-use crate::{CacheScope, EngineFailure, HiddenStates, PositionScore, PromptScores, Request, RequestId, Timings, Usage};
+use crate::{
+    CacheScope, EngineFailure, HiddenStates, PositionScore, PromptScores, Request, RequestId, Share, Tenant, Timings,
+    Usage,
+};
 
 /// A request under way.
 pub(crate) struct Sequence {
     pub id: RequestId,
+    pub class: Class,
+    pub share: Share,
     pub priority: i32,
     /// The id of the first choice of its request.
     pub group: RequestId,
@@ -23,6 +28,9 @@ pub(crate) struct Sequence {
     pub prompt_len: usize,
     /// Tokens whose keys and values are in `table`, from the first on.
     pub num_computed: usize,
+    /// Tokens of the prompt that its tenant was charged for, or that were in the cache, from the first on: computed again,
+    /// they cost nothing.
+    pub num_charged: usize,
     /// As `num_computed` once the step that was begun ahead has ended; not above it if there is none.
     pub num_begun: usize,
     /// Blocks for all of `tokens` while it runs, empty while it waits.
@@ -58,10 +66,30 @@ pub(crate) struct Start {
     pub cached_tokens: usize,
 }
 
-/// Who goes first of those that wait, and stays longest of those that run: the smaller one.
+/// Which of all goes first, whosever it is: the smaller one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Class {
+    Foreground,
+    /// Of the foreground too, but behind those for whom somebody waits.
+    Batch,
+    Background,
+}
+
+impl Class {
+    pub fn of(id: RequestId, request: &Request) -> Self {
+        match (id.is_background(), request.batch) {
+            (true, _) => Self::Background,
+            (false, true) => Self::Batch,
+            (false, false) => Self::Foreground,
+        }
+    }
+}
+
+/// Who goes first of the same class and tenant: the smaller one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rank {
-    pub is_background: bool,
+    pub class: Class,
+    pub tenant: Tenant,
     pub priority: i32,
     pub id: RequestId,
 }
@@ -73,11 +101,14 @@ impl Sequence {
         let num_scored = if last_alone { request.prompt.len().saturating_sub(1) } else { 0 };
         Self {
             id,
+            class: Class::of(id, &request),
+            share: request.share,
             priority: request.priority,
             group,
             prompt_len: request.prompt.len(),
             tokens: request.prompt,
             num_computed: 0,
+            num_charged: 0,
             num_begun: 0,
             table: BlockTable::default(),
             scope: request.cache_scope,
@@ -106,7 +137,15 @@ impl Sequence {
     }
 
     pub fn rank(&self) -> Rank {
-        Rank { is_background: self.id.is_background(), priority: self.priority, id: self.id }
+        Rank { class: self.class, tenant: self.share.tenant, priority: self.priority, id: self.id }
+    }
+
+    /// The next `n` tokens are part of a step: those of the prompt that were not charged for before, and are from now on.
+    pub fn take_uncharged(&mut self, n: usize) -> usize {
+        let from = self.num_charged.max(self.num_computed);
+        let to = (self.num_computed + n).min(self.prompt_len);
+        self.num_charged = from.max(to);
+        to.saturating_sub(from)
     }
 
     /// Tokens generated so far.

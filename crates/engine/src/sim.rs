@@ -8,6 +8,8 @@ mod background;
 #[cfg(test)]
 mod cases;
 #[cfg(test)]
+mod fairness;
+#[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod grammars;

@@ -121,10 +121,10 @@ fn r8_a_full_queue_refuses_at_once_counts_each_choice_and_an_abort_frees_the_pla
     let (handle, _engine, control) = start(EngineConfig { max_queued: 3, ..EngineConfig::default() });
     let running = hang(&handle, &control);
     let group = handle.submit_group(vec![request(1, 3); 2]).unwrap();
-    let full = SubmitError::QueueFull { queued: 2, max_queued: 3 };
+    let full = SubmitError::QueueFull { queued: 2, wanted: 2, max_queued: 3 };
     assert_eq!(handle.submit_group(vec![request(2, 3); 2]).err(), Some(full));
     let last = handle.submit(request(2, 3)).unwrap();
-    let full = SubmitError::QueueFull { queued: 3, max_queued: 3 };
+    let full = SubmitError::QueueFull { queued: 3, wanted: 1, max_queued: 3 };
     assert_eq!(handle.submit(request(3, 3)).err(), Some(full));
 
     last.abort();
@@ -137,12 +137,30 @@ fn r8_a_full_queue_refuses_at_once_counts_each_choice_and_an_abort_frees_the_pla
 }
 
 #[test]
+fn r8_tokens_of_prompts_that_wait_are_bounded_and_what_waits_alone_may_have_more() {
+    let (handle, _engine, control) = start(EngineConfig { max_queued_tokens: Some(20), ..EngineConfig::default() });
+    let running = hang(&handle, &control);
+    let long = Request { prompt: vec![1; 30], ..request(1, 3) };
+    let waiting = handle.submit(long.clone()).unwrap();
+    let full = SubmitError::QueuedTokens { queued: 30, wanted: 30, max_queued_tokens: 20 };
+    assert_eq!(handle.submit(long).err(), Some(full.clone()));
+    assert!(handle.room_in(Some(&full)) > Duration::ZERO);
+    waiting.abort();
+    control.release();
+    assert_eq!(reason(waiting), FinishReason::Aborted);
+    let next = handle.submit(request(3, 3)).expect("there is room");
+    for stream in [running, next] {
+        assert_eq!(reason(stream), FinishReason::Length);
+    }
+}
+
+#[test]
 fn r8_the_background_fills_no_place_in_the_queue_of_the_foreground() {
     let (handle, _engine, control) = start(EngineConfig { max_queued: 2, ..EngineConfig::default() });
     let running = hang(&handle, &control);
     let background = |family| Request { background: true, ..request(family, 3) };
     let canaries = handle.submit_group(vec![background(1), background(2)]).unwrap();
-    let full = SubmitError::QueueFull { queued: 2, max_queued: 2 };
+    let full = SubmitError::QueueFull { queued: 2, wanted: 1, max_queued: 2 };
     assert_eq!(handle.submit(background(3)).err(), Some(full.clone()));
     let clients = [4, 5].map(|family| handle.submit(request(family, 3)).unwrap());
     assert_eq!(handle.submit(request(6, 3)).err(), Some(full));

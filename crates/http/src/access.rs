@@ -19,8 +19,9 @@ use parking_lot::Mutex;
 
 use crate::admission::GuardedBody;
 use crate::auth::OnBehalfOf;
-use crate::error::ApiError;
+use crate::error::{ApiError, Refusal};
 use crate::keys::{Granted, Owner};
+use crate::limits::KeyLimits;
 use crate::service::Service;
 use crate::summary::{Asked, Known, RequestSummary};
 use crate::trace_context::TraceContext;
@@ -29,9 +30,6 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The digest of the generation that a request was given.
 const GENERATION: HeaderName = HeaderName::from_static("x-baton-generation");
 const MAX_REQUEST_ID_CHARS: usize = 128;
-
-/// What is added to the priority of a request of a batch.
-const BATCH_PRIORITY: i32 = 1 << 20;
 
 /// Status in the log for a client that left before the reply began, as nginx writes it.
 const CLIENT_LEFT: u16 = 499;
@@ -45,7 +43,7 @@ pub(crate) struct AccessRecord {
     method: &'static str,
     route: String,
     of_batch: bool,
-    owner: OnceLock<Owner>,
+    sender: OnceLock<(Owner, KeyLimits)>,
     arrived: SystemTime,
     arrival: Instant,
     status: AtomicU16,
@@ -63,7 +61,7 @@ impl AccessRecord {
             method: method_name(request.method()),
             route: extensions.get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned(),
             of_batch: extensions.get::<OnBehalfOf>().is_some(),
-            owner: OnceLock::new(),
+            sender: OnceLock::new(),
             arrived: SystemTime::now(),
             arrival: Instant::now(),
             status: AtomicU16::new(CLIENT_LEFT),
@@ -77,25 +75,26 @@ impl AccessRecord {
         self.request_id.as_bytes()
     }
 
-    /// The priority in the engine of a request that asks for this one. Of a batch, for which nobody waits, it is among its
-    /// own, and behind all others.
-    pub fn priority(&self, asked: i32) -> i32 {
-        match self.of_batch {
-            true => BATCH_PRIORITY.saturating_add(asked.max(-BATCH_PRIORITY / 2)),
-            false => asked,
-        }
+    /// Whether it is a line of a batch, for which nobody waits.
+    pub fn of_batch(&self) -> bool {
+        self.of_batch
     }
 
     /// The request was sent by whom this was granted.
     pub fn sent_by(&self, granted: &Granted) {
         // Keys are looked at once.
-        let _ = self.owner.set(granted.owner());
+        let _ = self.sender.set((granted.owner(), granted.limits()));
         self.known.lock().key = granted.name().cloned();
     }
 
     /// Whose the request is.
     pub fn owner(&self) -> Owner {
-        self.owner.get().copied().unwrap_or(Owner::ANYONE)
+        self.sender.get().map_or(Owner::ANYONE, |(owner, _)| *owner)
+    }
+
+    /// What its key's requests may take.
+    pub fn limits(&self) -> KeyLimits {
+        self.sender.get().map_or(KeyLimits::default(), |(_, limits)| *limits)
     }
 
     /// The request is given the generation of this digest, and is answered under this name.
@@ -136,6 +135,11 @@ impl AccessRecord {
     /// Where the time of a choice went.
     pub fn timings(&self, timings: &Timings) {
         self.known.lock().timings(timings);
+    }
+
+    /// The request was not taken up, perhaps behind a head that says 200.
+    pub fn refused(&self, error: &ApiError) {
+        self.known.lock().refused = error.refusal().map(Refusal::reason);
     }
 
     /// The request has failed, perhaps behind a head that says 200.

@@ -4,6 +4,7 @@
 //! response body. So a drain that waits for all tickets waits for every stream.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ use prometheus::IntGauge;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::access::AccessRecord;
+use crate::error::ApiError;
 use crate::service::Service;
 
 /// Counts what is under way.
@@ -85,10 +88,21 @@ pub(crate) async fn layer(State(service): State<Service>, request: Request, next
     // The ticket first: a drain that begins after the check then waits for it.
     let ticket = service.in_flight().ticket();
     if let Err(error) = service.takes_requests() {
+        if let Some(record) = request.extensions().get::<Arc<AccessRecord>>() {
+            record.refused(&error);
+        }
         return error.into_response();
     }
     let guard = (Raised::new(&service.metrics().in_flight), ticket);
-    next.run(request).await.map(|body| Body::new(GuardedBody::new(body, guard)))
+    let record = request.extensions().get::<Arc<AccessRecord>>().cloned();
+    let mut response = next.run(request).await;
+    if let Some(record) = record {
+        if let Some(error) = response.extensions().get::<ApiError>() {
+            record.refused(error);
+        }
+        response.headers_mut().extend(service.limit_headers(&record));
+    }
+    response.map(|body| Body::new(GuardedBody::new(body, guard)))
 }
 
 /// A body with something that is dropped together with it.

@@ -4,15 +4,19 @@
 //! on threads of its own; a request whose client leaves drops its receiver, which the other side sees.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_text::{EncoderInput, TextModel};
 use tokio::sync::oneshot;
 
 use crate::access::AccessRecord;
-use crate::error::ApiError;
+use crate::error::{ApiError, Refusal};
 use crate::generation::ModelCard;
+use crate::limits::Ask;
 use crate::service::Service;
+
+/// When there may be room again: batches of encoders are short.
+const A_MOMENT: Duration = Duration::from_secs(1);
 
 /// What an encoder computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -191,10 +195,12 @@ impl Encoder {
     ) -> Result<Vec<Vec<f32>>, ApiError> {
         record.generation(&self.card.generation, &self.card.names[0]);
         record.prompt_tokens(inputs.iter().map(|input| input.ids.len()).sum());
+        let tokens = inputs.iter().map(|input| input.ids.len()).sum();
+        let mut taken = service.charge(record, Ask { choices: 1, tokens })?;
         let (sender, receiver) = oneshot::channel();
         let deadline = service.config().queue_timeout.map(|timeout| Instant::now() + timeout);
         let refused = |refusal| match refusal {
-            EncoderRefusal::QueueFull => ApiError::overloaded(),
+            EncoderRefusal::QueueFull => ApiError::overloaded(Refusal::QueueFull, A_MOMENT),
             EncoderRefusal::Stopped => ApiError::engine_down(),
             EncoderRefusal::Empty { index } => ApiError::out_of_range(&field(index), "at least one token long"),
             EncoderRefusal::TooLong { index, tokens } => {
@@ -205,13 +211,14 @@ impl Encoder {
             }
         };
         self.engine.submit(inputs, deadline, EncoderReply(sender)).map_err(refused)?;
+        taken.used(tokens);
         record.submitted(None);
         let result = tokio::select! {
             result = receiver => result.unwrap_or(Err(EncoderFailure::Failed)),
             () = service.kill_switch().cancelled_owned() => return Err(ApiError::draining()),
         };
         result.map_err(|failure| match failure {
-            EncoderFailure::Expired => ApiError::overloaded(),
+            EncoderFailure::Expired => ApiError::overloaded(Refusal::Deadline, A_MOMENT),
             EncoderFailure::NonFinite => ApiError::engine_always("the model computed values that are not finite"),
             EncoderFailure::Failed => ApiError::engine("the computation failed"),
             EncoderFailure::Stopped => ApiError::engine_down(),

@@ -5,9 +5,12 @@
 //! name of a field.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use baton_engine::{EngineFailure, RunError};
 use http::StatusCode;
+
+use crate::limits::Exceeded;
 
 mod wire;
 
@@ -20,9 +23,51 @@ pub(crate) struct ApiError {
     param: Option<String>,
     message: String,
     retry: Retry,
+    /// If it is a refusal that is counted as such.
+    refusal: Option<Refusal>,
     /// The rest of the request is not worth reading: close the connection.
     close: bool,
 }
+
+/// Why a request that is right in itself is not taken up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    QueueFull,
+    QueuedTokens,
+    KeyConcurrency,
+    KeyRate,
+    TooLong,
+    Draining,
+    Deadline,
+}
+
+impl Refusal {
+    pub const ALL: [Self; 7] = [
+        Self::QueueFull,
+        Self::QueuedTokens,
+        Self::KeyConcurrency,
+        Self::KeyRate,
+        Self::TooLong,
+        Self::Draining,
+        Self::Deadline,
+    ];
+
+    /// As metrics say it.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::QueueFull => "queue_full",
+            Self::QueuedTokens => "queued_tokens",
+            Self::KeyConcurrency => "key_concurrency",
+            Self::KeyRate => "key_rate",
+            Self::TooLong => "too_long",
+            Self::Draining => "draining",
+            Self::Deadline => "deadline",
+        }
+    }
+}
+
+/// Longest that a client is told to wait, in seconds.
+const LONGEST_WAIT: u32 = 60;
 
 /// What the client is told about trying again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,8 +85,8 @@ const SERVER: &str = "server_error";
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
-        let (param, retry) = (None, Retry::Unsaid);
-        Self { status, kind, code, param, message: message.into(), retry, close: false }
+        let (param, retry, refusal) = (None, Retry::Unsaid, None);
+        Self { status, kind, code, param, message: message.into(), retry, refusal, close: false }
     }
 
     fn bad_request(code: &'static str, param: &str, message: impl Into<String>) -> Self {
@@ -92,7 +137,7 @@ impl ApiError {
             Some(tokens) => write!(message, " and {tokens} more were requested").expect("a String takes all"),
             None => message.push_str(", which leaves no room for an answer"),
         }
-        Self::bad_request("context_length_exceeded", param, message)
+        Self::bad_request("context_length_exceeded", param, message).counted_as(Refusal::TooLong)
     }
 
     /// A text that is only read does not fit into the context.
@@ -100,7 +145,7 @@ impl ApiError {
         let message = format!(
             "the context holds {context} tokens; the input has {tokens}: shorten it, or ask for truncate_prompt_tokens"
         );
-        Self::bad_request("context_length_exceeded", param, message)
+        Self::bad_request("context_length_exceeded", param, message).counted_as(Refusal::TooLong)
     }
 
     /// Prompt and output do not fit into the cache, even alone.
@@ -108,7 +153,7 @@ impl ApiError {
         let message = format!(
             "prompt and output need {needed_blocks} blocks of cache, the server has {total_blocks}; ask for fewer tokens"
         );
-        Self::bad_request("context_length_exceeded", param, message)
+        Self::bad_request("context_length_exceeded", param, message).counted_as(Refusal::TooLong)
     }
 
     /// No or wrong key.
@@ -194,6 +239,16 @@ impl ApiError {
         Self { close: true, ..error }
     }
 
+    fn counted_as(self, refusal: Refusal) -> Self {
+        Self { refusal: Some(refusal), ..self }
+    }
+
+    /// The client may come back after this time.
+    fn after(self, wait: Duration) -> Self {
+        let seconds = (wait.as_secs_f64().ceil() as u32).clamp(1, LONGEST_WAIT);
+        Self { retry: Retry::After(seconds), ..self }
+    }
+
     fn never(self) -> Self {
         Self { retry: Retry::Never, ..self }
     }
@@ -203,15 +258,38 @@ impl ApiError {
         Self { retry: Retry::After(after), ..error }
     }
 
-    /// The queue is full, or the request waited in it too long.
-    pub fn overloaded() -> Self {
-        Self::unavailable("overloaded", 1, "the server is at its limit; try again later")
+    /// The queue is full, or the request waited in it too long. There may be room after this time.
+    pub fn overloaded(refusal: Refusal, wait: Duration) -> Self {
+        let error = Self::unavailable("overloaded", 1, "the server is at its limit; try again later");
+        error.counted_as(refusal).after(wait)
+    }
+
+    /// The key has reached a limit of its own.
+    pub fn rate_limited(exceeded: Exceeded) -> Self {
+        let (kind, refusal, limit, wait) = match exceeded {
+            Exceeded::Concurrency(limit) => {
+                let limit = format!("at most {limit} requests at once");
+                ("requests", Refusal::KeyConcurrency, limit, Duration::from_secs(1))
+            }
+            Exceeded::Requests(limit, wait) => {
+                ("requests", Refusal::KeyRate, format!("at most {limit} requests a minute (RPM)"), wait)
+            }
+            Exceeded::Tokens(limit, wait) => {
+                ("tokens", Refusal::KeyRate, format!("at most {limit} tokens a minute (TPM)"), wait)
+            }
+        };
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, kind, "rate_limit_exceeded", "").after(wait);
+        let Retry::After(seconds) = error.retry else { unreachable!("it was just set") };
+        let message = format!("rate limit reached: this key may have {limit}; please try again in {seconds}s");
+        Self { message, ..error.counted_as(refusal) }
     }
 
     /// The request was not done within its own `deadline_ms`.
     pub fn deadline_exceeded() -> Self {
         let message = "the request was not done within its deadline_ms";
-        Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, "deadline_exceeded", message).never()
+        Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, "deadline_exceeded", message)
+            .counted_as(Refusal::Deadline)
+            .never()
     }
 
     /// No model is loaded yet.
@@ -287,7 +365,8 @@ impl ApiError {
 
     /// The server is going down.
     pub fn draining() -> Self {
-        Self { close: true, ..Self::unavailable("draining", 5, "the server is shutting down") }
+        let error = Self::unavailable("draining", 5, "the server is shutting down").counted_as(Refusal::Draining);
+        Self { close: true, ..error }
     }
 
     /// The engine failed this request.

@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use crate::error::ApiError;
+use crate::limits::KeyLimits;
 
 /// A key as the operator gave it in plain text. Never shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -45,6 +46,8 @@ pub struct ListedKey {
     pub scopes: Scopes,
     /// From then on it is good for nothing.
     pub expires: Option<SystemTime>,
+    /// What its requests may take.
+    pub limits: KeyLimits,
 }
 
 impl ListedKey {
@@ -63,8 +66,9 @@ fn bytes_of(hex: &str) -> Option<[u8; 32]> {
 
 impl fmt::Debug for ListedKey {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Self { name, digest: _, scopes, expires } = self;
-        f.debug_struct("ListedKey").field("name", name).field("scopes", scopes).field("expires", expires).finish()
+        let Self { name, digest: _, scopes, expires, limits } = self;
+        let mut key = f.debug_struct("ListedKey");
+        key.field("name", name).field("scopes", scopes).field("expires", expires).field("limits", limits).finish()
     }
 }
 
@@ -141,6 +145,7 @@ pub(crate) struct Granted {
     scopes: Scopes,
     standing: Standing,
     owner: Owner,
+    limits: KeyLimits,
 }
 
 /// What is known of a key that was sent, whatever it is good for.
@@ -158,6 +163,11 @@ impl Granted {
     /// Whose the request is, and what it asks to be kept.
     pub fn owner(&self) -> Owner {
         self.owner
+    }
+
+    /// What its requests may take.
+    pub fn limits(&self) -> KeyLimits {
+        self.limits
     }
 
     /// The name of the key, if it is one of ours.
@@ -194,11 +204,12 @@ struct Key {
     digest: [u8; 32],
     scopes: Scopes,
     expires: Option<SystemTime>,
+    limits: KeyLimits,
 }
 
 impl From<ListedKey> for Key {
-    fn from(ListedKey { name, digest, scopes, expires }: ListedKey) -> Self {
-        Self { name: name.into(), digest, scopes, expires }
+    fn from(ListedKey { name, digest, scopes, expires, limits }: ListedKey) -> Self {
+        Self { name: name.into(), digest, scopes, expires, limits }
     }
 }
 
@@ -215,6 +226,7 @@ impl Keys {
                 digest: Owner::of_key(key.0.as_bytes()).0,
                 scopes: scopes.and(Scopes::METRICS),
                 expires: None,
+                limits: KeyLimits::default(),
             };
             (1..).zip(keys).map(key).collect()
         };
@@ -238,6 +250,11 @@ impl Keys {
         *self.known.write() = known;
     }
 
+    /// Whether the key of this digest is known.
+    pub fn knows(&self, owner: Owner) -> bool {
+        self.known.read().iter().any(|key| key.digest == owner.0)
+    }
+
     /// What the sender of the key of this digest may do now.
     pub fn grant(&self, sender: Owner) -> Granted {
         let (known, now) = (self.known.read().clone(), SystemTime::now());
@@ -249,6 +266,7 @@ impl Keys {
             found.conditional_assign(&(found | worth), is_sent);
             place.conditional_assign(&index, is_sent);
         }
+        let limits = known.get(place as usize).map_or(KeyLimits::default(), |key| key.limits);
         let standing = match known.get(place as usize) {
             Some(key) if found & GOOD != 0 => Standing::Known(key.name.clone()),
             Some(_) => Standing::Expired,
@@ -256,6 +274,6 @@ impl Keys {
         };
         let owner = if matches!(standing, Standing::Known(_)) { sender } else { Owner::ANYONE };
         let scopes = Scopes(found & !(GOOD | EXPIRED)).and(self.free);
-        Granted { scopes, standing, owner }
+        Granted { scopes, standing, owner, limits }
     }
 }

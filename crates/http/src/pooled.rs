@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use baton_engine::SamplingParams;
 use baton_engine::{
-    Adapter, CacheScope, EngineFailure, FinishReason, HiddenStates, OutputEvent, OutputStream, PromptScores, Request,
+    Adapter, CacheScope, EngineHandle, FinishReason, HiddenStates, OutputEvent, OutputStream, PromptScores, Request,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -12,6 +12,7 @@ use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::generate::{engine_failure, refusal};
 use crate::generation::Generation;
+use crate::limits::Ask;
 use crate::service::Service;
 
 /// Texts of one request that the engine has at once: it batches them, and others have their turn.
@@ -50,12 +51,15 @@ pub(crate) async fn embed(
     };
     let request = |prompt| Request {
         deadline: service.config().queue_timeout,
-        priority: record.priority(0),
+        share: service.share(record),
+        batch: record.of_batch(),
         adapter: adapter.clone(),
         cache_scope: CacheScope { tenant: service.tenant(record), ..CacheScope::default() },
         prompt_scores: Some(PromptScores { hidden: Some(hidden), ..PromptScores::default() }),
         ..Request::new(prompt, SamplingParams::greedy(), 1)
     };
+    let tokens = inputs.iter().map(Vec::len).sum();
+    let mut taken = service.charge(record, Ask { choices: 1, tokens })?;
     let (mut inputs, mut streams) = (inputs.into_iter().enumerate(), VecDeque::new());
     let (mut embeddings, kill_switch) = (Vec::new(), service.kill_switch());
     loop {
@@ -64,18 +68,23 @@ pub(crate) async fn embed(
         {
             // Streams of a request that is refused are dropped, which aborts them.
             let stream = generation.engine.submit(request(input));
-            streams.push_back(stream.map_err(|error| refusal(&error, &field(index)))?);
+            taken.used(tokens);
+            streams.push_back(stream.map_err(|error| refusal(&generation.engine, &error, &field(index)))?);
         }
         let Some(stream) = streams.pop_front() else { return Ok(embeddings) };
         if embeddings.is_empty() {
             record.submitted(None);
         }
-        embeddings.push(pooled(stream, &kill_switch).await?);
+        embeddings.push(pooled(stream, &generation.engine, &kill_switch).await?);
     }
 }
 
 /// The mean of the hidden states that are told, scaled to the length 1.
-async fn pooled(mut stream: OutputStream, kill_switch: &CancellationToken) -> Result<Vec<f32>, ApiError> {
+async fn pooled(
+    mut stream: OutputStream,
+    engine: &EngineHandle,
+    kill_switch: &CancellationToken,
+) -> Result<Vec<f32>, ApiError> {
     let (mut sums, mut count) = (Vec::<f64>::new(), 0_usize);
     loop {
         let event = tokio::select! {
@@ -91,9 +100,11 @@ async fn pooled(mut stream: OutputStream, kill_switch: &CancellationToken) -> Re
                 }
             }
             OutputEvent::Token { .. } => {}
-            OutputEvent::Finished { reason: FinishReason::Error(failure), .. } => return Err(engine_failure(&failure)),
+            OutputEvent::Finished { reason: FinishReason::Error(failure), .. } => {
+                return Err(engine_failure(&failure, || engine.room_in(None)));
+            }
             OutputEvent::Finished { reason: FinishReason::Aborted, .. } => {
-                return Err(engine_failure(&EngineFailure::ShuttingDown));
+                return Err(ApiError::draining());
             }
             OutputEvent::Finished { .. } => break,
         }

@@ -6,7 +6,8 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use baton_engine::Tenant;
+use baton_engine::{Share, Tenant};
+use http::HeaderMap;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +20,7 @@ use crate::error::ApiError;
 use crate::generation::{Generation, NewGeneration, Retired};
 use crate::generations::{Generations, Pick, Traffic, TransitionError};
 use crate::keys::{ApiKey, Keys, ListedKey};
+use crate::limits::{Ask, Quotas, Taken};
 use crate::metrics::{HttpMetrics, OutsideCounter};
 use crate::observed::Observed;
 use crate::places::Places;
@@ -141,6 +143,7 @@ struct Shared {
     metrics: HttpMetrics,
     slow: SlowRequests,
     usage: Arc<Usage>,
+    quotas: Arc<Quotas>,
     in_flight: Counter,
     draining: CancellationToken,
     kill_switch: CancellationToken,
@@ -165,6 +168,7 @@ impl Service {
             rollout: OnceLock::new(),
             metrics: HttpMetrics::new(),
             slow: SlowRequests::default(),
+            quotas: Arc::default(),
             in_flight: Counter::default(),
             draining: CancellationToken::new(),
             kill_switch: CancellationToken::new(),
@@ -260,6 +264,7 @@ impl Service {
     /// Knows these keys from now on, instead of those of the list before. Work that is under way goes on.
     pub fn replace_listed_keys(&self, listed: &[ListedKey]) {
         self.0.keys.replace_list(listed);
+        self.0.quotas.keep(|owner| self.0.keys.knows(owner));
     }
 
     /// Lets admin routes command rollouts. The first control stays.
@@ -386,6 +391,22 @@ impl Service {
     /// The places for connections, of all listeners.
     pub(crate) fn places(&self) -> &Arc<Places> {
         &self.0.places
+    }
+
+    /// Whose turn a request takes in the engine.
+    pub(crate) fn share(&self, record: &AccessRecord) -> Share {
+        Share { tenant: Tenant(record.owner().digest()), weight: record.limits().weight }
+    }
+
+    /// Charges the request's key for it.
+    pub(crate) fn charge(&self, record: &AccessRecord, ask: Ask) -> Result<Taken, ApiError> {
+        let taken = self.0.quotas.take(record.owner(), record.limits(), ask, self.0.started.elapsed());
+        taken.map_err(ApiError::rate_limited)
+    }
+
+    /// What a reply says of its key's limits.
+    pub(crate) fn limit_headers(&self, record: &AccessRecord) -> HeaderMap {
+        self.0.quotas.headers(record.owner(), record.limits(), self.0.started.elapsed())
     }
 
     /// Ends all replies with an error when it is cancelled: the drain has lasted too long.

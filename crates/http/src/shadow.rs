@@ -160,7 +160,7 @@ impl Shadow {
         let prompt = tokio::task::spawn_blocking(move || encode(&candidate)).await;
         let prompt = prompt.map_err(|_| Failure::Other)?.map_err(|_| Failure::Other)?;
         let mut stream = self.candidate.engine.submit(Request { prompt, ..request }).map_err(|error| match error {
-            SubmitError::QueueFull { .. } => Failure::Skipped,
+            SubmitError::QueueFull { .. } | SubmitError::QueuedTokens { .. } => Failure::Skipped,
             _ => Failure::Other,
         })?;
         let mut tokens = Vec::new();

@@ -60,6 +60,8 @@ pub struct Known {
     pub endings: Vec<&'static str>,
     /// The code of its failure, perhaps behind a head that says 200.
     pub error: Option<&'static str>,
+    /// Why it was not taken up, if so, as `baton_requests_refused_total` says it.
+    pub refused: Option<&'static str>,
 }
 
 /// Parameters of a request.

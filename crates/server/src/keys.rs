@@ -5,7 +5,11 @@
 //! name = "search"
 //! sha256 = "5e884898…"             # printf %s "$KEY" | sha256sum
 //! scopes = ["inference"]           # inference, admin, metrics
-//! expires = 2027-01-01T00:00:00Z   # may be left out
+//! expires = 2027-01-01T00:00:00Z   # may be left out, as all that follows
+//! weight = 2                       # of the engine, relative to other keys; 1 without
+//! max_concurrent_requests = 8
+//! requests_per_minute = 600
+//! tokens_per_minute = 100000
 //! ```
 //!
 //! Everything is taken or nothing, and what is refused is named by its key's number and the field, never by its value: a
@@ -14,12 +18,27 @@
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use baton_http::{ListedKey, OTHER_KEYS, Scopes};
+use baton_http::{KeyLimits, ListedKey, OTHER_KEYS, Scopes};
 use chrono::DateTime;
 use toml::{Table, Value};
 
 /// Longest name.
 const MAX_NAME_BYTES: usize = 64;
+
+/// What a weight is at most: with larger ones others would wait for ever.
+const MAX_WEIGHT: u32 = 1000;
+
+/// What a key has; the first three it must.
+const FIELDS: [&str; 8] = [
+    "name",
+    "sha256",
+    "scopes",
+    "expires",
+    "weight",
+    "max_concurrent_requests",
+    "requests_per_minute",
+    "tokens_per_minute",
+];
 
 /// The keys of a file.
 ///
@@ -49,8 +68,8 @@ pub fn parse(file: &[u8]) -> Result<Vec<ListedKey>> {
 
 fn key(entry: &Table) -> Result<ListedKey> {
     for field in entry.keys() {
-        let known = ["name", "sha256", "scopes", "expires"].contains(&field.as_str());
-        ensure!(known, "a key has name, sha256, scopes and perhaps expires, nothing else");
+        let known = FIELDS.contains(&field.as_str());
+        ensure!(known, "a key has name, sha256 and scopes, perhaps {}, nothing else", FIELDS[3..].join(", "));
     }
     let text = |field: &str| entry.get(field).and_then(Value::as_str);
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.@".contains(&b);
@@ -71,7 +90,21 @@ fn key(entry: &Table) -> Result<ListedKey> {
         digest,
         scopes: scopes.into_iter().fold(Scopes::default(), Scopes::and),
         expires: entry.get("expires").map(expiry).transpose()?,
+        limits: KeyLimits {
+            weight: count(entry, "weight", MAX_WEIGHT)?.unwrap_or(1),
+            max_concurrent_requests: count(entry, "max_concurrent_requests", u32::MAX)?,
+            requests_per_minute: count(entry, "requests_per_minute", u32::MAX)?,
+            tokens_per_minute: count(entry, "tokens_per_minute", u32::MAX)?,
+        },
     })
+}
+
+/// A whole number, if the field is there.
+fn count(entry: &Table, field: &str, max: u32) -> Result<Option<u32>> {
+    let Some(value) = entry.get(field) else { return Ok(None) };
+    let count =
+        value.as_integer().and_then(|count| u32::try_from(count).ok()).filter(|count| (1..=max).contains(count));
+    Ok(Some(count.with_context(|| format!("{field} must be a whole number from 1 to {max}"))?))
 }
 
 /// A moment as TOML writes it, or as a string.
@@ -115,6 +148,20 @@ mod tests {
     }
 
     #[test]
+    fn limits_are_read_and_without_any_there_are_none() {
+        let limits = |more: &str| parse(entry(more).as_bytes()).unwrap()[0].limits;
+        assert_eq!(limits(""), KeyLimits::default());
+        let all = "weight = 3\nmax_concurrent_requests = 8\nrequests_per_minute = 60\ntokens_per_minute = 100_000";
+        let expected = KeyLimits {
+            weight: 3,
+            max_concurrent_requests: Some(8),
+            requests_per_minute: Some(60),
+            tokens_per_minute: Some(100_000),
+        };
+        assert_eq!(limits(all), expected);
+    }
+
+    #[test]
     fn what_is_no_list_of_keys_is_refused_by_place_and_never_by_value() {
         let replaced = |from: &str, to: &str| entry("").replace(from, to);
         let other = DIGEST.replace('5', "7");
@@ -138,6 +185,12 @@ mod tests {
             (entry("expires = \"s3cret\""), "offset"),
             (entry("expires = 2027-01-01"), "offset"),
             (entry("expires = 12"), "a moment"),
+            (entry("weight = 0"), "weight must be a whole number from 1 to 1000"),
+            (entry("weight = 1001"), "weight must be"),
+            (entry("weight = 1.5"), "weight must be"),
+            (entry("max_concurrent_requests = -1"), "max_concurrent_requests must be"),
+            (entry("tokens_per_minute = \"s3cret\""), "tokens_per_minute must be"),
+            (entry("requests_per_minute = 0"), "requests_per_minute must be"),
             (entry("") + &entry("").replace(DIGEST, &other), "key 2: its name"),
             (entry("") + &replaced("\"a\"", "\"b\""), "key 2: its name"),
         ];

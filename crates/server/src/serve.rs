@@ -335,6 +335,7 @@ pub fn prepare(mut model: Model, settings: &Settings, names: Option<Vec<String>>
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,
         max_queued: settings.max_queued_requests,
+        max_queued_tokens: settings.max_queued_tokens,
         enable_prefix_caching: settings.enable_prefix_caching,
         speculation: settings.speculative_config.as_ref().map(SpeculativeConfig::speculation),
         cache_namespace: model.generation.0.to_vec(),

@@ -85,6 +85,7 @@ pub struct Settings {
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
     pub max_queued_requests: usize,
+    pub max_queued_tokens: Option<usize>,
     #[serde(serialize_with = "seconds")]
     pub queue_timeout: Duration,
     /// Of devices with memory of their own.

@@ -86,6 +86,30 @@ async fn keys_are_read_again_at_sighup_and_when_their_file_changes_and_a_bad_fil
     assert!(!log().contains("s3cret"), "{}", log());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r9_the_limits_of_a_listed_key_hold_until_the_file_says_others() {
+    let folder = TempDir::new().expect("a folder");
+    let file = folder.path().join("keys.toml");
+    let write = |more: &str| fs::write(&file, entry("one") + more + &entry("two")).expect("a file");
+    write("weight = 2\nrequests_per_minute = 2\n");
+    let port = free_port().expect("a port");
+    let (mut command, _) = command(port, folder.path());
+    command.args(["--host", "0.0.0.0", "--api-keys-file", file.to_str().expect("UTF-8")]);
+    let server = launch(command, port).await;
+    let chat = async |key: &str| {
+        let target = Target { api_key: Some(key.to_owned()), ..server.target().clone() };
+        let body = json!({"messages": [{"role": "user", "content": "1 + 1?"}], "max_tokens": 2});
+        Client::new(target).post("/v1/chat/completions", &body).await.expect("an answer")
+    };
+    assert_eq!((chat("one").await.0.as_u16(), chat("one").await.0.as_u16()), (200, 200));
+    let (status, refused) = chat("one").await;
+    assert_eq!((status.as_u16(), &refused["error"]["code"]), (429, &json!("rate_limit_exceeded")));
+    assert_eq!(chat("two").await.0.as_u16(), 200);
+    write("requests_per_minute = 100000\n");
+    hang_up(&server);
+    eventually("the new limit holds", async || chat("one").await.0.as_u16() == 200).await;
+}
+
 /// Where the TCP sockets of a process are, as the kernel lists them: port here, port there, listening.
 fn sockets(pid: u32, table: &str) -> Vec<(u16, u16, bool)> {
     let links = fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors").flatten();

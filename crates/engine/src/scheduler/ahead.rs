@@ -18,7 +18,7 @@ impl Scheduler {
     /// 1. `last` is of the foreground. A step of the background, begun ahead, would stand in the way of who comes meanwhile.
     /// 2. `last` samples every sequence, by a plain draw: the tokens are on the device, and nothing else decides what follows.
     /// 3. Some of its sequences are still running and do not end with it, whatever it samples.
-    /// 4. Nobody waits who might be admitted behind it.
+    /// 4. Nobody waits who might be admitted behind it, as far as what tenants were served until now tells who is the first.
     /// 5. No drafts would be made for it, nor by it for the one behind: they follow tokens that nobody knows yet.
     /// 6. Blocks are there without taking any from the foreground.
     pub fn schedule_ahead(&mut self, last: &StepPlan) -> Option<StepPlan> {
@@ -64,20 +64,23 @@ impl Scheduler {
     /// Whether the first of the foreground that waits might be admitted beside `running` others once the step under way has
     /// ended; that step `makes_room` if it may give more to them than is there now.
     fn may_admit(&mut self, running: usize, makes_room: bool) -> bool {
-        let Some(rank) = self.waiting.keys().next().copied().filter(|rank| !rank.is_background) else { return false };
+        let Some(first) = self.waiting.first().filter(|first| !first.id().is_background()) else { return false };
         if makes_room {
             return true;
         }
-        if running >= self.max_num_seqs {
-            return false;
+        let mut behind = self.in_order(false);
+        behind.retain(|other| first < *other);
+        let gives_way = self.gives_way(&first, &behind).is_some();
+        if gives_way || running >= self.max_num_seqs {
+            return gives_way;
         }
         // As it would be admitted.
         loop {
-            let sequence = self.waiting.get_mut(&rank).expect("it is the first");
+            let sequence = self.waiting.get_mut(first.rank()).expect("it is the first");
             if self.blocks.can_admit(sequence, running) {
                 return true;
             }
-            if !self.preempt_background_for(rank.id) {
+            if !self.preempt_background_for(first.id()) {
                 return false;
             }
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use baton_model::{SampledToken, SequenceFailure, SequenceOutput, StepOutput, StepPlan};
 
 use super::{RequestOutput, Scheduler};
+use crate::ledger::OUTPUT_TOKEN;
 use crate::sequence::Sequence;
 use crate::{EngineFailure, FinishReason, OutputEvent, RequestId};
 
@@ -74,6 +75,7 @@ impl Scheduler {
             sequence.tokens.push(token);
             sequence.first_token_at.get_or_insert(now);
             self.counters.generated_tokens += 1;
+            self.waiting.charge(sequence, OUTPUT_TOKEN);
 
             let stop = sequence.stop_token_ids.contains(&token).then_some(FinishReason::Stop { token });
             if stop.is_none() {
@@ -153,9 +155,8 @@ impl Scheduler {
     /// Ends the requests that should have started, or ended, by now and have not.
     pub fn expire(&mut self, now: Duration) -> Vec<RequestOutput> {
         let running = self.running.extract_if(.., |_, sequence| sequence.overdue(now).is_some());
-        let waiting = self.waiting.extract_if(.., |_, sequence| sequence.overdue(now).is_some());
-        let overdue = running.map(|(_, sequence)| sequence).chain(waiting.map(|(_, sequence)| sequence));
-        let overdue: Vec<Sequence> = overdue.collect();
+        let mut overdue: Vec<Sequence> = running.map(|(_, sequence)| sequence).collect();
+        overdue.extend(self.waiting.extract(|sequence| sequence.overdue(now).is_some()));
         let end = |mut sequence: Sequence| {
             let failure = sequence.overdue(now).expect("it was looked for");
             self.take_unfinished(&mut sequence);
@@ -166,10 +167,7 @@ impl Scheduler {
 
     /// Ends a request at the client's wish. `None` if it has ended already.
     pub fn abort(&mut self, id: RequestId, now: Duration) -> Option<RequestOutput> {
-        let mut sequence = self.running.remove(&id).or_else(|| {
-            let rank = self.waiting.keys().find(|rank| rank.id == id).copied()?;
-            self.waiting.remove(&rank)
-        })?;
+        let mut sequence = self.running.remove(&id).or_else(|| self.waiting.remove_id(id))?;
         self.take_unfinished(&mut sequence);
         Some(self.finish(sequence, FinishReason::Aborted, now))
     }
@@ -193,17 +191,15 @@ impl Scheduler {
     pub fn renewed(&mut self, now: Duration) -> Vec<RequestOutput> {
         debug_assert!(self.running.is_empty(), "whoever held blocks has failed");
         self.unclean.clear();
-        let lost = self.waiting.extract_if(.., |_, sequence| !sequence.renew_adapter());
-        let lost: Vec<Sequence> = lost.map(|(_, sequence)| sequence).collect();
+        let lost = self.waiting.extract(|sequence| !sequence.renew_adapter());
         let end = |sequence| self.finish(sequence, FinishReason::Error(EngineFailure::AdapterLost), now);
         lost.into_iter().map(end).collect()
     }
 
     /// Ends everything.
     pub fn fail_all(&mut self, failure: &EngineFailure, now: Duration) -> Vec<RequestOutput> {
-        let all =
-            std::mem::take(&mut self.running).into_values().chain(std::mem::take(&mut self.waiting).into_values());
-        let all: Vec<Sequence> = all.collect();
+        let mut all: Vec<Sequence> = std::mem::take(&mut self.running).into_values().collect();
+        all.extend(self.waiting.extract(|_| true));
         self.end_all_doubts();
         all.into_iter()
             .map(|mut sequence| {
@@ -217,7 +213,7 @@ impl Scheduler {
     pub(super) fn finish(&mut self, sequence: Sequence, reason: FinishReason, now: Duration) -> RequestOutput {
         debug_assert!(sequence.table.blocks().is_empty(), "an ended sequence holds no block");
         if sequence.start.is_none() {
-            self.left_queue[usize::from(sequence.id.is_background())] += 1;
+            self.leaves_queue(&sequence);
         }
         let finished = &mut self.counters.finished;
         match reason {

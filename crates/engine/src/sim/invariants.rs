@@ -3,14 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use super::fairness;
 use super::world::{Record, World};
-use crate::sequence::Sequence;
-use crate::{EngineFailure, FinishReason, RequestId};
+use crate::intake::Amount;
+use crate::sequence::{Class, Rank, Sequence};
+use crate::{EngineFailure, FinishReason, RequestId, Tenant};
 
 /// A named property of a [`World`].
 pub(crate) struct Invariant {
     pub name: &'static str,
     pub check: fn(&World) -> Result<(), String>,
+    /// Whether it looks at the last step alone, not at all that ever was.
+    pub is_of_a_step: bool,
     /// Breaks it in a world in which several requests run and wait.
     pub sabotage: fn(&mut World),
 }
@@ -20,6 +24,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "one terminal event",
         check: one_terminal_event,
+        is_of_a_step: false,
         sabotage: |world| {
             let (id, _) = live(world).next().expect("something lives");
             world.core.abort(id, world.now).into_iter().for_each(|output| world.note(vec![output.clone(), output]));
@@ -28,6 +33,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "blocks are conserved",
         check: blocks_are_conserved,
+        is_of_a_step: false,
         sabotage: |world| {
             world.core.scheduler_mut().leak_a_block();
         },
@@ -35,6 +41,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "the ended hold nothing, the others are kept",
         check: the_ended_hold_nothing,
+        is_of_a_step: false,
         sabotage: |world| {
             world.core.scheduler_mut().lose_a_sequence();
         },
@@ -42,6 +49,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "what waits and fits is scheduled",
         check: what_fits_is_scheduled,
+        is_of_a_step: true,
         sabotage: |world| {
             world.last_step.plan = None;
         },
@@ -49,6 +57,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "who runs advances",
         check: who_runs_advances,
+        is_of_a_step: true,
         sabotage: |world| {
             world.last_step.plan.as_mut().expect("it stepped").sequences.remove(0);
         },
@@ -56,6 +65,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "nobody waits for a step ahead",
         check: nobody_waits_for_a_step_ahead,
+        is_of_a_step: true,
         sabotage: |world| {
             world.last_step.ahead = world.last_step.plan.clone();
             world.last_step.before_ahead.running.pop_last();
@@ -65,6 +75,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "steps ahead take all along",
         check: steps_ahead_take_all_along,
+        is_of_a_step: true,
         sabotage: |world| {
             world.last_step.ahead = world.last_step.plan.clone();
             world.last_step.ahead.as_mut().expect("it stepped").sequences.remove(0);
@@ -73,6 +84,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "nobody is overtaken",
         check: nobody_is_overtaken,
+        is_of_a_step: true,
         sabotage: |world| {
             let (id, _) = live(world).last().expect("something waits");
             world.record_mut(id).request.priority = -1;
@@ -82,6 +94,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "the last are preempted",
         check: the_last_are_preempted,
+        is_of_a_step: true,
         sabotage: |world| {
             let (id, _) = live(world).last().expect("something waits");
             world.record_mut(id).request.priority = -1;
@@ -89,8 +102,20 @@ pub(crate) const ALL: &[Invariant] = &[
         },
     },
     Invariant {
+        name: "tenants are served alike",
+        check: tenants_are_served_alike,
+        is_of_a_step: true,
+        sabotage: |world| {
+            let alike = [1, 2].map(|number| (Class::Foreground, Tenant([number; 32])));
+            world.fairness.observe(&alike.into());
+            world.fairness.serve(alike[0], fairness::limit(&world.spec) + 1.0);
+            world.fairness.observe(&alike.into());
+        },
+    },
+    Invariant {
         name: "the background takes idle steps only",
         check: the_background_takes_idle_steps_only,
+        is_of_a_step: true,
         sabotage: |world| {
             world.last_step.plan.as_mut().expect("it stepped").sequences[0].id = RequestId::BACKGROUND.0;
         },
@@ -98,6 +123,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "nothing starts past its deadline",
         check: nothing_starts_past_its_deadline,
+        is_of_a_step: false,
         sabotage: |world| {
             let now = world.now;
             let record = world.journal.values_mut().next().expect("something lives");
@@ -108,6 +134,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "nothing advances past its time limit",
         check: nothing_advances_past_its_time_limit,
+        is_of_a_step: false,
         sabotage: |world| {
             let id = *world.last_step.planned().first().expect("it stepped");
             let now = world.now;
@@ -118,6 +145,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "tokens are those of the solo run",
         check: tokens_are_those_of_the_solo_run,
+        is_of_a_step: false,
         sabotage: |world| {
             let record = world.journal.values_mut().find(|record| !record.tokens.is_empty()).expect("tokens are out");
             record.tokens[0] ^= 1;
@@ -126,6 +154,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "scores are those of the solo run",
         check: scores_are_those_of_the_solo_run,
+        is_of_a_step: false,
         sabotage: |world| {
             let record = world.journal.values_mut().find(|record| !record.scores.is_empty()).expect("scores are out");
             record.scores[0].targets.push(0.0);
@@ -134,6 +163,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "only the faulty fail",
         check: only_the_faulty_fail,
+        is_of_a_step: false,
         sabotage: |world| {
             let (id, _) = live(world).next().expect("something lives");
             let reason = FinishReason::Error(EngineFailure::NonFiniteLogits);
@@ -143,6 +173,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "cached tokens are of the same scope and adapter",
         check: cached_tokens_are_of_the_same_scope_and_adapter,
+        is_of_a_step: false,
         sabotage: |world| {
             let record = world
                 .journal
@@ -154,6 +185,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "drafts take what is left",
         check: drafts_take_what_is_left,
+        is_of_a_step: false,
         sabotage: |world| {
             world.core.scheduler_mut().keep_a_draft_block();
         },
@@ -161,6 +193,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "drafts are counted",
         check: drafts_are_counted,
+        is_of_a_step: false,
         sabotage: |world| {
             world.core.scheduler_mut().miscount_a_draft();
         },
@@ -168,6 +201,7 @@ pub(crate) const ALL: &[Invariant] = &[
     Invariant {
         name: "gauges are true",
         check: gauges_are_true,
+        is_of_a_step: false,
         sabotage: |world| {
             world.core.scheduler_mut().miscount_a_token();
         },
@@ -219,19 +253,20 @@ fn what_fits_is_scheduled(world: &World) -> Result<(), String> {
         return ensure(!stepped || excused, || "an empty step, and there was work".into());
     };
     ensure(!step.before.under_way, || "a step of known tokens behind one that is under way".into())?;
-    let Some(head) = step.before.head else { return Ok(()) };
-    let (record, running) = (world.record(head), step.before.running.len());
+    // What the plan left.
+    let after = &step.before_ahead;
+    let Some(head) = after.head else { return Ok(()) };
+    let (record, running) = (world.record(head), after.running.len());
     let (max_num_seqs, max_num_batched_tokens) = world.core.scheduler().limits();
     let needed = (record.request.prompt.len() + record.tokens.len()).div_ceil(world.spec.block_size);
     let preempted = step.before.running.iter().any(|id| world.core.scheduler().waiting().contains_key(id));
-    // A block for each running sequence now, and one to spare for later.
+    // A block for each running sequence to spare.
     let fits = running < max_num_seqs
         && plan.sequences.iter().map(|step| step.tokens.count()).sum::<usize>() < max_num_batched_tokens
-        && step.before.available >= needed + 2 * running
+        && after.available >= needed + running
         && !preempted;
-    let awaits_a_choice = step.before.running.iter().any(|&id| world.record(id).group == record.group);
-    let passed = fits && !awaits_a_choice && record.end.is_none() && !step.planned().contains(&head);
-    ensure(!passed, || format!("{head:?} fits and is not part of the step"))
+    let awaits_a_choice = after.running.iter().any(|&id| world.record(id).group == record.group);
+    ensure(!fits || awaits_a_choice, || format!("{head:?} fits and is not part of the step"))
 }
 
 /// Whoever waits comes before a step that could be begun ahead: such a step is begun only if the first that waits lacks a
@@ -269,26 +304,40 @@ fn who_runs_advances(world: &World) -> Result<(), String> {
     })
 }
 
-/// Among equals: the background has an order of its own. Whoever a step admitted goes before all who wait.
+/// Within a class and tenant: whoever a step admitted goes before all of them who wait.
 fn nobody_is_overtaken(world: &World) -> Result<(), String> {
     let step = &world.last_step;
-    let admitted = step.planned().into_iter().filter(|id| !step.holders.contains(id));
-    let Some(last) = admitted.map(|id| world.record(id).rank(id)).max() else { return Ok(()) };
-    let waiting = world.core.scheduler().waiting().into_keys().map(|id| world.record(id).rank(id));
-    let first = waiting.filter(|rank| rank.is_background == last.is_background).min();
-    ensure(first.is_none_or(|first| last < first), || format!("{last:?} was admitted, {first:?} waits"))
+    let ranks = |ids: Vec<RequestId>| ids.into_iter().map(|id| world.record(id).rank(id)).collect::<Vec<_>>();
+    let waiting = ranks(world.core.scheduler().waiting().into_keys().collect());
+    let admitted = step.planned().into_iter().filter(|id| !step.holders.contains(id)).collect();
+    ranks(admitted).into_iter().try_for_each(|admitted| {
+        let of = |rank: &Rank| (rank.class, rank.tenant);
+        let passed = waiting.iter().find(|rank| of(rank) == of(&admitted) && **rank < admitted);
+        ensure(passed.is_none(), || format!("{admitted:?} was admitted, {passed:?} waits"))
+    })
 }
 
-/// Among equals as well, and across classes: the background is behind everybody.
+/// Within a class and tenant. And before anybody of the foreground is, for want of blocks, all of the background are.
 fn the_last_are_preempted(world: &World) -> Result<(), String> {
-    let scheduler = world.core.scheduler();
+    let (step, scheduler) = (&world.last_step, world.core.scheduler());
     let waiting = scheduler.waiting();
-    let (preempted, others): (Vec<_>, Vec<_>) = world.last_step.holders.iter().partition(|id| waiting.contains_key(id));
-    let rank = |id: &RequestId| world.record(*id).rank(*id);
-    let first = preempted.into_iter().map(rank).min();
-    let last = others.into_iter().filter(|id| scheduler.running().contains_key(id)).map(rank).max();
-    let Some((first, last)) = first.zip(last) else { return Ok(()) };
-    ensure(last < first, || format!("{first:?} was preempted, {last:?} runs"))
+    let (preempted, others): (Vec<_>, Vec<_>) = step.holders.iter().partition(|id| waiting.contains_key(id));
+    let rank = |id: RequestId| world.record(id).rank(id);
+    let running = others.into_iter().copied().filter(|id| scheduler.running().contains_key(id));
+    let running: Vec<Rank> = running.map(rank).collect();
+    let admits = step.planned().iter().any(|id| !step.holders.contains(id));
+    preempted.into_iter().copied().map(rank).try_for_each(|preempted| {
+        let same = |other: &Rank| (other.class, other.tenant) == (preempted.class, preempted.tenant);
+        let in_the_way = |other: &Rank| !admits && other.id.is_background() && !preempted.id.is_background();
+        let stays = running.iter().find(|other| (same(other) && **other > preempted) || in_the_way(other));
+        ensure(stays.is_none(), || format!("{preempted:?} was preempted, {stays:?} runs"))
+    })
+}
+
+/// Of tenants that both wait all the time, none is served more than another by more than a constant.
+fn tenants_are_served_alike(world: &World) -> Result<(), String> {
+    let (gap, limit) = (world.fairness.widest_gap(), fairness::limit(&world.spec));
+    ensure(gap <= limit || world.fairness.is_planted(), || format!("a gap of {gap:.1} between tenants, limit {limit}"))
 }
 
 /// What is left of the foreground after a step of the background was there before it.
@@ -441,7 +490,8 @@ fn gauges_are_true(world: &World) -> Result<(), String> {
     let not_finite = not_finite.count() as u64;
     let left_queue = [false, true].map(|background| {
         let class = world.journal.iter().filter(|(id, _)| id.is_background() == background);
-        class.filter(|(_, record)| record.started.is_some() || record.end.is_some()).count() as u64
+        let left = class.filter(|(_, record)| record.started.is_some() || record.end.is_some());
+        Amount::of(left.map(|(_, record)| &record.request))
     });
     let generated: usize = records
         .map(|record| record.end.as_ref().map_or(record.tokens.len(), |(_, usage)| usage.completion_tokens))
@@ -459,10 +509,9 @@ fn gauges_are_true(world: &World) -> Result<(), String> {
         ("finished", stats.finished.total(), ended),
         ("not finite", stats.finished.non_finite_logits, not_finite),
         ("generated tokens", stats.generated_tokens, generated as u64),
-        ("left the foreground's queue", world.core.left_queue()[0], left_queue[0]),
-        ("left the background's queue", world.core.left_queue()[1], left_queue[1]),
     ] {
         ensure(told == counted, || format!("{name}: told {told}, counted {counted}"))?;
     }
-    Ok(())
+    let told = world.core.left_queue();
+    ensure(told == left_queue, || format!("left the queues: told {told:?}, counted {left_queue:?}"))
 }

@@ -13,7 +13,7 @@ use super::toy::ToyGrammar;
 use super::world::{Record, World};
 use crate::{
     Adapter, CacheScope, DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, HiddenStates,
-    PromptScores, Request, RequestId, SpeculationConfig, Tenant,
+    PromptScores, Request, RequestId, Share, SpeculationConfig, Tenant,
 };
 
 const VOCAB_SIZE: u32 = 50;
@@ -104,7 +104,11 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
     let max_tokens = rng.random_range(1..=(spec.max_model_len - prompt.len()).min(30)) as u32;
     // Others keep steps from being begun ahead.
     let is_plain = spec.steps_ahead && rng.random_bool(0.9);
-    let request = Request {
+    let tenant = |request: Request| {
+        let tenant = request.cache_scope.tenant;
+        Request { share: Share { tenant, weight: 1 + 2 * u32::from(tenant.0[0]) }, ..request }
+    };
+    let request = tenant(Request {
         stop_token_ids: if rng.random_bool(0.7) { vec![END] } else { vec![] },
         deadline: rng.random_bool(0.3).then(|| Duration::from_millis(rng.random_range(0..200))),
         adapter: [None, None, Some(1), Some(2)][rng.random_range(0..4)].map(adapter),
@@ -114,8 +118,9 @@ fn random_group(rng: &mut StdRng, spec: &RunSpec, prefixes: &[Vec<u32>]) -> Vec<
         priority: [0, 0, 0, -1, 1][rng.random_range(0..5)],
         time_limit: rng.random_bool(0.1).then(|| Duration::from_millis(rng.random_range(0..400))),
         prompt_scores: rng.random_bool(0.2).then(|| random_scores(rng, prompt.len())),
+        batch: max_tokens.is_multiple_of(5),
         ..Request::new(prompt, if is_plain { plain_params(rng) } else { random_params(rng) }, max_tokens)
-    };
+    });
     let choices = if rng.random_bool(0.3) { rng.random_range(2..5) } else { 1 };
     (0..choices)
         .map(|choice| Request { params: SamplingParams { choice, ..request.params.clone() }, ..request.clone() })

@@ -8,12 +8,14 @@ use std::time::Duration;
 use baton_model::{RunError, RunSpec, Runner, SequenceStep, StepOutput, StepPlan};
 use parking_lot::Mutex;
 
+use super::fairness::Fairness;
 use super::invariants;
 use super::{MockControl, MockModel, MockRunner};
 use crate::constrain::MaskPool;
 use crate::core::Core;
+use crate::ledger::{OUTPUT_TOKEN, PROMPT_TOKEN};
 use crate::scheduler::RequestOutput;
-use crate::sequence::Rank;
+use crate::sequence::{Class, Rank};
 use crate::{EngineConfig, FinishReason, OutputEvent, PositionScore, Rebuild, Request, RequestId, SubmitError, Usage};
 
 /// See the head of the file.
@@ -33,6 +35,9 @@ pub(crate) struct World {
     /// finite.
     pub in_vain: usize,
     pub spoilt_in_vain: usize,
+    pub fairness: Fairness,
+    /// Only what looks at the last step alone is checked after it: the others take ever longer.
+    pub is_long: bool,
     /// The step under way.
     begun_ahead: Option<StepPlan>,
     model: MockModel,
@@ -52,6 +57,8 @@ pub(crate) struct Record {
     pub solo: Vec<u32>,
     /// What it got so far.
     pub tokens: Vec<u32>,
+    /// Tokens of its prompt that steps computed or that were cached, from the first on.
+    pub prompt_done: usize,
     /// As `solo` and `tokens`, of the scores that it asked for.
     pub solo_scores: Vec<PositionScore>,
     pub scores: Vec<PositionScore>,
@@ -140,6 +147,8 @@ impl World {
             displaced: 0,
             in_vain: 0,
             spoilt_in_vain: 0,
+            fairness: Fairness::default(),
+            is_long: false,
             begun_ahead: None,
             model,
             plans,
@@ -161,6 +170,7 @@ impl World {
                 arrival: self.now,
                 solo: self.model.solo(&request),
                 tokens: Vec::new(),
+                prompt_done: 0,
                 solo_scores: self.model.solo_scores(&request, self.spec.vocab_size),
                 scores: Vec::new(),
                 started: None,
@@ -272,6 +282,18 @@ impl World {
             .map(|step| (RequestId(step.id), self.record(RequestId(step.id)).tokens.len(), step.draft.clone()))
             .collect();
         self.note(outputs);
+        let parts = self.last_step.plan.iter().flat_map(|plan| &plan.sequences);
+        let parts: Vec<_> = parts.map(|step| (RequestId(step.id), step.num_computed, step.tokens.count())).collect();
+        for (id, num_computed, count) in parts {
+            let record = self.record_mut(id);
+            let from = record.prompt_done.max(num_computed);
+            let to = (num_computed + count).min(record.request.prompt.len());
+            record.prompt_done = from.max(to);
+            self.serve(id, PROMPT_TOKEN * to.saturating_sub(from) as u64);
+        }
+        let waiting = self.core.scheduler().waiting().into_keys().map(|id| self.record(id).rank(id));
+        let waiting = waiting.map(|rank| (rank.class, rank.tenant)).collect();
+        self.fairness.observe(&waiting);
         for (id, known, draft) in drafted {
             let record = self.record(id);
             let stop = match record.end {
@@ -292,7 +314,7 @@ impl World {
         let held = running().flat_map(|(_, sequence)| sequence.table.blocks()).chain(scheduler.in_doubt().values());
         Found {
             running: running().map(|(&id, _)| id).collect(),
-            head: scheduler.waiting().into_keys().filter(of_class).min_by_key(|id| self.record(*id).rank(*id)),
+            head: scheduler.first_waiting(),
             available: total - held.collect::<BTreeSet<_>>().len(),
             under_way: self.core.is_under_way(),
         }
@@ -321,16 +343,29 @@ impl World {
                     assert!(record.tokens.is_empty() && !scores.is_empty(), "scores come before tokens");
                     record.scores.extend(scores);
                 }
-                OutputEvent::Token { token, .. } => record.tokens.push(token),
-                OutputEvent::Finished { reason, usage, .. } => record.end = Some((reason, usage)),
+                OutputEvent::Token { token, .. } => {
+                    record.tokens.push(token);
+                    self.serve(id, OUTPUT_TOKEN);
+                }
+                OutputEvent::Finished { reason, usage, .. } => {
+                    let stopped = matches!(reason, FinishReason::Stop { .. });
+                    record.end = Some((reason, usage));
+                    self.serve(id, if stopped { OUTPUT_TOKEN } else { 0 });
+                }
             }
         }
+    }
+
+    fn serve(&mut self, id: RequestId, count: u64) {
+        let (rank, share) = (self.record(id).rank(id), self.record(id).request.share);
+        self.fairness.serve((rank.class, rank.tenant), count as f64 / f64::from(share.weight));
     }
 
     /// # Panics
     /// If an invariant does not hold.
     pub fn check(&self) {
-        for invariant in invariants::ALL {
+        let watched = invariants::ALL.iter().filter(|invariant| !self.is_long || invariant.is_of_a_step);
+        for invariant in watched {
             if let Err(why) = (invariant.check)(self) {
                 panic!("invariant `{}` is broken: {why}", invariant.name);
             }
@@ -358,7 +393,8 @@ impl World {
 
 impl Record {
     pub fn rank(&self, id: RequestId) -> Rank {
-        Rank { is_background: id.is_background(), priority: self.request.priority, id }
+        let Request { priority, share, .. } = self.request;
+        Rank { class: Class::of(id, &self.request), tenant: share.tenant, priority, id }
     }
 }
 

@@ -25,7 +25,8 @@ use crate::store::Folder;
 pub(crate) use batch::{Batch, BatchObject, NewBatch};
 pub(crate) use run::{cancel, resume, start};
 
-/// Lines of all batches that are answered at once; requests of clients come before them in the engine's queue.
+/// Lines of all batches that are answered at once; requests of clients come before them in the engine's queue, whosever
+/// they are.
 const LINES_AT_ONCE: usize = 16;
 /// Batches of one owner that have not ended, at most.
 const MAX_OPEN: usize = 100;

@@ -20,7 +20,7 @@ use crate::auth::OnBehalfOf;
 use crate::batches::batch::{BatchError, BatchObject, Counts, NewBatch, Status};
 use crate::batches::input::{Line, Lines, check};
 use crate::batches::results::{Outcome, Results};
-use crate::batches::{Batches, Entry};
+use crate::batches::{Batches, Entry, LINES_AT_ONCE};
 use crate::error::ApiError;
 use crate::files::{Files, now};
 use crate::json;
@@ -233,7 +233,7 @@ impl Run {
                     blocking(move || to.lock().add(&custom_id, outcome)).await?;
                     self.show(&results.lock(), total);
                 }
-                permit = self.batches.lines.clone().acquire_owned(), if lines.is_some() => {
+                permit = self.batches.lines.clone().acquire_owned(), if lines.is_some() && running.len() < LINES_AT_ONCE => {
                     let permit = permit.map_err(io::Error::other)?;
                     let (mut rest, known) = (lines.take().expect("checked"), results.clone());
                     let (endpoint, path) = (endpoint.clone(), endpoint.clone());
@@ -318,7 +318,7 @@ async fn ask(
     owner: Owner,
     path: Arc<str>,
     line: Line,
-    _permit: OwnedSemaphorePermit,
+    mut permit: OwnedSemaphorePermit,
 ) -> (String, Outcome) {
     let Line { custom_id, body } = line;
     let mut refused =
@@ -337,8 +337,12 @@ async fn ask(
         };
         let status = response.status();
         if response.extensions().get::<ApiError>().is_some_and(ApiError::is_for_now) {
+            // Others' lines need not wait until this one's key has room, or the engine.
+            let permits = permit.semaphore().clone();
+            drop(permit);
             sleep(pause).await;
             pause = (2 * pause).min(LONGEST_PAUSE);
+            permit = permits.acquire_owned().await.expect("it is never closed");
             continue;
         }
         let request_id = response.headers().get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();

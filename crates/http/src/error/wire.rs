@@ -5,7 +5,7 @@ use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Serialize;
 
-use super::{ApiError, Retry};
+use super::{ApiError, Refusal, Retry};
 use crate::json;
 
 /// Longest message on the wire, in characters.
@@ -63,6 +63,11 @@ impl ApiError {
     /// Whether the generation is to blame, and not the request, the load or a drain.
     pub fn is_breakdown(&self) -> bool {
         self.status == StatusCode::INTERNAL_SERVER_ERROR || self.code == "engine_down"
+    }
+
+    /// Why the request was not taken up, if that is what it says.
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.refusal
     }
 
     /// The error's `code`.

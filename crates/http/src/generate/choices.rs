@@ -5,11 +5,12 @@ use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use baton_engine::{EngineFailure, FinishReason, OutputEvent, OutputStream, Timings};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Refusal};
 use crate::generate::choice::{ChoiceText, Delta, Tokens};
 use crate::generate::prompt::Told;
 use crate::metrics::{Ending, Meter};
@@ -293,7 +294,7 @@ impl Choices {
     fn failed(&mut self, index: usize, failure: EngineFailure, timings: &Timings) -> ApiError {
         self.choices[index].state = State::Finished;
         self.meter.failed(index, &failure, timings);
-        engine_failure(&failure)
+        engine_failure(&failure, || self.meter.queue_time())
     }
 
     /// Ends all choices; the streams, dropped, abort what still runs.
@@ -316,8 +317,8 @@ impl From<Finish> for Ending {
     }
 }
 
-/// The engine's failure on the wire.
-pub(crate) fn engine_failure(failure: &EngineFailure) -> ApiError {
+/// The engine's failure on the wire. `queue_time`: how long all that waits will take to begin.
+pub(crate) fn engine_failure(failure: &EngineFailure, queue_time: impl FnOnce() -> Duration) -> ApiError {
     match failure {
         EngineFailure::NonFiniteLogits => ApiError::engine_always("the model computed values that are not finite"),
         EngineFailure::Device(error) => ApiError::device(error),
@@ -325,7 +326,7 @@ pub(crate) fn engine_failure(failure: &EngineFailure) -> ApiError {
         EngineFailure::AdapterLost => ApiError::engine("the adapter could not be loaded again after the device failed"),
         EngineFailure::Panicked => ApiError::internal(),
         EngineFailure::ShuttingDown => ApiError::draining(),
-        EngineFailure::QueueTimeout => ApiError::overloaded(),
+        EngineFailure::QueueTimeout => ApiError::overloaded(Refusal::Deadline, queue_time()),
         EngineFailure::DeadlineExceeded => ApiError::deadline_exceeded(),
         EngineFailure::GrammarFailed(_) => {
             ApiError::engine_always("the grammar of the output reached a limit of its parser")

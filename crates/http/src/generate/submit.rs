@@ -3,16 +3,17 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_engine::{Adapter, CacheScope, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
+use baton_engine::{Adapter, CacheScope, EngineHandle, OutputStream, Request, RunSpec, SamplingParams, SubmitError};
 use baton_grammar::Grammar;
 use baton_text::{ReasoningMarkers, ReasoningSplitter};
 
 use crate::access::AccessRecord;
-use crate::error::ApiError;
+use crate::error::{ApiError, Refusal};
 use crate::generate::choice::ChoiceText;
 use crate::generate::prompt::bound_scores;
 use crate::generate::{Choices, Echo, Told, ToolCalls};
 use crate::generation::{Generation, InUse};
+use crate::limits::Ask;
 use crate::metrics::Meter;
 use crate::openai::params::Params;
 use crate::service::Service;
@@ -67,15 +68,26 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
     let rooms = job.prompts.iter().map(|prompt| max_tokens(&job, prompt.len(), spec));
     let rooms = rooms.collect::<Result<Vec<_>, _>>()?;
     if let Some(&id) = job.prompts.iter().flatten().find(|&&id| id as usize >= spec.vocab_size) {
-        return Err(refusal(&SubmitError::TokenOutOfRange { id, vocab: spec.vocab_size }, job.field));
+        return Err(refusal(
+            &generation.engine,
+            &SubmitError::TokenOutOfRange { id, vocab: spec.vocab_size },
+            job.field,
+        ));
     }
 
+    let per_prompt = job.params.candidates();
+    let choices = rooms.len() * per_prompt as usize;
+    let prompts: usize = job.prompts.iter().map(Vec::len).sum();
+    let outputs = rooms.iter().map(|&room| room as usize).sum::<usize>() * per_prompt as usize;
+    let tokens = prompts + if job.params.max_tokens.is_some() { outputs } else { 0 };
+    let taken = service.charge(&job.record, Ask { choices, tokens })?;
+
     sampling.bad_words = job.bad_words;
-    let priority = job.record.priority(job.params.priority);
+    let (share, priority, batch) = (service.share(&job.record), job.params.priority, job.record.of_batch());
     let mut streams: Vec<OutputStream> = Vec::new();
     let prompt_tokens: Vec<usize> = job.prompts.iter().map(Vec::len).collect();
     let first_room = rooms[0];
-    let (per_prompt, mut echoes, mut told) = (job.params.candidates(), job.echoes.into_iter(), Vec::new());
+    let (mut echoes, mut told) = (job.echoes.into_iter(), Vec::new());
     for (prompt, max_tokens) in job.prompts.into_iter().zip(rooms) {
         let prompt = Told::new(prompt, echoes.next(), &job.params, &stop_token_ids);
         let choices = (0..per_prompt).map(|choice| {
@@ -87,7 +99,9 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
                 cache_scope: cache_scope.clone(),
                 time_limit: job.params.deadline.map(|deadline| deadline.saturating_sub(job.arrival.elapsed())),
                 prompt_scores: prompt.request(&job.params).filter(|_| choice == 0),
+                share,
                 priority,
+                batch,
                 grammar: job.grammar.clone(),
                 ..Request::new(prompt.ids.clone(), sampling.clone(), max_tokens)
             }
@@ -100,7 +114,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
                 stats.requests += 1;
                 stats.errors += 1;
             }
-            refusal(&error, job.field)
+            refusal(&generation.engine, &error, job.field)
         })?;
         streams.extend(group);
         told.push(prompt);
@@ -135,7 +149,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
             .hide_reasoning(job.params.hide_reasoning)
     };
     let choices = streams.into_iter().map(|stream| (stream, text())).collect();
-    let meter = Meter::new(generation, job.arrival, job.record, &prompt_tokens, per_prompt as usize, asked);
+    let meter = Meter::new(generation, job.arrival, (job.record, taken), &prompt_tokens, per_prompt as usize, asked);
     let choices = Choices::new(choices, told, service.kill_switch(), meter, witness);
     let prompts_only = job.params.max_tokens == Some(0);
     Ok(choices.told(job.params.n as usize).prompts_only(prompts_only))
@@ -211,9 +225,10 @@ fn max_tokens(job: &Job, prompt: usize, spec: &RunSpec) -> Result<u32, ApiError>
 }
 
 /// The engine's refusal on the wire.
-pub(crate) fn refusal(error: &SubmitError, field: &str) -> ApiError {
+pub(crate) fn refusal(engine: &EngineHandle, error: &SubmitError, field: &str) -> ApiError {
     match *error {
-        SubmitError::QueueFull { .. } => ApiError::overloaded(),
+        SubmitError::QueueFull { .. } => ApiError::overloaded(Refusal::QueueFull, engine.room_in(Some(error))),
+        SubmitError::QueuedTokens { .. } => ApiError::overloaded(Refusal::QueuedTokens, engine.room_in(Some(error))),
         SubmitError::PromptEmpty => ApiError::out_of_range(field, "at least one token long"),
         SubmitError::TooLong { prompt, max_tokens, max_model_len } => {
             ApiError::context_length(field, prompt, Some(max_tokens), max_model_len)

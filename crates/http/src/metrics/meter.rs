@@ -3,13 +3,14 @@
 //! Invariant: every choice that the engine has accepted is counted once as ended.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_engine::{EngineFailure, Timings};
 
 use crate::access::AccessRecord;
 use crate::error::ApiError;
 use crate::generation::InUse;
+use crate::limits::Taken;
 use crate::summary::Asked;
 
 /// How a choice ended, as the label `finished_reason` says it.
@@ -27,6 +28,10 @@ pub(crate) struct Meter {
     arrival: Instant,
     record: Arc<AccessRecord>,
     choices: Vec<MeteredChoice>,
+    /// Of all prompts, each once.
+    prompt_tokens: usize,
+    /// Its key was charged for it.
+    taken: Taken,
 }
 
 #[derive(Clone)]
@@ -42,7 +47,7 @@ impl Meter {
     pub fn new(
         generation: InUse,
         arrival: Instant,
-        record: Arc<AccessRecord>,
+        (record, taken): (Arc<AccessRecord>, Taken),
         prompt_tokens: &[usize],
         n: usize,
         asked: Asked,
@@ -58,7 +63,8 @@ impl Meter {
             vec![MeteredChoice { prompt_tokens, tokens: 0, last_token: None, ended: false }; n]
         };
         let choices = prompt_tokens.iter().flat_map(choices).collect();
-        Self { generation, arrival, record, choices }
+        let prompt_tokens = prompt_tokens.iter().sum();
+        Self { generation, arrival, record, choices, prompt_tokens, taken }
     }
 
     /// A choice has a token.
@@ -79,6 +85,11 @@ impl Meter {
     /// A prompt had so many tokens in the prefix cache.
     pub fn cached(&self, tokens: usize) {
         self.record.cached_tokens(tokens);
+    }
+
+    /// How long all that waits will take to begin.
+    pub fn queue_time(&self) -> Duration {
+        self.generation.engine.room_in(None)
     }
 
     /// A choice is complete. `completion_tokens`: what the client is told.
@@ -112,6 +123,7 @@ impl Meter {
     /// The request as a whole ends with this error.
     pub fn error(&self, error: &ApiError) {
         self.record.error(error.code());
+        self.record.refused(error);
         self.generation.stats.lock().errors += u64::from(error.is_breakdown());
     }
 
@@ -140,6 +152,7 @@ impl Drop for Meter {
                 self.end(index, Ending::Abort);
             }
         }
+        self.taken.used(self.prompt_tokens + self.choices.iter().map(|choice| choice.tokens).sum::<usize>());
         let longest = self.choices.iter().map(|choice| choice.tokens).max().unwrap_or_default();
         self.generation.metrics.longest.observe(longest as f64);
     }

@@ -22,6 +22,7 @@ use prometheus::{
 };
 
 use crate::encoder::Encoder;
+use crate::error::Refusal;
 use crate::generation::Generation;
 use crate::generations::{All, Generations, Role};
 use crate::metrics::families::Labelled;
@@ -41,6 +42,8 @@ pub(crate) struct HttpMetrics {
     requests: IntCounterVec,
     /// By the code of what was refused or failed.
     errors: IntCounterVec,
+    /// By why it was not taken up.
+    refused: IntCounterVec,
     /// Whether a model is loaded and taking requests.
     pub ready: IntGauge,
     /// Connections that were not served, by reason.
@@ -68,6 +71,9 @@ impl HttpMetrics {
         let requests = counters("baton_http_requests_total", help, &["route", "status"]);
         let help = "HTTP requests refused or failed, by the code that the client was told.";
         let errors = counters("baton_http_errors_total", help, &["code"]);
+        let help = "Requests for inference that were not taken up, by reason.";
+        let refused = counters("baton_requests_refused_total", help, &["reason"]);
+        Refusal::ALL.iter().for_each(|refusal| refused.with_label_values(&[refusal.reason()]).reset());
         let connections = gauge("baton_http_connections", "Connections that are open.");
         let help =
             "Connections closed beyond the limit, or idle to make room for others, and times the system gave none.";
@@ -79,7 +85,7 @@ impl HttpMetrics {
         let ready = gauge("baton_ready", "1 while a model is loaded and taking requests.");
         #[cfg(target_os = "linux")]
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self())).expect(VALID);
-        Self { registry, in_flight, connections, requests, errors, ready, refused_connections }
+        Self { registry, in_flight, connections, requests, errors, refused, ready, refused_connections }
     }
 
     /// Counts a request that has ended.
@@ -87,6 +93,9 @@ impl HttpMetrics {
         self.requests.with_label_values(&[summary.route.as_str(), summary.status.to_string().as_str()]).inc();
         if let Some(code) = summary.known.error {
             self.errors.with_label_values(&[code]).inc();
+        }
+        if let Some(reason) = summary.known.refused {
+            self.refused.with_label_values(&[reason]).inc();
         }
     }
 
@@ -287,7 +296,7 @@ impl ModelMetrics {
     /// The engine has refused a request.
     pub fn rejected(&self, error: &SubmitError) {
         let reason = match error {
-            SubmitError::QueueFull { .. } => "queue_full",
+            SubmitError::QueueFull { .. } | SubmitError::QueuedTokens { .. } => "queue_full",
             SubmitError::Draining => "draining",
             SubmitError::TooLong { .. } | SubmitError::DoesNotFit { .. } => "too_long",
             _ => return,

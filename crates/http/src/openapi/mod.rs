@@ -55,7 +55,10 @@ const REFUSALS: &[(u16, &str)] = &[
     (408, "The body did not arrive in time, or the request was not done within its `deadline_ms`."),
     (409, "It does not go together with what is under way."),
     (413, "The body exceeds `--body-limit-bytes`."),
-    (429, "So many at once are not taken."),
+    (
+        429,
+        "The key has reached one of its limits, or has as many batches as it may: try again after `retry-after` seconds.",
+    ),
     (500, "A fault of the server."),
     (503, "Overloaded, loading or draining: try again after `retry-after` seconds."),
 ];
@@ -177,7 +180,7 @@ fn describe_access(path: &str, operation: &mut Value) {
             _ => status == 500,
         };
         if common || more.contains(&status.into()) {
-            responses.insert(status.to_string(), refusal(path, description, status == 503));
+            responses.insert(status.to_string(), refusal(path, description, matches!(status, 429 | 503)));
         }
     }
 }

@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use baton_http::{ApiKey, Store, StoreLimits};
+use baton_http::{ApiKey, KeyLimits, ListedKey, Scopes, Store, StoreLimits};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::harness::{CHAT, COMPLETIONS, PATIENCE, Reply, Server, Setup, chat_body, request, with};
@@ -429,4 +430,38 @@ async fn a_line_that_misses_its_own_deadline_has_that_as_its_result() {
     assert_eq!(batch["request_counts"], json!({"total": 1, "completed": 0, "failed": 1}), "{batch}");
     let errors = lines(&server, &batch["error_file_id"]).await;
     assert_eq!(errors[0]["response"]["body"]["error"]["code"], "deadline_exceeded", "{errors:?}");
+}
+
+#[tokio::test]
+async fn lines_of_a_key_beyond_its_limits_keep_nobody_elses_waiting() {
+    let dir = TempDir::new().unwrap();
+    let mut setup = setup(dir.path(), LIMITS);
+    setup.config.api_keys.remove(0);
+    setup.config.listed_keys = Some(vec![ListedKey {
+        name: "few".into(),
+        digest: Sha256::digest("key").into(),
+        scopes: Scopes::INFERENCE,
+        expires: None,
+        limits: KeyLimits { requests_per_minute: Some(1), ..KeyLimits::default() },
+    }]);
+    let server = setup.start().await;
+    // More than are answered at once of all batches.
+    let content: String = (0..40).map(|number| line(&number.to_string(), CHAT, &chat_body())).collect();
+    let limited = begin(&server, &content, CHAT).await;
+    until(&server, &limited, |batch| batch["request_counts"]["completed"] == 1).await;
+    let content = form("batch", "input.jsonl", line("a", CHAT, &chat_body()).as_bytes());
+    let file = call(&server, "other", "POST", "/v1/files", &content).await.json();
+    let body = json!({"input_file_id": file["id"], "endpoint": CHAT, "completion_window": "24h"});
+    let id = server.post_with_key("/v1/batches", "other", &body).await.json()["id"].as_str().unwrap().to_owned();
+    let wait = async {
+        while server.get_with_key(&format!("/v1/batches/{id}"), "other").await.json()["status"] != "completed" {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if tokio::time::timeout(PATIENCE, wait).await.is_err() {
+        let other = server.get_with_key(&format!("/v1/batches/{id}"), "other").await.json();
+        panic!("it waits behind the other: {other}, {}", batch(&server, &limited).await);
+    }
+    let limited = batch(&server, &limited).await;
+    assert_eq!((&limited["status"], &limited["request_counts"]["failed"]), (&json!("in_progress"), &json!(0)));
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
-use baton_http::{ListedKey, Scopes, Surface};
+use baton_http::{KeyLimits, ListedKey, Scopes, Surface};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -29,7 +29,13 @@ pub const PUBLIC: [&str; 14] = [
 ];
 
 pub fn listed(key: &str, scopes: Scopes) -> ListedKey {
-    ListedKey { name: format!("name-of-{key}"), digest: Sha256::digest(key).into(), scopes, expires: None }
+    ListedKey {
+        name: format!("name-of-{key}"),
+        digest: Sha256::digest(key).into(),
+        scopes,
+        expires: None,
+        limits: KeyLimits::default(),
+    }
 }
 
 async fn serve(keys: Vec<ListedKey>) -> Server {

@@ -17,6 +17,7 @@ mod harness;
 mod hostile;
 mod keys;
 mod lifecycle;
+mod limits;
 mod observe;
 mod operations;
 mod origins;

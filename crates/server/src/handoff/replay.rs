@@ -161,9 +161,10 @@ fn score(score: PositionScore) -> Score {
 
 fn refusal(error: SubmitError) -> ReplayError {
     match error {
-        SubmitError::EngineDown | SubmitError::Draining | SubmitError::QueueFull { .. } => {
-            ReplayError::Failed(error.to_string())
-        }
+        SubmitError::EngineDown
+        | SubmitError::Draining
+        | SubmitError::QueueFull { .. }
+        | SubmitError::QueuedTokens { .. } => ReplayError::Failed(error.to_string()),
         unfit => ReplayError::Unfit(unfit.to_string()),
     }
 }

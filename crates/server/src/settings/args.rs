@@ -206,6 +206,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "BATON_MAX_QUEUED_REQUESTS", help_heading = "Engine")]
     pub max_queued_requests: Option<usize>,
 
+    /// Tokens of prompts that may wait; more are refused with 503 [default: any number]
+    #[arg(long, value_name = "N", env = "BATON_MAX_QUEUED_TOKENS", help_heading = "Engine")]
+    pub max_queued_tokens: Option<usize>,
+
     /// Seconds a request may wait for its first step; then 503 [default: 600]
     #[arg(long, value_name = "SECONDS", env = "BATON_QUEUE_TIMEOUT", help_heading = "Engine")]
     pub queue_timeout: Option<u64>,

@@ -89,6 +89,10 @@ impl ServeArgs {
             max_num_seqs,
             max_num_batched_tokens,
             max_queued_requests: positive("max-queued-requests", self.max_queued_requests.unwrap_or(1024))?,
+            max_queued_tokens: self
+                .max_queued_tokens
+                .map(|tokens| positive("max-queued-tokens", tokens))
+                .transpose()?,
             queue_timeout: Duration::from_secs(self.queue_timeout.unwrap_or(600)),
             gpu_memory_utilization: self.gpu_memory_utilization,
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
