@@ -97,6 +97,11 @@ impl BlockAllocator {
         self.blocks[id as usize].ref_count == 0
     }
 
+    /// Whether one sequence holds the block, and no other.
+    pub fn is_held_once(&self, id: BlockId) -> bool {
+        self.blocks[id as usize].ref_count == 1
+    }
+
     /// Holds a published block once more.
     pub fn acquire(&mut self, id: BlockId) {
         let block = &mut self.blocks[id as usize];

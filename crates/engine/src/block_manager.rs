@@ -73,13 +73,26 @@ impl BlockManager {
 
     /// Whether [`admit`](Self::admit) would be true.
     pub fn can_admit(&self, sequence: &mut Sequence, spare: usize) -> bool {
-        self.beginning(sequence, spare).is_some()
+        self.lacking(sequence, spare) == 0
+    }
+
+    /// How many more blocks must be available for [`admit`](Self::admit) to be true.
+    pub fn lacking(&self, sequence: &mut Sequence, spare: usize) -> usize {
+        (self.beginning(sequence).1 + spare).saturating_sub(self.allocator.available())
+    }
+
+    /// Blocks that are available for sure once the sequence has none: nobody else holds them.
+    pub fn held_alone(&self, sequence: &Sequence) -> usize {
+        sequence.table.blocks.iter().filter(|&&id| self.allocator.is_held_once(id)).count()
     }
 
     /// Gives a sequence without blocks all that its known tokens need, from the cache as far as that
     /// reaches, and sets `num_computed`. False, and nothing given, unless `spare` blocks stay available.
     pub fn admit(&mut self, sequence: &mut Sequence, spare: usize) -> bool {
-        let Some(cached) = self.beginning(sequence, spare) else { return false };
+        let (cached, needed) = self.beginning(sequence);
+        if self.allocator.available() < needed + spare {
+            return false;
+        }
         // Held before anything is allocated, which could evict them.
         cached.iter().for_each(|&id| self.allocator.acquire(id));
         sequence.num_computed = cached.len() * self.block_size;
@@ -90,14 +103,14 @@ impl BlockManager {
         true
     }
 
-    /// The cached blocks with which a sequence begins that has none yet, if there are blocks for all its known tokens and
-    /// `spare` more.
-    fn beginning(&self, sequence: &mut Sequence, spare: usize) -> Option<Vec<BlockId>> {
+    /// The cached blocks with which a sequence begins that has none yet, and how many of those available it takes for all its
+    /// known tokens.
+    fn beginning(&self, sequence: &mut Sequence) -> (Vec<BlockId>, usize) {
         debug_assert!(sequence.table.blocks.is_empty(), "a waiting sequence holds no block");
         let cached = self.cached_prefix(sequence);
         let taken_from_cache = cached.iter().filter(|&&id| self.allocator.is_unheld(id)).count();
         let new = sequence.tokens.len().div_ceil(self.block_size) - cached.len();
-        (self.allocator.available() >= taken_from_cache + new + spare).then_some(cached)
+        (cached, taken_from_cache + new)
     }
 
     /// The published blocks of the longest prefix of the sequence.

@@ -103,6 +103,10 @@ const WINDOW: Duration = Duration::from_secs(10);
 impl Pace {
     /// So much has left the queue by now.
     pub fn note(&mut self, now: Duration, left: Amount) {
+        // Nobody looked for long, so nobody wanted in: no pace of a queue.
+        if now.saturating_sub(self.later.at) >= 2 * WINDOW {
+            (self.earlier, self.later) = (Mark { at: now, left }, Mark { at: now, left });
+        }
         if now.saturating_sub(self.later.at) >= WINDOW {
             (self.earlier, self.later) = (self.later, Mark { at: now, left });
         }
@@ -180,6 +184,18 @@ mod tests {
         let refused = SubmitError::QueuedTokens { queued: 60, wanted: 41, max_queued_tokens: 100 };
         assert_eq!(accept(amount(1, 500), amount(1, 41)), Err(refused));
         assert_eq!(accept(amount(1, 500), amount(1, 40)), Ok(()));
+    }
+
+    #[test]
+    fn time_in_which_nobody_wanted_in_is_no_pace_of_the_queue() {
+        let limits = Limits { requests: 100, tokens: None };
+        let mut intake = Intake::default();
+        intake.check(limits, amount(0, 0), amount(1, 10), seconds(0)).unwrap();
+        intake.accept(amount(110, 1100));
+        let full = SubmitError::QueueFull { queued: 100, wanted: 1, max_queued: 100 };
+        // An hour later a hundred wait, and within a second ten begin.
+        intake.check(limits, amount(10, 100), amount(0, 0), seconds(3600)).unwrap();
+        assert_eq!(intake.room_in(Some(&full), amount(20, 200), seconds(3601)), Duration::from_millis(100));
     }
 
     #[test]

@@ -38,7 +38,7 @@ use crate::sequence::{Sequence, Start};
 use crate::speculate::{lookup, worth};
 use crate::{
     DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, SpeculationConfig,
-    SpeculationStats,
+    SpeculationStats, Tenant,
 };
 
 /// An event for the client of one request.
@@ -186,12 +186,12 @@ impl Scheduler {
         loop {
             // Blocks that a preemption among equals just set free are for those that run.
             while !preempted_own
-                && left > behind.len()
+                && left >= behind.len().max(1)
                 && let Some(first) = self.waiting.first().filter(|first| of_class(&first.id()))
                 && refused != Some(first.id())
                 && behind.front().is_none_or(|next| first < *next)
             {
-                if self.admit(&first, plan.sequences.len(), &mut behind, now) {
+                if self.admit(&first, (plan.sequences.len(), left), &mut behind, now) {
                     left -= self.plan(first.id(), left - behind.len(), &mut plan);
                 } else {
                     refused = Some(first.id());
@@ -282,22 +282,47 @@ impl Scheduler {
     }
 
     /// Moves the first that waits to the running ones, if it may start beside those of its class that are `planned` and
-    /// those `behind` it, of whom some may give way.
-    fn admit(&mut self, first: &Urgency, planned: usize, behind: &mut VecDeque<Urgency>, now: Duration) -> bool {
+    /// those `behind` it, of whom some may give way; for all of these `left` tokens are left in the step.
+    fn admit(
+        &mut self,
+        first: &Urgency,
+        (planned, left): (usize, usize),
+        behind: &mut VecDeque<Urgency>,
+        now: Duration,
+    ) -> bool {
         let (rank, id) = (first.rank(), first.id());
         let sequence = self.waiting.get(rank).expect("it waits");
         if shares_soon(&self.blocks, self.running.values(), sequence) {
             return false;
         }
-        if planned + behind.len() >= self.max_num_seqs && !self.displace(first, behind) {
-            return false;
-        }
         // Each running sequence may need one block within the next `block_size` steps. Without them to
         // spare, whoever is admitted now would soon be preempted again.
-        while !self.blocks.admit(self.waiting.get_mut(rank).expect("it waits"), planned + behind.len()) {
-            if !self.preempt_background_for(id) && !self.displace(first, behind) {
-                return false;
+        let lacking = |scheduler: &mut Self, running: usize| {
+            scheduler.blocks.lacking(scheduler.waiting.get_mut(rank).expect("it waits"), running)
+        };
+        while lacking(self, planned + behind.len()) > 0 && self.preempt_background_for(id) {}
+        let mut staying = behind.clone();
+        let (mut held, mut given) = (self.held(), 0);
+        while planned + staying.len() >= self.max_num_seqs
+            || left <= staying.len()
+            || lacking(self, planned + staying.len()) > given
+        {
+            // Nobody gives way for nothing: only if that is enough.
+            let Some(index) = self.gives_way(first, &held, &staying) else { return false };
+            let gone = staying.remove(index).expect("one of them");
+            given += self.blocks.held_alone(&self.running[&gone.id()]);
+            *held.get_mut(&gone.tenant()).expect("it holds a place") -= 1;
+        }
+        behind.retain(|urgency| {
+            let stays = staying.iter().any(|staying| staying.id() == urgency.id());
+            if !stays {
+                self.preempt(urgency.id());
             }
+            stays
+        });
+        // What is given may be of a prefix that both have: then it is no gain.
+        if !self.blocks.admit(self.waiting.get_mut(rank).expect("it waits"), planned + behind.len()) {
+            return false;
         }
         let mut sequence = self.waiting.start(rank).expect("it waits");
         if sequence.start.is_none() {
@@ -312,22 +337,21 @@ impl Scheduler {
         true
     }
 
-    /// Takes the blocks of the one that gives way to `first`, if one of those `behind` does.
-    fn displace(&mut self, first: &Urgency, behind: &mut VecDeque<Urgency>) -> bool {
-        let gone = self.gives_way(first, behind).and_then(|index| behind.remove(index));
-        gone.inspect(|urgency| self.preempt(urgency.id())).is_some()
+    /// Places of the foreground that each tenant holds.
+    fn held(&self) -> BTreeMap<Tenant, u64> {
+        let mut held = BTreeMap::new();
+        for sequence in self.running.values().filter(|sequence| !sequence.id.is_background()) {
+            *held.entry(sequence.share.tenant).or_default() += 1;
+        }
+        held
     }
 
-    /// Which of the running ones `behind` it gives way to `first`, which waits: the last of the tenant that holds the most
+    /// Which of the running ones `behind` it gives way to `first`, which waits, where tenants hold so many places: the last of the tenant that holds the most
     /// places for its weight, if `first`'s holds not half as many, also with one more, and it keeps others.
     ///
     /// So a tenant that comes to an engine which another one fills need not wait for any of its requests to end. It gets a
     /// third of the places in this way; the rest as they become free. What one takes, the other cannot take back.
-    fn gives_way(&self, first: &Urgency, behind: &VecDeque<Urgency>) -> Option<usize> {
-        let mut held = BTreeMap::<_, u64>::new();
-        for sequence in self.running.values().filter(|sequence| !sequence.id.is_background()) {
-            *held.entry(sequence.share.tenant).or_default() += 1;
-        }
+    fn gives_way(&self, first: &Urgency, held: &BTreeMap<Tenant, u64>, behind: &VecDeque<Urgency>) -> Option<usize> {
         let own = held.get(&first.tenant()).copied().unwrap_or_default() + 1;
         let weight = |sequence: &Sequence| u64::from(sequence.share.weight.max(1));
         let own_weight = weight(self.waiting.get(first.rank())?);

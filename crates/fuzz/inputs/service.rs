@@ -86,7 +86,7 @@ pub fn answer(request: Request<Body>) -> (u16, Vec<u8>) {
         let status = response.status().as_u16();
         (status, response.into_body().collect().await.expect("the reply ends").to_bytes())
     });
-    assert!(status != 500, "{}", String::from_utf8_lossy(&body));
+    assert!(status < 500, "{}", String::from_utf8_lossy(&body));
     (status, body.to_vec())
 }
 

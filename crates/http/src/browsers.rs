@@ -41,9 +41,11 @@ impl FromStr for HostName {
 
     fn from_str(text: &str) -> Result<Self, HostNameError> {
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-        let named = !text.is_empty() && text.len() <= 253 && text.bytes().all(plain);
+        // As of the name that is called.
+        let name = text.strip_suffix('.').unwrap_or(text);
+        let named = !name.is_empty() && name.len() <= 253 && name.bytes().all(plain);
         match text == "*" || named || text.parse::<IpAddr>().is_ok() {
-            true => Ok(Self(text.to_ascii_lowercase())),
+            true => Ok(Self(name.to_ascii_lowercase())),
             false => Err(HostNameError),
         }
     }
@@ -117,6 +119,9 @@ mod tests {
             assert!(!leads_here(host, &allowed), "{host}");
             assert!(leads_here(host, &["*".parse().unwrap()]));
         }
+        for host in ["baton.lan", "baton.lan."] {
+            assert!(leads_here(host, &["baton.lan.".parse().unwrap()]), "{host}");
+        }
     }
 
     #[test]
@@ -124,7 +129,7 @@ mod tests {
         for text in ["*", "baton", "baton.example.org", "my_host", "::1", "10.0.0.1"] {
             assert!(text.parse::<HostName>().is_ok(), "{text}");
         }
-        for text in ["", "http://baton", "baton:8000", "baton/", "*.example.org", "a b"] {
+        for text in ["", ".", "*.", "http://baton", "baton:8000", "baton/", "*.example.org", "a b"] {
             assert_eq!(text.parse::<HostName>(), Err(HostNameError), "{text}");
         }
     }

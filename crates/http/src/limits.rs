@@ -22,7 +22,7 @@ use crate::keys::Owner;
 pub struct KeyLimits {
     /// What it is given of the engine while others wait as well, relative to theirs; at least 1.
     pub weight: u32,
-    /// Choices that are computed or wait, at most, each prompt's for itself.
+    /// Choices that are computed or wait, at most, each prompt's for itself; a request for embeddings or scores is one.
     pub max_concurrent_requests: Option<u32>,
     /// Requests in a minute.
     pub requests_per_minute: Option<u32>,
@@ -120,7 +120,8 @@ impl Quotas {
         }
         used.at_once += ask.choices;
         // Without a limit nothing would fade.
-        used.requests.amount += requests_per_minute.map_or(0.0, |_| 1.0);
+        let requests = requests_per_minute.map_or(0.0, |_| 1.0);
+        used.requests.amount += requests;
         let charged = tokens_per_minute.map_or(0, |_| ask.tokens);
         used.tokens.amount += charged as f64;
         Ok(Taken {
@@ -129,13 +130,17 @@ impl Quotas {
             choices: ask.choices,
             charged,
             limited: tokens_per_minute.is_some(),
-            used: 0,
+            requests,
+            used: None,
         })
     }
 
     /// What OpenAI's API says of limits in headers, of those that there are.
     pub fn headers(&self, owner: Owner, limits: KeyLimits, now: Duration) -> HeaderMap {
         let mut headers = HeaderMap::new();
+        if limits.requests_per_minute.is_none() && limits.tokens_per_minute.is_none() {
+            return headers;
+        }
         let mut all = self.0.lock();
         let Used { requests, tokens, .. } = &mut all.entry(owner).or_default();
         let kinds = [("requests", limits.requests_per_minute, requests), ("tokens", limits.tokens_per_minute, tokens)];
@@ -165,11 +170,15 @@ impl Quotas {
         let Some(used) = all.get_mut(&taken.owner) else { return };
         used.at_once -= taken.choices;
         // It may have faded in between; what is below nothing was nobody's.
-        used.tokens.amount = (used.tokens.amount - taken.charged as f64 + taken.used as f64).max(0.0);
+        let tokens = taken.used.filter(|_| taken.limited).unwrap_or_default();
+        used.tokens.amount = (used.tokens.amount - taken.charged as f64 + tokens as f64).max(0.0);
+        if taken.used.is_none() {
+            used.requests.amount = (used.requests.amount - taken.requests).max(0.0);
+        }
     }
 }
 
-/// What a request has been charged. Dropped, it gives back what was not used.
+/// What a request has been charged. Dropped, it gives back what was not used: all of it, if no engine took it.
 #[derive(Debug)]
 pub(crate) struct Taken {
     quotas: Arc<Quotas>,
@@ -178,13 +187,16 @@ pub(crate) struct Taken {
     charged: usize,
     /// Whether tokens are charged at all.
     limited: bool,
-    used: usize,
+    /// Requests that were charged: one, or none without a limit.
+    requests: f64,
+    /// Tokens; `None` until an engine has taken it.
+    used: Option<usize>,
 }
 
 impl Taken {
-    /// So many tokens were used in all.
+    /// An engine has taken it, and so many tokens were used in all.
     pub fn used(&mut self, tokens: usize) {
-        self.used = if self.limited { tokens } else { 0 };
+        self.used = Some(tokens);
     }
 }
 
@@ -280,8 +292,10 @@ mod tests {
         let quotas = Arc::<Quotas>::default();
         let limits = |limit| KeyLimits { requests_per_minute: Some(limit), ..KeyLimits::default() };
         for _ in 0..3 {
-            quotas.take(A, limits(3), ask(1, 10), seconds(0)).unwrap();
+            quotas.take(A, limits(3), ask(1, 10), seconds(0)).unwrap().used(10);
         }
+        // One that no engine takes counts neither.
+        assert!(quotas.take(A, limits(4), ask(1, 10), seconds(0)).is_ok());
         let refused = quotas.take(A, limits(3), ask(1, 10), seconds(0));
         assert_eq!(refused.unwrap_err(), Exceeded::Requests(3, seconds(20)));
         let headers = quotas.headers(A, limits(6), seconds(0));

@@ -2,8 +2,8 @@
 //!
 //! Invariant: a connection on which nothing is under way gives way to one that comes. So clients that are silent or dawdle, however
 //! many, keep nobody out, least of all a probe. Under way is a request that has arrived whole and whose reply is not yet
-//! handed to the connection; what has not arrived can be sent again. Those without a request go first, then those whose
-//! request is still arriving, of each the oldest.
+//! handed to the connection; what has not arrived can be sent again. The first to go is the one on which the longest nothing
+//! has happened: it was accepted, a head came, a reply was handed over.
 
 use std::collections::{BTreeSet, HashMap};
 use std::pin::Pin;
@@ -31,11 +31,10 @@ struct Taken {
     clock: u64,
 }
 
-/// Whether a request is arriving, since when it has been so, and whose seat it is.
-type Rank = (bool, u64, u64);
+/// Since when nothing has happened, and whose seat it is.
+type Rank = (u64, u64);
 
 struct Seat {
-    arriving: usize,
     under_way: usize,
     since: u64,
     evicted: CancellationToken,
@@ -43,7 +42,7 @@ struct Seat {
 
 impl Seat {
     fn rank(&self, id: u64) -> Option<Rank> {
-        (self.under_way == 0).then_some((self.arriving > 0, self.since, id))
+        (self.under_way == 0).then_some((self.since, id))
     }
 }
 
@@ -59,13 +58,13 @@ impl Places {
         let mut taken = self.taken.lock();
         let full = taken.seats.len() >= self.limit;
         if full {
-            let Some((.., id)) = taken.idle.pop_first() else { return (None, true) };
+            let Some((_, id)) = taken.idle.pop_first() else { return (None, true) };
             taken.seats.remove(&id).expect("who is idle has a seat").evicted.cancel();
         }
         taken.clock += 1;
         let (id, evicted) = (taken.clock, CancellationToken::new());
-        taken.seats.insert(id, Seat { arriving: 0, under_way: 0, since: id, evicted: evicted.clone() });
-        taken.idle.insert((false, id, id));
+        taken.seats.insert(id, Seat { under_way: 0, since: id, evicted: evicted.clone() });
+        taken.idle.insert((id, id));
         (Some(Place { places: self.clone(), id, evicted }), full)
     }
 
@@ -98,7 +97,7 @@ impl Place {
 
     /// A request's head has come.
     pub fn request(&self) -> Arc<Progress> {
-        self.places.change(self.id, |seat| seat.arriving += 1);
+        self.places.change(self.id, |_| ());
         Arc::new(Progress { places: self.places.clone(), id: self.id, arrived: AtomicBool::new(false) })
     }
 }
@@ -122,10 +121,7 @@ pub(crate) struct Progress {
 impl Progress {
     fn arrived(&self) {
         if !self.arrived.swap(true, Ordering::Relaxed) {
-            self.places.change(self.id, |seat| {
-                seat.arriving -= 1;
-                seat.under_way += 1;
-            });
+            self.places.change(self.id, |seat| seat.under_way += 1);
         }
     }
 }
@@ -133,7 +129,7 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         let arrived = *self.arrived.get_mut();
-        self.places.change(self.id, |seat| if arrived { seat.under_way -= 1 } else { seat.arriving -= 1 });
+        self.places.change(self.id, |seat| seat.under_way -= usize::from(arrived));
     }
 }
 
@@ -187,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_asked_nothing_gives_way_before_who_is_asking_and_the_oldest_first() {
+    fn the_one_on_which_the_longest_nothing_happened_gives_way_and_none_whose_request_is_under_way() {
         let places = Places::new(3);
         let [a, b, c] = [(); 3].map(|()| take(&places).unwrap());
         let asking = a.request();

@@ -60,6 +60,7 @@ pub(crate) async fn embed(
     };
     let tokens = inputs.iter().map(Vec::len).sum();
     let mut taken = service.charge(record, Ask { choices: 1, tokens })?;
+    let mut submitted = 0;
     let (mut inputs, mut streams) = (inputs.into_iter().enumerate(), VecDeque::new());
     let (mut embeddings, kill_switch) = (Vec::new(), service.kill_switch());
     loop {
@@ -67,9 +68,11 @@ pub(crate) async fn embed(
             && let Some((index, input)) = inputs.next()
         {
             // Streams of a request that is refused are dropped, which aborts them.
+            let len = input.len();
             let stream = generation.engine.submit(request(input));
-            taken.used(tokens);
             streams.push_back(stream.map_err(|error| refusal(&generation.engine, &error, &field(index)))?);
+            submitted += len;
+            taken.used(submitted);
         }
         let Some(stream) = streams.pop_front() else { return Ok(embeddings) };
         if embeddings.is_empty() {

@@ -119,12 +119,18 @@ pub async fn serve(
                 }
                 let Some(place) = place.map(Arc::new) else { continue };
                 let ticket = (connections.ticket(), Raised::new(&service.metrics().connections));
-                let connection = connection(stream, terms.clone(), place.clone());
+                let close = terms.close.child_token();
+                let connection = connection(stream, Terms { close: close.clone(), ..terms.clone() }, place.clone());
                 tokio::spawn(async move {
+                    let mut connection = pin!(connection);
                     tokio::select! {
                         biased;
-                        () = place.evicted() => {}
-                        () = connection => {}
+                        () = place.evicted() => {
+                            close.cancel();
+                            // The end of a reply may be on its way to a slow reader.
+                            let _ = timeout(LAST_WORDS, connection).await;
+                        }
+                        () = connection.as_mut() => {}
                     }
                     drop(ticket);
                 });

@@ -41,10 +41,38 @@ pub(crate) struct Formats {
 impl Formats {
     /// The format of a matrix. Unless something else is asked for, it is kept as it is stored if the device keeps that, blocks
     /// and codes included, else in the device's type of activations. Codes that it does not keep are widened to that, too,
-    /// or to bf16 where that is f32 and the device has bf16. So are those of experts whose columns are not in the order of their groups:
-    /// each would need rows in an order of its own. Routers are f32: they are small, and a device may make activations narrow for other
-    /// formats, which can choose other experts.
+    /// or to bf16 where that is f32 and the device has bf16. So are those that do not [lie in runs](Encoding::lies_in_runs).
+    /// Routers are f32: they are small, and a device may make activations narrow for other formats, which can choose other
+    /// experts.
     pub(crate) fn of(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
+        self.codes(spec, caps).unwrap_or_else(|| self.without_codes(spec, checkpoint, caps))
+    }
+
+    /// The format of matrices of one shape that are kept alike: codes only if all lie in the same way, and f32, which holds
+    /// them all, where stored types are mixed.
+    fn of_all(self, specs: &[&TensorSpec], checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
+        let first = specs[0];
+        let alike = specs.iter().all(|spec| spec.encoding == first.encoding);
+        if let Some(codes) = self.codes(first, caps).filter(|_| alike) {
+            return codes;
+        }
+        let format = self.without_codes(first, checkpoint, caps);
+        let is_all = specs.iter().all(|spec| self.without_codes(spec, checkpoint, caps) == format);
+        if is_all { format } else { WeightFormat::F32 }
+    }
+
+    /// The codes as which a matrix is kept, if it is.
+    fn codes(self, spec: &TensorSpec, caps: &Caps) -> Option<WeightFormat> {
+        if spec.role != Role::Linear || self.quantized.is_some() || self.dtype.is_some() {
+            return None;
+        }
+        let in_runs = |own: &&Encoding| own.lies_in_runs(spec.matrix()[1], arch::is_expert(&spec.name));
+        let codes = WeightFormat::Coded(spec.encoding.as_ref().filter(in_runs)?.code()?);
+        caps.weight_formats.contains(&codes).then_some(codes)
+    }
+
+    /// The format of a matrix that is not kept as codes.
+    fn without_codes(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
         let keeps = |dtype: DType| caps.weight_formats.contains(&dtype.into());
         let stored = || {
             let stored = match &spec.encoding {
@@ -56,22 +84,18 @@ impl Formats {
             if keeps(stored) { stored } else { caps.activations }
         };
         let float = || self.dtype.unwrap_or_else(stored).into();
-        let codes = || {
-            let encoding = spec.encoding.as_ref().filter(|own| !own.is_ordered() || !arch::is_expert(&spec.name))?;
-            let codes = WeightFormat::Coded(encoding.code()?);
-            (self.dtype.is_none() && caps.weight_formats.contains(&codes)).then_some(codes)
-        };
         match spec.role {
             Role::Linear => match self.quantized {
                 Some(wanted) => WeightFormat::Ggml(wanted.format().made_for(spec.matrix()[1])),
-                None => codes().unwrap_or_else(float),
+                None => float(),
             },
             Role::Float => float(),
             Role::Router | Role::Vector => WeightFormat::F32,
         }
     }
 
-    /// Bytes of a matrix as it is kept; of codes as many as it has in the checkpoint.
+    /// Bytes of a matrix as it is kept; of codes as many as it has in the checkpoint. Of experts that are stored in different
+    /// ways as if each were alone, which is no more than they take.
     pub(crate) fn bytes(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> u64 {
         kept(self.of(spec, checkpoint, caps), spec.shape.iter().product(), checkpoint.bytes(spec))
     }

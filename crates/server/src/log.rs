@@ -132,7 +132,9 @@ mod tests {
             (Some("a rule was broken"), |_| panic!("a rule was broken")),
             (None, |prompt| panic!("{prompt} is odd")),
             (None, |prompt| drop(prompt[..8].to_owned())),
-            (None, |prompt| drop(prompt.parse::<u8>().map_err(|_| prompt).expect("a number"))),
+            (None, |prompt| {
+                prompt.parse::<u8>().map_err(|_| prompt).expect("a number");
+            }),
         ];
         for (said, broken) in panics {
             let payload = panic::catch_unwind(|| broken(&prompt)).expect_err("it panics");

@@ -70,7 +70,7 @@ impl Scheduler {
         }
         let mut behind = self.in_order(false);
         behind.retain(|other| first < *other);
-        let gives_way = self.gives_way(&first, &behind).is_some();
+        let gives_way = self.gives_way(&first, &self.held(), &behind).is_some();
         if gives_way || running >= self.max_num_seqs {
             return gives_way;
         }

@@ -28,6 +28,8 @@ pub(crate) use run::{cancel, resume, start};
 /// Lines of all batches that are answered at once; requests of clients come before them in the engine's queue, whosever
 /// they are.
 const LINES_AT_ONCE: usize = 16;
+/// Lines that wait, of all batches, at most, without keeping others from being answered. Each is in memory.
+const LINES_ASIDE: usize = 64;
 /// Batches of one owner that have not ended, at most.
 const MAX_OPEN: usize = 100;
 /// Batches of one owner that are kept; beyond them the oldest that have ended are forgotten, but for their files.
@@ -41,6 +43,8 @@ pub(crate) struct Batches {
     /// Held while a batch is changed, in memory and on disk.
     changing: Mutex<()>,
     lines: Arc<Semaphore>,
+    /// Lines that wait until there is room for them, beside those.
+    asides: Arc<Semaphore>,
     /// One input is checked at a time.
     checking: Semaphore,
     /// Batches that run.
@@ -66,6 +70,7 @@ impl Batches {
             all: Mutex::new(all),
             changing: Mutex::new(()),
             lines: Arc::new(Semaphore::new(LINES_AT_ONCE)),
+            asides: Arc::new(Semaphore::new(LINES_ASIDE)),
             checking: Semaphore::new(1),
             running: Counter::default(),
             resumed: Mutex::new(false),

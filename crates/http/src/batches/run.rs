@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::Request;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -248,7 +248,8 @@ impl Run {
                     }).await?;
                     if let Some(line) = line {
                         lines = Some(rest);
-                        running.spawn(ask(router.clone(), self.entry.owner, path, line, permit));
+                        let asides = self.batches.asides.clone();
+                        running.spawn(ask(router.clone(), self.entry.owner, path, line, permit, asides));
                     }
                 }
             }
@@ -319,6 +320,7 @@ async fn ask(
     path: Arc<str>,
     line: Line,
     mut permit: OwnedSemaphorePermit,
+    asides: Arc<Semaphore>,
 ) -> (String, Outcome) {
     let Line { custom_id, body } = line;
     let mut refused =
@@ -337,12 +339,18 @@ async fn ask(
         };
         let status = response.status();
         if response.extensions().get::<ApiError>().is_some_and(ApiError::is_for_now) {
-            // Others' lines need not wait until this one's key has room, or the engine.
-            let permits = permit.semaphore().clone();
-            drop(permit);
-            sleep(pause).await;
+            // Others' lines need not wait until this one's key has room, or the engine; but each holds its body, so only so
+            // many step aside.
+            if let Ok(aside) = asides.clone().try_acquire_owned() {
+                let permits = permit.semaphore().clone();
+                drop(permit);
+                sleep(pause).await;
+                permit = permits.acquire_owned().await.expect("it is never closed");
+                drop(aside);
+            } else {
+                sleep(pause).await;
+            }
             pause = (2 * pause).min(LONGEST_PAUSE);
-            permit = permits.acquire_owned().await.expect("it is never closed");
             continue;
         }
         let request_id = response.headers().get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();

@@ -18,10 +18,8 @@ impl<B: MoeOps> Loader<'_, B> {
     ) -> Result<B::Experts, LoadError> {
         let names = [gate, up, down];
         let formats = names.map(|name| {
-            let mut formats = (0..count).map(|expert| self.format(&format!("{prefix}.{expert}.{name}.weight")));
-            let first = formats.next().expect("a layer has experts");
-            // Where stored types are mixed, f32 holds them all.
-            if formats.all(|f| f == first) { first } else { WeightFormat::F32 }
+            let specs = (0..count).map(|expert| &self.specs[&format!("{prefix}.{expert}.{name}.weight")]);
+            self.formats.of_all(&Vec::from_iter(specs), self.checkpoint, self.backend.caps())
         });
         let (backend, held) = (self.backend, self.world.share(count));
         let others = if self.sees_all() { held.end..count } else { 0..0 };

@@ -33,6 +33,9 @@ pub(crate) use scaled::{Codes, Scaled};
 use crate::checkpoint::{CheckpointError, Part};
 use crate::precision;
 
+/// Columns that share a scale on a device, at least.
+const RUN: usize = 32;
+
 /// How a quantised matrix is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Encoding {
@@ -83,8 +86,23 @@ impl Encoding {
         }
     }
 
+    /// Whether it is worth keeping as codes in a matrix of `cols` columns, where a device has a scale for every [`RUN`]: smaller
+    /// groups would be padded. Each of a layer's experts would need rows in an order of its own, so theirs have whole runs.
+    pub(crate) fn lies_in_runs(&self, cols: usize, is_expert: bool) -> bool {
+        let columns = match self {
+            Encoding::Scaled(format) => format.block[1],
+            Encoding::Packed(format) => format.group,
+            Encoding::Gptq(format) => format.group,
+            Encoding::Awq(format) => format.group,
+            Encoding::Mxfp4(_) => mxfp4::BLOCK,
+            Encoding::Blocks(_) => return false,
+        };
+        let is_row = columns == 0 || columns >= cols;
+        if is_expert { !self.is_ordered() && (is_row || columns.is_multiple_of(RUN)) } else { is_row || columns >= RUN }
+    }
+
     /// Whether the columns of a group may lie apart.
-    pub(crate) fn is_ordered(&self) -> bool {
+    fn is_ordered(&self) -> bool {
         match self {
             Encoding::Packed(format) => format.ordered,
             Encoding::Gptq(format) => format.desc_act,
@@ -144,4 +162,29 @@ fn whole_words(len: usize, per_word: usize, what: &str) -> Result<usize, String>
 /// How a group size is shown.
 fn group_text(size: usize) -> String {
     if size == 0 { "per channel".into() } else { format!("groups of {size}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_lie_in_runs_where_groups_are_large_enough_and_those_of_experts_in_whole_ones() {
+        let gptq = |group, desc_act| Encoding::Gptq(Gptq { bits: 4, group, desc_act, zeros_less_one: true });
+        let cases = [
+            (gptq(0, false), [true, true]),
+            (gptq(8, false), [false, false]),
+            (gptq(16, true), [false, false]),
+            (gptq(32, false), [true, true]),
+            (gptq(32, true), [true, false]),
+            (gptq(48, false), [true, false]),
+            (gptq(96, false), [true, true]),
+            (gptq(192, false), [true, true]),
+            (Encoding::Mxfp4(Mxfp4), [true, true]),
+        ];
+        for (encoding, expected) in cases {
+            assert_eq!([false, true].map(|is_expert| encoding.lies_in_runs(192, is_expert)), expected, "{encoding}");
+        }
+        assert!(gptq(8, false).lies_in_runs(8, true));
+    }
 }

@@ -10,7 +10,7 @@ use baton_device::{Code, CodedRows, CodedSource, Coding, DType, RowSource, widen
 use super::parts::{Parts, StoredTensor};
 use crate::checkpoint::{CheckpointError, Part};
 
-const BLOCK: usize = 32;
+pub(super) const BLOCK: usize = 32;
 /// The exponents' NaN.
 const NAN: u8 = 255;
 /// The largest exponent with which six, the largest code, is below 2^128.

@@ -25,13 +25,14 @@ use parking_lot::Mutex;
 use prost::Message;
 use ureq::{
     Agent,
-    http::Uri,
+    http::{HeaderName, HeaderValue, Uri},
     tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem},
 };
 
 /// The path that collectors listen on, where an endpoint names none.
 const PATH: &str = "/v1/traces";
-/// How long a batch may take to be taken, attempts and pauses together.
+/// How long a batch may take to be taken, attempts and pauses together. No attempt begins later, but one that is under way
+/// then may end later: it has as long for itself.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest answer that is read, in bytes.
 const MAX_ANSWER: u64 = 64 << 10;
@@ -81,7 +82,8 @@ pub struct Means {
 }
 
 impl Means {
-    /// As OpenTelemetry's variables say, those for traces before those for everything. Headers the library reads itself.
+    /// As OpenTelemetry's variables say, those for traces before those for everything. Headers the library reads itself,
+    /// and passes over what it cannot read, so that is refused here.
     ///
     /// # Errors
     /// If one of them asks for what cannot be had.
@@ -111,6 +113,11 @@ impl Means {
                 Duration::from_millis(millis.with_context(|| format!("{name}: it must be milliseconds, at least 1"))?)
             }
         };
+        if let Some((name, headers)) = given("HEADERS") {
+            // They are secrets, so the refusal does not show them.
+            let readable = headers.split_terminator(',').all(is_header);
+            ensure!(readable, "{name}: it must be NAME=VALUE, with commas between several, and values percent-encoded");
+        }
         let file = |name: &str| {
             let read = |(name, path): (String, String)| {
                 fs::read(&path).map(|pem| (name.clone(), pem)).with_context(|| format!("{name}: {path}"))
@@ -160,6 +167,25 @@ impl Means {
         }
         Ok((builder.build()?, rejected))
     }
+}
+
+/// Whether an entry is a header that the library sends.
+fn is_header(entry: &str) -> bool {
+    entry.split_once('=').is_some_and(|(name, value)| {
+        let sendable = |value: String| !value.is_empty() && HeaderValue::from_str(&value).is_ok();
+        HeaderName::from_str(name.trim()).is_ok() && percent_decoded(value.trim()).is_some_and(sendable)
+    })
+}
+
+fn percent_decoded(text: &str) -> Option<String> {
+    let mut parts = text.split('%');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        let (byte, rest) = part.split_at_checked(2)?;
+        bytes.push(u8::from_str_radix(byte, 16).ok()?);
+        bytes.extend(rest.as_bytes());
+    }
+    String::from_utf8(bytes).ok()
 }
 
 /// What a file has of certificates, at least one.
@@ -256,6 +282,30 @@ mod tests {
         assert_eq!(means(&both[..1]).unwrap().timeout, Duration::from_secs(3));
         assert_eq!(means(&[("OTEL_EXPORTER_OTLP_TIMEOUT", "")]).unwrap().timeout, TIMEOUT);
         assert!(means(&[("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")]).unwrap().gzip);
+    }
+
+    #[test]
+    fn headers_that_would_not_be_sent_are_refused_without_showing_them() {
+        let taken = ["a=b", "api-key=s%20ecret%3D, x-scope = one ,", "authorization=Basic c2VjcmV0Cg=="];
+        for value in taken {
+            assert!(means(&[("OTEL_EXPORTER_OTLP_HEADERS", value)]).is_ok(), "{value}");
+        }
+        for value in [
+            "secret",
+            "=secret",
+            "a=",
+            "a b=secret",
+            "a=b,secret",
+            "a=secret%4",
+            "a=secret%xx",
+            "a=secret%C3%B6",
+            "a=%ff",
+        ] {
+            for name in ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"] {
+                let refusal = format!("{:#}", means(&[(name, value)]).unwrap_err());
+                assert!(refusal.contains(name) && !refusal.contains("secret"), "{value}: {refusal}");
+            }
+        }
     }
 
     #[test]

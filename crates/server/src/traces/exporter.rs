@@ -25,6 +25,9 @@ use opentelemetry_sdk::{
 
 use super::collector::{Endpoint, Means};
 
+/// The most spans that belong together, of one request: a smaller queue would never take them.
+const GROUP: usize = 4;
+
 /// What became of the spans that were given. Both only grow.
 #[derive(Debug, Clone, Default)]
 pub struct Counts {
@@ -71,14 +74,15 @@ impl Exporter {
         resource: &Resource,
         variable: impl Fn(&str) -> Option<String>,
     ) -> Result<Self> {
-        let number = |name: &str, default: usize| match variable(name).map(|value| value.parse()) {
+        let number = |name: &str, default: usize, least: usize| match variable(name).map(|value| value.parse::<usize>())
+        {
             None => Ok(default),
-            Some(Ok(number @ 1..)) => Ok(number),
-            Some(_) => bail!("{name}: it must be a number, at least 1"),
+            Some(Ok(number)) if number >= least => Ok(number),
+            Some(_) => bail!("{name}: it must be a number, at least {least}"),
         };
-        let places = number(OTEL_BSP_MAX_QUEUE_SIZE, OTEL_BSP_MAX_QUEUE_SIZE_DEFAULT)?;
-        let batch = number(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, OTEL_BSP_MAX_EXPORT_BATCH_SIZE_DEFAULT)?;
-        let delay = number(OTEL_BSP_SCHEDULE_DELAY, OTEL_BSP_SCHEDULE_DELAY_DEFAULT.as_millis() as usize)?;
+        let places = number(OTEL_BSP_MAX_QUEUE_SIZE, OTEL_BSP_MAX_QUEUE_SIZE_DEFAULT, GROUP)?;
+        let batch = number(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, OTEL_BSP_MAX_EXPORT_BATCH_SIZE_DEFAULT, 1)?;
+        let delay = number(OTEL_BSP_SCHEDULE_DELAY, OTEL_BSP_SCHEDULE_DELAY_DEFAULT.as_millis() as usize, 1)?;
         let batches = BatchConfigBuilder::default()
             .with_max_queue_size(places)
             .with_max_export_batch_size(batch)

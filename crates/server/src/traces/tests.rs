@@ -187,8 +187,11 @@ fn a_collector_that_is_away_is_asked_as_long_as_was_said() {
 
 #[test]
 fn numbers_of_batches_that_cannot_be_had_are_refused() {
-    for name in ["OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_SCHEDULE_DELAY", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"] {
-        for value in ["0", "-1", "5s"] {
+    // A queue must have places for all spans of a request.
+    for (name, too_little) in
+        [("OTEL_BSP_MAX_QUEUE_SIZE", "3"), ("OTEL_BSP_SCHEDULE_DELAY", "0"), ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "0")]
+    {
+        for value in [too_little, "-1", "5s"] {
             let variable = |asked: &str| (asked == name).then(|| value.to_owned());
             let endpoint = "http://localhost".parse().unwrap();
             let resource = Resource::builder_empty().build();

@@ -33,7 +33,7 @@ pub struct Args {
     /// Only for these [default: all that can be built here]
     #[arg(long = "target", value_name = "TARGET", value_parser = clap::builder::PossibleValuesParser::new(TARGETS))]
     targets: Vec<String>,
-    /// The folder to make; it is emptied
+    /// The folder to make; one that this chore has filled is emptied, any other is refused
     #[arg(long, value_name = "DIR", default_value = "target/dist")]
     out: PathBuf,
     /// Write what lies beside a binary, licences and bill of materials, and build none
@@ -52,16 +52,13 @@ fn least_processor(target: &str) -> &'static str {
 /// Runs the chore.
 pub fn main(args: &Args) -> Result<()> {
     let out = root().join(&args.out);
-    if out.exists() {
-        fs::remove_dir_all(&out).with_context(|| out.display().to_string())?;
-    }
-    fs::create_dir_all(&out)?;
     let here = host()?;
     let tools = match args.papers_only || args.without_zig {
         true => Tools::Machine,
         false => Tools::zig().context("zig cannot be installed; --without-zig builds for this machine alone")?,
     };
     let time = time()?;
+    empty(&out)?;
     let asked = |target: &&str| args.targets.is_empty() || args.targets.iter().any(|asked| asked == target);
     for target in TARGETS.into_iter().filter(asked) {
         let folder = out.join(format!("baton-{}-{target}", env!("CARGO_PKG_VERSION")));
@@ -83,7 +80,7 @@ pub fn main(args: &Args) -> Result<()> {
         let glibc = format!("{}.{}", needs.glibc.0, needs.glibc.1);
         let facts = json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "commit": git(&["rev-parse", "HEAD"]),
+            "commit": git(&["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]),
             "target": target,
             "processor": cpu,
             "glibc": glibc,
@@ -99,6 +96,19 @@ pub fn main(args: &Args) -> Result<()> {
     archive::sums(&out)?;
     say(&out.canonicalize()?.display().to_string());
     Ok(())
+}
+
+/// Makes a folder, or empties the one that is there if it is this chore's.
+fn empty(folder: &Path) -> Result<()> {
+    let sums = folder.join("SHA256SUMS");
+    if folder.exists() {
+        let ours = sums.exists() || fs::read_dir(folder)?.next().is_none();
+        ensure!(ours, "{}: it is neither empty nor has it SHA256SUMS; nothing was removed", folder.display());
+        fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    fs::create_dir_all(folder)?;
+    // Without a line nothing passes for complete, and the next run may empty what this one leaves if it fails.
+    Ok(fs::write(sums, "")?)
 }
 
 /// Writes what lies beside the binary.
@@ -166,6 +176,20 @@ fn say(line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_folder_of_this_chore_is_emptied() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("dist");
+        empty(&folder).unwrap();
+        fs::write(folder.join("archive"), "").unwrap();
+        empty(&folder).unwrap();
+        assert!(!folder.join("archive").exists());
+        fs::remove_file(folder.join("SHA256SUMS")).unwrap();
+        empty(&folder).unwrap();
+        assert!(empty(parent.path()).is_err());
+        assert!(folder.exists());
+    }
 
     #[test]
     fn papers_are_the_same_whenever_they_are_written_and_name_no_folder_of_this_machine() {
