@@ -172,7 +172,7 @@ impl Means {
 /// Whether an entry is a header that the library sends.
 fn is_header(entry: &str) -> bool {
     entry.split_once('=').is_some_and(|(name, value)| {
-        let sendable = |value: String| !value.is_empty() && HeaderValue::from_str(&value).is_ok();
+        let sendable = |value: String| !value.is_empty() && value.is_ascii() && HeaderValue::from_str(&value).is_ok();
         HeaderName::from_str(name.trim()).is_ok() && percent_decoded(value.trim()).is_some_and(sendable)
     })
 }
