@@ -45,6 +45,13 @@ impl Server {
         self.offset.write_all_at(&seconds.to_ne_bytes(), 0).expect("it is written in place");
     }
 
+    /// Waits until a gauge is not zero.
+    async fn until(&self, gauge: &str) {
+        while self.server.metric(gauge).await.expect("a metric") == 0.0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     async fn ask(&self, fields: Value) -> Value {
         let message = json!({"role": "user", "content": "What is 347 + 286?"});
         let mut body = json!({"temperature": 0, "messages": [message]});
@@ -63,11 +70,12 @@ async fn r37_a_clock_that_is_set_by_an_hour_ends_nothing_that_runs_or_waits_and_
     for (offset, from, to) in [(HOUR, HOUR - 120, HOUR + 120), (-HOUR, -HOUR - 120, 120 - HOUR)] {
         let (running, waiting, ()) = tokio::join!(
             server.ask(json!({"max_tokens": 900, "ignore_eos": true})),
-            server.ask(json!({"max_tokens": 5, "deadline_ms": 600_000})),
             async {
-                while server.server.metric("vllm:num_requests_waiting").await.expect("a metric") == 0.0 {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
+                server.until("vllm:num_requests_running").await;
+                server.ask(json!({"max_tokens": 5, "deadline_ms": 600_000})).await
+            },
+            async {
+                server.until("vllm:num_requests_waiting").await;
                 server.set(offset);
             }
         );
