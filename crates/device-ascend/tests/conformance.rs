@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use baton_device::{Backend, BlockFormat, DType, conformance};
+use baton_device::{Backend, BlockFormat, Code, DType, conformance};
 use common::{A2, P310, Simulator};
 
 /// Runs what the chip offers, and gives what was missing for the others.
@@ -40,13 +40,15 @@ fn judged(chip: &str, activations: DType, fused: bool) -> BTreeSet<String> {
 /// What an A2 keeps as the integers that they are, beside activations that are not f32.
 const KEPT: [BlockFormat; 2] = [BlockFormat::Q8_0, BlockFormat::Q4_0];
 
-/// The refusals of caches in these dtypes, of weights in blocks but for those kept, of what an indexer chooses, and further ones.
+/// The refusals of caches in these dtypes, of weights in codes and in blocks but for those kept, of what an indexer chooses, and further
+/// ones.
 fn expected(kept: &[BlockFormat], caches: &[&str], others: &[&str]) -> BTreeSet<String> {
     let blocks = BlockFormat::ALL.into_iter().filter(|block| !kept.contains(block));
     let blocks = blocks.map(|block| format!("cannot keep {block} weights"));
     let caches = caches.iter().map(|dtype| format!("cannot keep a cache in {dtype}"));
     let none = ["has no IndexedAttention".to_owned()];
-    blocks.chain(caches).chain(none).chain(others.iter().map(|other| (*other).to_owned())).collect()
+    let codes = Code::ALL.map(|code| format!("cannot keep {code} weights"));
+    blocks.chain(codes).chain(caches).chain(none).chain(others.iter().map(|other| (*other).to_owned())).collect()
 }
 
 #[test]

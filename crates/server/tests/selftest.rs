@@ -78,15 +78,22 @@ fn every_case_and_the_bundled_model_pass_on_the_cpu_by_the_binary_alone() {
     let (ended, report) = selftest(&["--device", "cpu"]);
     assert_eq!(ended.code, 0, "{}{}", ended.stdout, ended.stderr);
     assert_eq!((&report["verdict"], &report["running"]), (&"pass".into(), &Value::Null));
-    assert!(cases(&report).iter().all(|case| case["verdict"] == "pass"), "{report:#}");
-    assert!(cases(&report).len() > 300);
+    // What it keeps no codes for, it says.
+    let (skipped, run): (Vec<&Value>, Vec<&Value>) =
+        cases(&report).iter().partition(|case| case["verdict"] == "skipped");
+    let of_codes = |case: &&Value| {
+        ["cannot keep int", "cannot keep fp"].iter().any(|begin| case["reasons"].to_string().contains(begin))
+    };
+    assert!(skipped.iter().all(of_codes) && skipped.len() < 20, "{skipped:#?}");
+    assert!(run.iter().all(|case| case["verdict"] == "pass"), "{report:#}");
+    assert!(run.len() > 300);
     for name in ["version", "target"] {
         assert!(report["baton"][name].is_string(), "{:#}", report["baton"]);
     }
     assert!(report["caps"][0]["isa"].is_string() && report["device"]["details"]["cores"].is_string(), "{report:#}");
     let judged =
         |case: &&Value| case["max_error"].is_f64() && case["vector_error"].is_f64() && case["tolerance"].is_f64();
-    assert!(cases(&report).iter().filter(|case| case["name"] != "model-abacus").all(|case| judged(&case)));
+    assert!(run.iter().filter(|case| case["name"] != "model-abacus").all(judged));
     let model = cases(&report).iter().find(|case| case["name"] == "model-abacus").expect("the model");
     let greedy = &model["figures"]["columns"][0]["greedy"];
     assert!(greedy["agreed"].as_u64() > Some(0) && greedy["agreed"] == greedy["of"], "{model:#}");
