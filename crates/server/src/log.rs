@@ -128,7 +128,8 @@ mod tests {
     #[test]
     fn r46_a_panic_shows_nothing_that_was_put_together_when_it_ran() {
         let prompt = "canary é".to_owned();
-        let panics: [(Option<&str>, fn(&str)); 4] = [
+        type Broken = fn(&str);
+        let panics: [(Option<&str>, Broken); 4] = [
             (Some("a rule was broken"), |_| panic!("a rule was broken")),
             (None, |prompt| panic!("{prompt} is odd")),
             (None, |prompt| drop(prompt[..8].to_owned())),

@@ -81,7 +81,7 @@ pub fn binary(tools: &Tools, package: &str, target: &str, cpu: &str) -> Result<P
     ensure!(output.status.success(), "{target}: the binary was not built");
     let text = String::from_utf8(output.stdout)?;
     let messages = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let executable = messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?))).last();
+    let executable = messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?))).next_back();
     executable.context("cargo named no binary")
 }
 

@@ -115,7 +115,7 @@ mod tests {
         assert!(text.contains(bringers) && text.contains("what else"), "{text}");
 
         let none = package(folder.path(), "d", None, &[]);
-        assert!(page(&[none.clone()], &[]).unwrap_err().to_string().contains("d 1.0.0"));
+        assert!(page(std::slice::from_ref(&none), &[]).unwrap_err().to_string().contains("d 1.0.0"));
         let apache = Crate { license: "MIT OR Apache-2.0".into(), ..none };
         assert!(page(&[apache], &[]).unwrap().contains("d 1.0.0 (MIT OR Apache-2.0), LICENSE of Baton\n"));
     }

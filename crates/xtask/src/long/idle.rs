@@ -2,7 +2,7 @@
 //! probes are answered beside them.
 
 use std::{
-    path::PathBuf,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -70,7 +70,7 @@ async fn open(server: &LocalServer, count: usize, begin: &'static [u8]) -> Resul
     Ok(opened)
 }
 
-async fn idle(binary: &PathBuf, name: &str, begin: &'static [u8], record: &mut Record) -> Result<()> {
+async fn idle(binary: &Path, name: &str, begin: &'static [u8], record: &mut Record) -> Result<()> {
     let server = watched::start(binary, &["--max-connections", "20000"]).await?;
     drop(open(&server, 500, begin).await?);
     let before = server.resident_mib()?;
@@ -106,7 +106,7 @@ async fn idle(binary: &PathBuf, name: &str, begin: &'static [u8], record: &mut R
 }
 
 /// More than there may be, as fast as they can be opened.
-async fn flood(binary: &PathBuf, record: &mut Record) -> Result<()> {
+async fn flood(binary: &Path, record: &mut Record) -> Result<()> {
     let server = watched::start(binary, &["--max-connections", "2000"]).await?;
     let watch = watched::Watch::begin(&server);
     let connections = open(&server, CONNECTIONS, b"").await?;

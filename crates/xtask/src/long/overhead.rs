@@ -2,7 +2,7 @@
 //! many calls a second there are that compute nothing.
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -54,7 +54,7 @@ pub fn check(setting: &Setting) -> Result<()> {
 }
 
 /// The share of the throughput that serving costs.
-async fn served(binary: &PathBuf, model: &Path, name: &str, record: &mut Record) -> Result<f64> {
+async fn served(binary: &Path, model: &Path, name: &str, record: &mut Record) -> Result<f64> {
     let path = model.to_str().context("a path in UTF-8")?;
     let (mut own, mut through) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
@@ -83,7 +83,7 @@ async fn served(binary: &PathBuf, model: &Path, name: &str, record: &mut Record)
 }
 
 /// Tokens a second of all streams, without a server.
-fn local(binary: &PathBuf, model: &str) -> Result<f64> {
+fn local(binary: &Path, model: &str) -> Result<f64> {
     let streams = STREAMS.to_string();
     let tokens = TOKENS.to_string();
     let mut command = Command::new(binary);

@@ -1,7 +1,7 @@
 //! Five times as many calls as the server can answer, by the clock: what it answers in time stays what it was, what it accepts it
 //! finishes, the rest is refused at once, and when it is over all is as before.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use baton_loadgen::{Call, CallError, LocalServer, Mode, Planned, Report, arrivals, closed_loop, run};
@@ -45,7 +45,7 @@ fn calls(seed: usize) -> impl Iterator<Item = Value> {
     })
 }
 
-async fn overload(binary: &PathBuf, model: &PathBuf, time: Duration, record: &mut Record) -> Result<()> {
+async fn overload(binary: &Path, model: &Path, time: Duration, record: &mut Record) -> Result<()> {
     let model = model.to_str().context("a path in UTF-8")?;
     let running = RUNNING.to_string();
     let flags = [model, "--max-num-seqs", &running, "--max-queued-requests", WAITING, "--handoff", "off"];
