@@ -202,7 +202,7 @@ fn describe(setup: &Setup<'_>) -> Result<String> {
         words.map(|w| w.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
     };
     let description = json!({
-        "processor": programs::processor(),
+        "processor": baton_loadgen::processor(),
         "commit": commit,
         "baton": programs::version(&args.baton),
         "llama.cpp": programs::version(&args.llama_server),

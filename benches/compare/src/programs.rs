@@ -1,7 +1,7 @@
 //! The programs under comparison: how each is started, and what each says of a model in its own process.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -164,12 +164,4 @@ pub fn version(program: &Path) -> String {
     let output = Command::new(program).arg("--version").stdin(Stdio::null()).output();
     let text = output.map(|o| String::from_utf8_lossy(&[o.stdout, o.stderr].concat()).into_owned()).unwrap_or_default();
     text.lines().find(|l| l.contains("version") || l.starts_with("baton")).unwrap_or("unknown").to_owned()
-}
-
-/// The processor, as the system names it.
-pub fn processor() -> String {
-    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':'));
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("{} with {cores} threads", model.map_or("unknown", |(_, name)| name.trim()))
 }

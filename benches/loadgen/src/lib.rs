@@ -7,6 +7,7 @@
 mod client;
 pub mod evaluation;
 mod local;
+mod machine;
 pub mod plot;
 mod report;
 mod run;
@@ -17,7 +18,8 @@ mod table;
 mod workload;
 
 pub use client::{CallError, Client, Reply, Target};
-pub use local::{LocalServer, free_port};
+pub use local::{LocalServer, free_port, resident_mib};
+pub use machine::processor;
 pub use report::{Objectives, Quantiles, Report, median};
 pub use run::{Call, Live, Load, Planned, Run, run};
 pub use schedule::arrivals;

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::TcpListener,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -12,15 +12,27 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Client, Target};
 
+/// Between two looks at a server that is waited for: at first, and when it takes long.
+const SOON: Duration = Duration::from_millis(5);
+const SELDOM: Duration = Duration::from_millis(50);
+
 /// A port that nobody listens on.
 pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// Memory of a process that is resident now, in MiB (Linux).
+pub fn resident_mib(pid: u32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("VmRSS")?;
+    Ok(line.trim().trim_end_matches("kB").trim().parse::<f64>()? / 1024.0)
 }
 
 /// A running server.
 #[derive(Debug)]
 pub struct LocalServer {
     child: Child,
+    address: SocketAddr,
     target: Target,
     ready: Duration,
 }
@@ -38,8 +50,9 @@ impl LocalServer {
     pub async fn launch(mut command: Command, port: u16, ready: &str, limit: Duration) -> Result<Self> {
         let start = Instant::now();
         let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("starting {command:?}"))?;
-        let target = Target { base: format!("http://127.0.0.1:{port}"), api_key: None };
-        let mut server = Self { child, target, ready: Duration::ZERO };
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let target = Target { base: format!("http://{address}"), api_key: None };
+        let mut server = Self { child, address, target, ready: Duration::ZERO };
         let client = server.client();
         while !client.get(ready).await.is_ok_and(|(status, _)| status == 200) {
             ensure!(start.elapsed() < limit, "not ready after {limit:?}");
@@ -53,6 +66,11 @@ impl LocalServer {
     }
 
     /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The same, as clients are told it.
     pub fn target(&self) -> &Target {
         &self.target
     }
@@ -74,9 +92,7 @@ impl LocalServer {
 
     /// Memory resident now, in MiB (Linux).
     pub fn resident_mib(&self) -> Result<f64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("VmRSS")?;
-        Ok(line.trim().trim_end_matches("kB").trim().parse::<f64>()? / 1024.0)
+        resident_mib(self.pid())
     }
 
     /// The sum over all series of one metric.
@@ -89,6 +105,25 @@ impl LocalServer {
             .collect();
         ensure!(!values.is_empty(), "no metric {name}");
         Ok(values.iter().sum())
+    }
+
+    /// Waits until nothing runs, nothing is answered and no block is in use, for no longer than this; how long it took, to a tenth.
+    pub async fn idle(&self, limit: Duration) -> Result<Duration> {
+        let begin = Instant::now();
+        loop {
+            let running = self.metric("vllm:num_requests_running").await?;
+            let in_flight = self.metric("baton_http_requests_in_flight").await?;
+            let used = self.metric("vllm:kv_cache_usage_perc").await?;
+            let waited = begin.elapsed();
+            if running == 0.0 && in_flight == 0.0 && used == 0.0 {
+                return Ok(waited);
+            }
+            ensure!(
+                waited < limit,
+                "{running} run, {in_flight} are answered and {used} of the blocks are in use, {limit:?} after the last came"
+            );
+            tokio::time::sleep((waited / 10).clamp(SOON, SELDOM)).await;
+        }
     }
 
     /// Sends SIGTERM, as a supervisor does.

@@ -45,8 +45,10 @@ impl KvCache {
         let layer = |layer: &LayerKv| {
             Ok(match *layer {
                 LayerKv::Full { kv_heads, head_dim } => [plane(kv_heads * head_dim)?, plane(kv_heads * head_dim)?],
-                LayerKv::Latent { rank, rope } => [plane(rank)?, plane(rope)?],
-                LayerKv::Indexed { .. } => panic!("no indexed attention: the capabilities do not offer it"),
+                LayerKv::Latent { rank, rope, index: None } => [plane(rank)?, plane(rope)?],
+                LayerKv::Latent { index: Some(_), .. } => {
+                    panic!("no indexed attention: the capabilities do not offer it")
+                }
             })
         };
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()? })

@@ -132,7 +132,7 @@ fn composed_latent_attention_takes_as_many_launches_whatever_the_batch() {
     let kv_b = HostTensor::new("kv_b", DType::BF16, vec![heads * (nope + v), rank], &bytes);
     let weight = b.latent_weight(&HostLatent { kv_b, heads, nope, rope, v, rank, format: WeightFormat::BF16 }).unwrap();
     for batch in [1, 5, 16] {
-        let mut cache = cache(b, LayerKv::Latent { rank, rope }, KvDtype::BF16, batch * 256);
+        let mut cache = cache(b, LayerKv::Latent { rank, rope, index: None }, KvDtype::BF16, batch * 256);
         let random = |seed, cols: usize| tensor(b, &uniform(seed, batch * cols, 1.0), cols);
         let (q, latent, key) = (random(1, heads * (nope + rope)), random(2, rank), random(3, rope));
         let mut out = b.tensor(batch, heads * v).unwrap();

@@ -179,7 +179,7 @@ fn deepseek(simulator: &Simulator, backend: &AscendBackend) -> Cost {
     let [mut gate, mut up, mut product] = [(); 3].map(|()| make.tensor(inner));
     let layout = |heads, head_dim, offset| RopeLayout { heads, head_dim, offset, dim: rope, interleaved: true };
 
-    steady(simulator, backend, LayerKv::Latent { rank, rope }, |cache, plan| {
+    steady(simulator, backend, LayerKv::Latent { rank, rope, index: None }, |cache, plan| {
         backend.add_rms_norm(&delta, &mut residual, &norm, EPS, &mut h).unwrap();
         let group = &mut [(&w_q_a, &mut q_latent), (&w_latent, &mut latent), (&w_key, &mut key)];
         backend.linear_group(&h, group).unwrap();

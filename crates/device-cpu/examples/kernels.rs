@@ -72,7 +72,7 @@ fn attentions(only: Option<&str>) -> Result<()> {
         for (heads, rank) in [(16, 512), (6, 64)] {
             println!("{}, 1 thread: {heads} heads on latents of {rank}, cache in {dtype}", b.caps().isa);
             for steps in [(1, 0, 512), (1, 999, 1), (16, 999, 1)] {
-                attention(&b, (LayerKv::Latent { rank, rope: 64.min(rank / 4) }, dtype), heads, steps)?;
+                attention(&b, (LayerKv::Latent { rank, rope: 64.min(rank / 4), index: None }, dtype), heads, steps)?;
             }
         }
     }
@@ -84,7 +84,7 @@ fn indexed() -> Result<()> {
     const TOP_K: usize = 2048;
     let b = CpuBackend::new(&CpuOptions { threads: 1, isa: None })?;
     let (heads, rank, rope, index) = (128, 512, 64, 128);
-    let (all, chosen) = (LayerKv::Latent { rank, rope }, LayerKv::Indexed { rank, rope, index });
+    let [all, chosen] = [None, Some(index)].map(|index| LayerKv::Latent { rank, rope, index });
     for dtype in [KvDtype::F32, KvDtype::BF16] {
         println!("{}, 1 thread: {heads} heads on latents of {rank}, cache in {dtype}; all, then {TOP_K}", b.caps().isa);
         for context in (11..=16).map(|log| 1 << log) {
@@ -121,7 +121,7 @@ fn attention(
             let each = |layer| b.paged_attention(&q, &k, &v, &mut cache, layer, &plan, &params, &mut out);
             (of_a_layer(each)?, 4 * pairs * heads * head_dim)
         }
-        LayerKv::Latent { rank, rope } | LayerKv::Indexed { rank, rope, .. } => {
+        LayerKv::Latent { rank, rope, index } => {
             let (nope, v) = (128.min(rank), 128.min(rank));
             let [q, latent, key] = [heads * (nope + rope), rank, rope].map(|cols| activation(b, rows, cols));
             let (q, latent, key, mut out) = (q?, latent?, key?, b.tensor(rows, heads * v)?);
@@ -130,11 +130,11 @@ fn attention(
             let weight =
                 b.latent_weight(&HostLatent { kv_b, heads, nope, rope, v, rank, format: WeightFormat::BF16 })?;
             let up = rows * rank * (nope + v);
-            if let LayerKv::Indexed { index, .. } = layer {
+            if let Some(index) = index {
                 const HEADS: usize = 64;
                 let [index_q, index_k, weights] = [HEADS * index, index, HEADS].map(|cols| activation(b, rows, cols));
                 let (index_q, index_k, weights) = (index_q?, index_k?, weights?);
-                let indexer = Indexer { q: &index_q, k: &index_k, weights: &weights, scale: 0.1, top_k: 2048 };
+                let indexer = Indexer { q: &index_q, k: &index_k, weights: &weights, top_k: 2048 };
                 let each = |layer| {
                     b.indexed_attention(&q, &latent, &key, &indexer, &weight, &mut cache, layer, &plan, 0.1, &mut out)
                 };
@@ -273,7 +273,7 @@ impl SmallModel {
         let span = |table| SequenceSpan { start: context - 1, len: 1, block_table: table };
         let sequences: Vec<_> = tables.iter().map(|t| span(t.as_slice())).collect();
         let spec = KvSpec {
-            layers: vec![LayerKv::Latent { rank: RANK, rope: ROPE }; self.layers.len()],
+            layers: vec![LayerKv::Latent { rank: RANK, rope: ROPE, index: None }; self.layers.len()],
             dtype: KvDtype::F32,
             block_size: b.caps().kv_block_size,
         };

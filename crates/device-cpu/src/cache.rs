@@ -3,7 +3,8 @@
 //! Keys and values have a plane each, block by block and head by head. A block of keys lies feature by feature, 16
 //! positions side by side, so that scores need no sums across a vector; a block of values lies position by position, a row
 //! padded with zeros to whole vectors. A latent layer has one plane that lies as values do: a row is the latent and behind
-//! it the rotated key, each padded; its indexer's keys have one that lies as keys do. Elements of a plane in bytes have their scales apart, 16 positions side by side.
+//! it the rotated key, each padded; its indexer's keys have one that lies as keys do. Elements of a plane in bytes have their
+//! scales apart, 16 positions side by side.
 
 use std::ops::Range;
 
@@ -49,12 +50,9 @@ impl KvCache {
                     keys: plane(kv_heads, head_dim, 1, Order::Features)?,
                     values: plane(kv_heads, head_dim.next_multiple_of(LANES), 1, Order::Positions)?,
                 },
-                LayerKv::Latent { rank, rope } => {
-                    Layer::Latent { rows: plane(1, latent_width(rank, rope), 2, Order::Positions)?, index: None }
-                }
-                LayerKv::Indexed { rank, rope, index } => Layer::Latent {
+                LayerKv::Latent { rank, rope, index } => Layer::Latent {
                     rows: plane(1, latent_width(rank, rope), 2, Order::Positions)?,
-                    index: Some(plane(1, index, 1, Order::Features)?),
+                    index: index.map(|width| plane(1, width, 1, Order::Features)).transpose()?,
                 },
             })
         };

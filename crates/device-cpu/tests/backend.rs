@@ -57,7 +57,7 @@ fn a_large_cache_costs_nothing_until_it_is_used() {
     let Some(before) = resident() else { return };
     let b = backend(1);
     let spec = KvSpec {
-        layers: vec![LayerKv::Latent { rank: 512, rope: 64 }; 4],
+        layers: vec![LayerKv::Latent { rank: 512, rope: 64, index: None }; 4],
         dtype: KvDtype::F32,
         block_size: b.caps().kv_block_size,
     };

@@ -259,7 +259,7 @@ proptest! {
         let (rope, rank) = (2 * half_rope, 32 * rank);
         let kv_b = Stored::new(seed, &[heads * (nope + v), rank]);
         let widths = [heads * (nope + rope), rank, rope];
-        let layer = LayerKv::Latent { rank, rope };
+        let layer = LayerKv::Latent { rank, rope, index: None };
         let layout = RopeLayout { heads, head_dim: nope + rope, offset: nope, dim: rope, interleaved: seed % 2 == 0 };
         let angles = HostRope { inv_freq: uniform(seed, half_rope, 1.0), scale: 1.0, max_positions: 80 };
         for (same_isa, dtype) in backends_and_dtypes() {
@@ -284,7 +284,7 @@ fn attention_to_chosen_positions_does_not_depend_on_batch_chunks_or_threads() {
     let kv_b = Stored::new(1, &[heads * (nope + v), rank]);
     let src = HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format: WeightFormat::F32 };
     let widths = [heads * (nope + rope), rank, rope, index_heads * width, width, index_heads];
-    let layer = LayerKv::Indexed { rank, rope, index: width };
+    let layer = LayerKv::Latent { rank, rope, index: Some(width) };
     for (same_isa, dtype) in backends_and_dtypes() {
         let cases = [
             (vec![70, 1, 33], vec![9, 1, 40], vec![1, 7, 16, 40]),
@@ -296,7 +296,7 @@ fn attention_to_chosen_positions_does_not_depend_on_batch_chunks_or_threads() {
                 let attended = steps.check(&same_isa, &widths, heads * v, |b, x, cache, plan, out| {
                     let weight = b.latent_weight(&src).unwrap();
                     let [q, latent, key, index_q, index_k, weights] = x;
-                    let indexer = Indexer { q: index_q, k: index_k, weights, scale: 0.3, top_k };
+                    let indexer = Indexer { q: index_q, k: index_k, weights, top_k };
                     b.indexed_attention(q, latent, key, &indexer, &weight, cache, 0, plan, 0.3, out).unwrap();
                 });
                 attended.unwrap();
@@ -324,13 +324,13 @@ fn all_positions_chosen_are_all_positions_to_the_last_bit() {
         b.kv_cache(&spec, len).unwrap()
     };
     let mut dense = b.tensor(len, heads * v).unwrap();
-    let mut cache_of_all = cache(LayerKv::Latent { rank, rope });
+    let mut cache_of_all = cache(LayerKv::Latent { rank, rope, index: None });
     b.latent_attention(&q, &latent, &key, &weight, &mut cache_of_all, 0, &plan, 0.3, &mut dense).unwrap();
     let last = |x: &Tensor| bits(&b, x)[(len - 1) * heads * v..].to_vec();
     for top_k in [len - 1, len] {
-        let indexer = Indexer { q: &index_q, k: &index_k, weights: &weights, scale: 0.3, top_k };
+        let indexer = Indexer { q: &index_q, k: &index_k, weights: &weights, top_k };
         let (mut cache, mut out) =
-            (cache(LayerKv::Indexed { rank, rope, index: width }), b.tensor(len, heads * v).unwrap());
+            (cache(LayerKv::Latent { rank, rope, index: Some(width) }), b.tensor(len, heads * v).unwrap());
         b.indexed_attention(&q, &latent, &key, &indexer, &weight, &mut cache, 0, &plan, 0.3, &mut out).unwrap();
         assert_eq!(bits(&b, &out)[..(len - 1) * heads * v], bits(&b, &dense)[..(len - 1) * heads * v]);
         assert_eq!(last(&out) == last(&dense), top_k == len, "{top_k} of {len} positions");
@@ -355,7 +355,7 @@ fn attention_to_long_contexts_does_not_depend_on_batch_chunks_or_threads() {
         let kv_b = Stored::new(1, &[2 * (8 + 8), 32]);
         let src =
             HostLatent { kv_b: kv_b.tensor(), heads: 2, nope: 8, rope: 4, v: 8, rank: 32, format: WeightFormat::F32 };
-        let steps = Steps { lens, cuts, seed: 6, layer: LayerKv::Latent { rank: 32, rope: 4 }, dtype };
+        let steps = Steps { lens, cuts, seed: 6, layer: LayerKv::Latent { rank: 32, rope: 4, index: None }, dtype };
         let attended = steps.check(&same_isa, &[2 * 12, 32, 4], 2 * 8, |b, x, cache, plan, out| {
             let weight = b.latent_weight(&src).unwrap();
             b.latent_attention(&x[0], &x[1], &x[2], &weight, cache, 0, plan, 0.3, out).unwrap();

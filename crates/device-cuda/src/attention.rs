@@ -61,8 +61,8 @@ impl Attend {
     pub(crate) fn new(gpu: &Gpu, kept: &Kept, kv: LayerKv) -> Result<Self> {
         Ok(match kv {
             LayerKv::Full { head_dim, .. } => Self::Full(Full::new(gpu, kept, head_dim)?),
-            LayerKv::Latent { rank, rope } => Self::Latent(Absorbed::new(gpu, kept, rank, rope)?),
-            LayerKv::Indexed { .. } => panic!("no indexed attention: the capabilities do not offer it"),
+            LayerKv::Latent { rank, rope, index: None } => Self::Latent(Absorbed::new(gpu, kept, rank, rope)?),
+            LayerKv::Latent { index: Some(_), .. } => panic!("no indexed attention: the capabilities do not offer it"),
         })
     }
 }

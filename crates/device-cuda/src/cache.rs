@@ -126,8 +126,8 @@ impl KvCache {
 fn shapes(kv: LayerKv) -> [Shape; 2] {
     match kv {
         LayerKv::Full { kv_heads: heads, head_dim: width } => [Shape { heads, width }; 2],
-        LayerKv::Latent { rank, rope } => [rank, rope].map(|width| Shape { heads: 1, width }),
-        LayerKv::Indexed { .. } => panic!("no indexed attention: the capabilities do not offer it"),
+        LayerKv::Latent { rank, rope, index: None } => [rank, rope].map(|width| Shape { heads: 1, width }),
+        LayerKv::Latent { index: Some(_), .. } => panic!("no indexed attention: the capabilities do not offer it"),
     }
 }
 

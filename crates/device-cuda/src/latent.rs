@@ -193,7 +193,7 @@ impl LatentKernels {
         let Layer { kv, planes: [latents, rotated], attend: Attend::Latent(absorbed) } = cache.layer(layer) else {
             panic!("layer {layer} caches keys and values")
         };
-        assert_eq!(*kv, LayerKv::Latent { rank, rope }, "shape of layer {layer}");
+        assert_eq!(*kv, LayerKv::Latent { rank, rope, index: None }, "shape of layer {layer}");
         expect(q, plan, count * weight.query());
         expect(latent, plan, rank);
         expect(rope_key, plan, rope);

@@ -225,7 +225,7 @@ fn latent(b: &CudaBackend) -> Result<u64> {
         (make.linear(RANK, HIDDEN)?, make.linear(ROPE, HIDDEN)?, make.linear(HIDDEN, HEADS * V)?);
     let (mut query_latent, mut q) = (make.tensor(QUERY_RANK)?, make.tensor(HEADS * (NOPE + ROPE))?);
     let (mut latent, mut key, mut context) = (make.tensor(RANK)?, make.tensor(ROPE)?, make.tensor(HEADS * V)?);
-    let (mut cache, plan) = (make.cache(LayerKv::Latent { rank: RANK, rope: ROPE })?, make.plan()?);
+    let (mut cache, plan) = (make.cache(LayerKv::Latent { rank: RANK, rope: ROPE, index: None })?, make.plan()?);
     let attention = |h: &Tensor, out: &mut Tensor| {
         b.linear_group(h, &mut [(&query_a, &mut query_latent), (&to_latent, &mut latent), (&to_key, &mut key)])?;
         b.rms_norm_in_place(&mut query_latent, &query_norm, EPS)?;

@@ -53,11 +53,15 @@ fn rows_that_fill_tiles_and_rows_that_do_not_give_the_judges_numbers() {
 fn codes_give_the_judges_numbers_in_every_tile_and_where_they_are_widened() {
     let fp8 = Layout { code: Code::E4M3, block: [32, 128], scales: DType::F32, zeros: false, shuffled: false };
     let int4 = Layout { code: Code::Int4, block: [1, 64], scales: DType::F16, zeros: true, shuffled: true };
+    let int8 = Layout { code: Code::Int8, block: [1, 0], scales: DType::BF16, zeros: true, shuffled: false };
+    let e2m1 = Layout { code: Code::E2M1, block: [1, 32], scales: DType::BF16, zeros: false, shuffled: false };
+    let e5m2 = Layout { code: Code::E5M2, block: [0, 0], scales: DType::F32, zeros: false, shuffled: false };
     let case = |(rows, in_features, out_features, layout)| {
         (Case::Coded { rows, in_features, out_features, layout, bias: rows % 3 != 0 }, false)
     };
     let cases = [(9, 264, 33, fp8), (31, 1160, 70, fp8), (64, 384, 40, int4), (65, 300, 33, fp8), (70, 320, 17, int4)];
-    judged_cases(DType::BF16, cases.into_iter().map(case));
+    let others = [(13, 203, 39, int8), (40, 165, 21, e2m1), (3, 139, 51, e5m2)];
+    judged_cases(DType::BF16, cases.into_iter().chain(others).map(case));
     judged_cases(DType::F32, [(5, 264, 33, fp8), (66, 320, 17, int4)].into_iter().map(case));
 }
 

@@ -85,15 +85,8 @@ pub enum LayerKv {
         rank: usize,
         /// Rotary key width.
         rope: usize,
-    },
-    /// As `Latent`, and the key of the indexer that chooses among the positions (DeepSeek-V3.2).
-    Indexed {
-        /// Latent width.
-        rank: usize,
-        /// Rotary key width.
-        rope: usize,
-        /// Width of the indexer's key.
-        index: usize,
+        /// Width of the key of the indexer that chooses among the positions (DeepSeek-V3.2), if there is one.
+        index: Option<usize>,
     },
 }
 
@@ -102,8 +95,10 @@ impl LayerKv {
     pub const fn bytes_per_token(self, dtype: KvDtype) -> usize {
         match self {
             LayerKv::Full { kv_heads, head_dim } => 2 * kv_heads * dtype.bytes(head_dim),
-            LayerKv::Latent { rank, rope } => dtype.bytes(rank) + dtype.bytes(rope),
-            LayerKv::Indexed { rank, rope, index } => dtype.bytes(rank) + dtype.bytes(rope) + dtype.bytes(index),
+            LayerKv::Latent { rank, rope, index } => {
+                let index = if let Some(width) = index { dtype.bytes(width) } else { 0 };
+                dtype.bytes(rank) + dtype.bytes(rope) + index
+            }
         }
     }
 }
@@ -198,11 +193,15 @@ mod tests {
 
     #[test]
     fn a_block_takes_the_bytes_of_its_dtype_and_scales() {
-        let layers = vec![LayerKv::Full { kv_heads: 2, head_dim: 64 }, LayerKv::Latent { rank: 512, rope: 64 }];
+        let layers = vec![
+            LayerKv::Full { kv_heads: 2, head_dim: 64 },
+            LayerKv::Latent { rank: 512, rope: 64, index: None },
+            LayerKv::Latent { rank: 256, rope: 32, index: Some(128) },
+        ];
         let bytes = |dtype| KvSpec { layers: layers.clone(), dtype, block_size: 16 }.block_bytes();
-        let elements = 16 * (2 * 2 * 64 + 512 + 64);
+        let elements = 16 * (2 * 2 * 64 + 512 + 64 + 256 + 32 + 128);
         assert_eq!([KvDtype::F32, KvDtype::F16, KvDtype::BF16].map(bytes), [4 * elements, 2 * elements, 2 * elements]);
-        assert_eq!(bytes(KvDtype::Int8), elements + 16 * 4 * (2 * 2 + 2));
+        assert_eq!(bytes(KvDtype::Int8), elements + 16 * 4 * (2 * 2 + 2 + 3));
     }
 
     #[test]

@@ -86,7 +86,8 @@ pub struct Rotary<'a, B: Backend + ?Sized> {
 }
 
 /// What chooses the positions that latent attention reads (DeepSeek-V3.2's lightning indexer): of those that a row sees the
-/// `top_k` with the largest `Σ_h weights_h · max(0, scale · q_h·k_s)`, the earlier of equals; all where there are no more.
+/// `top_k` with the largest `Σ_h weights_h · max(0, q_h·k_s)`, the earlier of equals; all where there are no more. Positive
+/// factors that a model has on products or on weights are left out, for they change no choice.
 pub struct Indexer<'a, B: Backend + ?Sized> {
     /// `[rows, heads * width]`, rotated; there are as many heads as `weights` has columns.
     pub q: &'a B::Tensor,
@@ -94,8 +95,6 @@ pub struct Indexer<'a, B: Backend + ?Sized> {
     pub k: &'a B::Tensor,
     /// `[rows, heads]`.
     pub weights: &'a B::Tensor,
-    /// Factor on the products.
-    pub scale: f32,
     /// Positions that are read, at least 1.
     pub top_k: usize,
 }
@@ -336,15 +335,27 @@ pub trait LatentOps: Backend {
         scale: f32,
         out: &mut Self::Tensor,
     ) -> Result<()> {
-        for (x, norm) in [&mut *q, &mut *latent].into_iter().zip(rotary.norms) {
+        self.norm_and_rotate(q, latent, rope_key, rotary, plan)?;
+        self.latent_attention(q, latent, rope_key, weight, cache, layer, plan, scale, out)
+    }
+    /// What comes before latent attention: queries and latents are normed, where there is a norm, then queries and keys rotated.
+    fn norm_and_rotate(
+        &self,
+        q: &mut Self::Tensor,
+        latent: &mut Self::Tensor,
+        rope_key: &mut Self::Tensor,
+        rotary: &Rotary<'_, Self>,
+        plan: &Self::AttentionPlan,
+    ) -> Result<()> {
+        for (x, norm) in [&mut *q, latent].into_iter().zip(rotary.norms) {
             if let Some(norm) = norm {
                 self.rms_norm_in_place(x, norm, rotary.eps)?;
             }
         }
-        for (x, layout) in [&mut *q, &mut *rope_key].into_iter().zip(rotary.layouts) {
+        for (x, layout) in [q, rope_key].into_iter().zip(rotary.layouts) {
             self.rope(x, layout, rotary.table, plan)?;
         }
-        self.latent_attention(q, latent, rope_key, weight, cache, layer, plan, scale, out)
+        Ok(())
     }
 
     // Of devices that offer [`Op::IndexedAttention`](crate::Op::IndexedAttention); nobody asks others.

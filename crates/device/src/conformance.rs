@@ -11,6 +11,7 @@ mod indexed;
 mod inputs;
 mod name;
 mod ranks;
+mod steps;
 mod tolerance;
 mod vectors;
 
@@ -20,12 +21,13 @@ pub use vectors::{MAGIC, Vector, Vectors, VectorsError, name};
 use inputs::{Source, activation, on_grid, router_logits};
 pub use inputs::{random_blocks, uniform};
 pub use ranks::ranks;
+use steps::{LONG, MAX_POSITIONS, Ragged, over_steps};
 use tolerance::tolerance;
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Code, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference,
-    Requirements, Result, RopeLayout, Routing, Rows, Scoring, SequenceSpan, TokenIds, WeightFormat,
+    Activation, AttentionParams, Backend, BlockFormat, Code, DType, GroupScore, Groups, HostExperts, HostLatent,
+    HostLinear, HostRope, KvDtype, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference, Requirements, Result,
+    RopeLayout, Routing, Rows, Scoring, TokenIds, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -327,9 +329,11 @@ impl Case {
                 weight_formats: [WeightFormat::F32].into(),
                 kv_dtypes: [kv].into(),
             },
-            Case::Indexed { kv, .. } => {
-                Requirements { ops: [Op::LatentAttention, Op::IndexedAttention].into(), kv_dtypes: [kv].into(), ..none }
-            }
+            Case::Indexed { kv, .. } => Requirements {
+                ops: [Op::LatentAttention, Op::IndexedAttention].into(),
+                weight_formats: [WeightFormat::F32].into(),
+                kv_dtypes: [kv].into(),
+            },
             Case::Latent { format, kv, .. } => Requirements {
                 ops: [Op::LatentAttention].into(),
                 weight_formats: [format].into(),
@@ -463,7 +467,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             let kv_b = Source::new(format, vec![heads * (nope + v), rank], 1, (rank as f32).sqrt().recip());
             let weight = b.latent_weight(&HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format })?;
             let scale = ((nope + rope) as f32).sqrt().recip();
-            over_steps(b, (LayerKv::Latent { rank, rope }, kv), history, |cache, plan, rows, seed| {
+            over_steps(b, (LayerKv::Latent { rank, rope, index: None }, kv), history, |cache, plan, rows, seed| {
                 let q = activation(rows, heads * (nope + rope), seed)?;
                 let latent = activation(rows, rank, seed + 1)?;
                 let key = activation(rows, rope, seed + 2)?;
@@ -503,77 +507,6 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             outputs(b, &[&out])
         }
     }
-}
-
-const MAX_POSITIONS: usize = 512;
-const NUM_BLOCKS: usize = 256;
-/// A history with which a context is longer than devices take it in one go.
-const LONG: usize = 520;
-
-/// Sequences of uneven lengths that advance by uneven steps, in blocks handed out out of order.
-struct Ragged {
-    tables: Vec<Vec<u32>>,
-    /// Positions that the last sequence has more than the others' plan says.
-    history: usize,
-}
-
-struct Step<'a> {
-    spans: Vec<SequenceSpan<'a>>,
-}
-
-impl Ragged {
-    fn new(block_size: usize, history: usize) -> Self {
-        let per_sequence = (MAX_POSITIONS / 4 + history) / block_size.min(32) + 1;
-        let block = |s: usize, i: usize| ((s + i * 3) * 5 % NUM_BLOCKS) as u32;
-        Self { tables: (0..3).map(|s| (0..per_sequence).map(|i| block(s, i)).collect()).collect(), history }
-    }
-
-    /// Prefill of different lengths, then a mix of decode and chunks, then decode.
-    fn steps(&self) -> Vec<Step<'_>> {
-        let more = self.history;
-        let plans: [[(usize, usize); 3]; 4] = [
-            [(0, 1), (0, 17), (0, more + 70)],
-            [(1, 5), (17, 1), (more + 70, 1)],
-            [(6, 1), (18, 33), (more + 71, 1)],
-            [(7, 1), (51, 1), (more + 72, 9)],
-        ];
-        plans
-            .into_iter()
-            .map(|step| Step {
-                spans: step
-                    .into_iter()
-                    .zip(&self.tables)
-                    .map(|((start, len), table)| SequenceSpan { start, len, block_table: table })
-                    .collect(),
-            })
-            .collect()
-    }
-}
-
-impl Step<'_> {
-    fn num_tokens(&self) -> usize {
-        AttentionBatch { sequences: &self.spans }.num_tokens()
-    }
-
-    fn plan<B: Backend>(&self, b: &B) -> Result<B::AttentionPlan> {
-        b.plan_attention(&AttentionBatch { sequences: &self.spans })
-    }
-}
-
-/// Runs `attend(cache, plan, rows, seed)` for every step on one cache, in its second layer.
-fn over_steps<B: Backend>(
-    b: &B,
-    (layer, dtype): (LayerKv, KvDtype),
-    history: usize,
-    mut attend: impl FnMut(&mut B::KvCache, &B::AttentionPlan, usize, u64) -> Result<Vec<f32>>,
-) -> Result<Vec<f32>> {
-    let spec = KvSpec { layers: vec![layer; 2], dtype, block_size: b.caps().kv_block_size };
-    let mut cache = b.kv_cache(&spec, NUM_BLOCKS)?;
-    let mut result = Vec::new();
-    for (i, step) in Ragged::new(spec.block_size, history).steps().iter().enumerate() {
-        result.extend(attend(&mut cache, &step.plan(b)?, step.num_tokens(), 10 * i as u64 + 10)?);
-    }
-    Ok(result)
 }
 
 /// A product with a matrix kept in a format, and some of its rows. Without a bias both are asked of one weight, as of an

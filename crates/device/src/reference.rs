@@ -276,8 +276,9 @@ impl Backend for Reference {
         let slots = num_blocks * spec.block_size;
         let planes = |layer: &LayerKv| match *layer {
             LayerKv::Full { kv_heads, head_dim } => vec![(kv_heads, head_dim); 2],
-            LayerKv::Latent { rank, rope } => vec![(1, rank), (1, rope)],
-            LayerKv::Indexed { rank, rope, index } => vec![(1, rank), (1, rope), (1, index)],
+            LayerKv::Latent { rank, rope, index } => {
+                [rank, rope].into_iter().chain(index).map(|width| (1, width)).collect()
+            }
         };
         let plane = |heads| Plane::new(slots, heads, spec.dtype);
         let layers = spec.layers.iter().map(|l| planes(l).into_iter().map(plane).collect()).collect();

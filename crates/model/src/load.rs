@@ -1,6 +1,6 @@
 //! From a checkpoint's files to a runner: read, refuse with every reason, size the cache, load.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, FileError, Files, Role, Ten
 use crate::config::{Architecture, ConfigError, GenerationConfig, ModelConfig, QuantizationConfig};
 use crate::cost::StepCost;
 use crate::gguf::{self, Opened};
-use crate::loader::{Formats, Loader, Slot};
+use crate::loader::{self, Formats, Loader, Slot};
 use crate::precision::{Conversion, Quantization, as_text};
 use crate::rehearsal::rehearse;
 use crate::room::Room;
@@ -282,12 +282,13 @@ pub(crate) fn prepare<B: Backend + LatentOps + MoeOps>(
     let specs = arch::specs(&config).0;
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
     let formats = Formats { dtype: options.dtype, quantized: options.quantization };
+    let formats = formats.resolve(&specs, &checkpoint, backend.caps());
     if let Some(format) = options.quantization {
         log_fallbacks(format.format(), specs.values());
     }
     let kv_dtype = options.kv_dtype.unwrap_or_else(|| backend.caps().widest_kv_dtype());
     let kv_dtypes = [kv_dtype].into();
-    let weight_formats = check_device(&backend, &config, specs.values(), &checkpoint, (formats, kv_dtypes))?;
+    let weight_formats = check_device(&backend, &config, specs.values(), &formats, kv_dtypes)?;
 
     let stored_dtype = checkpoint.dtype(arch::EMBEDDING_WEIGHT);
     if let Some(stated) = config.dtype.filter(|stated| *stated != stored_dtype) {
@@ -295,14 +296,13 @@ pub(crate) fn prepare<B: Backend + LatentOps + MoeOps>(
     }
     let kv = arch::kv_spec(&config, backend.world(), kv_dtype, backend.caps().kv_block_size);
     // What cannot fit is refused before weights are read; how much of a share is left is known when they are there.
-    let caps = backend.caps().clone();
-    let kept = |s: &TensorSpec| formats.bytes(s, &checkpoint, &caps);
+    let kept = |s: &TensorSpec| loader::kept(formats[&s.name], s.shape.iter().product(), checkpoint.bytes(s));
     // Sharing out makes no rank's part smaller than this.
     let weights = specs.values().map(kept).sum::<u64>() / backend.world().size as u64;
     let room = Room::new(&backend, options.kv_cache, &kv, &spec, weights)?;
 
     let sizes = Sizes { rows: spec.max_step_tokens, logit_rows: spec.logit_rows(), positions: spec.max_model_len };
-    let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
+    let mut loader = Loader::new(&backend, &checkpoint, (&specs, &formats), options.quantization, digest);
     let mut model = arch::build(&config, sizes, &mut loader)?;
     let slots: Arc<[Slot]> = std::mem::take(&mut loader.slots).into();
     let max_rank = options.max_lora_rank;
@@ -410,19 +410,19 @@ pub(crate) fn log_fallbacks<'a>(asked: BlockFormat, specs: impl Iterator<Item = 
     }
 }
 
-/// The formats in use, if the device has all that the model needs in them.
+/// Those of `formats` in which matrices are kept, if the device has all that the model needs in them.
 pub(crate) fn check_device<'a, B: Backend>(
     backend: &B,
     config: &ModelConfig,
     specs: impl Iterator<Item = &'a TensorSpec>,
-    checkpoint: &Checkpoint,
-    (formats, kv_dtypes): (Formats, BTreeSet<KvDtype>),
+    formats: &BTreeMap<String, WeightFormat>,
+    kv_dtypes: BTreeSet<KvDtype>,
 ) -> Result<BTreeSet<WeightFormat>, LoadError> {
     let caps = backend.caps();
     let mut weight_formats = BTreeSet::new();
     let (mut blocks, mut odd) = (Vec::new(), Vec::new());
     for spec in specs.filter(|s| s.role != Role::Vector) {
-        let format = formats.of(spec, checkpoint, caps);
+        let format = formats[&spec.name];
         if let WeightFormat::Ggml(block) = format {
             blocks.push((spec, block.elements()));
             if !spec.shape[1].is_multiple_of(block.elements()) {

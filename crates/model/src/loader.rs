@@ -39,13 +39,26 @@ pub(crate) struct Formats {
 }
 
 impl Formats {
-    /// The format of a matrix. Unless something else is asked for, it is kept as it is stored if the device keeps that, blocks
-    /// and codes included, else in the device's type of activations. Codes that it does not keep are widened to that, too,
-    /// or to bf16 where that is f32 and the device has bf16. So are those that do not [lie in runs](Encoding::lies_in_runs).
-    /// Routers are f32: they are small, and a device may make activations narrow for other formats, which can choose other
-    /// experts.
-    pub(crate) fn of(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> WeightFormat {
-        self.codes(spec, caps).unwrap_or_else(|| self.without_codes(spec, checkpoint, caps))
+    /// The format of every tensor of a verified checkpoint, by name. Unless something else is asked for, a matrix is kept as it is
+    /// stored if the device keeps that, blocks and codes included, else in the device's type of activations. Codes that it does
+    /// not keep are widened to that, too, or to bf16 where that is f32 and the device has bf16. So are those that do not
+    /// [lie in runs](Encoding::lies_in_runs). The experts of a projection are kept alike. Routers are f32: they are small, and a
+    /// device may make activations narrow for other formats, which can choose other experts.
+    pub(crate) fn resolve(
+        self,
+        specs: &BTreeMap<String, TensorSpec>,
+        checkpoint: &Checkpoint,
+        caps: &Caps,
+    ) -> BTreeMap<String, WeightFormat> {
+        let mut alike: BTreeMap<String, Vec<&TensorSpec>> = BTreeMap::new();
+        for spec in specs.values() {
+            alike.entry(arch::without_expert(&spec.name)).or_default().push(spec);
+        }
+        let formats = alike.values().flat_map(|specs| {
+            let format = self.of_all(specs, checkpoint, caps);
+            specs.iter().map(move |spec| (spec.name.clone(), format))
+        });
+        formats.collect()
     }
 
     /// The format of matrices of one shape that are kept alike: codes only if all lie in the same way, and f32, which holds
@@ -93,16 +106,10 @@ impl Formats {
             Role::Router | Role::Vector => WeightFormat::F32,
         }
     }
-
-    /// Bytes of a matrix as it is kept; of codes as many as it has in the checkpoint. Of experts that are stored in different
-    /// ways as if each were alone, which is no more than they take.
-    pub(crate) fn bytes(self, spec: &TensorSpec, checkpoint: &Checkpoint, caps: &Caps) -> u64 {
-        kept(self.of(spec, checkpoint, caps), spec.shape.iter().product(), checkpoint.bytes(spec))
-    }
 }
 
-/// Bytes of so many elements that take `stored` in the checkpoint.
-fn kept(format: WeightFormat, elements: usize, stored: u64) -> u64 {
+/// Bytes of so many elements that take `stored` in the checkpoint; of codes as many as there.
+pub(crate) fn kept(format: WeightFormat, elements: usize, stored: u64) -> u64 {
     match format {
         WeightFormat::Coded(_) => stored,
         format => format.bytes(elements) as u64,
@@ -128,7 +135,9 @@ pub(crate) struct Loader<'a, B: Backend> {
     world: World,
     checkpoint: &'a Checkpoint,
     specs: &'a BTreeMap<String, TensorSpec>,
-    formats: Formats,
+    /// Of each tensor.
+    formats: &'a BTreeMap<String, WeightFormat>,
+    quantized: Option<Quantization>,
     hash_all: bool,
     digest: Sha256,
     /// Projections loaded so far, by number.
@@ -165,18 +174,31 @@ impl Mapped<'_> {
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
-    /// `digest` has seen the config already.
+    /// Of tensors that are kept in these formats, which follow from `quantized`; `digest` has seen the config already.
     pub(crate) fn new(
         backend: &'a B,
         checkpoint: &'a Checkpoint,
-        specs: &'a BTreeMap<String, TensorSpec>,
-        formats: Formats,
+        (specs, formats): (&'a BTreeMap<String, TensorSpec>, &'a BTreeMap<String, WeightFormat>),
+        quantized: Option<Quantization>,
         digest: Sha256,
     ) -> Self {
         let hash_all = specs.values().map(|spec| checkpoint.bytes(spec)).sum::<u64>() < HASH_ALL_BELOW;
         let (slots, conversions) = (Vec::new(), Vec::new());
         let world = backend.world();
-        Self { backend, world, checkpoint, specs, formats, hash_all, digest, slots, weight_bytes: 0, conversions }
+        let weight_bytes = 0;
+        Self {
+            backend,
+            world,
+            checkpoint,
+            specs,
+            formats,
+            quantized,
+            hash_all,
+            digest,
+            slots,
+            weight_bytes,
+            conversions,
+        }
     }
 
     /// This rank's share of `{prefix}.weight`, with `{prefix}.bias` if the model has one.
@@ -330,15 +352,10 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(bias)
     }
 
-    /// The format in which a matrix is kept.
-    fn format(&self, name: &str) -> WeightFormat {
-        self.formats.of(&self.specs[name], self.checkpoint, self.backend.caps())
-    }
-
     /// Maps `{prefix}.weight` on its way to the format in which it is kept.
     pub(crate) fn matrix(&mut self, prefix: &str) -> Result<(Mapped<'a>, WeightFormat), CheckpointError> {
         let name = format!("{prefix}.weight");
-        let format = self.format(&name);
+        let format = self.formats[&name];
         let weight = self.map(&name)?;
         Ok((self.convert(weight, format), format))
     }
@@ -384,7 +401,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn convert(&mut self, matrix: Mapped<'a>, format: WeightFormat) -> Mapped<'a> {
         let shape = matrix.spec.matrix();
         self.weight_bytes += kept(format, shape[0] * shape[1], matrix.bytes);
-        let by_row = matrix.spec.role == Role::Linear && self.formats.quantized == Some(Quantization::Int8);
+        let by_row = matrix.spec.role == Role::Linear && self.quantized == Some(Quantization::Int8);
         let measured = |rows| Data::Converted(Measured::new(rows, shape, format, by_row));
         let data = match matrix.data {
             // f32 holds every stored float, and a format itself, unless its blocks are to have one scale along a row.

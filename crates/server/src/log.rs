@@ -8,7 +8,7 @@ use std::{
     any::Any,
     backtrace::Backtrace,
     io::{self, IsTerminal, Write},
-    panic,
+    panic::{self, PanicHookInfo},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -57,11 +57,7 @@ impl Log {
             LogFormat::Text => builder.init(),
             LogFormat::Json => builder.json().init(),
         }
-        panic::set_hook(Box::new(|panic| {
-            let (place, said) = (panic.location().map(ToString::to_string), constant(panic.payload()));
-            let (thread, backtrace) = (thread::current(), Backtrace::capture());
-            tracing::error!(place, said, thread = thread.name(), %backtrace, "a panic, which is a bug");
-        }));
+        panic::set_hook(Box::new(tell));
         Ok(Self { lines })
     }
 
@@ -78,6 +74,13 @@ impl Log {
             let _ = answer.recv_timeout(patience);
         }
     }
+}
+
+/// Logs a panic.
+fn tell(panic: &PanicHookInfo<'_>) {
+    let (place, said) = (panic.location().map(ToString::to_string), constant(panic.payload()));
+    let (thread, backtrace) = (thread::current(), Backtrace::capture());
+    tracing::error!(place, said, thread = thread.name(), %backtrace, "a panic, which is a bug");
 }
 
 /// What a panic says, if that was written by whoever wrote the program: what is put together when it runs may have parts of a request.
@@ -123,11 +126,20 @@ fn write(entries: &Receiver<Entry>, lost: &AtomicU64) {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
+
+    /// The thread whose panics are logged; those of other tests are told as ever.
+    const BREAKS: &str = "breaks";
 
     #[test]
     fn r46_a_panic_shows_nothing_that_was_put_together_when_it_ran() {
-        let prompt = "canary é".to_owned();
+        let others = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| match thread::current().name() {
+            Some(BREAKS) => tell(panic),
+            _ => others(panic),
+        }));
         type Broken = fn(&str);
         let panics: [(Option<&str>, Broken); 4] = [
             (Some("a rule was broken"), |_| panic!("a rule was broken")),
@@ -138,8 +150,28 @@ mod tests {
             }),
         ];
         for (said, broken) in panics {
-            let payload = panic::catch_unwind(|| broken(&prompt)).expect_err("it panics");
-            assert_eq!(constant(&*payload), said);
+            let (queue, entries) = bounded(QUEUED);
+            let lines = Lines { queue, lost: Arc::default() };
+            let subscriber = tracing_subscriber::fmt().json().with_writer(move || lines.clone()).finish();
+            let breaks = move || tracing::subscriber::with_default(subscriber, || broken("canary é"));
+            let thread = thread::Builder::new().name(BREAKS.to_owned()).spawn(breaks).expect("a thread");
+            thread.join().expect_err("it panics");
+            let logged: Vec<Vec<u8>> = entries
+                .try_iter()
+                .map(|entry| match entry {
+                    Entry::Line(line) => line,
+                    Entry::Flush(_) => unreachable!("nobody asks"),
+                })
+                .collect();
+            let [line] = &logged[..] else { panic!("{} lines", logged.len()) };
+            let text = str::from_utf8(line).expect("UTF-8");
+            assert!(!text.contains("canary"), "{text}");
+            let line: Value = serde_json::from_str(text).expect("JSON");
+            let (level, fields) = (&line["level"], &line["fields"]);
+            assert_eq!((level.as_str(), fields["said"].as_str()), (Some("ERROR"), said), "{line}");
+            assert_eq!(fields["thread"], BREAKS, "{line}");
+            let place = fields["place"].as_str().expect("a place");
+            assert!(place.starts_with(concat!(file!(), ":")), "{place}");
         }
     }
 }

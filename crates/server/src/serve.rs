@@ -58,8 +58,7 @@ pub fn main(matches: &ArgMatches) -> Result<()> {
         return Ok(());
     }
     let log = Log::start(&settings)?;
-    let endpoint = settings.otlp_traces_endpoint.as_deref().map(str::parse).transpose()?;
-    let exporter = endpoint.as_ref().map(traces::start).transpose()?.flatten();
+    let exporter = settings.otlp_traces_endpoint.as_ref().map(traces::start).transpose()?.flatten();
     let counters = counters(&log, exporter.as_ref());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(serve(settings, &log, exporter.as_ref(), counters));
@@ -126,7 +125,7 @@ async fn serve(
         lenient: settings.lenient,
         max_n: settings.max_n,
         queue_timeout: Some(settings.queue_timeout),
-        allowed_origins: settings.allowed_origins.iter().map(|origin| origin.parse()).collect::<Result<_, _>>()?,
+        allowed_origins: settings.allowed_origins.iter().map(|allowed| allowed.origin.clone()).collect(),
         allowed_hosts: {
             let hosts = settings.allowed_hosts.iter().chain([&settings.host, &settings.admin_host]);
             // What is no name is an address in a form of its own, of which none need be named.

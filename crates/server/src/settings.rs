@@ -8,7 +8,7 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::speculative::SpeculativeConfig;
+use crate::{speculative::SpeculativeConfig, traces::Endpoint};
 
 mod args;
 mod resolve;
@@ -49,7 +49,7 @@ pub struct Settings {
     pub state_dir: Option<PathBuf>,
     pub file_limit_bytes: u64,
     pub files_total_bytes: u64,
-    pub allowed_origins: Vec<String>,
+    pub allowed_origins: Vec<AllowedOrigin>,
     pub allowed_hosts: Vec<String>,
     pub http2: bool,
     pub ssl_certfile: Option<PathBuf>,
@@ -101,7 +101,7 @@ pub struct Settings {
     pub log_format: LogFormat,
     #[serde(serialize_with = "seconds")]
     pub slow_request_seconds: Duration,
-    pub otlp_traces_endpoint: Option<String>,
+    pub otlp_traces_endpoint: Option<Endpoint>,
 }
 
 impl Settings {

@@ -66,8 +66,7 @@ fn client(server: &LocalServer, key: &str) -> Client {
 
 /// `POST` with the key `admin`, status and body as text: a success is not JSON.
 fn admin(server: &LocalServer, path: &str, body: &Value) -> (u16, String) {
-    let address = server.target().base.strip_prefix("http://").expect("http");
-    let (mut stream, body) = (TcpStream::connect(address).expect("a connection"), body.to_string());
+    let (mut stream, body) = (TcpStream::connect(server.address()).expect("a connection"), body.to_string());
     let head = "host: localhost\r\nconnection: close\r\nauthorization: Bearer admin\r\n";
     write!(stream, "POST {path} HTTP/1.1\r\n{head}content-length: {}\r\n\r\n{body}", body.len()).expect("it is sent");
     let mut reply = String::new();

@@ -31,8 +31,7 @@ fn upload(server: &LocalServer, content: &str) -> Value {
          content-length: {}\r\n\r\n",
         body.len()
     );
-    let address = server.target().base.strip_prefix("http://").expect("plain");
-    let mut stream = TcpStream::connect(address).expect("it listens");
+    let mut stream = TcpStream::connect(server.address()).expect("it listens");
     stream.write_all((head + &body).as_bytes()).expect("it reads");
     let mut reply = String::new();
     stream.read_to_string(&mut reply).expect("it answers");

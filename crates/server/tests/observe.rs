@@ -13,6 +13,7 @@ use std::{
 };
 
 use baton_loadgen::{Client, LocalServer, free_port};
+use opentelemetry_proto::tonic::trace::v1::{span::SpanKind, status::StatusCode};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -71,7 +72,8 @@ async fn a_request_arrives_at_the_collector_as_a_span_with_its_parts_and_its_fig
     let names: Vec<&str> = spans.iter().map(|span| span.name.as_str()).collect();
     assert_eq!(names, ["chat abacus", "queue", "prefill", "decode"]);
     let request = &spans[0];
-    assert_eq!((request.kind, request.parent_id.len(), request.status), (2, 0, 0));
+    assert_eq!((request.kind, request.parent_id.len()), (SpanKind::Server, 0));
+    assert_eq!(request.status, StatusCode::Unset);
     assert_eq!((request.trace_id.len(), request.span_id.len()), (16, 8));
     assert_eq!(request.resource["service.name"], "baton");
     let usage = &reply["usage"];
@@ -96,7 +98,10 @@ async fn a_request_arrives_at_the_collector_as_a_span_with_its_parts_and_its_fig
     // The parts follow each other inside of the whole.
     assert!(spans[1..].windows(2).all(|pair| pair[0].end == pair[1].start), "{spans:?}");
     for part in &spans[1..] {
-        assert_eq!((&part.trace_id, &part.parent_id, part.kind), (&request.trace_id, &request.span_id, 1));
+        assert_eq!(
+            (&part.trace_id, &part.parent_id, part.kind),
+            (&request.trace_id, &request.span_id, SpanKind::Internal)
+        );
         assert!(request.start <= part.start && part.end <= request.end, "{part:?} in {request:?}");
     }
     let ids: BTreeSet<&Vec<u8>> = spans.iter().map(|span| &span.span_id).collect();
@@ -136,9 +141,40 @@ async fn the_last_spans_are_sent_before_the_server_ends_and_refusals_are_among_t
     server.terminate().expect("a signal");
     assert!(server.wait(Duration::from_secs(30)).await.expect("it ends").success());
     let refused = collector.next();
-    assert_eq!((refused.name.as_str(), refused.status), ("chat", 0), "the client's fault is no error of the server");
+    let expected = ("chat", StatusCode::Unset);
+    assert_eq!((refused.name.as_str(), refused.status), expected, "the client's fault is no error of the server");
     assert_eq!(refused.attributes["error.type"], "out_of_range");
     assert!(!format!("{refused:?}").contains("canary") && collector.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn headers_of_the_variables_arrive_with_what_is_sent_and_an_empty_variable_takes_none_away() {
+    let collector = Collector::start();
+    let url = format!("http://{}", collector.address);
+    for (variables, expected) in [
+        (
+            [
+                ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", ""),
+                ("OTEL_EXPORTER_OTLP_HEADERS", "x-key=s%20ecret, x-scope = one"),
+            ],
+            ["\r\nx-key: s ecret\r\n", "\r\nx-scope: one\r\n"],
+        ),
+        (
+            [
+                ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-key=100%2541,x-scope=two"),
+                ("OTEL_EXPORTER_OTLP_HEADERS", "x-key=no"),
+            ],
+            ["\r\nx-key: 100%41\r\n", "\r\nx-scope: two\r\n"],
+        ),
+    ] {
+        let server = start_traced(&url, &variables).await;
+        ask(&server, json!({"max_tokens": 5})).await;
+        for span in (0..4).map(|_| collector.next()) {
+            for header in expected {
+                assert_eq!(span.head.matches(header).count(), 1, "{header:?} in {}", span.head);
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

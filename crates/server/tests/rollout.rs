@@ -6,7 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::{Read, Write},
-    net::TcpStream,
+    net::{SocketAddr, TcpStream},
     path::Path,
     process::{Command, Output},
     sync::{
@@ -93,8 +93,8 @@ impl Server {
         Self { local, admin }
     }
 
-    fn address(&self) -> &str {
-        self.local.target().base.strip_prefix("http://").expect("http")
+    fn address(&self) -> SocketAddr {
+        self.local.address()
     }
 
     /// `POST /admin/rollout…`, status and answer.
@@ -178,7 +178,7 @@ struct Reply {
 }
 
 /// Asks a question over a connection of its own. As HTTP/1.0, so that the body is what follows the head.
-fn stream(address: &str, n: usize) -> Result<Reply, String> {
+fn stream(address: SocketAddr, n: usize) -> Result<Reply, String> {
     let question = format!("What is {} + {}?", 120 + n * 31, n * 77 + 13);
     let body = json!({
         "model": "m", "stream": true, "temperature": 0, "max_tokens": 120,
@@ -216,7 +216,7 @@ struct Streams {
 /// Answers alone, by generation: fingerprint and texts.
 type Alone = BTreeMap<String, (String, Vec<String>)>;
 
-fn answers(address: &str, alone: &mut Alone) {
+fn answers(address: SocketAddr, alone: &mut Alone) {
     for n in 0..QUESTIONS {
         let reply = stream(address, n).expect("a reply");
         let fingerprint = reply.fingerprints.first().expect("a fingerprint").clone();
@@ -226,15 +226,15 @@ fn answers(address: &str, alone: &mut Alone) {
 }
 
 impl Streams {
-    fn start(address: &str, streams: usize, alone: &Arc<Alone>) -> Self {
+    fn start(address: SocketAddr, streams: usize, alone: &Arc<Alone>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let client = |number: usize| {
-            let (address, stop, alone) = (address.to_owned(), stop.clone(), alone.clone());
+            let (stop, alone) = (stop.clone(), alone.clone());
             thread::spawn(move || {
                 let mut generations = Vec::new();
                 let mut n = number;
                 while !stop.load(Relaxed) {
-                    let reply = stream(&address, n % QUESTIONS).expect("a request failed");
+                    let reply = stream(address, n % QUESTIONS).expect("a request failed");
                     let (fingerprint, texts) = &alone[&reply.generation];
                     assert_eq!(reply.fingerprints, [fingerprint.clone()].into(), "mixed");
                     assert_eq!(reply.text, texts[n % QUESTIONS], "not what {} answers alone", reply.generation);
@@ -299,9 +299,9 @@ async fn a_plan_promotes_by_itself_what_answers_as_before() {
     answers(server.address(), &mut alone);
     let candidate = Arc::new(AtomicBool::new(true));
     let clients = (0..4).map(|number| {
-        let (address, go) = (server.address().to_owned(), candidate.clone());
+        let (address, go) = (server.address(), candidate.clone());
         thread::spawn(move || {
-            (number..).take_while(|_| go.load(Relaxed)).all(|n| stream(&address, n % QUESTIONS).is_ok())
+            (number..).take_while(|_| go.load(Relaxed)).all(|n| stream(address, n % QUESTIONS).is_ok())
         })
     });
     let clients: Vec<_> = clients.collect();

@@ -13,7 +13,7 @@ mod simulators;
 mod smoke;
 mod vectors;
 
-use std::path::Path;
+use std::{path::Path, process::Command};
 
 use clap::{Parser, Subcommand};
 
@@ -70,4 +70,10 @@ fn main() -> anyhow::Result<()> {
 /// The root of the repository.
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+/// What git says of the repository, if it says anything.
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).current_dir(root()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

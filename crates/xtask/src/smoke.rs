@@ -4,11 +4,7 @@
 //! It fails on errors, on lost or differing replies and on leaked blocks. Timings are printed and
 //! recorded, and decide nothing.
 
-use std::{
-    fs,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use baton_loadgen::{LocalServer, Mode, Report, closed_loop};
@@ -111,14 +107,5 @@ async fn kill_clients(server: &LocalServer, n: u32) -> Result<Duration> {
     }
     ensure!(server.metric("vllm:kv_cache_usage_perc").await? > 0.0, "no block in use while {n} streams run");
     drop(open);
-    let cut = Instant::now();
-    let busy = async || -> Result<bool> {
-        let running = server.metric("vllm:num_requests_running").await?;
-        Ok(running > 0.0 || server.metric("vllm:kv_cache_usage_perc").await? > 0.0)
-    };
-    while busy().await? {
-        ensure!(cut.elapsed() < Duration::from_secs(10), "blocks still in use 10 s after {n} clients left");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    Ok(cut.elapsed())
+    server.idle(Duration::from_secs(10)).await.with_context(|| format!("after {n} clients left"))
 }

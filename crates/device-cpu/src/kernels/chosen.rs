@@ -1,7 +1,7 @@
 //! Which positions latent attention reads, where an indexer chooses them (DeepSeek-V3.2).
 //!
-//! Order: a head's product with a key is one chain over the features; it is scaled, taken as zero if it is less, and added with
-//! its weight to those of the heads before it. So nothing depends on the rows that share a step. Of equal scores the earlier
+//! Order: a head's product with a key is one chain over the features; it is taken as zero if it is less, and added with its weight
+//! to those of the heads before it. So nothing depends on the rows that share a step. Of equal scores the earlier
 //! position's goes first.
 
 use baton_device::{Indexer, KvDtype, Rows};
@@ -10,6 +10,7 @@ use half::{bf16, f16};
 use crate::CpuBackend;
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane};
 use crate::isa::Dispatch;
+use crate::kernels::latent::with_scratch;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 
@@ -21,39 +22,52 @@ const TASK_BLOCKS: usize = 64;
 /// For each row of a step the positions that it reads.
 pub(crate) struct Chosen {
     top_k: usize,
-    /// Ascending; empty for a row that reads all that it sees.
-    rows: Vec<Vec<u32>>,
+    /// Of each row, which it is of those that do not read all that they see.
+    which: Vec<Option<usize>>,
+    /// As many as are read for each of those, ascending.
+    positions: Vec<u32>,
+    /// Numbers of so many positions' blocks, if any row reads them.
+    blocks: Vec<u32>,
 }
 
 impl Chosen {
     /// By the scores of keys that are already written.
     pub(crate) fn new(
-        (pool, isa): (&Pool, Dispatch),
+        engine: (&Pool, Dispatch),
         indexer: &Indexer<'_, CpuBackend>,
         keys: &Plane,
         plan: &AttentionPlan,
     ) -> Self {
         let top_k = indexer.top_k;
-        let mut rows = vec![Vec::new(); plan.rows()];
-        let mut some: Vec<_> = rows.iter_mut().enumerate().filter(|(row, _)| plan.position(*row) >= top_k).collect();
-        let mut rest = &mut some[..];
-        while let Some((first, _)) = rest.first() {
-            let mut scores = plan.blocks(*first).len() * BLOCK;
-            let more = rest[1..].iter().take_while(|(row, _)| {
-                scores += plan.blocks(*row).len() * BLOCK;
-                scores <= MAX_SCORES
+        let some: Vec<usize> = (0..plan.rows()).filter(|&row| plan.position(row) >= top_k).collect();
+        let mut which = vec![None; plan.rows()];
+        some.iter().enumerate().for_each(|(i, &row)| which[row] = Some(i));
+        let mut positions = vec![0; some.len() * top_k];
+        let (mut rows, mut to, mut scores) = (&some[..], &mut positions[..], Vec::new());
+        while !rows.is_empty() {
+            let mut len = 0;
+            let fitting = rows.iter().take_while(|row| {
+                len += plan.blocks(**row).len() * BLOCK;
+                len <= MAX_SCORES
             });
-            let count = 1 + more.count();
-            let batch;
-            (batch, rest) = rest.split_at_mut(count);
-            choose((pool, isa), indexer, keys, plan, batch);
+            let count = fitting.count().max(1);
+            let (batch, of_batch);
+            (batch, rows) = rows.split_at(count);
+            (of_batch, to) = to.split_at_mut(count * top_k);
+            choose(engine, indexer, keys, plan, batch, &mut scores, of_batch);
         }
-        Self { top_k, rows }
+        let blocks = if some.is_empty() { 0 } else { top_k.div_ceil(BLOCK) as u32 };
+        Self { top_k, which, positions, blocks: (0..blocks).collect() }
     }
 
     /// Positions that a row reads, ascending; `None` if it reads all that it sees.
     pub(crate) fn of(&self, row: usize) -> Option<&[u32]> {
-        Some(&self.rows[row][..]).filter(|positions| !positions.is_empty())
+        self.which[row].map(|i| &self.positions[i * self.top_k..][..self.top_k])
+    }
+
+    /// Blocks of a context of what a row reads, one position behind the other.
+    pub(crate) fn blocks(&self) -> &[u32] {
+        &self.blocks
     }
 
     /// Positions that a row reads at most.
@@ -62,19 +76,24 @@ impl Chosen {
     }
 }
 
+/// Of some rows the positions that they read, `top_k` each.
 fn choose(
     (pool, isa): (&Pool, Dispatch),
     indexer: &Indexer<'_, CpuBackend>,
     keys: &Plane,
     plan: &AttentionPlan,
-    rows: &mut [(usize, &mut Vec<u32>)],
+    rows: &[usize],
+    scores: &mut Vec<f32>,
+    positions: &mut [u32],
 ) {
-    let mut scores: Vec<_> = rows.iter().map(|(row, _)| vec![0.0; plan.blocks(*row).len() * BLOCK]).collect();
-    let work = scores.iter().map(Vec::len).sum::<usize>() * indexer.q.cols();
-    let numbers: Vec<usize> = rows.iter().map(|(row, _)| *row).collect();
-    let parts = numbers.iter().zip(&mut scores).flat_map(|(&row, scores)| {
-        let blocks = plan.blocks(row).chunks(TASK_BLOCKS);
-        blocks.zip(scores.chunks_mut(TASK_BLOCKS * BLOCK)).map(move |(blocks, scores)| (row, blocks, scores))
+    let len = |row: usize| plan.blocks(row).len() * BLOCK;
+    scores.resize(rows.iter().map(|&row| len(row)).sum(), 0.0);
+    let (compared, work) = (scores.len() * 8, scores.len() * indexer.q.cols());
+    let mut rest = &mut scores[..];
+    let parts = rows.iter().flat_map(|&row| {
+        let own = rest.split_off_mut(..len(row)).expect("scores of all rows");
+        let parts = plan.blocks(row).chunks(TASK_BLOCKS).zip(own.chunks_mut(TASK_BLOCKS * BLOCK));
+        parts.map(move |(blocks, scores)| (row, blocks, scores))
     });
     pool.each(parts, work, |_, (row, blocks, scores)| {
         let scores = scores.as_chunks_mut().0;
@@ -86,10 +105,12 @@ fn choose(
             KvDtype::Int8 => part.of::<i8>(isa),
         }
     });
-    let compared = scores.iter().map(Vec::len).sum::<usize>() * 8;
-    pool.each(rows.iter_mut().zip(&scores), compared, |_, ((row, positions), scores)| {
-        **positions = largest(&scores[..=plan.position(*row)], indexer.top_k);
+    let mut rest = &scores[..];
+    let rows = rows.iter().zip(positions.chunks_exact_mut(indexer.top_k)).map(|(&row, positions)| {
+        let own = rest.split_off(..len(row)).expect("scores of all rows");
+        (&own[..=plan.position(row)], positions)
     });
+    pool.each(rows, compared, |_, (scores, positions)| largest(scores, positions));
 }
 
 /// Scores of a row for the positions of some blocks.
@@ -103,11 +124,11 @@ struct Scores<'a> {
 
 impl Scores<'_> {
     fn of<E: Element>(self, isa: Dispatch) {
-        let Indexer { q, weights, scale, .. } = *self.indexer;
+        let Indexer { q, weights, .. } = *self.indexer;
         let (queries, weights) = (q.row(self.row), weights.row(self.row));
         for (&block, scores) in self.blocks.iter().zip(self.scores) {
             let (columns, key_scales) = (self.keys.block::<E>(block, 0), self.keys.scales(block, 0, 0));
-            isa.run(BlockScores { queries, weights, scale, columns, key_scales, scores });
+            isa.run(BlockScores { queries, weights, columns, key_scales, scores });
         }
     }
 }
@@ -116,7 +137,6 @@ impl Scores<'_> {
 struct BlockScores<'a, E> {
     queries: &'a [f32],
     weights: &'a [f32],
-    scale: f32,
     columns: &'a [[E; LANES]],
     key_scales: Option<&'a [f32; BLOCK]>,
     scores: &'a mut [f32; BLOCK],
@@ -158,7 +178,7 @@ impl<E: Element> BlockScores<'_, E> {
             }
         }
         for n in 0..N {
-            let mut product = s.mul(acc[n], s.splat(self.scale));
+            let mut product = acc[n];
             if let Some(scales) = self.key_scales {
                 product = s.mul(product, s.load(scales));
             }
@@ -168,28 +188,26 @@ impl<E: Element> BlockScores<'_, E> {
     }
 }
 
-/// Positions of the `top_k` largest scores, of which there are more; ascending.
-fn largest(scores: &[f32], top_k: usize) -> Vec<u32> {
+/// The positions of as many of the largest scores as there is room for, ascending; there are more scores.
+fn largest(scores: &[f32], positions: &mut [u32]) {
     // Integers in the order of the numbers; no zero is below another.
     let order = |score: &f32| {
         let bits = (score + 0.0).to_bits() as i32;
         bits ^ ((bits >> 31) as u32 >> 1) as i32
     };
-    let mut orders: Vec<i32> = scores.iter().map(order).collect();
-    let (_, &mut least, _) = orders.select_nth_unstable_by(top_k - 1, |a, b| b.cmp(a));
-    let larger = orders[..top_k].iter().filter(|order| **order > least).count();
-    let mut equal = top_k - larger;
-    let mut positions = Vec::with_capacity(top_k);
-    for (position, score) in (0..).zip(scores) {
-        let order = order(score);
-        if order > least {
-            positions.push(position);
-        } else if order == least && equal > 0 {
-            equal -= 1;
-            positions.push(position);
-        }
-    }
-    positions
+    with_scratch(scores.len(), |scratch, _| {
+        let (orders, top_k) = (bytemuck::cast_slice_mut::<f32, i32>(scratch), positions.len());
+        orders.iter_mut().zip(scores).for_each(|(to, score)| *to = order(score));
+        let (_, &mut least, _) = orders.select_nth_unstable_by(top_k - 1, |a, b| b.cmp(a));
+        let mut equal = orders[..top_k].iter().filter(|order| **order == least).count();
+        let mut read = (0..).zip(scores).filter(|(_, score)| {
+            let order = order(score);
+            let is_next = order == least && equal > 0;
+            equal -= usize::from(is_next);
+            order > least || is_next
+        });
+        positions.fill_with(|| read.next().expect("as many as are largest").0);
+    });
 }
 
 #[cfg(test)]
@@ -207,7 +225,9 @@ mod tests {
             (5, vec![0, 2, 3, 5, 7]),
             (7, vec![0, 1, 2, 3, 4, 5, 7]),
         ] {
-            assert_eq!(largest(&scores, top_k), expected, "{top_k}");
+            let mut positions = vec![0; top_k];
+            largest(&scores, &mut positions);
+            assert_eq!(positions, expected, "{top_k}");
         }
     }
 }

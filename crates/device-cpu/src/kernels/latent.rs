@@ -5,6 +5,7 @@
 //! the order of its kernel ([`super::linear`], [`super::attention`]).
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use baton_device::{HostLatent, KvDtype, Result, Rows, WeightFormat};
@@ -214,6 +215,7 @@ impl Task<'_> {
             };
             walk.run(self.isa, latents);
         };
+        let blocks = self.chosen.map_or(&[][..], Chosen::blocks);
         for run in self.plan.runs(self.rows.clone(), RUN_QUERIES.div_ceil(heads)) {
             let of_row = |row: usize| self.chosen.and_then(|chosen| chosen.of(row));
             // Of a sequence's rows the first see few enough positions to read all of them.
@@ -225,9 +227,8 @@ impl Task<'_> {
             for row in all.end..run.end {
                 // As a context of its own, in blocks of the positions that are read, one behind the other.
                 let positions = of_row(row).expect("a row behind one that reads some reads some");
-                let blocks: Vec<u32> = (0..positions.len().div_ceil(BLOCK) as u32).collect();
                 latents.chosen = Some((positions, self.plan.blocks(row)));
-                walk(row..row + 1, positions.len() - 1, &blocks, &mut latents);
+                walk(row..row + 1, positions.len() - 1, blocks, &mut latents);
                 latents.chosen = None;
             }
         }
@@ -276,23 +277,31 @@ impl Source for Latents<'_> {
         let mut values: [&[[f32; LANES]]; PIECE] = [&[]; PIECE];
         for (b, to) in self.values.chunks_exact_mut(width).enumerate() {
             let block = blocks[b.min(blocks.len() - 1)];
-            if let Some((positions, table)) = self.chosen {
-                let positions = &positions[block as usize * BLOCK..];
-                let rows = GatheredRows { plane, positions: &positions[..positions.len().min(BLOCK)], table };
-                values[b] = match plane.dtype {
-                    KvDtype::F32 => rows.widen::<f32>(isa, self.rank_width, to),
-                    KvDtype::F16 => rows.widen::<f16>(isa, self.rank_width, to),
-                    KvDtype::BF16 => rows.widen::<bf16>(isa, self.rank_width, to),
-                    KvDtype::Int8 => rows.widen::<i8>(isa, self.rank_width, to),
-                };
+            if plane.dtype == KvDtype::F32 && self.chosen.is_none() {
+                values[b] = plane.block(block, 0);
                 continue;
             }
-            let rows = CachedBlock { plane, block, rank_width: self.rank_width };
+            let mut places = [(block, 0); BLOCK];
+            let places = match self.chosen {
+                None => {
+                    places.iter_mut().enumerate().for_each(|(j, place)| place.1 = j);
+                    &places[..]
+                }
+                Some((positions, table)) => {
+                    let positions = &positions[block as usize * BLOCK..];
+                    let count = positions.len().min(BLOCK);
+                    for (place, &position) in places.iter_mut().zip(positions) {
+                        *place = (table[position as usize / BLOCK], position as usize % BLOCK);
+                    }
+                    &places[..count]
+                }
+            };
+            let split = self.rank_width / LANES;
             values[b] = match plane.dtype {
-                KvDtype::F32 => plane.block(block, 0),
-                KvDtype::F16 => rows.widen::<f16>(isa, to),
-                KvDtype::BF16 => rows.widen::<bf16>(isa, to),
-                KvDtype::Int8 => rows.widen::<i8>(isa, to),
+                KvDtype::F32 => widened::<f32>(isa, plane, split, places, to),
+                KvDtype::F16 => widened::<f16>(isa, plane, split, places, to),
+                KvDtype::BF16 => widened::<bf16>(isa, plane, split, places, to),
+                KvDtype::Int8 => widened::<i8>(isa, plane, split, places, to),
             };
         }
         for (columns, rows) in self.keys.chunks_exact_mut(width).zip(&values[..blocks.len()]) {
@@ -304,83 +313,39 @@ impl Source for Latents<'_> {
     }
 }
 
-/// The rows of one block.
-struct CachedBlock<'a> {
-    plane: &'a Plane,
-    block: u32,
-    rank_width: usize,
-}
-
-impl CachedBlock<'_> {
-    /// Each element times its scale.
-    fn widen<E: Element>(self, isa: Dispatch, to: &mut [[f32; LANES]]) -> &[[f32; LANES]] {
-        let scales = [0, 1].map(|part| self.plane.scales(self.block, 0, part));
-        isa.run(Widen { from: self.plane.block::<E>(self.block, 0), scales, split: self.rank_width / LANES, to });
-        to
-    }
-}
-
-/// Rows of some positions, at most a block's.
-struct GatheredRows<'a> {
-    plane: &'a Plane,
-    positions: &'a [u32],
-    /// Blocks of their sequence.
-    table: &'a [u32],
-}
-
-impl GatheredRows<'_> {
-    /// Each element times its scale, one row behind the other; what is behind the last row is left as it was, for nobody sees it.
-    fn widen<E: Element>(self, isa: Dispatch, rank_width: usize, to: &mut [[f32; LANES]]) -> &[[f32; LANES]] {
-        let vectors = self.plane.width / LANES;
-        for (&position, to) in self.positions.iter().zip(to.chunks_exact_mut(vectors)) {
-            let (block, offset) = (self.table[position as usize / BLOCK], position as usize % BLOCK);
-            let from = &self.plane.block::<E>(block, 0)[offset * vectors..][..vectors];
-            let scales = [0, 1].map(|part| self.plane.scales(block, 0, part).map(|scales| scales[offset]));
-            isa.run(WidenRow { from, scales, split: rank_width / LANES, to });
-        }
-        to
-    }
-}
-
-/// One row, as [`Widen`] does it.
-struct WidenRow<'a, E> {
-    from: &'a [[E; LANES]],
-    scales: [Option<f32>; 2],
+/// Rows by their blocks and offsets, one behind the other, each element times its scale; the first `split` vectors of a row have
+/// another than those behind them. What is behind the last row is left as it was.
+fn widened<'t, E: Element>(
+    isa: Dispatch,
+    plane: &Plane,
     split: usize,
-    to: &'a mut [[f32; LANES]],
+    places: &[(u32, usize)],
+    to: &'t mut [[f32; LANES]],
+) -> &'t [[f32; LANES]] {
+    isa.run(Widen::<E> { plane, split, places, to, element: PhantomData });
+    to
 }
 
-impl<E: Element> Kernel for WidenRow<'_, E> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for (v, (from, to)) in self.from.iter().zip(self.to).enumerate() {
-            let elements = E::load(s, from);
-            match self.scales[usize::from(v >= self.split)] {
-                Some(scale) => s.store(s.mul(elements, s.splat(scale)), to),
-                None => s.store(elements, to),
-            }
-        }
-    }
-}
-
-/// Rows of a block, whose vectors from `split` on have other scales than those before it.
+/// See [`widened`].
 struct Widen<'a, E> {
-    from: &'a [[E; LANES]],
-    scales: [Option<&'a [f32; BLOCK]>; 2],
+    plane: &'a Plane,
     split: usize,
+    places: &'a [(u32, usize)],
     to: &'a mut [[f32; LANES]],
+    element: PhantomData<E>,
 }
 
 impl<E: Element> Kernel for Widen<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let vectors = self.from.len() / BLOCK;
-        let rows = self.from.chunks_exact(vectors).zip(self.to.chunks_exact_mut(vectors));
-        for (j, (from, to)) in rows.enumerate() {
-            for (v, (from, to)) in from.iter().zip(to).enumerate() {
+        let vectors = self.plane.width / LANES;
+        for (&(block, offset), to) in self.places.iter().zip(self.to.chunks_exact_mut(vectors)) {
+            let row = &self.plane.block::<E>(block, 0)[offset * vectors..][..vectors];
+            let scales = [self.plane.scales(block, 0, 0), self.plane.scales(block, 0, 1)];
+            for (v, (from, to)) in row.iter().zip(to).enumerate() {
                 let elements = E::load(s, from);
-                match self.scales[usize::from(v >= self.split)] {
-                    Some(scales) => s.store(s.mul(elements, s.splat(scales[j])), to),
+                match scales[usize::from(v >= self.split)] {
+                    Some(scales) => s.store(s.mul(elements, s.splat(scales[offset])), to),
                     None => s.store(elements, to),
                 }
             }

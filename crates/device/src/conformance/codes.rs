@@ -74,6 +74,7 @@ pub(super) fn coded<B: Backend>(case: &Case, b: &B, inputs: DType) -> Result<Vec
     let format = WeightFormat::Coded(layout.code);
     let apart = layout.shuffled || layout.block[1] % 32 > 0 && layout.block[1] < in_features;
     if !apart {
+        // No model looks rows up in codes. Here they are the way to judge how codes are widened, which products of few rows are not.
         return linear(b, (&weight, bias.as_ref(), format), rows, inputs);
     }
     // Nothing is looked up in these.

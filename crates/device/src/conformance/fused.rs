@@ -2,7 +2,8 @@
 //! attention.
 
 use super::inputs::{Source, activation, on_grid};
-use super::{Case, MAX_POSITIONS, outputs, over_steps};
+use super::steps::{MAX_POSITIONS, over_steps};
+use super::{Case, outputs};
 use crate::{
     Activation, AttentionParams, Backend, BlockFormat, Code, DType, HostLatent, HostLinear, HostRope, KvDtype,
     LatentOps, LayerKv, Purpose, Result, RopeLayout, Rotary, WeightFormat,
@@ -117,7 +118,7 @@ pub(super) fn rotary_latent<B: LatentOps>(
         table: &table,
     };
     let scale = ((nope + rope) as f32).sqrt().recip();
-    over_steps(b, (LayerKv::Latent { rank, rope }, kv), 0, |cache, plan, rows, seed| {
+    over_steps(b, (LayerKv::Latent { rank, rope, index: None }, kv), 0, |cache, plan, rows, seed| {
         let mut q = activation(b, inputs, rows, heads * (nope + rope), seed)?;
         let mut latent = activation(b, inputs, rows, rank, seed + 1)?;
         let mut key = activation(b, inputs, rows, rope, seed + 2)?;

@@ -4,7 +4,8 @@
 //! sums in another order are, but for what a cache rounds to the other side.
 
 use super::inputs::{Source, activation, uniform};
-use super::{Case, LONG, outputs, over_steps};
+use super::steps::{LONG, over_steps};
+use super::{Case, outputs};
 use crate::{DType, HostLatent, HostTensor, Indexer, KvDtype, LatentOps, LayerKv, Result, WeightFormat};
 
 /// The cases of this file: fewer positions than a step, than a block; as many as a block; more than some contexts; more than all.
@@ -29,14 +30,13 @@ pub(super) fn attention<B: LatentOps>(case: &Case, b: &B, inputs: DType) -> Resu
         b.vector(&HostTensor::new("case", DType::F32, vec![width], &bytes))
     };
     let norm = [vector(2)?, vector(3)?];
-    over_steps(b, (LayerKv::Indexed { rank, rope, index: width }, kv), history, |cache, plan, rows, seed| {
+    over_steps(b, (LayerKv::Latent { rank, rope, index: Some(width) }, kv), history, |cache, plan, rows, seed| {
         let activation = |cols: usize, n: u64| activation(b, inputs, rows, cols, seed + n);
         let (q, latent, key) = (activation(heads * (nope + rope), 0)?, activation(rank, 1)?, activation(rope, 2)?);
         let (index_q, weights) = (activation(index_heads * width, 3)?, activation(index_heads, 4)?);
         let mut index_k = activation(width, 5)?;
         b.layer_norm_in_place(&mut index_k, norm.each_ref(), 1e-6)?;
-        let scale = (width as f32).sqrt().recip();
-        let indexer = Indexer { q: &index_q, k: &index_k, weights: &weights, scale, top_k };
+        let indexer = Indexer { q: &index_q, k: &index_k, weights: &weights, top_k };
         let mut out = b.tensor(rows, heads * v)?;
         b.indexed_attention(&q, &latent, &key, &indexer, &weight, cache, 1, plan, 0.3, &mut out)?;
         outputs(b, &[&index_k, &out])

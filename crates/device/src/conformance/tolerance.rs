@@ -13,8 +13,7 @@ pub(super) fn tolerance(case: &Case, caps: &Caps, expected: &[f32]) -> f32 {
             // The judge does not make activations narrow: what is not on a grid differs by up to half a step of 127
             // (of 256 for bf16) for each of two products.
             Case::Moe { format, .. } | Case::Latent { format, .. } if caps.narrow_activations.contains(format) => 5e-3,
-            // A key whose last bit is another before it is kept may be rounded to the other side.
-            // As is the norm of a key before it is kept.
+            // A key whose last bit is another before it is kept, for it is rotated or normed, may be rounded to the other side.
             Case::Rotary { kv, .. } | Case::RotaryLatent { kv, .. } | Case::Indexed { kv, .. } => SUMS + kept(*kv),
             _ => SUMS,
         };
@@ -66,9 +65,9 @@ impl Case {
             Case::Rope(_) => 4.0,
             // Of the scaled query, of the softmax, of the result; once more where products are narrower.
             Case::Attention { .. } => 4.0,
-            // As above, and of the absorbed query and of the mixed latents.
             // Of devices that compute in f32: with less, others would be chosen.
             Case::Indexed { .. } => 0.0,
+            // As attention, and of the absorbed query and of the mixed latents.
             Case::Latent { .. } => 6.0,
             // As norms, rotation and attention one after the other.
             Case::Rotary { .. } => 11.0,

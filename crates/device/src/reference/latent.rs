@@ -85,7 +85,7 @@ fn chosen(indexer: &Indexer<'_, Reference>, keys: &Plane, row: usize, context: &
     let (q, weights) = (indexer.q.row(row), indexer.weights.row(row));
     let score = |&slot: &usize| -> f32 {
         let heads = q.chunks_exact(q.len() / weights.len()).zip(weights);
-        let sum: f32 = heads.map(|(q, weight)| weight * (indexer.scale * dot(q, keys.slot(slot))).max(0.0)).sum();
+        let sum: f32 = heads.map(|(q, weight)| weight * dot(q, keys.slot(slot)).max(0.0)).sum();
         sum + 0.0 // no zero is below another
     };
     let scores: Vec<f32> = context.iter().map(score).collect();

@@ -246,8 +246,7 @@ impl<B: LatentOps> LayerIndexer<B> {
         backend.rope(q, *q_rope, rope, plan)?;
         backend.rope(k, *k_rope, rope, plan)?;
         backend.linear(h, &self.weights, weights)?;
-        backend.scale(weights, (q_rope.heads as f32).sqrt().recip())?;
-        Ok(Indexer { q, k, weights, scale: (q_rope.head_dim as f32).sqrt().recip(), top_k: *top_k })
+        Ok(Indexer { q, k, weights, top_k: *top_k })
     }
 }
 
@@ -284,15 +283,18 @@ impl<B: LatentOps + MoeOps> Layer<B> for DeepseekLayer<B> {
             table: rope,
         };
         let (kv_b, Step { layer, plan, cache, adapters }) = (&self.kv_b, step);
-        if let (Some(own), Some(scratch), Some(q_latent)) = (&self.indexer, indexer, q_latent) {
-            let indexer = own.forward(backend, (h, q_latent), (rope, plan), adapters, scratch)?;
-            backend.rms_norm_in_place(latent, &self.latent_norm, LATENT_NORM_EPS)?;
-            backend.rope(q, *q_rope, rope, plan)?;
-            backend.rope(rope_key, *k_rope, rope, plan)?;
-            backend.indexed_attention(q, latent, rope_key, &indexer, kv_b, cache, *layer, plan, *scale, context)?;
-            return self.o.forward(backend, context, adapters, out);
+        match (&self.indexer, indexer, q_latent) {
+            (None, ..) => {
+                let (q, latent, key) = (q, latent, rope_key);
+                backend.rotary_latent_attention(q, latent, key, &rotary, kv_b, cache, *layer, plan, *scale, context)?;
+            }
+            (Some(own), Some(scratch), Some(q_latent)) => {
+                let indexer = own.forward(backend, (h, q_latent), (rope, plan), adapters, scratch)?;
+                backend.norm_and_rotate(q, latent, rope_key, &rotary, plan)?;
+                backend.indexed_attention(q, latent, rope_key, &indexer, kv_b, cache, *layer, plan, *scale, context)?;
+            }
+            (Some(_), ..) => unreachable!("allocated where there is an indexer, whose queries come from latents"),
         }
-        backend.rotary_latent_attention(q, latent, rope_key, &rotary, kv_b, cache, *layer, plan, *scale, context)?;
         self.o.forward(backend, context, adapters, out)
     }
 

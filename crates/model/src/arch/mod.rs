@@ -136,9 +136,18 @@ pub(crate) fn is_head(config: &ModelConfig, name: &str) -> bool {
     name == if config.tie_word_embeddings { EMBEDDING_WEIGHT } else { decoder::HEAD_WEIGHT }
 }
 
+/// What names of routed experts' tensors have before the expert's number.
+const EXPERTS: &str = ".experts.";
+
 /// Whether a tensor is a routed expert's.
 pub(crate) fn is_expert(name: &str) -> bool {
-    name.contains(".experts.")
+    name.contains(EXPERTS)
+}
+
+/// A tensor's name without the number of its expert, if it is one's: that of a layer's projection in all its experts.
+pub(crate) fn without_expert(name: &str) -> String {
+    let parts = name.split_once(EXPERTS).and_then(|(layer, part)| Some((layer, part.split_once('.')?.1)));
+    parts.map_or_else(|| name.to_owned(), |(layer, projection)| format!("{layer}{EXPERTS}{projection}"))
 }
 
 /// Whether a tensor beyond [`specs`] is known to change nothing.
@@ -178,10 +187,7 @@ pub(crate) fn kv_spec(config: &ModelConfig, world: World, dtype: KvDtype, block_
         Family::Llama(own) => LayerKv::Full { kv_heads: world.share(own.num_kv_heads).len(), head_dim: own.head_dim },
         Family::Deepseek(own) => {
             let (rank, rope) = (own.kv_lora_rank, own.qk_rope_head_dim);
-            match &own.indexer {
-                None => LayerKv::Latent { rank, rope },
-                Some(indexer) => LayerKv::Indexed { rank, rope, index: indexer.head_dim },
-            }
+            LayerKv::Latent { rank, rope, index: own.indexer.as_ref().map(|indexer| indexer.head_dim) }
         }
     };
     KvSpec { layers: vec![layer; config.num_layers + config.mtp_layers], dtype, block_size }

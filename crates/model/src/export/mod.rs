@@ -110,15 +110,16 @@ pub fn quantize(
     let Opened { config, checkpoint, digest, .. } = load::open(files)?;
     let specs = arch::specs(&config).0;
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
-    let formats = Formats { dtype: None, quantized: Some(quantization) };
     // Its capabilities only: what no device keeps as stored becomes what this one keeps it as.
     let backend = Reference::new();
+    let formats = Formats { dtype: None, quantized: Some(quantization) };
+    let formats = formats.resolve(&specs, &checkpoint, backend.caps());
     load::log_fallbacks(format, specs.values());
-    load::check_device(&backend, &config, specs.values(), &checkpoint, (formats, BTreeSet::new()))?;
+    load::check_device(&backend, &config, specs.values(), &formats, BTreeSet::new())?;
 
     let kept = |spec: &TensorSpec| match spec.role {
         Role::Vector => checkpoint.dtype(&spec.name),
-        _ => as_stored(formats.of(spec, &checkpoint, backend.caps())),
+        _ => as_stored(formats[&spec.name]),
     };
     let tensors = specs.values().map(|spec| NewTensor::new(spec.name.clone(), &spec.shape, kept(spec))).collect();
     let mut folder = NewCheckpoint::create(out, tensors)?;
@@ -127,7 +128,7 @@ pub fn quantize(
     folder.write_file("config.json", &quantized_config(files, format, &Vec::from_iter(floats))?)?;
     copy_files(files, &folder)?;
 
-    let mut loader = Loader::new(&backend, &checkpoint, &specs, formats, digest);
+    let mut loader = Loader::new(&backend, &checkpoint, (&specs, &formats), Some(quantization), digest);
     folder.write_weights(progress, |tensor, write| {
         let spec = &specs[tensor.name()];
         if spec.role == Role::Vector {

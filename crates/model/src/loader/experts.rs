@@ -17,10 +17,8 @@ impl<B: MoeOps> Loader<'_, B> {
         routing: Routing,
     ) -> Result<B::Experts, LoadError> {
         let names = [gate, up, down];
-        let formats = names.map(|name| {
-            let specs = (0..count).map(|expert| &self.specs[&format!("{prefix}.{expert}.{name}.weight")]);
-            self.formats.of_all(&Vec::from_iter(specs), self.checkpoint, self.backend.caps())
-        });
+        // Those of the others are the same.
+        let formats = names.map(|name| self.formats[&format!("{prefix}.0.{name}.weight")]);
         let (backend, held) = (self.backend, self.world.share(count));
         let others = if self.sees_all() { held.end..count } else { 0..0 };
         let mut source = LayerExperts { loader: self, prefix, names, formats, current: None };

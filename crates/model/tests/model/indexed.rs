@@ -15,6 +15,7 @@ fn off_by(case: &str, copy: &Copy) -> f64 {
     let worst = prompts(case).into_iter().map(|prompt| {
         let logits = all_logits(&mut runner, &prompt.ids);
         let last = &logits[logits.len() - prompt.last_logits.len()..];
+        assert!(last.iter().all(|logit| logit.is_finite()), "{case}");
         last.iter().zip(&prompt.last_logits).map(|(a, e)| (f64::from(*a) - e).abs()).fold(0.0, f64::max)
     });
     worst.fold(0.0, f64::max)

@@ -2,41 +2,22 @@
 //! `models/golden/make/libraries.py`), their conversions are recorded, and what is wrong with them is
 //! refused by name.
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use crate::common::checkpoint::{Copy, Tensor, find, probe, read_tensors};
-use crate::common::{all_logits, folder, options};
-use baton_device::{BlockFormat, DType, Reference, WeightFormat};
+use crate::common::{QUANTIZED, all_logits, folder, options};
+use baton_device::{BlockFormat, Code, DType, Reference, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadOptions, LoadReport, load};
+use half::{bf16, f16};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-const CASES: [&str; 22] = [
-    "packed-int4-groups",
-    "packed-int4-shuffled",
-    "packed-int4-channel",
-    "packed-int8-groups",
-    "packed-int8-channel",
-    "packed-int8-channel-zeros",
-    "gptq-int4-groups",
-    "gptq-int4-shuffled",
-    "gptq-int4-channel",
-    "gptq-int8-groups",
-    "gptq-int8-channel",
-    "gptq-int8-channel-zeros",
-    "gptq-v2-int4-groups",
-    "awq-int4-groups",
-    "int-int8-channel",
-    "int-int8-channel-zeros",
-    "fp8-tensor",
-    "fp8-e5m2",
-    "float-fp8-tensor",
-    "float-fp8-channel",
-    "mxfp4",
-    "deepseek-v3-fp8",
-];
-const LLAMAS: usize = 21;
+/// And DeepSeek's blocks of FP8.
+fn cases() -> impl Iterator<Item = &'static str> {
+    QUANTIZED.into_iter().chain(["deepseek-v3-fp8"])
+}
 
 fn quantized(case: &str) -> Copy {
     Copy::of(&if case.starts_with("deepseek") { case.to_owned() } else { format!("quantized/{case}") })
@@ -71,7 +52,7 @@ fn widened(case: &str) -> Copy {
 #[test]
 fn every_layout_means_exactly_the_expected_values() {
     let cpu = || CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap();
-    for case in &CASES[..LLAMAS] {
+    for case in QUANTIZED {
         let (copy, twin) = (quantized(case), widened(case));
         let both = [&copy, &twin].map(|c| Files::folder(c.path()).unwrap());
         let [actual, expected] = both.each_ref().map(|f| probe(load(Reference::new(), f, &exact()).unwrap()));
@@ -85,7 +66,7 @@ fn every_layout_means_exactly_the_expected_values() {
 #[test]
 fn the_values_are_those_that_the_libraries_gave() {
     let judges = crate::common::json(folder("quantized/judges.json"));
-    for case in &CASES[..LLAMAS] {
+    for case in QUANTIZED {
         let mut values = values(case);
         assert_eq!(values.len(), 7, "{case}");
         values.sort_by(|a, b| a.name.cmp(&b.name));
@@ -101,7 +82,7 @@ fn the_values_are_those_that_the_libraries_gave() {
 fn the_logits_are_those_that_transformers_computes_through_the_libraries() {
     let judges = crate::common::json(folder("quantized/judges.json"));
     let mut judged = 0;
-    for case in &CASES[..LLAMAS] {
+    for case in QUANTIZED {
         let Some(expected) = judges[case]["logits"].as_array() else { continue };
         let files = Files::folder(folder("quantized").join(case)).unwrap();
         let dtype = if judges[case]["computes"] == "float16" { DType::F16 } else { DType::F32 };
@@ -112,7 +93,7 @@ fn the_logits_are_those_that_transformers_computes_through_the_libraries() {
         assert!(off <= 1e-4, "{case}: off by {off}");
         judged += 1;
     }
-    assert_eq!(judged, LLAMAS - 3); // transformers cannot load a shuffled packed one, nor FP8 by tensor
+    assert_eq!(judged, QUANTIZED.len() - 3); // transformers cannot load a shuffled packed one, nor FP8 by tensor
 }
 
 #[test]
@@ -123,14 +104,14 @@ fn every_folder_of_the_goldens_is_read() {
         .map(|e| e.file_name().into_string().unwrap())
         .collect();
     found.sort();
-    let mut cases = CASES[..LLAMAS].to_vec();
+    let mut cases = QUANTIZED.to_vec();
     cases.sort();
     assert_eq!(found, cases);
 }
 
 #[test]
 fn every_quantised_matrix_is_in_the_report() {
-    for case in CASES {
+    for case in cases() {
         let copy = quantized(case);
         let in_f32 = report(&copy, &exact());
         assert!(in_f32.conversions.iter().all(|c| c.max_abs_error == 0.0 && c.mean_abs_error == 0.0), "{case}");
@@ -151,6 +132,43 @@ fn every_quantised_matrix_is_in_the_report() {
     );
     assert_eq!(eight.conversions.iter().filter(|c| c.from.starts_with("gptq int4")).count(), 7);
     assert!(eight.conversions.iter().all(|c| c.to == WeightFormat::Ggml(BlockFormat::Q8_0) && c.max_abs_error > 0.0));
+}
+
+/// Experts of a projection are kept alike, and whoever asks how hears the same.
+#[test]
+fn experts_of_which_one_is_stored_otherwise_are_reported_as_they_are_kept() {
+    let loaded = |copy: &Copy| {
+        let keeps_codes =
+            Reference::new().saying(|caps| caps.weight_formats.extend(Code::ALL.map(WeightFormat::Coded)));
+        load(keeps_codes, &Files::folder(copy.path()).unwrap(), &options()).unwrap().1
+    };
+    // So many tokens meet every expert.
+    let read = |report: &LoadReport| report.step_cost.bytes(1_000_000, 1);
+    let [floats, codes] = [Copy::of("qwen3-moe"), Copy::of("deepseek-v3-fp8")];
+    let alike = [&floats, &codes].map(loaded);
+    floats.edit_weights(|tensors| {
+        let one = find(tensors, "model.layers.0.mlp.experts.3.gate_proj.weight");
+        let values = one.data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32());
+        (one.dtype, one.data) = ("F16".into(), values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect());
+    });
+    codes.edit_config(|config| config["quantization_config"]["modules_to_not_convert"] = json!(["experts.3"]));
+    codes.edit_weights(|tensors| {
+        let is_part = |t: &Tensor| t.name.contains(".experts.3.") && t.name.ends_with("_scale_inv");
+        tensors.retain(|t| !is_part(t));
+        for t in tensors.iter_mut().filter(|t| t.name.contains(".experts.3.")) {
+            (t.dtype, t.data) = ("BF16".into(), vec![0; 2 * t.data.len()]);
+        }
+    });
+    let mixed = [&floats, &codes].map(loaded);
+    for (mixed, alike) in mixed.iter().zip(&alike) {
+        assert!(mixed.weight_bytes > alike.weight_bytes);
+        assert_eq!(read(mixed) - read(alike), (mixed.weight_bytes - alike.weight_bytes) as f64);
+    }
+    // f32, which holds both, and nothing in f16. Routers are in f32 in any case.
+    assert_eq!(mixed[0].weight_formats, [WeightFormat::F32, WeightFormat::BF16].into());
+    let of_experts = mixed[1].conversions.iter().filter(|c| c.tensor.contains(".experts."));
+    let kept: BTreeSet<_> = of_experts.map(|c| c.to).collect();
+    assert_eq!(kept, [WeightFormat::BF16].into());
 }
 
 #[test]

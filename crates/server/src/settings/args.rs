@@ -46,7 +46,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "KEY", num_args = 1.., env = "BATON_ADMIN_API_KEY", hide_env_values = true, value_delimiter = ',', help_heading = "Service")]
     pub admin_api_key: Option<Vec<Secret>>,
 
-    /// File of keys by their SHA-256 digests, each with a name, scopes (inference, admin, metrics) and perhaps a moment of expiry; read again when it changes and at SIGHUP [default: none]
+    /// File of keys by their SHA-256 digests, each with a name, scopes (inference, admin, metrics) and perhaps a moment of expiry, a weight beside other keys, and limits on requests and tokens; read again when it changes and at SIGHUP [default: none]
     #[arg(long, value_name = "FILE", env = "BATON_API_KEYS_FILE", help_heading = "Service")]
     pub api_keys_file: Option<PathBuf>,
 
@@ -54,7 +54,7 @@ pub struct ServeArgs {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, env = "BATON_ALLOW_UNAUTHENTICATED", help_heading = "Service")]
     pub allow_unauthenticated: Option<bool>,
 
-    /// Connections at once; more are closed [default: 16384, or what the limit of descriptors leaves]
+    /// Connections at once; for one more, the one is closed on which the longest nothing has happened, be it that a request has not arrived whole, or the new one where requests are under way on all [default: 16384, or what the limit of descriptors leaves]
     #[arg(long, value_name = "N", env = "BATON_MAX_CONNECTIONS", help_heading = "Service")]
     pub max_connections: Option<usize>,
 

@@ -104,15 +104,12 @@ impl ServeArgs {
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
             log_format: self.log_format.unwrap_or(LogFormat::Text),
             slow_request_seconds: Duration::from_secs(self.slow_request_seconds.unwrap_or(60)),
-            otlp_traces_endpoint: self.otlp_traces_endpoint.map(endpoint).transpose()?,
+            otlp_traces_endpoint: self
+                .otlp_traces_endpoint
+                .map(|url| url.parse::<Endpoint>().context("--otlp-traces-endpoint"))
+                .transpose()?,
         })
     }
-}
-
-/// The collector as it is written in full.
-fn endpoint(url: String) -> Result<String> {
-    let endpoint: Endpoint = url.parse().context("--otlp-traces-endpoint")?;
-    Ok(endpoint.to_string())
 }
 
 fn hosts(given: Vec<String>) -> Result<Vec<String>> {
@@ -123,7 +120,7 @@ fn hosts(given: Vec<String>) -> Result<Vec<String>> {
 }
 
 /// Origins, each given alone, in a list with commas, or in a list as JSON writes it.
-fn origins(given: &[String]) -> Result<Vec<String>> {
+fn origins(given: &[String]) -> Result<Vec<AllowedOrigin>> {
     let mut origins: Vec<String> = Vec::new();
     for text in given {
         match text.starts_with('[') {
@@ -135,8 +132,7 @@ fn origins(given: &[String]) -> Result<Vec<String>> {
             false => origins.extend(text.split(',').map(|origin| origin.trim().to_owned())),
         }
     }
-    for origin in &origins {
-        origin.parse::<baton_http::Origin>().with_context(|| format!("--allowed-origins {origin}"))?;
-    }
-    Ok(origins)
+    let parse =
+        |origin: &String| origin.parse::<AllowedOrigin>().with_context(|| format!("--allowed-origins {origin}"));
+    origins.iter().map(parse).collect()
 }

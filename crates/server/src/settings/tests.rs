@@ -102,7 +102,15 @@ fn parsers_of_tool_calls_go_by_their_syntaxes_names() {
 
 #[test]
 fn origins_are_listed_as_flags_commas_or_json() {
-    let origins = |flags: &[&str], file: &str| parse(flags, file).unwrap().0.allowed_origins;
+    let origins = |flags: &[&str], file: &str| -> Vec<String> {
+        let (settings, origins) = parse(flags, file).unwrap();
+        let shown = settings.described(&origins).unwrap()["allowed-origins"]["value"].clone();
+        // What is shown is what is allowed.
+        let shown: Vec<String> = serde_json::from_value(shown).unwrap();
+        let allowed: Vec<baton_http::Origin> = shown.iter().map(|origin| origin.parse().unwrap()).collect();
+        assert!(settings.allowed_origins.iter().map(|given| &given.origin).eq(&allowed));
+        shown
+    };
     let both = ["https://example.org", "http://[::1]:3000"];
     assert_eq!(origins(&["--allowed-origins", both[0], both[1]], ""), both);
     assert_eq!(origins(&["--allowed-origins", &both.join(", ")], ""), both);
@@ -110,6 +118,16 @@ fn origins_are_listed_as_flags_commas_or_json() {
     assert_eq!(origins(&[], &format!("allowed-origins = {both:?}")), both);
     assert_eq!(origins(&["--allowed-origins", "[\"*\"]"], ""), ["*"]);
     assert!(origins(&[], "").is_empty());
+}
+
+#[test]
+fn a_collector_is_shown_as_it_is_written_in_full() {
+    let endpoint = |flags: &[&str]| {
+        let (settings, origins) = parse(flags, "").unwrap();
+        settings.described(&origins).unwrap()["otlp-traces-endpoint"]["value"].clone()
+    };
+    assert_eq!(endpoint(&["--otlp-traces-endpoint", "http://collector:4318"]), "http://collector:4318/v1/traces");
+    assert!(endpoint(&[]).is_null());
 }
 
 #[test]

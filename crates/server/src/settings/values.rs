@@ -5,6 +5,7 @@ use std::{fmt, path::PathBuf};
 use anyhow::{Context, Result, ensure};
 use baton_device::{BlockFormat, DType, KvDtype};
 use baton_encoder::Pooling;
+use baton_http::{Origin, OriginError};
 use baton_model::Quantization;
 use baton_text::{TextModel, ToolSyntax};
 use clap::ValueEnum;
@@ -170,6 +171,23 @@ pub enum HandoffPolicy {
     Warn,
     /// Nobody looks.
     Off,
+}
+
+/// An origin whose pages may use the service; it is shown as it was given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct AllowedOrigin {
+    text: String,
+    #[serde(skip)]
+    pub origin: Origin,
+}
+
+impl std::str::FromStr for AllowedOrigin {
+    type Err = OriginError;
+
+    fn from_str(text: &str) -> std::result::Result<Self, OriginError> {
+        Ok(Self { text: text.to_owned(), origin: text.parse()? })
+    }
 }
 
 /// Who finds a cached prompt beginning.

@@ -23,9 +23,10 @@ use opentelemetry_otlp::{Compression, Protocol, RetryPolicy, SpanExporter, WithE
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
 use parking_lot::Mutex;
 use prost::Message;
+use serde::{Serialize, Serializer};
 use ureq::{
     Agent,
-    http::{HeaderName, HeaderValue, Uri},
+    http::{HeaderMap, HeaderName, HeaderValue, Uri},
     tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem},
 };
 
@@ -67,6 +68,12 @@ impl FromStr for Endpoint {
     }
 }
 
+impl Serialize for Endpoint {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -78,12 +85,14 @@ impl fmt::Display for Endpoint {
 pub struct Means {
     timeout: Duration,
     gzip: bool,
+    headers: HeaderMap,
     tls: TlsConfig,
 }
 
 impl Means {
-    /// As OpenTelemetry's variables say, those for traces before those for everything. Headers the library reads itself,
-    /// and passes over what it cannot read, so that is refused here.
+    /// As OpenTelemetry's variables say, those for traces before those for everything, and an empty one as if it were not there.
+    /// Headers are put on what the library sends: it reads them itself too, but passes over what it cannot read, takes an empty
+    /// variable for one that is there, and decodes twice what it is given.
     ///
     /// # Errors
     /// If one of them asks for what cannot be had.
@@ -113,10 +122,17 @@ impl Means {
                 Duration::from_millis(millis.with_context(|| format!("{name}: it must be milliseconds, at least 1"))?)
             }
         };
-        if let Some((name, headers)) = given("HEADERS") {
-            // They are secrets, so the refusal does not show them.
-            let readable = headers.split_terminator(',').all(is_header);
-            ensure!(readable, "{name}: it must be NAME=VALUE, with commas between several, and values percent-encoded");
+        let mut headers = HeaderMap::new();
+        if let Some((variable, entries)) = given("HEADERS") {
+            for entry in entries.split_terminator(',') {
+                // They are secrets, so the refusal does not show them.
+                let (name, value) = header(entry).with_context(|| {
+                    format!(
+                        "{variable}: it must be NAME=VALUE, with commas between several, and values percent-encoded"
+                    )
+                })?;
+                headers.insert(name, value);
+            }
         }
         let file = |name: &str| {
             let read = |(name, path): (String, String)| {
@@ -137,7 +153,7 @@ impl Means {
             }
             _ => bail!("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY need each other"),
         }
-        Ok(Self { timeout, gzip, tls: tls.build() })
+        Ok(Self { timeout, gzip, headers, tls: tls.build() })
     }
 
     /// The library's exporter to this collector, and where it counts the spans that the collector says it did not take,
@@ -152,8 +168,13 @@ impl Means {
             .build()
             .new_agent();
         let rejected = Arc::new(AtomicU64::new(0));
-        let client =
-            Client { agent, endpoint: endpoint.clone(), rejected: rejected.clone(), last_complaint: Mutex::new(None) };
+        let client = Client {
+            agent,
+            endpoint: endpoint.clone(),
+            headers: self.headers,
+            rejected: rejected.clone(),
+            last_complaint: Mutex::new(None),
+        };
         let mut builder = SpanExporter::builder()
             .with_http()
             .with_http_client(client)
@@ -169,12 +190,14 @@ impl Means {
     }
 }
 
-/// Whether an entry is a header that the library sends.
-fn is_header(entry: &str) -> bool {
-    entry.split_once('=').is_some_and(|(name, value)| {
-        let sendable = |value: String| !value.is_empty() && value.is_ascii() && HeaderValue::from_str(&value).is_ok();
-        HeaderName::from_str(name.trim()).is_ok() && percent_decoded(value.trim()).is_some_and(sendable)
-    })
+/// The header that an entry is, if it is one that can be sent.
+fn header(entry: &str) -> Option<(HeaderName, HeaderValue)> {
+    let (name, value) = entry.split_once('=')?;
+    let value = percent_decoded(value.trim()).filter(|value| !value.is_empty() && value.is_ascii())?;
+    let mut value = HeaderValue::from_str(&value).ok()?;
+    // Shown nowhere.
+    value.set_sensitive(true);
+    Some((HeaderName::from_str(name.trim()).ok()?, value))
 }
 
 fn percent_decoded(text: &str) -> Option<String> {
@@ -205,6 +228,7 @@ fn certificates(name: &str, pem: &[u8]) -> Result<Vec<Certificate<'static>>> {
 struct Client {
     agent: Agent,
     endpoint: Endpoint,
+    headers: HeaderMap,
     rejected: Arc<AtomicU64>,
     last_complaint: Mutex<Option<Instant>>,
 }
@@ -222,7 +246,10 @@ impl Client {
 #[async_trait]
 impl HttpClient for Client {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
+        for (name, value) in &self.headers {
+            parts.headers.insert(name.clone(), value.clone());
+        }
         let response =
             self.agent.run(Request::from_parts(parts, &body[..])).inspect_err(|error| self.complain(error))?;
         let (parts, mut body) = response.into_parts();
@@ -282,13 +309,30 @@ mod tests {
         assert_eq!(means(&both[..1]).unwrap().timeout, Duration::from_secs(3));
         assert_eq!(means(&[("OTEL_EXPORTER_OTLP_TIMEOUT", "")]).unwrap().timeout, TIMEOUT);
         assert!(means(&[("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")]).unwrap().gzip);
+        let headers = |value| {
+            let variables = [("OTEL_EXPORTER_OTLP_TRACES_HEADERS", value), ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,c=d")];
+            means(&variables).unwrap().headers
+        };
+        assert_eq!((headers("")["a"].as_bytes(), headers("").len()), (&b"b"[..], 2));
+        assert_eq!((headers("a=e")["a"].as_bytes(), headers("a=e").len()), (&b"e"[..], 1));
     }
 
     #[test]
     fn headers_that_would_not_be_sent_are_refused_without_showing_them() {
-        let taken = ["a=b", "api-key=s%20ecret%3D, x-scope = one ,", "authorization=Basic c2VjcmV0Cg=="];
-        for value in taken {
-            assert!(means(&[("OTEL_EXPORTER_OTLP_HEADERS", value)]).is_ok(), "{value}");
+        let taken = ["a=b value", "api-key=s%20ecret%3D, x-scope = evaluation ,", "authorization=Basic c2VjcmV0Cg=="];
+        let decoded = [
+            &[("a", "b value")][..],
+            &[("api-key", "s ecret="), ("x-scope", "evaluation")],
+            &[("authorization", "Basic c2VjcmV0Cg==")],
+        ];
+        for (value, decoded) in taken.into_iter().zip(decoded) {
+            let known = means(&[("OTEL_EXPORTER_OTLP_HEADERS", value)]).unwrap();
+            let mut headers: Vec<_> =
+                known.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+            headers.sort_unstable();
+            assert_eq!(headers, decoded);
+            let shown = format!("{known:?}");
+            assert!(decoded.iter().all(|(_, value)| !shown.contains(value)), "{shown}");
         }
         for value in [
             "secret",

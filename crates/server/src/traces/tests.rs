@@ -8,15 +8,17 @@ use std::time::{Duration, Instant, SystemTime};
 use baton_http::TraceContext;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use opentelemetry::KeyValue;
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
+};
+use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_sdk::{Resource, trace::SpanData};
+use prost::Message;
 
 use super::collector::{Endpoint, Means};
 use super::exporter::Exporter;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// `partial_success { rejected_spans: 1 }`, as the protocol writes it.
-const ONE_REJECTED: [u8; 4] = [0x0a, 2, 0x08, 1];
 
 /// Head and body of each request, answered with the next status, or 200 when none is left; 202 says that one span was rejected.
 struct Collector {
@@ -50,12 +52,14 @@ impl Collector {
                 body.resize(length.parse().unwrap(), 0);
                 stream.read_exact(&mut body[read..]).unwrap();
                 let status = answers.try_recv().unwrap_or(200);
-                let answer: &[u8] = if status == 202 { &ONE_REJECTED } else { b"" };
+                let rejected = ExportTracePartialSuccess { rejected_spans: 1, ..Default::default() };
+                let partial_success = (status == 202).then_some(rejected);
+                let answer = ExportTraceServiceResponse { partial_success }.encode_to_vec();
                 let reply = format!(
                     "HTTP/1.1 {status} x\r\nlocation: http://127.0.0.1:1/\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
                     answer.len()
                 );
-                stream.write_all(&[reply.as_bytes(), answer].concat()).unwrap();
+                stream.write_all(&[reply.as_bytes(), &answer].concat()).unwrap();
                 if sender.send((text, body)).is_err() {
                     return;
                 }
@@ -83,8 +87,11 @@ fn span(name: &str) -> SpanData {
     SpanData { attributes: vec![KeyValue::new("a.number", -3)], ..super::span(trace, 5, name.into(), times) }
 }
 
-fn has(body: &[u8], text: &str) -> bool {
-    body.windows(text.len()).any(|window| window == text.as_bytes())
+/// The names of the spans in a body.
+fn names(body: &[u8]) -> Vec<String> {
+    let resources = ExportTraceServiceRequest::decode(body).unwrap().resource_spans;
+    let scopes = resources.into_iter().flat_map(|resource| resource.scope_spans);
+    scopes.flat_map(|scope| scope.spans).map(|span| span.name).collect()
 }
 
 /// Waits until a count is reached.
@@ -105,11 +112,38 @@ fn spans_arrive_as_protobuf_under_the_name_of_the_resource() {
     let (head, body) = collector.requests.recv_timeout(PATIENCE).unwrap();
     assert!(head.starts_with("post /v1/traces http/1.1\r\n"), "{head}");
     assert!(head.contains("content-type: application/x-protobuf\r\n"), "{head}");
-    for text in ["service.name", "tests", "baton", "one", "a.number"] {
-        assert!(has(&body, text), "{text}");
-    }
+    let export = ExportTraceServiceRequest::decode(&body[..]).unwrap();
+    let [of_resource] = &export.resource_spans[..] else { panic!("{export:?}") };
+    let [of_scope] = &of_resource.scope_spans[..] else { panic!("{export:?}") };
+    let [service] = &of_resource.resource.as_ref().unwrap().attributes[..] else { panic!("{export:?}") };
+    let name = Some(Value::StringValue("tests".to_owned()));
+    assert_eq!((&*service.key, service.value.clone().unwrap().value), ("service.name", name));
+    assert_eq!(of_scope.scope.as_ref().unwrap().name, "baton");
+    let [one, two] = &of_scope.spans[..] else { panic!("{export:?}") };
+    assert_eq!((&*one.name, &*two.name), ("one", "two"));
+    assert_eq!((&one.trace_id[..], &one.span_id[..]), (&0x0102_u128.to_be_bytes()[..], &5_u64.to_be_bytes()[..]));
+    assert_eq!((one.start_time_unix_nano, one.end_time_unix_nano), (0, 5));
+    let [number] = &one.attributes[..] else { panic!("{export:?}") };
+    assert_eq!((&*number.key, number.value.clone().unwrap().value), ("a.number", Some(Value::IntValue(-3))));
     eventually(&exporter.counts().exported, 2);
     assert_eq!(exporter.counts().dropped.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn headers_arrive_as_they_were_checked_and_each_once() {
+    let collector = Collector::start();
+    let given = [
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", ""),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "api-key=no, Api-Key = s%20ecret%3D , x-share=100%2541,"),
+    ];
+    let exporter = exporter(collector.endpoint.clone(), &given);
+    exporter.spans().send(vec![span("one")]);
+    let (head, body) = collector.requests.recv_timeout(PATIENCE).unwrap();
+    let of = |name: &str| head.lines().filter(|line| line.starts_with(name)).collect::<Vec<_>>();
+    assert_eq!(of("api-key"), ["api-key: s ecret="]);
+    assert_eq!(of("x-share"), ["x-share: 100%41"]);
+    assert_eq!(names(&body), ["one"]);
+    eventually(&exporter.counts().exported, 1);
 }
 
 #[test]
@@ -129,14 +163,14 @@ fn a_batch_that_cannot_be_taken_now_is_sent_again_and_one_that_is_refused_is_not
     let exporter = collector.exporter();
     exporter.spans().send(vec![span("late")]);
     let bodies: Vec<_> = (0..3).map(|_| collector.requests.recv_timeout(PATIENCE).unwrap().1).collect();
-    assert!(bodies.iter().all(|body| *body == bodies[0] && has(body, "late")));
+    assert!(bodies.iter().all(|body| *body == bodies[0] && names(body) == ["late"]));
     eventually(&exporter.counts().exported, 1);
 
     // A redirect is an answer like others: nobody goes where it leads.
     for (refusals, status) in (1..).zip([400, 401, 307]) {
         collector.statuses.send(status).unwrap();
         exporter.spans().send(vec![span("refused")]);
-        assert!(has(&collector.requests.recv_timeout(PATIENCE).unwrap().1, "refused"));
+        assert_eq!(names(&collector.requests.recv_timeout(PATIENCE).unwrap().1), ["refused"]);
         eventually(&exporter.counts().dropped, refusals);
     }
     assert_eq!(exporter.counts().exported.load(Ordering::Relaxed), 1);
@@ -171,8 +205,11 @@ fn what_is_queued_at_the_end_is_sent() {
     exporter.spans().send(vec![span("last"), span("words")]);
     exporter.stop(PATIENCE);
     assert_eq!(counts.exported.load(Ordering::Relaxed), 2);
-    let bodies: Vec<_> = collector.requests.try_iter().map(|(_, body)| body).collect();
-    assert!(bodies.iter().any(|body| has(body, "words")));
+    let mut sent = Vec::new();
+    while sent.len() < 2 {
+        sent.extend(names(&collector.requests.recv_timeout(PATIENCE).unwrap().1));
+    }
+    assert_eq!(sent, ["last", "words"]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! A collector for traces, which reads what it is sent by the protocol's own field numbers, written down here once more.
+//! A collector for traces.
 
 use std::{
     collections::BTreeMap,
@@ -12,6 +12,12 @@ use std::{
     time::Duration,
 };
 
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::ExportTraceServiceRequest,
+    common::v1::{AnyValue, KeyValue, any_value},
+    trace::v1::{ResourceSpans, span::SpanKind, status::StatusCode},
+};
+use prost::Message;
 use rustls::{
     ServerConfig, ServerConnection, StreamOwned,
     crypto::ring,
@@ -22,17 +28,19 @@ use serde_json::{Value, json};
 /// A span as it arrived.
 #[derive(Debug, Clone)]
 pub struct Span {
+    /// Of the request that it came with, in small letters.
+    pub head: String,
     pub trace_id: Vec<u8>,
     pub span_id: Vec<u8>,
     pub parent_id: Vec<u8>,
     pub name: String,
-    pub kind: u64,
+    pub kind: SpanKind,
     pub start: u64,
     pub end: u64,
     pub attributes: BTreeMap<String, Value>,
     /// Of the resource that it belongs to.
     pub resource: BTreeMap<String, Value>,
-    pub status: u64,
+    pub status: StatusCode,
 }
 
 /// Listens on a port of its own and answers everything alike.
@@ -72,14 +80,14 @@ impl Collector {
     }
 
     /// What is read of a connection is an export; connections that break off are none.
-    fn listen(answered: impl Fn(TcpStream) -> io::Result<Vec<u8>> + Send + 'static) -> Self {
+    fn listen(answered: impl Fn(TcpStream) -> io::Result<(String, Vec<u8>)> + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
         let (sender, spans) = channel();
         thread::spawn(move || {
             for stream in listener.incoming() {
-                let Ok(body) = answered(stream.expect("a connection")) else { continue };
-                if export(&body).into_iter().any(|span| sender.send(span).is_err()) {
+                let Ok((head, body)) = answered(stream.expect("a connection")) else { continue };
+                if export(&head, &body).into_iter().any(|span| sender.send(span).is_err()) {
                     return;
                 }
             }
@@ -98,8 +106,8 @@ impl Collector {
     }
 }
 
-/// Reads one request and answers it.
-fn answered(mut stream: impl Read + Write, status: u16) -> io::Result<Vec<u8>> {
+/// Reads one request, head and body, and answers it.
+fn answered(mut stream: impl Read + Write, status: u16) -> io::Result<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
     let end = loop {
         let mut more = [0; 4096];
@@ -121,129 +129,44 @@ fn answered(mut stream: impl Read + Write, status: u16) -> io::Result<Vec<u8>> {
     stream.read_exact(&mut body[read..]).expect("the rest");
     let answer = format!("HTTP/1.1 {status} x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
     stream.write_all(answer.as_bytes()).expect("an answer");
-    Ok(body)
+    Ok((head, body))
 }
 
-enum Field<'a> {
-    Number(u64),
-    Bytes(&'a [u8]),
-}
-
-impl<'a> Field<'a> {
-    fn bytes(&self) -> &'a [u8] {
-        match self {
-            Field::Bytes(bytes) => bytes,
-            Field::Number(number) => panic!("{number} where bytes are expected"),
-        }
-    }
-
-    fn number(&self) -> u64 {
-        match self {
-            Field::Number(number) => *number,
-            Field::Bytes(bytes) => panic!("{bytes:?} where a number is expected"),
-        }
-    }
-
-    fn text(&self) -> String {
-        String::from_utf8(self.bytes().to_vec()).expect("UTF-8")
-    }
-}
-
-/// The fields of a message, by number.
-fn fields(mut bytes: &[u8]) -> Vec<(u64, Field<'_>)> {
-    fn varint(bytes: &mut &[u8]) -> u64 {
-        let (mut value, mut shift) = (0, 0);
-        loop {
-            let (byte, rest) = bytes.split_first().expect("a whole number");
-            *bytes = rest;
-            value |= u64::from(byte & 0x7f) << shift;
-            shift += 7;
-            if byte & 0x80 == 0 {
-                return value;
-            }
-        }
-    }
-    fn take<'a>(bytes: &mut &'a [u8], length: usize) -> &'a [u8] {
-        let (taken, rest) = bytes.split_at(length);
-        *bytes = rest;
-        taken
-    }
-    let mut fields = Vec::new();
-    while !bytes.is_empty() {
-        let key = varint(&mut bytes);
-        let field = match key & 7 {
-            0 => Field::Number(varint(&mut bytes)),
-            1 => Field::Number(u64::from_le_bytes(take(&mut bytes, 8).try_into().expect("8 bytes"))),
-            2 => {
-                let length = varint(&mut bytes) as usize;
-                Field::Bytes(take(&mut bytes, length))
-            }
-            5 => Field::Number(u32::from_le_bytes(take(&mut bytes, 4).try_into().expect("4 bytes")).into()),
-            kind => panic!("wire type {kind}"),
-        };
-        fields.push((key >> 3, field));
-    }
-    fields
-}
-
-/// The fields of this number, as messages.
-fn messages(bytes: &[u8], number: u64) -> Vec<&[u8]> {
-    fields(bytes).iter().filter(|(n, _)| *n == number).map(|(_, field)| field.bytes()).collect()
-}
-
-/// `ExportTraceServiceRequest`.
-fn export(body: &[u8]) -> Vec<Span> {
+/// The spans of an export, with the head that it came under.
+fn export(head: &str, body: &[u8]) -> Vec<Span> {
+    let export = ExportTraceServiceRequest::decode(body).expect("an export");
     let mut spans = Vec::new();
-    for resource_spans in messages(body, 1) {
-        let resource = messages(resource_spans, 1);
-        let resource = attributes(messages(resource[0], 1));
-        for scope_spans in messages(resource_spans, 2) {
-            spans.extend(messages(scope_spans, 2).into_iter().map(|bytes| span(bytes, &resource)));
+    for ResourceSpans { resource, scope_spans, .. } in export.resource_spans {
+        let resource = attributes(resource.expect("a resource").attributes);
+        for span in scope_spans.into_iter().flat_map(|scope| scope.spans) {
+            spans.push(Span {
+                head: head.to_owned(),
+                trace_id: span.trace_id,
+                span_id: span.span_id,
+                parent_id: span.parent_span_id,
+                name: span.name,
+                kind: SpanKind::try_from(span.kind).expect("a kind"),
+                start: span.start_time_unix_nano,
+                end: span.end_time_unix_nano,
+                attributes: attributes(span.attributes),
+                resource: resource.clone(),
+                status: span.status.map_or(StatusCode::Unset, |status| status.code()),
+            });
         }
     }
     spans
 }
 
-fn span(bytes: &[u8], resource: &BTreeMap<String, Value>) -> Span {
-    let fields = fields(bytes);
-    let field = |number: u64| fields.iter().find(|(n, _)| *n == number).map(|(_, field)| field);
-    let bytes_of = |number| field(number).map_or_else(Vec::new, |field| field.bytes().to_vec());
-    let number_of = |number| field(number).map_or(0, Field::number);
-    let status = field(15).map_or(0, |status| {
-        self::fields(status.bytes()).iter().find(|(n, _)| *n == 3).map_or(0, |(_, code)| code.number())
-    });
-    Span {
-        trace_id: bytes_of(1),
-        span_id: bytes_of(2),
-        parent_id: bytes_of(4),
-        name: field(5).expect("a name").text(),
-        kind: number_of(6),
-        start: number_of(7),
-        end: number_of(8),
-        attributes: attributes(messages(bytes, 9)),
-        resource: resource.clone(),
-        status,
-    }
+fn attributes(pairs: Vec<KeyValue>) -> BTreeMap<String, Value> {
+    pairs.into_iter().map(|pair| (pair.key, json(pair.value.expect("a value")))).collect()
 }
 
-fn attributes(pairs: Vec<&[u8]>) -> BTreeMap<String, Value> {
-    let pair = |bytes: &[u8]| {
-        let fields = fields(bytes);
-        let of = |number: u64| &fields.iter().find(|(n, _)| *n == number).expect("key and value").1;
-        (of(1).text(), any(of(2).bytes()))
-    };
-    pairs.into_iter().map(pair).collect()
-}
-
-/// `AnyValue`.
-fn any(bytes: &[u8]) -> Value {
-    let fields = fields(bytes);
-    let (number, field) = fields.first().expect("one value");
-    match number {
-        1 => json!(field.text()),
-        3 => json!(field.number() as i64),
-        4 => json!(f64::from_bits(field.number())),
-        5 => messages(field.bytes(), 1).into_iter().map(any).collect(),
-        other => panic!("a value of kind {other}"),
+fn json(value: AnyValue) -> Value {
+    match value.value.expect("one value") {
+        any_value::Value::StringValue(text) => json!(text),
+        any_value::Value::IntValue(number) => json!(number),
+        any_value::Value::DoubleValue(number) => json!(number),
+        any_value::Value::ArrayValue(list) => list.values.into_iter().map(json).collect(),
+        other => panic!("nothing of ours is {other:?}"),
     }
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{elf, python, root};
 
 /// The glibc that zig links against: that of Debian 10 and of RHEL 8.
-const GLIBC: &str = "2.28";
+const GLIBC: (u32, u32) = (2, 28);
 /// Separates what `CARGO_ENCODED_RUSTFLAGS` has.
 const SEPARATOR: &str = "\x1f";
 /// Libraries that every system with glibc has.
@@ -36,6 +36,14 @@ impl Tools {
         Ok(Self::Zig(python.parent().context("a Python in a folder")?.to_owned()))
     }
 
+    /// The newest glibc that their binaries may need, if that is promised.
+    pub fn glibc(&self) -> Option<(u32, u32)> {
+        match self {
+            Self::Zig(_) => Some(GLIBC),
+            Self::Machine => None,
+        }
+    }
+
     /// What these link into every binary, besides what its crates are: a title and the text of its licence.
     pub fn linked(&self) -> Result<Option<(&'static str, String)>> {
         let Self::Zig(programs) = self else { return Ok(None) };
@@ -49,7 +57,7 @@ impl Tools {
 
 /// Builds a package's binary of the same name with `cpu` as the least processor, and says where it is.
 ///
-/// Paths of this machine are not in it, so that another folder or user gives the same bytes.
+/// Paths of this machine are kept out of it, so that another folder or user is no reason for other bytes.
 pub fn binary(tools: &Tools, package: &str, target: &str, cpu: &str) -> Result<PathBuf> {
     let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from);
     let cargo_home = cargo_home.or_else(|| Some(env::home_dir()?.join(".cargo"))).context("no home folder")?;
@@ -61,7 +69,7 @@ pub fn binary(tools: &Tools, package: &str, target: &str, cpu: &str) -> Result<P
         format!("--remap-path-prefix={}=cargo", cargo_home.display()),
     ];
     let mut command = Command::new(env!("CARGO"));
-    let with_glibc = format!("{target}.{GLIBC}");
+    let with_glibc = format!("{target}.{}.{}", GLIBC.0, GLIBC.1);
     match tools {
         Tools::Zig(programs) => {
             command.args(["zigbuild", "--target", &with_glibc]);
@@ -88,9 +96,12 @@ pub fn binary(tools: &Tools, package: &str, target: &str, cpu: &str) -> Result<P
 /// What a binary for this target needs of a system.
 ///
 /// # Errors
-/// If it is for another processor, or needs what not every system has.
-pub fn checked(binary: &[u8], target: &str) -> Result<elf::Needs> {
+/// If it is for another processor, or needs what not every system has: a library, or a newer glibc than is promised.
+pub fn checked(binary: &[u8], target: &str, glibc: Option<(u32, u32)>) -> Result<elf::Needs> {
     let needs = elf::needs(binary)?;
+    if let Some(promised) = glibc {
+        ensure!(needs.glibc <= promised, "{target}: the binary needs glibc {:?}, newer than {promised:?}", needs.glibc);
+    }
     ensure!(target.starts_with(needs.processor), "{target}: the binary is for {}", needs.processor);
     let given = |library: &&String| GIVEN.iter().any(|given| library.starts_with(given));
     let more: Vec<_> = needs.libraries.iter().filter(|library| !given(library)).collect();
@@ -109,8 +120,23 @@ mod tests {
             "x86_64" => ("x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"),
             _ => ("aarch64-unknown-linux-gnu", "x86_64-unknown-linux-gnu"),
         };
-        assert!(checked(&own, there).unwrap_err().to_string().contains(there));
+        assert!(checked(&own, there, None).unwrap_err().to_string().contains(there));
         // Tests of ours link nothing of C++.
-        assert_eq!(checked(&own, here).unwrap().processor, env::consts::ARCH);
+        assert_eq!(checked(&own, here, None).unwrap().processor, env::consts::ARCH);
+    }
+
+    #[test]
+    fn a_binary_that_needs_a_newer_glibc_than_is_promised_is_refused() {
+        let own = std::fs::read(env::current_exe().unwrap()).unwrap();
+        let (major, minor) = elf::needs(&own).unwrap().glibc;
+        let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+        assert!(checked(&own, &target, Some((major, minor))).is_ok());
+        assert!(checked(&own, &target, Some((major + 1, 0))).is_ok());
+        for older in [(major, minor - 1), (major - 1, minor + 1)] {
+            let refusal = checked(&own, &target, Some(older)).unwrap_err().to_string();
+            assert!(refusal.contains("glibc"), "{refusal}");
+        }
+        assert_eq!(Tools::Zig(PathBuf::new()).glibc(), Some((2, 28)));
+        assert_eq!(Tools::Machine.glibc(), None);
     }
 }

@@ -1,6 +1,7 @@
 //! What is given to others: for each target an archive with the binary and its papers, and the sums of all.
 //!
-//! Invariant: two runs of the same commit give the same bytes. Times are the commit's, or `SOURCE_DATE_EPOCH`.
+//! Invariant: the same binary and the same papers give the same bytes. Times are the commit's, or `SOURCE_DATE_EPOCH`. What
+//! else would make two builds of a binary differ is kept out of it, as far as is known; nobody has compared two.
 
 mod archive;
 mod build;
@@ -18,7 +19,7 @@ use anyhow::{Context, Result, ensure};
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use crate::{dist::build::Tools, root};
+use crate::{dist::build::Tools, git, root};
 
 /// The package whose binary it is.
 const PACKAGE: &str = "baton";
@@ -75,7 +76,7 @@ pub fn main(args: &Args) -> Result<()> {
         }
         let cpu = least_processor(target);
         let binary = fs::read(build::binary(&tools, PACKAGE, target, cpu)?)?;
-        let needs = build::checked(&binary, target)?;
+        let needs = build::checked(&binary, target, tools.glibc())?;
         fs::write(folder.join("baton"), &binary)?;
         let glibc = format!("{}.{}", needs.glibc.0, needs.glibc.1);
         let facts = json!({
@@ -160,12 +161,6 @@ fn rustc(arguments: &[&str]) -> Result<String> {
     let output = Command::new("rustc").args(arguments).output().context("rustc did not start")?;
     ensure!(output.status.success(), "rustc {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-}
-
-/// What git says, if it says anything.
-fn git(arguments: &[&str]) -> Option<String> {
-    let output = Command::new("git").args(arguments).current_dir(root()).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 #[allow(clippy::print_stdout)] // the chore's result

@@ -12,6 +12,7 @@ mod run;
 
 use anyhow::Result;
 use clap::Subcommand;
+pub use pack::built;
 
 /// What is done.
 #[derive(Subcommand)]

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use crate::{elf, gpu::correct::GOLDENS, root};
+use crate::{elf, git, gpu::correct::GOLDENS, python::finished, root};
 
 /// Arguments of the chore.
 #[derive(clap::Args)]
@@ -48,7 +48,8 @@ pub fn main(args: &Args) -> Result<()> {
         glibc = glibc.max(elf::needs(&fs::read(&binary)?)?.glibc);
     }
     models(&root().join("models"), &folder.join("models"))?;
-    let build = json!({"commit": commit(), "glibc": format!("{}.{}", glibc.0, glibc.1)});
+    // Changes that are not committed are not seen.
+    let build = json!({"commit": git(&["rev-parse", "HEAD"]), "glibc": format!("{}.{}", glibc.0, glibc.1)});
     fs::write(folder.join("build.json"), build.to_string() + "\n")?;
     let bytes = size(folder)?;
     #[allow(clippy::print_stdout)] // the chore's result
@@ -64,23 +65,18 @@ pub fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds both for release; the folder that they are in.
-fn built() -> Result<PathBuf> {
-    let status = Command::new(env!("CARGO"))
-        .args(["build", "--release", "--locked", "--package", "baton", "--package", "xtask"])
-        .current_dir(root())
-        .status()
-        .context("cargo did not start")?;
-    ensure!(status.success(), "the binaries were not built");
+/// Builds `baton` and `xtask` for release; the folder that they are in.
+pub fn built() -> Result<PathBuf> {
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--release", "--locked", "--package", "baton", "--package", "xtask"]);
+    finished(build.current_dir(root()))?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     Ok(target.join("release"))
 }
 
 /// Copies a binary without its symbols, which are a third of it.
 fn stripped(from: &Path, to: &Path) -> Result<()> {
-    let status = Command::new("strip").arg("-o").args([to, from]).status().context("strip did not start")?;
-    ensure!(status.success(), "strip {}: {status}", from.display());
-    Ok(())
+    finished(Command::new("strip").arg("-o").args([to, from]))
 }
 
 /// Golden checkpoints with what was computed from them, and questions.
@@ -102,12 +98,6 @@ fn models(from: &Path, to: &Path) -> Result<()> {
         fs::copy(from.join("abacus").join(name), to.join("abacus").join(name))?;
     }
     Ok(())
-}
-
-/// What the binaries were made from, as far as git tells; changes that are not committed are not seen.
-fn commit() -> Option<String> {
-    let output = Command::new("git").args(["rev-parse", "HEAD"]).current_dir(root()).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn size(folder: &Path) -> Result<u64> {

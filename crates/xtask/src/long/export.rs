@@ -6,7 +6,8 @@ use std::{fs, process::Command};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{Setting, run, say, timed};
+use super::{Setting, say, timed};
+use crate::python::{environment, finished};
 
 /// Bundles under `models`, each with the options that its `handoff.json` was made with.
 const BUNDLES: [(&str, &[&str]); 2] = [
@@ -21,15 +22,7 @@ const ROUNDING: f64 = 1e-4;
 pub fn check(setting: &Setting) -> Result<()> {
     let folder = setting.folder;
     let exporter = crate::root().join("models/export");
-    let venv = folder.join("venv");
-    let python = venv.join("bin/python");
-    timed("python packages", || {
-        if !python.exists() {
-            run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
-        }
-        let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"];
-        run(Command::new(&python).args(pip).arg(exporter.join("requirements.txt")))
-    })?;
+    let python = timed("python packages", || environment(&folder.join("venv"), &exporter.join("requirements.txt")))?;
     for (name, options) in BUNDLES {
         timed(name, || {
             let bundle = crate::root().join("models").join(name);
@@ -43,7 +36,7 @@ pub fn check(setting: &Setting) -> Result<()> {
                 .arg(&bundle)
                 .arg("--prompts")
                 .arg(bundle.join("prompts.jsonl"));
-            run(command.arg("--out").arg(&out).args(options))?;
+            finished(command.arg("--out").arg(&out).args(options))?;
             let [committed, written] = [&bundle, &out].map(|folder| fs::read(folder.join("handoff.json")));
             let (committed, written) = (committed?, written?);
             if committed != written {

@@ -4,7 +4,8 @@ use std::{env, process::Command};
 
 use anyhow::{Result, ensure};
 
-use super::{Setting, run, timed};
+use super::{Setting, timed};
+use crate::python::finished;
 
 /// The variable that names a folder with NVRTC.
 const NVRTC: &str = "BATON_NVRTC";
@@ -37,5 +38,5 @@ fn ignored(package: &str, file: &str, name: &str) -> Result<()> {
         "--ignored",
         "--nocapture",
     ]);
-    run(command.current_dir(crate::root()).env("CUDA_SIM_REQUIRE", "1"))
+    finished(command.current_dir(crate::root()).env("CUDA_SIM_REQUIRE", "1"))
 }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use baton_loadgen::LocalServer;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
@@ -48,12 +48,11 @@ pub fn check(setting: &Setting) -> Result<()> {
 
 /// Opens connections, each of which begins like this; where that is a request, it is answered.
 async fn open(server: &LocalServer, count: usize, begin: &'static [u8]) -> Result<Vec<TcpStream>> {
-    let address = server.target().base.strip_prefix("http://").context("http")?.to_owned();
+    let address = server.address();
     let mut opened = Vec::new();
     while opened.len() < count {
         let mut some = JoinSet::new();
         for _ in 0..200.min(count - opened.len()) {
-            let address = address.clone();
             some.spawn(async move {
                 let mut stream = TcpStream::connect(address).await?;
                 if !begin.is_empty() {
@@ -93,15 +92,11 @@ async fn idle(binary: &Path, name: &str, begin: &'static [u8], record: &mut Reco
     closed.join_all().await;
     let seconds = start.elapsed().as_secs_f64();
     let seen = watch.end().await?;
-    let live = seen.quantiles();
     record.must(
         format!("{name}: all are closed {seconds:.1} s after the first was opened (opening, 10 s, {LATE} s)"),
         seconds <= opened + HEAD_TIMEOUT + LATE,
     );
-    record.must(
-        format!("{name}: /live p99 {:.1} ms (below 100), {} failed", live.p99_ms, seen.failed),
-        live.p99_ms < 100.0 && seen.failed == 0,
-    );
+    seen.live_must_answer(name, record);
     Ok(())
 }
 
@@ -111,12 +106,8 @@ async fn flood(binary: &Path, record: &mut Record) -> Result<()> {
     let watch = watched::Watch::begin(&server);
     let connections = open(&server, CONNECTIONS, b"").await?;
     let seen = watch.end().await?;
-    let live = seen.quantiles();
     record.figure("flood_probes", seen.live.len())?;
-    record.must(
-        format!("flood: /live p99 {:.1} ms (below 100), {} failed", live.p99_ms, seen.failed),
-        live.p99_ms < 100.0 && seen.failed == 0,
-    );
+    seen.live_must_answer("flood", record);
     drop(connections);
     Ok(())
 }

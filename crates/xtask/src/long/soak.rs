@@ -12,21 +12,19 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use baton_loadgen::{CallError, Client, LocalServer};
+use baton_loadgen::{CallError, Client};
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpSocket, TcpStream},
-    task::JoinSet,
-};
+use tokio::{net::TcpStream, task::JoinSet};
 
-use super::{Setting, record::Record, watched};
+use super::{Setting, record::Record, unread, watched};
 
 const CHAT: &str = "/v1/chat/completions";
 const POISON: &str = "poison";
 const CLIENTS: u64 = 24;
 /// Bytes of the cache: too few for all that may run.
 const CACHE_BYTES: &str = "3000000";
+/// Tokens of a stream that nobody reads.
+const UNREAD: u32 = 500;
 /// A client that stops reading holds its connection for a minute: there is a new one this often.
 const BETWEEN_STOPPED: Duration = Duration::from_secs(5);
 /// The part of the time in which memory may still grow.
@@ -95,9 +93,15 @@ async fn soak(binary: &Path, adapter: &Path, time: Duration, record: &mut Record
     let mut stopped: Vec<TcpStream> = Vec::new();
     let end = tokio::time::Instant::now() + time;
     while tokio::time::Instant::now() < end {
-        match stop_reading(&server).await? {
-            Some(stream) => stopped.push(stream),
-            None => _ = seen.refused.fetch_add(1, Relaxed),
+        // It reads its status, and no more.
+        let mut stream = unread::stream(&server, unread::question(UNREAD, 0)).await?;
+        match unread::status(&mut stream).await? {
+            200 => stopped.push(stream),
+            503 => _ = seen.refused.fetch_add(1, Relaxed),
+            status => {
+                eprintln!("a client that does not read: {status}");
+                seen.wrong.fetch_add(1, Relaxed);
+            }
         }
         tokio::time::sleep(BETWEEN_STOPPED.min(end - tokio::time::Instant::now())).await;
     }
@@ -105,7 +109,7 @@ async fn soak(binary: &Path, adapter: &Path, time: Duration, record: &mut Record
     while let Some(ended) = clients.join_next().await {
         ended?;
     }
-    let idle = watched::idle(&server, Duration::from_secs(120)).await?;
+    let idle = server.idle(Duration::from_secs(120)).await?;
     let watched = watch.end().await?;
 
     let count = |counter: &AtomicU64| counter.load(Relaxed);
@@ -122,7 +126,12 @@ async fn soak(binary: &Path, adapter: &Path, time: Duration, record: &mut Record
     let wrong = count(&seen.wrong);
     record.must(format!("{wrong} calls ended otherwise than they should"), wrong == 0);
     let poisoned = count(&seen.poisoned);
-    let accepted = count(&seen.whole) + count(&seen.left) + poisoned + stopped.len() as u64;
+    let kinds = [count(&seen.whole), count(&seen.left), poisoned, stopped.len() as u64];
+    record.must(
+        format!("there were clients that took all, left, asked for what is not finite, did not read: {kinds:?} (some of each)"),
+        kinds.iter().all(|count| *count > 0),
+    );
+    let accepted: u64 = kinds.iter().sum();
     record.must(format!("{accepted} requests were accepted, and {ends} ends counted"), ends == accepted);
     record.must(format!("{poisoned} were not finite, and {corrupted} counted so"), corrupted == poisoned);
     let (first, last) = (watched.mean_mib(WARM_UP, 0.5), watched.mean_mib(0.75, 1.0));
@@ -132,11 +141,7 @@ async fn soak(binary: &Path, adapter: &Path, time: Duration, record: &mut Record
         format!("memory changed by {change:.2} % from the second quarter to the last (3 %)"),
         change.abs() <= 3.0,
     );
-    let live = watched.quantiles();
-    record.must(
-        format!("/live: p99 {:.1} ms (below 100), {} failed", live.p99_ms, watched.failed),
-        live.p99_ms < 100.0 && watched.failed == 0,
-    );
+    watched.live_must_answer("soak", record);
     Ok(())
 }
 
@@ -174,21 +179,4 @@ async fn leave(client: &Client, body: Value) -> Result<(), CallError> {
     tokio::time::sleep(Duration::from_millis(20)).await;
     drop(stream);
     Ok(())
-}
-
-/// A stream of which nobody reads more than its status; `None` if that was a refusal.
-async fn stop_reading(server: &LocalServer) -> Result<Option<TcpStream>> {
-    let socket = TcpSocket::new_v4()?;
-    socket.set_recv_buffer_size(4096)?;
-    let mut stream = socket.connect(server.target().base.strip_prefix("http://").context("http")?.parse()?).await?;
-    let body = json!({
-        "messages": [{"role": "user", "content": "What is 1 + 1?"}], "stream": true, "max_tokens": 500, "ignore_eos": true,
-        "logprobs": true, "top_logprobs": 20,
-    });
-    let body = body.to_string();
-    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
-    stream.write_all((head + &body).as_bytes()).await?;
-    let mut status = [0; 12];
-    stream.read_exact(&mut status).await?;
-    Ok((&status == b"HTTP/1.1 200").then_some(stream))
 }

@@ -10,9 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
-use baton_loadgen::{Client, LocalServer, Quantiles, Target};
+use anyhow::{Context, Result};
+use baton_loadgen::{Client, LocalServer, Quantiles, Target, resident_mib};
 use tokio::task::JoinHandle;
+
+use super::record::Record;
 
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -32,6 +34,15 @@ impl Seen {
     /// Latencies of `/live`.
     pub fn quantiles(&self) -> Quantiles {
         Quantiles::of(self.live.iter().copied())
+    }
+
+    /// That `/live` was there all the time, and soon, while this was done.
+    pub fn live_must_answer(&self, meanwhile: &str, record: &mut Record) {
+        let (p99, failed) = (self.quantiles().p99_ms, self.failed);
+        record.must(
+            format!("/live, {meanwhile}: p99 {p99:.1} ms of {} (below 100), {failed} failed", self.live.len()),
+            !self.live.is_empty() && p99 < 100.0 && failed == 0,
+        );
     }
 
     /// The most memory.
@@ -85,12 +96,6 @@ async fn watch(target: Target, pid: u32, stop: Arc<AtomicBool>) -> Seen {
     seen
 }
 
-fn resident_mib(pid: u32) -> Result<f64> {
-    let pages: f64 =
-        fs::read_to_string(format!("/proc/{pid}/statm"))?.split(' ').nth(1).context("resident pages")?.parse()?;
-    Ok(pages * 4096.0 / f64::from(1 << 20))
-}
-
 /// Entries of a folder of a process in /proc: `fd`, `task`.
 pub fn entries(server: &LocalServer, folder: &str) -> Result<usize> {
     Ok(fs::read_dir(format!("/proc/{}/{folder}", server.pid()))?.count())
@@ -117,18 +122,4 @@ pub fn core_seconds(server: &LocalServer) -> Result<Vec<(String, f64)>> {
 /// Starts a server that says nothing but warnings.
 pub async fn start(binary: &Path, flags: &[&str]) -> Result<LocalServer> {
     LocalServer::start(binary, &[&["--log-level", "warn"], flags].concat()).await
-}
-
-/// Waits until nothing runs and no block is in use, for no longer than this.
-pub async fn idle(server: &LocalServer, limit: Duration) -> Result<Duration> {
-    let begin = Instant::now();
-    loop {
-        let running = server.metric("vllm:num_requests_running").await?;
-        let in_flight = server.metric("baton_http_requests_in_flight").await?;
-        if running == 0.0 && in_flight == 0.0 && server.metric("vllm:kv_cache_usage_perc").await? == 0.0 {
-            return Ok(begin.elapsed());
-        }
-        ensure!(begin.elapsed() < limit, "{running} run and {in_flight} are answered, {limit:?} after the last came");
-        tokio::time::sleep(PAUSE).await;
-    }
 }

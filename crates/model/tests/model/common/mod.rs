@@ -41,6 +41,31 @@ pub const CASES: [&str; 20] = [
     "deepseek-v32-b",
 ];
 
+/// Tiny Llamas in each quantised layout that is read (`models/golden/quantized`).
+pub const QUANTIZED: [&str; 21] = [
+    "packed-int4-groups",
+    "packed-int4-shuffled",
+    "packed-int4-channel",
+    "packed-int8-groups",
+    "packed-int8-channel",
+    "packed-int8-channel-zeros",
+    "gptq-int4-groups",
+    "gptq-int4-shuffled",
+    "gptq-int4-channel",
+    "gptq-int8-groups",
+    "gptq-int8-channel",
+    "gptq-int8-channel-zeros",
+    "gptq-v2-int4-groups",
+    "awq-int4-groups",
+    "int-int8-channel",
+    "int-int8-channel-zeros",
+    "fp8-tensor",
+    "fp8-e5m2",
+    "float-fp8-tensor",
+    "float-fp8-channel",
+    "mxfp4",
+];
+
 pub fn folder(case: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models/golden").join(case)
 }
