@@ -36,6 +36,14 @@ impl BlockTable {
     }
 }
 
+/// How a sequence begins that has no block yet.
+pub(crate) struct Beginning {
+    /// Cached blocks of its prefix.
+    cached: Vec<BlockId>,
+    /// Blocks that it takes of those available, for all its known tokens.
+    pub needed: usize,
+}
+
 /// Gives blocks to sequences and takes them back.
 pub(crate) struct BlockManager {
     allocator: BlockAllocator,
@@ -71,28 +79,27 @@ impl BlockManager {
         self.allocator.available()
     }
 
-    /// Whether [`admit`](Self::admit) would be true.
-    pub fn can_admit(&self, sequence: &mut Sequence, spare: usize) -> bool {
-        self.lacking(sequence, spare) == 0
+    /// How a sequence begins that has no block yet.
+    pub fn beginning(&self, sequence: &mut Sequence) -> Beginning {
+        debug_assert!(sequence.table.blocks.is_empty(), "a waiting sequence holds no block");
+        let cached = self.cached_prefix(sequence);
+        let taken_from_cache = cached.iter().filter(|&&id| self.allocator.is_unheld(id)).count();
+        let new = sequence.tokens.len().div_ceil(self.block_size) - cached.len();
+        Beginning { cached, needed: taken_from_cache + new }
     }
 
-    /// How many more blocks must be available for [`admit`](Self::admit) to be true.
-    pub fn lacking(&self, sequence: &mut Sequence, spare: usize) -> usize {
-        (self.beginning(sequence).1 + spare).saturating_sub(self.allocator.available())
-    }
-
-    /// Blocks that are available for sure once the sequence has none: nobody else holds them.
-    pub fn held_alone(&self, sequence: &Sequence) -> usize {
-        sequence.table.blocks.iter().filter(|&&id| self.allocator.is_held_once(id)).count()
+    /// Blocks that are available to what begins so once `other` has none. Of a prefix that both have they are no gain: it
+    /// stands at the same places in both.
+    pub fn freed_for(&self, beginning: &Beginning, other: &Sequence) -> usize {
+        let is_gain =
+            |(i, &id): (usize, &BlockId)| self.allocator.is_held_once(id) && beginning.cached.get(i) != Some(&id);
+        other.table.blocks.iter().enumerate().filter(|block| is_gain(*block)).count()
     }
 
     /// Gives a sequence without blocks all that its known tokens need, from the cache as far as that
-    /// reaches, and sets `num_computed`. False, and nothing given, unless `spare` blocks stay available.
-    pub fn admit(&mut self, sequence: &mut Sequence, spare: usize) -> bool {
-        let (cached, needed) = self.beginning(sequence);
-        if self.allocator.available() < needed + spare {
-            return false;
-        }
+    /// reaches, and sets `num_computed`. It begins so, and the blocks that it needs are available.
+    pub fn admit(&mut self, sequence: &mut Sequence, Beginning { cached, needed }: Beginning) {
+        assert!(self.available() >= needed, "available blocks were counted");
         // Held before anything is allocated, which could evict them.
         cached.iter().for_each(|&id| self.allocator.acquire(id));
         sequence.num_computed = cached.len() * self.block_size;
@@ -100,17 +107,6 @@ impl BlockManager {
         sequence.table.num_proven = sequence.num_computed;
         sequence.table.blocks = cached;
         assert!(self.grow(sequence, sequence.tokens.len()), "available blocks were counted");
-        true
-    }
-
-    /// The cached blocks with which a sequence begins that has none yet, and how many of those available it takes for all its
-    /// known tokens.
-    fn beginning(&self, sequence: &mut Sequence) -> (Vec<BlockId>, usize) {
-        debug_assert!(sequence.table.blocks.is_empty(), "a waiting sequence holds no block");
-        let cached = self.cached_prefix(sequence);
-        let taken_from_cache = cached.iter().filter(|&&id| self.allocator.is_unheld(id)).count();
-        let new = sequence.tokens.len().div_ceil(self.block_size) - cached.len();
-        (cached, taken_from_cache + new)
     }
 
     /// The published blocks of the longest prefix of the sequence.

@@ -29,7 +29,7 @@ use std::time::Duration;
 use baton_model::{RunSpec, SequenceStep, StepPlan};
 
 use crate::block::BlockId;
-use crate::block_manager::{BlockHasher, BlockManager};
+use crate::block_manager::{Beginning, BlockHasher, BlockManager};
 use crate::constrain::MaskJob;
 use crate::intake::Amount;
 use crate::ledger::PROMPT_TOKEN;
@@ -295,35 +295,19 @@ impl Scheduler {
         if shares_soon(&self.blocks, self.running.values(), sequence) {
             return false;
         }
-        // Each running sequence may need one block within the next `block_size` steps. Without them to
-        // spare, whoever is admitted now would soon be preempted again.
-        let lacking = |scheduler: &mut Self, running: usize| {
-            scheduler.blocks.lacking(scheduler.waiting.get_mut(rank).expect("it waits"), running)
-        };
-        while lacking(self, planned + behind.len()) > 0 && self.preempt_background_for(id) {}
-        let mut staying = behind.clone();
-        let (mut held, mut given) = (self.held(), 0);
-        while planned + staying.len() >= self.max_num_seqs
-            || left <= staying.len()
-            || lacking(self, planned + staying.len()) > given
-        {
-            // Nobody gives way for nothing: only if that is enough.
-            let Some(index) = self.gives_way(first, &held, &staying) else { return false };
-            let gone = staying.remove(index).expect("one of them");
-            given += self.blocks.held_alone(&self.running[&gone.id()]);
-            *held.get_mut(&gone.tenant()).expect("it holds a place") -= 1;
-        }
-        behind.retain(|urgency| {
-            let stays = staying.iter().any(|staying| staying.id() == urgency.id());
-            if !stays {
-                self.preempt(urgency.id());
+        let beginning = loop {
+            let beginning = self.blocks.beginning(self.waiting.get_mut(rank).expect("it waits"));
+            let are_there = self.blocks.available() >= beginning.needed + planned + behind.len();
+            if are_there || !self.preempt_background_for(id) {
+                break beginning;
             }
-            stays
-        });
-        // What is given may be of a prefix that both have: then it is no gain.
-        if !self.blocks.admit(self.waiting.get_mut(rank).expect("it waits"), planned + behind.len()) {
-            return false;
+        };
+        let Some(give_way) = self.who_gives_way(first, (planned, left), &beginning, behind) else { return false };
+        for id in give_way {
+            behind.retain(|urgency| urgency.id() != id);
+            self.preempt(id);
         }
+        self.blocks.admit(self.waiting.get_mut(rank).expect("it waits"), beginning);
         let mut sequence = self.waiting.start(rank).expect("it waits");
         if sequence.start.is_none() {
             let cached_tokens = sequence.num_computed;
@@ -335,6 +319,33 @@ impl Scheduler {
         }
         self.running.insert(id, sequence);
         true
+    }
+
+    /// Those `behind` it who give way to `first`, which begins so, beside what is `planned`, until there are a place, a row and blocks for it; `None` if that is not enough, for nobody gives way for nothing. Each running sequence may need one block within
+    /// the next `block_size` steps: without them to spare, whoever is admitted now would soon be preempted again.
+    fn who_gives_way(
+        &self,
+        first: &Urgency,
+        (planned, left): (usize, usize),
+        beginning: &Beginning,
+        behind: &VecDeque<Urgency>,
+    ) -> Option<Vec<RequestId>> {
+        let (mut staying, mut available, mut gone) = (behind.len(), self.blocks.available(), Vec::new());
+        let fits = |staying: usize, available: usize| {
+            planned + staying < self.max_num_seqs && staying < left && available >= beginning.needed + planned + staying
+        };
+        if fits(staying, available) {
+            return Some(gone);
+        }
+        let (mut held, mut others) = (self.held(), behind.clone());
+        while !fits(staying, available) {
+            let next = others.remove(self.gives_way(first, &held, &others)?)?;
+            staying -= 1;
+            available += self.blocks.freed_for(beginning, &self.running[&next.id()]);
+            *held.get_mut(&next.tenant()).expect("it holds a place") -= 1;
+            gone.push(next.id());
+        }
+        Some(gone)
     }
 
     /// Places of the foreground that each tenant holds.

@@ -87,22 +87,21 @@ impl Drop for Raised {
 pub(crate) async fn layer(State(service): State<Service>, request: Request, next: Next) -> Response {
     // The ticket first: a drain that begins after the check then waits for it.
     let ticket = service.in_flight().ticket();
-    if let Err(error) = service.takes_requests() {
-        if let Some(record) = request.extensions().get::<Arc<AccessRecord>>() {
-            record.refused(&error);
-        }
-        return error.into_response();
-    }
-    let guard = (Raised::new(&service.metrics().in_flight), ticket);
     let record = request.extensions().get::<Arc<AccessRecord>>().cloned();
-    let mut response = next.run(request).await;
+    let (mut response, raised) = match service.takes_requests() {
+        Ok(()) => {
+            let raised = Raised::new(&service.metrics().in_flight);
+            (next.run(request).await, Some(raised))
+        }
+        Err(error) => (error.into_response(), None),
+    };
     if let Some(record) = record {
         if let Some(error) = response.extensions().get::<ApiError>() {
             record.refused(error);
         }
         response.headers_mut().extend(service.limit_headers(&record));
     }
-    response.map(|body| Body::new(GuardedBody::new(body, guard)))
+    response.map(|body| Body::new(GuardedBody::new(body, (raised, ticket))))
 }
 
 /// A body with something that is dropped together with it.

@@ -194,8 +194,8 @@ impl Encoder {
         field: impl Fn(usize) -> String,
     ) -> Result<Vec<Vec<f32>>, ApiError> {
         record.generation(&self.card.generation, &self.card.names[0]);
-        record.prompt_tokens(inputs.iter().map(|input| input.ids.len()).sum());
         let tokens = inputs.iter().map(|input| input.ids.len()).sum();
+        record.prompt_tokens(tokens);
         let mut taken = service.charge(record, Ask { choices: 1, tokens })?;
         let (sender, receiver) = oneshot::channel();
         let deadline = service.config().queue_timeout.map(|timeout| Instant::now() + timeout);

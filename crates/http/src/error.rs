@@ -69,6 +69,11 @@ impl Refusal {
 /// Longest that a client is told to wait, in seconds.
 const LONGEST_WAIT: u32 = 60;
 
+/// As `Retry-After` has it, at least one.
+fn whole_seconds(wait: Duration) -> u32 {
+    (wait.as_secs_f64().ceil() as u32).max(1)
+}
+
 /// What the client is told about trying again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Retry {
@@ -243,12 +248,6 @@ impl ApiError {
         Self { refusal: Some(refusal), ..self }
     }
 
-    /// The client may come back after this time.
-    fn after(self, wait: Duration) -> Self {
-        let seconds = (wait.as_secs_f64().ceil() as u32).clamp(1, LONGEST_WAIT);
-        Self { retry: Retry::After(seconds), ..self }
-    }
-
     fn never(self) -> Self {
         Self { retry: Retry::Never, ..self }
     }
@@ -260,8 +259,9 @@ impl ApiError {
 
     /// The queue is full, or the request waited in it too long. There may be room after this time.
     pub fn overloaded(refusal: Refusal, wait: Duration) -> Self {
-        let error = Self::unavailable("overloaded", 1, "the server is at its limit; try again later");
-        error.counted_as(refusal).after(wait)
+        // An estimate, on which nobody shall wait for long.
+        let wait = whole_seconds(wait).min(LONGEST_WAIT);
+        Self::unavailable("overloaded", wait, "the server is at its limit; try again later").counted_as(refusal)
     }
 
     /// The key has reached a limit of its own.
@@ -278,10 +278,10 @@ impl ApiError {
                 ("tokens", Refusal::KeyRate, format!("at most {limit} tokens a minute (TPM)"), wait)
             }
         };
-        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, kind, "rate_limit_exceeded", "").after(wait);
-        let Retry::After(seconds) = error.retry else { unreachable!("it was just set") };
-        let message = format!("rate limit reached: this key may have {limit}; please try again in {seconds}s");
-        Self { message, ..error.counted_as(refusal) }
+        let wait = whole_seconds(wait);
+        let message = format!("rate limit reached: this key may have {limit}; please try again in {wait}s");
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, kind, "rate_limit_exceeded", message);
+        Self { retry: Retry::After(wait), ..error.counted_as(refusal) }
     }
 
     /// The request was not done within its own `deadline_ms`.

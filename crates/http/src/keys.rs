@@ -266,13 +266,12 @@ impl Keys {
             found.conditional_assign(&(found | worth), is_sent);
             place.conditional_assign(&index, is_sent);
         }
-        let limits = known.get(place as usize).map_or(KeyLimits::default(), |key| key.limits);
-        let standing = match known.get(place as usize) {
-            Some(key) if found & GOOD != 0 => Standing::Known(key.name.clone()),
-            Some(_) => Standing::Expired,
-            None => Standing::Unknown,
+        let anyones = |standing| (standing, Owner::ANYONE, KeyLimits::default());
+        let (standing, owner, limits) = match known.get(place as usize) {
+            Some(key) if found & GOOD != 0 => (Standing::Known(key.name.clone()), sender, key.limits),
+            Some(_) => anyones(Standing::Expired),
+            None => anyones(Standing::Unknown),
         };
-        let owner = if matches!(standing, Standing::Known(_)) { sender } else { Owner::ANYONE };
         let scopes = Scopes(found & !(GOOD | EXPIRED)).and(self.free);
         Granted { scopes, standing, owner, limits }
     }

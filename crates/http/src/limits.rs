@@ -120,19 +120,13 @@ impl Quotas {
         }
         used.at_once += ask.choices;
         // Without a limit nothing would fade.
-        let requests = requests_per_minute.map_or(0.0, |_| 1.0);
-        used.requests.amount += requests;
-        let charged = tokens_per_minute.map_or(0, |_| ask.tokens);
-        used.tokens.amount += charged as f64;
-        Ok(Taken {
-            quotas: self.clone(),
-            owner,
-            choices: ask.choices,
-            charged,
-            limited: tokens_per_minute.is_some(),
-            requests,
-            used: None,
-        })
+        if requests_per_minute.is_some() {
+            used.requests.amount += 1.0;
+        }
+        if tokens_per_minute.is_some() {
+            used.tokens.amount += ask.tokens as f64;
+        }
+        Ok(Taken { quotas: self.clone(), owner, limits, ask, used: None })
     }
 
     /// What OpenAI's API says of limits in headers, of those that there are.
@@ -166,14 +160,17 @@ impl Quotas {
     }
 
     fn give_back(&self, taken: &Taken) {
+        let Taken { limits, ask, .. } = taken;
         let mut all = self.0.lock();
         let Some(used) = all.get_mut(&taken.owner) else { return };
-        used.at_once -= taken.choices;
+        used.at_once -= ask.choices;
         // It may have faded in between; what is below nothing was nobody's.
-        let tokens = taken.used.filter(|_| taken.limited).unwrap_or_default();
-        used.tokens.amount = (used.tokens.amount - taken.charged as f64 + tokens as f64).max(0.0);
-        if taken.used.is_none() {
-            used.requests.amount = (used.requests.amount - taken.requests).max(0.0);
+        if limits.tokens_per_minute.is_some() {
+            let tokens = taken.used.unwrap_or_default() as f64;
+            used.tokens.amount = (used.tokens.amount - ask.tokens as f64 + tokens).max(0.0);
+        }
+        if taken.used.is_none() && limits.requests_per_minute.is_some() {
+            used.requests.amount = (used.requests.amount - 1.0).max(0.0);
         }
     }
 }
@@ -183,12 +180,9 @@ impl Quotas {
 pub(crate) struct Taken {
     quotas: Arc<Quotas>,
     owner: Owner,
-    choices: usize,
-    charged: usize,
-    /// Whether tokens are charged at all.
-    limited: bool,
-    /// Requests that were charged: one, or none without a limit.
-    requests: f64,
+    /// Those it was charged under.
+    limits: KeyLimits,
+    ask: Ask,
     /// Tokens; `None` until an engine has taken it.
     used: Option<usize>,
 }

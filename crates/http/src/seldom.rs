@@ -1,7 +1,7 @@
 //! What is worth a line of the log, but not one each time.
 //!
-//! The first of many is told at once, those that follow together, a pause later at the soonest: a flood leaves a few lines and
-//! loses no number.
+//! The first of many is told at once; those that follow together, with the first that comes when a pause is over. So a flood
+//! leaves a few lines, and its end none: counters have all.
 
 use std::time::{Duration, Instant};
 

@@ -9,6 +9,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -52,6 +53,8 @@ struct Ledger {
 #[derive(Debug)]
 pub(crate) struct Usage {
     file: Option<PathBuf>,
+    /// Whether somebody keeps it up to date.
+    kept: AtomicBool,
     ledger: Mutex<Ledger>,
     /// What the file has; held while it is written.
     written: Mutex<Option<Ledger>>,
@@ -62,7 +65,7 @@ impl Default for Usage {
     fn default() -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let ledger = Mutex::new(Ledger { since, keys: [(OTHER.to_owned(), Used::default())].into() });
-        Self { file: None, ledger, written: Mutex::default() }
+        Self { file: None, kept: AtomicBool::new(false), ledger, written: Mutex::default() }
     }
 }
 
@@ -72,7 +75,7 @@ impl Usage {
     /// # Errors
     /// If the system refuses, or if the file is none of ours: nobody's counts are begun anew in silence.
     pub fn open(file: PathBuf) -> io::Result<Self> {
-        let ledger = match fs::read(&file) {
+        let ledger: Ledger = match fs::read(&file) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
                 let reason = format!("{}: {error}; move it away to count from zero", file.display());
                 io::Error::new(ErrorKind::InvalidData, reason)
@@ -82,7 +85,8 @@ impl Usage {
             }
             Err(error) => return Err(error),
         };
-        Ok(Self { file: Some(file), written: Mutex::new(Some(Ledger::clone(&ledger))), ledger: Mutex::new(ledger) })
+        let written = Mutex::new(Some(ledger.clone()));
+        Ok(Self { file: Some(file), written, ledger: Mutex::new(ledger), ..Self::default() })
     }
 
     /// Counts a request that has ended.
@@ -108,17 +112,14 @@ impl Usage {
     /// All of it for an admin.
     pub fn json(&self) -> Value {
         let Ledger { since, keys } = self.ledger.lock().clone();
-        let row = |(name, used): (&String, &Used)| {
-            let Used { requests, prompt_tokens, cached_tokens, completion_tokens } = used;
-            json!({
-                "key": name,
-                "requests": requests,
-                "prompt_tokens": prompt_tokens,
-                "cached_tokens": cached_tokens,
-                "completion_tokens": completion_tokens,
-            })
-        };
-        json!({"object": "list", "since": since, "data": keys.iter().map(row).collect::<Vec<_>>()})
+        #[derive(Serialize)]
+        struct Row {
+            key: String,
+            #[serde(flatten)]
+            used: Used,
+        }
+        let rows: Vec<Row> = keys.into_iter().map(|(key, used)| Row { key, used }).collect();
+        json!({"object": "list", "since": since, "data": rows})
     }
 
     /// The same as a table for a spreadsheet. No name of a key needs quotes.
@@ -144,8 +145,13 @@ impl Usage {
     }
 }
 
-/// Writes the counts of a service every few seconds until it drains. The last ones are written by whoever drains it.
+/// Writes the counts of a service every few seconds until it drains, however often it is asked to. The last ones are written
+/// by whoever drains it.
 pub(crate) async fn keep(service: Service) {
+    let usage = service.usage();
+    if usage.file.is_none() || usage.kept.swap(true, Ordering::Relaxed) {
+        return;
+    }
     let draining = service.draining().clone();
     while draining.run_until_cancelled(sleep(EVERY)).await.is_some() {
         save(&service).await;

@@ -70,14 +70,12 @@ impl Scheduler {
         }
         let mut behind = self.in_order(false);
         behind.retain(|other| first < *other);
-        let gives_way = self.gives_way(&first, &self.held(), &behind).is_some();
-        if gives_way || running >= self.max_num_seqs {
-            return gives_way;
-        }
-        // As it would be admitted.
+        // As it would be admitted: those before it have a row each.
+        let planned = running.saturating_sub(behind.len());
+        let left = self.max_num_batched_tokens.saturating_sub(planned);
         loop {
-            let sequence = self.waiting.get_mut(first.rank()).expect("it is the first");
-            if self.blocks.can_admit(sequence, running) {
+            let beginning = self.blocks.beginning(self.waiting.get_mut(first.rank()).expect("it is the first"));
+            if self.who_gives_way(&first, (planned, left), &beginning, &behind).is_some() {
                 return true;
             }
             if !self.preempt_background_for(first.id()) {

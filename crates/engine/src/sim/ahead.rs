@@ -10,7 +10,9 @@ use super::MockModel;
 use super::cases::{request, scored, spec, submit};
 use super::toy::ToyGrammar;
 use super::world::World;
-use crate::{DraftMethod, EngineConfig, EngineFailure, FinishReason, Request, RequestId, SpeculationConfig};
+use crate::{
+    DraftMethod, EngineConfig, EngineFailure, FinishReason, Request, RequestId, Share, SpeculationConfig, Tenant,
+};
 
 const MODEL: MockModel = MockModel::Hash { seed: 3, vocab_size: 100, end: None };
 
@@ -266,4 +268,22 @@ fn there_are_drafts_or_steps_ahead_and_never_both() {
         world.run();
         assert_eq!(steps_ahead(&world) > 0, goes_ahead, "{method:?} up to {disable_by_batch_size} rows");
     }
+}
+
+/// Who cannot be let in, for it is not enough that others give way, keeps no step from being begun.
+#[test]
+fn steps_are_begun_ahead_while_one_waits_for_whom_it_is_not_enough_that_others_give_way() {
+    let mut world = world(20);
+    let of = |number: u8, request: Request| {
+        let share = Share { tenant: Tenant([number; 32]), ..Share::default() };
+        Request { share, ..request }
+    };
+    let ids: Vec<_> = (0..4).map(|family| submit(&mut world, of(1, request(family, 4, 12)))).collect();
+    step_to(&mut world, ids[3], 2);
+    let large = submit(&mut world, of(2, request(9, 72, 2)));
+    let before = steps_ahead(&world);
+    (0..4).for_each(|_| world.step());
+    assert!(world.record(large).started.is_none() && steps_ahead(&world) >= before + 3);
+    world.run();
+    assert_eq!(world.core.stats().preemptions, 0);
 }

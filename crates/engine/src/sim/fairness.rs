@@ -11,7 +11,7 @@ use super::cases::{request, spec, world};
 use super::world::World;
 use crate::ledger::Fault;
 use crate::sequence::Class;
-use crate::{EngineConfig, Request, RequestId, Share, Tenant};
+use crate::{EngineConfig, FinishReason, Request, RequestId, Share, Tenant};
 
 /// What a world saw tenants being served, by class.
 #[derive(Default)]
@@ -237,4 +237,32 @@ fn weights_divide_what_is_served() {
     // Both by weight.
     let ratio = served(2) / served(1);
     assert!((0.9..1.1).contains(&ratio), "{ratio}");
+}
+
+#[test]
+fn nobody_gives_way_to_one_for_whom_it_is_not_enough() {
+    let mut world = world(20);
+    for family in 0..4 {
+        submit_as(&mut world, 1, 1, request(family, 4, 12));
+    }
+    (0..6).for_each(|_| world.step());
+    assert_eq!(world.core.stats().running, 4);
+    // It needs nearly all blocks, and one of the others would stay.
+    let large = submit_as(&mut world, 2, 1, request(9, 72, 2));
+    world.run();
+    assert_eq!((world.core.stats().preemptions, world.end(large)), (0, &FinishReason::Length));
+}
+
+#[test]
+fn a_newcomer_is_let_in_also_where_as_many_run_as_a_step_has_rows() {
+    let spec = RunSpec { max_step_tokens: 4, max_step_sequences: 4, ..spec(200) };
+    let model = MockModel::Hash { seed: 1, vocab_size: 100, end: None };
+    let mut world = World::new(spec, &EngineConfig::default(), model);
+    for family in 0..8 {
+        submit_as(&mut world, 1, 1, request(family, 1, 100));
+    }
+    (0..8).for_each(|_| world.step());
+    let newcomer = submit_as(&mut world, 2, 1, request(9, 1, 2));
+    (0..4).for_each(|_| world.step());
+    assert!(world.record(newcomer).started.is_some());
 }

@@ -338,17 +338,18 @@ async fn ask(
             }
         };
         let status = response.status();
-        if response.extensions().get::<ApiError>().is_some_and(ApiError::is_for_now) {
+        if let Some(wait) = response.extensions().get::<ApiError>().and_then(ApiError::retry_after) {
+            let wait = wait.max(pause);
             // Others' lines need not wait until this one's key has room, or the engine; but each holds its body, so only so
             // many step aside.
             if let Ok(aside) = asides.clone().try_acquire_owned() {
                 let permits = permit.semaphore().clone();
                 drop(permit);
-                sleep(pause).await;
+                sleep(wait).await;
                 permit = permits.acquire_owned().await.expect("it is never closed");
                 drop(aside);
             } else {
-                sleep(pause).await;
+                sleep(wait).await;
             }
             pause = (2 * pause).min(LONGEST_PAUSE);
             continue;

@@ -1,5 +1,7 @@
 //! How an error is sent, and what can be asked of one.
 
+use std::time::Duration;
+
 use axum::response::{IntoResponse, Response};
 use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, StatusCode};
@@ -55,9 +57,12 @@ impl ApiError {
         self.status
     }
 
-    /// Whether the same request may go well later: there was no room for it, or nothing to answer it yet.
-    pub fn is_for_now(&self) -> bool {
-        matches!(self.retry, Retry::After(_))
+    /// When the same request may go well, if it may: there was no room for it, or nothing to answer it yet.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self.retry {
+            Retry::After(seconds) => Some(Duration::from_secs(seconds.into())),
+            Retry::Unsaid | Retry::Never => None,
+        }
     }
 
     /// Whether the generation is to blame, and not the request, the load or a drain.

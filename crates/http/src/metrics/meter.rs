@@ -52,7 +52,8 @@ impl Meter {
         n: usize,
         asked: Asked,
     ) -> Self {
-        record.prompt_tokens(prompt_tokens.iter().sum());
+        let all_tokens = prompt_tokens.iter().sum();
+        record.prompt_tokens(all_tokens);
         record.submitted(Some(asked));
         generation.metrics.params_n.observe(f64::from(asked.n));
         if let Some(max_tokens) = asked.max_tokens {
@@ -63,8 +64,7 @@ impl Meter {
             vec![MeteredChoice { prompt_tokens, tokens: 0, last_token: None, ended: false }; n]
         };
         let choices = prompt_tokens.iter().flat_map(choices).collect();
-        let prompt_tokens = prompt_tokens.iter().sum();
-        Self { generation, arrival, record, choices, prompt_tokens, taken }
+        Self { generation, arrival, record, choices, prompt_tokens: all_tokens, taken }
     }
 
     /// A choice has a token.

@@ -22,6 +22,11 @@ async fn until_closed(server: &Server, bytes: &[u8]) -> String {
     String::from_utf8_lossy(&said).into_owned()
 }
 
+/// Whether a reply may have been lost on its way: the connection is closed while much of what was sent has not been read.
+fn lost(said: &str, sent: usize) -> bool {
+    said.is_empty() && sent > 64 << 10
+}
+
 async fn still_serves(server: &Server) {
     assert_eq!(server.chat(json!({"max_tokens": 2})).await.status, 200);
     server.blocks_are_free().await;
@@ -37,7 +42,7 @@ async fn r24_a_head_beyond_the_limits_is_refused_and_its_connection_closed() {
     ];
     for head in heads {
         let said = until_closed(&server, head.as_bytes()).await;
-        assert!(said.is_empty() || said.starts_with("HTTP/1.1 431"), "{} bytes: {said}", head.len());
+        assert!(lost(&said, head.len()) || said.starts_with("HTTP/1.1 431"), "{} bytes: {said}", head.len());
     }
     let target = format!("GET /{} HTTP/1.1\r\nhost: localhost\r\n\r\n", "x".repeat(500_000));
     let said = until_closed(&server, target.as_bytes()).await;
@@ -81,7 +86,7 @@ async fn r25_lengths_that_lie_are_refused_and_nothing_of_the_body_is_taken_for_a
     ];
     for (headers, body) in cases {
         let said = until_closed(&server, &lying(&headers, &body)).await;
-        assert!(said.is_empty() || said.starts_with("HTTP/1.1 400"), "{headers} {said}");
+        assert!(lost(&said, body.len()) || said.starts_with("HTTP/1.1 400"), "{headers} {said}");
     }
     assert_eq!(server.engine.stats().finished.total(), 2, "none of these was generated for");
     still_serves(&server).await;
