@@ -7,7 +7,7 @@ use std::fmt;
 
 use half::{bf16, f16};
 
-use crate::int8;
+use crate::{PoolKv, int8};
 
 /// How a cache keeps the elements of keys, values and latents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -88,16 +88,29 @@ pub enum LayerKv {
         /// Width of the key of the indexer that chooses among the positions (DeepSeek-V3.2), if there is one.
         index: Option<usize>,
     },
+    /// One vector that is key and value at once, of which a token reads a window, and what is pooled of them (DeepSeek-V4).
+    Windowed {
+        /// Width of the vector, and of a pooled entry.
+        width: usize,
+        /// What is pooled, if anything is. Running sums are kept in f32, whatever the cache is kept in.
+        pool: Option<PoolKv>,
+    },
 }
 
 impl LayerKv {
-    /// Bytes kept per token.
-    pub const fn bytes_per_token(self, dtype: KvDtype) -> usize {
+    /// Bytes of a block of so many tokens.
+    pub fn block_bytes(self, dtype: KvDtype, block_size: usize) -> usize {
         match self {
-            LayerKv::Full { kv_heads, head_dim } => 2 * kv_heads * dtype.bytes(head_dim),
+            LayerKv::Full { kv_heads, head_dim } => block_size * 2 * kv_heads * dtype.bytes(head_dim),
             LayerKv::Latent { rank, rope, index } => {
-                let index = if let Some(width) = index { dtype.bytes(width) } else { 0 };
-                dtype.bytes(rank) + dtype.bytes(rope) + index
+                block_size * [rank, rope].into_iter().chain(index).map(|width| dtype.bytes(width)).sum::<usize>()
+            }
+            LayerKv::Windowed { width, pool } => {
+                let pooled = pool.map_or(0, |pool| {
+                    let of = |width| pool.slots(block_size) * dtype.bytes(width) + 4 * pool.sums(width);
+                    of(width) + pool.index.map_or(0, of)
+                });
+                block_size * dtype.bytes(width) + pooled
             }
         }
     }
@@ -117,7 +130,7 @@ pub struct KvSpec {
 impl KvSpec {
     /// Bytes of one block over all layers.
     pub fn block_bytes(&self) -> usize {
-        self.layers.iter().map(|l| l.bytes_per_token(self.dtype)).sum::<usize>() * self.block_size
+        self.layers.iter().map(|l| l.block_bytes(self.dtype, self.block_size)).sum()
     }
 }
 
@@ -202,6 +215,13 @@ mod tests {
         let elements = 16 * (2 * 2 * 64 + 512 + 64 + 256 + 32 + 128);
         assert_eq!([KvDtype::F32, KvDtype::F16, KvDtype::BF16].map(bytes), [4 * elements, 2 * elements, 2 * elements]);
         assert_eq!(bytes(KvDtype::Int8), elements + 16 * 4 * (2 * 2 + 2 + 3));
+
+        let pooled = |rate, overlaps, index| {
+            let pool = Some(PoolKv { rate, overlaps, index });
+            KvSpec { layers: vec![LayerKv::Windowed { width: 48, pool }], dtype: KvDtype::BF16, block_size: 16 }
+        };
+        assert_eq!(pooled(4, true, Some(32)).block_bytes(), 2 * (16 * 48 + 4 * (48 + 32)) + 4 * 6 * (48 + 32));
+        assert_eq!(pooled(128, false, None).block_bytes(), 2 * (16 * 48 + 48) + 4 * 3 * 48);
     }
 
     #[test]

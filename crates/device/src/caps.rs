@@ -13,6 +13,8 @@ pub enum Op {
     LatentAttention,
     /// Latent attention to the positions that an indexer chooses ([`crate::LatentOps::indexed_attention`]).
     IndexedAttention,
+    /// Attention to a window and to pooled entries, and what else DeepSeek-V4 needs ([`crate::CompressedOps`]).
+    CompressedAttention,
     /// Routed experts ([`crate::MoeOps`]).
     FusedMoe,
 }

@@ -222,7 +222,8 @@ pub struct HostLinear<'a> {
 }
 
 /// Routed experts of one mixture-of-experts layer, with the rule that chooses among all of them.
-/// Expert e computes `down_e · (silu(gate_e·x) ⊙ up_e·x)`.
+/// Expert e computes `down_e · (silu(gate_e·x) ⊙ up_e·x)`, where a limit L bounds products: `silu(min(gate_e·x, L))` and
+/// `min(max(up_e·x, -L), L)`.
 pub struct HostExperts<'a> {
     /// How many there are.
     pub count: usize,
@@ -232,6 +233,8 @@ pub struct HostExperts<'a> {
     pub source: &'a mut dyn ExpertSource,
     /// How the device shall keep gates, ups and downs. Gates and ups are q8_0 both or neither: they share an input.
     pub formats: [WeightFormat; 3],
+    /// Bound of the products, if there is one; for devices that offer [`Op::CompressedAttention`](crate::Op::CompressedAttention).
+    pub limit: Option<f32>,
     /// How router logits choose and weigh experts.
     pub routing: Routing,
 }

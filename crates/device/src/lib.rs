@@ -13,6 +13,7 @@ mod attention;
 mod backend;
 mod caps;
 mod coded;
+mod compressed;
 pub mod conformance;
 mod draw;
 mod dtype;
@@ -32,6 +33,7 @@ pub use attention::{
 pub use backend::{Activation, Backend, Indexer, LatentOps, MoeOps, Rotary, Rows, TokenIds};
 pub use caps::{Caps, Op, Requirements};
 pub use coded::{Code, CodedRows, CodedSource, Coding, widen};
+pub use compressed::{CompressedOps, Entries, Mixing, PoolKv, Pooling, Reads, WindowedParams};
 pub use draw::{Candidate, Draw, Drawer};
 pub use dtype::{DType, WeightFormat};
 pub use error::{DeviceError, Result};
@@ -41,4 +43,4 @@ pub use host::{ExpertSource, HostExperts, HostLatent, HostLinear, HostRope, Host
 pub use largest::first_largest;
 pub use ranks::{Communicator, World};
 pub use reference::Reference;
-pub use routing::{GroupScore, Groups, Routing, Scoring, select_experts};
+pub use routing::{GroupScore, Groups, Routing, Scoring, select_experts, weigh_experts};

@@ -16,6 +16,8 @@ pub struct Routing {
     pub norm_topk_prob: bool,
     /// Factor on the weights, after normalising.
     pub scaling_factor: f32,
+    /// Experts of each token, `[vocab, top_k]`, distinct in a row: then these, and not the scores, choose (DeepSeek-V4).
+    pub by_token: Option<Vec<u32>>,
 }
 
 /// From router logits to scores, which weigh the experts and, unless biased, choose them.
@@ -28,6 +30,31 @@ pub enum Scoring {
         /// Added to the scores for choosing, not for weighing; one per expert.
         correction_bias: Vec<f32>,
     },
+    /// `sqrt(ln(1 + e^logit))` (DeepSeek-V4).
+    SqrtSoftplus {
+        /// As above; empty where tokens choose.
+        correction_bias: Vec<f32>,
+    },
+}
+
+impl Scoring {
+    /// What weighs the experts.
+    fn scores(&self, logits: &[f32]) -> Vec<f32> {
+        let each = |score: fn(f32) -> f32| logits.iter().map(|&logit| score(logit)).collect();
+        match self {
+            Scoring::Softmax => softmax(logits),
+            Scoring::Sigmoid { .. } => each(|logit| 1.0 / (1.0 + (-logit).exp())),
+            // Where e^logit is beyond f32, the logarithm is the logit.
+            Scoring::SqrtSoftplus { .. } => each(|logit| (logit.max(0.0) + (-logit.abs()).exp().ln_1p()).sqrt()),
+        }
+    }
+
+    fn correction_bias(&self) -> Option<&[f32]> {
+        match self {
+            Scoring::Softmax => None,
+            Scoring::Sigmoid { correction_bias } | Scoring::SqrtSoftplus { correction_bias } => Some(correction_bias),
+        }
+    }
 }
 
 /// Groups of equally many experts, in order; only experts of the best groups can be chosen.
@@ -52,22 +79,29 @@ pub enum GroupScore {
 
 /// The experts of one token with their weights, by ascending expert; ties go to the lower expert.
 pub fn select_experts(logits: &[f32], routing: &Routing) -> Vec<(usize, f32)> {
-    let (scores, mut choice) = match &routing.scoring {
-        Scoring::Softmax => {
-            let scores = softmax(logits);
-            (scores.clone(), scores)
-        }
-        Scoring::Sigmoid { correction_bias } => {
-            let scores: Vec<f32> = logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect();
-            let choice = scores.iter().zip(correction_bias).map(|(s, b)| s + b).collect();
-            (scores, choice)
-        }
+    let scores = routing.scoring.scores(logits);
+    let mut choice = match routing.scoring.correction_bias() {
+        None => scores.clone(),
+        Some(bias) => scores.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
     };
     if let Some(groups) = &routing.groups {
         leave_best_groups(&mut choice, groups);
     }
 
-    let mut chosen = top(&choice, routing.top_k);
+    weighed(&scores, top(&choice, routing.top_k), routing)
+}
+
+/// The experts of a token that names them, as [`select_experts`] gives them.
+///
+/// # Panics
+/// If the routing has none by token.
+pub fn weigh_experts(logits: &[f32], token: u32, routing: &Routing) -> Vec<(usize, f32)> {
+    let by_token = routing.by_token.as_ref().expect("experts by token");
+    let experts = &by_token[token as usize * routing.top_k..][..routing.top_k];
+    weighed(&routing.scoring.scores(logits), experts.iter().map(|&expert| expert as usize).collect(), routing)
+}
+
+fn weighed(scores: &[f32], mut chosen: Vec<usize>, routing: &Routing) -> Vec<(usize, f32)> {
     chosen.sort_unstable();
     let sum: f32 = chosen.iter().map(|&e| scores[e]).sum();
     let norm = if routing.norm_topk_prob { 1.0 / (sum + 1e-20) } else { 1.0 };
@@ -108,7 +142,7 @@ mod tests {
 
     fn routing(scoring: Scoring, score: GroupScore) -> Routing {
         let groups = Some(Groups { count: 2, kept: 1, score });
-        Routing { top_k: 2, scoring, groups, norm_topk_prob: true, scaling_factor: 2.0 }
+        Routing { top_k: 2, scoring, groups, norm_topk_prob: true, scaling_factor: 2.0, by_token: None }
     }
 
     fn sigmoid(correction_bias: [f32; 4]) -> Scoring {
@@ -137,6 +171,21 @@ mod tests {
         let chosen = select_experts(&[1.0, 0.0, -1.0, -2.0], &biased);
         assert_eq!(experts(&chosen), [0, 3]);
         assert!(chosen[0].1 > chosen[1].1, "{chosen:?}");
+    }
+
+    #[test]
+    fn a_token_chooses_its_experts_and_logits_weigh_them() {
+        let logits = [30.0, -100.0, 0.0, 2.0];
+        let scoring = Scoring::SqrtSoftplus { correction_bias: Vec::new() };
+        let by_token = Some(vec![0, 1, 3, 2]);
+        let rule = Routing { groups: None, by_token, ..routing(scoring, GroupScore::Best) };
+        let [first, second] = [0, 1].map(|token| weigh_experts(&logits, token, &rule));
+        assert_eq!((experts(&first), experts(&second)), (vec![0, 1], vec![2, 3]));
+        assert!((first[0].1 - 2.0).abs() < 1e-6 && first[1].1 < 1e-12, "{first:?}");
+        let scores = [0.0_f32, 2.0].map(|logit| (1.0 + logit.exp()).ln().sqrt());
+        for ((_, weight), score) in second.iter().zip(scores) {
+            assert!((weight - 2.0 * score / (scores[0] + scores[1])).abs() < 1e-6, "{second:?}");
+        }
     }
 
     #[test]
