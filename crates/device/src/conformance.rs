@@ -31,8 +31,8 @@ use crate::{
 };
 
 /// What a backend must offer to run the whole list.
-pub trait Full: Backend + LatentOps + MoeOps {}
-impl<B: Backend + LatentOps + MoeOps> Full for B {}
+pub trait Full: Backend + LatentOps + CompressedOps {}
+impl<B: Backend + LatentOps + CompressedOps> Full for B {}
 
 /// One operation at one size.
 #[derive(Debug, Clone, PartialEq)]

@@ -38,7 +38,7 @@ impl StepCost {
         for spec in specs.filter(|s| s.role != Role::Vector) {
             let part = match spec.name.as_str() {
                 name if arch::is_head(config, name) => &mut cost.head,
-                arch::EMBEDDING_WEIGHT => continue, // of which a row is copied
+                name if name == arch::embedding_weight(config) => continue, // of which a row is copied
                 name if arch::is_expert(name) => &mut cost.experts,
                 _ => &mut cost.layers,
             };

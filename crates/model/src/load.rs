@@ -222,7 +222,7 @@ impl From<FileError> for LoadError {
 ///
 /// # Panics
 /// If `backend` is one of several ranks: [`load_ranks`](crate::load_ranks) takes them all.
-pub fn load<B: Backend + LatentOps + MoeOps>(
+pub fn load<B: Backend + LatentOps + CompressedOps>(
     backend: B,
     files: &Files,
     options: &LoadOptions,
@@ -267,7 +267,7 @@ pub(crate) fn nobodys_blocks(caps: &Caps) -> usize {
 
 /// Loads what one rank has of a checkpoint, and finds out how large its cache may be. The first rank's report is that of the
 /// whole model, but for what is measured and taken on the others.
-pub(crate) fn prepare<B: Backend + LatentOps + MoeOps>(
+pub(crate) fn prepare<B: Backend + LatentOps + CompressedOps>(
     backend: B,
     files: &Files,
     options: &LoadOptions,
@@ -290,7 +290,7 @@ pub(crate) fn prepare<B: Backend + LatentOps + MoeOps>(
     let kv_dtypes = [kv_dtype].into();
     let weight_formats = check_device(&backend, &config, specs.values(), &formats, kv_dtypes)?;
 
-    let stored_dtype = checkpoint.dtype(arch::EMBEDDING_WEIGHT);
+    let stored_dtype = checkpoint.dtype(arch::embedding_weight(&config));
     if let Some(stated) = config.dtype.filter(|stated| *stated != stored_dtype) {
         tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
     }
@@ -341,7 +341,8 @@ pub fn stored_dtype(files: &Files) -> Result<DType, LoadError> {
         Files::Gguf(path) => gguf::open(files, path)?,
         _ => open(files)?,
     };
-    let embedding = opened.checkpoint.entries().find(|entry| entry.name == arch::EMBEDDING_WEIGHT);
+    let name = arch::embedding_weight(&opened.config);
+    let embedding = opened.checkpoint.entries().find(|entry| entry.name == name);
     Ok(match embedding.and_then(|entry| entry.dtype()) {
         None | Some(DType::Ggml(_)) => DType::BF16,
         Some(float) => float,
@@ -382,6 +383,10 @@ fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, Load
     }
     if options.mtp && config.mtp_layers == 0 {
         reasons.push("the checkpoint has no layer for multi-token prediction, from which drafts were to come".into());
+    }
+    if options.max_draft_tokens > 0 && !arch::takes_drafts(config) {
+        let name = config.architecture.name();
+        reasons.push(format!("{name} takes no drafts: what its layers pool of a token cannot be taken back"));
     }
     if !reasons.is_empty() {
         return Err(LoadError::Unsupported { reasons });

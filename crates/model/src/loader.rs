@@ -203,17 +203,28 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// This rank's share of `{prefix}.weight`, with `{prefix}.bias` if the model has one.
     pub(crate) fn linear(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
-        self.weight(prefix, Purpose::Product)
+        let (matrix, bias) = (self.matrix(prefix)?, self.bias(prefix)?);
+        self.weight(matrix, bias, Purpose::Product)
     }
 
     /// As [`linear`](Self::linear), where rows are looked up too.
     pub(crate) fn table(&mut self, prefix: &str) -> Result<B::Linear, LoadError> {
-        self.weight(prefix, Purpose::Table)
+        let (matrix, bias) = (self.matrix(prefix)?, self.bias(prefix)?);
+        self.weight(matrix, bias, Purpose::Table)
     }
 
-    fn weight(&mut self, prefix: &str, purpose: Purpose) -> Result<B::Linear, LoadError> {
-        let (weight, format) = self.matrix(prefix)?;
-        let bias = self.bias(prefix)?;
+    /// As [`linear`](Self::linear), by the matrix's full name; there is no bias.
+    pub(crate) fn named_linear(&mut self, name: &str) -> Result<B::Linear, LoadError> {
+        let matrix = self.named_matrix(name)?;
+        self.weight(matrix, None, Purpose::Product)
+    }
+
+    fn weight(
+        &mut self,
+        (weight, format): (Mapped<'a>, WeightFormat),
+        bias: Option<Mapped<'a>>,
+        purpose: Purpose,
+    ) -> Result<B::Linear, LoadError> {
         let linear = self.prepare(&weight, bias.as_ref(), format, self.share(weight.spec), purpose)?;
         self.record(weight)?;
         Ok(linear)
@@ -278,6 +289,19 @@ impl<'a, B: Backend> Loader<'a, B> {
         let halves = [half(0..cols / 2)?, half(cols / 2..cols)?];
         self.record(weight)?;
         Ok(halves)
+    }
+
+    /// `{prefix}.weight`, cut along the rows into so many equal parts.
+    pub(crate) fn split_rows(&mut self, prefix: &str, parts: usize) -> Result<Vec<B::Linear>, LoadError> {
+        let (weight, format) = self.matrix(prefix)?;
+        let [rows, cols] = weight.spec.matrix();
+        let height = rows / parts;
+        let part = |i: usize| {
+            self.prepare(&weight, None, format, (i * height..(i + 1) * height, 0..cols), Purpose::Product)
+        };
+        let parts = (0..parts).map(part).collect::<DeviceResult<_>>()?;
+        self.record(weight)?;
+        Ok(parts)
     }
 
     /// Loads what changes no output, and so is no part of the digest.
@@ -354,9 +378,12 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// Maps `{prefix}.weight` on its way to the format in which it is kept.
     pub(crate) fn matrix(&mut self, prefix: &str) -> Result<(Mapped<'a>, WeightFormat), CheckpointError> {
-        let name = format!("{prefix}.weight");
-        let format = self.formats[&name];
-        let weight = self.map(&name)?;
+        self.named_matrix(&format!("{prefix}.weight"))
+    }
+
+    fn named_matrix(&mut self, name: &str) -> Result<(Mapped<'a>, WeightFormat), CheckpointError> {
+        let format = self.formats[name];
+        let weight = self.map(name)?;
         Ok((self.convert(weight, format), format))
     }
 

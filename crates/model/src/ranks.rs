@@ -84,7 +84,7 @@ struct Loaded<B: Backend> {
 ///
 /// # Panics
 /// If `backends` are not all ranks in their order, or loading one panics.
-pub fn load_ranks<B: Backend + LatentOps + MoeOps>(
+pub fn load_ranks<B: Backend + LatentOps + CompressedOps>(
     backends: Vec<B>,
     files: &Files,
     options: &LoadOptions,

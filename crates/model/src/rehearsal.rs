@@ -24,7 +24,7 @@ struct Span {
 }
 
 /// Has a device try the steps that a runner of these limits can be asked for. `spec` needs to say nothing of the cache.
-pub(crate) fn rehearse<B: Backend + LatentOps + MoeOps>(
+pub(crate) fn rehearse<B: Backend + LatentOps + CompressedOps>(
     backend: &B,
     model: &mut dyn Model<B>,
     scratch: &mut AdapterScratch<B>,

@@ -65,6 +65,9 @@ fn objections(config: &ModelConfig, blocks: &[(&TensorSpec, usize)], ranks: usiz
     if ranks == 1 {
         return reasons;
     }
+    if let Family::DeepseekV4(_) = config.family {
+        return vec![format!("{} is computed on one rank only", config.architecture.name())];
+    }
     let mut divides = |count: usize, what: &str| {
         if !count.is_multiple_of(ranks) {
             reasons.push(format!("{ranks} ranks cannot have equally many of {count} {what}"));
@@ -75,7 +78,7 @@ fn objections(config: &ModelConfig, blocks: &[(&TensorSpec, usize)], ranks: usiz
         // Each is on as many ranks as need it.
         Family::Llama(own) if ranks.is_multiple_of(own.num_kv_heads) => {}
         Family::Llama(own) => divides(own.num_kv_heads, "key/value heads"),
-        Family::Deepseek(_) => {}
+        Family::Deepseek(_) | Family::DeepseekV4(_) => {}
     }
     let moe = config.moe.as_ref().filter(|moe| moe.layers.contains(&true));
     if moe.is_none_or(|moe| moe.layers.contains(&false)) {

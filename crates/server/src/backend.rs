@@ -317,7 +317,7 @@ fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
 }
 
 /// On one device.
-fn erased<B: Backend + LatentOps + MoeOps>(
+fn erased<B: Backend + LatentOps + CompressedOps>(
     backend: B,
     files: &Files,
     options: &LoadOptions,
@@ -333,7 +333,7 @@ fn loaded<B: Backend>(runner: ModelRunner<B>, report: LoadReport) -> Loaded {
 }
 
 /// On all ranks, in their order.
-fn erased_ranks<B: Backend + LatentOps + MoeOps>(
+fn erased_ranks<B: Backend + LatentOps + CompressedOps>(
     backends: Vec<B>,
     files: &Files,
     options: &LoadOptions,

@@ -21,7 +21,7 @@ use crate::config::{ModelConfig, RopeConfig};
 use crate::loader::Loader;
 
 const EMBEDDING: &str = "model.embed_tokens";
-pub(crate) const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
+pub(super) const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
 const NORM: &str = "model.norm";
 const HEAD: &str = "lm_head";
 pub(super) const HEAD_WEIGHT: &str = "lm_head.weight";

@@ -122,7 +122,7 @@ impl<B: MoeOps> FeedForward<B> {
         };
         Ok(FeedForward::Experts {
             router: loader.linear(&format!("{block}.gate"))?,
-            routed: loader.experts(&format!("{block}.experts"), names.projections, moe.num_experts, routing)?,
+            routed: loader.experts(&format!("{block}.experts"), names.projections, moe.num_experts, routing, None)?,
             shared: match moe.num_shared_experts {
                 0 => None,
                 _ => Some(Mlp::load(loader, config, &format!("{block}.shared_experts"))?),

@@ -5,6 +5,7 @@
 
 mod decoder;
 mod deepseek;
+mod deepseek_v4;
 mod feed_forward;
 mod llama;
 mod mtp;
@@ -12,15 +13,14 @@ mod projection;
 
 use std::collections::BTreeMap;
 
-use baton_device::{Backend, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Op, Result as DeviceResult, TokenIds, World};
+use baton_device::{Backend, CompressedOps, KvDtype, KvSpec, LatentOps, LayerKv, Op, PoolKv, Result as DeviceResult, TokenIds, World};
 
 use crate::LoadError;
 use crate::checkpoint::{Role, TensorSpec};
-use crate::config::{Architecture, Family, ModelConfig};
+use crate::config::{Architecture, Family, ModelConfig, V4Attention, V4Layer};
 use crate::loader::Loader;
 use crate::split::Split;
 
-pub(crate) use decoder::EMBEDDING_WEIGHT;
 pub(crate) use projection::{AdaptedRows, AdapterScratch, AdapterWeights, Delta, Projection, StepAdapters};
 
 /// A loaded model: weights, and activations sized once.
@@ -108,21 +108,23 @@ impl Specs {
 /// tokens are never quantised.
 pub(crate) fn specs(config: &ModelConfig) -> Specs {
     let mut specs = Specs::default();
-    decoder::outer_specs(config, &mut specs);
-    mtp::specs(config, &mut specs);
-    for layer in 0..config.num_layers + config.mtp_layers {
-        match &config.family {
-            Family::Llama(own) => llama::layer_specs(config, own, layer, &mut specs),
-            Family::Deepseek(own) => deepseek::layer_specs(config, own, layer, &mut specs),
-        }
+    let layers = 0..config.num_layers + config.mtp_layers;
+    match &config.family {
+        Family::Llama(own) => layers.for_each(|layer| llama::layer_specs(config, own, layer, &mut specs)),
+        Family::Deepseek(own) => layers.for_each(|layer| deepseek::layer_specs(config, own, layer, &mut specs)),
+        Family::DeepseekV4(own) => deepseek_v4::specs(config, own, &mut specs),
+    }
+    if !matches!(config.family, Family::DeepseekV4(_)) {
+        decoder::outer_specs(config, &mut specs);
+        mtp::specs(config, &mut specs);
     }
     if let Some(quantization) = &config.quantization {
         let projection = mtp::projection(config);
         let quantizable = |spec: &&mut TensorSpec| match spec.role {
             Role::Linear => true,
             // Quantisers leave these two alone.
-            Role::Float => spec.name != EMBEDDING_WEIGHT && spec.module() != projection,
-            Role::Router | Role::Vector => false,
+            Role::Float => spec.name != embedding_weight(config) && spec.module() != projection,
+            Role::Router | Role::Table | Role::Vector => false,
         };
         for spec in specs.0.values_mut().filter(quantizable) {
             spec.encoding = quantization.encoding(spec.module()).cloned();
@@ -131,9 +133,21 @@ pub(crate) fn specs(config: &ModelConfig) -> Specs {
     specs
 }
 
+/// The embedding's name.
+pub(crate) fn embedding_weight(config: &ModelConfig) -> &'static str {
+    match config.family {
+        Family::DeepseekV4(_) => deepseek_v4::EMBEDDING_WEIGHT,
+        _ => decoder::EMBEDDING_WEIGHT,
+    }
+}
+
 /// Whether logits are products with this tensor.
 pub(crate) fn is_head(config: &ModelConfig, name: &str) -> bool {
-    name == if config.tie_word_embeddings { EMBEDDING_WEIGHT } else { decoder::HEAD_WEIGHT }
+    name == match config.family {
+        Family::DeepseekV4(_) => deepseek_v4::HEAD_WEIGHT,
+        _ if config.tie_word_embeddings => decoder::EMBEDDING_WEIGHT,
+        _ => decoder::HEAD_WEIGHT,
+    }
 }
 
 /// What names of routed experts' tensors have before the expert's number.
@@ -159,6 +173,7 @@ pub(crate) fn is_ignorable(config: &ModelConfig, name: &str) -> bool {
     // Tables that old files carry; a copy of the embedding; multi-token prediction that is not asked for, and its
     // copies of embedding and head.
     name.ends_with(".rotary_emb.inv_freq")
+        || (config.architecture == Architecture::DeepseekV4 && deepseek_v4::is_of_prediction(name))
         || (config.tie_word_embeddings && name == decoder::HEAD_WEIGHT)
         || (matches!(config.architecture, Architecture::DeepseekV3 | Architecture::DeepseekV32)
             && beyond_last_layer() == Some(true))
@@ -176,6 +191,7 @@ pub(crate) fn ops(config: &ModelConfig) -> Vec<Op> {
         Family::Llama(_) => Op::PagedAttention,
         Family::Deepseek(own) if own.indexer.is_some() => Op::IndexedAttention,
         Family::Deepseek(_) => Op::LatentAttention,
+        Family::DeepseekV4(_) => Op::CompressedAttention,
     };
     let has_experts = config.moe.as_ref().is_some_and(|moe| moe.layers.contains(&true));
     [Some(attention), has_experts.then_some(Op::FusedMoe)].into_iter().flatten().collect()
@@ -183,18 +199,35 @@ pub(crate) fn ops(config: &ModelConfig) -> Vec<Op> {
 
 /// The cache that a rank of a model of this config keeps.
 pub(crate) fn kv_spec(config: &ModelConfig, world: World, dtype: KvDtype, block_size: usize) -> KvSpec {
-    let layer = match &config.family {
-        Family::Llama(own) => LayerKv::Full { kv_heads: world.share(own.num_kv_heads).len(), head_dim: own.head_dim },
+    let alike = |layer| vec![layer; config.num_layers + config.mtp_layers];
+    let layers = match &config.family {
+        Family::Llama(own) => {
+            alike(LayerKv::Full { kv_heads: world.share(own.num_kv_heads).len(), head_dim: own.head_dim })
+        }
         Family::Deepseek(own) => {
             let (rank, rope) = (own.kv_lora_rank, own.qk_rope_head_dim);
-            LayerKv::Latent { rank, rope, index: own.indexer.as_ref().map(|indexer| indexer.head_dim) }
+            alike(LayerKv::Latent { rank, rope, index: own.indexer.as_ref().map(|indexer| indexer.head_dim) })
+        }
+        Family::DeepseekV4(own) => {
+            let index = own.indexer.as_ref().map(|indexer| indexer.head_dim);
+            let pool = |layer: &V4Layer| match layer.attention {
+                V4Attention::Window => None,
+                V4Attention::Heavy { rate } => Some(PoolKv { rate, overlaps: false, index: None }),
+                V4Attention::Sparse { rate } => Some(PoolKv { rate, overlaps: true, index }),
+            };
+            own.layers.iter().map(|layer| LayerKv::Windowed { width: own.head_dim, pool: pool(layer) }).collect()
         }
     };
-    KvSpec { layers: vec![layer; config.num_layers + config.mtp_layers], dtype, block_size }
+    KvSpec { layers, dtype, block_size }
+}
+
+/// Whether drafts can be taken back that were not accepted: what is pooled of tokens cannot.
+pub(crate) fn takes_drafts(config: &ModelConfig) -> bool {
+    !matches!(config.family, Family::DeepseekV4(_))
 }
 
 /// Loads a model's weights.
-pub(crate) fn build<B: Backend + LatentOps + MoeOps>(
+pub(crate) fn build<B: LatentOps + CompressedOps>(
     config: &ModelConfig,
     sizes: Sizes,
     loader: &mut Loader<'_, B>,
@@ -202,5 +235,6 @@ pub(crate) fn build<B: Backend + LatentOps + MoeOps>(
     Ok(match &config.family {
         Family::Llama(own) => Box::new(llama::build(config, own, sizes, loader)?),
         Family::Deepseek(own) => Box::new(deepseek::build(config, own, sizes, loader)?),
+        Family::DeepseekV4(own) => Box::new(deepseek_v4::build(config, own, sizes, loader)?),
     })
 }

@@ -8,13 +8,15 @@ use crate::LoadError;
 use crate::checkpoint::CheckpointError;
 
 impl<B: MoeOps> Loader<'_, B> {
-    /// `{prefix}.{expert}.{name}.weight` of this rank's share of a layer's experts, for the names of gate, up and down.
+    /// `{prefix}.{expert}.{name}.weight` of this rank's share of a layer's experts, for the names of gate, up and down, whose products are bounded
+    /// by `limit` if there is one.
     pub(crate) fn experts(
         &mut self,
         prefix: &str,
         [gate, up, down]: [&str; 3],
         count: usize,
         routing: Routing,
+        limit: Option<f32>,
     ) -> Result<B::Experts, LoadError> {
         let names = [gate, up, down];
         // Those of the others are the same.
@@ -22,7 +24,7 @@ impl<B: MoeOps> Loader<'_, B> {
         let (backend, held) = (self.backend, self.world.share(count));
         let others = if self.sees_all() { held.end..count } else { 0..0 };
         let mut source = LayerExperts { loader: self, prefix, names, formats, current: None };
-        let experts = backend.expert_weights(HostExperts { count, held, source: &mut source, formats, routing })?;
+        let experts = backend.expert_weights(HostExperts { count, held, source: &mut source, formats, limit, routing })?;
         for expert in others {
             source.read(expert)?;
         }

@@ -13,7 +13,7 @@ fn close(actual: &[f32], expected: &[f64], what: &str) {
     assert!(worst <= TOLERANCE, "{what}: off by {worst}");
 }
 
-fn golden<B: Backend + LatentOps + MoeOps>(backend: B, case: &str) {
+fn golden<B: Backend + LatentOps + CompressedOps>(backend: B, case: &str) {
     let base = json(folder("lora").join(case).join("golden.json"))["base"].as_str().unwrap().to_owned();
     let (mut runner, adapters) = adapted(backend, &base, &[case]);
     let adapter = Some(&adapters[0]);

@@ -63,7 +63,7 @@ fn run_ahead(runner: &mut dyn Runner, sequences: &mut [Sequence], tokens: usize)
     keep(sequences, told);
 }
 
-fn ahead_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str, adapters: &[&str], tokens: usize) {
+fn ahead_is_not<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str, adapters: &[&str], tokens: usize) {
     let (mut runner, adapters) = adapted(make(), case, adapters);
     let (mut waiting, mut ahead) = (sequences(case, &adapters), sequences(case, &adapters));
     assert!(waiting.len() > 2, "{case}");
@@ -79,7 +79,7 @@ fn ahead_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &st
     }
 }
 
-fn a_failed_sequence_spares_its_batch_ahead<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
+fn a_failed_sequence_spares_its_batch_ahead<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B) {
     let copy = poisoned_by_token_7();
     let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
     let healthy = [1, 2, 3, 4];

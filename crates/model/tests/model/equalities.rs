@@ -23,7 +23,7 @@ struct Case {
 
 impl Case {
     /// The runner, and what sequences take turns with: no adapter, then each.
-    fn load<B: Backend + LatentOps + MoeOps>(self, backend: B) -> (ModelRunner<B>, Vec<Option<Adapter>>) {
+    fn load<B: Backend + LatentOps + CompressedOps>(self, backend: B) -> (ModelRunner<B>, Vec<Option<Adapter>>) {
         let (runner, adapters) = adapted(backend, self.base, self.adapters);
         (runner, std::iter::once(None).chain(adapters.into_iter().map(Some)).collect())
     }
@@ -49,7 +49,7 @@ fn params(i: usize) -> SamplingParams {
 }
 
 /// The golden prompts as sequences, each adapter in turn and every second one scored, with what each gives alone.
-fn sequences<B: Backend + LatentOps + MoeOps>(
+fn sequences<B: Backend + LatentOps + CompressedOps>(
     runner: &mut ModelRunner<B>,
     adapters: &[Option<Adapter>],
     case: Case,
@@ -72,7 +72,7 @@ fn assert_as_alone(sequences: &[Sequence], solo: &[Sequence], what: &str) {
     }
 }
 
-fn chunked_is_whole<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+fn chunked_is_whole<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: Case) {
     let (mut runner, adapters) = case.load(make());
     for (seed, prompt) in prompts(case.base).iter().enumerate() {
         let adapter = adapters[seed % adapters.len()].as_ref();
@@ -94,7 +94,7 @@ fn chunked_is_whole<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
     }
 }
 
-fn batched_is_alone<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+fn batched_is_alone<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: Case) {
     let (mut runner, adapters) = case.load(make());
     let (all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, &adapters, case).into_iter().unzip();
     for seed in 0..3 {
@@ -119,7 +119,7 @@ fn batched_is_alone<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
     }
 }
 
-fn preempted_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+fn preempted_is_not<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: Case) {
     let (mut runner, adapters) = case.load(make());
     let (mut all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, &adapters, case).into_iter().unzip();
     let mut rng = Rng(11);
@@ -146,7 +146,7 @@ fn preempted_is_not<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
     assert_as_alone(&all, &solo, &format!("{case}, preempted"));
 }
 
-fn drafted_is_plain<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+fn drafted_is_plain<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: Case) {
     let (mut runner, adapters) = case.load(make());
     let (all, solo): (Vec<_>, Vec<_>) = sequences(&mut runner, &adapters, case).into_iter().unzip();
     for seed in 0..3 {
@@ -187,7 +187,7 @@ fn drafted_is_plain<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case:
     }
 }
 
-fn warm_prefix_is_cold<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+fn warm_prefix_is_cold<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: Case) {
     let (mut runner, adapters) = case.load(make());
     let block_size = runner.spec().block_size;
     let prompt = prompts(case.base).into_iter().find(|p| p.name == "mid").unwrap();
@@ -212,7 +212,7 @@ fn warm_prefix_is_cold<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, ca
     }
 }
 
-fn cleared_blocks_leave_nothing<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: Case) {
+fn cleared_blocks_leave_nothing<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: Case) {
     let (mut runner, _) = case.load(make());
     let prompt = prompts(case.base).into_iter().find(|p| p.name == "short").unwrap();
     // Attend over the prompt's blocks, then over the same blocks cleared, as if they were a prefix.
@@ -231,14 +231,14 @@ fn cleared_blocks_leave_nothing<B: Backend + LatentOps + MoeOps>(make: impl Fn()
     assert!(cleared == empty, "{case}: something of the sequence remained");
 }
 
-fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: Case) {
+fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, _: Case) {
     // Whose largest logits are found where the logits are, and whose rows are brought to the sampler.
     for params in [|_| SamplingParams { logprobs: None, ..params(0) }, params] {
         spares_its_batch(&make, params);
     }
 }
 
-fn spares_its_batch<B: Backend + LatentOps + MoeOps>(make: &impl Fn() -> B, params: impl Fn(usize) -> SamplingParams) {
+fn spares_its_batch<B: Backend + LatentOps + CompressedOps>(make: &impl Fn() -> B, params: impl Fn(usize) -> SamplingParams) {
     let copy = poisoned_by_token_7();
     let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
     let healthy = [1, 2, 3, 4];
@@ -262,7 +262,7 @@ fn spares_its_batch<B: Backend + LatentOps + MoeOps>(make: &impl Fn() -> B, para
 }
 
 /// The poison comes behind the first token that is scored, and before the last; what is sampled sees none of it.
-fn a_score_that_is_not_finite_fails_its_sequence_alone<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, _: Case) {
+fn a_score_that_is_not_finite_fails_its_sequence_alone<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, _: Case) {
     let copy = poisoned_by_token_7();
     let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
     let healthy = alone(&mut runner, Sequence::new(2, &[1, 2, 3, 4], params(1)).scored(), 1);
@@ -277,7 +277,7 @@ fn a_score_that_is_not_finite_fails_its_sequence_alone<B: Backend + LatentOps + 
     assert_eq!(output[1].scores.as_ref(), Ok(&healthy.scores));
 }
 
-fn a_draft_that_is_not_finite_is_rejected_like_any_other<B: Backend + LatentOps + MoeOps>(
+fn a_draft_that_is_not_finite_is_rejected_like_any_other<B: Backend + LatentOps + CompressedOps>(
     make: impl Fn() -> B,
     _: Case,
 ) {
@@ -304,7 +304,7 @@ fn a_draft_that_is_not_finite_is_rejected_like_any_other<B: Backend + LatentOps 
 }
 
 /// Logits of a prompt's last token, if all before it are what `table` happens to hold.
-fn last_token_over<B: Backend + LatentOps + MoeOps>(
+fn last_token_over<B: Backend + LatentOps + CompressedOps>(
     runner: &mut ModelRunner<B>,
     prompt: &[u32],
     table: &[u32],

@@ -25,7 +25,7 @@ fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models/golden/gguf")
 }
 
-fn open<B: Backend + LatentOps + MoeOps>(
+fn open<B: Backend + LatentOps + CompressedOps>(
     backend: B,
     path: &Path,
     dtype: Option<DType>,
@@ -58,7 +58,7 @@ fn goldens(folder: &Path, case: &str) -> Vec<Golden> {
     prompts.map(prompt).collect()
 }
 
-fn agrees<B: Backend + LatentOps + MoeOps>(backend: B, folder: &Path, case: &str, dtype: Option<DType>) {
+fn agrees<B: Backend + LatentOps + CompressedOps>(backend: B, folder: &Path, case: &str, dtype: Option<DType>) {
     let (mut runner, report) = open(backend, &folder.join(format!("{case}.gguf")), dtype);
     assert_eq!(report.conversions, [], "{case}");
     for Golden { name, tokens, greedy, last: expected } in goldens(folder, case) {
@@ -73,7 +73,7 @@ fn agrees<B: Backend + LatentOps + MoeOps>(backend: B, folder: &Path, case: &str
 
 /// Fed the golden continuation, a device in the formats that it takes the file's for stays near the reference and chooses the
 /// golden token wherever it is ahead by more than 1.
-fn stays_near<B: Backend + LatentOps + MoeOps>(backend: B, folder: &Path, case: &str, tolerance: f32) -> LoadReport {
+fn stays_near<B: Backend + LatentOps + CompressedOps>(backend: B, folder: &Path, case: &str, tolerance: f32) -> LoadReport {
     let path = folder.join(format!("{case}.gguf"));
     let ((mut judge, _), (mut runner, report)) = (open(Reference::new(), &path, None), open(backend, &path, None));
     let mut clear = 0;

@@ -16,7 +16,7 @@ fn cpu() -> CpuBackend {
     CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap()
 }
 
-fn open<B: Backend + LatentOps + MoeOps>(backend: B, file: &GgufFile) -> (ModelRunner<B>, LoadReport) {
+fn open<B: Backend + LatentOps + CompressedOps>(backend: B, file: &GgufFile) -> (ModelRunner<B>, LoadReport) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     std::fs::write(&path, file.bytes()).unwrap();
@@ -24,7 +24,7 @@ fn open<B: Backend + LatentOps + MoeOps>(backend: B, file: &GgufFile) -> (ModelR
 }
 
 /// Logits of a layout's checkpoint itself, its config edited as the layout says.
-fn of_checkpoint<B: Backend + LatentOps + MoeOps>(backend: B, layout: &Value, dtype: DType) -> ModelRunner<B> {
+fn of_checkpoint<B: Backend + LatentOps + CompressedOps>(backend: B, layout: &Value, dtype: DType) -> ModelRunner<B> {
     let (case, edits) = (layout["from"].as_str().unwrap(), layout["config"].as_object().unwrap());
     let options = LoadOptions { dtype: Some(dtype), ..options() };
     let copy = (!edits.is_empty()).then(|| Copy::of(case));
@@ -36,13 +36,13 @@ fn of_checkpoint<B: Backend + LatentOps + MoeOps>(backend: B, layout: &Value, dt
 }
 
 /// Logits after two prompts, one longer than any window.
-fn logits<B: Backend + LatentOps + MoeOps>(runner: &mut ModelRunner<B>, layout: &Value) -> Vec<f32> {
+fn logits<B: Backend + LatentOps + CompressedOps>(runner: &mut ModelRunner<B>, layout: &Value) -> Vec<f32> {
     let prompts = prompts(layout["from"].as_str().unwrap());
     let of = |name: &str| &prompts.iter().find(|p| p.name == name).unwrap().ids;
     [of("short"), of("mid")].into_iter().flat_map(|ids| all_logits(runner, ids)).collect()
 }
 
-fn files_compute_what_their_checkpoints_do<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
+fn files_compute_what_their_checkpoints_do<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B) {
     let layouts = layouts();
     assert!(layouts.len() > 10);
     for (name, layout) in &layouts {
@@ -72,7 +72,7 @@ fn every_layout_computes_what_its_checkpoint_does_on_the_cpu() {
     files_compute_what_their_checkpoints_do(cpu);
 }
 
-fn blocks_compute_what_they_stand_for<B: Backend + LatentOps + MoeOps>(
+fn blocks_compute_what_they_stand_for<B: Backend + LatentOps + CompressedOps>(
     make: impl Fn() -> B,
     judge: impl Fn(&str, &[f32], &[f32]),
 ) {

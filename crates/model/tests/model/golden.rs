@@ -11,7 +11,7 @@ use baton_model::{Files, SamplingParams, ScoreRequest, Tensors, load};
 /// On logits and logprobs, absolute: transformers' own float32 stays within 2e-4.
 const TOLERANCE: f64 = 1e-3;
 
-fn last_logits_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+fn last_logits_agree<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str) {
     let mut runner = runner(make(), case);
     for prompt in prompts(case) {
         let logits = all_logits(&mut runner, &prompt.ids);
@@ -35,7 +35,7 @@ fn within(tolerance: f64, actual: &[f32], expected: &[f64], what: &str) {
 }
 
 /// The first tokens of each continuation, as many as are asked for.
-fn greedy_continuations_are_equal<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str, tokens: usize) {
+fn greedy_continuations_are_equal<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str, tokens: usize) {
     let mut runner = runner(make(), case);
     for mut prompt in prompts(case) {
         prompt.greedy_ids.truncate(tokens);
@@ -50,7 +50,7 @@ fn greedy_continuations_are_equal<B: Backend + LatentOps + MoeOps>(make: impl Fn
 }
 
 /// Samples after every prefix of `short`, with 20 logprobs.
-fn prompt_logprobs_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+fn prompt_logprobs_agree<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str) {
     let mut runner = runner(make(), case);
     let prompt = prompts(case).into_iter().find(|p| p.short.is_some()).unwrap();
     let short = prompt.short.as_ref().unwrap();
@@ -71,7 +71,7 @@ fn prompt_logprobs_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, 
 }
 
 /// One pass over `short` that scores each of its positions.
-fn prompt_scores_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str) {
+fn prompt_scores_agree<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str) {
     let mut runner = runner(make(), case);
     let prompt = prompts(case).into_iter().find(|p| p.short.is_some()).unwrap();
     let short = prompt.short.as_ref().unwrap();
@@ -92,7 +92,7 @@ fn prompt_scores_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, ca
 }
 
 /// Hidden states are what the head multiplies: their products with it are the logits of the golden values.
-fn hidden_states_agree<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B, case: &str, head: &str) {
+fn hidden_states_agree<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str, head: &str) {
     let mut runner = runner(make(), case);
     let prompt = prompts(case).into_iter().find(|p| p.short.is_some()).unwrap();
     let request = |_: &Sequence, row: usize| ScoreRequest { row, hidden: true, ..ScoreRequest::default() };
@@ -123,7 +123,7 @@ fn hidden_states_are_what_the_head_multiplies() {
 }
 
 /// The bundled model: trained, so its answers have wide margins.
-fn bundled_model_answers_as_transformers_does<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
+fn bundled_model_answers_as_transformers_does<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B) {
     let mut runner = runner(make(), "../abacus");
     let golden = crate::common::json(folder("../abacus").join("golden.json"));
     let ids = |v: &serde_json::Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
@@ -190,7 +190,7 @@ macro_rules! goldens {
 
 /// Products in bf16, where a machine has them, round activations as training on GPUs does. Not for experts: those of a random
 /// model differ entirely, and a rounding may choose others.
-fn dense_checkpoints_as_they_are_stored_stay_near<B: Backend + LatentOps + MoeOps>(
+fn dense_checkpoints_as_they_are_stored_stay_near<B: Backend + LatentOps + CompressedOps>(
     tolerance: f64,
     make: impl Fn() -> B,
 ) {
@@ -240,7 +240,7 @@ goldens!(
 mod indexed {
     use super::*;
 
-    fn agrees<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B + Copy) {
+    fn agrees<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B + Copy) {
         for case in ["deepseek-v32", "deepseek-v32-b"] {
             last_logits_agree(make, case);
             greedy_continuations_are_equal(make, case, usize::MAX);

@@ -12,7 +12,7 @@ fn abacus() -> Files {
 
 /// The greedy outputs of the bundled prompts, generated in chunks of at most `chunk` tokens, and of all drafts how many
 /// were what came next.
-fn outputs<B: Backend + LatentOps + MoeOps>(backend: B, mtp: bool, chunk: usize) -> (Vec<Vec<u32>>, f64) {
+fn outputs<B: Backend + LatentOps + CompressedOps>(backend: B, mtp: bool, chunk: usize) -> (Vec<Vec<u32>>, f64) {
     let mut runner = load(backend, &abacus(), &LoadOptions { mtp, ..options() }).unwrap().0;
     let (mut outputs, mut drafts, mut right) = (Vec::new(), 0, 0);
     for case in json(folder("../abacus/golden.json"))["chats"].as_array().unwrap() {
@@ -42,7 +42,7 @@ fn outputs<B: Backend + LatentOps + MoeOps>(backend: B, mtp: bool, chunk: usize)
     (outputs, right as f64 / drafts.max(1) as f64)
 }
 
-fn drafts_are_mostly_right<B: Backend + LatentOps + MoeOps>(make: impl Fn() -> B) {
+fn drafts_are_mostly_right<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B) {
     let (plain, _) = outputs(make(), false, usize::MAX);
     for chunk in [usize::MAX, 7] {
         let (drafted, right) = outputs(make(), true, chunk);

@@ -22,7 +22,7 @@ fn limits() -> LoadOptions {
     LoadOptions { max_model_len: Some(LENGTH), max_step_sequences: SEQUENCES, max_draft_tokens: 0, ..options() }
 }
 
-fn loaded<B: Backend + LatentOps + MoeOps>(backend: B, case: &str, options: &LoadOptions) -> ModelRunner<B> {
+fn loaded<B: Backend + LatentOps + CompressedOps>(backend: B, case: &str, options: &LoadOptions) -> ModelRunner<B> {
     load(backend, &Files::folder(folder(case)).unwrap(), options).unwrap_or_else(|e| panic!("{case}: {e}")).0
 }
 

@@ -299,7 +299,7 @@ fn a_rank_that_hangs_is_given_up_within_the_timeout_and_the_device_is_lost() {
     drop(end);
 }
 
-fn refused<B: Backend + LatentOps + MoeOps>(backends: Vec<B>, files: &Files, options: &LoadOptions) -> String {
+fn refused<B: Backend + LatentOps + CompressedOps>(backends: Vec<B>, files: &Files, options: &LoadOptions) -> String {
     match load_ranks(backends, files, options, TIMEOUT) {
         Err(error @ LoadError::Unsupported { .. }) => error.to_string(),
         Err(error) => panic!("{error}"),

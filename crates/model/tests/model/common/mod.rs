@@ -96,7 +96,7 @@ pub fn exact_cpu() -> CpuBackend {
     Isa::available().into_iter().rev().map(cpu).find(exact).unwrap()
 }
 
-pub fn runner<B: Backend + LatentOps + MoeOps>(backend: B, case: &str) -> ModelRunner<B> {
+pub fn runner<B: Backend + LatentOps + CompressedOps>(backend: B, case: &str) -> ModelRunner<B> {
     let files = Files::folder(folder(case)).unwrap();
     // Goldens of quantised weights are computed from their exact values, which f32 holds.
     let quantized = !json(folder(case).join("config.json"))["quantization_config"].is_null();
@@ -105,7 +105,7 @@ pub fn runner<B: Backend + LatentOps + MoeOps>(backend: B, case: &str) -> ModelR
 }
 
 /// A runner of a golden checkpoint, and adapters of `models/golden/lora` loaded for it.
-pub fn adapted<B: Backend + LatentOps + MoeOps>(
+pub fn adapted<B: Backend + LatentOps + CompressedOps>(
     backend: B,
     case: &str,
     adapters: &[&str],
@@ -344,12 +344,12 @@ pub fn alone(runner: &mut dyn Runner, sequence: Sequence, count: usize) -> Seque
 }
 
 /// The logits of all tokens of a prompt, computed in one step.
-pub fn all_logits<B: Backend + LatentOps + MoeOps>(runner: &mut ModelRunner<B>, prompt: &[u32]) -> Vec<f32> {
+pub fn all_logits<B: Backend + LatentOps + CompressedOps>(runner: &mut ModelRunner<B>, prompt: &[u32]) -> Vec<f32> {
     all_logits_with(runner, None, prompt)
 }
 
 /// As above, with an adapter.
-pub fn all_logits_with<B: Backend + LatentOps + MoeOps>(
+pub fn all_logits_with<B: Backend + LatentOps + CompressedOps>(
     runner: &mut ModelRunner<B>,
     adapter: Option<&Adapter>,
     prompt: &[u32],
