@@ -22,7 +22,9 @@ impl<B: MoeOps> Loader<'_, B> {
         let (backend, held) = (self.backend, self.world.share(count));
         let others = if self.sees_all() { held.end..count } else { 0..0 };
         let mut source = LayerExperts { loader: self, prefix, names, formats, current: None };
-        let experts = backend.expert_weights(HostExperts { count, held, source: &mut source, formats, routing })?;
+        let (source_of, limit) = (&mut source, None);
+        let experts =
+            backend.expert_weights(HostExperts { count, held, source: source_of, formats, limit, routing })?;
         for expert in others {
             source.read(expert)?;
         }
