@@ -49,6 +49,7 @@ impl KvCache {
                 LayerKv::Latent { index: Some(_), .. } => {
                     panic!("no indexed attention: the capabilities do not offer it")
                 }
+                LayerKv::Windowed { .. } => panic!("no compressed attention: the capabilities do not offer it"),
             })
         };
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()? })

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use baton_device::{HostExperts, HostTensor, MoeOps, Result as SeamResult, Rows, Scoring, WeightFormat};
+use baton_device::{CompressedOps, HostExperts, HostTensor, MoeOps, Result as SeamResult, Rows, Scoring, WeightFormat};
 
 use crate::backend::AscendBackend;
 use crate::device::encode;
@@ -110,12 +110,17 @@ impl MoeOps for AscendBackend {
     fn expert_weights(&self, mut src: HostExperts<'_>) -> SeamResult<Experts> {
         assert!(src.held.end <= src.count && !src.held.is_empty(), "experts {:?} of {}", src.held, src.count);
         let [gate_up, down] = load(self, &mut src)?;
-        let HostExperts { count, held, routing, .. } = src;
+        let HostExperts { count, held, routing, limit, .. } = src;
+        assert!(
+            limit.is_none() && routing.by_token.is_none(),
+            "no compressed attention: the capabilities do not offer it"
+        );
         let bias = match &routing.scoring {
             Scoring::Softmax => None,
             Scoring::Sigmoid { correction_bias } => {
                 Some(Buffer::with(&self.owner, encode(correction_bias, DataType::F32))?)
             }
+            Scoring::SqrtSoftplus { .. } => panic!("no compressed attention: the capabilities do not offer it"),
         };
         let place = |e: usize| ((e + count - held.start) % count) as i32;
         let places: Vec<u8> = (0..count).flat_map(|e| place(e).to_le_bytes()).collect();
@@ -148,3 +153,6 @@ impl MoeOps for AscendBackend {
         self.queue("fused_moe", rows, move |device| moe(device, form, &x, &logits, &view, &out))
     }
 }
+
+/// Not offered.
+impl CompressedOps for AscendBackend {}

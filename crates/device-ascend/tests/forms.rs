@@ -194,7 +194,8 @@ fn held<B: MoeOps>(backend: &B, held: Range<usize>, groups: Option<Groups>) -> V
         held,
         source: &mut (0..COUNT).map(|e| [0, 1, 2].map(|i| matrix(e, i))).collect::<Vec<_>>(),
         formats: [WeightFormat::BF16; 3],
-        routing: Routing { top_k: 4, scoring, groups, norm_topk_prob: true, scaling_factor: 1.5 },
+        limit: None,
+        routing: Routing { top_k: 4, scoring, groups, norm_topk_prob: true, scaling_factor: 1.5, by_token: None },
     });
     let tensor = |seed, cols, scale| {
         let mut tensor = backend.tensor(ROWS, cols).unwrap();

@@ -161,12 +161,14 @@ fn deepseek(simulator: &Simulator, backend: &AscendBackend) -> Cost {
             held: 0..experts,
             source: &mut (0..experts).map(expert).collect::<Vec<_>>(),
             formats: [WeightFormat::BF16; 3],
+            limit: None,
             routing: Routing {
                 top_k: 4,
                 scoring: Scoring::Sigmoid { correction_bias: uniform(4, experts, 0.1) },
                 groups: Some(Groups { count: 4, kept: 2, score: GroupScore::TwoBest }),
                 norm_topk_prob: true,
                 scaling_factor: 2.5,
+                by_token: None,
             },
         })
         .unwrap();

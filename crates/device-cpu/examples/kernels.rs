@@ -146,12 +146,13 @@ fn attention(
                 (of_a_layer(each)?, 2 * heads * (pairs * (2 * rank + rope) + up))
             }
         }
+        LayerKv::Windowed { .. } => unreachable!("measured elsewhere"),
     };
     println!(
         "  {sequences:3} x {len:<4} at {start:<5} {:9.1} us {:7.1} GFLOP/s {:7.1} GB/s",
         1e6 * seconds,
         flops as f64 / seconds / 1e9,
-        (context * layer.bytes_per_token(dtype)) as f64 / seconds / 1e9
+        (context / spec.block_size * spec.layers[0].block_bytes(dtype, spec.block_size)) as f64 / seconds / 1e9
     );
     Ok(())
 }
@@ -344,12 +345,14 @@ impl SmallLayer {
                 held: 0..EXPERTS,
                 source: &mut experts,
                 formats: [format; 3],
+                limit: None,
                 routing: Routing {
                     top_k: 2,
                     scoring: Scoring::Sigmoid { correction_bias: vec![0.0; EXPERTS] },
                     groups: Some(Groups { count: 4, kept: 2, score: GroupScore::TwoBest }),
                     norm_topk_prob: true,
                     scaling_factor: 1.5,
+                    by_token: None,
                 },
             })?,
         })

@@ -6,9 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, DeviceError, Draw,
-    Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, MoeOps, Op,
-    Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, CompressedOps, DType,
+    DeviceError, Draw, Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec,
+    LatentOps, MoeOps, Op, Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -479,3 +479,5 @@ impl MoeOps for CpuBackend {
         Ok(())
     }
 }
+
+impl CompressedOps for CpuBackend {}

@@ -54,6 +54,7 @@ impl KvCache {
                     rows: plane(1, latent_width(rank, rope), 2, Order::Positions)?,
                     index: index.map(|width| plane(1, width, 1, Order::Features)).transpose()?,
                 },
+                LayerKv::Windowed { .. } => panic!("no compressed attention: the capabilities do not offer it"),
             })
         };
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()? })

@@ -182,6 +182,7 @@ proptest! {
             groups: Some(Groups { count: 4, kept: 2, score: GroupScore::TwoBest }),
             norm_topk_prob: true,
             scaling_factor: 1.5,
+            by_token: None,
         };
         let inputs = [
             (hidden, uniform(seed + 30, rows * hidden, 1.0)),
@@ -194,7 +195,7 @@ proptest! {
                     let source = &mut (0..EXPERTS).map(expert).collect::<Vec<_>>();
                     let routing = routing.clone();
                     let (count, held, formats) = (EXPERTS, 0..EXPERTS, [format; 3]);
-                    b.expert_weights(HostExperts { count, held, source, formats, routing }).unwrap()
+                    b.expert_weights(HostExperts { count, held, source, formats, limit: None, routing }).unwrap()
                 };
                 rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
                     let mut out = b.tensor(rows, hidden).unwrap();

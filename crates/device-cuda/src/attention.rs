@@ -63,6 +63,7 @@ impl Attend {
             LayerKv::Full { head_dim, .. } => Self::Full(Full::new(gpu, kept, head_dim)?),
             LayerKv::Latent { rank, rope, index: None } => Self::Latent(Absorbed::new(gpu, kept, rank, rope)?),
             LayerKv::Latent { index: Some(_), .. } => panic!("no indexed attention: the capabilities do not offer it"),
+            LayerKv::Windowed { .. } => panic!("no compressed attention: the capabilities do not offer it"),
         })
     }
 }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result, RopeLayout, Rotary,
-    Rows, StepMemory, TokenIds, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, CompressedOps, DType, DeviceError, DeviceMemory, Draw,
+    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result,
+    RopeLayout, Rotary, Rows, StepMemory, TokenIds, World,
 };
 
 use crate::attention::AttentionKernels;
@@ -394,3 +394,6 @@ impl MoeOps for CudaBackend {
         self.moe.fused(x, logits, experts, out)
     }
 }
+
+/// Not offered.
+impl CompressedOps for CudaBackend {}

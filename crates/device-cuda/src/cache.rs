@@ -128,6 +128,7 @@ fn shapes(kv: LayerKv) -> [Shape; 2] {
         LayerKv::Full { kv_heads: heads, head_dim: width } => [Shape { heads, width }; 2],
         LayerKv::Latent { rank, rope, index: None } => [rank, rope].map(|width| Shape { heads: 1, width }),
         LayerKv::Latent { index: Some(_), .. } => panic!("no indexed attention: the capabilities do not offer it"),
+        LayerKv::Windowed { .. } => panic!("no compressed attention: the capabilities do not offer it"),
     }
 }
 

@@ -100,7 +100,11 @@ impl MoeKernels {
     /// [`DeviceError::Unavailable`] for more experts than kernels choose from.
     pub(crate) fn experts(&self, src: HostExperts<'_>) -> Result<Experts> {
         let (gpu, activations) = (&self.gpu, self.activations);
-        let HostExperts { count, held, source, formats, routing } = src;
+        let HostExperts { count, held, source, formats, limit, routing } = src;
+        assert!(
+            limit.is_none() && routing.by_token.is_none(),
+            "no compressed attention: the capabilities do not offer it"
+        );
         assert!(held.end <= count && !held.is_empty(), "experts {held:?} of {count}");
         assert!(routing.top_k <= count, "{} of {count} experts for each row", routing.top_k);
         if count > MOST_EXPERTS || routing.top_k > MOST_CHOSEN {
@@ -132,6 +136,7 @@ impl MoeKernels {
                 assert_eq!(correction_bias.len(), count, "a bias for each expert");
                 Some(gpu.load(&DataType::F32.encode(correction_bias), "a router's bias")?)
             }
+            Scoring::SqrtSoftplus { .. } => panic!("no compressed attention: the capabilities do not offer it"),
         };
         let kernels = Kernels::new(gpu, activations, shape, [&gate, &up, &down].map(|stack| stack.kept.form))?;
         let routing = packed(&routing, count, held.start, held.len());
@@ -297,7 +302,7 @@ impl Stack {
 
 /// `Routing` of the kernels.
 fn packed(routing: &Routing, count: usize, first: usize, held: usize) -> Box<[u8]> {
-    let Routing { top_k, scoring, groups, norm_topk_prob, scaling_factor } = routing;
+    let Routing { top_k, scoring, groups, norm_topk_prob, scaling_factor, by_token: _ } = routing;
     let (groups, kept, two_best) =
         groups.map_or((0, 0, false), |groups| (groups.count, groups.kept, groups.score == GroupScore::TwoBest));
     let sigmoid = matches!(scoring, Scoring::Sigmoid { .. });

@@ -81,12 +81,14 @@ impl Maker<'_> {
             held: 0..count,
             source: &mut (0..count).map(|_| expert()).collect::<Vec<_>>(),
             formats: [WeightFormat::BF16; 3],
+            limit: None,
             routing: Routing {
                 top_k: 4,
                 scoring: Scoring::Softmax,
                 groups: None,
                 norm_topk_prob: true,
                 scaling_factor: 1.0,
+                by_token: None,
             },
         })
     }

@@ -83,12 +83,14 @@ fn mixed<B: MoeOps>(b: &B, rows: usize) -> Vec<f32> {
             held: 7..33,
             source: &mut Mixed::default(),
             formats: [WeightFormat::F16, WeightFormat::BF16, WeightFormat::Ggml(BlockFormat::Q8_0)],
+            limit: None,
             routing: Routing {
                 top_k: 4,
                 scoring: Scoring::Sigmoid { correction_bias: uniform(1, EXPERTS, 0.3) },
                 groups: None,
                 norm_topk_prob: true,
                 scaling_factor: 2.5,
+                by_token: None,
             },
         })
         .unwrap();
@@ -127,10 +129,16 @@ fn formats_may_differ_routers_be_wider_and_experts_be_elsewhere() {
 fn more_experts_than_kernels_choose_from_are_refused_in_words() {
     let Some(simulator) = Simulator::new() else { return };
     let backend = simulator.open(DType::BF16);
-    let routing =
-        Routing { top_k: 1, scoring: Scoring::Softmax, groups: None, norm_topk_prob: true, scaling_factor: 1.0 };
-    let formats = [WeightFormat::BF16; 3];
-    let many = HostExperts { count: 1025, held: 0..1, source: &mut Mixed::default(), formats, routing };
+    let routing = Routing {
+        top_k: 1,
+        scoring: Scoring::Softmax,
+        groups: None,
+        norm_topk_prob: true,
+        scaling_factor: 1.0,
+        by_token: None,
+    };
+    let (formats, limit) = ([WeightFormat::BF16; 3], None);
+    let many = HostExperts { count: 1025, held: 0..1, source: &mut Mixed::default(), formats, limit, routing };
     match backend.expert_weights(many).map(|_| ()) {
         Err(DeviceError::Unavailable { reason, .. }) => assert!(reason.contains("1 of 1025"), "{reason}"),
         other => panic!("{other:?}"),

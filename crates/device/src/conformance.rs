@@ -489,6 +489,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
                 held: 0..experts,
                 source: &mut (0..experts).map(expert).collect::<Vec<_>>(),
                 formats: [format; 3],
+                limit: None,
                 routing: Routing {
                     top_k: 3,
                     scoring: match groups {
@@ -498,6 +499,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
                     groups: groups.map(|score| Groups { count: 4, kept: 2, score }),
                     norm_topk_prob: groups != Some(GroupScore::Best),
                     scaling_factor: 1.5,
+                    by_token: None,
                 },
             })?;
             let x = activation(rows, hidden, 1)?;

@@ -11,9 +11,9 @@ use std::time::Duration;
 use half::{bf16, f16};
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, Draw, Drawer,
-    HostExperts, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LayerKv, MoeOps, Op, Purpose, Result, RopeLayout,
-    Routing, Rows, TokenIds, WeightFormat, World, select_experts,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, CompressedOps, DType, Draw,
+    Drawer, HostExperts, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LayerKv, MoeOps, Op, Purpose, Result,
+    RopeLayout, Routing, Rows, TokenIds, WeightFormat, World, select_experts,
 };
 
 /// The judge.
@@ -279,6 +279,7 @@ impl Backend for Reference {
             LayerKv::Latent { rank, rope, index } => {
                 [rank, rope].into_iter().chain(index).map(|width| (1, width)).collect()
             }
+            LayerKv::Windowed { .. } => panic!("no compressed attention: the capabilities do not offer it"),
         };
         let plane = |heads| Plane::new(slots, heads, spec.dtype);
         let layers = spec.layers.iter().map(|l| planes(l).into_iter().map(plane).collect()).collect();
@@ -528,3 +529,5 @@ impl MoeOps for Reference {
         Ok(())
     }
 }
+
+impl CompressedOps for Reference {}

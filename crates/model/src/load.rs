@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_device::{
-    Backend, BlockFormat, Caps, DType, DeviceError, KvDtype, KvSpec, LatentOps, MoeOps, Requirements, WeightFormat,
+    Backend, BlockFormat, Caps, CompressedOps, DType, DeviceError, KvDtype, KvSpec, LatentOps, Requirements,
+    WeightFormat,
 };
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};

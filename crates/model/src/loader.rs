@@ -296,9 +296,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         let (weight, format) = self.matrix(prefix)?;
         let [rows, cols] = weight.spec.matrix();
         let height = rows / parts;
-        let part = |i: usize| {
-            self.prepare(&weight, None, format, (i * height..(i + 1) * height, 0..cols), Purpose::Product)
-        };
+        let part =
+            |i: usize| self.prepare(&weight, None, format, (i * height..(i + 1) * height, 0..cols), Purpose::Product);
         let parts = (0..parts).map(part).collect::<DeviceResult<_>>()?;
         self.record(weight)?;
         Ok(parts)

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use baton_device::{Backend, DeviceError, LatentOps, MoeOps, World};
+use baton_device::{Backend, CompressedOps, DeviceError, LatentOps, World};
 
 use crate::adapter::AdapterLoader;
 use crate::checkpoint::Files;

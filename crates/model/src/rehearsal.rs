@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use baton_device::{
-    AttentionBatch, Backend, Draw, KvSpec, LatentOps, MoeOps, Result as DeviceResult, SequenceSpan, StepMemory,
+    AttentionBatch, Backend, CompressedOps, Draw, KvSpec, LatentOps, Result as DeviceResult, SequenceSpan, StepMemory,
     TokenIds,
 };
 

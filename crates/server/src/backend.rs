@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, bail, ensure};
 use baton_device::conformance::{self, Case, Outcome};
 use baton_device::{
-    Backend, Caps, DType, DeviceError, DeviceFacts, DeviceMemory, LatentOps, Limits, MoeOps, Reference,
+    Backend, Caps, CompressedOps, DType, DeviceError, DeviceFacts, DeviceMemory, LatentOps, Limits, Reference,
 };
 use baton_device_ascend::{AscendBackend, AscendOptions, Chip, Search};
 use baton_device_cpu::{CpuBackend, CpuOptions};

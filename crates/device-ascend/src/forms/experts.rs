@@ -33,6 +33,7 @@ impl ExpertsShape {
         let scoring = match layer.routing.scoring {
             Scoring::Softmax => Scoring::Softmax,
             Scoring::Sigmoid { .. } => Scoring::Sigmoid { correction_bias: Vec::new() },
+            Scoring::SqrtSoftplus { .. } => panic!("no compressed attention: the capabilities do not offer it"),
         };
         Self {
             held: layer.held.clone(),
@@ -186,12 +187,19 @@ mod tests {
     }
 
     fn softmax(norm_topk_prob: bool) -> Routing {
-        Routing { top_k: 8, scoring: Scoring::Softmax, groups: None, norm_topk_prob, scaling_factor: 1.0 }
+        Routing {
+            top_k: 8,
+            scoring: Scoring::Softmax,
+            groups: None,
+            norm_topk_prob,
+            scaling_factor: 1.0,
+            by_token: None,
+        }
     }
 
     fn sigmoid(count: usize, groups: Groups) -> Routing {
         let scoring = Scoring::Sigmoid { correction_bias: vec![0.0; count] };
-        Routing { top_k: 8, scoring, groups: Some(groups), norm_topk_prob: true, scaling_factor: 2.5 }
+        Routing { top_k: 8, scoring, groups: Some(groups), norm_topk_prob: true, scaling_factor: 2.5, by_token: None }
     }
 
     /// The first form that no limit excludes.

@@ -32,7 +32,7 @@ struct Expert {
 
 impl Experts {
     pub(crate) fn new(pool: &Pool, src: HostExperts<'_>) -> Result<Self> {
-        let HostExperts { count, held, source, formats, routing } = src;
+        let HostExperts { count, held, source, formats, limit: _, routing } = src;
         let mut experts: Vec<Expert> = Vec::with_capacity(held.len());
         for e in held.clone() {
             let [gate, up, down] = source.expert(e)?;

@@ -92,12 +92,14 @@ impl Parts {
             held: world.share(Self::EXPERTS),
             source: &mut (0..Self::EXPERTS).map(expert).collect::<Vec<_>>(),
             formats: [format; 3],
+            limit: None,
             routing: Routing {
                 top_k: 3,
                 scoring: Scoring::Softmax,
                 groups: None,
                 norm_topk_prob: true,
                 scaling_factor: 1.0,
+                by_token: None,
             },
         })?;
 

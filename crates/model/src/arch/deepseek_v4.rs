@@ -210,13 +210,7 @@ fn joint_specs(prefix: &str, [outputs, inputs, scales]: [usize; 3], specs: &mut 
     specs.vector(format!("{prefix}_scale"), scales);
 }
 
-fn attention_specs(
-    config: &ModelConfig,
-    own: &DeepseekV4Config,
-    layer: &V4Layer,
-    attention: &str,
-    specs: &mut Specs,
-) {
+fn attention_specs(config: &ModelConfig, own: &DeepseekV4Config, layer: &V4Layer, attention: &str, specs: &mut Specs) {
     let (hidden, heads, head_dim) = (config.hidden_size, config.num_heads, own.head_dim);
     let part = |name: &str| format!("{attention}.{name}");
     specs.linear(part("wq_a"), own.q_lora_rank, hidden);
@@ -488,10 +482,7 @@ impl<B: Backend> Shared<B> {
             window: own.window,
             scale: (head_dim as f32).sqrt().recip(),
             expert_limit: own.expert_limit,
-            ropes: [
-                Rotation::new(backend, &config.rope, sizes)?,
-                Rotation::new(backend, &own.compress_rope, sizes)?,
-            ],
+            ropes: [Rotation::new(backend, &config.rope, sizes)?, Rotation::new(backend, &own.compress_rope, sizes)?],
             q_rope: last(heads, head_dim),
             kv_rope: last(1, head_dim),
             ones: [ones(streams * config.hidden_size)?, ones(head_dim)?],

@@ -119,6 +119,10 @@ impl<B: MoeOps> FeedForward<B> {
                 let correction_bias = loader.host_vector(&correction_bias(&block))?;
                 Routing { scoring: Scoring::Sigmoid { correction_bias }, ..moe.routing.clone() }
             }
+            Scoring::SqrtSoftplus { .. } => {
+                let correction_bias = loader.host_vector(&correction_bias(&block))?;
+                Routing { scoring: Scoring::SqrtSoftplus { correction_bias }, ..moe.routing.clone() }
+            }
         };
         Ok(FeedForward::Experts {
             router: loader.linear(&format!("{block}.gate"))?,

@@ -13,7 +13,9 @@ mod projection;
 
 use std::collections::BTreeMap;
 
-use baton_device::{Backend, CompressedOps, KvDtype, KvSpec, LatentOps, LayerKv, Op, PoolKv, Result as DeviceResult, TokenIds, World};
+use baton_device::{
+    Backend, CompressedOps, KvDtype, KvSpec, LatentOps, LayerKv, Op, PoolKv, Result as DeviceResult, TokenIds, World,
+};
 
 use crate::LoadError;
 use crate::checkpoint::{Role, TensorSpec};

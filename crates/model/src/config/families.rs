@@ -201,7 +201,8 @@ pub(super) fn moe(
         fields.refuse(format!("{num_layers} layers of {num_experts} experts are more than {TOTAL_EXPERTS} experts"));
     }
     let top_k = fields.size("num_experts_per_tok", EXPERTS);
-    let shares = Routing { top_k, scoring: Scoring::Softmax, groups: None, norm_topk_prob: true, scaling_factor: 1.0 };
+    let (scoring, groups, by_token) = (Scoring::Softmax, None, None);
+    let shares = Routing { top_k, scoring, groups, norm_topk_prob: true, scaling_factor: 1.0, by_token };
     let (layers, routing) = match architecture {
         Architecture::Mixtral => (vec![true; num_layers], shares),
         Architecture::Qwen3Moe => {

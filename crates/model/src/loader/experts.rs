@@ -24,7 +24,8 @@ impl<B: MoeOps> Loader<'_, B> {
         let (backend, held) = (self.backend, self.world.share(count));
         let others = if self.sees_all() { held.end..count } else { 0..0 };
         let mut source = LayerExperts { loader: self, prefix, names, formats, current: None };
-        let experts = backend.expert_weights(HostExperts { count, held, source: &mut source, formats, limit, routing })?;
+        let experts =
+            backend.expert_weights(HostExperts { count, held, source: &mut source, formats, limit, routing })?;
         for expert in others {
             source.read(expert)?;
         }

@@ -1,7 +1,7 @@
 //! LoRA adapters against peft's own forward, in float64 (see `models/golden/lora`), and what their loader refuses.
 
 use crate::common::{adapted, all_logits_with, exact_cpu, folder, generate_with, json, options, prompts};
-use baton_device::{Backend, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, CompressedOps, LatentOps, Reference};
 use baton_model::{Files, LoadOptions, SamplingParams, load};
 
 /// On logits and logprobs, absolute, as for models without adapter.

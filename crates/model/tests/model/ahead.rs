@@ -3,7 +3,7 @@
 
 use crate::common::checkpoint::poisoned_by_token_7;
 use crate::common::{Pool, Sequence, adapted, alone, exact_cpu, generate, options, prompts, step};
-use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, CompressedOps, DType, LatentOps, Reference};
 use baton_device_cuda::CudaBackend;
 use baton_model::{
     Adapter, Files, Runner, SamplingParams, SequenceFailure, SequenceStep, StepOutput, StepPlan, Tokens, load,
@@ -63,7 +63,12 @@ fn run_ahead(runner: &mut dyn Runner, sequences: &mut [Sequence], tokens: usize)
     keep(sequences, told);
 }
 
-fn ahead_is_not<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str, adapters: &[&str], tokens: usize) {
+fn ahead_is_not<B: Backend + LatentOps + CompressedOps>(
+    make: impl Fn() -> B,
+    case: &str,
+    adapters: &[&str],
+    tokens: usize,
+) {
     let (mut runner, adapters) = adapted(make(), case, adapters);
     let (mut waiting, mut ahead) = (sequences(case, &adapters), sequences(case, &adapters));
     assert!(waiting.len() > 2, "{case}");

@@ -8,7 +8,7 @@ use crate::common::checkpoint::poisoned_by_token_7;
 use crate::common::{
     MAX_DRAFT, Pool, Rng, Sequence, adapted, all_logits_with, alone, generate, options, prompts, step, step_with_drafts,
 };
-use baton_device::{Backend, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, CompressedOps, LatentOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Adapter, Files, ModelRunner, Runner, SamplingParams, SequenceFailure, StepPlan, load};
 
@@ -238,7 +238,10 @@ fn a_failed_sequence_spares_its_batch<B: Backend + LatentOps + CompressedOps>(ma
     }
 }
 
-fn spares_its_batch<B: Backend + LatentOps + CompressedOps>(make: &impl Fn() -> B, params: impl Fn(usize) -> SamplingParams) {
+fn spares_its_batch<B: Backend + LatentOps + CompressedOps>(
+    make: &impl Fn() -> B,
+    params: impl Fn(usize) -> SamplingParams,
+) {
     let copy = poisoned_by_token_7();
     let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
     let healthy = [1, 2, 3, 4];
@@ -262,7 +265,10 @@ fn spares_its_batch<B: Backend + LatentOps + CompressedOps>(make: &impl Fn() -> 
 }
 
 /// The poison comes behind the first token that is scored, and before the last; what is sampled sees none of it.
-fn a_score_that_is_not_finite_fails_its_sequence_alone<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, _: Case) {
+fn a_score_that_is_not_finite_fails_its_sequence_alone<B: Backend + LatentOps + CompressedOps>(
+    make: impl Fn() -> B,
+    _: Case,
+) {
     let copy = poisoned_by_token_7();
     let mut runner = load(make(), &Files::folder(copy.path()).unwrap(), &options()).unwrap().0;
     let healthy = alone(&mut runner, Sequence::new(2, &[1, 2, 3, 4], params(1)).scored(), 1);

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::common::{all_logits, generate, options};
-use baton_device::{Backend, DType, LatentOps, MoeOps, Reference, WeightFormat};
+use baton_device::{Backend, CompressedOps, DType, LatentOps, Reference, WeightFormat};
 use baton_device_ascend::AscendBackend;
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, GgufTokenizer, LoadOptions, LoadReport, ModelRunner, SamplingParams, load};
@@ -73,7 +73,12 @@ fn agrees<B: Backend + LatentOps + CompressedOps>(backend: B, folder: &Path, cas
 
 /// Fed the golden continuation, a device in the formats that it takes the file's for stays near the reference and chooses the
 /// golden token wherever it is ahead by more than 1.
-fn stays_near<B: Backend + LatentOps + CompressedOps>(backend: B, folder: &Path, case: &str, tolerance: f32) -> LoadReport {
+fn stays_near<B: Backend + LatentOps + CompressedOps>(
+    backend: B,
+    folder: &Path,
+    case: &str,
+    tolerance: f32,
+) -> LoadReport {
     let path = folder.join(format!("{case}.gguf"));
     let ((mut judge, _), (mut runner, report)) = (open(Reference::new(), &path, None), open(backend, &path, None));
     let mut clear = 0;

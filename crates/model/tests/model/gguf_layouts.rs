@@ -4,7 +4,7 @@
 use crate::common::checkpoint::Copy;
 use crate::common::gguf::{GgufFile, layouts};
 use crate::common::{all_logits, folder, options, prompts};
-use baton_device::{Backend, BlockFormat, DType, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, BlockFormat, CompressedOps, DType, LatentOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadOptions, LoadReport, ModelRunner, load};
 use serde_json::Value;

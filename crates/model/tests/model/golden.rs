@@ -2,7 +2,7 @@
 //! float64 (see the goldens in `models/golden`): logits, greedy continuations, logprobs.
 
 use crate::common::{CASES, Sequence, all_logits, alone, exact_cpu, folder, generate, options, prompts, runner};
-use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, CompressedOps, DType, LatentOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_device_cuda::CudaBackend;
@@ -35,7 +35,11 @@ fn within(tolerance: f64, actual: &[f32], expected: &[f64], what: &str) {
 }
 
 /// The first tokens of each continuation, as many as are asked for.
-fn greedy_continuations_are_equal<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str, tokens: usize) {
+fn greedy_continuations_are_equal<B: Backend + LatentOps + CompressedOps>(
+    make: impl Fn() -> B,
+    case: &str,
+    tokens: usize,
+) {
     let mut runner = runner(make(), case);
     for mut prompt in prompts(case) {
         prompt.greedy_ids.truncate(tokens);

@@ -2,7 +2,7 @@
 //! what the model then says. That drafts change nothing is shown in `equalities.rs`.
 
 use crate::common::{Pool, Sequence, folder, json, options};
-use baton_device::{Backend, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, CompressedOps, LatentOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{Files, LoadError, LoadOptions, Runner, SamplingParams, SequenceStep, StepPlan, load};
 

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, Caps, DeviceError, Draw, HostExperts, HostLatent, HostLinear,
-    HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Reference, Result, RopeLayout, TokenIds, World,
+    Activation, AttentionBatch, AttentionParams, Backend, Caps, CompressedOps, DeviceError, Draw, HostExperts,
+    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Reference, Result, RopeLayout, TokenIds,
+    World,
 };
 
 /// What a rank shall do instead of an activation.
@@ -199,3 +200,6 @@ impl MoeOps for Faulty {
         self.inner.fused_moe(x, logits, experts, out)
     }
 }
+
+/// Of models that its tests do not load.
+impl CompressedOps for Faulty {}

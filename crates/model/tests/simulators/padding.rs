@@ -3,7 +3,7 @@
 
 use crate::common::{Pool, Sequence, folder, options};
 use crate::cuda::Simulator;
-use baton_device::{Backend, DType, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, CompressedOps, DType, LatentOps, Reference};
 use baton_device_cuda::{CudaBackend, CudaOptions};
 use baton_model::{
     Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SamplingParams, SequenceStep, StepOutput, StepPlan,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::common::checkpoint::{Copy, find};
 use crate::common::{CASES, Pool, Sequence, folder, generate_with, json, options, prompts, step};
 use crate::faulty::{Fault, Faulty};
-use baton_device::{Backend, BlockFormat, DType, LatentOps, MoeOps, Reference};
+use baton_device::{Backend, BlockFormat, CompressedOps, DType, LatentOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
 use baton_model::{

@@ -9,7 +9,7 @@ pub mod gguf;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use baton_device::{Backend, DType, LatentOps, MoeOps, WeightFormat};
+use baton_device::{Backend, CompressedOps, DType, LatentOps, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
 use baton_model::{
     Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams, Score,
