@@ -45,10 +45,11 @@ pub(super) struct DeepseekV4<B: CompressedOps> {
     /// `[vocab, hidden]`.
     head: B::Linear,
     shared: Shared<B>,
-    /// `[rows, streams * hidden]`.
-    streams: B::Tensor,
-    /// Streams, each row normed as a whole.
-    normed: B::Tensor,
+    streams: Streams<B>,
+    /// `[rows, (2 + n) * n]`.
+    weights: B::Tensor,
+    /// Of the joint behind the last layer, `[rows, n]`.
+    last_weights: B::Tensor,
     /// What a half layer reads, `[rows, hidden]`; behind the last layer the hidden states.
     h: B::Tensor,
     /// What a half layer adds, `[rows, hidden]`.
@@ -64,6 +65,20 @@ struct Layer<B: CompressedOps> {
     norms: [B::Vector; 2],
     attention: Attention<B>,
     experts: Experts<B>,
+}
+
+/// The residual streams of a step's rows, n of them.
+struct Streams<B: Backend> {
+    count: usize,
+    mixing_iterations: usize,
+    mixing_eps: f32,
+    eps: f32,
+    /// `[n * hidden]`.
+    ones: B::Vector,
+    /// `[rows, n * hidden]`.
+    values: B::Tensor,
+    /// Each row normed as a whole.
+    normed: B::Tensor,
 }
 
 /// What joins and mixes the streams around a half layer, or joins them behind all.
@@ -127,9 +142,6 @@ struct Experts<B: CompressedOps> {
 
 /// What the layers share: sizes, rotary tables, activations.
 struct Shared<B: Backend> {
-    streams: usize,
-    mixing_iterations: usize,
-    mixing_eps: f32,
     eps: f32,
     window: usize,
     scale: f32,
@@ -138,12 +150,8 @@ struct Shared<B: Backend> {
     ropes: [Rotation<B>; 2],
     q_rope: RopeLayout,
     kv_rope: RopeLayout,
-    /// Ones, over all streams and over a head.
-    ones: [B::Vector; 2],
-    /// `[rows, (2 + n) * n]`.
-    weights: B::Tensor,
-    /// `[rows, n]`.
-    joint_weights: B::Tensor,
+    /// `[head_dim]`.
+    ones: B::Vector,
     /// `[rows, q_rank]`.
     q_latent: B::Tensor,
     /// `[rows, heads * head_dim]`.
@@ -293,6 +301,8 @@ pub(super) fn build<B: CompressedOps>(
     let layers = layers.collect::<Result<_, LoadError>>()?;
     let (joint, norm) = (Joint::load(loader, "hc_head")?, loader.norm(NORM, 0.0)?);
     let backend = loader.backend;
+    let activation = |cols: usize| backend.tensor(sizes.rows, cols);
+    let streams = own.streams;
     Ok(DeepseekV4 {
         embedding,
         layers,
@@ -300,13 +310,27 @@ pub(super) fn build<B: CompressedOps>(
         norm,
         head,
         shared: Shared::new(config, own, sizes, backend)?,
-        streams: backend.tensor(sizes.rows, own.streams * config.hidden_size)?,
-        normed: backend.tensor(sizes.rows, own.streams * config.hidden_size)?,
-        h: backend.tensor(sizes.rows, config.hidden_size)?,
-        delta: backend.tensor(sizes.rows, config.hidden_size)?,
+        streams: Streams {
+            count: streams,
+            mixing_iterations: own.mixing_iterations,
+            mixing_eps: own.mixing_eps,
+            eps: config.rms_norm_eps,
+            ones: ones(backend, streams * config.hidden_size)?,
+            values: activation(streams * config.hidden_size)?,
+            normed: activation(streams * config.hidden_size)?,
+        },
+        weights: activation((2 + streams) * streams)?,
+        last_weights: activation(streams)?,
+        h: activation(config.hidden_size)?,
+        delta: activation(config.hidden_size)?,
         gathered: backend.tensor(sizes.logit_rows, config.hidden_size)?,
         logits: backend.tensor(sizes.logit_rows, config.vocab_size)?,
     })
+}
+
+/// The weight of a norm that has none.
+fn ones<B: Backend>(backend: &B, len: usize) -> DeviceResult<B::Vector> {
+    backend.vector(&HostTensor::new("ones", DType::F32, vec![len], &1_f32.to_le_bytes().repeat(len)))
 }
 
 impl<B: Backend> Joint<B> {
@@ -319,28 +343,23 @@ impl<B: Backend> Joint<B> {
     }
 }
 
-impl<B: CompressedOps> Joint<B> {
-    /// Joins streams to what is read, normed; `weights` are those by which they are mixed then.
-    #[allow(clippy::too_many_arguments)] // inputs, what is shared, room, outputs
+impl<B: CompressedOps> Streams<B> {
+    /// Joins them to what is read, normed. `weights` become those by which they are mixed then.
     fn join(
-        &self,
+        &mut self,
         backend: &B,
-        streams: &B::Tensor,
+        joint: &Joint<B>,
         norm: &B::Vector,
-        mixing: (usize, usize, f32),
-        (ones, eps): (&B::Vector, f32),
-        normed: &mut B::Tensor,
         weights: &mut B::Tensor,
         h: &mut B::Tensor,
     ) -> DeviceResult<()> {
-        let (streams_count, iterations, mixing_eps) = mixing;
-        backend.rms_norm(streams, ones, eps, normed)?;
-        backend.linear(normed, &self.weights, weights)?;
-        let Self { base, scale, .. } = self;
-        let mixing = Mixing { streams: streams_count, base, scale, iterations, eps: mixing_eps };
-        backend.stream_weights(&mixing, weights)?;
-        backend.join_streams(streams, weights, h)?;
-        backend.rms_norm_in_place(h, norm, eps)
+        backend.rms_norm(&self.values, &self.ones, self.eps, &mut self.normed)?;
+        backend.linear(&self.normed, &joint.weights, weights)?;
+        let Joint { base, scale, .. } = joint;
+        let (streams, iterations, eps) = (self.count, self.mixing_iterations, self.mixing_eps);
+        backend.stream_weights(&Mixing { streams, base, scale, iterations, eps }, weights)?;
+        backend.join_streams(&self.values, weights, h)?;
+        backend.rms_norm_in_place(h, norm, self.eps)
     }
 }
 
@@ -458,16 +477,12 @@ impl<B: Backend> Rotation<B> {
 
 impl<B: Backend> Shared<B> {
     fn new(config: &ModelConfig, own: &DeepseekV4Config, sizes: Sizes, backend: &B) -> DeviceResult<Self> {
-        let (heads, head_dim, streams, moe) = (config.num_heads, own.head_dim, own.streams, experts_of(config));
+        let (heads, head_dim, moe) = (config.num_heads, own.head_dim, experts_of(config));
         let last = |heads, head_dim| {
             let (offset, dim) = (head_dim - own.rope_dim, own.rope_dim);
             RopeLayout { heads, head_dim, offset, dim, interleaved: true }
         };
         let activation = |cols: usize| backend.tensor(sizes.rows, cols);
-        let ones = |len: usize| {
-            let bytes = 1_f32.to_le_bytes().repeat(len);
-            backend.vector(&HostTensor::new("ones", DType::F32, vec![len], &bytes))
-        };
         let pooled = |series: usize, is_kind: fn(V4Attention) -> bool| {
             let any = own.layers.iter().any(|layer| is_kind(layer.attention));
             let pair = || Ok([activation(series * head_dim)?, activation(series * head_dim)?]);
@@ -475,9 +490,6 @@ impl<B: Backend> Shared<B> {
         };
         let shared_width = moe.num_shared_experts * moe.intermediate_size;
         Ok(Self {
-            streams,
-            mixing_iterations: own.mixing_iterations,
-            mixing_eps: own.mixing_eps,
             eps: config.rms_norm_eps,
             window: own.window,
             scale: (head_dim as f32).sqrt().recip(),
@@ -485,9 +497,7 @@ impl<B: Backend> Shared<B> {
             ropes: [Rotation::new(backend, &config.rope, sizes)?, Rotation::new(backend, &own.compress_rope, sizes)?],
             q_rope: last(heads, head_dim),
             kv_rope: last(1, head_dim),
-            ones: [ones(streams * config.hidden_size)?, ones(head_dim)?],
-            weights: activation((2 + streams) * streams)?,
-            joint_weights: activation(streams)?,
+            ones: ones(backend, head_dim)?,
             q_latent: activation(own.q_lora_rank)?,
             q: activation(heads * head_dim)?,
             kv: activation(head_dim)?,
@@ -532,7 +542,7 @@ impl<B: CompressedOps> Attention<B> {
         backend.rms_norm_in_place(q_latent, &self.q_norm, *eps)?;
         backend.rms_norm_in_place(kv, &self.kv_norm, *eps)?;
         backend.linear(q_latent, &self.q_b, q)?;
-        backend.rms_norm_in_place(q, &shared.ones[1], *eps)?;
+        backend.rms_norm_in_place(q, &shared.ones, *eps)?;
         backend.rope(q, *q_rope, forth, plan)?;
         backend.rope(kv, *kv_rope, forth, plan)?;
         let reads = match &self.pool {
@@ -591,26 +601,18 @@ impl<B: CompressedOps> Model<B> for DeepseekV4<B> {
         cache: &mut B::KvCache,
         _: &mut StepAdapters<'_, B>,
     ) -> DeviceResult<()> {
-        let Self { embedding, layers, joint, norm, shared, streams, normed, h, delta, .. } = self;
-        let mixing = (shared.streams, shared.mixing_iterations, shared.mixing_eps);
+        let Self { embedding, layers, joint, norm, shared, streams, weights, last_weights, h, delta, .. } = self;
         backend.embed(ids, embedding, h)?;
-        backend.fill_streams(h, streams)?;
-        for (i, layer) in layers.iter().enumerate() {
-            let [around_attention, around_experts] = &layer.joints;
-            let [attention_norm, experts_norm] = &layer.norms;
-            let of_all = (&shared.ones[0], shared.eps);
-            let weights = &mut shared.weights;
-            around_attention.join(backend, streams, attention_norm, mixing, of_all, normed, weights, h)?;
-            layer.attention.forward(backend, h, (i, plan), cache, shared, delta)?;
-            backend.mix_streams(delta, &shared.weights, streams)?;
-            let of_all = (&shared.ones[0], shared.eps);
-            let weights = &mut shared.weights;
-            around_experts.join(backend, streams, experts_norm, mixing, of_all, normed, weights, h)?;
-            layer.experts.forward(backend, ids, h, shared, delta)?;
-            backend.mix_streams(delta, &shared.weights, streams)?;
+        backend.fill_streams(h, &mut streams.values)?;
+        for (i, Layer { joints, norms, attention, experts }) in layers.iter().enumerate() {
+            streams.join(backend, &joints[0], &norms[0], weights, h)?;
+            attention.forward(backend, h, (i, plan), cache, shared, delta)?;
+            backend.mix_streams(delta, weights, &mut streams.values)?;
+            streams.join(backend, &joints[1], &norms[1], weights, h)?;
+            experts.forward(backend, ids, h, shared, delta)?;
+            backend.mix_streams(delta, weights, &mut streams.values)?;
         }
-        let of_all = (&shared.ones[0], shared.eps);
-        joint.join(backend, streams, norm, mixing, of_all, normed, &mut shared.joint_weights, h)
+        streams.join(backend, joint, norm, last_weights, h)
     }
 
     fn looks_ahead(&self) -> bool {
