@@ -25,14 +25,14 @@ use steps::{LONG, MAX_POSITIONS, Ragged, over_steps};
 use tolerance::tolerance;
 
 use crate::{
-    Activation, AttentionParams, Backend, BlockFormat, Code, DType, GroupScore, Groups, HostExperts, HostLatent,
-    HostLinear, HostRope, KvDtype, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference, Requirements, Result,
+    Activation, AttentionParams, Backend, BlockFormat, Code, CompressedOps, DType, GroupScore, Groups, HostExperts,
+    HostLatent, HostLinear, HostRope, KvDtype, LatentOps, LayerKv, Op, Purpose, Reference, Requirements, Result,
     RopeLayout, Routing, Rows, Scoring, TokenIds, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
-pub trait Full: Backend + LatentOps + MoeOps {}
-impl<B: Backend + LatentOps + MoeOps> Full for B {}
+pub trait Full: Backend + LatentOps + CompressedOps {}
+impl<B: Backend + LatentOps + CompressedOps> Full for B {}
 
 /// One operation at one size.
 #[derive(Debug, Clone, PartialEq)]
@@ -187,7 +187,7 @@ pub enum Case {
         /// Positions that the longest sequence has more than usual.
         history: usize,
     },
-    /// [`MoeOps::fused_moe`].
+    /// [`crate::MoeOps::fused_moe`].
     Moe {
         /// Rows.
         rows: usize,
