@@ -25,8 +25,8 @@ use steps::{LONG, MAX_POSITIONS, Ragged, over_steps};
 use tolerance::tolerance;
 
 use crate::{
-    Activation, AttentionParams, Backend, BlockFormat, Code, DType, GroupScore, Groups, HostExperts, HostLatent,
-    HostLinear, HostRope, KvDtype, LatentOps, LayerKv, MoeOps, Op, Purpose, Reference, Requirements, Result,
+    Activation, AttentionParams, Backend, BlockFormat, Code, CompressedOps, DType, GroupScore, Groups, HostExperts,
+    HostLatent, HostLinear, HostRope, KvDtype, LatentOps, LayerKv, Op, Purpose, Reference, Requirements, Result,
     RopeLayout, Routing, Rows, Scoring, TokenIds, WeightFormat,
 };
 
@@ -187,7 +187,7 @@ pub enum Case {
         /// Positions that the longest sequence has more than usual.
         history: usize,
     },
-    /// [`MoeOps::fused_moe`].
+    /// [`crate::MoeOps::fused_moe`].
     Moe {
         /// Rows.
         rows: usize,

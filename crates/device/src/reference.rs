@@ -1,6 +1,7 @@
 //! The naive backend: plain loops in f32, one thread, the formula and nothing else. It judges every
 //! other backend, so it must stay obvious; it is never made faster.
 
+mod compressed;
 mod latent;
 
 use std::collections::BTreeSet;
@@ -11,9 +12,9 @@ use std::time::Duration;
 use half::{bf16, f16};
 
 use crate::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, CompressedOps, DType, Draw,
-    Drawer, HostExperts, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LayerKv, MoeOps, Op, Purpose, Result,
-    RopeLayout, Routing, Rows, TokenIds, WeightFormat, World, select_experts,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, Draw, Drawer,
+    HostExperts, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LayerKv, MoeOps, Op, Purpose, Result, RopeLayout,
+    Routing, Rows, TokenIds, WeightFormat, World, select_experts,
 };
 
 /// The judge.
@@ -51,7 +52,13 @@ impl Reference {
                 kv_dtypes: KvDtype::ALL.into(),
                 weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
                 activations: DType::F32,
-                ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::IndexedAttention, Op::FusedMoe]),
+                ops: BTreeSet::from([
+                    Op::PagedAttention,
+                    Op::LatentAttention,
+                    Op::IndexedAttention,
+                    Op::CompressedAttention,
+                    Op::FusedMoe,
+                ]),
                 narrow_activations: BTreeSet::new(),
                 row_invariant: true,
                 runs_ahead: false,
@@ -165,15 +172,35 @@ pub struct Rope {
     sin: Vec<f32>,
 }
 
-/// Per layer planes of `[blocks * block_size, width]`: keys and values, or latents, rotated keys and, where there is an indexer, its
-/// keys.
+impl Rope {
+    /// Rotates the heads of one row.
+    fn rotate(&self, row: &mut [f32], layout: RopeLayout, position: usize) {
+        let RopeLayout { heads, head_dim, offset, dim, interleaved } = layout;
+        assert_eq!((row.len(), dim), (heads * head_dim, 2 * self.pairs));
+        let angles = position * self.pairs;
+        for head in row.chunks_exact_mut(head_dim) {
+            let part = &mut head[offset..][..dim];
+            for i in 0..self.pairs {
+                let (cos, sin) = (self.cos[angles + i], self.sin[angles + i]);
+                let (a, b) = if interleaved { (2 * i, 2 * i + 1) } else { (i, i + self.pairs) };
+                (part[a], part[b]) = (part[a] * cos - part[b] * sin, part[b] * cos + part[a] * sin);
+            }
+        }
+    }
+}
+
+/// Per layer planes: of keys and values, of latents, rotated keys and, where there is an indexer, its keys, or what
+/// [`compressed::planes`] says.
 pub struct KvCache {
     block_size: usize,
+    kinds: Vec<LayerKv>,
     layers: Vec<Vec<Plane>>,
 }
 
-/// Values after rounding to their dtype.
+/// `[blocks * slots, width]`, values after rounding to their dtype.
 struct Plane {
+    /// Of a block.
+    slots: usize,
     width: usize,
     head_dim: usize,
     dtype: KvDtype,
@@ -181,8 +208,9 @@ struct Plane {
 }
 
 impl Plane {
-    fn new(slots: usize, (heads, head_dim): (usize, usize), dtype: KvDtype) -> Self {
-        Self { width: heads * head_dim, head_dim, dtype, data: vec![0.0; slots * heads * head_dim] }
+    fn new((blocks, slots): (usize, usize), (heads, head_dim): (usize, usize), dtype: KvDtype) -> Self {
+        let width = heads * head_dim;
+        Self { slots, width, head_dim, dtype, data: vec![0.0; blocks * slots * width] }
     }
 
     fn slot(&self, s: usize) -> &[f32] {
@@ -216,7 +244,45 @@ pub struct Experts {
     held: Range<usize>,
     /// Those held.
     experts: Vec<[Linear; 3]>,
+    limit: Option<f32>,
     routing: Routing,
+}
+
+impl Experts {
+    /// `out = Σ_e w_e · expert_e(x)` over what is chosen for each row.
+    fn apply(&self, x: &Tensor, chosen: impl Fn(usize) -> Vec<(usize, f32)>, out: &mut Tensor) {
+        out.set_rows(x.rows());
+        for row in 0..x.rows() {
+            out.row_mut(row).fill(0.0);
+            for (e, weight) in chosen(row).into_iter().filter(|(e, _)| self.held.contains(e)) {
+                let [gate, up, down] = &self.experts[e - self.held.start];
+                let mut g = vec![0.0; gate.out_features];
+                let mut u = vec![0.0; up.out_features];
+                let mut y = vec![0.0; down.out_features];
+                gate.apply(x.row(row), &mut g);
+                up.apply(x.row(row), &mut u);
+                if let Some(limit) = self.limit {
+                    g.iter_mut().for_each(|g| *g = g.clamp(f32::NEG_INFINITY, limit));
+                    u.iter_mut().for_each(|u| *u = u.clamp(-limit, limit));
+                }
+                for (g, u) in g.iter_mut().zip(&u) {
+                    *g = Activation::Silu.apply(*g) * u;
+                }
+                down.apply(&g, &mut y);
+                for (out, y) in out.row_mut(row).iter_mut().zip(&y) {
+                    *out += weight * y;
+                }
+            }
+        }
+    }
+}
+
+fn norm(run: &mut [f32], weight: &[f32], eps: f32) {
+    let mean = dot(run, run) / run.len() as f32;
+    let inverse = 1.0 / (mean + eps).sqrt();
+    for (v, w) in run.iter_mut().zip(weight) {
+        *v = *v * inverse * w;
+    }
 }
 
 fn softmax(scores: &mut [f32]) {
@@ -273,17 +339,17 @@ impl Backend for Reference {
     }
 
     fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
-        let slots = num_blocks * spec.block_size;
+        let KvSpec { layers: kinds, dtype, block_size } = spec.clone();
+        let plane = |heads, width| Plane::new((num_blocks, block_size), (heads, width), dtype);
         let planes = |layer: &LayerKv| match *layer {
-            LayerKv::Full { kv_heads, head_dim } => vec![(kv_heads, head_dim); 2],
+            LayerKv::Full { kv_heads, head_dim } => vec![plane(kv_heads, head_dim), plane(kv_heads, head_dim)],
             LayerKv::Latent { rank, rope, index } => {
-                [rank, rope].into_iter().chain(index).map(|width| (1, width)).collect()
+                [rank, rope].into_iter().chain(index).map(|width| plane(1, width)).collect()
             }
-            LayerKv::Windowed { .. } => panic!("no compressed attention: the capabilities do not offer it"),
+            LayerKv::Windowed { width, pool } => compressed::planes(num_blocks, block_size, width, pool, dtype),
         };
-        let plane = |heads| Plane::new(slots, heads, spec.dtype);
-        let layers = spec.layers.iter().map(|l| planes(l).into_iter().map(plane).collect()).collect();
-        Ok(KvCache { block_size: spec.block_size, layers })
+        let layers = kinds.iter().map(planes).collect();
+        Ok(KvCache { block_size, kinds, layers })
     }
 
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
@@ -314,13 +380,7 @@ impl Backend for Reference {
 
     fn rms_norm_in_place(&self, x: &mut Tensor, weight: &Vec<f32>, eps: f32) -> Result<()> {
         assert_eq!(x.cols % weight.len(), 0, "a norm over {} of {} columns", weight.len(), x.cols);
-        for run in x.data.chunks_exact_mut(weight.len()) {
-            let mean = dot(run, run) / run.len() as f32;
-            let inverse = 1.0 / (mean + eps).sqrt();
-            for (v, w) in run.iter_mut().zip(weight) {
-                *v = *v * inverse * w;
-            }
-        }
+        x.data.chunks_exact_mut(weight.len()).for_each(|run| norm(run, weight, eps));
         Ok(())
     }
 
@@ -363,19 +423,7 @@ impl Backend for Reference {
     }
 
     fn rope(&self, x: &mut Tensor, layout: RopeLayout, table: &Rope, plan: &AttentionPlan) -> Result<()> {
-        let RopeLayout { heads, head_dim, offset, dim, interleaved } = layout;
-        assert_eq!((x.cols, dim), (heads * head_dim, 2 * table.pairs));
-        for row in 0..x.rows() {
-            let angles = plan.position(row) * table.pairs;
-            for head in 0..heads {
-                let part = &mut x.row_mut(row)[head * head_dim + offset..][..dim];
-                for i in 0..table.pairs {
-                    let (cos, sin) = (table.cos[angles + i], table.sin[angles + i]);
-                    let (a, b) = if interleaved { (2 * i, 2 * i + 1) } else { (i, i + table.pairs) };
-                    (part[a], part[b]) = (part[a] * cos - part[b] * sin, part[b] * cos + part[a] * sin);
-                }
-            }
-        }
+        (0..x.rows()).for_each(|row| table.rotate(x.row_mut(row), layout, plan.position(row)));
         Ok(())
     }
 
@@ -453,7 +501,7 @@ impl Backend for Reference {
 
     fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
         for plane in cache.layers.iter_mut().flatten() {
-            let stride = cache.block_size * plane.width;
+            let stride = plane.slots * plane.width;
             for &block in blocks {
                 plane.data[block as usize * stride..][..stride].fill(0.0);
             }
@@ -497,37 +545,16 @@ impl MoeOps for Reference {
     type Experts = Experts;
 
     fn expert_weights(&self, src: HostExperts<'_>) -> Result<Experts> {
-        let HostExperts { held, source, formats: [gate, up, down], routing, .. } = src;
+        let HostExperts { held, source, formats: [gate, up, down], limit, routing, .. } = src;
         let expert = |e: usize| {
             let [g, u, d] = source.expert(e)?;
             Ok([Linear::new(&g, None, gate)?, Linear::new(&u, None, up)?, Linear::new(&d, None, down)?])
         };
-        Ok(Experts { experts: held.clone().map(expert).collect::<Result<_>>()?, held, routing })
+        Ok(Experts { experts: held.clone().map(expert).collect::<Result<_>>()?, held, limit, routing })
     }
 
     fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {
-        out.set_rows(x.rows());
-        for row in 0..x.rows() {
-            out.row_mut(row).fill(0.0);
-            let chosen = select_experts(logits.row(row), &experts.routing);
-            for (e, weight) in chosen.into_iter().filter(|(e, _)| experts.held.contains(e)) {
-                let [gate, up, down] = &experts.experts[e - experts.held.start];
-                let mut g = vec![0.0; gate.out_features];
-                let mut u = vec![0.0; up.out_features];
-                let mut y = vec![0.0; down.out_features];
-                gate.apply(x.row(row), &mut g);
-                up.apply(x.row(row), &mut u);
-                for (g, u) in g.iter_mut().zip(&u) {
-                    *g = Activation::Silu.apply(*g) * u;
-                }
-                down.apply(&g, &mut y);
-                for (out, y) in out.row_mut(row).iter_mut().zip(&y) {
-                    *out += weight * y;
-                }
-            }
-        }
+        experts.apply(x, |row| select_experts(logits.row(row), &experts.routing), out);
         Ok(())
     }
 }
-
-impl CompressedOps for Reference {}

@@ -73,16 +73,18 @@ impl LatentOps for Reference {
         write_slots(latents, latent, plan);
         write_slots(rope_keys, rope_key, plan);
         write_slots(index_keys, indexer.k, plan);
-        let chosen =
-            (0..plan.rows.len()).map(|row| chosen(indexer, index_keys, row, &plan.rows[row])).collect::<Vec<_>>();
+        let of_row = |row: usize| {
+            let queries = (indexer.q.row(row), indexer.weights.row(row));
+            chosen(queries, indexer.top_k, index_keys, &plan.rows[row])
+        };
+        let chosen = (0..plan.rows.len()).map(of_row).collect::<Vec<_>>();
         attend(q, weight, [latents, rope_keys], &chosen, scale, out);
         Ok(())
     }
 }
 
-/// Of a row's slots, in the order of their positions, those that the indexer chooses.
-fn chosen(indexer: &Indexer<'_, Reference>, keys: &Plane, row: usize, context: &[usize]) -> Vec<usize> {
-    let (q, weights) = (indexer.q.row(row), indexer.weights.row(row));
+/// Of a row's slots, in the order of their positions, those that an indexer chooses by its queries and weights.
+pub(super) fn chosen((q, weights): (&[f32], &[f32]), top_k: usize, keys: &Plane, context: &[usize]) -> Vec<usize> {
     let score = |&slot: &usize| -> f32 {
         let heads = q.chunks_exact(q.len() / weights.len()).zip(weights);
         let sum: f32 = heads.map(|(q, weight)| weight * dot(q, keys.slot(slot)).max(0.0)).sum();
@@ -92,7 +94,7 @@ fn chosen(indexer: &Indexer<'_, Reference>, keys: &Plane, row: usize, context: &
     let mut positions: Vec<usize> = (0..context.len()).collect();
     // Stable: of equals the earlier goes first.
     positions.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-    positions.truncate(indexer.top_k);
+    positions.truncate(top_k);
     positions.sort_unstable();
     positions.into_iter().map(|position| context[position]).collect()
 }
