@@ -6,7 +6,7 @@ use std::fmt;
 
 use crate::common::checkpoint::poisoned_by_token_7;
 use crate::common::{
-    MAX_DRAFT, Pool, Rng, Sequence, adapted, all_logits_with, alone, generate, options, prompts, step, step_with_drafts,
+    Pool, Rng, Sequence, adapted, all_logits_with, alone, generate, options, prompts, step, step_with_drafts,
 };
 use baton_device::{Backend, CompressedOps, LatentOps, Reference};
 use baton_device_cpu::{CpuBackend, CpuOptions};
@@ -169,7 +169,7 @@ fn drafted_is_plain<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B
                     if done < OUTPUT && !sits_out { s.remaining().min(1 + rng.below(150)).min(budget) } else { 0 };
                 budget -= count;
                 let samples = count > 0 && count == s.remaining();
-                let most = if samples { rng.below(MAX_DRAFT + 1).min(budget) } else { 0 };
+                let most = if samples { rng.below(runner.spec().max_draft_tokens + 1).min(budget) } else { 0 };
                 // What comes next, but for about every fourth place.
                 let next = solo.output.iter().skip(done).take(most);
                 let draft: Vec<u32> = next.map(|next| if rng.below(4) == 0 { 7 } else { next.token }).collect();
@@ -322,14 +322,16 @@ fn last_token_over<B: Backend + LatentOps + CompressedOps>(
 }
 
 /// One checkpoint per kind of attention and feed-forward network: full, in windows (with head norms and two rotary
-/// bases; with soft caps), latent, latent with an indexer; dense, with experts; and one of each kind of adapted layer: plain, fused, latent.
-const CASES: [(&str, &[&str]); 9] = [
+/// bases; with soft caps), latent, latent with an indexer, in windows with pooled entries; dense, with experts; and one of each kind of adapted layer: plain, fused, latent.
+const CASES: [(&str, &[&str]); 11] = [
     ("llama-rope3", &[]),
     ("qwen3-moe", &[]),
     ("gemma2", &[]),
     ("gemma3", &[]),
     ("deepseek-v3", &[]),
     ("deepseek-v32", &[]),
+    ("deepseek-v4", &[]),
+    ("deepseek-v4-b", &[]),
     ("llama-rope3", &["llama-all", "llama-rslora"]),
     ("phi3", &["phi3-fused"]),
     ("deepseek-v3", &["deepseek-v3"]),

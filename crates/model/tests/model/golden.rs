@@ -240,12 +240,12 @@ goldens!(
     || gpu(DType::F32)
 );
 
-/// Devices that let an indexer choose. Whole and chunk by chunk, for each prompt has more tokens than are read.
-mod indexed {
+/// Devices that let an indexer choose, and that pool.
+mod indexed_and_compressed {
     use super::*;
 
     fn agrees<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B + Copy) {
-        for case in ["deepseek-v32", "deepseek-v32-b"] {
+        for case in ["deepseek-v32", "deepseek-v32-b", "deepseek-v4", "deepseek-v4-b"] {
             last_logits_agree(make, case);
             greedy_continuations_are_equal(make, case, usize::MAX);
             prompt_logprobs_agree(make, case);

@@ -3,23 +3,11 @@
 use serde_json::json;
 
 use crate::common::checkpoint::{Copy, Tensor};
-use crate::common::{all_logits, prompts};
+use crate::common::off_by;
 
 const CASES: [&str; 2] = ["deepseek-v32", "deepseek-v32-b"];
 /// What goldens are held to.
 const TOLERANCE: f64 = 1e-3;
-
-/// How far the last logits of any prompt are from the golden ones.
-fn off_by(case: &str, copy: &Copy) -> f64 {
-    let (mut runner, _) = copy.load().unwrap();
-    let worst = prompts(case).into_iter().map(|prompt| {
-        let logits = all_logits(&mut runner, &prompt.ids);
-        let last = &logits[logits.len() - prompt.last_logits.len()..];
-        assert!(last.iter().all(|logit| logit.is_finite()), "{case}");
-        last.iter().zip(&prompt.last_logits).map(|(a, e)| (f64::from(*a) - e).abs()).fold(0.0, f64::max)
-    });
-    worst.fold(0.0, f64::max)
-}
 
 fn edited(case: &str, edit: impl Fn(&mut Tensor)) -> f64 {
     let copy = Copy::of(case);

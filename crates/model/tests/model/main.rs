@@ -12,6 +12,7 @@ mod bad_adapters;
 mod bad_checkpoints;
 mod bad_gguf;
 mod common;
+mod compressed;
 mod configs;
 mod equalities;
 mod export;

@@ -4,21 +4,24 @@ use std::fs;
 use std::path::Path;
 
 use baton_device::Reference;
-use baton_model::{Files, LoadError, LoadReport, ModelRunner, load};
+use baton_model::{Files, LoadError, LoadOptions, LoadReport, ModelRunner, load};
 use half::bf16;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
-use super::{all_logits, folder, options};
+use super::{all_logits, folder, options, options_of};
 
 pub type Loaded = (ModelRunner<Reference>, LoadReport);
 
 /// A copy of a golden checkpoint that a test may damage.
-pub struct Copy(TempDir);
+pub struct Copy {
+    folder: TempDir,
+    options: LoadOptions,
+}
 
 impl Copy {
     pub fn of(case: &str) -> Self {
-        let copy = Self(tempfile::tempdir().unwrap());
+        let copy = Self { folder: tempfile::tempdir().unwrap(), options: options_of(case) };
         for name in ["config.json", "generation_config.json", "model.safetensors"] {
             // A generation config may be missing.
             if let Ok(content) = fs::read(folder(case).join(name)) {
@@ -29,7 +32,7 @@ impl Copy {
     }
 
     pub fn path(&self) -> &Path {
-        self.0.path()
+        self.folder.path()
     }
 
     pub fn write(&self, name: &str, content: &[u8]) {
@@ -56,7 +59,7 @@ impl Copy {
     }
 
     pub fn load(&self) -> Result<Loaded, LoadError> {
-        load(Reference::new(), &Files::folder(self.path()).unwrap(), &options())
+        load(Reference::new(), &Files::folder(self.path()).unwrap(), &self.options)
     }
 
     /// The message with which loading fails.

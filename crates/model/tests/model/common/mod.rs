@@ -18,7 +18,7 @@ use baton_model::{
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-pub const CASES: [&str; 20] = [
+pub const CASES: [&str; 22] = [
     "llama-rope3",
     "llama-256",
     "llama-bias",
@@ -39,6 +39,8 @@ pub const CASES: [&str; 20] = [
     "deepseek-v3",
     "deepseek-v32",
     "deepseek-v32-b",
+    "deepseek-v4",
+    "deepseek-v4-b",
 ];
 
 /// Tiny Llamas in each quantised layout that is read (`models/golden/quantized`).
@@ -77,6 +79,12 @@ pub fn json(path: PathBuf) -> Value {
 /// Drafts of a sequence in a step, at most: with all of them, the rows of logits are more than are read at once.
 pub const MAX_DRAFT: usize = 4;
 
+/// [`options`] for a checkpoint: what DeepSeek-V4 pools of drafts cannot be taken back, so it takes none.
+pub fn options_of(case: &str) -> LoadOptions {
+    let max_draft_tokens = if case.starts_with("deepseek-v4") { 0 } else { MAX_DRAFT };
+    LoadOptions { max_draft_tokens, ..options() }
+}
+
 pub fn options() -> LoadOptions {
     LoadOptions {
         max_model_len: Some(400),
@@ -100,7 +108,7 @@ pub fn runner<B: Backend + LatentOps + CompressedOps>(backend: B, case: &str) ->
     let files = Files::folder(folder(case)).unwrap();
     // Goldens of quantised weights are computed from their exact values, which f32 holds.
     let quantized = !json(folder(case).join("config.json"))["quantization_config"].is_null();
-    let options = LoadOptions { dtype: quantized.then_some(DType::F32), ..options() };
+    let options = LoadOptions { dtype: quantized.then_some(DType::F32), ..options_of(case) };
     load(backend, &files, &options).unwrap_or_else(|e| panic!("{case}: {e}")).0
 }
 
@@ -110,7 +118,7 @@ pub fn adapted<B: Backend + LatentOps + CompressedOps>(
     case: &str,
     adapters: &[&str],
 ) -> (ModelRunner<B>, Vec<Adapter>) {
-    let options = LoadOptions { max_lora_rank: 16, ..options() };
+    let options = LoadOptions { max_lora_rank: 16, ..options_of(case) };
     let runner = load(backend, &Files::folder(folder(case)).unwrap(), &options).unwrap().0;
     let loader = runner.adapter_loader().unwrap();
     let load = |name: &&str| loader.load(&folder("lora").join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -344,6 +352,18 @@ pub fn alone(runner: &mut dyn Runner, sequence: Sequence, count: usize) -> Seque
 }
 
 /// The logits of all tokens of a prompt, computed in one step.
+/// How far the last logits of any prompt of a copy are from the golden ones of the case.
+pub fn off_by(case: &str, copy: &checkpoint::Copy) -> f64 {
+    let (mut runner, _) = copy.load().unwrap();
+    let worst = prompts(case).into_iter().map(|prompt| {
+        let logits = all_logits(&mut runner, &prompt.ids);
+        let last = &logits[logits.len() - prompt.last_logits.len()..];
+        assert!(last.iter().all(|logit| logit.is_finite()), "{case}");
+        last.iter().zip(&prompt.last_logits).map(|(a, e)| (f64::from(*a) - e).abs()).fold(0.0, f64::max)
+    });
+    worst.fold(0.0, f64::max)
+}
+
 pub fn all_logits<B: Backend + LatentOps + CompressedOps>(runner: &mut ModelRunner<B>, prompt: &[u32]) -> Vec<f32> {
     all_logits_with(runner, None, prompt)
 }
