@@ -21,11 +21,7 @@ fn shows(case: &str, field: &str, golden: &Value, others: &[Value]) {
 
 #[test]
 fn one_more_or_less_shows() {
-    let cases = [
-        ("sliding_window", [24, 17]),
-        ("index_topk", [6, 5]),
-        ("hc_sinkhorn_iters", [20, 6]),
-    ];
+    let cases = [("sliding_window", [24, 17]), ("index_topk", [6, 5]), ("hc_sinkhorn_iters", [20, 6])];
     for (field, golden) in cases {
         for (case, golden) in CASES.into_iter().zip(golden) {
             let others: Vec<Value> = match field {

@@ -9,7 +9,7 @@ use half::bf16;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
-use super::{all_logits, folder, options, options_of};
+use super::{all_logits, folder, options_of};
 
 pub type Loaded = (ModelRunner<Reference>, LoadReport);
 
