@@ -46,7 +46,7 @@ fn expected(kept: &[BlockFormat], caches: &[&str], others: &[&str]) -> BTreeSet<
     let blocks = BlockFormat::ALL.into_iter().filter(|block| !kept.contains(block));
     let blocks = blocks.map(|block| format!("cannot keep {block} weights"));
     let caches = caches.iter().map(|dtype| format!("cannot keep a cache in {dtype}"));
-    let none = ["has no IndexedAttention".to_owned()];
+    let none = ["has no IndexedAttention", "has no CompressedAttention"].map(str::to_owned);
     let codes = Code::ALL.map(|code| format!("cannot keep {code} weights"));
     blocks.chain(codes).chain(caches).chain(none).chain(others.iter().map(|other| (*other).to_owned())).collect()
 }

@@ -1,5 +1,5 @@
 //! Speed of the kernels on this machine: `cargo run --release -p baton-device-cpu --example kernels`,
-//! with `linear`, `linear ISA`, `attention`, `attention DTYPE`, `indexed` or `step` behind it for a part of it.
+//! with `linear`, `linear ISA`, `attention`, `attention DTYPE`, `indexed`, `compressed` or `step` behind it for a part of it.
 //!
 //! Prints the minimum of several runs: other work on the machine only ever adds time. One thread is timed by its
 //! own processor time, which other work hardly touches.
@@ -13,9 +13,10 @@ use rustix::time::{ClockId, clock_gettime};
 use baton_device::WeightFormat::Ggml;
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, Result, Routing,
-    Scoring, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, CompressedOps, DType, DeviceError, Entries,
+    GroupScore, Groups, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps,
+    LayerKv, MoeOps, PoolKv, Pooling, Purpose, Reads, Result, RopeLayout, Routing, Scoring, SequenceSpan, WeightFormat,
+    WindowedParams,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
 
@@ -30,6 +31,9 @@ fn main() -> Result<()> {
     }
     if wanted("indexed") {
         indexed()?;
+    }
+    if wanted("compressed") {
+        compressed()?;
     }
     if wanted("step") {
         steps()?;
@@ -95,6 +99,27 @@ fn indexed() -> Result<()> {
     Ok(())
 }
 
+/// DeepSeek-V4's widths: tokens behind longer and longer contexts, with pools of 4 and of 128, beside latents.
+fn compressed() -> Result<()> {
+    let b = CpuBackend::new(&CpuOptions { threads: 1, isa: None })?;
+    let (heads, width, dtype) = (64, 512, KvDtype::BF16);
+    let pool = |rate, overlaps, index| LayerKv::Windowed { width, pool: Some(PoolKv { rate, overlaps, index }) };
+    let layers = [
+        ("a window", LayerKv::Windowed { width, pool: None }),
+        ("512 of entries of 4", pool(4, true, Some(128))),
+        ("entries of 128", pool(128, false, None)),
+        ("latents", LayerKv::Latent { rank: width, rope: 64, index: None }),
+    ];
+    for (name, layer) in layers {
+        println!("{}, 1 thread: {heads} heads on {name}, cache in {dtype}", b.caps().isa);
+        for context in [1 << 10, 1 << 13, 1 << 16] {
+            attention(&b, (layer, dtype), heads, (1, context - 1, 1))?;
+        }
+        attention(&b, (layer, dtype), heads, (1, 1 << 13, 64))?;
+    }
+    Ok(())
+}
+
 /// Time of a layer in a step that gives each of some sequences `len` tokens from position `start` on.
 fn attention(
     b: &CpuBackend,
@@ -146,7 +171,48 @@ fn attention(
                 (of_a_layer(each)?, 2 * heads * (pairs * (2 * rank + rope) + up))
             }
         }
-        LayerKv::Windowed { .. } => unreachable!("measured elsewhere"),
+        LayerKv::Windowed { width, pool } => {
+            const INDEX_HEADS: usize = 64;
+            const TOP_K: usize = 512;
+            let vector = |len: usize| b.vector(&HostTensor::new("bench", DType::F32, vec![len], &stored(&[len])));
+            let rope = HostRope { inv_freq: vec![0.1; 32], scale: 1.0, max_positions: start + len };
+            let (table, sink, window) = (b.rope_table(&rope)?, vector(heads)?, 128);
+            let (q, kv, mut out) =
+                (activation(b, rows, heads * width)?, activation(b, rows, width)?, b.tensor(rows, heads * width)?);
+            let index = pool.and_then(|pool| pool.index);
+            let indexer = (activation(b, rows, INDEX_HEADS * index.unwrap_or(1))?, activation(b, rows, INDEX_HEADS)?);
+            let of_pool = |width: usize| {
+                let PoolKv { rate, .. } = pool.expect("entries have a pool");
+                let columns = pool.map_or(0, PoolKv::series) * width;
+                let rows = (activation(b, rows, columns)?, activation(b, rows, columns)?);
+                Ok::<_, DeviceError>((rows, vector(rate * columns)?, vector(width)?))
+            };
+            let kinds = [pool.map(|_| (width, Entries::Attended)), index.map(|width| (width, Entries::Index))];
+            let pools = kinds.into_iter().flatten().map(|(width, entries)| Ok((width, entries, of_pool(width)?)));
+            let pools = pools.collect::<Result<Vec<_>>>()?;
+            let each = |layer| {
+                for (width, entries, ((values, gates), bias, norm)) in &pools {
+                    let layout =
+                        RopeLayout { heads: 1, head_dim: *width, offset: width - 64, dim: 64, interleaved: true };
+                    let pooling = Pooling { values, gates, bias, norm, eps: 1e-6, layout, table: &table };
+                    b.pool(&pooling, *entries, &mut cache, layer, &plan)?;
+                }
+                let reads = match (pool, index) {
+                    (None, _) => Reads::Window,
+                    (_, None) => Reads::All,
+                    _ => Reads::Chosen { q: &indexer.0, weights: &indexer.1, top_k: TOP_K },
+                };
+                let params = WindowedParams { window, scale: 0.1, sink: &sink, reads };
+                b.windowed_attention(&q, &kv, &params, &mut cache, layer, &plan, &mut out)
+            };
+            let of_row = |position: usize| {
+                let seen = pool.map_or(0, |pool| pool.visible(position));
+                let scored = index.filter(|_| seen > TOP_K).map_or(0, |width| seen * INDEX_HEADS * width);
+                let read = window.min(position + 1) + if index.is_some() { seen.min(TOP_K) } else { seen };
+                2 * scored + 4 * read * heads * width
+            };
+            (of_a_layer(each)?, sequences * (start..start + len).map(of_row).sum::<usize>())
+        }
     };
     println!(
         "  {sequences:3} x {len:<4} at {start:<5} {:9.1} us {:7.1} GFLOP/s {:7.1} GB/s",

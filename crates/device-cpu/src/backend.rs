@@ -1,20 +1,22 @@
 //! The device traits on top of the kernels: checks shapes, shares rows among the threads.
 
+mod compressed;
+
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, CompressedOps, DType,
-    DeviceError, Draw, Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec,
-    LatentOps, MoeOps, Op, Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, DeviceError, Draw,
+    Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, MoeOps, Op,
+    Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
 use crate::isa::{Dispatch, Isa};
 use crate::kernels::attention;
-use crate::kernels::chosen::Chosen;
+use crate::kernels::chosen::{Choice, Chosen, Keys};
 use crate::kernels::latent::{self, Latent};
 use crate::kernels::linear::{Buffers, Prepared, Product, multiply};
 use crate::kernels::moe::{self, Experts};
@@ -90,7 +92,13 @@ impl CpuBackend {
             kv_dtypes: KvDtype::ALL.into(),
             weight_formats: [F32, F16, BF16].into_iter().chain(BlockFormat::ALL.map(Ggml)).collect(),
             activations: DType::F32,
-            ops: BTreeSet::from([Op::PagedAttention, Op::LatentAttention, Op::IndexedAttention, Op::FusedMoe]),
+            ops: BTreeSet::from([
+                Op::PagedAttention,
+                Op::LatentAttention,
+                Op::IndexedAttention,
+                Op::CompressedAttention,
+                Op::FusedMoe,
+            ]),
             narrow_activations: BlockFormat::ALL.map(Ggml).into_iter().chain(isa.has_pairs().then_some(BF16)).collect(),
             row_invariant: true,
             // It is its own host.
@@ -453,7 +461,9 @@ impl CpuBackend {
             for row in 0..plan.rows() {
                 keys.put(plan.slot(row), 0, 0, indexer.k.row(row));
             }
-            Chosen::new((&self.pool, self.isa), indexer, keys, plan)
+            let Indexer { q, weights, top_k, .. } = *indexer;
+            let choice = Choice { q, weights, top_k, keys: Keys::Positions(keys) };
+            Chosen::new((&self.pool, self.isa), &choice, plan)
         });
         out.set_rows(q.rows());
         let target = Target::new(out.data_mut(), weight.heads() * weight.v);
@@ -470,14 +480,19 @@ impl MoeOps for CpuBackend {
     }
 
     fn fused_moe(&self, x: &Tensor, logits: &Tensor, experts: &Experts, out: &mut Tensor) -> Result<()> {
-        columns(out, x.cols());
-        columns(logits, experts.count());
-        out.set_rows(x.rows());
-        assert_eq!(logits.rows(), x.rows(), "rows of the step");
-        let mut scratch = self.scratch();
-        moe::fused(&self.pool, self.isa, (x, logits), experts, &mut scratch.moe, out.data_mut());
-        Ok(())
+        self.experts(x, moe::Router { logits, ids: None }, experts, out)
     }
 }
 
-impl CompressedOps for CpuBackend {}
+impl CpuBackend {
+    /// Experts, chosen by scores or by tokens.
+    fn experts(&self, x: &Tensor, router: moe::Router<'_>, experts: &Experts, out: &mut Tensor) -> Result<()> {
+        columns(out, x.cols());
+        columns(router.logits, experts.count());
+        out.set_rows(x.rows());
+        assert_eq!(router.logits.rows(), x.rows(), "rows of the step");
+        let mut scratch = self.scratch();
+        moe::fused(&self.pool, self.isa, (x, router), experts, &mut scratch.moe, out.data_mut());
+        Ok(())
+    }
+}

@@ -5,10 +5,13 @@
 //! padded with zeros to whole vectors. A latent layer has one plane that lies as values do: a row is the latent and behind
 //! it the rotated key, each padded; its indexer's keys have one that lies as keys do. Elements of a plane in bytes have their
 //! scales apart, 16 positions side by side.
+//!
+//! A layer with a window has a plane of its vectors that lies as values do. So do the entries that are pooled of them, of
+//! which a block has as many as its tokens can complete; their running sums are floats of their own.
 
 use std::ops::Range;
 
-use baton_device::{AttentionBatch, KvDtype, KvSpec, LayerKv, Result, saturate_f16};
+use baton_device::{AttentionBatch, KvDtype, KvSpec, LayerKv, PoolKv, Result, saturate_f16};
 use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -38,12 +41,58 @@ pub(crate) enum Layer {
         rows: Plane,
         index: Option<Plane>,
     },
+    /// Vectors, and what is pooled of them.
+    Windowed {
+        rows: Plane,
+        pooled: Option<Box<Pooled>>,
+    },
+}
+
+/// What a layer pools.
+pub(crate) struct Pooled {
+    pub(crate) kind: PoolKv,
+    pub(crate) attended: EntryKv,
+    pub(crate) index: Option<EntryKv>,
+}
+
+/// Running sums of a feature: the largest gate, the sum of exponentials, that of values times these.
+pub(crate) const PARTS: usize = 3;
+
+/// Entries of one kind.
+pub(crate) struct EntryKv {
+    pub(crate) rows: Plane,
+    /// Of an entry, before it is padded.
+    pub(crate) width: usize,
+    /// `[blocks, series, PARTS, padded width]`: those of the next entry to be completed first.
+    pub(crate) sums: Floats,
+    /// Floats of a block.
+    sums_len: usize,
+}
+
+impl EntryKv {
+    fn new(dtype: KvDtype, blocks: usize, pool: PoolKv, width: usize) -> Result<Self> {
+        let padded = width.next_multiple_of(LANES);
+        let sums_len = pool.sums(padded);
+        Ok(Self {
+            rows: Plane::new(dtype, [blocks, 1, padded], pool.slots(BLOCK), 1, Order::Positions)?,
+            width,
+            sums: Floats::zeroed(blocks.saturating_mul(sums_len), "running sums")?,
+            sums_len,
+        })
+    }
+
+    fn clear(&mut self, block: usize) {
+        self.rows.clear(block);
+        self.sums[block * self.sums_len..][..self.sums_len].fill(0.0);
+    }
 }
 
 impl KvCache {
     pub(crate) fn new(spec: &KvSpec, num_blocks: usize) -> Result<Self> {
         assert_eq!(spec.block_size, BLOCK, "the block size is the device's choice");
-        let plane = |heads, width, parts, order| Plane::new(spec.dtype, [num_blocks, heads, width], parts, order);
+        let plane =
+            |heads, width, parts, order| Plane::new(spec.dtype, [num_blocks, heads, width], BLOCK, parts, order);
+        let entries = |pool, width| EntryKv::new(spec.dtype, num_blocks, pool, width);
         let layer = |layer: &LayerKv| {
             Ok(match *layer {
                 LayerKv::Full { kv_heads, head_dim } => Layer::Full {
@@ -54,7 +103,14 @@ impl KvCache {
                     rows: plane(1, latent_width(rank, rope), 2, Order::Positions)?,
                     index: index.map(|width| plane(1, width, 1, Order::Features)).transpose()?,
                 },
-                LayerKv::Windowed { .. } => panic!("no compressed attention: the capabilities do not offer it"),
+                LayerKv::Windowed { width, pool } => {
+                    let pooled = |kind: PoolKv| {
+                        let index = kind.index.map(|width| entries(kind, width)).transpose()?;
+                        Ok(Box::new(Pooled { kind, attended: entries(kind, width)?, index }))
+                    };
+                    let rows = plane(1, width.next_multiple_of(LANES), 1, Order::Positions)?;
+                    Layer::Windowed { rows, pooled: pool.map(pooled).transpose()? }
+                }
             })
         };
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()? })
@@ -70,6 +126,12 @@ impl KvCache {
                 Layer::Latent { rows, index } => {
                     rows.clear(block);
                     index.iter_mut().for_each(|keys| keys.clear(block));
+                }
+                Layer::Windowed { rows, pooled } => {
+                    rows.clear(block);
+                    let entries =
+                        pooled.iter_mut().flat_map(|pooled| pooled.index.iter_mut().chain([&mut pooled.attended]));
+                    entries.for_each(|entries| entries.clear(block));
                 }
             }
         }
@@ -168,7 +230,7 @@ impl Element for i8 {
 enum Order {
     /// `[width, 16]`.
     Features,
-    /// `[16, width]`.
+    /// `[slots, width]`.
     Positions,
 }
 
@@ -177,25 +239,33 @@ pub(crate) struct Plane {
     pub(crate) dtype: KvDtype,
     order: Order,
     heads: usize,
+    /// Rows of a block of a head: 16, unless they are entries.
+    slots: usize,
     pub(crate) width: usize,
     /// Elements of `dtype`: blocks of `[heads]` in `order`, each a whole number of floats.
     data: Floats,
-    /// `[blocks, heads, parts, 16]` where elements are bytes, else empty.
+    /// `[blocks, heads, parts, slots]` where elements are bytes, else empty.
     scales: Floats,
     /// Runs of a row that have a scale each, 0 if elements have none.
     parts: usize,
 }
 
 impl Plane {
-    fn new(dtype: KvDtype, [blocks, heads, width]: [usize; 3], parts: usize, order: Order) -> Result<Self> {
+    fn new(
+        dtype: KvDtype,
+        [blocks, heads, width]: [usize; 3],
+        slots: usize,
+        parts: usize,
+        order: Order,
+    ) -> Result<Self> {
         let memory = |floats: usize| Floats::zeroed(blocks.saturating_mul(heads * floats), "key/value blocks");
         let (per_float, parts) = match dtype {
             KvDtype::F32 => (1, 0),
             KvDtype::F16 | KvDtype::BF16 => (2, 0),
             KvDtype::Int8 => (4, parts),
         };
-        let (data, scales) = (memory(BLOCK / per_float * width)?, memory(BLOCK * parts)?);
-        Ok(Self { dtype, order, heads, width, data, scales, parts })
+        let (data, scales) = (memory(slots * width / per_float)?, memory(slots * parts)?);
+        Ok(Self { dtype, order, heads, slots, width, data, scales, parts })
     }
 
     fn clear(&mut self, block: usize) {
@@ -208,15 +278,16 @@ impl Plane {
     }
 
     fn clear_as<E: Element>(&mut self, block: usize) {
-        let (elements, scales) = (self.heads * BLOCK * self.width, self.heads * BLOCK * self.parts);
+        let (elements, scales) = (self.heads * self.slots * self.width, self.heads * self.slots * self.parts);
         bytemuck::cast_slice_mut::<f32, E>(&mut self.data)[block * elements..][..elements].fill(E::zeroed());
         self.scales[block * scales..][..scales].fill(0.0);
     }
 
-    /// One block of one head.
+    /// One block of one head, with all its positions.
     #[inline(always)]
     pub(crate) fn block<E: Element>(&self, block: u32, head: usize) -> &[[E; LANES]] {
         let len = BLOCK * self.width;
+        debug_assert_eq!(self.slots, BLOCK);
         let elements = &bytemuck::cast_slice::<f32, E>(&self.data)[(block as usize * self.heads + head) * len..][..len];
         elements.as_chunks().0
     }
@@ -226,6 +297,19 @@ impl Plane {
     pub(crate) fn scales(&self, block: u32, head: usize, part: usize) -> Option<&[f32; BLOCK]> {
         let at = (block as usize * self.heads + head) * self.parts + part;
         (self.parts > 0).then(|| &self.scales.as_chunks().0[at])
+    }
+
+    /// A row of a plane of one head that lies position by position.
+    #[inline(always)]
+    pub(crate) fn row<E: Element>(&self, block: u32, slot: usize) -> &[[E; LANES]] {
+        let first = (block as usize * self.slots + slot) * self.width;
+        bytemuck::cast_slice::<f32, E>(&self.data)[first..][..self.width].as_chunks().0
+    }
+
+    /// Scale of a part of such a row, `None` if elements have none.
+    #[inline(always)]
+    pub(crate) fn scale(&self, block: u32, slot: usize, part: usize) -> Option<f32> {
+        (self.parts > 0).then(|| self.scales[(block as usize * self.parts + part) * self.slots + slot])
     }
 
     /// Writes the heads of one position, side by side in `x`, as a part of their rows that starts at feature `start`.
@@ -239,14 +323,14 @@ impl Plane {
     }
 
     fn put_as<E: Element>(&mut self, (block, offset): (u32, usize), part: usize, start: usize, x: &[f32]) {
-        let (width, len) = (self.width, BLOCK * self.width);
+        let (width, len) = (self.width, self.slots * self.width);
         let mut kept = [E::zeroed(); PUT];
         for (head, x) in x.chunks_exact(x.len() / self.heads).enumerate() {
             let block = block as usize * self.heads + head;
             let elements = &mut bytemuck::cast_slice_mut::<f32, E>(&mut self.data)[block * len..][..len];
             let scale = E::scale(x);
             if self.parts > 0 {
-                self.scales[(block * self.parts + part) * BLOCK + offset] = scale;
+                self.scales[(block * self.parts + part) * self.slots + offset] = scale;
             }
             for (first, x) in (start..).step_by(PUT).zip(x.chunks(PUT)) {
                 let kept = &mut kept[..x.len()];

@@ -1,10 +1,12 @@
 //! What the backend promises beside numbers: refusals, capabilities, and that nothing stale is read.
 
+use baton_device::conformance::uniform;
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, BlockFormat, DType, DeviceError, HostLinear, HostTensor, KvDtype, KvSpec,
-    LayerKv, Purpose, SequenceSpan, WeightFormat,
+    AttentionBatch, AttentionParams, Backend, BlockFormat, CompressedOps, DType, DeviceError, Entries, HostLinear,
+    HostRope, HostTensor, KvDtype, KvSpec, LayerKv, PoolKv, Pooling, Purpose, Reads, RopeLayout, SequenceSpan,
+    WeightFormat, WindowedParams,
 };
-use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
+use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache};
 
 fn backend(threads: usize) -> CpuBackend {
     CpuBackend::new(&CpuOptions { threads, isa: None }).unwrap()
@@ -106,6 +108,70 @@ fn what_lies_beyond_a_sequence_is_never_read() {
                 let clean = attend(len, 0.5);
                 assert!(clean.iter().all(|v| (v - 0.5).abs() < 1e-6), "{isa}, {dtype}, {len} positions: {clean:?}");
                 attend(30, poison);
+            }
+        }
+    }
+}
+
+/// Nor what it left of pools: running sums, entries, keys of an indexer. And what is cleared is as if nothing had been there.
+#[test]
+fn pools_know_nothing_of_the_sequence_before() {
+    const WIDTH: usize = 20;
+    const INDEX: usize = 8;
+    for (rate, dtype) in [3, 4, 16, 20].into_iter().flat_map(|rate| KvDtype::ALL.map(|dtype| (rate, dtype))) {
+        let b = backend(2);
+        let pool = PoolKv { rate, overlaps: true, index: Some(INDEX) };
+        let layers = vec![LayerKv::Windowed { width: WIDTH, pool: Some(pool) }];
+        let spec = KvSpec { layers, dtype, block_size: b.caps().kv_block_size };
+        let cache = || b.kv_cache(&spec, 5).unwrap();
+        let vector = |len: usize| vec![0.5; len];
+        let table = b.rope_table(&HostRope { inv_freq: vec![0.1], scale: 1.0, max_positions: 80 }).unwrap();
+        let run = |cache: &mut KvCache, start: usize, len: usize, poison: Option<f32>| {
+            let sequences = [SequenceSpan { start, len, block_table: &[1, 0, 4, 2, 3] }];
+            let plan = b.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();
+            let input = |cols: usize, seed: u64| {
+                let mut x = b.tensor(len, cols).unwrap();
+                let data = poison.map_or_else(|| uniform(seed, len * cols, 1.0), |poison| vec![poison; len * cols]);
+                b.write(&data, &mut x).unwrap();
+                x
+            };
+            for (width, entries) in [(WIDTH, Entries::Attended), (INDEX, Entries::Index)] {
+                let pooling = Pooling {
+                    values: &input(2 * width, 1),
+                    gates: &input(2 * width, 2),
+                    bias: &vector(rate * 2 * width),
+                    norm: &vector(width),
+                    eps: 1e-6,
+                    layout: RopeLayout { heads: 1, head_dim: width, offset: 0, dim: 2, interleaved: true },
+                    table: &table,
+                };
+                b.pool(&pooling, entries, cache, 0, &plan).unwrap();
+            }
+            let (q, weights, sink) = (input(2 * INDEX, 3), input(2, 4), vector(2));
+            let reads = Reads::Chosen { q: &q, weights: &weights, top_k: 3 };
+            let params = WindowedParams { window: 5, scale: 1.0, sink: &sink, reads };
+            let mut out = b.tensor(len, 2 * WIDTH).unwrap();
+            b.windowed_attention(&input(2 * WIDTH, 5), &input(WIDTH, 6), &params, cache, 0, &plan, &mut out).unwrap();
+            let mut result = Vec::new();
+            b.read(&out, &mut result).unwrap();
+            result
+        };
+        let mut used = cache();
+        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for len in [1, 5, 16, 18, 70] {
+                run(&mut used, 0, 80, Some(poison));
+                let clean = run(&mut used, 0, len, None);
+                assert!(clean.iter().all(|x| x.is_finite()), "rate {rate}, {dtype}, {len} positions: {clean:?}");
+                assert_eq!(clean, run(&mut cache(), 0, len, None), "rate {rate}, {dtype}, {len} positions");
+            }
+            for start in [1, 17, 64] {
+                run(&mut used, 0, 80, Some(poison));
+                b.clear_blocks(&mut used, &[0, 1, 2, 3, 4]).unwrap();
+                assert_eq!(
+                    run(&mut used, start, 9, None),
+                    run(&mut cache(), start, 9, None),
+                    "rate {rate}, {dtype}, {start}"
+                );
             }
         }
     }

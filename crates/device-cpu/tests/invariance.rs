@@ -6,9 +6,10 @@ use std::rc::Rc;
 
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
-    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose,
-    RopeLayout, Routing, Scoring, SequenceSpan, WeightFormat,
+    Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, CompressedOps, DType, Entries, GroupScore,
+    Groups, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, LayerKv,
+    Mixing, MoeOps, PoolKv, Pooling, Purpose, Reads, RopeLayout, Routing, Scoring, SequenceSpan, TokenIds,
+    WeightFormat, WindowedParams,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
 use proptest::prelude::*;
@@ -167,23 +168,30 @@ proptest! {
     #[test]
     fn an_expert_row_does_not_depend_on_its_batch(
         rows in 1..40usize, hidden in 1..4usize, inner in 1..4usize, top_k in 1..4usize, seed in 0..1000u64,
+        limit in prop::option::of(0.05..0.5f32), by_token: bool,
     ) {
         const EXPERTS: usize = 8;
+        const VOCAB: usize = 5;
         let (hidden, inner) = (32 * hidden, 32 * inner);
         let stored = |from: u64, shape: [usize; 2]| -> Vec<Stored> {
             (0..EXPERTS as u64).map(|e| Stored::new(seed + from + e, &shape)).collect()
         };
         let (gate, up) = (stored(0, [inner, hidden]), stored(10, [inner, hidden]));
         let down = stored(20, [hidden, inner]);
-        let sigmoid = Scoring::Sigmoid { correction_bias: uniform(seed, EXPERTS, 0.1) };
+        let correction_bias = uniform(seed, EXPERTS, 0.1);
         let routing = Routing {
             top_k,
-            scoring: if seed % 2 == 0 { sigmoid } else { Scoring::Softmax },
+            scoring: match seed % 3 {
+                0 => Scoring::Sigmoid { correction_bias },
+                1 => Scoring::SqrtSoftplus { correction_bias },
+                _ => Scoring::Softmax,
+            },
             groups: Some(Groups { count: 4, kept: 2, score: GroupScore::TwoBest }),
             norm_topk_prob: true,
             scaling_factor: 1.5,
-            by_token: None,
+            by_token: by_token.then(|| (0..VOCAB * top_k).map(|i| (i * 3 % EXPERTS) as u32).collect()),
         };
+        let id = |x: &f32| (x.abs() * 1e6) as u32 % VOCAB as u32;
         let inputs = [
             (hidden, uniform(seed + 30, rows * hidden, 1.0)),
             (EXPERTS, uniform(seed + 31, rows * EXPERTS, 1.0)),
@@ -195,11 +203,18 @@ proptest! {
                     let source = &mut (0..EXPERTS).map(expert).collect::<Vec<_>>();
                     let routing = routing.clone();
                     let (count, held, formats) = (EXPERTS, 0..EXPERTS, [format; 3]);
-                    b.expert_weights(HostExperts { count, held, source, formats, limit: None, routing }).unwrap()
+                    b.expert_weights(HostExperts { count, held, source, formats, limit, routing }).unwrap()
                 };
                 rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
                     let mut out = b.tensor(rows, hidden).unwrap();
-                    b.fused_moe(&x[0], &x[1], &weights(b), &mut out).unwrap();
+                    if by_token {
+                        let mut values = Vec::new();
+                        b.read(&x[0], &mut values).unwrap();
+                        let ids: Vec<u32> = values.iter().step_by(hidden).map(id).collect();
+                        b.fused_moe_by_token(&x[0], &x[1], TokenIds::Known(&ids), &weights(b), &mut out).unwrap();
+                    } else {
+                        b.fused_moe(&x[0], &x[1], &weights(b), &mut out).unwrap();
+                    }
                     out
                 })?;
             }
@@ -226,6 +241,73 @@ proptest! {
                     out
                 })?;
             }
+        }
+    }
+
+    #[test]
+    fn streams_do_not_depend_on_the_batch(
+        rows in 1..100usize, streams in 1..6usize, hidden in 1..100usize, seed in 0..1000u64,
+    ) {
+        let columns = (2 + streams) * streams;
+        let [base, scale] = [columns, 3].map(|len| Stored::new(seed, &[len]));
+        let inputs = [hidden, streams * hidden, columns];
+        let inputs = inputs.map(|cols| (cols, uniform(seed + cols as u64, rows * cols, 2.0)));
+        for same_isa in backends() {
+            rows_alone_equal_rows_together(&same_isa, rows, &inputs, |b, x, rows| {
+                let copy = |x: &Tensor, cols: usize| {
+                    let mut copy = b.tensor(rows, cols).unwrap();
+                    b.gather_rows(x, &(0..rows as u32).collect::<Vec<_>>(), &mut copy).unwrap();
+                    copy
+                };
+                let (mut all, mut weights) = (copy(&x[1], streams * hidden), copy(&x[2], columns));
+                let [base, scale] = [&base, &scale].map(|stored| b.vector(&stored.tensor()).unwrap());
+                let mixing = Mixing { streams, base: &base, scale: &scale, iterations: 20, eps: 1e-6 };
+                b.stream_weights(&mixing, &mut weights).unwrap();
+                b.mix_streams(&x[0], &weights, &mut all).unwrap();
+                let mut out = b.tensor(rows, hidden).unwrap();
+                b.join_streams(&all, &weights, &mut out).unwrap();
+                b.fill_streams(&out, &mut all).unwrap();
+                b.clamp(&mut all, -0.7, 0.9).unwrap();
+                all
+            })?;
+        }
+    }
+
+    #[test]
+    fn a_row_of_groups_does_not_depend_on_its_batch(
+        rows in 1..50usize, groups in 1..5usize, inputs in 1..4usize, outputs in 1..70usize, seed in 0..1000u64,
+    ) {
+        let inputs = 32 * inputs;
+        let weights: Vec<_> = (0..groups).map(|g| Stored::new(seed + g as u64, &[outputs, inputs])).collect();
+        let x = [(groups * inputs, uniform(seed + 9, rows * groups * inputs, 1.0))];
+        for same_isa in backends() {
+            for format in FORMATS {
+                rows_alone_equal_rows_together(&same_isa, rows, &x, |b, x, rows| {
+                    let weight = |stored: &Stored| {
+                        let (weight, purpose) = (stored.tensor(), Purpose::Product);
+                        b.linear_weight(&HostLinear { weight, bias: None, format, purpose }).unwrap()
+                    };
+                    let mut out = b.tensor(rows, groups * outputs).unwrap();
+                    let weights: Vec<_> = weights.iter().map(weight).collect();
+                    b.grouped_linear(&x[0], &weights, &mut out).unwrap();
+                    out
+                })?;
+            }
+        }
+    }
+
+    #[test]
+    fn attention_to_pools_does_not_depend_on_batch_chunks_or_threads(
+        lens in prop::collection::vec(1..120usize, 1..4),
+        cuts in prop::collection::vec(1..20usize, 1..8),
+        (heads, width, window) in (1..7usize, 4..50usize, 1..90usize),
+        (rate, overlaps) in (prop::sample::select(vec![1, 3, 4, 16, 20, 100]), any::<bool>()),
+        index in prop::option::of((1..6usize, 4..30usize, 1..20usize)),
+        seed in 0..1000u64,
+    ) {
+        let pools = Pools { heads, width, window, pool: PoolKv { rate, overlaps, index: index.map(|index| index.1) }, index };
+        for (same_isa, dtype) in backends_and_dtypes() {
+            pools.check(&same_isa, dtype, (&lens, &cuts), seed)?;
         }
     }
 
@@ -302,6 +384,123 @@ fn attention_to_chosen_positions_does_not_depend_on_batch_chunks_or_threads() {
                 });
                 attended.unwrap();
             }
+        }
+    }
+}
+
+/// Also where contexts are so long that threads share one.
+#[test]
+fn attention_to_long_pools_does_not_depend_on_batch_chunks_or_threads() {
+    let (lens, cuts) = ([1300, 40, 600], [511, 13, 1, 90, 2, 700]);
+    let cases = [
+        (600, PoolKv { rate: 128, overlaps: false, index: None }, None),
+        (90, PoolKv { rate: 2, overlaps: true, index: None }, None),
+        (40, PoolKv { rate: 4, overlaps: true, index: Some(12) }, Some((5, 12, 64))),
+        (40, PoolKv { rate: 1, overlaps: true, index: Some(20) }, Some((3, 20, 700))),
+    ];
+    for (same_isa, dtype) in backends_and_dtypes() {
+        for (window, pool, index) in cases {
+            let pools = Pools { heads: 3, width: 20, window, pool, index };
+            pools.check(&same_isa, dtype, (&lens, &cuts), 8).unwrap();
+        }
+    }
+}
+
+/// A layer of windowed attention to a pool.
+struct Pools {
+    heads: usize,
+    width: usize,
+    window: usize,
+    pool: PoolKv,
+    /// Heads of an indexer, their width, and entries that it chooses.
+    index: Option<(usize, usize, usize)>,
+}
+
+impl Pools {
+    fn check(
+        &self,
+        same_isa: &[CpuBackend],
+        dtype: KvDtype,
+        (lens, cuts): (&[usize], &[usize]),
+        seed: u64,
+    ) -> Result<(), TestCaseError> {
+        let &Pools { heads, width, pool, index, .. } = self;
+        let (index_heads, index_width, _) = index.unwrap_or((1, 1, 1));
+        let [columns, index_columns] = [width, index_width].map(|width| pool.series() * width);
+        let of_indexer = [index_columns, index_columns, index_heads * index_width, index_heads];
+        let widths = [vec![heads * width, width, columns, columns], of_indexer.to_vec()].concat();
+        let widths: [usize; 8] = widths.try_into().unwrap();
+        let layer = LayerKv::Windowed { width, pool: Some(pool) };
+        let steps = Steps { lens: lens.to_vec(), cuts: cuts.to_vec(), seed, layer, dtype };
+        steps.check(same_isa, &widths, heads * width, |b, x, cache, plan, out| self.attend(b, x, cache, plan, out))
+    }
+
+    fn attend(
+        &self,
+        b: &CpuBackend,
+        [q, kv, values, gates, index_values, index_gates, index_q, weights]: &mut [Tensor; 8],
+        cache: &mut KvCache,
+        plan: &<CpuBackend as Backend>::AttentionPlan,
+        out: &mut Tensor,
+    ) {
+        let vector = |seed: u64, len: usize| b.vector(&Stored::new(seed, &[len]).tensor()).unwrap();
+        let angles = HostRope { inv_freq: uniform(3, 2, 1.0), scale: 1.0, max_positions: 1300 };
+        let table = b.rope_table(&angles).unwrap();
+        let mut add = |values: &Tensor, gates: &mut Tensor, width: usize, entries| {
+            b.scale(gates, 4.0).unwrap();
+            let (bias, norm) = (vector(4, self.pool.rate * self.pool.series() * width), vector(5, width));
+            let layout = RopeLayout { heads: 1, head_dim: width, offset: width - 4, dim: 4, interleaved: true };
+            let pooling = Pooling { values, gates, bias: &bias, norm: &norm, eps: 1e-6, layout, table: &table };
+            b.pool(&pooling, entries, cache, 0, plan).unwrap();
+        };
+        add(values, gates, self.width, Entries::Attended);
+        let reads = match self.index {
+            Some((_, width, top_k)) => {
+                add(index_values, index_gates, width, Entries::Index);
+                Reads::Chosen { q: index_q, weights, top_k }
+            }
+            None => Reads::All,
+        };
+        let sink = vector(6, self.heads);
+        let params = WindowedParams { window: self.window, scale: 0.3, sink: &sink, reads };
+        b.windowed_attention(q, kv, &params, cache, 0, plan, out).unwrap();
+    }
+}
+
+/// What lies behind a full block depends on it alone: another sequence may go on from it.
+#[test]
+fn sequences_that_share_full_blocks_pool_and_attend_as_if_they_had_their_own() {
+    let b = CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap();
+    let size = b.caps().kv_block_size;
+    for (rate, overlaps, index) in [(4, true, Some(8)), (3, true, None), (128, false, None), (20, true, Some(8))] {
+        let index = index.map(|width| (2, width, 5));
+        let pool = PoolKv { rate, overlaps, index: index.map(|index| index.1) };
+        let pools = Pools { heads: 2, width: 20, window: 30, pool, index };
+        let len = 300_usize;
+        let columns = pool.series() * 20;
+        let index_columns = pool.series() * 8;
+        let widths = [40, 20, columns, columns, index_columns, index_columns, 16, 2];
+        let layers = vec![LayerKv::Windowed { width: 20, pool: Some(pool) }];
+        let spec = KvSpec { layers, dtype: KvDtype::BF16, block_size: size };
+        let blocks = len.div_ceil(size);
+        let mut cache = b.kv_cache(&spec, 2 * blocks).unwrap();
+        let mut run = |start: usize, table: &[u32]| {
+            let batch = [SequenceSpan { start, len: len - start, block_table: table }];
+            let plan = b.plan_attention(&AttentionBatch { sequences: &batch }).unwrap();
+            let mut x = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| {
+                let data = uniform(i as u64, len * widths[i], 1.0);
+                tensor(&b, len - start, widths[i], &data[start * widths[i]..])
+            });
+            let mut out = b.tensor(len, 40).unwrap();
+            pools.attend(&b, &mut x, &mut cache, &plan, &mut out);
+            bits(&b, &out)
+        };
+        let first: Vec<u32> = (0..blocks as u32).rev().collect();
+        let whole = run(0, &first);
+        for shared in [1, 2, 8, 9, blocks - 1] {
+            let own = (blocks..2 * blocks).map(|block| block as u32);
+            let table: Vec<u32> = first[..shared].iter().copied().chain(own).collect();
+            assert_eq!(run(shared * size, &table), whole[shared * size * 40..], "rate {rate}, {shared} blocks shared");
         }
     }
 }

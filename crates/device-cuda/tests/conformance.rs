@@ -36,7 +36,7 @@ fn judge(part: Part, activations: DType, setting: &str, isolated: bool, no_cache
     }
     assert!(wrong.is_empty(), "{activations}: {} of {run}\n{}", wrong.len(), wrong.join("\n"));
     let caches = no_cache.iter().map(|dtype| format!("cannot keep a cache in {dtype}"));
-    let expected = caches.chain(["has no IndexedAttention".to_owned()]).collect();
+    let expected = caches.chain(["has no IndexedAttention", "has no CompressedAttention"].map(str::to_owned)).collect();
     assert_eq!(missing, expected, "{activations}, {run} cases");
     drop(backend);
     simulator.expect_clean();

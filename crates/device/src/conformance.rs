@@ -6,9 +6,11 @@
 
 mod choose;
 mod codes;
+mod compressed;
 mod fused;
 mod indexed;
 mod inputs;
+mod moe;
 mod name;
 mod ranks;
 mod steps;
@@ -16,18 +18,19 @@ mod tolerance;
 mod vectors;
 
 pub use codes::Layout;
+pub use compressed::Pooled;
 pub use vectors::{MAGIC, Vector, Vectors, VectorsError, name};
 
-use inputs::{Source, activation, on_grid, router_logits};
+use inputs::{Source, activation, on_grid};
 pub use inputs::{random_blocks, uniform};
 pub use ranks::ranks;
 use steps::{LONG, MAX_POSITIONS, Ragged, over_steps};
 use tolerance::tolerance;
 
 use crate::{
-    Activation, AttentionParams, Backend, BlockFormat, Code, CompressedOps, DType, GroupScore, Groups, HostExperts,
-    HostLatent, HostLinear, HostRope, KvDtype, LatentOps, LayerKv, Op, Purpose, Reference, Requirements, Result,
-    RopeLayout, Routing, Rows, Scoring, TokenIds, WeightFormat,
+    Activation, AttentionParams, Backend, BlockFormat, Code, CompressedOps, DType, GroupScore, HostLatent, HostLinear,
+    HostRope, KvDtype, LatentOps, LayerKv, Op, Purpose, Reference, Requirements, Result, RopeLayout, Rows, TokenIds,
+    WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -168,6 +171,43 @@ pub enum Case {
         /// Positions that the last sequence has more than the others.
         history: usize,
     },
+    /// [`CompressedOps::pool`] and [`CompressedOps::windowed_attention`] over several steps of a ragged batch.
+    Windowed {
+        /// Heads.
+        heads: usize,
+        /// Width of a head, of a vector and of an entry, at least 4.
+        width: usize,
+        /// Positions that a token sees.
+        window: usize,
+        /// What it reads beside them.
+        pooled: Pooled,
+        /// How the cache keeps them.
+        kv: KvDtype,
+        /// Positions that the last sequence has more than the others.
+        history: usize,
+    },
+    /// [`CompressedOps::grouped_linear`] and [`CompressedOps::clamp`].
+    Grouped {
+        /// Rows.
+        rows: usize,
+        /// Weights.
+        groups: usize,
+        /// K of each.
+        in_features: usize,
+        /// N of each.
+        out_features: usize,
+        /// Kept as.
+        format: WeightFormat,
+    },
+    /// The operations of [`CompressedOps`] on residual streams.
+    Streams {
+        /// Rows.
+        rows: usize,
+        /// Streams.
+        streams: usize,
+        /// Width of each.
+        hidden: usize,
+    },
     /// [`LatentOps::latent_attention`] over several steps of a ragged batch.
     Latent {
         /// Heads.
@@ -202,6 +242,21 @@ pub enum Case {
         /// Scores of its four groups; `None` for softmax routing without groups.
         groups: Option<GroupScore>,
     },
+    /// [`crate::MoeOps::fused_moe`] or [`CompressedOps::fused_moe_by_token`] of experts with a limit.
+    BoundedMoe {
+        /// Rows.
+        rows: usize,
+        /// Width of the residual stream.
+        hidden: usize,
+        /// Width of an expert.
+        intermediate: usize,
+        /// Number of experts.
+        experts: usize,
+        /// Kept as.
+        format: WeightFormat,
+        /// Whether tokens choose, and not scores.
+        by_token: bool,
+    },
 }
 
 /// All cases.
@@ -222,6 +277,8 @@ pub fn cases() -> Vec<Case> {
     cases.push(Case::Group { rows: 19, in_features: 512, weights: mixed });
     cases.extend(fused::cases());
     cases.extend(indexed::cases());
+    cases.extend(compressed::cases());
+    cases.extend(moe::bounded_cases());
     cases.extend(codes::cases());
     for block in BlockFormat::ALL {
         let (format, k) = (WeightFormat::Ggml(block), block.elements());
@@ -339,6 +396,18 @@ impl Case {
                 weight_formats: [format].into(),
                 kv_dtypes: [kv].into(),
             },
+            Case::Windowed { kv, .. } => {
+                Requirements { ops: [Op::CompressedAttention].into(), kv_dtypes: [kv].into(), ..none }
+            }
+            Case::Grouped { format, .. } => {
+                Requirements { ops: [Op::CompressedAttention].into(), weight_formats: [format].into(), ..none }
+            }
+            Case::Streams { .. } => Requirements { ops: [Op::CompressedAttention].into(), ..none },
+            Case::BoundedMoe { format, .. } => Requirements {
+                ops: [Op::FusedMoe, Op::CompressedAttention].into(),
+                weight_formats: [format].into(),
+                ..none
+            },
             Case::Moe { format, .. } => {
                 Requirements { ops: [Op::FusedMoe].into(), weight_formats: [format].into(), ..none }
             }
@@ -401,6 +470,9 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
         Case::Rotary { .. } => fused::rotary(case, b, inputs),
         Case::RotaryLatent { interleaved, kv } => fused::rotary_latent((interleaved, kv), b, inputs),
         Case::Indexed { .. } => indexed::attention(case, b, inputs),
+        Case::Windowed { .. } => compressed::windowed(case, b, inputs),
+        Case::Grouped { .. } => compressed::grouped(case, b, inputs),
+        Case::Streams { .. } => compressed::streams(case, b, inputs),
         Case::Made { rows, in_features, out_features, block } => {
             let shape = vec![out_features, in_features];
             let weight = Source::new(WeightFormat::BF16, shape, 1, (in_features as f32).sqrt().recip());
@@ -476,38 +548,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
                 outputs(b, &[&out])
             })
         }
-        Case::Moe { rows, hidden, intermediate, experts, format, groups } => {
-            let sources = |seed: u64, shape: [usize; 2]| -> Vec<Source> {
-                let scale = (shape[1] as f32).sqrt().recip();
-                (0..experts).map(|e| Source::new(format, shape.to_vec(), seed + e as u64, scale)).collect()
-            };
-            let (gate, up) = (sources(100, [intermediate, hidden]), sources(200, [intermediate, hidden]));
-            let down = sources(300, [hidden, intermediate]);
-            let expert = |e: usize| [&gate[e], &up[e], &down[e]].map(Source::tensor);
-            let weights = b.expert_weights(HostExperts {
-                count: experts,
-                held: 0..experts,
-                source: &mut (0..experts).map(expert).collect::<Vec<_>>(),
-                formats: [format; 3],
-                limit: None,
-                routing: Routing {
-                    top_k: 3,
-                    scoring: match groups {
-                        Some(GroupScore::TwoBest) => Scoring::Sigmoid { correction_bias: uniform(4, experts, 0.1) },
-                        Some(GroupScore::Best) | None => Scoring::Softmax,
-                    },
-                    groups: groups.map(|score| Groups { count: 4, kept: 2, score }),
-                    norm_topk_prob: groups != Some(GroupScore::Best),
-                    scaling_factor: 1.5,
-                    by_token: None,
-                },
-            })?;
-            let x = activation(rows, hidden, 1)?;
-            let logits = router_logits(b, inputs, rows, experts)?;
-            let mut out = b.tensor(rows, hidden)?;
-            b.fused_moe(&x, &logits, &weights, &mut out)?;
-            outputs(b, &[&out])
-        }
+        Case::Moe { .. } | Case::BoundedMoe { .. } => moe::evaluate(case, b, inputs),
     }
 }
 

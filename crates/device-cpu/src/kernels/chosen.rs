@@ -1,25 +1,59 @@
-//! Which positions latent attention reads, where an indexer chooses them (DeepSeek-V3.2).
+//! Which positions latent attention reads, where an indexer chooses them (DeepSeek-V3.2), or which entries of a pool
+//! (DeepSeek-V4).
 //!
 //! Order: a head's product with a key is one chain over the features; it is taken as zero if it is less, and added with its weight
 //! to those of the heads before it. So nothing depends on the rows that share a step. Of equal scores the earlier
-//! position's goes first.
+//! one goes first.
 
-use baton_device::{Indexer, KvDtype, Rows};
+use baton_device::{KvDtype, PoolKv, Rows};
 use half::{bf16, f16};
 
-use crate::CpuBackend;
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane};
 use crate::isa::Dispatch;
+use crate::kernels::gather::{Place, Transpose, widen};
 use crate::kernels::latent::with_scratch;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
+use crate::tensor::Tensor;
 
 /// Scores that are kept at once, unless one row has more.
 const MAX_SCORES: usize = 1 << 22;
 /// Blocks of a row's context that one task scores.
 const TASK_BLOCKS: usize = 64;
 
-/// For each row of a step the positions that it reads.
+/// How a step's rows choose.
+pub(crate) struct Choice<'a> {
+    pub(crate) q: &'a Tensor,
+    pub(crate) weights: &'a Tensor,
+    pub(crate) top_k: usize,
+    pub(crate) keys: Keys<'a>,
+}
+
+/// What is scored.
+#[derive(Clone, Copy)]
+pub(crate) enum Keys<'a> {
+    /// Positions, whose keys lie feature by feature.
+    Positions(&'a Plane),
+    /// Entries.
+    Entries(&'a Plane, PoolKv),
+}
+
+impl Keys<'_> {
+    /// How many of them a row sees.
+    fn seen(&self, plan: &AttentionPlan, row: usize) -> usize {
+        match self {
+            Keys::Positions(_) => plan.position(row) + 1,
+            Keys::Entries(_, pool) => pool.visible(plan.position(row)),
+        }
+    }
+
+    /// Room for the scores of all that a row sees.
+    fn room(&self, plan: &AttentionPlan, row: usize) -> usize {
+        self.seen(plan, row).next_multiple_of(BLOCK)
+    }
+}
+
+/// For each row of a step the positions or entries that it reads.
 pub(crate) struct Chosen {
     top_k: usize,
     /// Of each row, which it is of those that do not read all that they see.
@@ -32,14 +66,9 @@ pub(crate) struct Chosen {
 
 impl Chosen {
     /// By the scores of keys that are already written.
-    pub(crate) fn new(
-        engine: (&Pool, Dispatch),
-        indexer: &Indexer<'_, CpuBackend>,
-        keys: &Plane,
-        plan: &AttentionPlan,
-    ) -> Self {
-        let top_k = indexer.top_k;
-        let some: Vec<usize> = (0..plan.rows()).filter(|&row| plan.position(row) >= top_k).collect();
+    pub(crate) fn new(engine: (&Pool, Dispatch), choice: &Choice<'_>, plan: &AttentionPlan) -> Self {
+        let &Choice { top_k, keys, .. } = choice;
+        let some: Vec<usize> = (0..plan.rows()).filter(|&row| keys.seen(plan, row) > top_k).collect();
         let mut which = vec![None; plan.rows()];
         some.iter().enumerate().for_each(|(i, &row)| which[row] = Some(i));
         let mut positions = vec![0; some.len() * top_k];
@@ -47,14 +76,14 @@ impl Chosen {
         while !rows.is_empty() {
             let mut len = 0;
             let fitting = rows.iter().take_while(|row| {
-                len += plan.blocks(**row).len() * BLOCK;
+                len += keys.room(plan, **row);
                 len <= MAX_SCORES
             });
             let count = fitting.count().max(1);
             let (batch, of_batch);
             (batch, rows) = rows.split_at(count);
             (of_batch, to) = to.split_at_mut(count * top_k);
-            choose(engine, indexer, keys, plan, batch, &mut scores, of_batch);
+            choose(engine, choice, plan, batch, &mut scores, of_batch);
         }
         let blocks = if some.is_empty() { 0 } else { top_k.div_ceil(BLOCK) as u32 };
         Self { top_k, which, positions, blocks: (0..blocks).collect() }
@@ -79,61 +108,85 @@ impl Chosen {
 /// Of some rows the positions that they read, `top_k` each.
 fn choose(
     (pool, isa): (&Pool, Dispatch),
-    indexer: &Indexer<'_, CpuBackend>,
-    keys: &Plane,
+    choice: &Choice<'_>,
     plan: &AttentionPlan,
     rows: &[usize],
     scores: &mut Vec<f32>,
     positions: &mut [u32],
 ) {
-    let len = |row: usize| plan.blocks(row).len() * BLOCK;
+    let &Choice { q, top_k, keys, .. } = choice;
+    let len = |row: usize| keys.room(plan, row);
     scores.resize(rows.iter().map(|&row| len(row)).sum(), 0.0);
-    let (compared, work) = (scores.len() * 8, scores.len() * indexer.q.cols());
+    let (compared, work) = (scores.len() * 8, scores.len() * q.cols());
     let mut rest = &mut scores[..];
     let parts = rows.iter().flat_map(|&row| {
         let own = rest.split_off_mut(..len(row)).expect("scores of all rows");
-        let parts = plan.blocks(row).chunks(TASK_BLOCKS).zip(own.chunks_mut(TASK_BLOCKS * BLOCK));
-        parts.map(move |(blocks, scores)| (row, blocks, scores))
+        let parts = (0..).step_by(TASK_BLOCKS).zip(own.chunks_mut(TASK_BLOCKS * BLOCK));
+        parts.map(move |(first, scores)| (row, first, scores))
     });
-    pool.each(parts, work, |_, (row, blocks, scores)| {
-        let scores = scores.as_chunks_mut().0;
-        let part = Scores { indexer, row, keys, blocks, scores };
-        match keys.dtype {
-            KvDtype::F32 => part.of::<f32>(isa),
-            KvDtype::F16 => part.of::<f16>(isa),
-            KvDtype::BF16 => part.of::<bf16>(isa),
-            KvDtype::Int8 => part.of::<i8>(isa),
+    pool.each(parts, work, |_, (row, first, scores)| {
+        let part = Scores { choice, plan, row, first, scores: scores.as_chunks_mut().0 };
+        match keys {
+            Keys::Positions(keys) => match keys.dtype {
+                KvDtype::F32 => part.of_positions::<f32>(isa, keys),
+                KvDtype::F16 => part.of_positions::<f16>(isa, keys),
+                KvDtype::BF16 => part.of_positions::<bf16>(isa, keys),
+                KvDtype::Int8 => part.of_positions::<i8>(isa, keys),
+            },
+            Keys::Entries(entries, kind) => part.of_entries(isa, entries, kind),
         }
     });
     let mut rest = &scores[..];
-    let rows = rows.iter().zip(positions.chunks_exact_mut(indexer.top_k)).map(|(&row, positions)| {
+    let rows = rows.iter().zip(positions.chunks_exact_mut(top_k)).map(|(&row, positions)| {
         let own = rest.split_off(..len(row)).expect("scores of all rows");
-        (&own[..=plan.position(row)], positions)
+        (&own[..keys.seen(plan, row)], positions)
     });
     pool.each(rows, compared, |_, (scores, positions)| largest(scores, positions));
 }
 
-/// Scores of a row for the positions of some blocks.
+/// Scores of a row for some of what it sees, 16 together.
 struct Scores<'a> {
-    indexer: &'a Indexer<'a, CpuBackend>,
+    choice: &'a Choice<'a>,
+    plan: &'a AttentionPlan,
     row: usize,
-    keys: &'a Plane,
-    blocks: &'a [u32],
+    /// The first 16.
+    first: usize,
     scores: &'a mut [[f32; BLOCK]],
 }
 
 impl Scores<'_> {
-    fn of<E: Element>(self, isa: Dispatch) {
-        let Indexer { q, weights, .. } = *self.indexer;
-        let (queries, weights) = (q.row(self.row), weights.row(self.row));
-        for (&block, scores) in self.blocks.iter().zip(self.scores) {
-            let (columns, key_scales) = (self.keys.block::<E>(block, 0), self.keys.scales(block, 0, 0));
+    fn of_positions<E: Element>(self, isa: Dispatch, keys: &Plane) {
+        let (queries, weights) = (self.choice.q.row(self.row), self.choice.weights.row(self.row));
+        for (&block, scores) in self.plan.blocks(self.row)[self.first..].iter().zip(self.scores) {
+            let (columns, key_scales) = (keys.block::<E>(block, 0), keys.scales(block, 0, 0));
             isa.run(BlockScores { queries, weights, columns, key_scales, scores });
         }
     }
+
+    /// Entries lie one by one: they are brought side by side, which is cheap beside the products with all heads.
+    fn of_entries(self, isa: Dispatch, entries: &Plane, pool: PoolKv) {
+        let (queries, weights) = (self.choice.q.row(self.row), self.choice.weights.row(self.row));
+        let (width, padded) = (queries.len() / weights.len(), entries.width);
+        let (table, seen) = (self.plan.blocks(self.row), pool.visible(self.plan.position(self.row)));
+        with_scratch(2 * BLOCK * padded, |scratch, _| {
+            let (rows, columns) = scratch.as_chunks_mut().0.split_at_mut(padded);
+            for (block, scores) in (self.first..).zip(self.scores) {
+                let numbers = block * BLOCK..seen.min((block + 1) * BLOCK);
+                let mut places = [Place::default(); BLOCK];
+                for (entry, place) in numbers.clone().zip(&mut places) {
+                    let (block, slot) = pool.place(entry, BLOCK);
+                    *place = Place { plane: 0, block: table[block], slot };
+                }
+                widen(isa, [entries; 2], padded / LANES, &places[..numbers.len()], rows);
+                isa.run(Transpose { rows, columns });
+                let columns = &columns[..width];
+                isa.run(BlockScores { queries, weights, columns, key_scales: None, scores });
+            }
+        });
+    }
 }
 
-/// Scores for the positions of one block, whose keys lie feature by feature.
+/// Scores for 16 keys, which lie feature by feature.
 struct BlockScores<'a, E> {
     queries: &'a [f32],
     weights: &'a [f32],

@@ -124,6 +124,11 @@ impl<'a> Sums<'a> {
         following.for_each(|next| isa.run(Merge { sums: self.reborrow(), next }));
     }
 
+    /// Adds to each query's sum of weights that of a score of nothing, which there is for each.
+    pub(crate) fn sink(&mut self, isa: Dispatch, scores: &[f32]) {
+        isa.run(Sink { sums: self.reborrow(), scores });
+    }
+
     /// Writes `mixed / sum` of the queries from `first` on side by side, the first `width` columns of each.
     pub(crate) fn finish(&mut self, isa: Dispatch, first: usize, out: &mut [f32], width: usize) {
         isa.run(Finish { sums: self.reborrow(), first, out, width });
@@ -165,6 +170,20 @@ impl Kernel for Merge<'_, '_> {
             for (mixed, next) in sums.mixed(query).iter_mut().zip(next.mixed(query)) {
                 s.store(s.mul_add(s.load(next), b, s.mul(s.load(mixed), a)), mixed);
             }
+        }
+    }
+}
+
+struct Sink<'a> {
+    sums: Sums<'a>,
+    scores: &'a [f32],
+}
+
+impl Kernel for Sink<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for ((sum, max), score) in self.sums.sum.iter_mut().zip(&*self.sums.max).zip(self.scores) {
+            *sum += exp(s, score - max);
         }
     }
 }
@@ -523,7 +542,7 @@ fn fill_outside(weights: &mut [[f32; BLOCK]], inside: &Range<usize>, value: f32)
     weights[inside.end..].fill(value);
 }
 
-/// `e^x` for x ≤ 0.
+/// `e^x` for x ≤ 88.
 #[inline(always)]
 fn exp<S: Simd>(s: S, x: f32) -> f32 {
     let mut lanes = [0.0; LANES];

@@ -5,20 +5,19 @@
 //! the order of its kernel ([`super::linear`], [`super::attention`]).
 
 use std::cell::RefCell;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use baton_device::{HostLatent, KvDtype, Result, Rows, WeightFormat};
 use bytemuck::{Pod, Zeroable};
-use half::{bf16, f16};
 
-use crate::cache::{AttentionPlan, BLOCK, Element, Plane, rope_start};
+use crate::cache::{AttentionPlan, BLOCK, Plane, rope_start};
 use crate::isa::Dispatch;
 use crate::kernels::chosen::Chosen;
 use crate::kernels::context::{self, GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
+use crate::kernels::gather::{Gathered, Place, Transpose, widen};
 use crate::kernels::linear::{Buffers, Part, Prepared};
 use crate::pool::Pool;
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::LANES;
 use crate::tensor::{Target, Tensor, View};
 use crate::weight::Matrix;
 
@@ -200,21 +199,8 @@ impl Task<'_> {
         let value_width = rope_start(self.weight.rank);
         let (next, scratch) = scratch.split_at_mut(self.sums());
         let (keys, values) = scratch.as_chunks_mut().0.split_at_mut(PIECE * width);
-        let [mut sums, mut next] = [sums, next].map(|sums| Sums::new(sums, self.queries(), value_width));
-        let mut latents = Latents { plane: self.plane, rank_width: value_width, chosen: None, keys, values };
-        let mut walk = |rows: Range<usize>, position: usize, blocks: &[u32], latents: &mut Latents<'_>| {
-            let of = |row: usize| (row - self.rows.start) * heads;
-            let of = of(rows.start)..of(rows.end);
-            let data = &queries[of.start * width..of.end * width];
-            let walk = Walk {
-                queries: Queries { data, heads, width, position, window: usize::MAX, softcap: None },
-                blocks,
-                groups: groups.start..groups.end.min(blocks.len().div_ceil(GROUP_LEN / BLOCK)),
-                sums: sums.part(of.clone()),
-                next: next.part(of),
-            };
-            walk.run(self.isa, latents);
-        };
+        let mut sums = [sums, next].map(|sums| Sums::new(sums, self.queries(), value_width));
+        let (plane, split) = (self.plane, value_width / LANES);
         let blocks = self.chosen.map_or(&[][..], Chosen::blocks);
         for run in self.plan.runs(self.rows.clone(), RUN_QUERIES.div_ceil(heads)) {
             let of_row = |row: usize| self.chosen.and_then(|chosen| chosen.of(row));
@@ -222,15 +208,45 @@ impl Task<'_> {
             let all = run.start..run.clone().find(|&row| of_row(row).is_some()).unwrap_or(run.end);
             if !all.is_empty() {
                 let (position, blocks) = (self.plan.position(all.start), self.plan.blocks(all.end - 1));
-                walk(all.clone(), position, blocks, &mut latents);
+                let mut source = Latents { plane, split, keys: &mut *keys, values: &mut *values };
+                let walk = self.over(all.clone(), (position, blocks), groups.clone(), queries, &mut sums);
+                walk.run(self.isa, &mut source);
             }
             for row in all.end..run.end {
                 // As a context of its own, in blocks of the positions that are read, one behind the other.
                 let positions = of_row(row).expect("a row behind one that reads some reads some");
-                latents.chosen = Some((positions, self.plan.blocks(row)));
-                walk(row..row + 1, positions.len() - 1, blocks, &mut latents);
-                latents.chosen = None;
+                let (table, len) = (self.plan.blocks(row), positions.len());
+                let place = |i: usize| {
+                    let position = positions[i] as usize;
+                    Place { plane: 0, block: table[position / BLOCK], slot: position % BLOCK }
+                };
+                let (planes, keys, values) = ([plane; 2], &mut *keys, &mut *values);
+                let mut source = Gathered { planes, split, len, place, keys, values };
+                let walk = self.over(row..row + 1, (len - 1, blocks), groups.clone(), queries, &mut sums);
+                walk.run(self.isa, &mut source);
             }
+        }
+    }
+
+    /// Of some rows, the first at a position, what they sum over groups of a context.
+    fn over<'s>(
+        &self,
+        rows: Range<usize>,
+        (position, blocks): (usize, &'s [u32]),
+        groups: Range<usize>,
+        queries: &'s [f32],
+        [sums, next]: &'s mut [Sums<'_>; 2],
+    ) -> Walk<'s> {
+        let (heads, width) = (self.heads.len(), self.plane.width);
+        let of = |row: usize| (row - self.rows.start) * heads;
+        let of = of(rows.start)..of(rows.end);
+        let data = &queries[of.start * width..of.end * width];
+        Walk {
+            queries: Queries { data, heads, width, position, window: usize::MAX, softcap: None },
+            blocks,
+            groups: groups.start..groups.end.min(blocks.len().div_ceil(GROUP_LEN / BLOCK)),
+            sums: sums.part(of.clone()),
+            next: next.part(of),
         }
     }
 
@@ -258,10 +274,8 @@ impl Task<'_> {
 /// it is cheap to transpose.
 struct Latents<'a> {
     plane: &'a Plane,
-    /// Width of the first part of a row.
-    rank_width: usize,
-    /// Positions that are read, and the blocks of their sequence: then a piece's blocks are runs of these positions.
-    chosen: Option<(&'a [u32], &'a [u32])>,
+    /// Vectors of the first part of a row.
+    split: usize,
     /// `[PIECE, width, 16]`.
     keys: &'a mut [[f32; LANES]],
     /// `[PIECE, 16, width]`.
@@ -277,31 +291,12 @@ impl Source for Latents<'_> {
         let mut values: [&[[f32; LANES]]; PIECE] = [&[]; PIECE];
         for (b, to) in self.values.chunks_exact_mut(width).enumerate() {
             let block = blocks[b.min(blocks.len() - 1)];
-            if plane.dtype == KvDtype::F32 && self.chosen.is_none() {
-                values[b] = plane.block(block, 0);
-                continue;
-            }
-            let mut places = [(block, 0); BLOCK];
-            let places = match self.chosen {
-                None => {
-                    places.iter_mut().enumerate().for_each(|(j, place)| place.1 = j);
-                    &places[..]
-                }
-                Some((positions, table)) => {
-                    let positions = &positions[block as usize * BLOCK..];
-                    let count = positions.len().min(BLOCK);
-                    for (place, &position) in places.iter_mut().zip(positions) {
-                        *place = (table[position as usize / BLOCK], position as usize % BLOCK);
-                    }
-                    &places[..count]
-                }
-            };
-            let split = self.rank_width / LANES;
-            values[b] = match plane.dtype {
-                KvDtype::F32 => widened::<f32>(isa, plane, split, places, to),
-                KvDtype::F16 => widened::<f16>(isa, plane, split, places, to),
-                KvDtype::BF16 => widened::<bf16>(isa, plane, split, places, to),
-                KvDtype::Int8 => widened::<i8>(isa, plane, split, places, to),
+            values[b] = if plane.dtype == KvDtype::F32 {
+                plane.block(block, 0)
+            } else {
+                let places: [Place; BLOCK] = std::array::from_fn(|slot| Place { plane: 0, block, slot });
+                widen(isa, [plane; 2], self.split, &places, to);
+                to
             };
         }
         for (columns, rows) in self.keys.chunks_exact_mut(width).zip(&values[..blocks.len()]) {
@@ -310,68 +305,6 @@ impl Source for Latents<'_> {
         let keys = std::array::from_fn(|b| &self.keys[b * width..][..width]);
         let (rows, scales) = (context::Rows { keys, values }, [None; PIECE]);
         Piece { rows, key_scales: scales, value_scales: scales, stride: width / LANES, next: None }
-    }
-}
-
-/// Rows by their blocks and offsets, one behind the other, each element times its scale; the first `split` vectors of a row have
-/// another than those behind them. What is behind the last row is left as it was.
-fn widened<'t, E: Element>(
-    isa: Dispatch,
-    plane: &Plane,
-    split: usize,
-    places: &[(u32, usize)],
-    to: &'t mut [[f32; LANES]],
-) -> &'t [[f32; LANES]] {
-    isa.run(Widen::<E> { plane, split, places, to, element: PhantomData });
-    to
-}
-
-/// See [`widened`].
-struct Widen<'a, E> {
-    plane: &'a Plane,
-    split: usize,
-    places: &'a [(u32, usize)],
-    to: &'a mut [[f32; LANES]],
-    element: PhantomData<E>,
-}
-
-impl<E: Element> Kernel for Widen<'_, E> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let vectors = self.plane.width / LANES;
-        for (&(block, offset), to) in self.places.iter().zip(self.to.chunks_exact_mut(vectors)) {
-            let row = &self.plane.block::<E>(block, 0)[offset * vectors..][..vectors];
-            let scales = [self.plane.scales(block, 0, 0), self.plane.scales(block, 0, 1)];
-            for (v, (from, to)) in row.iter().zip(to).enumerate() {
-                let elements = E::load(s, from);
-                match scales[usize::from(v >= self.split)] {
-                    Some(scales) => s.store(s.mul(elements, s.splat(scales[offset])), to),
-                    None => s.store(elements, to),
-                }
-            }
-        }
-    }
-}
-
-/// `[16, width]` to `[width, 16]`.
-struct Transpose<'a> {
-    rows: &'a [[f32; LANES]],
-    columns: &'a mut [[f32; LANES]],
-}
-
-impl Kernel for Transpose<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let vectors = self.rows.len() / LANES;
-        for (vector, columns) in self.columns.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            let mut square = [s.splat(0.0); LANES];
-            for (row, square) in self.rows.chunks_exact(vectors).zip(&mut square) {
-                *square = s.load(&row[vector]);
-            }
-            for (column, square) in columns.iter_mut().zip(s.transpose(square)) {
-                s.store(square, column);
-            }
-        }
     }
 }
 

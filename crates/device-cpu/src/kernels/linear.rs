@@ -130,6 +130,11 @@ impl<'a> Product<'a> {
         out.set_rows(rows);
         Self { weight, bias: bias.as_deref(), out: Target::new(out.data_mut(), weight.out_features) }
     }
+
+    /// With a weight, into memory with room for the rows.
+    pub(crate) fn into(linear: &'a Linear, out: Target<'a>) -> Self {
+        Self { weight: &linear.weight, bias: linear.bias.as_deref(), out }
+    }
 }
 
 /// Products of one input, shared among the threads together.

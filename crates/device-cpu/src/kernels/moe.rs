@@ -4,11 +4,11 @@
 
 use std::ops::Range;
 
-use baton_device::{Activation, HostExperts, Result, Routing, Rows, select_experts};
+use baton_device::{Activation, HostExperts, Result, Routing, Rows, select_experts, weigh_experts};
 
 use crate::isa::Dispatch;
 use crate::kernels::linear::{Buffers, Part, Prepared};
-use crate::kernels::rows::{AddScaled, Gated};
+use crate::kernels::rows::{AddScaled, Clamp, Gated};
 use crate::pool::Pool;
 use crate::simd::LANES;
 use crate::tensor::{Target, Tensor, View};
@@ -21,6 +21,7 @@ pub struct Experts {
     held: Range<usize>,
     /// Those held.
     experts: Vec<Expert>,
+    limit: Option<f32>,
     routing: Routing,
 }
 
@@ -32,7 +33,7 @@ struct Expert {
 
 impl Experts {
     pub(crate) fn new(pool: &Pool, src: HostExperts<'_>) -> Result<Self> {
-        let HostExperts { count, held, source, formats, limit: _, routing } = src;
+        let HostExperts { count, held, source, formats, limit, routing } = src;
         let mut experts: Vec<Expert> = Vec::with_capacity(held.len());
         for e in held.clone() {
             let [gate, up, down] = source.expert(e)?;
@@ -47,7 +48,7 @@ impl Experts {
                 down: Matrix::from_host(pool, &down, formats[2])?,
             });
         }
-        Ok(Self { count, held, experts, routing })
+        Ok(Self { count, held, experts, limit, routing })
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -72,17 +73,24 @@ pub(crate) struct Scratch {
     inner: Buffers,
 }
 
+/// What chooses and weighs the experts of rows.
+pub(crate) struct Router<'a> {
+    pub(crate) logits: &'a Tensor,
+    /// Tokens, if they choose.
+    pub(crate) ids: Option<&'a [u32]>,
+}
+
 /// `out = Σ_e weight_e · down_e(silu(gate_e x) ⊙ up_e x)` for every row.
 pub(crate) fn fused(
     pool: &Pool,
     isa: Dispatch,
-    (x, logits): (&Tensor, &Tensor),
+    (x, router): (&Tensor, Router<'_>),
     layer: &Experts,
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
     let Scratch { pairs, rows, runs, gate, up, down, input: input_buffers, inner: inner_buffers } = scratch;
-    route(logits, layer, pairs);
+    route(&router, layer, pairs);
     rows.clear();
     rows.extend(pairs.iter().map(|p| p.1));
     runs.clear();
@@ -117,6 +125,10 @@ pub(crate) fn fused(
         for pair in first..first + count {
             // SAFETY: as above; both were computed by this task.
             let (gate, up) = unsafe { (gates.part(pair, cols.clone()), ups.part(pair, cols.clone())) };
+            if let Some(limit) = layer.limit {
+                isa.run(Clamp { x: gate, low: f32::NEG_INFINITY, high: limit });
+                isa.run(Clamp { x: up, low: -limit, high: limit });
+            }
             isa.run(Gated { activation: Activation::Silu, gate, up });
         }
     });
@@ -144,10 +156,18 @@ pub(crate) fn fused(
 }
 
 /// Chooses the experts of every row, of which those held are kept.
-fn route(logits: &Tensor, Experts { held, routing, .. }: &Experts, pairs: &mut Vec<(usize, u32, f32)>) {
+fn route(
+    Router { logits, ids }: &Router<'_>,
+    Experts { held, routing, .. }: &Experts,
+    pairs: &mut Vec<(usize, u32, f32)>,
+) {
     pairs.clear();
     for (row, logits) in logits.data().chunks_exact(logits.cols()).enumerate() {
-        let chosen = select_experts(logits, routing).into_iter().filter(|(e, _)| held.contains(e));
+        let chosen = match ids {
+            Some(ids) => weigh_experts(logits, ids[row], routing),
+            None => select_experts(logits, routing),
+        };
+        let chosen = chosen.into_iter().filter(|(e, _)| held.contains(e));
         pairs.extend(chosen.map(|(e, weight)| (e - held.start, row as u32, weight)));
     }
     pairs.sort_unstable_by_key(|&(expert, row, _)| (expert, row));

@@ -94,6 +94,23 @@ impl Kernel for Scale<'_> {
     }
 }
 
+/// `x = min(max(x, low), high)`.
+pub(crate) struct Clamp<'a> {
+    pub(crate) x: &'a mut [f32],
+    pub(crate) low: f32,
+    pub(crate) high: f32,
+}
+
+impl Kernel for Clamp<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (low, high) = (s.splat(self.low), s.splat(self.high));
+        for x in self.x.chunks_mut(LANES) {
+            s.store_first(s.at_most(s.at_least(s.load_first(x), low), high), x);
+        }
+    }
+}
+
 /// `x = cap * tanh(x / cap)`.
 pub(crate) struct Softcap<'a> {
     pub(crate) x: &'a mut [f32],

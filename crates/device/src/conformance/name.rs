@@ -3,8 +3,8 @@
 
 use std::fmt;
 
-use super::{Case, Layout};
-use crate::{AttentionParams, GroupScore, RopeLayout};
+use super::{Case, Layout, Pooled};
+use crate::{AttentionParams, GroupScore, PoolKv, RopeLayout};
 
 impl Case {
     /// The operation that it judges, of which there are several cases.
@@ -24,7 +24,11 @@ impl Case {
             Case::Indexed { .. } => "latent-indexed",
             Case::Rotary { .. } => "attention-rotary",
             Case::RotaryLatent { .. } => "latent-rotary",
+            Case::Windowed { .. } => "windowed",
+            Case::Grouped { .. } => "linear-grouped",
+            Case::Streams { .. } => "streams",
             Case::Moe { .. } => "moe",
+            Case::BoundedMoe { .. } => "moe-bounded",
         }
     }
 }
@@ -97,6 +101,29 @@ impl fmt::Display for Case {
             Case::Indexed { heads, width, top_k, kv, history } => {
                 write!(f, "-{kv}-{heads}x{width}-top{top_k}")?;
                 history
+            }
+            Case::Windowed { heads, width, window, pooled, kv, history } => {
+                write!(f, "-{kv}-{heads}x{width}-window{window}")?;
+                if let Some(PoolKv { rate, overlaps, index: _ }) = pooled.pool() {
+                    write!(f, "-rate{rate}{}", if overlaps { "-overlaps" } else { "" })?;
+                }
+                if let Pooled::Chosen { pool: PoolKv { index: Some(index), .. }, heads, top_k } = pooled {
+                    write!(f, "-{heads}x{index}-top{top_k}")?;
+                }
+                history
+            }
+            Case::Grouped { rows, groups, in_features, out_features, format } => {
+                write!(f, "-{format}-{rows}x{groups}x{in_features}x{out_features}")?;
+                0
+            }
+            Case::Streams { rows, streams, hidden } => {
+                write!(f, "-{rows}x{streams}x{hidden}")?;
+                0
+            }
+            Case::BoundedMoe { rows, hidden, intermediate, experts, format, by_token } => {
+                let by_token = if by_token { "-by-token" } else { "" };
+                write!(f, "-{format}-{rows}x{hidden}x{intermediate}-{experts}experts{by_token}")?;
+                0
             }
             Case::Latent { heads, nope, rope, v, rank, format, kv, history } => {
                 write!(f, "-{format}-{kv}-{heads}x{nope}+{rope}x{v}-rank{rank}")?;

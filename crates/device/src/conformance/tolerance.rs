@@ -1,6 +1,6 @@
 //! How far a device may be from the judge: what rounding explains, and no more.
 
-use super::Case;
+use super::{Case, Pooled};
 use crate::{Caps, DType, KvDtype, WeightFormat};
 
 /// Of sums in f32, in another order than the judge's.
@@ -12,9 +12,15 @@ pub(super) fn tolerance(case: &Case, caps: &Caps, expected: &[f32]) -> f32 {
         return match case {
             // The judge does not make activations narrow: what is not on a grid differs by up to half a step of 127
             // (of 256 for bf16) for each of two products.
-            Case::Moe { format, .. } | Case::Latent { format, .. } if caps.narrow_activations.contains(format) => 5e-3,
+            Case::Moe { format, .. } | Case::BoundedMoe { format, .. } | Case::Latent { format, .. }
+                if caps.narrow_activations.contains(format) =>
+            {
+                5e-3
+            }
             // A key whose last bit is another before it is kept, for it is rotated or normed, may be rounded to the other side.
             Case::Rotary { kv, .. } | Case::RotaryLatent { kv, .. } | Case::Indexed { kv, .. } => SUMS + kept(*kv),
+            // So may an entry.
+            Case::Windowed { kv, pooled, .. } if pooled.pool().is_some() => SUMS + kept(*kv),
             _ => SUMS,
         };
     }
@@ -52,7 +58,11 @@ impl Case {
     fn roundings(&self) -> f32 {
         match self {
             // Of the weight where the device multiplies in less, of the product, of the bias, of their sum.
-            Case::Linear { .. } | Case::Coded { .. } | Case::Group { .. } | Case::Made { .. } => 4.0,
+            Case::Linear { .. }
+            | Case::Coded { .. }
+            | Case::Group { .. }
+            | Case::Made { .. }
+            | Case::Grouped { .. } => 4.0,
             // As above, of both.
             Case::Gated { .. } => 8.0,
             // Of the sum with the residual, of the weight, of the result.
@@ -66,14 +76,18 @@ impl Case {
             // Of the scaled query, of the softmax, of the result; once more where products are narrower.
             Case::Attention { .. } => 4.0,
             // Of devices that compute in f32: with less, others would be chosen.
-            Case::Indexed { .. } => 0.0,
+            Case::Indexed { .. } | Case::Windowed { pooled: Pooled::Chosen { .. }, .. } => 0.0,
+            // As attention, and of a norm and a rotation.
+            Case::Windowed { .. } => 11.0,
+            // Of the weights, of what is joined, of what is mixed, and of this once more.
+            Case::Streams { .. } => 8.0,
             // As attention, and of the absorbed query and of the mixed latents.
             Case::Latent { .. } => 6.0,
             // As norms, rotation and attention one after the other.
             Case::Rotary { .. } => 11.0,
             Case::RotaryLatent { .. } => 13.0,
             // Of gate, up, activation, their product and down; of an expert's share and the sum.
-            Case::Moe { .. } => 8.0,
+            Case::Moe { .. } | Case::BoundedMoe { .. } => 8.0,
         }
     }
 
@@ -86,11 +100,13 @@ impl Case {
         };
         match self {
             // A weight that meets activations as they are gives an exact product: router logits depend on it.
-            Case::Linear { format, .. } => narrow(format),
+            Case::Linear { format, .. } | Case::Grouped { format, .. } => narrow(format),
             Case::Coded { layout, .. } => narrow(&WeightFormat::Coded(layout.code)),
             Case::Made { block, .. } => narrow(&WeightFormat::Ggml(*block)),
             Case::Group { weights, .. } => weights.iter().map(|(_, format)| narrow(format)).fold(0.0, f32::max),
-            Case::Latent { format, .. } | Case::Moe { format, .. } => narrow(format).max(roundoff(caps.activations)),
+            Case::Latent { format, .. } | Case::Moe { format, .. } | Case::BoundedMoe { format, .. } => {
+                narrow(format).max(roundoff(caps.activations))
+            }
             Case::Gated { formats, .. } => formats.iter().map(narrow).fold(roundoff(caps.activations), f32::max),
             _ => roundoff(caps.activations),
         }

@@ -427,7 +427,8 @@ impl<B: CompressedOps> Experts<B> {
         let routing = Routing { scoring: Scoring::SqrtSoftplus { correction_bias }, by_token, ..moe.routing.clone() };
         let [gate, up, down] = PROJECTIONS.map(|name| format!("{block}.shared_experts.{name}"));
         Ok(Self {
-            router: loader.linear(&format!("{block}.gate"))?,
+            // Without what is named like its bias: that chooses experts and does not weigh them.
+            router: loader.named_linear(&format!("{block}.gate.weight"))?,
             routed: loader.experts(
                 &format!("{block}.experts"),
                 PROJECTIONS,

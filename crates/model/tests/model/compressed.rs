@@ -38,7 +38,7 @@ fn one_more_or_less_shows() {
 fn factors_and_bounds_show() {
     let numbers = [
         ("routed_scaling_factor", [1.5, 2.5], 1.0),
-        ("swiglu_limit", [1.5, 2.0], 1e6),
+        ("swiglu_limit", [1.5, 2.0], 1e5),
         ("compress_rope_theta", [160_000.0, 40_000.0], 10_000.0),
         ("hc_eps", [1e-6, 1e-4], 0.01),
     ];

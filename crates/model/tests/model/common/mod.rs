@@ -79,10 +79,12 @@ pub fn json(path: PathBuf) -> Value {
 /// Drafts of a sequence in a step, at most: with all of them, the rows of logits are more than are read at once.
 pub const MAX_DRAFT: usize = 4;
 
-/// [`options`] for a checkpoint: what DeepSeek-V4 pools of drafts cannot be taken back, so it takes none.
+/// [`options`] for a checkpoint: DeepSeek-V4 takes no drafts, and its goldens are longer, for contexts close many entries.
 pub fn options_of(case: &str) -> LoadOptions {
-    let max_draft_tokens = if case.starts_with("deepseek-v4") { 0 } else { MAX_DRAFT };
-    LoadOptions { max_draft_tokens, ..options() }
+    match case.starts_with("deepseek-v4") {
+        true => LoadOptions { max_draft_tokens: 0, max_model_len: Some(440), max_step_tokens: 440, ..options() },
+        false => options(),
+    }
 }
 
 pub fn options() -> LoadOptions {
