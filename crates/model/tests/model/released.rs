@@ -6,7 +6,7 @@ use baton_model::{Files, LoadOptions, LoadReport, load};
 use serde_json::{Map, Value, json};
 
 use crate::common::checkpoint::{Copy, Tensor, find, probe};
-use crate::common::{Rng, options_of};
+use crate::common::{Rng, all_logits, exact_cpu, options_of};
 
 const CASE: &str = "deepseek-v4-b";
 /// Of the golden checkpoint's experts, which do not fill whole groups of 32 columns.
@@ -191,11 +191,14 @@ fn released_forms_mean_exactly_the_expected_values() {
     ];
     let mut all = Vec::new();
     for (i, form) in forms.into_iter().enumerate() {
-        let copies = released(form);
+        let files = released(form).map(|copy| (Files::folder(copy.path()).unwrap(), copy));
         let options = LoadOptions { dtype: Some(DType::F32), ..options_of(CASE) };
-        let [actual, expected] = copies
+        let [actual, expected] =
+            files.each_ref().map(|(files, _)| probe(load(Reference::new(), files, &options).unwrap()));
+        let [on_cpu, expected_there] = files
             .each_ref()
-            .map(|copy| probe(load(Reference::new(), &Files::folder(copy.path()).unwrap(), &options).unwrap()));
+            .map(|(files, _)| all_logits(&mut load(exact_cpu(), files, &options).unwrap().0, &[1, 2, 3, 4, 5]));
+        assert!(on_cpu == expected_there, "form {i} on the cpu");
         assert!(expected.iter().all(|logit| logit.is_finite()) && expected.iter().any(|logit| logit.abs() > 0.1));
         assert!(actual == expected, "form {i}");
         all.push(actual);
