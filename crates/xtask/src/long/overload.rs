@@ -50,7 +50,20 @@ fn calls(seed: usize) -> impl Iterator<Item = Value> {
 async fn overload(binary: &Path, model: &Path, time: Duration, record: &mut Record) -> Result<()> {
     let model = model.to_str().context("a path in UTF-8")?;
     let running = RUNNING.to_string();
-    let flags = [model, "--max-num-seqs", &running, "--max-queued-requests", WAITING, "--handoff", "off"];
+    // The load is made on the same machine: a core is left to it, or what it takes would count as the server's loss.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (cores - 1).max(1).to_string();
+    let flags = [
+        model,
+        "--threads",
+        &threads,
+        "--max-num-seqs",
+        &running,
+        "--max-queued-requests",
+        WAITING,
+        "--handoff",
+        "off",
+    ];
     let server = watched::start(binary, &flags).await?;
     let peak = peak(&server, record).await?;
     let rate = peak.request_throughput;
