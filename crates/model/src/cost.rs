@@ -2,7 +2,7 @@
 //! hold it against what a machine can do.
 
 use crate::arch;
-use crate::checkpoint::{Role, TensorSpec};
+use crate::checkpoint::TensorSpec;
 use crate::config::ModelConfig;
 
 /// The matrices of a model, by who meets them. Attention over the context is no matrix and not among them.
@@ -35,7 +35,7 @@ impl StepCost {
         if let Some(moe) = &config.moe {
             cost.expert_share = moe.routing.top_k as f64 / moe.num_experts.max(1) as f64;
         }
-        for spec in specs.filter(|s| s.role != Role::Vector) {
+        for spec in specs.filter(|s| s.role.has_format()) {
             let part = match spec.name.as_str() {
                 name if arch::is_head(config, name) => &mut cost.head,
                 name if name == arch::embedding_weight(config) => continue, // of which a row is copied
@@ -75,7 +75,7 @@ mod tests {
             "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "eos_token_id": 1"#;
         let cost = |json: &str| {
             let config = ModelConfig::parse(json.as_bytes()).unwrap_or_else(|e| panic!("{e}"));
-            StepCost::new(&config, arch::specs(&config).0.values(), |spec| {
+            StepCost::new(&config, arch::specs(&config, |_| None).0.values(), |spec| {
                 2 * spec.shape.iter().product::<usize>() as u64
             })
         };

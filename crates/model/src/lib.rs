@@ -32,8 +32,8 @@ mod step;
 pub use adapter::{Adapter, AdapterError, AdapterLoader};
 pub use checkpoint::{CheckpointError, FileError, Files, StoredAs, Tensors};
 pub use config::{
-    Architecture, ConfigError, DeepseekConfig, Family, GenerationConfig, IndexerConfig, LlamaConfig, ModelConfig,
-    MoeConfig, QuantizationConfig, RopeConfig, RopeScaling,
+    Architecture, ConfigError, DeepseekConfig, DeepseekV4Config, Family, GenerationConfig, IndexerConfig, LlamaConfig,
+    ModelConfig, MoeConfig, QuantizationConfig, RopeConfig, RopeScaling, V4Attention, V4Layer,
 };
 pub use constraint::{Constraint, ConstraintError, Grammar, StepMasks, TokenMask};
 pub use cost::StepCost;

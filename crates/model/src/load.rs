@@ -280,7 +280,7 @@ pub(crate) fn prepare<B: Backend + LatentOps + CompressedOps>(
     };
     let config = if options.mtp { config } else { config.without_mtp() };
     let spec = run_spec(&config, options)?;
-    let specs = arch::specs(&config).0;
+    let specs = arch::specs(&config, |name| checkpoint.stored_type(name)).0;
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
     let formats = Formats { dtype: options.dtype, quantized: options.quantization };
     let formats = formats.resolve(&specs, &checkpoint, backend.caps());
@@ -297,7 +297,11 @@ pub(crate) fn prepare<B: Backend + LatentOps + CompressedOps>(
     }
     let kv = arch::kv_spec(&config, backend.world(), kv_dtype, backend.caps().kv_block_size);
     // What cannot fit is refused before weights are read; how much of a share is left is known when they are there.
-    let kept = |s: &TensorSpec| loader::kept(formats[&s.name], s.shape.iter().product(), checkpoint.bytes(s));
+    let kept = |s: &TensorSpec| {
+        let elements = s.shape.iter().product();
+        // Tables are kept as u32.
+        formats.get(&s.name).map_or(4 * elements as u64, |f| loader::kept(*f, elements, checkpoint.bytes(s)))
+    };
     // Sharing out makes no rank's part smaller than this.
     let weights = specs.values().map(kept).sum::<u64>() / backend.world().size as u64;
     let room = Room::new(&backend, options.kv_cache, &kv, &spec, weights)?;
@@ -427,7 +431,7 @@ pub(crate) fn check_device<'a, B: Backend>(
     let caps = backend.caps();
     let mut weight_formats = BTreeSet::new();
     let (mut blocks, mut odd) = (Vec::new(), Vec::new());
-    for spec in specs.filter(|s| s.role != Role::Vector) {
+    for spec in specs.filter(|s| s.role.has_format()) {
         let format = formats[&spec.name];
         if let WeightFormat::Ggml(block) = format {
             blocks.push((spec, block.elements()));

@@ -6,6 +6,7 @@
 //! adds it to the digest, also what other ranks keep; those see what they have a share of.
 
 mod experts;
+mod table;
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -39,7 +40,7 @@ pub(crate) struct Formats {
 }
 
 impl Formats {
-    /// The format of every tensor of a verified checkpoint, by name. Unless something else is asked for, a matrix is kept as it is
+    /// The format of every tensor of a verified checkpoint that is no table, by name. Unless something else is asked for, a matrix is kept as it is
     /// stored if the device keeps that, blocks and codes included, else in the device's type of activations. Codes that it does
     /// not keep are widened to that, too, or to bf16 where that is f32 and the device has bf16. So are those that do not
     /// [lie in runs](Encoding::lies_in_runs). The experts of a projection are kept alike. Routers are f32: they are small, and a
@@ -51,7 +52,7 @@ impl Formats {
         caps: &Caps,
     ) -> BTreeMap<String, WeightFormat> {
         let mut alike: BTreeMap<String, Vec<&TensorSpec>> = BTreeMap::new();
-        for spec in specs.values() {
+        for spec in specs.values().filter(|spec| spec.role != Role::Table) {
             alike.entry(arch::without_expert(&spec.name)).or_default().push(spec);
         }
         let formats = alike.values().flat_map(|specs| {
@@ -104,6 +105,7 @@ impl Formats {
             },
             Role::Float => float(),
             Role::Router | Role::Vector => WeightFormat::F32,
+            Role::Table => unreachable!("{} has no format", spec.name),
         }
     }
 }

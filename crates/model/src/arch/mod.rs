@@ -107,8 +107,9 @@ impl Specs {
 }
 
 /// Every tensor that a model of this config has. Routers, embeddings and the input of the layer that predicts further
-/// tokens are never quantised.
-pub(crate) fn specs(config: &ModelConfig) -> Specs {
+/// tokens are never quantised. `stored` gives the type of a tensor in the checkpoint, if it is there: some configs leave to it
+/// how weights are stored.
+pub(crate) fn specs(config: &ModelConfig, stored: impl Fn(&str) -> Option<&'static str>) -> Specs {
     let mut specs = Specs::default();
     let layers = 0..config.num_layers + config.mtp_layers;
     match &config.family {
@@ -129,7 +130,7 @@ pub(crate) fn specs(config: &ModelConfig) -> Specs {
             Role::Router | Role::Table | Role::Vector => false,
         };
         for spec in specs.0.values_mut().filter(quantizable) {
-            spec.encoding = quantization.encoding(spec.module()).cloned();
+            spec.encoding = quantization.encoding(spec.module(), stored(&spec.name)).cloned();
         }
     }
     specs

@@ -56,6 +56,9 @@ pub(crate) const WEIGHTS: &[&str] = &[
     "IQ4_XS",
 ];
 
+/// Stored types that a table of experts may have.
+pub(crate) const INTEGERS: &[&str] = &["I64", "I32"];
+
 impl Entry {
     /// Its element type, if that can be a weight's.
     pub(crate) fn dtype(&self) -> Option<DType> {

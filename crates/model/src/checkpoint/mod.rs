@@ -20,7 +20,7 @@ use baton_device::{DType, WeightFormat};
 pub use files::{FileError, Files};
 pub(crate) use files::{OpenFile, Part};
 pub(crate) use header::Entry;
-use header::WEIGHTS;
+use header::{INTEGERS, WEIGHTS};
 pub use plain::{StoredAs, Tensors};
 
 use crate::quant::{Encoding, Parts, StoredTensor};
@@ -82,6 +82,14 @@ pub enum CheckpointError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A table does not name the experts of each token.
+    #[error("tensor {tensor} names no experts: {reason}")]
+    Table {
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A weight is too large for the format asked for.
     #[error("tensor {tensor} holds {value}, which {format} cannot hold; load it as stored, or as bf16")]
     OutOfRange {
@@ -115,8 +123,9 @@ impl TensorSpec {
     /// The tensors in the file that stand for it.
     fn stored(&self) -> Result<Vec<(String, StoredTensor)>, String> {
         let Some(encoding) = &self.encoding else {
+            let types = if self.role == Role::Table { INTEGERS } else { WEIGHTS };
             let shapes = vec![self.shape.clone()];
-            return Ok(vec![(self.name.clone(), StoredTensor { suffix: "", shapes, types: WEIGHTS, optional: false })]);
+            return Ok(vec![(self.name.clone(), StoredTensor { suffix: "", shapes, types, optional: false })]);
         };
         let tensors = encoding.tensors(self.matrix()).map_err(|e| format!("{} ({encoding}): {e}", self.name))?;
         Ok(tensors.into_iter().map(|t| (format!("{}.{}", self.module(), t.suffix), t)).collect())
@@ -142,6 +151,18 @@ pub(crate) enum Role {
     Router,
     /// A norm, bias or correction: f32, which holds every stored type exactly.
     Vector,
+    /// Experts by token, which are integers and no weights.
+    Table,
+}
+
+impl Role {
+    /// Whether it is a matrix that has a format, and not numbers beside those.
+    pub(crate) const fn has_format(self) -> bool {
+        match self {
+            Role::Linear | Role::Float | Role::Router => true,
+            Role::Vector | Role::Table => false,
+        }
+    }
 }
 
 /// The open weight files of a checkpoint.
@@ -242,6 +263,11 @@ impl Checkpoint {
             return Some(format!("tensor {name} has dtype {}; {wanted}", entry.stored_type));
         }
         None
+    }
+
+    /// The stored type of a tensor, if it is there.
+    pub(crate) fn stored_type(&self, name: &str) -> Option<&'static str> {
+        self.tensors.get(name).map(|(_, entry)| entry.stored_type)
     }
 
     /// The stored type of a verified tensor of floats.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::fields::Fields;
 use super::parse::{HEAD_DIM, HEADS, POSITIONS, WIDTH};
-use super::{Architecture, DeepseekConfig, IndexerConfig, LlamaConfig, MoeConfig};
+use super::{Architecture, DeepseekConfig, IndexerConfig, LlamaConfig, MoeConfig, deepseek_v4};
 
 const EXPERTS: RangeInclusive<usize> = 1..=4096;
 /// Experts of all layers: bounds the list of tensors that a config can ask for.
@@ -84,7 +84,8 @@ pub(super) fn softcap(fields: &mut Fields<'_>, architecture: Architecture, name:
 /// The window of every layer: `sliding_window`, and which layers it is for.
 pub(super) fn windows(fields: &mut Fields<'_>, architecture: Architecture, num_layers: usize) -> Vec<Option<usize>> {
     use Architecture::{
-        DeepseekV2, DeepseekV3, DeepseekV32, Gemma2, Gemma3, Llama, Mistral, Mixtral, Phi3, Qwen2, Qwen3, Qwen3Moe,
+        DeepseekV2, DeepseekV3, DeepseekV4, DeepseekV32, Gemma2, Gemma3, Llama, Mistral, Mixtral, Phi3, Qwen2, Qwen3,
+        Qwen3Moe,
     };
     let stated = fields.is_stated("sliding_window");
     let assumed = matches!(architecture, Mistral | Qwen2 | Qwen3 | Gemma2 | Gemma3).then_some(DEFAULT_WINDOW);
@@ -112,6 +113,7 @@ pub(super) fn windows(fields: &mut Fields<'_>, architecture: Architecture, num_l
             }
             vec![false; num_layers]
         }
+        DeepseekV4 => unreachable!("all its layers have a window"),
     };
     let free = matches!(architecture, Qwen2 | Qwen3 | Gemma2 | Gemma3);
     let slides = match layer_types(fields, architecture, num_layers) {
@@ -169,17 +171,19 @@ pub(super) fn deepseek(fields: &mut Fields<'_>, architecture: Architecture, num_
         v_head_dim: fields.size("v_head_dim", HEAD_DIM),
         rope_interleaved: architecture == Architecture::DeepseekV2 || fields.flag("rope_interleave", true),
         bias: fields.flag("attention_bias", false),
-        indexer: indexed.then(|| IndexerConfig {
-            heads: fields.size("index_n_heads", HEADS),
-            head_dim: fields.size("index_head_dim", HEAD_DIM),
-            top_k: fields.size("index_topk", POSITIONS),
-        }),
+        indexer: None,
     };
-    if let Some(indexer) = config.indexer.as_ref().filter(|own| own.head_dim < config.qk_rope_head_dim) {
-        let (width, rotated) = (indexer.head_dim, config.qk_rope_head_dim);
-        fields.refuse(format!("index_head_dim {width} is less than the {rotated} columns of qk_rope_head_dim"));
+    let indexer = indexed.then(|| indexer(fields, config.qk_rope_head_dim));
+    DeepseekConfig { indexer, ..config }
+}
+
+/// What chooses what is read, by heads of which so many columns are rotated.
+pub(super) fn indexer(fields: &mut Fields<'_>, rotated: usize) -> IndexerConfig {
+    let head_dim = fields.size("index_head_dim", HEAD_DIM);
+    if head_dim < rotated {
+        fields.refuse(format!("index_head_dim {head_dim} is less than the {rotated} columns that are rotated"));
     }
-    config
+    IndexerConfig { heads: fields.size("index_n_heads", HEADS), head_dim, top_k: fields.size("index_topk", POSITIONS) }
 }
 
 /// Experts, where the architecture has them.
@@ -209,6 +213,7 @@ pub(super) fn moe(
             let norm_topk_prob = fields.flag("norm_topk_prob", false);
             (sparse_layers(fields, num_layers), Routing { norm_topk_prob, ..shares })
         }
+        Architecture::DeepseekV4 => (vec![true; num_layers], deepseek_v4::routing(fields, shares)),
         _ => {
             fields.only("moe_layer_freq", &[json!(1)]);
             let dense = fields.size("first_k_dense_replace", 0..=num_layers);
@@ -223,12 +228,16 @@ pub(super) fn moe(
         fields.refuse(format!("num_experts_per_tok {top_k} exceeds the {eligible} experts that can be chosen"));
     }
     let width = if architecture == Architecture::Mixtral { "intermediate_size" } else { "moe_intermediate_size" };
-    let has_shared = architecture.is_deepseek();
+    let shared = match architecture {
+        Architecture::DeepseekV4 => 1,
+        architecture if architecture.is_deepseek() => fields.size_or("n_shared_experts", 0, 0..=256),
+        _ => 0,
+    };
     Some(MoeConfig {
         layers,
         intermediate_size: fields.size(width, WIDTH),
         num_experts,
-        num_shared_experts: if has_shared { fields.size_or("n_shared_experts", 0, 0..=256) } else { 0 },
+        num_shared_experts: shared,
         routing,
     })
 }
@@ -250,8 +259,7 @@ fn sparse_layers(fields: &mut Fields<'_>, num_layers: usize) -> Vec<bool> {
 /// the best experts. V2's weights are never normalised: transformers does not read its
 /// `norm_topk_prob`, and every published file has it false.
 fn deepseek_routing(fields: &mut Fields<'_>, architecture: Architecture, shares: Routing) -> Routing {
-    let scaling = fields.optional_number("routed_scaling_factor", "a positive number", |v| v > 0.0 && v < 1e6);
-    let scaling_factor = scaling.unwrap_or(1.0) as f32;
+    let scaling_factor = scaling_factor(fields, 1.0);
     let groups = |fields: &mut Fields<'_>, score| {
         let count = fields.size_or("n_group", 1, EXPERTS);
         let kept = fields.size_or("topk_group", count, EXPERTS);
@@ -277,6 +285,12 @@ fn deepseek_routing(fields: &mut Fields<'_>, architecture: Architecture, shares:
         scaling_factor,
         ..shares
     }
+}
+
+/// Factor on the weights of experts.
+pub(super) fn scaling_factor(fields: &mut Fields<'_>, default: f64) -> f32 {
+    let factor = fields.optional_number("routed_scaling_factor", "a positive number", |v| v > 0.0 && v < 1e6);
+    factor.unwrap_or(default) as f32
 }
 
 /// How many experts can be chosen.

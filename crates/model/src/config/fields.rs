@@ -116,7 +116,7 @@ impl<'a> Fields<'a> {
 }
 
 /// A value for a message, cut: it comes from outside and may be huge.
-fn short(value: &Value) -> String {
+pub(super) fn short(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {
         Some((cut, _)) => format!("{}…", &text[..cut]),

@@ -3,6 +3,7 @@
 //! Invariant: a config that exists can be run. Everything this crate cannot run is refused here and
 //! nowhere else, with every reason at once; sizes are capped so that products of them cannot overflow.
 
+mod deepseek_v4;
 mod families;
 mod fields;
 mod generation;
@@ -60,11 +61,13 @@ pub enum Architecture {
     DeepseekV3,
     /// DeepSeek-V3.2: V3 whose attention reads the positions that an indexer chooses.
     DeepseekV32,
+    /// DeepSeek-V4: attention to a window and to what is pooled of the tokens before, several residual streams.
+    DeepseekV4,
 }
 
 impl Architecture {
     /// All of them.
-    pub const ALL: [Architecture; 12] = [
+    pub const ALL: [Architecture; 13] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Mixtral,
@@ -77,6 +80,7 @@ impl Architecture {
         Architecture::DeepseekV2,
         Architecture::DeepseekV3,
         Architecture::DeepseekV32,
+        Architecture::DeepseekV4,
     ];
 
     /// As in the config's `architectures`.
@@ -94,6 +98,7 @@ impl Architecture {
             Architecture::DeepseekV2 => "DeepseekV2ForCausalLM",
             Architecture::DeepseekV3 => "DeepseekV3ForCausalLM",
             Architecture::DeepseekV32 => "DeepseekV32ForCausalLM",
+            Architecture::DeepseekV4 => "DeepseekV4ForCausalLM",
         }
     }
 
@@ -112,12 +117,14 @@ impl Architecture {
             Architecture::DeepseekV2 => "deepseek_v2",
             Architecture::DeepseekV3 => "deepseek_v3",
             Architecture::DeepseekV32 => "deepseek_v32",
+            Architecture::DeepseekV4 => "deepseek_v4",
         }
     }
 
     /// Whether it is one of the DeepSeek models.
-    pub(crate) const fn is_deepseek(self) -> bool {
-        matches!(self, Architecture::DeepseekV2 | Architecture::DeepseekV3 | Architecture::DeepseekV32)
+    const fn is_deepseek(self) -> bool {
+        use Architecture::{DeepseekV2, DeepseekV3, DeepseekV4, DeepseekV32};
+        matches!(self, DeepseekV2 | DeepseekV3 | DeepseekV32 | DeepseekV4)
     }
 
     /// Whether it is one of the Gemma models, which have several habits in common.
@@ -135,7 +142,7 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of a dense feed-forward layer.
+    /// Width of a dense feed-forward layer; of an expert where no layer is dense by design (DeepSeek-V4).
     pub intermediate_size: usize,
     /// Decoder layers.
     pub num_layers: usize,
@@ -184,6 +191,8 @@ pub enum Family {
     Llama(LlamaConfig),
     /// DeepSeek-V2, V3 and V3.2.
     Deepseek(DeepseekConfig),
+    /// DeepSeek-V4.
+    DeepseekV4(DeepseekV4Config),
 }
 
 /// Grouped-query attention.
@@ -230,14 +239,71 @@ pub struct DeepseekConfig {
     pub indexer: Option<IndexerConfig>,
 }
 
-/// The indexer in front of latent attention.
+/// Windows, pools and streams.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeepseekV4Config {
+    /// Width of the query's latent.
+    pub q_lora_rank: usize,
+    /// Width of a head, and of the one vector that is key and value of all heads.
+    pub head_dim: usize,
+    /// Rotated columns, the last of a head.
+    pub rope_dim: usize,
+    /// Width of the latent that each group of heads is projected to.
+    pub o_lora_rank: usize,
+    /// Groups of heads in the output projection; divides the heads.
+    pub o_groups: usize,
+    /// Positions that a token sees as they are, its own included.
+    pub window: usize,
+    /// One per layer.
+    pub layers: Vec<V4Layer>,
+    /// Rotary embedding of the layers that pool; the model's is that of the others.
+    pub compress_rope: RopeConfig,
+    /// What chooses among entries; there where a layer is sparse.
+    pub indexer: Option<IndexerConfig>,
+    /// Residual streams.
+    pub streams: usize,
+    /// Normalisations of the matrix that mixes streams.
+    pub mixing_iterations: usize,
+    /// Added to the weights of streams and to sums that are divided by.
+    pub mixing_eps: f32,
+    /// Bound of an expert's products before they are multiplied.
+    pub expert_limit: f32,
+}
+
+/// A layer of DeepSeek-V4.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct V4Layer {
+    /// What a token sees.
+    pub attention: V4Attention,
+    /// Whether a table names the experts of each token, and scores do not choose them.
+    pub hashed: bool,
+}
+
+/// What a token sees beside itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum V4Attention {
+    /// The window.
+    Window,
+    /// The window, and those entries that an indexer chooses.
+    Sparse {
+        /// Tokens of an entry, which pools those of the one before as well.
+        rate: usize,
+    },
+    /// The window and all entries.
+    Heavy {
+        /// Tokens of an entry.
+        rate: usize,
+    },
+}
+
+/// The indexer that chooses what attention reads: positions in front of latent attention, entries in DeepSeek-V4.
 #[derive(Debug, Clone, PartialEq)]
 pub struct IndexerConfig {
     /// Heads, whose scores are added.
     pub heads: usize,
     /// Width of a head, and of the key that they share.
     pub head_dim: usize,
-    /// Positions that a token reads.
+    /// Positions or entries that a token reads.
     pub top_k: usize,
 }
 

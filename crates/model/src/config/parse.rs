@@ -10,7 +10,7 @@ use baton_device::{Activation, DType};
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
-use super::{Architecture, ConfigError, Family, ModelConfig, families, quantization, rope};
+use super::{Architecture, ConfigError, Family, ModelConfig, RopeConfig, deepseek_v4, families, quantization, rope};
 
 const FILE: &str = "config.json";
 
@@ -50,37 +50,19 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         _ => 0,
     };
     let max_position_embeddings = fields.size("max_position_embeddings", POSITIONS);
-    let windows = families::windows(&mut fields, architecture, num_layers);
-    let mut family = match architecture {
-        architecture if architecture.is_deepseek() => {
-            Family::Deepseek(families::deepseek(&mut fields, architecture, num_heads))
-        }
-        _ => Family::Llama(families::llama(&mut fields, architecture, (num_heads, hidden_size), windows)),
-    };
-    let rope_dim = match &family {
-        Family::Llama(c) => c.head_dim,
-        Family::Deepseek(c) => c.qk_rope_head_dim,
-    };
-    if rope_dim % 2 != 0 {
-        fields.refuse(format!("the rotary width {rope_dim} is odd; pairs of columns are rotated"));
-    }
-    let rope = match &mut family {
-        Family::Llama(own) if architecture == Architecture::Gemma3 => {
-            let [full, windowed] = rope::parse_two(&mut fields, rope_dim, max_position_embeddings);
-            own.window_rope = Some(windowed);
-            full
-        }
-        _ => {
-            let theta = if architecture == Architecture::Mixtral { 1e6 } else { 1e4 };
-            rope::parse(&mut fields, rope_dim, max_position_embeddings, theta)
-        }
+    let (family, rope) =
+        family(&mut fields, architecture, [num_layers, num_heads, hidden_size, max_position_embeddings]);
+    let moe = families::moe(&mut fields, architecture, (num_layers, mtp_layers));
+    let intermediate_size = match &moe {
+        Some(moe) if architecture == Architecture::DeepseekV4 => moe.intermediate_size,
+        _ => fields.size("intermediate_size", WIDTH),
     };
     let gemma = architecture.is_gemma();
     let config = ModelConfig {
         architecture,
         vocab_size: fields.size("vocab_size", VOCAB),
         hidden_size,
-        intermediate_size: fields.size("intermediate_size", WIDTH),
+        intermediate_size,
         num_layers,
         mtp_layers,
         num_heads,
@@ -89,7 +71,7 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         tie_word_embeddings: fields.flag("tie_word_embeddings", gemma),
         hidden_act: if gemma { Activation::GeluTanh } else { Activation::Silu },
         mlp_bias: families::bias(&mut fields, "mlp_bias", architecture == Architecture::Llama),
-        moe: families::moe(&mut fields, architecture, (num_layers, mtp_layers)),
+        moe,
         fused_projections: architecture == Architecture::Phi3,
         post_norms: gemma,
         norm_offset: if gemma { 1.0 } else { 0.0 },
@@ -97,11 +79,49 @@ pub(super) fn model_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
         logit_softcap: families::softcap(&mut fields, architecture, "final_logit_softcapping", 30.0),
         rope,
         dtype: dtype(&mut fields),
-        quantization: quantization::parse(&mut fields),
+        quantization: quantization::parse(&mut fields, architecture),
         eos_token_ids: fields.token_ids("eos_token_id").unwrap_or_default(),
         family,
     };
     if fields.reasons.is_empty() { Ok(config) } else { Err(ConfigError { file: FILE, reasons: fields.reasons }) }
+}
+
+/// What is the family's own, and the rotary embedding.
+fn family(
+    fields: &mut Fields<'_>,
+    architecture: Architecture,
+    [num_layers, num_heads, hidden_size, max_positions]: [usize; 4],
+) -> (Family, RopeConfig) {
+    if architecture == Architecture::DeepseekV4 {
+        let (own, rope) = deepseek_v4::parse(fields, [num_layers, num_heads, max_positions]);
+        refuse_odd(fields, own.rope_dim);
+        return (Family::DeepseekV4(own), rope);
+    }
+    let windows = families::windows(fields, architecture, num_layers);
+    if architecture.is_deepseek() {
+        let own = families::deepseek(fields, architecture, num_heads);
+        refuse_odd(fields, own.qk_rope_head_dim);
+        let rope = rope::parse(fields, own.qk_rope_head_dim, max_positions, 1e4);
+        return (Family::Deepseek(own), rope);
+    }
+    let mut own = families::llama(fields, architecture, (num_heads, hidden_size), windows);
+    refuse_odd(fields, own.head_dim);
+    let rope = match architecture {
+        Architecture::Gemma3 => {
+            let [full, windowed] = rope::parse_two(fields, own.head_dim, max_positions);
+            own.window_rope = Some(windowed);
+            full
+        }
+        Architecture::Mixtral => rope::parse(fields, own.head_dim, max_positions, 1e6),
+        _ => rope::parse(fields, own.head_dim, max_positions, 1e4),
+    };
+    (Family::Llama(own), rope)
+}
+
+fn refuse_odd(fields: &mut Fields<'_>, rope_dim: usize) {
+    if rope_dim % 2 != 0 {
+        fields.refuse(format!("the rotary width {rope_dim} is odd; pairs of columns are rotated"));
+    }
 }
 
 /// The one architecture that the config names, by class or, without that, by type.
@@ -142,7 +162,9 @@ fn refuse_unsupported(fields: &mut Fields<'_>, architecture: Architecture) {
     } else {
         fields.only("hidden_act", &[json!("silu")]);
     }
-    fields.only("partial_rotary_factor", &[json!(1), json!(1.0)]);
+    if architecture != Architecture::DeepseekV4 {
+        fields.only("partial_rotary_factor", &[json!(1), json!(1.0)]);
+    }
 }
 
 fn dtype(fields: &mut Fields<'_>) -> Option<DType> {

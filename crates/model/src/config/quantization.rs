@@ -1,20 +1,24 @@
 //! `quantization_config`: how a checkpoint's matrices are stored, by module name.
 //!
-//! Methods: `fp8` (DeepSeek-V3's blocks; scales per tensor), `compressed-tensors`, `gptq`, `awq`, and `ggml`, which is
-//! our own ([`crate::quantize`]). Only
-//! weights count: activations stay f32, whatever the config asks for, and [`QuantizationConfig`] says so.
+//! Methods: `fp8` (DeepSeek-V3's blocks; DeepSeek-V4's, with experts in four bits; scales per tensor), `compressed-tensors`,
+//! `gptq`, `awq`, and `ggml`, which is our own ([`crate::quantize`]). Only weights count: activations stay f32, whatever the
+//! config asks for, and [`QuantizationConfig`] says so.
 
 use baton_device::BlockFormat;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::Architecture;
 use super::fields::Fields;
 use super::pattern::Pattern;
-use crate::quant::{Awq, Blocks, Codes, Encoding, Gptq, Mxfp4, Packed, Scaled};
+use crate::quant::{Awq, Blocks, Codes, Encoding, FLOATS, Gptq, Mxfp4, Packed, Scaled};
 
 const METHODS: [&str; 5] = ["fp8", "compressed-tensors", "gptq", "awq", GGML];
 const GGML: &str = "ggml";
 const HEAD: &str = "lm_head";
+const EXPERT_DTYPE: &str = "expert_dtype";
+/// What the modules of routed experts have in their names.
+const EXPERTS: &str = "experts";
 /// Largest group or block edge.
 const MAX_GROUP: usize = 1 << 20;
 
@@ -30,6 +34,9 @@ pub struct QuantizationConfig {
     /// Modules that are stored as floats.
     #[serde(skip)]
     ignored: Vec<Pattern>,
+    /// Whether a module is stored as floats, and in which of its groups it is, is told by the type of its weight (DeepSeek-V4).
+    #[serde(skip)]
+    by_type: bool,
 }
 
 /// Modules that are stored alike.
@@ -41,19 +48,29 @@ struct Group {
 }
 
 impl QuantizationConfig {
-    /// How the weight of a linear module is stored; `None` for as floats.
-    pub(crate) fn encoding(&self, module: &str) -> Option<&Encoding> {
+    /// How the weight of a linear module is stored; `None` for as floats. `stored` is the type of the tensor that the weight
+    /// would be, if it is there.
+    pub(crate) fn encoding(&self, module: &str, stored: Option<&str>) -> Option<&Encoding> {
         if self.ignored.iter().any(|p| p.matches(module)) {
             return None;
         }
         let named = |g: &&Group| g.targets.as_ref().is_some_and(|t| t.iter().any(|p| p.matches(module)));
-        let group = self.groups.iter().find(named).or_else(|| self.groups.iter().find(|g| g.targets.is_none()));
-        group.map(|g| &g.encoding)
+        let all = |g: &&Group| g.targets.is_none();
+        let first = self.groups.iter().find(named).or_else(|| self.groups.iter().find(all))?;
+        if !self.by_type {
+            return Some(&first.encoding);
+        }
+        let stored = stored.filter(|stored| !FLOATS.contains(stored))?;
+        let is_named = first.targets.is_some();
+        let mut candidates = self.groups.iter().filter(|g| if is_named { named(g) } else { all(g) });
+        // One of another type is refused by what the first would be.
+        let group = candidates.find(|g| g.encoding.stores_weights_as(stored)).unwrap_or(first);
+        Some(&group.encoding)
     }
 }
 
 /// The config's quantisation, if it has one; reasons for refusal go to `fields`.
-pub(super) fn parse(fields: &mut Fields<'_>) -> Option<QuantizationConfig> {
+pub(super) fn parse(fields: &mut Fields<'_>, architecture: Architecture) -> Option<QuantizationConfig> {
     let value = fields.get("quantization_config")?;
     let Some(map) = value.as_object() else {
         fields.refuse("quantization_config is not an object");
@@ -61,7 +78,15 @@ pub(super) fn parse(fields: &mut Fields<'_>) -> Option<QuantizationConfig> {
     };
     let mut own = Fields::new(map, "quantization_config.");
     let method = own.text("quant_method").unwrap_or_default();
+    let by_type = architecture == Architecture::DeepseekV4 && method == "fp8";
     let parsed = match method {
+        "fp8" if by_type => {
+            // The release has it beside this object, later files in it.
+            let place = if own.get(EXPERT_DTYPE).is_some() { &mut own } else { &mut *fields };
+            place.only(EXPERT_DTYPE, &[json!("fp4"), json!("fp8")]);
+            let experts = place.text(EXPERT_DTYPE);
+            deepseek_v4(&mut own, experts)
+        }
         "fp8" => fp8(&mut own),
         "compressed-tensors" => compressed_tensors(&mut own),
         "gptq" => gptq(&mut own),
@@ -82,6 +107,7 @@ pub(super) fn parse(fields: &mut Fields<'_>) -> Option<QuantizationConfig> {
         activations,
         groups,
         ignored,
+        by_type,
     })
 }
 
@@ -92,6 +118,12 @@ fn everywhere(encoding: Encoding) -> Vec<Group> {
 }
 
 fn fp8(fields: &mut Fields<'_>) -> Parsed {
+    let (scaled, activations) = fp8_bytes(fields);
+    Some((everywhere(Encoding::Scaled(scaled)), not_converted(fields), Some(activations.into())))
+}
+
+/// With what is asked for activations.
+fn fp8_bytes(fields: &mut Fields<'_>) -> (Scaled, &'static str) {
     let codes = match fields.text("fmt").unwrap_or("e4m3") {
         "e4m3" => Codes::E4M3,
         "e5m2" => Codes::E5M2,
@@ -103,16 +135,29 @@ fn fp8(fields: &mut Fields<'_>) -> Parsed {
     fields.only("activation_scheme", &[json!("dynamic"), json!("static")]);
     let fixed = fields.text("activation_scheme") == Some("static");
     let block = block(fields, "weight_block_size");
-    let encoding = Encoding::Scaled(Scaled {
+    let scaled = Scaled {
         codes,
         block: block.unwrap_or([0, 0]),
         scales: if block.is_some() { "weight_scale_inv" } else { "weight_scale" },
         zero_points: false,
         input_scale: fixed,
         partial: true,
-    });
-    let activations = if fixed { "fp8, fixed scales" } else { "fp8" };
-    Some((everywhere(encoding), not_converted(fields), Some(activations.into())))
+    };
+    (scaled, if fixed { "fp8, fixed scales" } else { "fp8" })
+}
+
+/// Scaled bytes as in DeepSeek-V3, with scales under another name; routed experts may be in four bits instead.
+fn deepseek_v4(fields: &mut Fields<'_>, experts: Option<&str>) -> Parsed {
+    let (scaled, activations) = fp8_bytes(fields);
+    let bytes = Encoding::Scaled(Scaled { scales: "scale", ..scaled });
+    let of_experts = match experts {
+        Some("fp4") => vec![Encoding::Mxfp4(Mxfp4::DEEPSEEK)],
+        Some(_) => vec![bytes.clone()],
+        None => vec![bytes.clone(), Encoding::Mxfp4(Mxfp4::DEEPSEEK)],
+    };
+    let targets = vec![Pattern::Part(EXPERTS.into())];
+    let of_experts = of_experts.into_iter().map(|encoding| Group { encoding, targets: Some(targets.clone()) });
+    Some((of_experts.chain(everywhere(bytes)).collect(), not_converted(fields), Some(activations.into())))
 }
 
 /// Rows and columns of a block, if there are blocks.
@@ -315,7 +360,7 @@ fn weights(fields: &mut Fields<'_>, map: &Map<String, Value>, format: &str, inpu
         "mxfp4-pack-quantized" => {
             fields.only("group_size", &[json!(32)]);
             fields.only("symmetric", &[json!(true)]);
-            Some(Encoding::Mxfp4(Mxfp4))
+            Some(Encoding::Mxfp4(Mxfp4::COMPRESSED_TENSORS))
         }
         "pack-quantized" => {
             fields.only("strategy", &[json!("tensor"), json!("channel"), json!("group")]);

@@ -125,6 +125,8 @@ fn mscale(scale: f64, m: f64) -> f64 {
 const THETA: &str = "a number above 1";
 const OLD: &str = "rope_scaling";
 const NEW: &str = "rope_parameters";
+/// Of an object: how messages name it, and what they put before its fields.
+type Name = (&'static str, &'static str);
 
 fn theta(fields: &mut Fields<'_>, name: &str) -> Option<f64> {
     fields.optional_number(name, THETA, |v| v > 1.0 && v < 1e12)
@@ -133,9 +135,16 @@ fn theta(fields: &mut Fields<'_>, name: &str) -> Option<f64> {
 /// Reads `rope_theta` and `rope_scaling`, or the newer `rope_parameters` that holds both.
 pub(super) fn parse(fields: &mut Fields<'_>, dim: usize, max_positions: usize, default_theta: f64) -> RopeConfig {
     let theta = theta(fields, "rope_theta").unwrap_or(default_theta);
-    let name = if fields.get(NEW).is_some() { NEW } else { OLD };
-    let path = if name == NEW { "rope_parameters." } else { "rope_scaling." };
-    parse_object(fields, (name, path), fields.get(name), dim, max_positions, theta)
+    let (name, value) = object(fields);
+    parse_object(fields, name, value, (dim, 1.0), max_positions, theta)
+}
+
+/// The one object of either style, with its name and its path.
+fn object<'a>(fields: &Fields<'a>) -> (Name, Option<&'a Value>) {
+    match fields.get(NEW) {
+        Some(value) => ((NEW, "rope_parameters."), Some(value)),
+        None => ((OLD, "rope_scaling."), fields.get(OLD)),
+    }
 }
 
 /// Gemma 3: the rotary embeddings of layers with full attention and of those with a window. Older
@@ -152,17 +161,55 @@ pub(super) fn parse_two(fields: &mut Fields<'_>, dim: usize, max_positions: usiz
         ("rope_parameters.sliding_attention", "rope_parameters.sliding_attention."),
     ];
     [
-        parse_object(fields, names[0], Some(full), dim, max_positions, 1e6),
-        parse_object(fields, names[1], Some(windowed), dim, max_positions, theta_of_windows),
+        parse_object(fields, names[0], Some(full), (dim, 1.0), max_positions, 1e6),
+        parse_object(fields, names[1], Some(windowed), (dim, 1.0), max_positions, theta_of_windows),
     ]
 }
 
-/// One object of either style, if there is one.
+/// DeepSeek-V4: the rotary embeddings of layers that pool nothing and of those that pool, of which `share` of a head is rotated.
+/// Published configs have a base for each and stretch only the second; newer ones have an object for each. yarn's factors on
+/// cosine, sine and softmax are no part of the model.
+pub(super) fn parse_pooling(fields: &mut Fields<'_>, dim: usize, share: f64, max_positions: usize) -> [RopeConfig; 2] {
+    let thetas = [("rope_theta", 1e4), ("compress_rope_theta", 1.6e5)];
+    let thetas = thetas.map(|(name, default)| theta(fields, name).unwrap_or(default));
+    let parts = fields.get(NEW).and_then(|both| Some([both.get("main")?, both.get("compress")?]));
+    let objects = match parts {
+        Some([main, compress]) => [
+            (("rope_parameters.main", "rope_parameters.main."), Some(main)),
+            (("rope_parameters.compress", "rope_parameters.compress."), Some(compress)),
+        ],
+        None => [((OLD, "rope_scaling."), None), object(fields)],
+    };
+    for ((name, path), value) in objects {
+        let Some(Value::Object(map)) = value else { continue };
+        let mut own = Fields::new(map, path);
+        if name.ends_with("main") {
+            ["rope_type", "type"].iter().for_each(|name| own.only(name, &[json!("default")]));
+        }
+        if parts.is_none() && own.is_stated("rope_theta") {
+            own.refuse(format!("{path}rope_theta could be of either kind of layers"));
+        }
+        own.only("attention_factor", &[json!(1), json!(1.0)]);
+        for name in ["mscale", "mscale_all_dim"].into_iter().filter(|name| map.contains_key(*name)) {
+            own.refuse(format!("{path}{name} is no part of DeepSeek-V4"));
+        }
+        fields.reasons.append(&mut own.reasons);
+    }
+    let [(main, first), (compress, second)] = objects;
+    let plain = parse_object(fields, main, first, (dim, share), max_positions, thetas[0]);
+    let mut pooling = parse_object(fields, compress, second, (dim, share), max_positions, thetas[1]);
+    if let RopeScaling::Yarn { attention_factor, .. } = &mut pooling.scaling {
+        *attention_factor = 1.0;
+    }
+    [plain, pooling]
+}
+
+/// One object of either style, if there is one, for `dim` columns, which are that share of a head.
 fn parse_object(
     fields: &mut Fields<'_>,
-    (name, path): (&str, &'static str),
+    (name, path): Name,
     value: Option<&Value>,
-    dim: usize,
+    (dim, share): (usize, f64),
     max_positions: usize,
     default_theta: f64,
 ) -> RopeConfig {
@@ -177,7 +224,7 @@ fn parse_object(
     };
     let mut inner = Fields::new(map, path);
     let theta = theta(&mut inner, "rope_theta").unwrap_or(default_theta);
-    inner.only("partial_rotary_factor", &[json!(1), json!(1.0)]);
+    inner.optional_number("partial_rotary_factor", &share.to_string(), |v| (v - share).abs() < 1e-6);
     let scaling = scaling(&mut inner, value.is_some(), max_positions);
     fields.reasons.append(&mut inner.reasons);
     RopeConfig { dim, theta, scaling }

@@ -42,6 +42,12 @@ pub enum ExportError {
     /// The original has no `config.json` to go on from.
     #[error("a GGUF file is quantised already; a folder with config.json and safetensors is taken")]
     Gguf,
+    /// The model has experts by token.
+    #[error("{architecture} has tables of integers, which are not written; its released files are quantised already")]
+    Table {
+        /// As in the config.
+        architecture: &'static str,
+    },
     /// Something has the name asked for.
     #[error("{} exists already", path.display())]
     Exists {
@@ -85,7 +91,7 @@ impl From<FileError> for ExportError {
 
 /// Names and shapes of the tensors that a checkpoint of this config has, where it is not quantised.
 pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    arch::specs(config).0.into_values().map(|spec| (spec.name, spec.shape)).collect()
+    arch::specs(config, |_| None).0.into_values().map(|spec| (spec.name, spec.shape)).collect()
 }
 
 /// Writes the checkpoint of `files` to a new folder `out`, its linear layers quantised (see
@@ -108,7 +114,10 @@ pub fn quantize(
         return Err(ExportError::Gguf);
     }
     let Opened { config, checkpoint, digest, .. } = load::open(files)?;
-    let specs = arch::specs(&config).0;
+    let specs = arch::specs(&config, |name| checkpoint.stored_type(name)).0;
+    if specs.values().any(|spec| spec.role == Role::Table) {
+        return Err(ExportError::Table { architecture: config.architecture.name() });
+    }
     checkpoint.verify(&specs, |name| arch::is_ignorable(&config, name))?;
     // Its capabilities only: what no device keeps as stored becomes what this one keeps it as.
     let backend = Reference::new();

@@ -27,7 +27,7 @@ pub(crate) use blocks::Blocks;
 pub(crate) use gptq::Gptq;
 pub(crate) use mxfp4::Mxfp4;
 pub(crate) use packed::Packed;
-pub(crate) use parts::{Parts, StoredTensor};
+pub(crate) use parts::{FLOATS, Parts, StoredTensor};
 pub(crate) use scaled::{Codes, Scaled};
 
 use crate::checkpoint::{CheckpointError, Part};
@@ -71,6 +71,15 @@ impl Encoding {
             Encoding::Awq(format) => format.tensors(shape),
             Encoding::Mxfp4(format) => format.tensors(shape),
             Encoding::Blocks(format) => format.tensors(shape),
+        }
+    }
+
+    /// Whether its weights' codes are in tensors of that type; asked of those that share a name with others.
+    pub(crate) fn stores_weights_as(&self, stored: &str) -> bool {
+        match self {
+            Encoding::Scaled(format) => format.codes.stored_types().contains(&stored),
+            Encoding::Mxfp4(_) => mxfp4::CODES.contains(&stored),
+            Encoding::Packed(_) | Encoding::Gptq(_) | Encoding::Awq(_) | Encoding::Blocks(_) => false,
         }
     }
 
@@ -180,7 +189,7 @@ mod tests {
             (gptq(48, false), [true, false]),
             (gptq(96, false), [true, true]),
             (gptq(192, false), [true, true]),
-            (Encoding::Mxfp4(Mxfp4), [true, true]),
+            (Encoding::Mxfp4(Mxfp4::DEEPSEEK), [true, true]),
         ];
         for (encoding, expected) in cases {
             assert_eq!([false, true].map(|is_expert| encoding.lies_in_runs(192, is_expert)), expected, "{encoding}");

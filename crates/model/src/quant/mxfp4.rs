@@ -1,47 +1,46 @@
-//! MXFP4 (OCP Microscaling Formats v1.0) as compressed-tensors' `mxfp4-pack-quantized` stores it:
-//! `weight_packed [out, in / 2]` holds two e2m1 floats per byte, the first in the lower half;
-//! `weight_scale [out, in / 32]` the exponents (e8m0: 2^(byte - 127), 255 is NaN) of blocks of 32 columns.
+//! MXFP4 (OCP Microscaling Formats v1.0) as compressed-tensors' `mxfp4-pack-quantized` and DeepSeek-V4's experts store it:
+//! `weight_packed [out, in / 2]` (`weight` there) holds two e2m1 floats per byte, the first in the lower half;
+//! `weight_scale [out, in / 32]` (`scale`) the exponents (e8m0) of blocks of 32 columns.
 
 use std::fmt;
 use std::ops::Range;
 
-use baton_device::{Code, CodedRows, CodedSource, Coding, DType, RowSource, widen};
+use baton_device::{Code, CodedRows, CodedSource, Coding, RowSource, widen};
 
-use super::parts::{Parts, StoredTensor};
+use super::parts::{EXPONENTS, Parts, StoredTensor};
 use crate::checkpoint::{CheckpointError, Part};
 
 pub(super) const BLOCK: usize = 32;
-/// The exponents' NaN.
-const NAN: u8 = 255;
-/// The largest exponent with which six, the largest code, is below 2^128.
-const LARGEST: u8 = 127 + 125;
+/// Types of bytes of two codes.
+pub(super) const CODES: &[&str] = &["U8", "I8"];
 
 /// Microscaling floats of four bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Mxfp4;
+pub(crate) struct Mxfp4 {
+    /// Last part of the codes' name.
+    codes: &'static str,
+    /// Last part of the exponents' name.
+    exponents: &'static str,
+}
 
 impl Mxfp4 {
+    pub(crate) const COMPRESSED_TENSORS: Self = Self { codes: "weight_packed", exponents: "weight_scale" };
+    pub(crate) const DEEPSEEK: Self = Self { codes: "weight", exponents: "scale" };
+
     pub(super) fn tensors(&self, [rows, cols]: [usize; 2]) -> Result<Vec<StoredTensor>, String> {
         let blocks = super::groups(cols, BLOCK)?;
         Ok(vec![
-            StoredTensor::new("weight_packed", vec![rows, cols / 2], &["U8"]),
-            StoredTensor::new("weight_scale", vec![rows, blocks], &["U8", "F8_E8M0"]),
+            StoredTensor::new(self.codes, vec![rows, cols / 2], CODES),
+            StoredTensor::new(self.exponents, vec![rows, blocks], EXPONENTS),
         ])
     }
 
     pub(super) fn open(&self, [_, cols]: [usize; 2], mut parts: Parts) -> Result<Box<dyn RowSource>, CheckpointError> {
-        let exponents = parts.take("weight_scale");
-        if let Some(at) = exponents.iter().position(|e| *e == NAN) {
-            let tensor = format!("{}.weight_scale", parts.module);
-            return Err(CheckpointError::NotFinite { tensor, element: at, value: f32::NAN });
-        }
-        if let Some(at) = exponents.iter().position(|e| *e > LARGEST) {
-            return Err(parts.refuse("weight_scale", format!("exponent {at} is {}, beyond f32", exponents[at])));
-        }
+        let dtype = parts.float(self.exponents);
+        let scales = parts.scales(self.exponents, Code::E2M1)?;
         let (groups, group_of) = (cols / BLOCK, Coding::groups_of(cols, BLOCK));
-        // It has f32's exponents.
-        let coding = Coding { code: Code::E2M1, scales: DType::BF16, zeros: false, groups, group_of };
-        Ok(Box::new(Rows { coding, codes: parts.take("weight_packed"), exponents }))
+        let coding = Coding { code: Code::E2M1, scales: dtype, zeros: false, groups, group_of };
+        Ok(Box::new(Rows { coding, codes: parts.take(self.codes), scales }))
     }
 }
 
@@ -56,7 +55,7 @@ struct Rows {
     /// `[out, in / 2]`.
     codes: Part,
     /// `[out, in / 32]`.
-    exponents: Part,
+    scales: Vec<f32>,
 }
 
 impl fmt::Debug for Rows {
@@ -83,10 +82,9 @@ impl CodedSource for Rows {
     fn codes(&self, rows: Range<usize>) -> CodedRows {
         let (cols, groups) = (self.coding.group_of.len(), self.coding.groups);
         let bytes = &self.codes[rows.start * cols / 2..rows.end * cols / 2];
-        let exponents = &self.exponents[rows.start * groups..rows.end * groups];
         CodedRows {
             codes: bytes.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect(),
-            scales: exponents.iter().map(|exponent| 2f32.powi(i32::from(*exponent) - 127)).collect(),
+            scales: self.scales[rows.start * groups..rows.end * groups].to_vec(),
             zeros: Vec::new(),
         }
     }

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use baton_device::{DType, HostTensor};
+use baton_device::{Code, DType, HostTensor};
 
 use crate::checkpoint::{CheckpointError, Part};
 use crate::precision;
 
 /// Types that scales may have.
 pub(crate) const FLOATS: &[&str] = &["F32", "BF16", "F16"];
+/// Types of scales that are exponents (e8m0): 2^(byte - 127), and 255 is NaN.
+pub(crate) const EXPONENTS: &[&str] = &["U8", "F8_E8M0"];
 
 /// A tensor that an encoding asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,23 +73,40 @@ impl Parts {
         self.parts.remove(suffix).unwrap_or_else(|| panic!("{}.{suffix} was verified", self.module)).1
     }
 
-    /// The type of floats.
+    /// The type of floats; of exponents that which has f32's.
     pub(crate) fn float(&self, suffix: &str) -> DType {
         match self.parts[suffix].0 {
             "F32" => DType::F32,
-            "BF16" => DType::BF16,
-            _ => DType::F16,
+            "F16" => DType::F16,
+            _ => DType::BF16,
         }
     }
 
-    /// Copies finite floats.
+    /// Copies finite floats, or what exponents mean.
     pub(crate) fn floats(&mut self, suffix: &str) -> Result<Vec<f32>, CheckpointError> {
         let dtype = self.float(suffix);
+        let are_exponents = EXPONENTS.contains(&self.parts[suffix].0);
         let (name, part) = (self.name(suffix), self.take(suffix));
+        if are_exponents {
+            return match part.iter().position(|exponent| *exponent == u8::MAX) {
+                None => Ok(part.iter().map(|exponent| power(*exponent)).collect()),
+                Some(element) => Err(CheckpointError::NotFinite { tensor: name, element, value: f32::NAN }),
+            };
+        }
         let host = HostTensor::new(&name, dtype, vec![part.len() / dtype.bytes(1)], &part);
         match precision::first_non_finite(&host) {
             None => Ok(host.to_f32()),
             Some((element, value)) => Err(CheckpointError::NotFinite { tensor: name, element, value }),
+        }
+    }
+
+    /// As above, of scales: with any of them, all finite codes mean finite numbers.
+    pub(crate) fn scales(&mut self, suffix: &str, code: Code) -> Result<Vec<f32>, CheckpointError> {
+        let scales = self.floats(suffix)?;
+        let largest = code.numbers().iter().filter(|number| number.is_finite()).fold(0.0, |a: f32, b| a.max(*b));
+        match scales.iter().position(|scale| !(scale * largest).is_finite()) {
+            None => Ok(scales),
+            Some(at) => Err(self.refuse(suffix, format!("scale {at} is {}, beyond f32 with {largest}", scales[at]))),
         }
     }
 
@@ -115,6 +134,11 @@ impl Parts {
     fn name(&self, suffix: &str) -> String {
         format!("{}.{suffix}", self.module)
     }
+}
+
+/// The number that an exponent below 255 means; the least is subnormal.
+fn power(exponent: u8) -> f32 {
+    f32::from_bits(if exponent == 0 { 1 << 22 } else { u32::from(exponent) << 23 })
 }
 
 /// Element `index` of a row of 32-bit words that hold `32 / bits` elements each, the first lowest.

@@ -1,4 +1,4 @@
-//! One byte per element and a scale per block: DeepSeek's FP8 (`weight_scale_inv` over 128×128, edge
+//! One byte per element and a scale per block: DeepSeek's FP8 (`weight_scale_inv`, in V4 `scale`, over 128×128, edge
 //! blocks partial), and compressed-tensors' `int-quantized`, `float-quantized` and `naive-quantized`
 //! (a scale per tensor, per row, per group or per block).
 //!
@@ -14,6 +14,9 @@ use super::parts::{FLOATS, Parts, StoredTensor};
 use crate::checkpoint::{CheckpointError, Part};
 use crate::precision;
 
+/// Types that scales may have; the last is exponents.
+const SCALES: &[&str] = &["F32", "BF16", "F16", "F8_E8M0"];
+
 /// What a byte means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Codes {
@@ -26,7 +29,7 @@ pub(crate) enum Codes {
 }
 
 impl Codes {
-    fn stored_types(self) -> &'static [&'static str] {
+    pub(super) fn stored_types(self) -> &'static [&'static str] {
         match self {
             Codes::E4M3 => &["F8_E4M3"],
             Codes::E5M2 => &["F8_E5M2"],
@@ -80,7 +83,7 @@ impl Scaled {
         let grid = self.grid(shape);
         let mut tensors = vec![
             StoredTensor::new("weight", shape.to_vec(), self.codes.stored_types()),
-            StoredTensor::scales(self.scales, grid, FLOATS),
+            StoredTensor::scales(self.scales, grid, SCALES),
         ];
         if self.zero_points {
             tensors.push(StoredTensor::scales("weight_zero_point", grid, &["I8"]));
@@ -94,7 +97,7 @@ impl Scaled {
 
     pub(super) fn open(&self, shape: [usize; 2], mut parts: Parts) -> Result<Box<dyn RowSource>, CheckpointError> {
         let dtype = parts.float(self.scales);
-        let scales = parts.floats(self.scales)?;
+        let scales = parts.scales(self.scales, self.codes.code())?;
         let bytes = parts.take("weight");
         if let Some(at) = precision::first_where(&bytes, |[code]| !self.codes.is_finite(code)) {
             let value = self.codes.code().numbers()[usize::from(bytes[at])];
