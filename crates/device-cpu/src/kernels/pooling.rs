@@ -85,7 +85,7 @@ pub(crate) fn add(
                 last[1..].iter_mut().for_each(|sums| sums.fill(0.0));
             }
             if (position + 1).is_multiple_of(BLOCK) || row + 1 == rows.end {
-                let block = plan.slot(row).0 as usize;
+                let block = plan.passing_slot(row).0 as usize;
                 for (i, state) in state.iter().enumerate() {
                     // SAFETY: as above.
                     unsafe { sums.part(block * state_rows + i, features.clone()) }.copy_from_slice(state);
@@ -111,7 +111,7 @@ fn state(plan: &AttentionPlan, row: usize, kind: PoolKv, kv: &EntryKv) -> Vec<f3
     let len = kind.series() * PARTS * kv.rows.width;
     match plan.position(row).checked_sub(1) {
         Some(position) => {
-            let block = plan.blocks(row)[position / BLOCK] as usize;
+            let block = plan.passing(row)[position / BLOCK] as usize;
             kv.sums[block * len..][..len].to_vec()
         }
         None => {
