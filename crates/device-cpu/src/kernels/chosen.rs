@@ -20,6 +20,8 @@ use crate::tensor::Tensor;
 const MAX_SCORES: usize = 1 << 22;
 /// Blocks of a row's context that one task scores.
 const TASK_BLOCKS: usize = 64;
+/// Those that are scored together: they share what it takes to bring queries from the second level of cache.
+const TILE_BLOCKS: usize = 2;
 
 /// How a step's rows choose.
 pub(crate) struct Choice<'a> {
@@ -157,9 +159,12 @@ struct Scores<'a> {
 impl Scores<'_> {
     fn of_positions<E: Element>(self, isa: Dispatch, keys: &Plane) {
         let (queries, weights) = (self.choice.q.row(self.row), self.choice.weights.row(self.row));
-        for (&block, scores) in self.plan.blocks(self.row)[self.first..].iter().zip(self.scores) {
-            let (columns, key_scales) = (keys.block::<E>(block, 0), keys.scales(block, 0, 0));
-            isa.run(BlockScores { queries, weights, columns, key_scales, scores });
+        let blocks = &self.plan.blocks(self.row)[self.first..];
+        for (blocks, scores) in blocks.chunks(TILE_BLOCKS).zip(self.scores.chunks_mut(TILE_BLOCKS)) {
+            let filled: [u32; TILE_BLOCKS] = std::array::from_fn(|b| blocks[b.min(blocks.len() - 1)]);
+            let (columns, key_scales) =
+                (filled.map(|block| keys.block::<E>(block, 0)), filled.map(|block| keys.scales(block, 0, 0)));
+            isa.run(TileScores { queries, weights, columns, key_scales, scores });
         }
     }
 
@@ -168,74 +173,107 @@ impl Scores<'_> {
         let (queries, weights) = (self.choice.q.row(self.row), self.choice.weights.row(self.row));
         let (width, padded) = (queries.len() / weights.len(), entries.width);
         let (table, seen) = (self.plan.blocks(self.row), pool.visible(self.plan.position(self.row)));
-        with_scratch(2 * BLOCK * padded, |scratch, _| {
+        with_scratch((1 + TILE_BLOCKS) * BLOCK * padded, |scratch, _| {
             let (rows, columns) = scratch.as_chunks_mut().0.split_at_mut(padded);
-            for (block, scores) in (self.first..).zip(self.scores) {
-                let numbers = block * BLOCK..seen.min((block + 1) * BLOCK);
-                let mut places = [Place::default(); BLOCK];
-                for (entry, place) in numbers.clone().zip(&mut places) {
-                    let (block, slot) = pool.place(entry, BLOCK);
-                    *place = Place { plane: 0, block: table[block], slot };
+            for (first, scores) in (self.first..).step_by(TILE_BLOCKS).zip(self.scores.chunks_mut(TILE_BLOCKS)) {
+                for (block, columns) in (first..first + scores.len()).zip(columns.chunks_exact_mut(padded)) {
+                    let numbers = block * BLOCK..seen.min((block + 1) * BLOCK);
+                    let mut places = [Place::default(); BLOCK];
+                    for (entry, place) in numbers.clone().zip(&mut places) {
+                        let (block, slot) = pool.place(entry, BLOCK);
+                        *place = Place { plane: 0, block: table[block], slot };
+                    }
+                    widen(isa, [entries; 2], padded / LANES, &places[..numbers.len()], rows);
+                    isa.run(Transpose { rows, columns });
                 }
-                widen(isa, [entries; 2], padded / LANES, &places[..numbers.len()], rows);
-                isa.run(Transpose { rows, columns });
-                let columns = &columns[..width];
-                isa.run(BlockScores { queries, weights, columns, key_scales: None, scores });
+                let columns = std::array::from_fn(|b| &columns[b * padded..][..width]);
+                isa.run(TileScores { queries, weights, columns, key_scales: [None; TILE_BLOCKS], scores });
             }
         });
     }
 }
 
-/// Scores for 16 keys, which lie feature by feature.
-struct BlockScores<'a, E> {
+/// Scores for the keys of some blocks, which lie feature by feature; where there are fewer blocks one is repeated.
+struct TileScores<'a, E> {
     queries: &'a [f32],
     weights: &'a [f32],
-    columns: &'a [[E; LANES]],
-    key_scales: Option<&'a [f32; BLOCK]>,
-    scores: &'a mut [f32; BLOCK],
+    columns: [&'a [[E; LANES]]; TILE_BLOCKS],
+    key_scales: [Option<&'a [f32; BLOCK]>; TILE_BLOCKS],
+    /// Of those that there are.
+    scores: &'a mut [[f32; BLOCK]],
 }
 
-impl<E: Element> Kernel for BlockScores<'_, E> {
+impl<E: Element> Kernel for TileScores<'_, E> {
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let (heads, mut head) = (self.weights.len(), 0);
-        let mut total = s.splat(0.0);
-        while head < heads {
-            head += if S::ACCUMULATORS >= 16 && heads - head >= 8 {
-                self.heads::<S, 8>(s, head, &mut total)
-            } else if heads - head >= 4 {
-                self.heads::<S, 4>(s, head, &mut total)
-            } else {
-                self.heads::<S, 1>(s, head, &mut total)
-            };
+    fn run<S: Simd>(mut self, s: S) {
+        if self.scores.len() == TILE_BLOCKS {
+            self.blocks::<S, TILE_BLOCKS>(s);
+        } else {
+            self.blocks::<S, 1>(s);
         }
-        s.store(total, self.scores);
     }
 }
 
-impl<E: Element> BlockScores<'_, E> {
+impl<E: Element> TileScores<'_, E> {
+    /// Those of the first `M` blocks: of as many heads at a time as the registers allow.
+    #[inline(always)]
+    fn blocks<S: Simd, const M: usize>(&mut self, s: S) {
+        let (heads, mut head) = (self.weights.len(), 0);
+        let mut totals = [s.splat(0.0); M];
+        while head < heads {
+            let left = heads - head;
+            head += if S::ACCUMULATORS >= 16 && left >= 8 {
+                self.heads::<S, 8, M>(s, head, &mut totals)
+            } else if (S::ACCUMULATORS >= 16 || M == 1) && left >= 4 {
+                self.heads::<S, 4, M>(s, head, &mut totals)
+            } else if left >= 2 {
+                self.heads::<S, 2, M>(s, head, &mut totals)
+            } else {
+                self.heads::<S, 1, M>(s, head, &mut totals)
+            };
+        }
+        for (total, scores) in totals.into_iter().zip(&mut *self.scores) {
+            s.store(total, scores);
+        }
+    }
+
     /// Adds those of `N` heads from `first` on; returns `N`.
     #[allow(clippy::needless_range_loop)] // iterators over sums would keep these in memory, not in registers
     #[inline(always)]
-    fn heads<S: Simd, const N: usize>(&self, s: S, first: usize, total: &mut S::F32) -> usize {
-        let width = self.columns.len();
+    fn heads<S: Simd, const N: usize, const M: usize>(&self, s: S, first: usize, totals: &mut [S::F32; M]) -> usize {
+        let width = self.columns[0].len();
         let mut queries: [&[f32]; N] = [&[]; N];
         for n in 0..N {
             queries[n] = &self.queries[(first + n) * width..][..width];
         }
-        let mut acc = [s.splat(0.0); N];
+        let mut columns: [&[[E; LANES]]; M] = [&[]; M];
+        for m in 0..M {
+            columns[m] = &self.columns[m][..width];
+        }
+        let mut acc = [[s.splat(0.0); M]; N];
         for feature in 0..width {
-            let column = E::load(s, &self.columns[feature]);
+            let mut column = [s.splat(0.0); M];
+            for m in 0..M {
+                // SAFETY: every slice was cut to `width`.
+                column[m] = E::load(s, unsafe { columns[m].get_unchecked(feature) });
+            }
             for n in 0..N {
-                acc[n] = s.mul_add(s.splat(queries[n][feature]), column, acc[n]);
+                // SAFETY: as above.
+                let query = s.splat(unsafe { *queries[n].get_unchecked(feature) });
+                for m in 0..M {
+                    acc[n][m] = s.mul_add(query, column[m], acc[n][m]);
+                }
             }
         }
         for n in 0..N {
-            let mut product = acc[n];
-            if let Some(scales) = self.key_scales {
-                product = s.mul(product, s.load(scales));
+            let weight = s.splat(self.weights[first + n]);
+            for m in 0..M {
+                let mut product = acc[n][m];
+                if let Some(scales) = self.key_scales[m] {
+                    product = s.mul(product, s.load(scales));
+                }
+                totals[m] = s.mul_add(weight, s.at_least(product, s.splat(0.0)), totals[m]);
             }
-            *total = s.mul_add(s.splat(self.weights[first + n]), s.at_least(product, s.splat(0.0)), *total);
         }
         N
     }

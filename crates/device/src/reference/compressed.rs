@@ -49,13 +49,10 @@ impl AttentionPlan {
         self.passing[row][position / block_size] as usize
     }
 
-    /// Slots of the first entries of a row's sequence.
-    fn entries(&self, row: usize, count: usize, pool: PoolKv, block_size: usize) -> Vec<usize> {
-        let slot = |entry| {
-            let (block, slot) = pool.place(entry, block_size);
-            self.kept(row, block * block_size, block_size) * pool.slots(block_size) + slot
-        };
-        (0..count).map(slot).collect()
+    /// Slot of an entry that a row sees.
+    fn entry(&self, row: usize, entry: usize, pool: PoolKv, block_size: usize) -> usize {
+        let (block, slot) = pool.place(entry, block_size);
+        self.kept(row, block * block_size, block_size) * pool.slots(block_size) + slot
     }
 }
 
@@ -130,9 +127,7 @@ impl CompressedOps for Reference {
                     current.mixed.iter().zip(&*current.sum).map(|(mixed, sum)| mixed / sum).collect();
                 norm(&mut entry, pooling.norm, pooling.eps);
                 pooling.table.rotate(&mut entry, pooling.layout, position + 1 - pool.rate);
-                let number = position / pool.rate;
-                let slots = plan.entries(row, number + 1, pool, block_size);
-                entries.put(slots[number], &entry);
+                entries.put(plan.entry(row, position / pool.rate, pool, block_size), &entry);
                 if pool.overlaps {
                     state.copy_within(3 * width.., 0);
                 }
@@ -163,9 +158,9 @@ impl CompressedOps for Reference {
         out.set_rows(q.rows());
         for row in 0..q.rows() {
             let position = plan.position(row);
-            let entries = || {
+            let entries = || -> Vec<usize> {
                 let pool = pool.unwrap_or_else(|| panic!("layer {layer} pools nothing"));
-                plan.entries(row, pool.visible(position), pool, block_size)
+                (0..pool.visible(position)).map(|entry| plan.entry(row, entry, pool, block_size)).collect()
             };
             let planes = &cache.layers[layer];
             let entries = match reads {

@@ -180,18 +180,20 @@ pub(super) fn parse_pooling(fields: &mut Fields<'_>, dim: usize, share: f64, max
         ],
         None => [((OLD, "rope_scaling."), None), object(fields)],
     };
-    for ((name, path), value) in objects {
+    for (is_pooling, ((_, path), value)) in [false, true].into_iter().zip(objects) {
         let Some(Value::Object(map)) = value else { continue };
         let mut own = Fields::new(map, path);
-        if name.ends_with("main") {
+        if !is_pooling {
             ["rope_type", "type"].iter().for_each(|name| own.only(name, &[json!("default")]));
         }
-        if parts.is_none() && own.is_stated("rope_theta") {
+        if parts.is_none() && own.get("rope_theta").is_some() {
             own.refuse(format!("{path}rope_theta could be of either kind of layers"));
         }
         own.only("attention_factor", &[json!(1), json!(1.0)]);
-        for name in ["mscale", "mscale_all_dim"].into_iter().filter(|name| map.contains_key(*name)) {
-            own.refuse(format!("{path}{name} is no part of DeepSeek-V4"));
+        for name in ["mscale", "mscale_all_dim"] {
+            if own.get(name).is_some() {
+                own.refuse(format!("{path}{name} is no part of DeepSeek-V4"));
+            }
         }
         fields.reasons.append(&mut own.reasons);
     }

@@ -139,6 +139,9 @@ fn what_cannot_be_saved_leaves_nothing_behind() {
     let error =
         quantize(&Files::Gguf("any.gguf".into()), BlockFormat::Q8_0.into(), &out, &|_, _| {}, |_| Ok(())).unwrap_err();
     assert!(matches!(error, ExportError::Gguf));
+    // Experts by token, which are no floats.
+    let error = saved("deepseek-v4", BlockFormat::Q8_0, &out).unwrap_err();
+    assert!(matches!(error, ExportError::Table { architecture: "DeepseekV4ForCausalLM" }), "{error}");
     // Found only when the tensor is converted.
     let copy = Copy::of("llama-256");
     copy.edit_weights(|tensors| {

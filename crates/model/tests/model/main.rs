@@ -23,6 +23,7 @@ mod golden;
 mod indexed;
 mod mtp;
 mod quantized;
+mod released;
 mod sampling;
 mod supported;
 mod variants;

@@ -148,7 +148,7 @@ fn quantised_checkpoints_that_are_called_judged_are_there() {
         assert!(!entry.cases.is_empty(), "{}", entry.name);
         for case in entry.cases {
             let config = json(folder(&case).join("config.json"));
-            // Those are made by the test of saving.
+            // Those are made by tests.
             if entry.judged == Judged::Bits {
                 continue;
             }

@@ -1,5 +1,6 @@
 //! The checks that take too long, or need too much, for `.ci/run`: a file and a line of [`CHECKS`] each.
 
+mod contexts;
 mod export;
 mod gpu;
 mod idle;
@@ -24,6 +25,7 @@ use anyhow::{Context, Result, ensure};
 type Check = (&'static str, fn(&Setting) -> Result<()>);
 
 const CHECKS: &[Check] = &[
+    ("contexts", contexts::check),
     ("export", export::check),
     ("gpu", gpu::check),
     ("idle", idle::check),

@@ -22,7 +22,7 @@ const SIGMA: f32 = 0.02;
 const SHARE: usize = 1 << 17;
 
 /// Known shapes, each a config without token ids.
-const SHAPES: [(&str, &str); 7] = [
+const SHAPES: [(&str, &str); 10] = [
     ("qwen2-0.5b", include_str!("../../shapes/qwen2-0.5b.json")),
     ("qwen2-1.5b", include_str!("../../shapes/qwen2-1.5b.json")),
     ("qwen2-7b", include_str!("../../shapes/qwen2-7b.json")),
@@ -30,12 +30,15 @@ const SHAPES: [(&str, &str); 7] = [
     ("r1-qwen-1.5b", include_str!("../../shapes/r1-qwen-1.5b.json")),
     ("qwen3-moe-1b-active", include_str!("../../shapes/qwen3-moe-1b-active.json")),
     ("deepseek-v3-tiny", include_str!("../../shapes/deepseek-v3-tiny.json")),
+    ("deepseek-v3-long", include_str!("../../shapes/deepseek-v3-long.json")),
+    ("deepseek-v32-long", include_str!("../../shapes/deepseek-v32-long.json")),
+    ("deepseek-v4-long", include_str!("../../shapes/deepseek-v4-long.json")),
 ];
 
 /// Arguments of the chore.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Shape of a known model: qwen2-0.5b, qwen2-1.5b, qwen2-7b, qwen3-30b-a3b (61 GB), r1-qwen-1.5b, qwen3-moe-1b-active (7 GiB), deepseek-v3-tiny
+    /// Shape of a known model: qwen2-0.5b, qwen2-1.5b, qwen2-7b, qwen3-30b-a3b (61 GB), r1-qwen-1.5b, qwen3-moe-1b-active (7 GiB), deepseek-v3-tiny; deepseek-v3-long, deepseek-v32-long and deepseek-v4-long: four layers with attention of published width, for long contexts
     #[arg(long, value_name = "NAME", required_unless_present = "config", conflicts_with = "config")]
     shape: Option<String>,
     /// A config.json instead; a quantisation that it states and its token ids are not taken over
