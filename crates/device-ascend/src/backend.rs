@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, DType, DeviceError, DeviceMemory, Draw, Drawer,
-    HostLinear, HostRope, HostTensor, KvDtype, KvSpec, Op, Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
+    HostLinear, HostRope, HostTensor, KvBlocks, KvDtype, KvSpec, Op, Result, RopeLayout, Rows, TokenIds, WeightFormat,
+    World,
 };
 
 use crate::cache::KvCache;
@@ -260,8 +261,8 @@ impl Backend for AscendBackend {
         Ok(Rope { table, _buffer: buffer })
     }
 
-    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
-        KvCache::new(&self.owner, spec, num_blocks)
+    fn kv_cache(&self, spec: &KvSpec, blocks: KvBlocks) -> Result<KvCache> {
+        KvCache::new(&self.owner, spec, blocks.kept)
     }
 
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
@@ -441,7 +442,7 @@ impl Backend for AscendBackend {
         self.queue("add_rows", rows.len(), move |device| index::add_rows(device, &x, &rows, &out))
     }
 
-    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
+    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32], _: &[u32]) -> Result<()> {
         cache.clear(&self.owner, blocks)
     }
 

@@ -5,8 +5,8 @@ mod common;
 
 use baton_device::conformance::uniform;
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, DType, DeviceError, Draw, HostLatent, HostLinear, HostTensor, KvDtype,
-    KvSpec, LatentOps, LayerKv, Purpose, Reference, Rows, SequenceSpan, WeightFormat,
+    AttentionBatch, AttentionParams, Backend, DType, DeviceError, Draw, HostLatent, HostLinear, HostTensor, KvBlocks,
+    KvDtype, KvSpec, LatentOps, LayerKv, Purpose, Reference, Rows, SequenceSpan, WeightFormat,
 };
 use common::{A2, Simulator};
 
@@ -34,7 +34,7 @@ fn read<B: Backend>(b: &B, x: &B::Tensor) -> Vec<f32> {
 
 fn cache<B: Backend>(b: &B, layer: LayerKv, dtype: KvDtype, tokens: usize) -> B::KvCache {
     let block_size = b.caps().kv_block_size;
-    b.kv_cache(&KvSpec { layers: vec![layer], dtype, block_size }, tokens.div_ceil(block_size)).unwrap()
+    b.kv_cache(&KvSpec { layers: vec![layer], dtype, block_size }, KvBlocks::kept(tokens.div_ceil(block_size))).unwrap()
 }
 
 /// Sequences `(start, len)` one behind the other in the cache, with room for `tokens` each.
@@ -44,8 +44,11 @@ fn tables<B: Backend>(b: &B, count: usize, tokens: usize) -> Vec<Vec<u32>> {
 }
 
 fn plan<B: Backend>(b: &B, spans: &[(usize, usize)], tables: &[Vec<u32>]) -> B::AttentionPlan {
-    let sequences: Vec<_> =
-        spans.iter().zip(tables).map(|(&(start, len), block_table)| SequenceSpan { start, len, block_table }).collect();
+    let sequences: Vec<_> = spans
+        .iter()
+        .zip(tables)
+        .map(|(&(start, len), block_table)| SequenceSpan { start, len, block_table, passing_table: &[] })
+        .collect();
     b.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap()
 }
 
@@ -194,7 +197,7 @@ fn what_a_failing_sequence_writes_reaches_no_other_and_is_gone_when_its_blocks_a
     let (other, failed) = step(&mut cache, true);
     assert_eq!(other, sound.0);
     assert!(failed.iter().all(|x| x.is_nan()));
-    b.clear_blocks(&mut cache, &tables[0]).unwrap();
+    b.clear_blocks(&mut cache, &tables[0], &[]).unwrap();
     // Others' keys and values as before, and the sequence's as in a cache that nobody used.
     assert_eq!(step(&mut cache, false), sound);
     simulator.expect_no_violation();

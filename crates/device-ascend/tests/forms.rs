@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use baton_device::conformance::{self, Case};
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostTensor, KvDtype, KvSpec,
-    LayerKv, MoeOps, Reference, Routing, Scoring, SequenceSpan, WeightFormat,
+    AttentionBatch, AttentionParams, Backend, DType, GroupScore, Groups, HostExperts, HostTensor, KvBlocks, KvDtype,
+    KvSpec, LayerKv, MoeOps, Reference, Routing, Scoring, SequenceSpan, WeightFormat,
 };
 use baton_device_ascend::AscendBackend;
 use common::{A2, A3, P310, Simulator, line};
@@ -240,7 +240,8 @@ fn sequences_that_share_blocks_are_attended_to_in_calls_that_the_cache_has_block
         let (heads, kv_heads, head_dim) = (4, 2, 32);
         let params = AttentionParams { heads, kv_heads, head_dim, scale: 0.2, window: None, softcap: None };
         let layers = vec![LayerKv::Full { kv_heads, head_dim }];
-        let mut cache = backend.kv_cache(&KvSpec { layers, dtype: KvDtype::BF16, block_size: 128 }, 4).unwrap();
+        let mut cache =
+            backend.kv_cache(&KvSpec { layers, dtype: KvDtype::BF16, block_size: 128 }, KvBlocks::kept(4)).unwrap();
         let mut values = Vec::new();
         // A prompt of two blocks, then three sequences that go on from its first block, each in its own second.
         for spans in
@@ -248,7 +249,12 @@ fn sequences_that_share_blocks_are_attended_to_in_calls_that_the_cache_has_block
         {
             let sequences: Vec<_> = spans
                 .iter()
-                .map(|(start, len, table)| SequenceSpan { start: *start, len: *len, block_table: table })
+                .map(|(start, len, table)| SequenceSpan {
+                    start: *start,
+                    len: *len,
+                    block_table: table,
+                    passing_table: &[],
+                })
                 .collect();
             let rows = sequences.iter().map(|s| s.len).sum();
             let plan = backend.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use baton_device::conformance::uniform;
 use baton_device::{
-    AttentionBatch, Backend, DType, DeviceError, HostLinear, HostTensor, KvDtype, KvSpec, Purpose, Result,
+    AttentionBatch, Backend, DType, DeviceError, HostLinear, HostTensor, KvBlocks, KvDtype, KvSpec, Purpose, Result,
     SequenceSpan, TokenIds, WeightFormat,
 };
 use baton_device_ascend::{AscendBackend, AscendOptions, Class, describe};
@@ -41,7 +41,7 @@ impl<'a> Decoder<'a> {
             embedding: make.purposed(7, VOCAB, HIDDEN, Purpose::Table),
             layers: (0..LAYERS as u64).map(|seed| Llama::new(make, seed + 1)).collect(),
             norm: make.norm(HIDDEN),
-            cache: backend.kv_cache(&spec, 3 * SEQUENCES).unwrap(),
+            cache: backend.kv_cache(&spec, KvBlocks::kept(3 * SEQUENCES)).unwrap(),
             scratch: Scratch::new(make),
             picked: make.tensor(HIDDEN),
             logits: make.tensor(VOCAB),
@@ -52,7 +52,7 @@ impl<'a> Decoder<'a> {
     fn step(&mut self, sequences: usize, start: usize, len: usize, adapter: Option<&Linear>) -> Result<Vec<f32>> {
         let backend = self.make.backend;
         let tables: Vec<[u32; 3]> = (0..sequences as u32).map(|s| [3 * s + 1, 3 * s, 3 * s + 2]).collect();
-        let span = |table| SequenceSpan { start, len, block_table: table };
+        let span = |table| SequenceSpan { start, len, block_table: table, passing_table: &[] };
         let spans: Vec<_> = tables.iter().map(|table| span(table.as_slice())).collect();
         let ids: Vec<u32> = (0..sequences * len).map(|i| ((7 * i + 3 * start) % VOCAB) as u32).collect();
         let last: Vec<u32> = (0..sequences).map(|s| (s * len + len - 1) as u32).collect();
@@ -172,10 +172,10 @@ fn whatever_comes_between_the_steps_the_numbers_are_those_without_graphs() {
         // A prompt in the middle, blocks that are cleared, a cache that is made anew.
         logits.push(decoder.step(SEQUENCES, position, PROMPT, None).unwrap());
         logits.extend(decoder.decode(SEQUENCES, position + PROMPT..position + PROMPT + 3));
-        backend.clear_blocks(&mut decoder.cache, &[0, 1, 2, 3, 4]).unwrap();
+        backend.clear_blocks(&mut decoder.cache, &[0, 1, 2, 3, 4], &[]).unwrap();
         logits.extend(decoder.decode(SEQUENCES, 3..8));
         let spec = KvSpec { layers: vec![LLAMA_KV; LAYERS], dtype: KvDtype::BF16, block_size: 128 };
-        decoder.cache = backend.kv_cache(&spec, 3 * SEQUENCES).unwrap();
+        decoder.cache = backend.kv_cache(&spec, KvBlocks::kept(3 * SEQUENCES)).unwrap();
         logits.push(decoder.step(SEQUENCES, 0, PROMPT, None).unwrap());
         logits.extend(decoder.decode(SEQUENCES, PROMPT..PROMPT + 5));
         simulator.expect_no_violation();

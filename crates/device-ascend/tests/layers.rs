@@ -6,8 +6,8 @@ mod common;
 use baton_device::conformance::uniform;
 use baton_device::{
     Activation, AttentionBatch, Backend, DType, GroupScore, Groups, HostExperts, HostLatent, HostLinear, HostRope,
-    HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, RopeLayout, Routing, Scoring, SequenceSpan,
-    WeightFormat,
+    HostTensor, KvBlocks, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, RopeLayout, Routing, Scoring,
+    SequenceSpan, WeightFormat,
 };
 use baton_device_ascend::AscendBackend;
 use common::layer::{EPS, HIDDEN, KvCache, LLAMA_KV, Llama, Maker, Plan, Scratch};
@@ -53,11 +53,11 @@ fn steady(
     mut layer: impl FnMut(&mut KvCache, &Plan),
 ) -> Cost {
     let spec = KvSpec { layers: vec![kv], dtype: KvDtype::BF16, block_size: backend.caps().kv_block_size };
-    let mut cache = backend.kv_cache(&spec, 4 * ROWS).unwrap();
+    let mut cache = backend.kv_cache(&spec, KvBlocks::kept(4 * ROWS)).unwrap();
     let tables: Vec<[u32; 2]> = (0..ROWS as u32).map(|s| [2 * s + 1, 2 * s]).collect();
     let mut probe = backend.tensor(1, 1).unwrap();
     let mut step = |position: usize, layers: usize| {
-        let span = |table| SequenceSpan { start: position, len: 1, block_table: table };
+        let span = |table| SequenceSpan { start: position, len: 1, block_table: table, passing_table: &[] };
         let sequences: Vec<_> = tables.iter().map(|table| span(table.as_slice())).collect();
         simulator.reset();
         let plan = backend.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();

@@ -14,9 +14,9 @@ use baton_device::WeightFormat::Ggml;
 use baton_device::conformance::{random_blocks, uniform};
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, CompressedOps, DType, DeviceError, Entries,
-    GroupScore, Groups, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps,
-    LayerKv, MoeOps, PoolKv, Pooling, Purpose, Reads, Result, RopeLayout, Routing, Scoring, SequenceSpan, WeightFormat,
-    WindowedParams,
+    GroupScore, Groups, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvBlocks, KvDtype, KvSpec,
+    LatentOps, LayerKv, MoeOps, PoolKv, Pooling, Purpose, Reads, Result, RopeLayout, Routing, Scoring, SequenceSpan,
+    WeightFormat, WindowedParams,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Experts, Isa, Latent, Linear, Tensor};
 
@@ -103,9 +103,10 @@ fn indexed() -> Result<()> {
 fn compressed() -> Result<()> {
     let b = CpuBackend::new(&CpuOptions { threads: 1, isa: None })?;
     let (heads, width, dtype) = (64, 512, KvDtype::BF16);
-    let pool = |rate, overlaps, index| LayerKv::Windowed { width, pool: Some(PoolKv { rate, overlaps, index }) };
+    let windowed = |pool| LayerKv::Windowed { width, window: 128, pool };
+    let pool = |rate, overlaps, index| windowed(Some(PoolKv { rate, overlaps, index }));
     let layers = [
-        ("a window", LayerKv::Windowed { width, pool: None }),
+        ("a window", windowed(None)),
         ("512 of entries of 4", pool(4, true, Some(128))),
         ("entries of 128", pool(128, false, None)),
         ("latents", LayerKv::Latent { rank: width, rope: 64, index: None }),
@@ -130,11 +131,12 @@ fn attention(
     let blocks = (start + len).div_ceil(b.caps().kv_block_size);
     let table = |s: usize| (0..blocks).map(|i| (s * blocks + i) as u32).collect();
     let tables: Vec<Vec<u32>> = (0..sequences).map(table).collect();
-    let spans: Vec<_> = tables.iter().map(|table| SequenceSpan { start, len, block_table: table }).collect();
+    let spans = tables.iter().map(|table| SequenceSpan { start, len, block_table: table, passing_table: table });
+    let spans: Vec<_> = spans.collect();
     let plan = b.plan_attention(&AttentionBatch { sequences: &spans })?;
     let spec = KvSpec { layers: vec![layer; LAYERS], dtype, block_size: b.caps().kv_block_size };
-    let mut cache = b.kv_cache(&spec, sequences * blocks)?;
-    b.clear_blocks(&mut cache, &tables.concat())?; // takes its pages
+    let mut cache = b.kv_cache(&spec, KvBlocks { kept: sequences * blocks, passing: sequences * blocks })?;
+    b.clear_blocks(&mut cache, &tables.concat(), &tables.concat())?; // takes its pages
     let (rows, context) = (sequences * len, sequences * (start + len));
     let pairs = sequences * (len * start + len * (len + 1) / 2);
     let (seconds, flops) = match layer {
@@ -171,12 +173,12 @@ fn attention(
                 (of_a_layer(each)?, 2 * heads * (pairs * (2 * rank + rope) + up))
             }
         }
-        LayerKv::Windowed { width, pool } => {
+        LayerKv::Windowed { width, window, pool } => {
             const INDEX_HEADS: usize = 64;
             const TOP_K: usize = 512;
             let vector = |len: usize| b.vector(&HostTensor::new("bench", DType::F32, vec![len], &stored(&[len])));
             let rope = HostRope { inv_freq: vec![0.1; 32], scale: 1.0, max_positions: start + len };
-            let (table, sink, window) = (b.rope_table(&rope)?, vector(heads)?, 128);
+            let (table, sink) = (b.rope_table(&rope)?, vector(heads)?);
             let (q, kv, mut out) =
                 (activation(b, rows, heads * width)?, activation(b, rows, width)?, b.tensor(rows, heads * width)?);
             let index = pool.and_then(|pool| pool.index);
@@ -218,7 +220,7 @@ fn attention(
         "  {sequences:3} x {len:<4} at {start:<5} {:9.1} us {:7.1} GFLOP/s {:7.1} GB/s",
         1e6 * seconds,
         flops as f64 / seconds / 1e9,
-        (context / spec.block_size * spec.layers[0].block_bytes(dtype, spec.block_size)) as f64 / seconds / 1e9
+        (context / spec.block_size * spec.layers[0].kept_bytes(dtype, spec.block_size)) as f64 / seconds / 1e9
     );
     Ok(())
 }
@@ -337,14 +339,14 @@ impl SmallModel {
     fn step(&self, b: &CpuBackend, rows: usize, context: usize) -> Result<Duration> {
         let blocks = context.div_ceil(b.caps().kv_block_size);
         let tables: Vec<Vec<u32>> = (0..rows).map(|r| (0..blocks).map(|i| (r * blocks + i) as u32).collect()).collect();
-        let span = |table| SequenceSpan { start: context - 1, len: 1, block_table: table };
+        let span = |table| SequenceSpan { start: context - 1, len: 1, block_table: table, passing_table: &[] };
         let sequences: Vec<_> = tables.iter().map(|t| span(t.as_slice())).collect();
         let spec = KvSpec {
             layers: vec![LayerKv::Latent { rank: RANK, rope: ROPE, index: None }; self.layers.len()],
             dtype: KvDtype::F32,
             block_size: b.caps().kv_block_size,
         };
-        let mut cache = b.kv_cache(&spec, rows * blocks)?;
+        let mut cache = b.kv_cache(&spec, KvBlocks::kept(rows * blocks))?;
 
         let mut x = activation(b, rows, HIDDEN)?;
         let norm = b.vector(&HostTensor::new("norm", DType::F32, vec![HIDDEN], &stored(&[HIDDEN])))?;

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, DeviceError, Draw,
-    Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, MoeOps, Op,
-    Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
+    Drawer, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvBlocks, KvDtype, KvSpec, LatentOps,
+    MoeOps, Op, Result, RopeLayout, Rows, TokenIds, WeightFormat, World,
 };
 
 use crate::cache::{AttentionPlan, BLOCK, KvCache, Layer, rope_start};
@@ -199,8 +199,8 @@ impl Backend for CpuBackend {
         Ok(Rope::new(src))
     }
 
-    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
-        KvCache::new(spec, num_blocks)
+    fn kv_cache(&self, spec: &KvSpec, blocks: KvBlocks) -> Result<KvCache> {
+        KvCache::new(spec, blocks)
     }
 
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
@@ -353,8 +353,9 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
-        blocks.iter().for_each(|&block| cache.clear(block as usize));
+    fn clear_blocks(&self, cache: &mut KvCache, kept: &[u32], passing: &[u32]) -> Result<()> {
+        kept.iter().for_each(|&block| cache.clear_kept(block as usize));
+        passing.iter().for_each(|&block| cache.clear_passing(block as usize));
         Ok(())
     }
 

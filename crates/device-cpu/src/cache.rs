@@ -7,11 +7,12 @@
 //! scales apart, 16 positions side by side.
 //!
 //! A layer with a window has a plane of its vectors that lies as values do. So do the entries that are pooled of them, of
-//! which a block has as many as its tokens can complete; their running sums are floats of their own.
+//! which a block has as many as its tokens can complete; their running sums are floats of their own. Vectors and sums lie in
+//! passing blocks, all else in those that are kept.
 
 use std::ops::Range;
 
-use baton_device::{AttentionBatch, KvDtype, KvSpec, LayerKv, PoolKv, Result, saturate_f16};
+use baton_device::{AttentionBatch, KvBlocks, KvDtype, KvSpec, LayerKv, PoolKv, Result, saturate_f16};
 use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -63,36 +64,41 @@ pub(crate) struct EntryKv {
     pub(crate) rows: Plane,
     /// Of an entry, before it is padded.
     pub(crate) width: usize,
-    /// `[blocks, series, PARTS, padded width]`: those of the next entry to be completed first.
+    /// `[passing blocks, series, PARTS, padded width]`: those of the next entry to be completed first.
     pub(crate) sums: Floats,
     /// Floats of a block.
     sums_len: usize,
 }
 
 impl EntryKv {
-    fn new(dtype: KvDtype, blocks: usize, pool: PoolKv, width: usize) -> Result<Self> {
+    fn new(dtype: KvDtype, blocks: KvBlocks, pool: PoolKv, width: usize) -> Result<Self> {
         let padded = width.next_multiple_of(LANES);
         let sums_len = pool.sums(padded);
         Ok(Self {
-            rows: Plane::new(dtype, [blocks, 1, padded], pool.slots(BLOCK), 1, Order::Positions)?,
+            rows: Plane::new(dtype, [blocks.kept, 1, padded], pool.slots(BLOCK), 1, Order::Positions)?,
             width,
-            sums: Floats::zeroed(blocks.saturating_mul(sums_len), "running sums")?,
+            sums: Floats::zeroed(blocks.passing.saturating_mul(sums_len), "running sums")?,
             sums_len,
         })
     }
 
-    fn clear(&mut self, block: usize) {
-        self.rows.clear(block);
+    fn clear_sums(&mut self, block: usize) {
         self.sums[block * self.sums_len..][..self.sums_len].fill(0.0);
     }
 }
 
+impl Pooled {
+    fn entries(&mut self) -> impl Iterator<Item = &mut EntryKv> {
+        self.index.iter_mut().chain([&mut self.attended])
+    }
+}
+
 impl KvCache {
-    pub(crate) fn new(spec: &KvSpec, num_blocks: usize) -> Result<Self> {
+    pub(crate) fn new(spec: &KvSpec, blocks: KvBlocks) -> Result<Self> {
         assert_eq!(spec.block_size, BLOCK, "the block size is the device's choice");
         let plane =
-            |heads, width, parts, order| Plane::new(spec.dtype, [num_blocks, heads, width], BLOCK, parts, order);
-        let entries = |pool, width| EntryKv::new(spec.dtype, num_blocks, pool, width);
+            |heads, width, parts, order| Plane::new(spec.dtype, [blocks.kept, heads, width], BLOCK, parts, order);
+        let entries = |pool, width| EntryKv::new(spec.dtype, blocks, pool, width);
         let layer = |layer: &LayerKv| {
             Ok(match *layer {
                 LayerKv::Full { kv_heads, head_dim } => Layer::Full {
@@ -103,12 +109,13 @@ impl KvCache {
                     rows: plane(1, latent_width(rank, rope), 2, Order::Positions)?,
                     index: index.map(|width| plane(1, width, 1, Order::Features)).transpose()?,
                 },
-                LayerKv::Windowed { width, pool } => {
+                LayerKv::Windowed { width, pool, .. } => {
                     let pooled = |kind: PoolKv| {
                         let index = kind.index.map(|width| entries(kind, width)).transpose()?;
                         Ok(Box::new(Pooled { kind, attended: entries(kind, width)?, index }))
                     };
-                    let rows = plane(1, width.next_multiple_of(LANES), 1, Order::Positions)?;
+                    let shape = [blocks.passing, 1, width.next_multiple_of(LANES)];
+                    let rows = Plane::new(spec.dtype, shape, BLOCK, 1, Order::Positions)?;
                     Layer::Windowed { rows, pooled: pool.map(pooled).transpose()? }
                 }
             })
@@ -116,7 +123,8 @@ impl KvCache {
         Ok(Self { layers: spec.layers.iter().map(layer).collect::<Result<_>>()? })
     }
 
-    pub(crate) fn clear(&mut self, block: usize) {
+    /// Zeroes a kept block.
+    pub(crate) fn clear_kept(&mut self, block: usize) {
         for layer in &mut self.layers {
             match layer {
                 Layer::Full { keys, values } => {
@@ -127,12 +135,20 @@ impl KvCache {
                     rows.clear(block);
                     index.iter_mut().for_each(|keys| keys.clear(block));
                 }
-                Layer::Windowed { rows, pooled } => {
-                    rows.clear(block);
-                    let entries =
-                        pooled.iter_mut().flat_map(|pooled| pooled.index.iter_mut().chain([&mut pooled.attended]));
-                    entries.for_each(|entries| entries.clear(block));
+                Layer::Windowed { pooled, .. } => {
+                    let entries = pooled.iter_mut().flat_map(|pooled| pooled.entries());
+                    entries.for_each(|entries| entries.rows.clear(block));
                 }
+            }
+        }
+    }
+
+    /// Zeroes a passing block.
+    pub(crate) fn clear_passing(&mut self, block: usize) {
+        for layer in &mut self.layers {
+            if let Layer::Windowed { rows, pooled } = layer {
+                rows.clear(block);
+                pooled.iter_mut().flat_map(|pooled| pooled.entries()).for_each(|entries| entries.clear_sums(block));
             }
         }
     }
@@ -351,25 +367,31 @@ impl Plane {
 pub struct AttentionPlan {
     rows: Vec<PlanRow>,
     blocks: Vec<u32>,
+    passing: Vec<u32>,
 }
 
 struct PlanRow {
     position: usize,
     blocks: Range<usize>,
+    /// Of all the sequence's positions, or empty.
+    passing: Range<usize>,
 }
 
 impl AttentionPlan {
     pub(crate) fn new(batch: &AttentionBatch<'_>) -> Self {
         let mut rows = Vec::with_capacity(batch.num_tokens());
-        let mut blocks = Vec::new();
+        let (mut blocks, mut all_passing) = (Vec::new(), Vec::new());
         for s in batch.sequences {
             let used = (s.start + s.len).div_ceil(BLOCK);
             assert!(used <= s.block_table.len(), "{used} blocks needed, {} given", s.block_table.len());
             let range = blocks.len()..blocks.len() + used;
             blocks.extend_from_slice(&s.block_table[..used]);
-            rows.extend((s.start..s.start + s.len).map(|position| PlanRow { position, blocks: range.clone() }));
+            let passing = all_passing.len()..all_passing.len() + s.passing_table.len();
+            all_passing.extend_from_slice(s.passing_table);
+            let row = |position| PlanRow { position, blocks: range.clone(), passing: passing.clone() };
+            rows.extend((s.start..s.start + s.len).map(row));
         }
-        Self { rows, blocks }
+        Self { rows, blocks, passing: all_passing }
     }
 
     /// Some rows, in runs of at most `len` of one sequence.
@@ -397,7 +419,18 @@ impl AttentionPlan {
         &self.blocks[row.blocks.clone()][..row.position / BLOCK + 1]
     }
 
-    /// Block and offset of a row's own position.
+    /// Passing blocks of its sequence.
+    pub(crate) fn passing(&self, row: usize) -> &[u32] {
+        &self.passing[self.rows[row].passing.clone()]
+    }
+
+    /// Passing block and offset of a row's own position.
+    pub(crate) fn passing_slot(&self, row: usize) -> (u32, usize) {
+        let position = self.position(row);
+        (self.passing(row)[position / BLOCK], position % BLOCK)
+    }
+
+    /// Kept block and offset of a row's own position.
     pub(crate) fn slot(&self, row: usize) -> (u32, usize) {
         let position = self.position(row);
         (self.blocks(row)[position / BLOCK], position % BLOCK)

@@ -3,8 +3,8 @@
 use baton_device::conformance::uniform;
 use baton_device::{
     AttentionBatch, AttentionParams, Backend, BlockFormat, CompressedOps, DType, DeviceError, Entries, HostLinear,
-    HostRope, HostTensor, KvDtype, KvSpec, LayerKv, PoolKv, Pooling, Purpose, Reads, RopeLayout, SequenceSpan,
-    WeightFormat, WindowedParams,
+    HostRope, HostTensor, KvBlocks, KvDtype, KvSpec, LayerKv, PoolKv, Pooling, Purpose, Reads, RopeLayout,
+    SequenceSpan, WeightFormat, WindowedParams,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache};
 
@@ -46,7 +46,7 @@ fn memory_that_is_not_there_is_refused() {
         dtype: KvDtype::F32,
         block_size: b.caps().kv_block_size,
     };
-    assert!(matches!(b.kv_cache(&spec, 1 << 44), Err(DeviceError::OutOfMemory { .. })));
+    assert!(matches!(b.kv_cache(&spec, KvBlocks::kept(1 << 44)), Err(DeviceError::OutOfMemory { .. })));
     assert!(matches!(b.tensor(1 << 50, 4096), Err(DeviceError::OutOfMemory { .. })));
 }
 
@@ -63,9 +63,9 @@ fn a_large_cache_costs_nothing_until_it_is_used() {
         dtype: KvDtype::F32,
         block_size: b.caps().kv_block_size,
     };
-    let cache = b.kv_cache(&spec, 2000).unwrap();
+    let cache = b.kv_cache(&spec, KvBlocks::kept(2000)).unwrap();
     let grown = resident().unwrap().saturating_sub(before);
-    assert!(grown < 32 << 10, "{grown} kB of {} taken at once", (2000 * spec.block_bytes()) >> 10);
+    assert!(grown < 32 << 10, "{grown} kB of {} taken at once", (2000 * spec.kept_bytes()) >> 10);
     drop(cache);
 }
 
@@ -88,14 +88,14 @@ fn what_lies_beyond_a_sequence_is_never_read() {
         let params = AttentionParams { heads: 2, kv_heads: 1, head_dim: 20, scale: 1.0, window: None, softcap: None };
         let layer = LayerKv::Full { kv_heads: 1, head_dim: 20 };
         let spec = KvSpec { layers: vec![layer], dtype, block_size: b.caps().kv_block_size };
-        let mut cache = b.kv_cache(&spec, 2).unwrap();
+        let mut cache = b.kv_cache(&spec, KvBlocks::kept(2)).unwrap();
         let mut attend = |len: usize, value: f32| {
             let mut out = b.tensor(len, 40).unwrap();
             let [mut q, mut k, mut v] = [40, 20, 20].map(|cols| b.tensor(len, cols).unwrap());
             b.write(&vec![1.0; len * 40], &mut q).unwrap();
             b.write(&vec![value; len * 20], &mut k).unwrap();
             b.write(&vec![value; len * 20], &mut v).unwrap();
-            let sequences = [SequenceSpan { start: 0, len, block_table: &[1, 0] }];
+            let sequences = [SequenceSpan { start: 0, len, block_table: &[1, 0], passing_table: &[] }];
             let plan = b.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();
             b.paged_attention(&q, &k, &v, &mut cache, 0, &plan, &params, &mut out).unwrap();
             let mut result = Vec::new();
@@ -121,13 +121,14 @@ fn pools_know_nothing_of_the_sequence_before() {
     for (rate, dtype) in [3, 4, 16, 20].into_iter().flat_map(|rate| KvDtype::ALL.map(|dtype| (rate, dtype))) {
         let b = backend(2);
         let pool = PoolKv { rate, overlaps: true, index: Some(INDEX) };
-        let layers = vec![LayerKv::Windowed { width: WIDTH, pool: Some(pool) }];
+        let layers = vec![LayerKv::Windowed { width: WIDTH, window: 5, pool: Some(pool) }];
         let spec = KvSpec { layers, dtype, block_size: b.caps().kv_block_size };
-        let cache = || b.kv_cache(&spec, 5).unwrap();
+        let cache = || b.kv_cache(&spec, KvBlocks { kept: 5, passing: 6 }).unwrap();
         let vector = |len: usize| vec![0.5; len];
         let table = b.rope_table(&HostRope { inv_freq: vec![0.1], scale: 1.0, max_positions: 80 }).unwrap();
         let run = |cache: &mut KvCache, start: usize, len: usize, poison: Option<f32>| {
-            let sequences = [SequenceSpan { start, len, block_table: &[1, 0, 4, 2, 3] }];
+            let (block_table, passing_table): (&[u32], &[u32]) = (&[1, 0, 4, 2, 3], &[3, 5, 0, 2, 1]);
+            let sequences = [SequenceSpan { start, len, block_table, passing_table }];
             let plan = b.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();
             let input = |cols: usize, seed: u64| {
                 let mut x = b.tensor(len, cols).unwrap();
@@ -166,7 +167,7 @@ fn pools_know_nothing_of_the_sequence_before() {
             }
             for start in [1, 17, 64] {
                 run(&mut used, 0, 80, Some(poison));
-                b.clear_blocks(&mut used, &[0, 1, 2, 3, 4]).unwrap();
+                b.clear_blocks(&mut used, &[0, 1, 2, 3, 4], &[0, 1, 2, 3, 5]).unwrap();
                 assert_eq!(
                     run(&mut used, start, 9, None),
                     run(&mut cache(), start, 9, None),
@@ -183,11 +184,11 @@ fn cleared_blocks_hold_zeros() {
     let layer = LayerKv::Full { kv_heads: 1, head_dim: 16 };
     let spec = KvSpec { layers: vec![layer], dtype: KvDtype::F32, block_size: b.caps().kv_block_size };
     let params = AttentionParams { heads: 1, kv_heads: 1, head_dim: 16, scale: 1.0, window: None, softcap: None };
-    let mut cache = b.kv_cache(&spec, 1).unwrap();
+    let mut cache = b.kv_cache(&spec, KvBlocks::kept(1)).unwrap();
     let one = |start: usize, value: f32, cache: &mut _| {
         let mut x = b.tensor(1, 16).unwrap();
         b.write(&[value; 16], &mut x).unwrap();
-        let sequences = [SequenceSpan { start, len: 1, block_table: &[0] }];
+        let sequences = [SequenceSpan { start, len: 1, block_table: &[0], passing_table: &[] }];
         let plan = b.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();
         let mut out = b.tensor(1, 16).unwrap();
         b.paged_attention(&x, &x, &x, cache, 0, &plan, &params, &mut out).unwrap();
@@ -196,7 +197,7 @@ fn cleared_blocks_hold_zeros() {
         result[0]
     };
     assert_eq!(one(0, 8.0, &mut cache), 8.0);
-    b.clear_blocks(&mut cache, &[0]).unwrap();
+    b.clear_blocks(&mut cache, &[0], &[]).unwrap();
     // Position 0 is zero now: equal scores of zero for it and for a query of zero.
     assert_eq!(one(1, 0.0, &mut cache), 0.0);
 }

@@ -4,12 +4,12 @@
 
 use std::rc::Rc;
 
-use baton_device::conformance::{random_blocks, uniform};
+use baton_device::conformance::{passing_table, random_blocks, uniform};
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, CompressedOps, DType, Entries, GroupScore,
-    Groups, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvDtype, KvSpec, LatentOps, LayerKv,
-    Mixing, MoeOps, PoolKv, Pooling, Purpose, Reads, RopeLayout, Routing, Scoring, SequenceSpan, TokenIds,
-    WeightFormat, WindowedParams,
+    Groups, HostExperts, HostLatent, HostLinear, HostRope, HostTensor, Indexer, KvBlocks, KvDtype, KvSpec, LatentOps,
+    LayerKv, Mixing, MoeOps, PASSED, PoolKv, Pooling, Purpose, Reads, RopeLayout, Routing, Scoring, SequenceSpan,
+    TokenIds, WeightFormat, WindowedParams,
 };
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa, KvCache, Tensor};
 use proptest::prelude::*;
@@ -430,7 +430,7 @@ impl Pools {
         let of_indexer = [index_columns, index_columns, index_heads * index_width, index_heads];
         let widths = [vec![heads * width, width, columns, columns], of_indexer.to_vec()].concat();
         let widths: [usize; 8] = widths.try_into().unwrap();
-        let layer = LayerKv::Windowed { width, pool: Some(pool) };
+        let layer = LayerKv::Windowed { width, window: self.window, pool: Some(pool) };
         let steps = Steps { lens: lens.to_vec(), cuts: cuts.to_vec(), seed, layer, dtype };
         steps.check(same_isa, &widths, heads * width, |b, x, cache, plan, out| self.attend(b, x, cache, plan, out))
     }
@@ -480,12 +480,16 @@ fn sequences_that_share_full_blocks_pool_and_attend_as_if_they_had_their_own() {
         let columns = pool.series() * 20;
         let index_columns = pool.series() * 8;
         let widths = [40, 20, columns, columns, index_columns, index_columns, 16, 2];
-        let layers = vec![LayerKv::Windowed { width: 20, pool: Some(pool) }];
+        let layers = vec![LayerKv::Windowed { width: 20, window: 30, pool: Some(pool) }];
         let spec = KvSpec { layers, dtype: KvDtype::BF16, block_size: size };
         let blocks = len.div_ceil(size);
-        let mut cache = b.kv_cache(&spec, 2 * blocks).unwrap();
+        let mut cache = b.kv_cache(&spec, KvBlocks { kept: 2 * blocks, passing: 2 * blocks }).unwrap();
         let mut run = |start: usize, table: &[u32]| {
-            let batch = [SequenceSpan { start, len: len - start, block_table: table }];
+            // All that is shared passes but for the window.
+            let gone = start.saturating_sub(29) / size;
+            let of = |(i, block): (usize, &u32)| if i < gone { PASSED } else { 2 * blocks as u32 - 1 - block };
+            let passing: Vec<u32> = table.iter().enumerate().map(of).collect();
+            let batch = [SequenceSpan { start, len: len - start, block_table: table, passing_table: &passing }];
             let plan = b.plan_attention(&AttentionBatch { sequences: &batch }).unwrap();
             let mut x = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| {
                 let data = uniform(i as u64, len * widths[i], 1.0);
@@ -514,14 +518,14 @@ fn all_positions_chosen_are_all_positions_to_the_last_bit() {
     let src = HostLatent { kv_b: kv_b.tensor(), heads, nope, rope, v, rank, format: WeightFormat::F32 };
     let weight = b.latent_weight(&src).unwrap();
     let table: Vec<u32> = (0..len as u32).collect();
-    let batch = [SequenceSpan { start: 0, len, block_table: &table }];
+    let batch = [SequenceSpan { start: 0, len, block_table: &table, passing_table: &[] }];
     let plan = b.plan_attention(&AttentionBatch { sequences: &batch }).unwrap();
     let input = |seed: u64, width: usize| tensor(&b, len, width, &uniform(seed, len * width, 1.0));
     let (q, latent, key) = (input(1, heads * (nope + rope)), input(2, rank), input(3, rope));
     let (index_q, index_k, weights) = (input(4, 2 * width), input(5, width), input(6, 2));
     let cache = |layer| {
         let spec = KvSpec { layers: vec![layer], dtype: KvDtype::F32, block_size: b.caps().kv_block_size };
-        b.kv_cache(&spec, len).unwrap()
+        b.kv_cache(&spec, KvBlocks::kept(len)).unwrap()
     };
     let mut dense = b.tensor(len, heads * v).unwrap();
     let mut cache_of_all = cache(LayerKv::Latent { rank, rope, index: None });
@@ -586,9 +590,13 @@ impl Steps {
     ) -> Result<(), TestCaseError> {
         let run = |b: &CpuBackend, cache: &mut KvCache, spans: &[(usize, usize, usize)]| {
             let tables: Vec<Vec<u32>> = (0..self.lens.len()).map(|s| self.table(s)).collect();
+            let passing: Vec<Vec<u32>> = spans.iter().map(|&(s, start, len)| self.passing(s, start, len)).collect();
             let spans: Vec<_> = spans
                 .iter()
-                .map(|&(s, start, len)| (s, SequenceSpan { start, len, block_table: &tables[s] }))
+                .zip(&passing)
+                .map(|(&(s, start, len), passing_table)| {
+                    (s, SequenceSpan { start, len, block_table: &tables[s], passing_table })
+                })
                 .collect();
             let sequences: Vec<_> = spans.iter().map(|s| s.1).collect();
             let batch = AttentionBatch { sequences: &sequences };
@@ -607,7 +615,8 @@ impl Steps {
         };
         let cache = |b: &CpuBackend| {
             let spec = KvSpec { layers: vec![self.layer], dtype: self.dtype, block_size: b.caps().kv_block_size };
-            b.kv_cache(&spec, self.lens.len() * self.blocks_per_sequence()).unwrap()
+            let kept = self.lens.len() * self.blocks_per_sequence();
+            b.kv_cache(&spec, KvBlocks { kept, passing: kept }).unwrap()
         };
 
         let first = &same_isa[0];
@@ -637,6 +646,16 @@ impl Steps {
     /// Blocks of a sequence, scattered.
     fn table(&self, sequence: usize) -> Vec<u32> {
         (0..self.blocks_per_sequence()).map(|i| (i * self.lens.len() + sequence) as u32).rev().collect()
+    }
+
+    /// Passing blocks of a step of a sequence, which in a cut one are no more than its longest step may need.
+    fn passing(&self, sequence: usize, start: usize, len: usize) -> Vec<u32> {
+        let Some(reach) = self.layer.reach() else { return Vec::new() };
+        let mut slots = self.table(sequence);
+        if len < self.lens[sequence] {
+            slots.truncate((reach + self.cuts.iter().max().expect("a cut")) / 16 + 2);
+        }
+        passing_table(&slots, (start, start + len), reach, 16)
     }
 
     /// Of 16 positions, the smallest that a backend has.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, CompressedOps, DType, DeviceError, DeviceMemory, Draw,
-    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, Limits, MoeOps, Op, Result,
+    HostExperts, HostLatent, HostLinear, HostRope, HostTensor, KvBlocks, KvSpec, LatentOps, Limits, MoeOps, Op, Result,
     RopeLayout, Rotary, Rows, StepMemory, TokenIds, World,
 };
 
@@ -184,8 +184,8 @@ impl Backend for CudaBackend {
         Rope::new(&self.gpu, src)
     }
 
-    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
-        let cache = KvCache::new(&self.gpu, self.activations, spec, num_blocks)?;
+    fn kv_cache(&self, spec: &KvSpec, blocks: KvBlocks) -> Result<KvCache> {
+        let cache = KvCache::new(&self.gpu, self.activations, spec, blocks.kept)?;
         // Made when all weights are there, so that the kernels that these need are known: no step waits for a compiler.
         self.gpu.compile()?;
         Ok(cache)
@@ -313,7 +313,7 @@ impl Backend for CudaBackend {
         self.rows.add_rows(x, rows, out)
     }
 
-    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
+    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32], _: &[u32]) -> Result<()> {
         cache.clear(&self.gpu, blocks)
     }
 

@@ -242,7 +242,7 @@ impl Numbers {
     }
 
     fn append(&mut self, span: &SequenceSpan<'_>) {
-        let SequenceSpan { start, len, block_table } = *span;
+        let SequenceSpan { start, len, block_table, .. } = *span;
         assert!(len > 0, "a sequence without rows");
         let used = (start + len).div_ceil(BLOCK);
         assert!(used <= block_table.len(), "{used} blocks needed, {} given", block_table.len());
@@ -293,8 +293,10 @@ mod tests {
 
     fn numbers(spans: &[(usize, usize)]) -> Numbers {
         let table: Vec<u32> = (0..64).map(|block| (block * 7 + 3) % 64).collect();
-        let sequences: Vec<_> =
-            spans.iter().map(|&(start, len)| SequenceSpan { start, len, block_table: &table }).collect();
+        let sequences: Vec<_> = spans
+            .iter()
+            .map(|&(start, len)| SequenceSpan { start, len, block_table: &table, passing_table: &[] })
+            .collect();
         Numbers::new(&AttentionBatch { sequences: &sequences })
     }
 

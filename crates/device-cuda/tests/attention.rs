@@ -5,8 +5,8 @@ mod common;
 
 use baton_device::conformance::{self, Case, uniform};
 use baton_device::{
-    AttentionBatch, AttentionParams, Backend, DType, HostLatent, HostLinear, HostRope, HostTensor, KvDtype, KvSpec,
-    LatentOps, LayerKv, Purpose, RopeLayout, Rotary, Rows, SequenceSpan, WeightFormat,
+    AttentionBatch, AttentionParams, Backend, DType, HostLatent, HostLinear, HostRope, HostTensor, KvBlocks, KvDtype,
+    KvSpec, LatentOps, LayerKv, Purpose, RopeLayout, Rotary, Rows, SequenceSpan, WeightFormat,
 };
 use baton_device_cuda::{CudaBackend, Statistics};
 use common::Simulator;
@@ -100,7 +100,7 @@ impl<'a> Steps<'a> {
     fn new(backend: &'a CudaBackend, params: AttentionParams, dtype: KvDtype) -> Self {
         let AttentionParams { kv_heads, head_dim, .. } = params;
         let layers = vec![LayerKv::Full { kv_heads, head_dim }; 2];
-        let cache = backend.kv_cache(&KvSpec { layers, dtype, block_size: BLOCK }, 64).unwrap();
+        let cache = backend.kv_cache(&KvSpec { layers, dtype, block_size: BLOCK }, KvBlocks::kept(64)).unwrap();
         Self { backend, params, cache }
     }
 
@@ -159,7 +159,7 @@ fn decode_of_growing_contexts_is_one_graph_until_the_longest_doubles() {
     let params = full(4, 2, 32);
     let layers = vec![LayerKv::Full { kv_heads: 2, head_dim: 32 }; 3];
     let spec = KvSpec { layers, dtype: KvDtype::BF16, block_size: BLOCK };
-    let mut cache = backend.kv_cache(&spec, 64).unwrap();
+    let mut cache = backend.kv_cache(&spec, KvBlocks::kept(64)).unwrap();
     let tables: [Vec<u32>; 3] = [(0..20).collect(), (20..40).collect(), (40..60).collect()];
     let tensor = |heads: usize| {
         let mut tensor = backend.tensor(3, heads * 32).unwrap();
@@ -171,7 +171,12 @@ fn decode_of_growing_contexts_is_one_graph_until_the_longest_doubles() {
     let mut step = |length: usize| {
         let span = |(table, start): (&'_ Vec<u32>, usize)| (table.clone(), start);
         let spans = [(&tables[0], length - 1), (&tables[1], length / 2), (&tables[2], 3)].map(span);
-        let spans = spans.each_ref().map(|(table, start)| SequenceSpan { start: *start, len: 1, block_table: table });
+        let spans = spans.each_ref().map(|(table, start)| SequenceSpan {
+            start: *start,
+            len: 1,
+            block_table: table,
+            passing_table: &[],
+        });
         let plan = backend.plan_attention(&AttentionBatch { sequences: &spans }).unwrap();
         for layer in 0..3 {
             backend.paged_attention(&q, &k, &v, &mut cache, layer, &plan, &params, &mut out).unwrap();
@@ -194,8 +199,8 @@ fn plans_that_are_alive_together_do_not_overwrite_each_other() {
     let backend = simulator.open(DType::BF16);
     let mut steps = Steps::new(&backend, full(2, 1, 16), KvDtype::BF16);
     let (table, other) = ([1, 2, 3], [4, 5, 6]);
-    let first = [SequenceSpan { start: 0, len: 20, block_table: &table }];
-    let second = [SequenceSpan { start: 0, len: 9, block_table: &other }];
+    let first = [SequenceSpan { start: 0, len: 20, block_table: &table, passing_table: &[] }];
+    let second = [SequenceSpan { start: 0, len: 9, block_table: &other, passing_table: &[] }];
     let inputs = [steps.inputs(20, 1), steps.inputs(9, 4)];
     let alone = [(&first, &inputs[0]), (&second, &inputs[1])].map(|(spans, inputs)| {
         let plan = steps.plan(spans);
@@ -222,7 +227,7 @@ fn what_is_not_finite_reaches_no_other_sequence_and_nobody_who_gets_its_blocks()
         let backend = simulator.open(activations);
         let mut steps = Steps::new(&backend, full(3, 1, 16), dtype);
         let tables = [[7, 8, 9], [10, 11, 12], [13, 14, 15]];
-        let span = |table: usize, len| SequenceSpan { start: 0, len, block_table: &tables[table] };
+        let span = |table: usize, len| SequenceSpan { start: 0, len, block_table: &tables[table], passing_table: &[] };
         let spans = [span(0, BROKEN_ROWS), span(1, 40), span(2, 1)];
         let sound = steps.inputs(BROKEN_ROWS + 41, 1);
         let mut broken = sound.clone();
@@ -245,8 +250,8 @@ fn what_is_not_finite_reaches_no_other_sequence_and_nobody_who_gets_its_blocks()
             assert_eq!(steps.attend(&plan, &inputs), steps.attend(&elsewhere, &inputs), "{activations} {dtype}");
         }
         let cleared = tables[0];
-        backend.clear_blocks(&mut steps.cache, &cleared).unwrap();
-        let plan = steps.plan(&[SequenceSpan { start: 30, len: 1, block_table: &tables[0] }]);
+        backend.clear_blocks(&mut steps.cache, &cleared, &[]).unwrap();
+        let plan = steps.plan(&[SequenceSpan { start: 30, len: 1, block_table: &tables[0], passing_table: &[] }]);
         let inputs = steps.inputs(1, 12);
         assert!(steps.attend(&plan, &inputs).iter().all(|x| x.is_finite()), "{activations} {dtype}");
     }
@@ -269,7 +274,7 @@ fn bytes_of_the_cache_are_the_seams_also_between_two_of_them() {
             let half = (i as f32 - 0.5) * step;
             *v = f32::from_bits(half.to_bits() + (i as u32 * 7) % 5 - 2);
         }
-        let plan = steps.plan(&[SequenceSpan { start: 0, len: 1, block_table: &table }]);
+        let plan = steps.plan(&[SequenceSpan { start: 0, len: 1, block_table: &table, passing_table: &[] }]);
         let actual = steps.attend(&plan, &[q, k, v.clone()]);
         KvDtype::Int8.round(&mut v);
         assert_eq!(actual, [v.clone(), v].concat(), "{largest}");
@@ -297,7 +302,8 @@ fn inputs_that_are_exact_sums_are_rounded_to_activations_first() {
     // Blocks in which nothing was written before.
     let mut attended = |[mut q, mut k, v]: [<CudaBackend as Backend>::Tensor; 3], blocks: [[u32; 2]; 2]| {
         let (mut out, mut values) = (backend.tensor(9, 16).unwrap(), [Vec::new(), Vec::new()]);
-        let plans = blocks.map(|table| steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &table }]));
+        let plans = blocks
+            .map(|table| steps.plan(&[SequenceSpan { start: 0, len: 9, block_table: &table, passing_table: &[] }]));
         let Steps { cache, params, .. } = &mut steps;
         backend.paged_attention(&q, &k, &v, cache, 0, &plans[0], params, &mut out).unwrap();
         backend.read(&out, &mut values[0]).unwrap();

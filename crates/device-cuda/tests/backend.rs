@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, DType, DeviceError, Draw, HostLinear, HostRope, HostTensor,
-    KvSpec, LayerKv, Purpose, Result, RopeLayout, SequenceSpan, TokenIds, WeightFormat, conformance::uniform,
+    KvBlocks, KvSpec, LayerKv, Purpose, Result, RopeLayout, SequenceSpan, TokenIds, WeightFormat, conformance::uniform,
 };
 use baton_device_cuda::{CudaBackend, CudaOptions, probe};
 use common::{Simulator, options};
@@ -62,7 +62,7 @@ impl<'a> Decoder<'a> {
             up: weight(HIDDEN, HIDDEN, 5)?,
             norm: b.vector(&HostTensor::new("norm", DType::F32, vec![HIDDEN], &ones))?,
             rope: b.rope_table(&HostRope { inv_freq, scale: 1.0, max_positions: 64 })?,
-            cache: b.kv_cache(&spec, BLOCK_TABLE.len())?,
+            cache: b.kv_cache(&spec, KvBlocks::kept(BLOCK_TABLE.len()))?,
             x: (0..7).map(|_| b.tensor(16, HIDDEN)).collect::<Result<_>>()?,
             logits: b.tensor(16, VOCABULARY)?,
         })
@@ -83,7 +83,7 @@ impl<'a> Decoder<'a> {
     /// A step of `len` tokens that nobody waits for.
     fn begin(&mut self, ids: TokenIds<'_, Chosen>, len: usize, start: usize) -> Result<Chosen> {
         let Self { b, embedding, qkv, up, norm, rope, cache, x, logits } = self;
-        let sequences = [SequenceSpan { start, len, block_table: &BLOCK_TABLE }];
+        let sequences = [SequenceSpan { start, len, block_table: &BLOCK_TABLE, passing_table: &[] }];
         let plan = b.plan_attention(&AttentionBatch { sequences: &sequences })?;
         let [residual, normed, q, k, v, mixed, last] = x.as_mut_slice() else { unreachable!("as made") };
         b.embed(ids, embedding, residual)?;

@@ -5,8 +5,8 @@ mod common;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, DType, HostExperts, HostLatent, HostLinear, HostRope,
-    HostTensor, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, Result, RopeLayout, Rotary, Routing, Scoring,
-    SequenceSpan, WeightFormat, conformance::uniform,
+    HostTensor, KvBlocks, KvDtype, KvSpec, LatentOps, LayerKv, MoeOps, Purpose, Result, RopeLayout, Rotary, Routing,
+    Scoring, SequenceSpan, WeightFormat, conformance::uniform,
 };
 use baton_device_cuda::CudaBackend;
 use common::Simulator;
@@ -62,12 +62,12 @@ impl Maker<'_> {
     }
 
     fn cache(self, kv: LayerKv) -> Result<Cache> {
-        self.0.kv_cache(&KvSpec { layers: vec![kv], dtype: KvDtype::BF16, block_size: 16 }, BLOCKS)
+        self.0.kv_cache(&KvSpec { layers: vec![kv], dtype: KvDtype::BF16, block_size: 16 }, KvBlocks::kept(BLOCKS))
     }
 
     fn plan(self) -> Result<Plan> {
         let block_table: Vec<u32> = (0..BLOCKS as u32).collect();
-        let sequences = [SequenceSpan { start: POSITION, len: 1, block_table: &block_table }];
+        let sequences = [SequenceSpan { start: POSITION, len: 1, block_table: &block_table, passing_table: &[] }];
         self.0.plan_attention(&AttentionBatch { sequences: &sequences })
     }
 

@@ -2,6 +2,10 @@
 //!
 //! The engine owns block numbers; the device owns block memory. Position p of a sequence lies in
 //! block `block_table[p / block_size]` at offset `p % block_size`, in every layer.
+//!
+//! Of some layers a part is read for a while only: vectors as long as they are in a window, running sums by the next token.
+//! Such parts pass: they lie in blocks of their own, `passing_table[p / block_size]`, which are given back behind the reach of
+//! the tokens to come. The other blocks are kept as long as their sequence.
 
 use std::fmt;
 
@@ -92,27 +96,40 @@ pub enum LayerKv {
     Windowed {
         /// Width of the vector, and of a pooled entry.
         width: usize,
+        /// Positions that a token sees as they are: its own and the `window - 1` before it. At least 1.
+        window: usize,
         /// What is pooled, if anything is. Running sums are kept in f32, whatever the cache is kept in.
         pool: Option<PoolKv>,
     },
 }
 
 impl LayerKv {
-    /// Bytes of a block of so many tokens.
-    pub fn block_bytes(self, dtype: KvDtype, block_size: usize) -> usize {
+    /// Bytes of a kept block of so many tokens.
+    pub fn kept_bytes(self, dtype: KvDtype, block_size: usize) -> usize {
         match self {
             LayerKv::Full { kv_heads, head_dim } => block_size * 2 * kv_heads * dtype.bytes(head_dim),
             LayerKv::Latent { rank, rope, index } => {
                 block_size * [rank, rope].into_iter().chain(index).map(|width| dtype.bytes(width)).sum::<usize>()
             }
-            LayerKv::Windowed { width, pool } => {
-                let pooled = pool.map_or(0, |pool| {
-                    let of = |width| pool.slots(block_size) * dtype.bytes(width) + 4 * pool.sums(width);
-                    of(width) + pool.index.map_or(0, of)
-                });
-                block_size * dtype.bytes(width) + pooled
-            }
+            LayerKv::Windowed { width, pool, .. } => pool.map_or(0, |pool| {
+                let of = |width| pool.slots(block_size) * dtype.bytes(width);
+                of(width) + pool.index.map_or(0, of)
+            }),
         }
+    }
+
+    /// Bytes of a passing block of so many tokens.
+    pub fn passing_bytes(self, dtype: KvDtype, block_size: usize) -> usize {
+        let LayerKv::Windowed { width, pool, .. } = self else { return 0 };
+        let sums = pool.map_or(0, |pool| pool.sums(width) + pool.index.map_or(0, |width| pool.sums(width)));
+        block_size * dtype.bytes(width) + 4 * sums
+    }
+
+    /// How many positions before its own a token reads what passes of; `None` if nothing does.
+    pub fn reach(self) -> Option<usize> {
+        let LayerKv::Windowed { window, pool, .. } = self else { return None };
+        // The sums are those of the token before.
+        Some((window - 1).max(usize::from(pool.is_some())))
     }
 }
 
@@ -128,11 +145,40 @@ pub struct KvSpec {
 }
 
 impl KvSpec {
-    /// Bytes of one block over all layers.
-    pub fn block_bytes(&self) -> usize {
-        self.layers.iter().map(|l| l.block_bytes(self.dtype, self.block_size)).sum()
+    /// Bytes of a kept block over all layers.
+    pub fn kept_bytes(&self) -> usize {
+        self.layers.iter().map(|l| l.kept_bytes(self.dtype, self.block_size)).sum()
+    }
+
+    /// Bytes of a passing block over all layers.
+    pub fn passing_bytes(&self) -> usize {
+        self.layers.iter().map(|l| l.passing_bytes(self.dtype, self.block_size)).sum()
+    }
+
+    /// How many positions before its own a token reads what passes of, in any layer; `None` if nothing does.
+    pub fn reach(&self) -> Option<usize> {
+        self.layers.iter().filter_map(|layer| layer.reach()).max()
     }
 }
+
+/// How many blocks a cache has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvBlocks {
+    /// For what a sequence has as long as it is there.
+    pub kept: usize,
+    /// For what passes; 0 where nothing does.
+    pub passing: usize,
+}
+
+impl KvBlocks {
+    /// Of a model of which nothing passes.
+    pub const fn kept(kept: usize) -> Self {
+        Self { kept, passing: 0 }
+    }
+}
+
+/// Stands in a passing table for a block that was given back.
+pub const PASSED: u32 = u32::MAX;
 
 /// New tokens of one sequence: positions `start..start + len`, all earlier ones being in the cache.
 #[derive(Debug, Clone, Copy)]
@@ -143,6 +189,9 @@ pub struct SequenceSpan<'a> {
     pub len: usize,
     /// Blocks of positions `0..start + len`, and possibly more.
     pub block_table: &'a [u32],
+    /// Passing blocks of the same positions, [`PASSED`] where all of them are further than [`KvSpec::reach`] before `start`;
+    /// not read where nothing passes.
+    pub passing_table: &'a [u32],
 }
 
 /// The ragged batch of one step. Rows of every activation follow it: all new tokens of the first
@@ -211,17 +260,23 @@ mod tests {
             LayerKv::Latent { rank: 512, rope: 64, index: None },
             LayerKv::Latent { rank: 256, rope: 32, index: Some(128) },
         ];
-        let bytes = |dtype| KvSpec { layers: layers.clone(), dtype, block_size: 16 }.block_bytes();
+        let spec = |dtype| KvSpec { layers: layers.clone(), dtype, block_size: 16 };
+        let bytes = |dtype| spec(dtype).kept_bytes();
+        assert_eq!((spec(KvDtype::F32).passing_bytes(), spec(KvDtype::F32).reach()), (0, None));
         let elements = 16 * (2 * 2 * 64 + 512 + 64 + 256 + 32 + 128);
         assert_eq!([KvDtype::F32, KvDtype::F16, KvDtype::BF16].map(bytes), [4 * elements, 2 * elements, 2 * elements]);
         assert_eq!(bytes(KvDtype::Int8), elements + 16 * 4 * (2 * 2 + 2 + 3));
 
-        let pooled = |rate, overlaps, index| {
-            let pool = Some(PoolKv { rate, overlaps, index });
-            KvSpec { layers: vec![LayerKv::Windowed { width: 48, pool }], dtype: KvDtype::BF16, block_size: 16 }
+        let windowed = |window, pool| {
+            let layers = vec![LayerKv::Windowed { width: 48, window, pool }];
+            let spec = KvSpec { layers, dtype: KvDtype::BF16, block_size: 16 };
+            (spec.kept_bytes(), spec.passing_bytes(), spec.reach())
         };
-        assert_eq!(pooled(4, true, Some(32)).block_bytes(), 2 * (16 * 48 + 4 * (48 + 32)) + 4 * 6 * (48 + 32));
-        assert_eq!(pooled(128, false, None).block_bytes(), 2 * (16 * 48 + 48) + 4 * 3 * 48);
+        let pool = |rate, overlaps, index| Some(PoolKv { rate, overlaps, index });
+        let sparse = (2 * 4 * (48 + 32), 2 * 16 * 48 + 4 * 6 * (48 + 32), Some(127));
+        assert_eq!(windowed(128, pool(4, true, Some(32))), sparse);
+        assert_eq!(windowed(1, pool(128, false, None)), (2 * 48, 2 * 16 * 48 + 4 * 3 * 48, Some(1)));
+        assert_eq!(windowed(1, None), (0, 2 * 16 * 48, Some(0)));
     }
 
     #[test]

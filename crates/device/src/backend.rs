@@ -19,7 +19,7 @@ use std::borrow::Cow;
 
 use crate::{
     AttentionBatch, AttentionParams, Caps, DeviceMemory, Draw, HostExperts, HostLatent, HostLinear, HostRope,
-    HostTensor, KvSpec, Result, RopeLayout, StepMemory, World,
+    HostTensor, KvBlocks, KvSpec, Result, RopeLayout, StepMemory, World,
 };
 
 /// Size of an activation.
@@ -147,11 +147,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Prepares rotary tables.
     fn rope_table(&self, src: &HostRope) -> Result<Self::Rope>;
     /// Block memory, zeroed.
-    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<Self::KvCache>;
+    fn kv_cache(&self, spec: &KvSpec, blocks: KvBlocks) -> Result<Self::KvCache>;
 
     // Step time.
 
-    /// Digests the batch. Slots of all new tokens must lie within their block tables.
+    /// Digests the batch. Slots of all new tokens must lie within their block tables, and where something passes those of all
+    /// tokens in their reach within their passing tables.
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<Self::AttentionPlan>;
     /// `out[t] = row ids[t] of table`, widened to f32. The table is a linear weight so that a tied
     /// head shares its memory, and was prepared as [`Purpose::Table`](crate::Purpose::Table). Ids are below the table's rows.
@@ -279,8 +280,8 @@ pub trait Backend: Send + Sync + 'static {
     fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<()>;
     /// `out[rows[i]] += x[i]`. Rows are distinct.
     fn add_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<()>;
-    /// Zeroes blocks in every layer, so that nothing of a failed sequence remains.
-    fn clear_blocks(&self, cache: &mut Self::KvCache, blocks: &[u32]) -> Result<()>;
+    /// Zeroes kept and passing blocks in every layer, so that nothing of a failed sequence remains.
+    fn clear_blocks(&self, cache: &mut Self::KvCache, kept: &[u32], passing: &[u32]) -> Result<()>;
     /// Copies from the host: `data.len()` is a multiple of the width.
     fn write(&self, data: &[f32], out: &mut Self::Tensor) -> Result<()>;
     /// Copies the rows in use to the host, replacing what `out` held.

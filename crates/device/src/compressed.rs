@@ -5,6 +5,9 @@
 //! with the last of them; an entry lies in the block of that token, so a block holds what its tokens close, whatever rate and
 //! block size are. Of the tokens behind the last entry it keeps running sums, in the block of the last of them: so what lies
 //! behind a full block depends on it alone, and sequences can share it.
+//!
+//! Entries are kept. Vectors and sums are of use to the next few tokens alone: they lie in [passing](crate::KvBlocks::passing)
+//! blocks.
 
 use crate::{Backend, Result};
 use crate::{MoeOps, RopeLayout, TokenIds};

@@ -24,6 +24,7 @@ pub use vectors::{MAGIC, Vector, Vectors, VectorsError, name};
 use inputs::{Source, activation, on_grid};
 pub use inputs::{random_blocks, uniform};
 pub use ranks::ranks;
+pub use steps::passing_table;
 use steps::{LONG, MAX_POSITIONS, Ragged, over_steps};
 use tolerance::tolerance;
 
@@ -517,7 +518,7 @@ pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> 
             let inv_freq = (0..layout.dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
             let table = b.rope_table(&HostRope { inv_freq, scale: 1.25, max_positions: MAX_POSITIONS })?;
             let mut result = Vec::new();
-            for step in Ragged::new(b.caps().kv_block_size, 0).steps() {
+            for step in Ragged::new(b.caps().kv_block_size, 0, None).steps() {
                 let mut x = activation(step.num_tokens(), layout.heads * layout.head_dim, 1)?;
                 b.rope(&mut x, layout, &table, &step.plan(b)?)?;
                 result.extend(outputs(b, &[&x])?);

@@ -28,7 +28,7 @@ mod reference;
 mod routing;
 
 pub use attention::{
-    AttentionBatch, AttentionParams, KvDtype, KvSpec, LayerKv, RopeLayout, SequenceSpan, saturate_f16,
+    AttentionBatch, AttentionParams, KvBlocks, KvDtype, KvSpec, LayerKv, PASSED, RopeLayout, SequenceSpan, saturate_f16,
 };
 pub use backend::{Activation, Backend, Indexer, LatentOps, MoeOps, Rotary, Rows, TokenIds};
 pub use caps::{Caps, Op, Requirements};

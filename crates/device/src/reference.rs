@@ -7,14 +7,15 @@ mod latent;
 use std::collections::BTreeSet;
 use std::f32::consts::FRAC_2_PI;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use half::{bf16, f16};
 
 use crate::{
     Activation, AttentionBatch, AttentionParams, Backend, BlockFormat, Caps, Communicator, DType, Draw, Drawer,
-    HostExperts, HostLinear, HostRope, HostTensor, KvDtype, KvSpec, LayerKv, MoeOps, Op, Purpose, Result, RopeLayout,
-    Routing, Rows, TokenIds, WeightFormat, World, select_experts,
+    HostExperts, HostLinear, HostRope, HostTensor, KvBlocks, KvDtype, KvSpec, LayerKv, MoeOps, Op, Purpose, Result,
+    RopeLayout, Routing, Rows, TokenIds, WeightFormat, World, select_experts,
 };
 
 /// The judge.
@@ -227,6 +228,8 @@ impl Plane {
 /// For every row: its position, and the cache slots of positions `0..=position`.
 pub struct AttentionPlan {
     rows: Vec<Vec<usize>>,
+    /// The passing table of each row's sequence.
+    passing: Vec<Arc<[u32]>>,
 }
 
 impl AttentionPlan {
@@ -338,15 +341,15 @@ impl Backend for Reference {
         Ok(Rope { pairs: src.inv_freq.len(), cos, sin })
     }
 
-    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
+    fn kv_cache(&self, spec: &KvSpec, blocks: KvBlocks) -> Result<KvCache> {
         let KvSpec { layers: kinds, dtype, block_size } = spec.clone();
-        let plane = |heads, width| Plane::new((num_blocks, block_size), (heads, width), dtype);
+        let plane = |heads, width| Plane::new((blocks.kept, block_size), (heads, width), dtype);
         let planes = |layer: &LayerKv| match *layer {
             LayerKv::Full { kv_heads, head_dim } => vec![plane(kv_heads, head_dim), plane(kv_heads, head_dim)],
             LayerKv::Latent { rank, rope, index } => {
                 [rank, rope].into_iter().chain(index).map(|width| plane(1, width)).collect()
             }
-            LayerKv::Windowed { width, pool } => compressed::planes(num_blocks, block_size, width, pool, dtype),
+            LayerKv::Windowed { width, pool, .. } => compressed::planes(blocks, block_size, width, pool, dtype),
         };
         let layers = kinds.iter().map(planes).collect();
         Ok(KvCache { block_size, kinds, layers })
@@ -354,12 +357,13 @@ impl Backend for Reference {
 
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<AttentionPlan> {
         let size = self.caps.kv_block_size;
-        let mut rows = Vec::new();
+        let (mut rows, mut passing) = (Vec::new(), Vec::new());
         for s in batch.sequences {
             let slot = |p: usize| s.block_table[p / size] as usize * size + p % size;
             rows.extend((s.start..s.start + s.len).map(|position| (0..=position).map(slot).collect()));
+            passing.resize(rows.len(), s.passing_table.into());
         }
-        Ok(AttentionPlan { rows })
+        Ok(AttentionPlan { rows, passing })
     }
 
     fn embed(&self, ids: TokenIds<'_, Self::Chosen>, table: &Linear, out: &mut Tensor) -> Result<()> {
@@ -499,11 +503,14 @@ impl Backend for Reference {
         Ok(())
     }
 
-    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
-        for plane in cache.layers.iter_mut().flatten() {
-            let stride = plane.slots * plane.width;
-            for &block in blocks {
-                plane.data[block as usize * stride..][..stride].fill(0.0);
+    fn clear_blocks(&self, cache: &mut KvCache, kept: &[u32], passing: &[u32]) -> Result<()> {
+        for (kind, planes) in cache.kinds.iter().zip(&mut cache.layers) {
+            for (i, plane) in planes.iter_mut().enumerate() {
+                let passes = matches!(kind, LayerKv::Windowed { .. }) && i.is_multiple_of(2);
+                let stride = plane.slots * plane.width;
+                for &block in if passes { passing } else { kept } {
+                    plane.data[block as usize * stride..][..stride].fill(0.0);
+                }
             }
         }
         Ok(())

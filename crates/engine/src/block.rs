@@ -18,11 +18,31 @@ use std::collections::BTreeMap;
 use crate::cached::CachedBlocks;
 use crate::{BlockStats, Tenant};
 
-/// Index of a block in the cache, below [`baton_model::RunSpec::num_blocks`].
+/// Index of a block of its kind in the cache, below [`baton_model::RunSpec::num_blocks`] or
+/// [`baton_model::Passing::num_blocks`].
 pub(crate) type BlockId = u32;
 
 /// Names a block's tokens, all tokens before them, and their scope.
 pub(crate) type BlockHash = [u8; 32];
+
+/// Blocks of both kinds, each in an order of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Blocks {
+    pub kept: Vec<BlockId>,
+    /// See [`baton_model::RunSpec::passing`].
+    pub passing: Vec<BlockId>,
+}
+
+impl Blocks {
+    pub fn is_empty(&self) -> bool {
+        self.kept.is_empty() && self.passing.is_empty()
+    }
+
+    pub fn extend(&mut self, other: Self) {
+        self.kept.extend(other.kept);
+        self.passing.extend(other.passing);
+    }
+}
 
 /// Reference counts, the free blocks in the order in which they are given up, and the index of
 /// published ones.

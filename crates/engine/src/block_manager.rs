@@ -5,15 +5,20 @@
 //! same adapter or none, takes the block instead of computing it.
 //! The key is random per process, so names can be neither predicted nor forced to collide.
 //!
+//! What a model reads of the last tokens only lies in passing blocks, which are named alike and have an allocator of their own. A
+//! sequence gets them as its tokens are planned and gives back those behind it; the prefix of another is of use only as far as
+//! the passing blocks at its end are still cached. There are as many as running sequences can have together
+//! ([`Passing::fewest`]), so nobody waits for one or is preempted for one: they are no concern of the scheduler.
+//!
 //! Invariant: a published block was computed and its values are finite. The scheduler publishes a
 //! sequence's blocks only when a token was sampled behind them; attention had read all of them for
 //! it, so a value that is not finite would have shown. Drafts that are not accepted lie behind all tokens
 //! and are never published.
 
-use baton_model::Adapter;
+use baton_model::{Adapter, PASSED, Passing, RunSpec};
 use sha2::{Digest, Sha256};
 
-use crate::block::{BlockAllocator, BlockHash, BlockId};
+use crate::block::{BlockAllocator, BlockHash, BlockId, Blocks};
 use crate::sequence::Sequence;
 use crate::{BlockStats, CacheScope};
 
@@ -21,6 +26,9 @@ use crate::{BlockStats, CacheScope};
 #[derive(Default)]
 pub(crate) struct BlockTable {
     blocks: Vec<BlockId>,
+    /// Of the tokens that were planned; the first `num_passed` were given back.
+    passing: Vec<BlockId>,
+    num_passed: usize,
     /// How many of `blocks` were offered to the cache or came from it.
     num_published: usize,
     /// How many tokens had been computed when one was last sampled behind them; those from the cache count.
@@ -34,12 +42,30 @@ impl BlockTable {
     pub fn blocks(&self) -> &[BlockId] {
         &self.blocks
     }
+
+    /// In the order of positions, [`PASSED`] for those that were given back.
+    pub fn passing(&self) -> &[BlockId] {
+        &self.passing
+    }
+
+    /// Both kinds, of the first `count` blocks.
+    pub fn first(&self, count: usize) -> Blocks {
+        let passing = self.passing.get(..count).unwrap_or_default();
+        Blocks { kept: self.blocks[..count].to_vec(), passing: passing.to_vec() }
+    }
+
+    /// Passing blocks that it holds.
+    fn held_passing(&self) -> &[BlockId] {
+        &self.passing[self.num_passed..]
+    }
 }
 
 /// How a sequence begins that has no block yet.
 pub(crate) struct Beginning {
     /// Cached blocks of its prefix.
     cached: Vec<BlockId>,
+    /// Cached passing blocks at its end.
+    passing: Vec<BlockId>,
     /// Blocks that it takes of those available, for all its known tokens.
     pub needed: usize,
 }
@@ -47,16 +73,29 @@ pub(crate) struct Beginning {
 /// Gives blocks to sequences and takes them back.
 pub(crate) struct BlockManager {
     allocator: BlockAllocator,
+    /// `None` if nothing passes.
+    passing: Option<PassingBlocks>,
     block_size: usize,
     /// `None` if prefixes are not cached.
     hasher: Option<BlockHasher>,
 }
 
+struct PassingBlocks {
+    allocator: BlockAllocator,
+    rule: Passing,
+}
+
 impl BlockManager {
     /// `hasher`: names the blocks of the prefix cache; `None` for no cache.
-    pub fn new(num_blocks: usize, block_size: usize, hasher: Option<BlockHasher>) -> Self {
-        assert!(block_size > 0, "blocks hold at least one token");
-        Self { allocator: BlockAllocator::new(num_blocks), block_size, hasher }
+    pub fn new(spec: &RunSpec, hasher: Option<BlockHasher>) -> Self {
+        assert!(spec.block_size > 0, "blocks hold at least one token");
+        let passing = |rule: Passing| PassingBlocks { allocator: BlockAllocator::new(rule.num_blocks), rule };
+        Self {
+            allocator: BlockAllocator::new(spec.num_blocks),
+            passing: spec.passing.map(passing),
+            block_size: spec.block_size,
+            hasher,
+        }
     }
 
     pub fn block_size(&self) -> usize {
@@ -82,10 +121,10 @@ impl BlockManager {
     /// How a sequence begins that has no block yet.
     pub fn beginning(&self, sequence: &mut Sequence) -> Beginning {
         debug_assert!(sequence.table.blocks.is_empty(), "a waiting sequence holds no block");
-        let cached = self.cached_prefix(sequence);
+        let (cached, passing) = self.cached_prefix(sequence);
         let taken_from_cache = cached.iter().filter(|&&id| self.allocator.is_unheld(id)).count();
         let new = sequence.tokens.len().div_ceil(self.block_size) - cached.len();
-        Beginning { cached, needed: taken_from_cache + new }
+        Beginning { cached, passing, needed: taken_from_cache + new }
     }
 
     /// Blocks that are available to what begins so once `other` has none. Of a prefix that both have they are no gain: it
@@ -98,10 +137,15 @@ impl BlockManager {
 
     /// Gives a sequence without blocks all that its known tokens need, from the cache as far as that
     /// reaches, and sets `num_computed`. It begins so, and the blocks that it needs are available.
-    pub fn admit(&mut self, sequence: &mut Sequence, Beginning { cached, needed }: Beginning) {
+    pub fn admit(&mut self, sequence: &mut Sequence, Beginning { cached, passing, needed }: Beginning) {
         assert!(self.available() >= needed, "available blocks were counted");
         // Held before anything is allocated, which could evict them.
         cached.iter().for_each(|&id| self.allocator.acquire(id));
+        if let Some(own) = &mut self.passing {
+            passing.iter().for_each(|&id| own.allocator.acquire(id));
+            sequence.table.num_passed = cached.len() - passing.len();
+            sequence.table.passing = [vec![PASSED; cached.len() - passing.len()], passing].concat();
+        }
         sequence.num_computed = cached.len() * self.block_size;
         sequence.table.num_published = cached.len();
         sequence.table.num_proven = sequence.num_computed;
@@ -109,18 +153,39 @@ impl BlockManager {
         assert!(self.grow(sequence, sequence.tokens.len()), "available blocks were counted");
     }
 
-    /// The published blocks of the longest prefix of the sequence.
-    fn cached_prefix(&self, sequence: &mut Sequence) -> Vec<BlockId> {
+    /// The published blocks of the longest prefix of the sequence from which it can go on: kept ones, and the passing ones that
+    /// it must have at its end.
+    fn cached_prefix(&self, sequence: &mut Sequence) -> (Vec<BlockId>, Vec<BlockId>) {
+        let mut cached = self.cached_kept(sequence);
+        let Some(own) = &self.passing else { return (cached, Vec::new()) };
+        loop {
+            let first = own.rule.first(cached.len() * self.block_size, self.block_size);
+            let of = |index| own.allocator.lookup(&sequence.table.hashes[index], self.tokens_of(sequence, index));
+            let passing: Vec<Option<BlockId>> = (first..cached.len()).map(of).collect();
+            match passing.iter().rposition(Option::is_none) {
+                None => return (cached, passing.into_iter().flatten().collect()),
+                // What ends behind it lacks it too.
+                Some(missing) => cached.truncate(first + missing),
+            }
+        }
+    }
+
+    /// The published kept blocks of the longest prefix of the sequence.
+    fn cached_kept(&self, sequence: &mut Sequence) -> Vec<BlockId> {
         let mut cached = Vec::new();
         for index in 0..self.shareable_blocks(sequence, sequence.tokens.len()) {
             self.hash_up_to(sequence, index + 1);
-            let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
-            match self.allocator.lookup(&sequence.table.hashes[index], tokens) {
+            match self.allocator.lookup(&sequence.table.hashes[index], self.tokens_of(sequence, index)) {
                 Some(id) => cached.push(id),
                 None => break,
             }
         }
         cached
+    }
+
+    /// Tokens of a full block.
+    fn tokens_of<'a>(&self, sequence: &'a Sequence, index: usize) -> &'a [u32] {
+        &sequence.tokens[index * self.block_size..(index + 1) * self.block_size]
     }
 
     /// Blocks that the sequence misses for its first `num_tokens` tokens; it has none beyond them.
@@ -152,9 +217,40 @@ impl BlockManager {
         sequence.table.blocks.extend(new);
     }
 
+    /// Gives the sequence passing blocks for a step up to its first `num_tokens` tokens.
+    pub fn give_passing(&mut self, sequence: &mut Sequence, num_tokens: usize) {
+        let Some(own) = &mut self.passing else { return };
+        let missing = num_tokens.div_ceil(self.block_size).saturating_sub(sequence.table.passing.len());
+        let new = (0..missing).map(|_| own.allocator.allocate().expect("there are as many as sequences can have"));
+        sequence.table.passing.extend(new);
+    }
+
+    /// Takes back the passing blocks that are of no use to what follows the computed tokens. Returns those that hold values for
+    /// which nothing vouches, to be cleared before they are used.
+    pub fn pass(&mut self, sequence: &mut Sequence) -> Blocks {
+        let mut unproven = Blocks::default();
+        let Some(own) = &mut self.passing else { return unproven };
+        let table = &mut sequence.table;
+        let proven = table.num_proven.div_ceil(self.block_size);
+        let first = own.rule.first(sequence.num_computed, self.block_size).min(table.passing.len());
+        for index in table.num_passed..first {
+            let id = std::mem::replace(&mut table.passing[index], PASSED);
+            own.allocator.release(id);
+            if index >= proven {
+                unproven.passing.push(id);
+            }
+        }
+        table.num_passed = table.num_passed.max(first);
+        unproven
+    }
+
     /// Takes back the blocks in which nothing but drafts lay that were not accepted.
     pub fn trim(&mut self, sequence: &mut Sequence) {
         let needed = sequence.tokens.len().div_ceil(self.block_size);
+        if let Some(own) = &mut self.passing {
+            let unneeded = sequence.table.passing.len().min(needed)..;
+            sequence.table.passing.drain(unneeded).for_each(|id| own.allocator.release(id));
+        }
         while sequence.table.blocks.len() > needed {
             self.allocator.release(sequence.table.blocks.pop().expect("it is not empty"));
         }
@@ -172,7 +268,11 @@ impl BlockManager {
         let table = &mut sequence.table;
         for index in table.num_published..full {
             let tokens = &sequence.tokens[index * self.block_size..(index + 1) * self.block_size];
-            self.allocator.publish(table.blocks[index], sequence.scope.tenant, table.hashes[index], tokens);
+            let (tenant, hash) = (sequence.scope.tenant, table.hashes[index]);
+            self.allocator.publish(table.blocks[index], tenant, hash, tokens);
+            if let Some(own) = self.passing.as_mut().filter(|_| index >= table.num_passed) {
+                own.allocator.publish(table.passing[index], tenant, hash, tokens);
+            }
         }
         table.num_published = full;
     }
@@ -180,45 +280,67 @@ impl BlockManager {
     /// Takes all blocks back. The last is given up first, since a block is of use only behind those
     /// before it.
     pub fn release(&mut self, sequence: &mut Sequence) {
-        for id in sequence.table.blocks.drain(..).rev() {
-            self.allocator.release(id);
+        let table = &mut sequence.table;
+        table.blocks.drain(..).rev().for_each(|id| self.allocator.release(id));
+        if let Some(own) = &mut self.passing {
+            table.held_passing().iter().rev().for_each(|&id| own.allocator.release(id));
+            table.passing.clear();
+            table.num_passed = 0;
         }
         (sequence.num_computed, sequence.num_begun) = (0, 0);
     }
 
-    /// Takes the last block out of the table of a sequence; it stays held until [`release_block`](Self::release_block).
-    pub fn detach_last(&mut self, sequence: &mut Sequence) -> BlockId {
-        sequence.table.blocks.pop().expect("it has blocks")
+    /// Takes the last block of each kind out of the table of a sequence; they stay held until
+    /// [`release_detached`](Self::release_detached).
+    pub fn detach_last(&mut self, sequence: &mut Sequence) -> Blocks {
+        let kept = sequence.table.blocks.pop().expect("it has blocks");
+        Blocks { kept: vec![kept], passing: sequence.table.passing.pop().into_iter().collect() }
     }
 
-    /// Takes a block back that is in no table.
-    pub fn release_block(&mut self, id: BlockId) {
-        self.allocator.release(id);
+    /// Takes blocks back that are in no table.
+    pub fn release_detached(&mut self, blocks: &Blocks) {
+        blocks.kept.iter().for_each(|&id| self.allocator.release(id));
+        if let Some(own) = &mut self.passing {
+            blocks.passing.iter().for_each(|&id| own.allocator.release(id));
+        }
     }
 
     /// As `release`, for a sequence that ends or waits before its time. In the midst of a prompt nothing was
     /// sampled yet that would vouch for its values: returns the blocks that hold such, to be cleared
     /// before they are used.
-    pub fn release_unfinished(&mut self, sequence: &mut Sequence) -> Vec<BlockId> {
-        let proven = sequence.table.num_proven.div_ceil(self.block_size);
-        let unproven = proven..sequence.num_computed.div_ceil(self.block_size);
-        let unproven = sequence.table.blocks.get(unproven).unwrap_or_default().to_vec();
+    pub fn release_unfinished(&mut self, sequence: &mut Sequence) -> Blocks {
+        let table = &sequence.table;
+        let (proven, computed) = (table.num_proven, sequence.num_computed);
+        let unproven = |blocks: &[BlockId], from: usize| {
+            let from = from.max(proven.div_ceil(self.block_size));
+            blocks.get(from..computed.div_ceil(self.block_size)).unwrap_or_default().to_vec()
+        };
+        let unproven = Blocks { kept: unproven(&table.blocks, 0), passing: unproven(&table.passing, table.num_passed) };
         self.release(sequence);
         unproven
     }
 
     /// As `release`, for a sequence whose values are not to be trusted: none of its blocks is found
     /// again. Returns those that nobody holds any more, to be cleared before they are used.
-    pub fn discard(&mut self, sequence: &mut Sequence) -> Vec<BlockId> {
-        let blocks = sequence.table.blocks.clone();
-        blocks.iter().for_each(|&id| self.allocator.unpublish(id));
+    pub fn discard(&mut self, sequence: &mut Sequence) -> Blocks {
+        let table = &sequence.table;
+        let mut blocks = Blocks { kept: table.blocks.clone(), passing: table.held_passing().to_vec() };
+        blocks.kept.iter().for_each(|&id| self.allocator.unpublish(id));
+        if let Some(own) = &mut self.passing {
+            blocks.passing.iter().for_each(|&id| own.allocator.unpublish(id));
+        }
         self.release(sequence);
-        blocks.into_iter().filter(|&id| self.allocator.is_unheld(id)).collect()
+        blocks.kept.retain(|&id| self.allocator.is_unheld(id));
+        if let Some(own) = &self.passing {
+            blocks.passing.retain(|&id| own.allocator.is_unheld(id));
+        }
+        blocks
     }
 
     /// Forgets everything cached. Returns the blocks, which are free now.
-    pub fn forget_cached(&mut self) -> Vec<BlockId> {
-        self.allocator.forget_cached()
+    pub fn forget_cached(&mut self) -> Blocks {
+        let passing = self.passing.as_mut().map(|own| own.allocator.forget_cached());
+        Blocks { kept: self.allocator.forget_cached(), passing: passing.unwrap_or_default() }
     }
 
     /// Extends the names of the sequence's blocks to the first `num_blocks`.
@@ -290,11 +412,20 @@ impl BlockHasher {
 
 #[cfg(test)]
 impl BlockManager {
-    /// The allocator's own check, against all that is held.
-    pub fn check<'a>(&self, held: impl Iterator<Item = &'a BlockId>) -> Result<(), String> {
-        let mut counts = std::collections::BTreeMap::new();
-        held.for_each(|id| *counts.entry(*id).or_default() += 1);
-        self.allocator.check(&counts)
+    /// The allocators' own checks, against all that is held.
+    pub fn check(&self, held: &Blocks) -> Result<(), String> {
+        let counts = |held: &[BlockId]| {
+            let mut counts = std::collections::BTreeMap::new();
+            held.iter().filter(|&&id| id != PASSED).for_each(|id| *counts.entry(*id).or_default() += 1);
+            counts
+        };
+        self.allocator.check(&counts(&held.kept))?;
+        self.passing.as_ref().map_or(Ok(()), |own| own.allocator.check(&counts(&held.passing)))
+    }
+
+    /// Sabotage: a passing block that no table holds.
+    pub fn leak_passing(&mut self) {
+        self.passing.as_mut().expect("something passes").allocator.allocate();
     }
 
     /// Sabotage: a block that no table holds.

@@ -252,7 +252,7 @@ impl Core {
         let runner = self.runner.as_mut().expect("a step is planned for a sound runner");
         let unclean = self.scheduler.take_unclean();
         if !unclean.is_empty() {
-            guard(|| runner.clear_blocks(&unclean)).map_err(|failure| {
+            guard(|| runner.clear_blocks(&unclean.kept, &unclean.passing)).map_err(|failure| {
                 tracing::error!(%failure, "cache blocks cannot be cleared");
                 StepFailure { failure, for_good: true }
             })?;
@@ -356,6 +356,7 @@ mod tests {
             tokens: Tokens::Known(vec![1]),
             draft: Vec::new(),
             block_table: vec![0],
+            passing_table: Vec::new(),
             adapter: None,
             sample: None,
             propose: 0,

@@ -312,6 +312,7 @@ mod tests {
             max_model_len: 100,
             block_size: 4,
             num_blocks: 100,
+            passing: None,
             max_step_tokens: 16,
             max_step_sequences: 2,
             max_draft_tokens: 0,

@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use baton_model::{RunSpec, SequenceStep, StepPlan};
 
-use crate::block::BlockId;
+use crate::block::Blocks;
 use crate::block_manager::{Beginning, BlockHasher, BlockManager};
 use crate::constrain::MaskJob;
 use crate::intake::Amount;
@@ -55,10 +55,10 @@ pub(crate) struct Scheduler {
     speculation: Option<SpeculationConfig>,
     blocks: BlockManager,
     /// Blocks that were taken back and may hold values that are not finite.
-    unclean: Vec<BlockId>,
+    unclean: Blocks,
     /// Blocks that the step under way writes for sequences that have ended since it was begun. They're held until it has
     /// said whether these values are finite.
-    in_doubt: BTreeMap<RequestId, BlockId>,
+    in_doubt: BTreeMap<RequestId, Blocks>,
     /// Sequences that hold blocks. Each is part of every step of its class.
     running: BTreeMap<RequestId, Sequence>,
     /// Sequences that hold nothing: new and preempted ones.
@@ -84,8 +84,8 @@ impl Scheduler {
             max_num_seqs: config.max_num_seqs.min(spec.max_step_sequences).min(max_num_batched_tokens).max(1),
             max_num_batched_tokens,
             speculation,
-            blocks: BlockManager::new(spec.num_blocks, spec.block_size, hasher),
-            unclean: Vec::new(),
+            blocks: BlockManager::new(spec, hasher),
+            unclean: Blocks::default(),
             in_doubt: BTreeMap::new(),
             running: BTreeMap::new(),
             waiting: Queue::default(),
@@ -211,6 +211,7 @@ impl Scheduler {
         debug_assert!(n > 0, "every running sequence is part of every step of its class");
         let uncharged = sequence.take_uncharged(n) as u64;
         self.waiting.charge(sequence, uncharged * PROMPT_TOKEN);
+        self.blocks.give_passing(sequence, sequence.num_computed + n);
         plan.sequences.push(sequence.step(n, self.blocks.block_size()));
         n
     }
@@ -261,11 +262,13 @@ impl Scheduler {
                 }
             };
             draft.truncate(room);
-            let sequence = &self.running[&id];
+            let sequence = self.running.get_mut(&id).expect("what is planned is running");
             if !draft.is_empty() {
                 left -= draft.len();
                 let end = sequence.tokens.len() + draft.len();
-                step.block_table = sequence.table.blocks()[..end.div_ceil(self.blocks.block_size())].to_vec();
+                self.blocks.give_passing(sequence, end);
+                let blocks = sequence.table.first(end.div_ceil(self.blocks.block_size()));
+                (step.block_table, step.passing_table) = (blocks.kept, blocks.passing);
                 step.draft = draft;
             }
             step.propose = match speculation.method {
@@ -383,7 +386,7 @@ impl Scheduler {
 
     /// Blocks that must be cleared before the step just planned, whoever holds them by now: nothing was
     /// computed in them since they were taken back.
-    pub fn take_unclean(&mut self) -> Vec<BlockId> {
+    pub fn take_unclean(&mut self) -> Blocks {
         std::mem::take(&mut self.unclean)
     }
 
@@ -440,11 +443,16 @@ impl Scheduler {
     }
 
     pub fn check_blocks(&self) -> Result<(), String> {
-        let sequences = self.running.values().chain(self.waiting.values());
-        self.blocks.check(sequences.flat_map(|sequence| sequence.table.blocks()).chain(self.in_doubt.values()))
+        let mut held = Blocks::default();
+        for sequence in self.running.values().chain(self.waiting.values()) {
+            let table = &sequence.table;
+            held.extend(Blocks { kept: table.blocks().to_vec(), passing: table.passing().to_vec() });
+        }
+        self.in_doubt.values().for_each(|blocks| held.extend(blocks.clone()));
+        self.blocks.check(&held)
     }
 
-    pub fn in_doubt(&self) -> &BTreeMap<RequestId, BlockId> {
+    pub fn in_doubt(&self) -> &BTreeMap<RequestId, Blocks> {
         &self.in_doubt
     }
 
@@ -461,6 +469,17 @@ impl Scheduler {
 
     pub fn leak_a_block(&mut self) {
         self.blocks.leak();
+    }
+
+    pub fn leak_a_passing_block(&mut self) {
+        self.blocks.leak_passing();
+    }
+
+    /// Gives a running sequence passing blocks for tokens that no step computes.
+    pub fn give_too_much(&mut self) {
+        let sequence = self.running.values_mut().next().expect("something runs");
+        let end = sequence.num_computed + 3 * self.blocks.block_size();
+        self.blocks.give_passing(sequence, end);
     }
 
     /// Leaves a running sequence a block that only drafts needed.

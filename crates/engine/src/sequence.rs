@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use baton_model::{Adapter, SampleRequest, SamplingParams, Score, ScoreRequest, SequenceStep, StepMasks, Tokens};
 
-use crate::block::BlockId;
 use crate::block_manager::BlockTable;
 use crate::constrain::{Constrained, MaskJob};
 use crate::speculate::Drafting;
@@ -33,7 +32,7 @@ pub(crate) struct Sequence {
     pub num_charged: usize,
     /// As `num_computed` once the step that was begun ahead has ended; not above it if there is none.
     pub num_begun: usize,
-    /// Blocks for all of `tokens` while it runs, empty while it waits.
+    /// Blocks for all of `tokens` while it runs, and passing ones for the last that were planned; empty while it waits.
     pub table: BlockTable,
     pub scope: CacheScope,
     pub adapter: Option<Adapter>,
@@ -191,12 +190,13 @@ impl Sequence {
     /// The next `n` tokens as work for the runner, in blocks of `block_size`, without drafts.
     pub fn step(&self, n: usize, block_size: usize) -> SequenceStep {
         let end = self.num_computed + n;
-        let blocks: &[BlockId] = self.table.blocks();
+        let blocks = self.table.first(end.div_ceil(block_size));
         SequenceStep {
             id: self.id.0,
             num_computed: self.num_computed,
             tokens: Tokens::Known(self.tokens[self.num_computed..end].to_vec()),
-            block_table: blocks[..end.div_ceil(block_size)].to_vec(),
+            block_table: blocks.kept,
+            passing_table: blocks.passing,
             adapter: self.adapter.clone(),
             draft: Vec::new(),
             propose: 0,
@@ -212,6 +212,7 @@ impl Sequence {
             num_computed: self.tokens.len(),
             tokens: Tokens::Awaited,
             block_table: self.table.blocks().to_vec(),
+            passing_table: self.table.passing().to_vec(),
             adapter: self.adapter.clone(),
             draft: Vec::new(),
             propose: 0,

@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use baton_model::{RunError, RunSpec, Runner, StepOutput, StepPlan};
+use baton_model::{PASSED, RunError, RunSpec, Runner, StepOutput, StepPlan};
 use parking_lot::Mutex;
 
 /// See the head of the file. Clones share the same runner.
@@ -24,15 +24,16 @@ struct State {
     runner: Box<dyn Runner>,
     /// Views made so far; the number of the latest.
     views: u64,
-    /// Which blocks may hold something.
-    used: Vec<bool>,
+    /// Which blocks may hold something, kept and passing ones.
+    used: [Vec<bool>; 2],
 }
 
 impl SharedRunner {
     /// Takes a runner as it was loaded, with nothing in its cache.
     pub fn new(runner: Box<dyn Runner>) -> Self {
         let spec = runner.spec().clone();
-        let state = State { runner, views: 0, used: vec![false; spec.num_blocks] };
+        let passing = spec.passing.map_or(0, |passing| passing.num_blocks);
+        let state = State { runner, views: 0, used: [spec.num_blocks, passing].map(|blocks| vec![false; blocks]) };
         Self { state: Arc::new(Mutex::new(state)), spec }
     }
 
@@ -46,9 +47,10 @@ impl SharedRunner {
     pub fn view(&self, max_step_tokens: usize, num_blocks: usize) -> Result<Box<dyn Runner>, RunError> {
         let mut state = self.state.lock();
         state.views += 1;
-        let used: Vec<u32> = (0..).zip(&state.used).filter_map(|(block, &used)| used.then_some(block)).collect();
-        state.runner.clear_blocks(&used)?;
-        state.used.fill(false);
+        let of = |used: &Vec<bool>| (0..).zip(used).filter_map(|(block, &used)| used.then_some(block)).collect();
+        let [kept, passing]: [Vec<u32>; 2] = state.used.each_ref().map(of);
+        state.runner.clear_blocks(&kept, &passing)?;
+        state.used.iter_mut().for_each(|used| used.fill(false));
         let spec = RunSpec {
             max_step_tokens: self.spec.max_step_tokens.min(max_step_tokens).max(1),
             num_blocks: self.spec.num_blocks.min(num_blocks).max(1),
@@ -81,8 +83,11 @@ impl Runner for View {
 
     fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
         self.with(|state| {
-            for &block in plan.sequences.iter().flat_map(|sequence| &sequence.block_table) {
-                state.used[block as usize] = true;
+            let [kept, passing] = &mut state.used;
+            for sequence in &plan.sequences {
+                sequence.block_table.iter().for_each(|&block| kept[block as usize] = true);
+                let held = sequence.passing_table.iter().filter(|&&block| block != PASSED);
+                held.for_each(|&block| passing[block as usize] = true);
             }
             state.runner.begin(plan)
         })
@@ -92,8 +97,8 @@ impl Runner for View {
         self.with(|state| state.runner.finish())
     }
 
-    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
-        self.with(|state| state.runner.clear_blocks(blocks))
+    fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {
+        self.with(|state| state.runner.clear_blocks(kept, passing))
     }
 }
 
@@ -111,6 +116,7 @@ mod tests {
             max_model_len: 100,
             block_size: 4,
             num_blocks: 50,
+            passing: None,
             max_step_tokens: 32,
             max_step_sequences: 4,
             max_draft_tokens: 0,

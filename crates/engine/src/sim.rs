@@ -18,6 +18,8 @@ mod invariants;
 mod mock;
 mod mock_model;
 #[cfg(test)]
+mod passing;
+#[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod toy;

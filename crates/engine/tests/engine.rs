@@ -21,6 +21,7 @@ fn spec() -> RunSpec {
         max_model_len: 4000,
         block_size: 8,
         num_blocks: 600,
+        passing: None,
         max_step_tokens: 64,
         max_step_sequences: 16,
         max_draft_tokens: 5,

@@ -237,8 +237,8 @@ impl Runner for Ahead {
         self.runner.finish()
     }
 
-    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
-        self.runner.clear_blocks(blocks)
+    fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {
+        self.runner.clear_blocks(kept, passing)
     }
 }
 

@@ -11,6 +11,7 @@ fn start() -> (EngineHandle, MockControl) {
         max_model_len: 400,
         block_size: 8,
         num_blocks: 100,
+        passing: None,
         max_step_tokens: 16,
         max_step_sequences: 4,
         max_draft_tokens: 0,

@@ -31,6 +31,7 @@ pub fn run(path: &Path) -> bool {
                 tokens,
                 draft: Vec::new(),
                 block_table: vec![0],
+                passing_table: vec![0],
                 sample: Some(sample),
                 propose: 0,
                 scores: Vec::new(),

@@ -48,6 +48,7 @@ static SERVER: LazyLock<Server> = LazyLock::new(|| {
         max_model_len: 256,
         block_size: 4,
         num_blocks: 2048,
+        passing: None,
         max_step_tokens: 256,
         max_step_sequences: 32,
         max_draft_tokens: 0,

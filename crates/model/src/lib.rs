@@ -29,6 +29,8 @@ mod sampler;
 mod split;
 mod step;
 
+pub use baton_device::PASSED;
+
 pub use adapter::{Adapter, AdapterError, AdapterLoader};
 pub use checkpoint::{CheckpointError, FileError, Files, StoredAs, Tensors};
 pub use config::{
@@ -46,6 +48,6 @@ pub use ranks::{Ranks, load_ranks};
 pub use runner::ModelRunner;
 pub use sampler::Sampler;
 pub use step::{
-    RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan, Tokens,
+    Passing, RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure,
+    SequenceOutput, SequenceStep, StepOutput, StepPlan, Tokens,
 };

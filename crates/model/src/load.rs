@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_device::{
-    Backend, BlockFormat, Caps, CompressedOps, DType, DeviceError, KvDtype, KvSpec, LatentOps, Requirements,
+    Backend, BlockFormat, Caps, CompressedOps, DType, DeviceError, KvBlocks, KvDtype, KvSpec, LatentOps, Requirements,
     WeightFormat,
 };
 use serde::{Serialize, Serializer};
@@ -19,7 +19,7 @@ use crate::gguf::{self, Opened};
 use crate::loader::{self, Formats, Loader, Slot};
 use crate::precision::{Conversion, Quantization, as_text};
 use crate::rehearsal::rehearse;
-use crate::room::Room;
+use crate::room::{self, Room};
 use crate::runner::{AdapterSupport, ModelRunner};
 use crate::split;
 use crate::step::RunSpec;
@@ -113,8 +113,11 @@ pub struct LoadReport {
     /// How the cache keeps its elements.
     #[serde(serialize_with = "as_text")]
     pub kv_dtype: KvDtype,
-    /// Bytes of the cache, on all ranks together.
+    /// Bytes of the cache, of kept and passing blocks, on all ranks together.
     pub kv_bytes: u64,
+    /// Those of passing blocks.
+    #[serde(skip)]
+    pub passing_bytes: u64,
     /// What its steps cost.
     #[serde(skip)]
     pub step_cost: StepCost,
@@ -126,6 +129,7 @@ impl LoadReport {
     /// Adds what another rank measured and took.
     pub(crate) fn add_rank(&mut self, other: &Self) {
         self.kv_bytes += other.kv_bytes;
+        self.passing_bytes += other.passing_bytes;
         self.seconds = self.seconds.max(other.seconds);
         // In the same order, for the first rank sees every tensor.
         let mut own = self.conversions.iter_mut();
@@ -161,8 +165,9 @@ pub enum LoadError {
     /// The cache would not hold a single sequence.
     #[error(
         "one sequence of {max_model_len} tokens takes {needed_blocks} cache blocks of {block_size} tokens, \
-         {block_bytes} bytes each ({} bytes); the cache has {bytes} bytes, which is {blocks} blocks: \
-         allow more memory or a shorter context", needed_blocks * block_bytes
+         {block_bytes} bytes each ({} bytes){}; the cache has {bytes} bytes, which is {blocks} blocks: \
+         allow more memory or {}", needed_blocks * block_bytes, beside(*passing_bytes, *max_step_sequences),
+        if *passing_bytes > 0 { "a shorter context, or fewer sequences in a step" } else { "a shorter context" }
     )]
     CacheTooSmall {
         /// Tokens of a sequence.
@@ -173,6 +178,10 @@ pub enum LoadError {
         block_size: usize,
         /// Bytes of a block over all layers.
         block_bytes: u64,
+        /// Bytes of what is kept of the last tokens of sequences only.
+        passing_bytes: u64,
+        /// For so many sequences in a step.
+        max_step_sequences: usize,
         /// Bytes allowed.
         bytes: u64,
         /// Blocks that gives.
@@ -219,6 +228,14 @@ impl From<FileError> for LoadError {
     }
 }
 
+/// What a cache holds beside the blocks of whole contexts.
+fn beside(passing_bytes: u64, sequences: usize) -> String {
+    match passing_bytes {
+        0 => String::new(),
+        _ => format!(", beside {passing_bytes} bytes for the last tokens of up to {sequences} sequences in a step"),
+    }
+}
+
 /// Loads a checkpoint onto a device.
 ///
 /// # Panics
@@ -251,11 +268,15 @@ impl<B: Backend> Prepared<B> {
     /// Makes the cache, of no more than [`Prepared::num_blocks`] blocks.
     pub(crate) fn finish(self, num_blocks: usize) -> Result<(ModelRunner<B>, LoadReport), LoadError> {
         let Self { backend, model, adapters, kv, spec, report, start, .. } = self;
-        let blocks = num_blocks + nobodys_blocks(backend.caps());
+        let nobodys = nobodys_blocks(backend.caps());
+        let passing = spec.passing.map(|passing| passing.num_blocks);
+        let blocks = KvBlocks { kept: num_blocks + nobodys, passing: passing.map_or(0, |blocks| blocks + nobodys) };
         let cache = backend.kv_cache(&kv, blocks)?;
         // Whoever loads it again with so many bytes gets as many blocks: nobody's is beside them each time.
-        let kv_bytes = kv.block_bytes() as u64 * num_blocks as u64;
-        let report = LoadReport { kv_bytes, seconds: start.elapsed().as_secs_f64(), ..report };
+        let bytes = |blocks: usize, each: usize| blocks as u64 * each as u64;
+        let passing_bytes = bytes(passing.unwrap_or(0), kv.passing_bytes());
+        let kv_bytes = bytes(num_blocks, kv.kept_bytes()) + passing_bytes;
+        let report = LoadReport { kv_bytes, passing_bytes, seconds: start.elapsed().as_secs_f64(), ..report };
         let spec = RunSpec { block_size: kv.block_size, num_blocks, ..spec };
         Ok((ModelRunner::new(backend, model, cache, spec, adapters), report))
     }
@@ -296,6 +317,7 @@ pub(crate) fn prepare<B: Backend + LatentOps + CompressedOps>(
         tracing::warn!(%stated, stored = %stored_dtype, "config.json states another dtype than the weights have; theirs counts");
     }
     let kv = arch::kv_spec(&config, backend.world(), kv_dtype, backend.caps().kv_block_size);
+    let spec = RunSpec { passing: room::passing(&kv, &spec), ..spec };
     // What cannot fit is refused before weights are read; how much of a share is left is known when they are there.
     let kept = |s: &TensorSpec| {
         let elements = s.shape.iter().product();
@@ -326,6 +348,7 @@ pub(crate) fn prepare<B: Backend + LatentOps + CompressedOps>(
         weight_bytes: loader.weight_bytes,
         kv_dtype: kv.dtype,
         kv_bytes: 0,
+        passing_bytes: 0,
         digest: loader.digest(),
         step_cost: StepCost::new(&config, specs.values(), kept),
         seconds: 0.0,
@@ -401,6 +424,8 @@ fn run_spec(config: &ModelConfig, options: &LoadOptions) -> Result<RunSpec, Load
         max_model_len,
         block_size: 0,
         num_blocks: 0,
+        // Known with the device's blocks.
+        passing: None,
         max_step_tokens: options.max_step_tokens,
         max_step_sequences: options.max_step_sequences,
         max_draft_tokens: options.max_draft_tokens,

@@ -50,7 +50,8 @@ enum Order {
     Step(Arc<StepPlan>),
     /// With what the first rank sampled.
     LookAhead(Arc<StepPlan>, Vec<SequenceOutput>),
-    Clear(Arc<[u32]>),
+    /// Kept and passing blocks.
+    Clear(Arc<[u32]>, Arc<[u32]>),
 }
 
 /// What the first rank sampled; nothing of the others. The outer error is a panic.
@@ -204,7 +205,7 @@ fn obey<B: Backend>(
                 runner.look_ahead(&plan, attention, &mut outputs)?;
                 Ok(outputs)
             }
-            Order::Clear(blocks) => runner.clear(&blocks).map(|()| Vec::new()),
+            Order::Clear(kept, passing) => runner.clear(&kept, &passing).map(|()| Vec::new()),
         }));
         if !matches!(result, Ok(Ok(_))) {
             first_failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(backend.world().rank);
@@ -298,8 +299,8 @@ impl<B: Backend> Runner for Ranks<B> {
         Ok(self.begun.take().expect("a step is under way"))
     }
 
-    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
-        self.all(&Order::Clear(blocks.into()))?;
+    fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {
+        self.all(&Order::Clear(kept.into(), passing.into()))?;
         Ok(())
     }
 }

@@ -8,8 +8,8 @@
 use std::collections::BTreeSet;
 
 use baton_device::{
-    AttentionBatch, Backend, CompressedOps, Draw, KvSpec, LatentOps, Result as DeviceResult, SequenceSpan, StepMemory,
-    TokenIds,
+    AttentionBatch, Backend, CompressedOps, Draw, KvBlocks, KvSpec, LatentOps, Result as DeviceResult, SequenceSpan,
+    StepMemory, TokenIds,
 };
 
 use crate::arch::{AdapterScratch, Model, StepAdapters};
@@ -32,10 +32,11 @@ pub(crate) fn rehearse<B: Backend + LatentOps + CompressedOps>(
     spec: &RunSpec,
 ) -> DeviceResult<StepMemory> {
     // All contexts lie in one block: whatever is computed is nothing's.
-    let mut cache = backend.kv_cache(kv, 1)?;
+    let mut cache = backend.kv_cache(kv, KvBlocks { kept: 1, passing: 1 })?;
     let table = vec![0; spec.max_model_len.div_ceil(kv.block_size)];
     let mut step = |spans: &[Span]| {
-        let sequence = |span: &Span| SequenceSpan { start: span.start, len: span.len, block_table: &table };
+        let sequence =
+            |span: &Span| SequenceSpan { start: span.start, len: span.len, block_table: &table, passing_table: &table };
         let sequences: Vec<SequenceSpan<'_>> = spans.iter().map(sequence).collect();
         let batch = AttentionBatch { sequences: &sequences };
         let plan = backend.plan_attention(&batch)?;
@@ -110,6 +111,7 @@ mod tests {
             max_model_len,
             block_size: 0,
             num_blocks: 0,
+            passing: None,
             max_step_tokens,
             max_step_sequences,
             max_draft_tokens,

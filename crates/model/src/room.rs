@@ -1,11 +1,14 @@
 //! How large a cache may be: as many bytes as were allowed, or what a share of the device's memory leaves beside all the rest.
 //!
+//! Where a part of the cache passes, that part comes first: it is for as many sequences as a step has, however long they are. The
+//! rest is for what is kept of them.
+//!
 //! Invariant: what does not fit is refused before anything is served, and if it can be known before weights are read.
 
 use baton_device::{Backend, KvSpec, StepMemory};
 
 use crate::load::{KvCacheSize, LoadError, nobodys_blocks};
-use crate::step::RunSpec;
+use crate::step::{Passing, RunSpec};
 
 /// Devices give memory in pieces of 2 MiB: the cache may be cut from one more than it fills, and other things too.
 const ROUNDING: u64 = 4 << 20;
@@ -54,7 +57,8 @@ impl Room {
         match self {
             Self::Bytes { bytes, bounded } => blocks_of(kv, spec, *bytes, *bounded),
             Self::Share(before) => {
-                let spare = ROUNDING + (nobodys_blocks(backend.caps()) * kv.block_bytes()) as u64;
+                let nobodys = nobodys_blocks(backend.caps()) * (kv.kept_bytes() + kv.passing_bytes());
+                let spare = ROUNDING + nobodys as u64;
                 Memory::of(backend, before.share)?.blocks(kv, spec, steps, [before.used, spare])
             }
         }
@@ -112,8 +116,8 @@ impl Memory {
                 "{before} were before, {loaded} are weights and activations, {scratch} are what steps compute in; {graphs} more \
                  are for graphs of steps and {spare} for what is rounded up, which leaves {cache}: {small}"
             );
-            if let LoadError::CacheTooSmall { needed_blocks, block_bytes, blocks, block_size, .. } = small {
-                let needed = self.used + graphs + spare + needed_blocks * block_bytes;
+            if let LoadError::CacheTooSmall { needed_blocks, block_bytes, passing_bytes, blocks, block_size, .. } = small {
+                let needed = self.used + graphs + spare + passing_bytes + needed_blocks * block_bytes;
                 // A share as it would be asked for.
                 let share = (needed as f64 / self.total as f64 * 1000.0).ceil() / 1000.0;
                 let shares = (share <= 1.0).then(|| format!("a share of {share}"));
@@ -128,21 +132,37 @@ impl Memory {
     }
 }
 
-/// Blocks of the cache, of so many bytes: at least those of one whole context, and if `bounded` no more than those of as many
+/// What passes of the cache of a model, if anything does: as much as running sequences may need, so that none ever lacks it, and
+/// a share for the prefix cache. In that the last tokens of as many sequences as a step has can rest, so that each can be gone
+/// on from, and what a step of prompts leaves on its way, which serves others that begin alike.
+pub(crate) fn passing(kv: &KvSpec, spec: &RunSpec) -> Option<Passing> {
+    let &RunSpec { max_step_sequences: sequences, max_step_tokens: tokens, .. } = spec;
+    let reach = kv.reach()?;
+    let fewest = Passing::fewest(reach, kv.block_size, sequences, tokens);
+    let resting = sequences * (reach.div_ceil(kv.block_size) + 1) + tokens / kv.block_size;
+    Some(Passing { reach, num_blocks: fewest + resting })
+}
+
+/// Kept blocks of the cache, of so many bytes: at least those of one whole context, and if `bounded` no more than those of as many
 /// contexts as a step has sequences.
 fn blocks_of(kv: &KvSpec, spec: &RunSpec, bytes: u64, bounded: bool) -> Result<usize, LoadError> {
-    let block_bytes = kv.block_bytes() as u64;
+    let block_bytes = kv.kept_bytes() as u64;
+    let passing_bytes = spec.passing.map_or(0, |passing| passing.num_blocks as u64) * kv.passing_bytes() as u64;
     let needed_blocks = spec.max_model_len.div_ceil(kv.block_size) as u64;
     let wanted = if bounded { needed_blocks.saturating_mul(spec.max_step_sequences as u64) } else { u64::MAX };
     // Slots of all blocks are numbered in 32 bits.
     let most = u64::from(u32::MAX) / kv.block_size as u64;
-    let blocks = (bytes / block_bytes).min(wanted).min(most);
+    // Of a model that keeps nothing else there is room for any context.
+    let fitting = bytes.checked_sub(passing_bytes).map(|left| left.checked_div(block_bytes).unwrap_or(u64::MAX));
+    let blocks = fitting.unwrap_or(0).min(wanted).min(most);
     if blocks < needed_blocks {
         return Err(LoadError::CacheTooSmall {
             max_model_len: spec.max_model_len,
             needed_blocks,
             block_size: kv.block_size,
             block_bytes,
+            passing_bytes,
+            max_step_sequences: spec.max_step_sequences,
             bytes,
             blocks,
         });

@@ -15,8 +15,8 @@ use crate::buckets::padded;
 use crate::loader::Slot;
 use crate::sampler::{Sampler, score};
 use crate::step::{
-    RunError, RunSpec, Runner, SampleRequest, Score, ScoreRequest, SequenceFailure, SequenceOutput, SequenceStep,
-    StepOutput, StepPlan,
+    Passing, RunError, RunSpec, Runner, SampleRequest, Score, ScoreRequest, SequenceFailure, SequenceOutput,
+    SequenceStep, StepOutput, StepPlan,
 };
 
 /// A model on a device.
@@ -114,8 +114,8 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.clone()
     }
 
-    pub(crate) fn clear(&mut self, blocks: &[u32]) -> Result<(), DeviceError> {
-        self.backend.clear_blocks(&mut self.cache, blocks)
+    pub(crate) fn clear(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), DeviceError> {
+        self.backend.clear_blocks(&mut self.cache, kept, passing)
     }
 
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
@@ -132,14 +132,21 @@ impl<B: Backend> ModelRunner<B> {
         let mut spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
-            .map(|s| SequenceSpan { start: s.num_computed, len: s.num_rows(), block_table: &s.block_table })
+            .map(|s| SequenceSpan {
+                start: s.num_computed,
+                len: s.num_rows(),
+                block_table: &s.block_table,
+                passing_table: &s.passing_table,
+            })
             .collect();
         // Rows that pad are all alike, a first token in the block that is nobody's: of experts they meet no more than one row
         // does. They have no adapter, and nobody reads what they give.
         let padding = self.padding(plan);
         ids.resize(ids.len() + padding, ids[0]);
-        let nobodys = [self.spec.num_blocks as u32];
-        spans.resize(spans.len() + padding, SequenceSpan { start: 0, len: 1, block_table: &nobodys });
+        let nobodys = [self.spec.num_blocks, self.spec.passing.map_or(0, |passing| passing.num_blocks)];
+        let [block_table, passing_table] = nobodys.map(|block| [block as u32]);
+        let nobody = SequenceSpan { start: 0, len: 1, block_table: &block_table, passing_table: &passing_table };
+        spans.resize(spans.len() + padding, nobody);
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
@@ -311,6 +318,11 @@ impl<B: Backend> ModelRunner<B> {
             assert!(s.tokens.count() > 0 && end <= spec.max_model_len, "sequence {} ends at {end}", s.id);
             assert!(s.block_table.len() * spec.block_size >= end, "sequence {} lacks blocks for {end} tokens", s.id);
             assert!(s.block_table.iter().all(|&b| (b as usize) < spec.num_blocks), "sequence {}: a block id", s.id);
+            if let Some(Passing { reach, num_blocks }) = spec.passing {
+                let read = s.num_computed.saturating_sub(reach) / spec.block_size..end.div_ceil(spec.block_size);
+                let are_there = |blocks: &[u32]| blocks.iter().all(|&b| (b as usize) < num_blocks);
+                assert!(s.passing_table.get(read).is_some_and(are_there), "sequence {}: a passing block", s.id);
+            }
             assert!(s.draft.len() <= spec.max_draft_tokens, "sequence {}: {} drafts", s.id, s.draft.len());
             assert!(
                 s.draft.is_empty() || s.sample.is_some(),
@@ -438,7 +450,7 @@ impl<B: Backend> Runner for ModelRunner<B> {
         Ok(StepOutput { sequences })
     }
 
-    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
-        Ok(self.clear(blocks)?)
+    fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {
+        Ok(self.clear(kept, passing)?)
     }
 }

@@ -90,6 +90,9 @@ pub struct SequenceStep {
     pub draft: Vec<u32>,
     /// Blocks of positions `0..num_computed + tokens.count() + draft.len()`.
     pub block_table: Vec<u32>,
+    /// Passing blocks of the same positions, [`PASSED`](baton_device::PASSED) or any other behind [`Passing::reach`]; empty
+    /// where nothing passes.
+    pub passing_table: Vec<u32>,
     /// Changes the model for this sequence. The same in every step of it: what is in the cache depends on it.
     pub adapter: Option<Adapter>,
     /// Set when the last of `tokens` is the last one that is known, or awaited: choose the next.
@@ -290,6 +293,8 @@ pub struct RunSpec {
     pub block_size: usize,
     /// Blocks in the cache; ids are `0..num_blocks`.
     pub num_blocks: usize,
+    /// What is kept of the last tokens of a context only, in blocks of its own; `None` if nothing is.
+    pub passing: Option<Passing>,
     /// Tokens of one step, at most.
     pub max_step_tokens: usize,
     /// Sequences of one step, at most.
@@ -304,6 +309,34 @@ impl RunSpec {
     /// Rows whose logits are computed at once, at most: those of a sequence with all its drafts are.
     pub(crate) fn logit_rows(&self) -> usize {
         self.max_step_sequences.max(1 + self.max_draft_tokens)
+    }
+}
+
+/// What a model keeps of the last tokens of a context only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Passing {
+    /// How many positions before its own a token reads of it.
+    pub reach: usize,
+    /// Passing blocks in the cache; ids are `0..num_blocks`.
+    pub num_blocks: usize,
+}
+
+impl Passing {
+    /// The first block that a sequence has whose next token is at `position`: all that the reach of any token of that token's
+    /// block touches. So whoever finds the beginning of a sequence up to there can go on from it.
+    pub const fn first(self, position: usize, block_size: usize) -> usize {
+        (position / block_size).saturating_sub(self.reach.div_ceil(block_size))
+    }
+
+    /// Blocks that running sequences have at most, of which steps take so many, with so many tokens together.
+    ///
+    /// Let w blocks lie before the one of a sequence's next token, as [`Passing::first`] says. Between steps it has w + 1 at
+    /// most. With n tokens in a step, and one in the step begun ahead of its end, it has w + 1 + ⌈n / block size⌉. Over all of
+    /// a step ⌈n / block size⌉ adds up to no more than one for each and what all tokens fill. Beside them as many may sit the
+    /// step out: those of the background while the foreground computes.
+    pub const fn fewest(reach: usize, block_size: usize, sequences: usize, tokens: usize) -> usize {
+        let resting = reach.div_ceil(block_size) + 1;
+        sequences * (resting + 1) + tokens / block_size + sequences * resting
     }
 }
 
@@ -326,8 +359,8 @@ pub trait Runner: Send {
         self.begin(plan)?;
         self.finish()
     }
-    /// Zeroes cache blocks, after a sequence failed.
-    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError>;
+    /// Zeroes kept and passing cache blocks, after a sequence failed.
+    fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError>;
 }
 
 #[cfg(test)]

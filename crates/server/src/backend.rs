@@ -298,12 +298,15 @@ fn cuda(device: u32, activations: DType, kernels: Option<PathBuf>) -> CudaOption
 /// Takes a step of one sequence, so that what a device settles when it first meets a shape is settled before anybody waits;
 /// three times, since accelerators make graphs of what they meet again, and run them from then on.
 fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
+    let blocks = |there_are: bool| if there_are { vec![0] } else { Vec::new() };
+    let (kept, passing) = (blocks(true), blocks(runner.spec().passing.is_some()));
     let step = SequenceStep {
         id: 0,
         num_computed: 0,
         tokens: Tokens::Known(vec![0]),
         draft: Vec::new(),
-        block_table: vec![0],
+        block_table: kept.clone(),
+        passing_table: passing.clone(),
         adapter: None,
         sample: None,
         propose: 0,
@@ -313,7 +316,7 @@ fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
     for _ in 0..3 {
         runner.step(&plan)?;
     }
-    runner.clear_blocks(&[0])
+    runner.clear_blocks(&kept, &passing)
 }
 
 /// On one device.

@@ -56,7 +56,7 @@ impl CompressedOps for CpuBackend {
         columns(out, q.cols());
         assert_eq!((q.rows(), kv.rows()), (plan.rows(), plan.rows()), "rows of the step");
         for row in 0..plan.rows() {
-            rows.put(plan.slot(row), 0, 0, kv.row(row));
+            rows.put(plan.passing_slot(row), 0, 0, kv.row(row));
         }
         let pooled = match reads {
             Reads::Window => None,

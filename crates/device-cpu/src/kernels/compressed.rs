@@ -132,13 +132,14 @@ impl Task<'_> {
         queries.iter_mut().zip(q).for_each(|(scaled, q)| *scaled = q * scale);
 
         let [window, count] = self.reading.lens(self.plan, self.row);
-        let (table, first) = (self.plan.blocks(self.row), self.plan.position(self.row) + 1 - window);
+        let (table, passing) = (self.plan.blocks(self.row), self.plan.passing(self.row));
+        let first = self.plan.position(self.row) + 1 - window;
         let some = chosen.and_then(|chosen| chosen.of(self.row));
         let (entry_rows, pool) = entries.unwrap_or((rows, PoolKv { rate: 1, overlaps: false, index: None }));
         let place = |i: usize| {
             if i < window {
                 let position = first + i;
-                return Place { plane: 0, block: table[position / BLOCK], slot: position % BLOCK };
+                return Place { plane: 0, block: passing[position / BLOCK], slot: position % BLOCK };
             }
             let entry = some.map_or(i - window, |some| some[i - window] as usize);
             let (block, slot) = pool.place(entry, BLOCK);

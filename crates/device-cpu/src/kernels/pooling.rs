@@ -65,7 +65,7 @@ fn state(plan: &AttentionPlan, row: usize, kind: PoolKv, kv: &EntryKv) -> Vec<f3
     let len = kind.series() * PARTS * kv.rows.width;
     match plan.position(row).checked_sub(1) {
         Some(position) => {
-            let block = plan.blocks(row)[position / BLOCK] as usize;
+            let block = plan.passing(row)[position / BLOCK] as usize;
             kv.sums[block * len..][..len].to_vec()
         }
         None => {
@@ -126,7 +126,7 @@ impl Step<'_> {
                 empty[1..].iter_mut().for_each(|sums| sums.fill(0.0));
             }
             if (plan.position(row) + 1).is_multiple_of(BLOCK) || row + 1 == rows.end {
-                let block = plan.slot(row).0 as usize;
+                let block = plan.passing_slot(row).0 as usize;
                 state.iter().enumerate().for_each(|(i, state)| part(blocks, block * sums + i).copy_from_slice(state));
             }
         }

@@ -109,7 +109,7 @@ pub(super) fn windowed<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec
     };
     let of_attended = parameters(width, 2)?;
     let of_index = pool.and_then(|pool| pool.index).map(|width| parameters(width, 4)).transpose()?;
-    over_steps(b, (LayerKv::Windowed { width, pool }, kv), history, |cache, plan, rows, seed| {
+    over_steps(b, (LayerKv::Windowed { width, window, pool }, kv), history, |cache, plan, rows, seed| {
         let activation = |cols: usize, n: u64| activation(b, inputs, rows, cols, seed + n);
         let mut add = |width: usize, [bias, norm]: &[B::Vector; 2], entries, n: u64| {
             let columns = pool.map_or(1, PoolKv::series) * width;

@@ -1,30 +1,28 @@
 //! DeepSeek-V4: pools and the attention that reads them, residual streams, experts by token.
 //!
 //! A layer has a plane of its vectors; where it pools, one of entries and one of running sums; where an indexer chooses among the
-//! entries, two more such planes of its own.
+//! entries, two more such planes of its own. Vectors and sums pass, so every second plane is one of passing blocks.
 
 use super::latent::chosen;
-use super::{
-    AttentionPlan, Experts, KvCache, Linear, Plane, Reference, Tensor, dot, norm, softmax, weighted_sum, write_slots,
-};
+use super::{AttentionPlan, Experts, KvCache, Linear, Plane, Reference, Tensor, dot, norm, softmax, weighted_sum};
 use crate::{
-    CompressedOps, Entries, KvDtype, LayerKv, Mixing, PoolKv, Pooling, Reads, Result, Rows, TokenIds, WindowedParams,
-    weigh_experts,
+    CompressedOps, Entries, KvBlocks, KvDtype, LayerKv, Mixing, PoolKv, Pooling, Reads, Result, Rows, TokenIds,
+    WindowedParams, weigh_experts,
 };
 
 /// The planes of a layer.
 pub(super) fn planes(
-    blocks: usize,
+    KvBlocks { kept, passing }: KvBlocks,
     block_size: usize,
     width: usize,
     pool: Option<PoolKv>,
     dtype: KvDtype,
 ) -> Vec<Plane> {
-    let mut planes = vec![Plane::new((blocks, block_size), (1, width), dtype)];
+    let mut planes = vec![Plane::new((passing, block_size), (1, width), dtype)];
     if let Some(pool) = pool {
         for width in [width].into_iter().chain(pool.index) {
-            planes.push(Plane::new((blocks, pool.slots(block_size)), (1, width), dtype));
-            planes.push(Plane::new((blocks, 1), (1, pool.sums(width)), KvDtype::F32));
+            planes.push(Plane::new((kept, pool.slots(block_size)), (1, width), dtype));
+            planes.push(Plane::new((passing, 1), (1, pool.sums(width)), KvDtype::F32));
         }
     }
     planes
@@ -41,15 +39,20 @@ fn pooled(cache: &mut KvCache, layer: usize, entries: Entries) -> (PoolKv, [&mut
 }
 
 impl AttentionPlan {
-    /// Block of a position that a row sees.
-    fn block(&self, row: usize, position: usize, block_size: usize) -> usize {
+    /// Kept block of a position that a row sees.
+    fn kept(&self, row: usize, position: usize, block_size: usize) -> usize {
         self.rows[row][position] / block_size
+    }
+
+    /// Passing block of a position that a row reads.
+    fn passing(&self, row: usize, position: usize, block_size: usize) -> usize {
+        self.passing[row][position / block_size] as usize
     }
 
     /// Slot of an entry that a row sees.
     fn entry(&self, row: usize, entry: usize, pool: PoolKv, block_size: usize) -> usize {
         let (block, slot) = pool.place(entry, block_size);
-        self.block(row, block * block_size, block_size) * pool.slots(block_size) + slot
+        self.kept(row, block * block_size, block_size) * pool.slots(block_size) + slot
     }
 }
 
@@ -107,7 +110,7 @@ impl CompressedOps for Reference {
                     state.chunks_exact_mut(3 * width).for_each(|entry| Sums::of(entry).clear());
                     state
                 }
-                _ => sums.slot(plan.block(row, position - 1, block_size)).to_vec(),
+                _ => sums.slot(plan.passing(row, position - 1, block_size)).to_vec(),
             };
             let place = position % pool.rate;
             let bias = &pooling.bias[place * columns..][..columns];
@@ -130,7 +133,7 @@ impl CompressedOps for Reference {
                 }
                 Sums::of(&mut state[(pool.series() - 1) * 3 * width..]).clear();
             }
-            sums.put(plan.block(row, position, block_size), &state);
+            sums.put(plan.passing(row, position, block_size), &state);
         }
         Ok(())
     }
@@ -147,8 +150,11 @@ impl CompressedOps for Reference {
     ) -> Result<()> {
         let WindowedParams { window, scale, sink, ref reads } = *params;
         let block_size = cache.block_size;
-        let LayerKv::Windowed { width, pool } = cache.kinds[layer] else { panic!("layer {layer} has no window") };
-        write_slots(&mut cache.layers[layer][0], kv, plan);
+        let LayerKv::Windowed { width, pool, .. } = cache.kinds[layer] else { panic!("layer {layer} has no window") };
+        let slot = |row, position| plan.passing(row, position, block_size) * block_size + position % block_size;
+        for row in 0..kv.rows() {
+            cache.layers[layer][0].put(slot(row, plan.position(row)), kv.row(row));
+        }
         out.set_rows(q.rows());
         for row in 0..q.rows() {
             let position = plan.position(row);
@@ -164,7 +170,7 @@ impl CompressedOps for Reference {
                     chosen((q.row(row), weights.row(row)), *top_k, &planes[3], &entries())
                 }
             };
-            let seen = plan.rows[row][(position + 1).saturating_sub(window)..].iter().map(|&s| planes[0].slot(s));
+            let seen = ((position + 1).saturating_sub(window)..=position).map(|p| planes[0].slot(slot(row, p)));
             let seen: Vec<&[f32]> = seen.chain(entries.iter().map(|&s| planes[1].slot(s))).collect();
             for (head, sink) in sink.iter().enumerate() {
                 let query = &q.row(row)[head * width..][..width];
@@ -308,19 +314,20 @@ mod tests {
             let columns = pool.series() * width;
             let [values, gates] = [1, 2].map(|seed| uniform(seed, len * columns, 3.0));
             let bias = uniform(3, rate * columns, 1.0);
-            let layers = vec![LayerKv::Windowed { width, pool: Some(pool) }];
+            let layers = vec![LayerKv::Windowed { width, window: 1, pool: Some(pool) }];
             let block_size = b.caps().kv_block_size;
             let blocks = len.div_ceil(block_size);
             let table: Vec<u32> = (0..blocks as u32).rev().collect();
             let spec = KvSpec { layers, dtype: KvDtype::F32, block_size };
-            let mut cache = b.kv_cache(&spec, blocks).unwrap();
+            let mut cache = b.kv_cache(&spec, KvBlocks { kept: blocks, passing: 2 }).unwrap();
             let rope = HostRope { inv_freq: vec![0.3], scale: 1.0, max_positions: len };
             let table_of_angles = b.rope_table(&rope).unwrap();
             let layout = RopeLayout { heads: 1, head_dim: width, offset: width - 2, dim: 2, interleaved: true };
             let norm_weight = uniform(4, width, 1.0);
             let mut start = 0;
             for len in [1, 7, 1, 1, 30, 2, 40, 19] {
-                let sequences = [SequenceSpan { start, len, block_table: &table }];
+                let passing: Vec<u32> = (0..blocks as u32).map(|block| block % 2).collect();
+                let sequences = [SequenceSpan { start, len, block_table: &table, passing_table: &passing }];
                 let plan = b.plan_attention(&AttentionBatch { sequences: &sequences }).unwrap();
                 let rows = |all: &[f32]| {
                     let mut rows = b.tensor(len, columns).unwrap();

@@ -49,6 +49,7 @@ impl Scheduler {
             let sequence = self.running.get_mut(id).expect("it is running");
             let end = sequence.tokens.len() + 1;
             assert!(self.blocks.grow(sequence, end), "available blocks were counted");
+            self.blocks.give_passing(sequence, end);
             plan.sequences.push(sequence.step_ahead());
             sequence.num_begun = end;
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use baton_model::{SampledToken, SequenceFailure, SequenceOutput, StepOutput, StepPlan};
 
 use super::{RequestOutput, Scheduler};
+use crate::block::Blocks;
 use crate::ledger::OUTPUT_TOKEN;
 use crate::sequence::Sequence;
 use crate::{EngineFailure, FinishReason, OutputEvent, RequestId};
@@ -43,6 +44,9 @@ impl Scheduler {
             if !sampled.is_empty() {
                 sequence.proposed = result.proposed;
                 outputs.extend(self.take_samples(id, &step.draft, sampled, now));
+            }
+            if let Some(sequence) = self.running.get_mut(&id) {
+                self.unclean.extend(self.blocks.pass(sequence));
             }
         }
         outputs
@@ -127,28 +131,28 @@ impl Scheduler {
 
     /// Comes before the blocks of a sequence that ends are given back. A step begun ahead may still read and write them: it
     /// does so before any step that somebody else gets them for. But what it writes may turn out to be not finite, so that
-    /// block is kept back.
+    /// block is kept back, and the passing one.
     fn keep_in_doubt(&mut self, sequence: &mut Sequence) {
         if sequence.is_begun_ahead() {
             self.in_doubt.insert(sequence.id, self.blocks.detach_last(sequence));
         }
     }
 
-    /// Takes the block back that a step wrote for a sequence which had ended.
+    /// Takes the blocks back that a step wrote for a sequence which had ended.
     fn end_doubt(&mut self, id: RequestId, result: &SequenceOutput) {
         // None of one that failed: its blocks were discarded.
-        let Some(block) = self.in_doubt.remove(&id) else { return };
+        let Some(blocks) = self.in_doubt.remove(&id) else { return };
+        self.blocks.release_detached(&blocks);
         if result.sampled.iter().any(Result::is_err) {
-            self.unclean.push(block);
+            self.unclean.extend(blocks);
         }
-        self.blocks.release_block(block);
     }
 
     /// Takes all blocks back that are kept for the step under way, which has failed. None is to be trusted.
     fn end_all_doubts(&mut self) {
-        for block in std::mem::take(&mut self.in_doubt).into_values() {
-            self.unclean.push(block);
-            self.blocks.release_block(block);
+        for blocks in std::mem::take(&mut self.in_doubt).into_values() {
+            self.blocks.release_detached(&blocks);
+            self.unclean.extend(blocks);
         }
     }
 
@@ -190,7 +194,7 @@ impl Scheduler {
     /// its cache, and adapters are as it has them. Ends the requests whose adapter it does not have.
     pub fn renewed(&mut self, now: Duration) -> Vec<RequestOutput> {
         debug_assert!(self.running.is_empty(), "whoever held blocks has failed");
-        self.unclean.clear();
+        self.unclean = Blocks::default();
         let lost = self.waiting.extract(|sequence| !sequence.renew_adapter());
         let end = |sequence| self.finish(sequence, FinishReason::Error(EngineFailure::AdapterLost), now);
         lost.into_iter().map(end).collect()
@@ -211,7 +215,10 @@ impl Scheduler {
 
     /// The last event of a sequence that is neither running nor waiting any more and holds no block.
     pub(super) fn finish(&mut self, sequence: Sequence, reason: FinishReason, now: Duration) -> RequestOutput {
-        debug_assert!(sequence.table.blocks().is_empty(), "an ended sequence holds no block");
+        debug_assert!(
+            sequence.table.blocks().is_empty() && sequence.table.passing().is_empty(),
+            "an ended sequence holds no block"
+        );
         if sequence.start.is_none() {
             self.leaves_queue(&sequence);
         }

@@ -20,6 +20,7 @@ pub(super) fn spec(num_blocks: usize) -> RunSpec {
         max_model_len: 200,
         block_size: BLOCK_SIZE,
         num_blocks,
+        passing: None,
         max_step_tokens: 16,
         max_step_sequences: 8,
         max_draft_tokens: 5,

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use baton_model::PASSED;
+
 use super::fairness;
 use super::world::{Record, World};
 use crate::intake::Amount;
@@ -36,6 +38,22 @@ pub(crate) const ALL: &[Invariant] = &[
         is_of_a_step: false,
         sabotage: |world| {
             world.core.scheduler_mut().leak_a_block();
+        },
+    },
+    Invariant {
+        name: "passing blocks are conserved",
+        check: blocks_are_conserved,
+        is_of_a_step: false,
+        sabotage: |world| {
+            world.core.scheduler_mut().leak_a_passing_block();
+        },
+    },
+    Invariant {
+        name: "what has passed is given back",
+        check: what_has_passed_is_given_back,
+        is_of_a_step: false,
+        sabotage: |world| {
+            world.core.scheduler_mut().give_too_much();
         },
     },
     Invariant {
@@ -229,6 +247,18 @@ fn blocks_are_conserved(world: &World) -> Result<(), String> {
     world.core.scheduler().check_blocks()
 }
 
+/// Between steps a sequence has the passing blocks that it may still read, up to the token that was sampled last.
+fn what_has_passed_is_given_back(world: &World) -> Result<(), String> {
+    let Some(passing) = world.spec.passing else { return Ok(()) };
+    let block_size = world.spec.block_size;
+    world.core.scheduler().running().values().try_for_each(|sequence| {
+        let held = sequence.table.passing().iter().filter(|&&block| block != PASSED).count();
+        let end = if sequence.num_pending() > 1 { sequence.num_computed } else { sequence.tokens.len() };
+        let needed = end.div_ceil(block_size) - passing.first(sequence.num_computed, block_size);
+        ensure(held <= needed, || format!("{:?} holds {held} passing blocks and needs {needed}", sequence.id))
+    })
+}
+
 fn the_ended_hold_nothing(world: &World) -> Result<(), String> {
     let scheduler = world.core.scheduler();
     let kept = |id: &RequestId| {
@@ -241,7 +271,9 @@ fn the_ended_hold_nothing(world: &World) -> Result<(), String> {
     let in_doubt = scheduler.in_doubt();
     ensure(in_doubt.is_empty() || world.core.is_under_way(), || format!("{in_doubt:?} for no step"))?;
     scheduler.waiting().values().try_for_each(|sequence| {
-        ensure(sequence.table.blocks().is_empty(), || format!("{:?} waits and holds blocks", sequence.id))
+        let table = &sequence.table;
+        let holds_nothing = table.blocks().is_empty() && table.passing().is_empty();
+        ensure(holds_nothing, || format!("{:?} waits and holds blocks", sequence.id))
     })
 }
 
@@ -500,7 +532,8 @@ fn gauges_are_true(world: &World) -> Result<(), String> {
     let holders = scheduler.running().iter().map(|(&id, sequence)| (id, sequence)).collect();
     let background = live(world).filter(|(id, _)| id.is_background()).count() as u64;
     let held = scheduler.running().values().flat_map(|sequence| sequence.table.blocks());
-    let held: BTreeSet<_> = held.chain(scheduler.in_doubt().values()).collect();
+    let in_doubt = scheduler.in_doubt().values().flat_map(|blocks| &blocks.kept);
+    let held: BTreeSet<_> = held.chain(in_doubt).collect();
     for (name, told, counted) in [
         ("running", stats.running as u64, foreground(holders)),
         ("waiting", stats.waiting as u64, foreground(scheduler.waiting())),

@@ -1,6 +1,6 @@
 //! A runner whose next token is a hash of the whole context *as it reads it back* from its own paged
 //! memory. So a lost, doubled, stale or foreign block shows as a wrong token, not as a subtle change of
-//! probabilities. It checks every plan against its spec, and fails on command. Like a device it works off what it was asked
+//! probabilities. What passes is the same once more, which every token reads as far as it reaches. It checks every plan against its spec, and fails on command. Like a device it works off what it was asked
 //! for one by one, and as late as it can: when somebody waits for it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_model::{
-    Adapter, RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest, SequenceFailure,
-    SequenceOutput, SequenceStep, StepOutput, StepPlan, Tokens,
+    Adapter, PASSED, Passing, RunError, RunSpec, Runner, SampleRequest, SampledToken, Score, ScoreRequest,
+    SequenceFailure, SequenceOutput, SequenceStep, StepOutput, StepPlan, Tokens,
 };
 use parking_lot::{Condvar, Mutex};
 
@@ -54,6 +54,7 @@ struct State {
     computed_tokens: u64,
     adapters: BTreeSet<[u8; 32]>,
     cleared: Vec<u32>,
+    cleared_passing: Vec<u32>,
 }
 
 impl MockControl {
@@ -147,11 +148,18 @@ impl MockControl {
     pub fn cleared_blocks(&self) -> Vec<u32> {
         self.0.0.lock().cleared.clone()
     }
+
+    /// Passing blocks cleared so far, in order.
+    #[cfg(test)]
+    pub fn cleared_passing_blocks(&self) -> Vec<u32> {
+        self.0.0.lock().cleared_passing.clone()
+    }
 }
 
 enum Work {
     Step(StepPlan),
-    Clear(Vec<u32>),
+    /// Kept and passing blocks.
+    Clear([Vec<u32>; 2]),
 }
 
 /// See the head of the file.
@@ -160,6 +168,8 @@ pub struct MockRunner {
     model: MockModel,
     /// `[num_blocks * block_size]`
     slots: Vec<Slot>,
+    /// As `slots`, of what passes.
+    passing: Vec<Slot>,
     control: MockControl,
     /// What it was asked for and has not done.
     queue: VecDeque<Work>,
@@ -176,8 +186,9 @@ impl MockRunner {
     }
 
     fn under(control: MockControl, spec: RunSpec, model: MockModel) -> Self {
-        let slots = vec![Slot::Empty; spec.num_blocks * spec.block_size];
-        Self { spec, model, slots, control, queue: VecDeque::new(), last: StepOutput::default(), broken: None }
+        let passing = spec.passing.map_or(0, |passing| passing.num_blocks);
+        let [slots, passing] = [spec.num_blocks, passing].map(|blocks| vec![Slot::Empty; blocks * spec.block_size]);
+        Self { spec, model, slots, passing, control, queue: VecDeque::new(), last: StepOutput::default(), broken: None }
     }
 
     /// Makes another one like it, under the same control.
@@ -206,6 +217,41 @@ impl MockRunner {
             + position % self.spec.block_size
     }
 
+    fn passing_slot(&self, sequence: &SequenceStep, position: usize) -> usize {
+        sequence.passing_table[position / self.spec.block_size] as usize * self.spec.block_size
+            + position % self.spec.block_size
+    }
+
+    /// Whether all that passes and that a token at `position` reads is what was written beside what is kept.
+    fn is_in_reach(&self, sequence: &SequenceStep, position: usize) -> bool {
+        let Some(Passing { reach, .. }) = self.spec.passing else { return true };
+        (position.saturating_sub(reach)..position).all(|position| {
+            self.passing[self.passing_slot(sequence, position)] == self.slots[self.slot(sequence, position)]
+        })
+    }
+
+    fn put(&mut self, sequence: &SequenceStep, position: usize, slot: Slot) {
+        let index = self.slot(sequence, position);
+        self.slots[index] = slot;
+        if self.spec.passing.is_some() {
+            let index = self.passing_slot(sequence, position);
+            self.passing[index] = slot;
+        }
+    }
+
+    /// The promises of what passes: it is there as far as tokens reach, and no further once it can be given back.
+    fn check_passing(&self, s: &SequenceStep, ahead: bool) {
+        let (end, block_size) = (s.num_computed + s.num_rows(), self.spec.block_size);
+        let Some(passing) = self.spec.passing else {
+            return assert!(s.passing_table.is_empty(), "passing blocks, and nothing passes");
+        };
+        assert_eq!(s.passing_table.len(), end.div_ceil(block_size), "passing blocks do not match the positions");
+        let (gone, held) = s.passing_table.split_at(s.num_computed.saturating_sub(passing.reach) / block_size);
+        assert!(held.iter().all(|&block| (block as usize) < passing.num_blocks), "a token reads what has passed");
+        let gone = &gone[..gone.len().min(passing.first(s.num_computed, block_size))];
+        assert!(ahead || gone.iter().all(|&block| block == PASSED), "a passing block is held that nobody reads");
+    }
+
     /// The promises that the engine makes a runner. A broken one is a bug of the engine.
     fn check(&self, plan: &StepPlan) {
         assert!(!plan.sequences.is_empty(), "a step of nothing");
@@ -213,7 +259,7 @@ impl MockRunner {
         assert!(plan.sequences.len() <= self.spec.max_step_sequences, "too many sequences in a step");
         let ids: BTreeSet<u64> = plan.sequences.iter().map(|s| s.id).collect();
         assert_eq!(ids.len(), plan.sequences.len(), "a sequence twice in a step");
-        let mut written = BTreeSet::new();
+        let (mut written, mut written_passing) = (BTreeSet::new(), BTreeSet::new());
         for s in &plan.sequences {
             assert!(s.tokens.count() > 0, "a sequence without tokens in a step");
             assert!(s.draft.len() <= self.spec.max_draft_tokens, "too many drafts");
@@ -223,8 +269,11 @@ impl MockRunner {
             assert!(end <= self.spec.max_model_len, "a sequence beyond the context");
             assert_eq!(s.block_table.len(), end.div_ceil(self.spec.block_size), "blocks do not match the positions");
             assert!(s.block_table.iter().all(|&block| (block as usize) < self.spec.num_blocks), "no such block");
+            self.check_passing(s, plan.is_ahead());
             for position in s.num_computed..end {
                 assert!(written.insert(self.slot(s, position)), "a slot written twice in a step");
+                let passing = self.spec.passing.map(|_| self.passing_slot(s, position));
+                assert!(passing.is_none_or(|slot| written_passing.insert(slot)), "a slot written twice in a step");
             }
         }
         if plan.is_ahead() {
@@ -248,6 +297,9 @@ impl MockRunner {
             let [sample, sample_before] = [s, before].map(|s| s.sample.as_ref().expect("it samples"));
             assert_eq!(sample.position, sample_before.position + 1, "it samples what follows");
             assert!(s.block_table.starts_with(&before.block_table), "its blocks are others");
+            let first = s.passing_table.iter().take_while(|&&block| block == PASSED).count();
+            let mut of_both = s.passing_table.iter().zip(&before.passing_table).skip(first);
+            assert!(of_both.all(|(own, before)| own == before), "its passing blocks are others");
         }
     }
 
@@ -278,9 +330,11 @@ impl MockRunner {
         match work {
             Work::Step(plan) => Some(self.compute(plan)),
             Work::Clear(blocks) => {
-                for block in blocks {
-                    let start = block as usize * self.spec.block_size;
-                    self.slots[start..start + self.spec.block_size].fill(Slot::Empty);
+                for (slots, blocks) in [&mut self.slots, &mut self.passing].into_iter().zip(blocks) {
+                    for block in blocks {
+                        let start = block as usize * self.spec.block_size;
+                        slots[start..start + self.spec.block_size].fill(Slot::Empty);
+                    }
                 }
                 None
             }
@@ -317,6 +371,7 @@ impl MockRunner {
         let not_finite_from = state.not_finite_from.get(&sequence.id).copied().unwrap_or(usize::MAX);
         let known = sequence.num_computed + sequence.tokens.count();
         for (&token, position) in sequence.tokens.known().iter().chain(&sequence.draft).zip(sequence.num_computed..) {
+            let in_reach = self.is_in_reach(sequence, position);
             let previous = match position.checked_sub(1).map(|previous| self.slots[self.slot(sequence, previous)]) {
                 None => Some(self.model.empty_context(sequence.adapter.as_ref())),
                 Some(Slot::Written { context, .. }) => Some(context),
@@ -324,26 +379,25 @@ impl MockRunner {
                 Some(Slot::NotFinite | Slot::NotFiniteDraft) => None,
             };
             let finite = position < not_finite_from && !state.not_finite_tokens.contains(&token);
-            let index = self.slot(sequence, position);
-            self.slots[index] = match previous {
+            let slot = match previous.map(|previous| if in_reach { previous } else { !previous }) {
                 Some(previous) if finite => Slot::Written { token, context: MockModel::extend(previous, token) },
                 _ if position < known => Slot::NotFinite,
                 _ => Slot::NotFiniteDraft,
             };
+            self.put(sequence, position, slot);
         }
     }
 
     /// What a step leaves that failed half way: nothing in memory is what it was.
     fn spoil(&mut self, plan: &StepPlan) {
-        for slot in &mut self.slots {
+        for slot in self.slots.iter_mut().chain(&mut self.passing) {
             if let Slot::Written { context, .. } = slot {
                 *context = !*context;
             }
         }
         for sequence in &plan.sequences {
             for position in sequence.num_computed..sequence.num_computed + sequence.num_rows() {
-                let index = self.slot(sequence, position);
-                self.slots[index] = Slot::NotFinite;
+                self.put(sequence, position, Slot::NotFinite);
             }
         }
     }
@@ -351,10 +405,12 @@ impl MockRunner {
     /// The context of the first `end` positions, as memory holds it; wrong if a slot is not what this very context wrote.
     fn read(&self, sequence: &SequenceStep, end: usize) -> Result<u64, SequenceFailure> {
         // As in a masked product, where 0 × NaN is NaN, what lies behind the last token matters too, but for drafts.
-        for &block in &sequence.block_table {
-            let start = block as usize * self.spec.block_size;
-            if self.slots[start..start + self.spec.block_size].contains(&Slot::NotFinite) {
-                return Err(SequenceFailure::NonFiniteLogits);
+        for (slots, blocks) in [(&self.slots, &sequence.block_table), (&self.passing, &sequence.passing_table)] {
+            for &block in blocks.iter().filter(|&&block| block != PASSED) {
+                let start = block as usize * self.spec.block_size;
+                if slots[start..start + self.spec.block_size].contains(&Slot::NotFinite) {
+                    return Err(SequenceFailure::NonFiniteLogits);
+                }
             }
         }
         let empty = self.model.empty_context(sequence.adapter.as_ref());
@@ -455,7 +511,7 @@ impl Runner for MockRunner {
         }
     }
 
-    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
+    fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
@@ -464,8 +520,9 @@ impl Runner for MockRunner {
             state.fail_clears -= 1;
             return Err(RunError::Failed("mock fault while clearing".into()));
         }
-        state.cleared.extend(blocks);
-        self.queue.push_back(Work::Clear(blocks.to_vec()));
+        state.cleared.extend(kept);
+        state.cleared_passing.extend(passing);
+        self.queue.push_back(Work::Clear([kept.to_vec(), passing.to_vec()]));
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{Grammar, RunError, RunSpec, SamplingParams, Tokens};
+use baton_model::{Grammar, Passing, RunError, RunSpec, SamplingParams, Tokens};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -29,11 +29,15 @@ fn random_world(rng: &mut StdRng) -> World {
         max_model_len: rng.random_range(2..=(num_blocks * block_size + 1).min(120)),
         block_size,
         num_blocks,
+        passing: None,
         max_step_tokens: rng.random_range(1..48),
         max_step_sequences: rng.random_range(1..9),
         max_draft_tokens: 5,
         steps_ahead,
     };
+    // By numbers of its own: all else is what it would be without.
+    let passing = random_passing(&mut StdRng::seed_from_u64(rng.clone().random()), &spec);
+    let spec = RunSpec { passing, ..spec };
     let config = EngineConfig {
         max_num_seqs: rng.random_range(1..9),
         max_num_batched_tokens: rng.random_range(1..64),
@@ -44,6 +48,14 @@ fn random_world(rng: &mut StdRng) -> World {
     };
     let model = MockModel::Hash { seed: rng.random(), vocab_size: VOCAB_SIZE, end: Some((END, 12)) };
     World::with_mask_threads([0, 2][rng.random_range(0..2)], spec, &config, model)
+}
+
+/// As few blocks as there may be, or some more for the cache.
+fn random_passing(rng: &mut StdRng, spec: &RunSpec) -> Option<Passing> {
+    let reach = [None, None, Some(0), Some(1), Some(3), Some(8), Some(11), Some(30)][rng.random_range(0..8)]?;
+    let fewest = Passing::fewest(reach, spec.block_size, spec.max_step_sequences, spec.max_step_tokens);
+    let more = [0, 0, 1, 5, 40][rng.random_range(0..5)];
+    Some(Passing { reach, num_blocks: fewest + more })
 }
 
 fn random_speculation(rng: &mut StdRng) -> SpeculationConfig {
@@ -305,6 +317,7 @@ fn busy_world() -> World {
         max_model_len: 64,
         block_size: 4,
         num_blocks: 16,
+        passing: Some(Passing { reach: 5, num_blocks: 40 }),
         max_step_tokens: 32,
         max_step_sequences: 3,
         max_draft_tokens: 5,

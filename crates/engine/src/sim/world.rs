@@ -120,8 +120,8 @@ impl Runner for Recorder {
         self.inner.finish()
     }
 
-    fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
-        self.inner.clear_blocks(blocks)
+    fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {
+        self.inner.clear_blocks(kept, passing)
     }
 }
 
@@ -311,7 +311,8 @@ impl World {
         let (scheduler, total) = (self.core.scheduler(), self.core.stats().blocks.total);
         let of_class = |id: &RequestId| id.is_background() == scheduler.is_background_turn();
         let running = || scheduler.running().iter().filter(|(id, _)| of_class(id));
-        let held = running().flat_map(|(_, sequence)| sequence.table.blocks()).chain(scheduler.in_doubt().values());
+        let in_doubt = scheduler.in_doubt().values().flat_map(|blocks| &blocks.kept);
+        let held = running().flat_map(|(_, sequence)| sequence.table.blocks()).chain(in_doubt);
         Found {
             running: running().map(|(&id, _)| id).collect(),
             head: scheduler.first_waiting(),

@@ -54,6 +54,7 @@ impl Default for Setup {
                 max_model_len: 512,
                 block_size: 4,
                 num_blocks: 512,
+                passing: None,
                 max_step_tokens: 256,
                 max_step_sequences: 32,
                 max_draft_tokens: 4,

@@ -218,7 +218,8 @@ pub(crate) fn kv_spec(config: &ModelConfig, world: World, dtype: KvDtype, block_
                 V4Attention::Heavy { rate } => Some(PoolKv { rate, overlaps: false, index: None }),
                 V4Attention::Sparse { rate } => Some(PoolKv { rate, overlaps: true, index }),
             };
-            own.layers.iter().map(|layer| LayerKv::Windowed { width: own.head_dim, pool: pool(layer) }).collect()
+            let windowed = |layer| LayerKv::Windowed { width: own.head_dim, window: own.window, pool: pool(layer) };
+            own.layers.iter().map(windowed).collect()
         }
     };
     KvSpec { layers, dtype, block_size }

@@ -51,7 +51,10 @@ fn keep(sequences: &mut [Sequence], output: StepOutput) {
 /// Computes so many tokens of each; of the second, which then leaves, three and another in vain.
 fn run_ahead(runner: &mut dyn Runner, sequences: &mut [Sequence], tokens: usize) {
     let mut pool = Pool::new(runner);
-    sequences.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len() + tokens));
+    sequences.iter_mut().for_each(|s| {
+        let end = s.tokens.len() + tokens;
+        pool.cover(s, end);
+    });
     let whole = |s: &Sequence| s.step(s.remaining());
     runner.begin(&StepPlan { sequences: sequences.iter().map(whole).collect() }).unwrap();
     for output in 1..tokens {
@@ -91,18 +94,21 @@ fn a_failed_sequence_spares_its_batch_ahead<B: Backend + LatentOps + CompressedO
     let solo: Vec<_> = generate(&mut runner, &healthy, params(1), 2).into_iter().map(Ok).collect();
     let mut pool = Pool::new(&runner);
     let mut both = [Sequence::new(1, &[5, 6, 7], params(0)), Sequence::new(2, &healthy, params(1))];
-    both.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len() + 1));
+    both.iter_mut().for_each(|s| {
+        let end = s.tokens.len() + 1;
+        pool.cover(s, end);
+    });
     runner.begin(&StepPlan { sequences: both.iter().map(|s| s.step(s.tokens.len())).collect() }).unwrap();
     runner.begin(&plan_ahead(&both, 1, |_| true)).unwrap();
     // Asked for while two steps are under way, it happens behind them.
-    runner.clear_blocks(&both[0].table).unwrap();
+    runner.clear_blocks(&both[0].table, &both[0].passing).unwrap();
     let first = runner.finish().unwrap().sequences;
     assert_eq!(first[0].sampled, [Err(SequenceFailure::NonFiniteLogits)]);
     assert_eq!(first[1].sampled, solo[..1]);
     assert_eq!(runner.finish().unwrap().sequences[1].sampled, solo[1..]);
 
     let mut next = Sequence::new(3, &healthy, params(1));
-    next.table = both[0].table.clone();
+    (next.table, next.passing) = (both[0].table.clone(), both[0].passing.clone());
     let mut next = [next];
     step(&mut runner, &mut pool, &mut next, &[healthy.len()]);
     assert_eq!(Ok(&next[0].output[0]), solo[0].as_ref());
@@ -123,7 +129,10 @@ fn what_is_left_of_steps_under_way_is_forgotten_by_the_next_of_known_tokens() {
     let mut left = sequences("llama-rope3", &[]);
     let expected = alone(&mut runner, left[0].clone(), 1).output;
     let mut pool = Pool::new(&runner);
-    left.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len() + 1));
+    left.iter_mut().for_each(|s| {
+        let end = s.tokens.len() + 1;
+        pool.cover(s, end);
+    });
     runner.begin(&StepPlan { sequences: left.iter().map(|s| s.step(s.remaining())).collect() }).unwrap();
     runner.begin(&plan_ahead(&left, 1, |_| true)).unwrap();
     let mut first = [left[0].clone()];

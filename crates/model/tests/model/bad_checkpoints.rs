@@ -4,9 +4,9 @@
 use std::fs;
 
 use crate::common::checkpoint::{Copy, Tensor, find, probe, sharded, with_header};
-use crate::common::{Rng, folder, options};
+use crate::common::{Rng, folder, options, options_of};
 use baton_device::{BlockFormat, DType, Reference, WeightFormat};
-use baton_model::{Files, KvCacheSize, LoadError, LoadOptions, load};
+use baton_model::{Files, KvCacheSize, LoadError, LoadOptions, Passing, load};
 use serde_json::json;
 
 #[test]
@@ -261,6 +261,36 @@ fn a_cache_too_small_for_one_sequence_is_refused_with_the_arithmetic() {
         let (runner, report) = with(size).unwrap();
         let spec = baton_model::Runner::spec(&runner).clone();
         assert_eq!((spec.num_blocks, report.kv_bytes), (blocks, block_bytes * blocks as u64));
+    }
+}
+
+#[test]
+fn what_passes_comes_first_and_a_cache_too_small_for_it_is_refused_with_the_arithmetic() {
+    let files = Files::folder(folder("deepseek-v4")).unwrap();
+    let with = |kv_cache| {
+        let options = LoadOptions { kv_cache, ..options_of("deepseek-v4") };
+        load(Reference::new(), &files, &options)
+    };
+    let (runner, whole) = with(KvCacheSize::AtMost(u64::MAX)).unwrap();
+    let spec = baton_model::Runner::spec(&runner).clone();
+    let passing = spec.passing.unwrap();
+    assert_eq!(passing.reach, 23, "a window of 24");
+    let fewest = Passing::fewest(23, spec.block_size, spec.max_step_sequences, spec.max_step_tokens);
+    assert!(passing.num_blocks > fewest && whole.passing_bytes > 0 && whole.kv_bytes > whole.passing_bytes);
+    // As many bytes give as many blocks again; those of one context are the fewest.
+    let kept_bytes = (whole.kv_bytes - whole.passing_bytes) / spec.num_blocks as u64;
+    let enough = whole.passing_bytes + kept_bytes * spec.max_model_len.div_ceil(spec.block_size) as u64;
+    for bytes in [whole.kv_bytes, enough] {
+        let (runner, report) = with(KvCacheSize::Bytes(bytes)).unwrap();
+        assert_eq!((report.kv_bytes, report.passing_bytes), (bytes, whole.passing_bytes));
+        assert_eq!(baton_model::Runner::spec(&runner).passing, Some(passing));
+    }
+    for bytes in [enough - 1, whole.passing_bytes - 1, 0] {
+        let message = with(KvCacheSize::Bytes(bytes)).err().unwrap().to_string();
+        let beside = format!("beside {} bytes", whole.passing_bytes);
+        for wanted in ["440 tokens", &beside, "up to 8 sequences", "fewer sequences in a step"] {
+            assert!(message.contains(wanted), "{wanted} not in: {message}");
+        }
     }
 }
 

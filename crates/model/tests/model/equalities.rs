@@ -85,7 +85,8 @@ fn chunked_is_whole<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B
             while sequence.remaining() > 0 {
                 let limit = if rng.below(2) == 0 { 3 } else { 90 };
                 let count = (1 + rng.below(limit)).min(sequence.remaining());
-                pool.cover(&mut sequence.table, sequence.num_computed + count);
+                let end = sequence.num_computed + count;
+                pool.cover(&mut sequence, end);
                 chunked.extend(runner.logits(&StepPlan { sequences: vec![sequence.step(count)] }).unwrap());
                 sequence.num_computed += count;
             }
@@ -129,7 +130,7 @@ fn preempted_is_not<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B
         let victim = rng.below(all.len());
         if rng.below(3) > 0 && all[victim].num_computed > 0 && preemptions < 20 {
             // Its blocks go to others; what it had is computed again, output included.
-            pool.release(&mut all[victim].table);
+            pool.release(&mut all[victim]);
             all[victim].num_computed = 0;
             preemptions += 1;
         }
@@ -157,7 +158,7 @@ fn drafted_is_plain<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B
         while all.iter().any(|s| s.output.len() < OUTPUT) {
             let victim = rng.below(all.len());
             if rng.below(6) == 0 && preemptions < 5 {
-                pool.release(&mut all[victim].table);
+                pool.release(&mut all[victim]);
                 all[victim].num_computed = 0;
                 preemptions += 1;
             }
@@ -202,6 +203,7 @@ fn warm_prefix_is_cold<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -
         ids.extend([3, 1, 4, 1, 5, 9, 2, 6]);
         let mut warm = [Sequence::new(2, &ids, params(i)).adapted(adapter)];
         warm[0].table = owner[0].table[..shared_blocks].to_vec();
+        warm[0].passing = owner[0].passing.iter().take(shared_blocks).copied().collect();
         warm[0].num_computed = shared;
         while warm[0].output.len() < OUTPUT {
             let remaining = warm[0].remaining();
@@ -219,15 +221,14 @@ fn cleared_blocks_leave_nothing<B: Backend + LatentOps + CompressedOps>(make: im
     let mut pool = Pool::new(&runner);
     let mut owner = [Sequence::new(1, &prompt.ids, SamplingParams::greedy())];
     step(&mut runner, &mut pool, &mut owner, &[prompt.ids.len()]);
-    let used = owner[0].table.clone();
-    let mut never_used = Vec::new();
+    let used = &owner[0];
+    let mut never_used = Sequence::new(3, &prompt.ids, SamplingParams::greedy());
     pool.cover(&mut never_used, prompt.ids.len());
 
-    let (full, empty) =
-        (last_token_over(&mut runner, &prompt.ids, &used), last_token_over(&mut runner, &prompt.ids, &never_used));
+    let (full, empty) = (last_token_over(&mut runner, used), last_token_over(&mut runner, &never_used));
     assert!(full != empty);
-    runner.clear_blocks(&used).unwrap();
-    let cleared = last_token_over(&mut runner, &prompt.ids, &used);
+    runner.clear_blocks(&used.table, &used.passing).unwrap();
+    let cleared = last_token_over(&mut runner, used);
     assert!(cleared == empty, "{case}: something of the sequence remained");
 }
 
@@ -248,16 +249,16 @@ fn spares_its_batch<B: Backend + LatentOps + CompressedOps>(
     let solo = generate(&mut runner, &healthy, params(1), 2);
     let mut pool = Pool::new(&runner);
     let mut both = [Sequence::new(1, &[5, 6, 7], params(0)), Sequence::new(2, &healthy, params(1))];
-    both.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len()));
+    both.iter_mut().for_each(|s| pool.cover_all(s));
     let plan = StepPlan { sequences: both.iter().map(|s| s.step(s.tokens.len())).collect() };
     let output = runner.step(&plan).unwrap().sequences;
     assert_eq!(output[0].sampled, [Err(SequenceFailure::NonFiniteLogits)]);
     assert_eq!(output[1].sampled, [Ok(solo[0].clone())]);
 
     // The failed one's blocks, cleared, serve another.
-    runner.clear_blocks(&both[0].table).unwrap();
+    runner.clear_blocks(&both[0].table, &both[0].passing).unwrap();
     let mut next = Sequence::new(3, &healthy, params(1));
-    next.table = both[0].table.clone();
+    (next.table, next.passing) = (both[0].table.clone(), both[0].passing.clone());
     let mut next = [next];
     step(&mut runner, &mut pool, &mut next, &[healthy.len()]);
     step(&mut runner, &mut pool, &mut next, &[1]);
@@ -275,7 +276,7 @@ fn a_score_that_is_not_finite_fails_its_sequence_alone<B: Backend + LatentOps + 
     let mut pool = Pool::new(&runner);
     let mut both =
         [Sequence::new(1, &[5, 7, 6], params(0)).scored(), Sequence::new(2, &[1, 2, 3, 4], params(1)).scored()];
-    both.iter_mut().for_each(|s| pool.cover(&mut s.table, s.tokens.len()));
+    both.iter_mut().for_each(|s| pool.cover_all(s));
     // The faulty one is in the midst of its prompt, so that nothing is sampled that would tell.
     let plan = StepPlan { sequences: vec![both[0].step(2), both[1].step(4)] };
     let output = runner.step(&plan).unwrap().sequences;
@@ -303,20 +304,20 @@ fn a_draft_that_is_not_finite_is_rejected_like_any_other<B: Backend + LatentOps 
     // Whoever gets the blocks next is not touched by what lies behind its tokens.
     let solo = generate(&mut runner, &[9, 8], params(2), 2);
     let mut heir = [Sequence::new(2, &[9, 8], params(2))];
-    heir[0].table = sequence[0].table.clone();
+    (heir[0].table, heir[0].passing) = (sequence[0].table.clone(), sequence[0].passing.clone());
     step(&mut runner, &mut pool, &mut heir, &[2]);
     step(&mut runner, &mut pool, &mut heir, &[1]);
     assert_eq!(heir[0].output, solo);
 }
 
-/// Logits of a prompt's last token, if all before it are what `table` happens to hold.
+/// Logits of the last token of its prompt, if all before it are what the sequence's blocks happen to hold.
 fn last_token_over<B: Backend + LatentOps + CompressedOps>(
     runner: &mut ModelRunner<B>,
-    prompt: &[u32],
-    table: &[u32],
+    sequence: &Sequence,
 ) -> Vec<f32> {
+    let prompt = &sequence.tokens[..sequence.prompt_len];
     let mut reader = Sequence::new(2, prompt, SamplingParams::greedy());
-    reader.table = table.to_vec();
+    (reader.table, reader.passing) = (sequence.table.clone(), sequence.passing.clone());
     reader.num_computed = prompt.len() - 1;
     runner.logits(&StepPlan { sequences: vec![reader.step(1)] }).unwrap()
 }

@@ -23,7 +23,8 @@ fn outputs<B: Backend + LatentOps + CompressedOps>(backend: B, mtp: bool, chunk:
         let mut draft: Vec<u32> = Vec::new();
         while sequence.tokens.len() < prompt.len() + length {
             let count = sequence.remaining().min(chunk);
-            pool.cover(&mut sequence.table, sequence.num_computed + count + draft.len());
+            let end = sequence.num_computed + count + draft.len();
+            pool.cover(&mut sequence, end);
             let step = SequenceStep { draft: draft.clone(), propose: 1, ..sequence.step(count) };
             let output = runner.step(&StepPlan { sequences: vec![step] }).unwrap().sequences.remove(0);
             sequence.num_computed += count;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, Caps, CompressedOps, DeviceError, Draw, HostExperts,
-    HostLatent, HostLinear, HostRope, HostTensor, KvSpec, LatentOps, MoeOps, Reference, Result, RopeLayout, TokenIds,
-    World,
+    HostLatent, HostLinear, HostRope, HostTensor, KvBlocks, KvSpec, LatentOps, MoeOps, Reference, Result, RopeLayout,
+    TokenIds, World,
 };
 
 /// What a rank shall do instead of an activation.
@@ -68,8 +68,8 @@ impl Backend for Faulty {
     fn rope_table(&self, src: &HostRope) -> Result<Rope> {
         self.inner.rope_table(src)
     }
-    fn kv_cache(&self, spec: &KvSpec, num_blocks: usize) -> Result<KvCache> {
-        self.inner.kv_cache(spec, num_blocks)
+    fn kv_cache(&self, spec: &KvSpec, blocks: KvBlocks) -> Result<KvCache> {
+        self.inner.kv_cache(spec, blocks)
     }
     fn plan_attention(&self, batch: &AttentionBatch<'_>) -> Result<Plan> {
         self.inner.plan_attention(batch)
@@ -151,8 +151,8 @@ impl Backend for Faulty {
     fn add_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
         self.inner.add_rows(x, rows, out)
     }
-    fn clear_blocks(&self, cache: &mut KvCache, blocks: &[u32]) -> Result<()> {
-        self.inner.clear_blocks(cache, blocks)
+    fn clear_blocks(&self, cache: &mut KvCache, kept: &[u32], passing: &[u32]) -> Result<()> {
+        self.inner.clear_blocks(cache, kept, passing)
     }
     fn write(&self, data: &[f32], out: &mut Tensor) -> Result<()> {
         self.inner.write(data, out)

@@ -50,7 +50,7 @@ fn greedy(count: usize) -> Vec<Sequence> {
 fn plan(pool: &mut Pool, sequences: &mut [Sequence]) -> StepPlan {
     let mut plan = StepPlan::default();
     for sequence in sequences.iter_mut().filter(|sequence| sequence.tokens.len() < LENGTH) {
-        pool.cover(&mut sequence.table, sequence.tokens.len());
+        pool.cover_all(sequence);
         plan.sequences.push(SequenceStep { propose: 1, ..sequence.step(sequence.remaining()) });
     }
     plan
@@ -138,7 +138,10 @@ fn a_step_ahead_finds_its_tokens_among_those_of_rows_that_pad() {
     let (mut pool, mut sequences) = (Pool::new(&plain), greedy(19));
     for _ in 0..2 {
         let first = plan(&mut pool, &mut sequences);
-        sequences.iter_mut().for_each(|sequence| pool.cover(&mut sequence.table, sequence.tokens.len() + 1));
+        for sequence in &mut sequences {
+            let end = sequence.tokens.len() + 1;
+            pool.cover(sequence, end);
+        }
         let expected = plain.step(&first).unwrap();
         commit(&mut sequences, &expected);
         let second = plan(&mut pool, &mut sequences);

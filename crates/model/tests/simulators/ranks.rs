@@ -192,7 +192,8 @@ fn bundled_answers(runner: &mut dyn Runner) -> Vec<(Vec<u32>, Vec<u32>)> {
         let (mut pool, mut drafts) = (Pool::new(runner), Vec::new());
         while sequence.tokens.len() < prompt.len() + expected.len() {
             let count = sequence.remaining();
-            pool.cover(&mut sequence.table, sequence.num_computed + count);
+            let end = sequence.num_computed + count;
+            pool.cover(&mut sequence, end);
             let step = SequenceStep { propose: 1, ..sequence.step(count) };
             let output = runner.step(&StepPlan { sequences: vec![step] }).unwrap().sequences.remove(0);
             sequence.num_computed += count;
@@ -253,10 +254,10 @@ fn faulty(timeout: Duration) -> (Ranks<Faulty>, crate::faulty::Planned) {
 /// One step of a prompt, whose blocks are cleared behind it as an engine does.
 fn attempt(runner: &mut dyn Runner, prompt: &[u32]) -> Result<u32, RunError> {
     let mut sequence = Sequence::new(1, prompt, SamplingParams::greedy());
-    Pool::new(runner).cover(&mut sequence.table, prompt.len());
+    Pool::new(runner).cover(&mut sequence, prompt.len());
     let output = runner.step(&StepPlan { sequences: vec![sequence.step(prompt.len())] });
     let token = output.map(|output| output.sequences[0].sampled[0].as_ref().unwrap().token);
-    runner.clear_blocks(&sequence.table)?;
+    runner.clear_blocks(&sequence.table, &[])?;
     token
 }
 

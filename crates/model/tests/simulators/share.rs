@@ -56,6 +56,7 @@ fn run(runner: &mut ModelRunner<CudaBackend>, tokens: impl IntoIterator<Item = u
         block_table: (0..spec.max_model_len.div_ceil(spec.block_size))
             .map(|b| ((b + i) % spec.num_blocks) as u32)
             .collect(),
+        passing_table: Vec::new(),
         adapter: None,
         sample: Some(SampleRequest {
             params: Arc::new(SamplingParams::greedy()),
@@ -146,7 +147,7 @@ fn ranks_on_devices_with_different_room_have_the_blocks_that_all_have_room_for()
         let gpus = CudaBackend::ranks(&crate::cuda::options(DType::F32), &[0, 1]).unwrap();
         let (mut ranks, _) = load_ranks(gpus, &files(), &options(0.55), timeout).unwrap();
         let blocks = ranks.spec().num_blocks;
-        ranks.clear_blocks(&[blocks as u32 - 1]).unwrap();
+        ranks.clear_blocks(&[blocks as u32 - 1], &[]).unwrap();
         blocks
     };
     simulator.control(&format!("memory={TOTAL}"));

@@ -71,6 +71,7 @@ pub fn ours(path: &Path) -> Feed {
             tokens: Tokens::Known(tokens.to_vec()),
             draft: Vec::new(),
             block_table: block_table.clone(),
+            passing_table: Vec::new(),
             sample: None,
             propose: 0,
             scores: Vec::new(),

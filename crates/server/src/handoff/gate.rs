@@ -241,8 +241,8 @@ mod tests {
             Ok(output)
         }
 
-        fn clear_blocks(&mut self, blocks: &[u32]) -> Result<(), RunError> {
-            self.runner.clear_blocks(blocks)
+        fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {
+            self.runner.clear_blocks(kept, passing)
         }
     }
 

@@ -298,6 +298,7 @@ mod tests {
                 tokens,
                 draft: Vec::new(),
                 block_table: vec![0],
+                passing_table: Vec::new(),
                 adapter: None,
                 sample: None,
                 propose: 0,

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use baton_device::{Backend, CompressedOps, DType, LatentOps, WeightFormat};
 use baton_device_cpu::{CpuBackend, CpuOptions, Isa};
 use baton_model::{
-    Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, Runner, SampleRequest, SampledToken, SamplingParams, Score,
-    ScoreRequest, SequenceStep, StepPlan, Tokens, load,
+    Adapter, Files, KvCacheSize, LoadOptions, ModelRunner, PASSED, Passing, Runner, SampleRequest, SampledToken,
+    SamplingParams, Score, ScoreRequest, SequenceStep, StepPlan, Tokens, load,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -185,6 +185,7 @@ pub struct Sequence {
     pub prompt_len: usize,
     pub num_computed: usize,
     pub table: Vec<u32>,
+    pub passing: Vec<u32>,
     pub params: Arc<SamplingParams>,
     pub adapter: Option<Adapter>,
     pub output: Vec<SampledToken>,
@@ -202,6 +203,7 @@ impl Sequence {
             prompt_len: prompt.len(),
             num_computed: 0,
             table: Vec::new(),
+            passing: Vec::new(),
             params: Arc::new(params),
             adapter: None,
             output: Vec::new(),
@@ -244,6 +246,7 @@ impl Sequence {
             tokens: Tokens::Known(self.tokens[self.num_computed..end].to_vec()),
             draft: Vec::new(),
             block_table: self.table.clone(),
+            passing_table: self.passing.clone(),
             adapter: self.adapter.clone(),
             sample,
             propose: 0,
@@ -255,30 +258,52 @@ impl Sequence {
     }
 }
 
-/// Hands out blocks in a scattered order, so that no test passes because blocks happen to be adjacent.
+/// Hands out blocks in a scattered order, so that no test passes because blocks happen to be adjacent. Passing blocks are taken
+/// back as soon as they can be, and handed out again first.
 pub struct Pool {
     free: Vec<u32>,
+    passing: Option<(Passing, Vec<u32>)>,
     block_size: usize,
 }
 
 impl Pool {
     pub fn new(runner: &dyn Runner) -> Self {
         let spec = runner.spec();
-        let count = spec.num_blocks as u32;
-        let stride = (1..count).rev().find(|s| gcd(*s, count) == 1 && *s < count * 2 / 3).unwrap_or(1);
-        let free = (0..count).map(|i| (u64::from(i) * u64::from(stride) % u64::from(count)) as u32).collect();
-        Self { free, block_size: spec.block_size }
+        let scattered = |count: usize| {
+            let count = count as u32;
+            let stride = (1..count).rev().find(|s| gcd(*s, count) == 1 && *s < count * 2 / 3).unwrap_or(1);
+            (0..count).map(|i| (u64::from(i) * u64::from(stride) % u64::from(count)) as u32).collect()
+        };
+        let passing = spec.passing.map(|passing| (passing, scattered(passing.num_blocks)));
+        Self { free: scattered(spec.num_blocks), passing, block_size: spec.block_size }
     }
 
-    pub fn cover(&mut self, table: &mut Vec<u32>, tokens: usize) {
-        while table.len() * self.block_size < tokens {
-            table.push(self.free.pop().expect("the pool is large enough"));
+    /// Gives a sequence blocks for its first `tokens` tokens, of which a step computes those that are not computed.
+    pub fn cover(&mut self, sequence: &mut Sequence, tokens: usize) {
+        while sequence.table.len() * self.block_size < tokens {
+            sequence.table.push(self.free.pop().expect("the pool is large enough"));
+        }
+        let Some((Passing { reach, .. }, free)) = &mut self.passing else { return };
+        let gone = sequence.num_computed.saturating_sub(*reach) / self.block_size;
+        let passed = sequence.passing.iter_mut().take(gone).filter(|block| **block != PASSED);
+        free.extend(passed.map(|block| std::mem::replace(block, PASSED)));
+        while sequence.passing.len() * self.block_size < tokens {
+            sequence.passing.push(free.pop().expect("the pool is large enough"));
         }
     }
 
+    /// As above, for all its tokens.
+    pub fn cover_all(&mut self, sequence: &mut Sequence) {
+        let tokens = sequence.tokens.len();
+        self.cover(sequence, tokens);
+    }
+
     /// Takes a sequence's blocks back; they are handed out again first.
-    pub fn release(&mut self, table: &mut Vec<u32>) {
-        self.free.append(table);
+    pub fn release(&mut self, sequence: &mut Sequence) {
+        self.free.append(&mut sequence.table);
+        if let Some((_, free)) = &mut self.passing {
+            free.extend(sequence.passing.drain(..).filter(|block| *block != PASSED));
+        }
     }
 }
 
@@ -304,7 +329,8 @@ pub fn step_with_drafts(
     for ((sequence, &count), draft) in
         sequences.iter_mut().zip(counts).zip(drafts).filter(|((_, count), _)| **count > 0)
     {
-        pool.cover(&mut sequence.table, sequence.num_computed + count + draft.len());
+        let end = sequence.num_computed + count + draft.len();
+        pool.cover(sequence, end);
         plan.sequences.push(SequenceStep { draft: draft.clone(), ..sequence.step(count) });
     }
     let output = runner.step(&plan).unwrap();
@@ -377,7 +403,7 @@ pub fn all_logits_with<B: Backend + LatentOps + CompressedOps>(
     prompt: &[u32],
 ) -> Vec<f32> {
     let mut sequence = Sequence::new(1, prompt, SamplingParams::greedy()).adapted(adapter);
-    Pool::new(runner).cover(&mut sequence.table, prompt.len());
+    Pool::new(runner).cover(&mut sequence, prompt.len());
     runner.logits(&StepPlan { sequences: vec![sequence.step(prompt.len())] }).unwrap()
 }
 
