@@ -195,6 +195,7 @@ fn the_sizes_of_deepseek_v4_are_read_and_odd_ones_refused() {
         (json!({"partial_rotary_factor": 0.3, "qk_rope_head_dim": null}), "of head_dim 48, not 14 columns"),
         (json!({"partial_rotary_factor": 1.5}), "partial_rotary_factor is 1.5"),
         (json!({"hc_mult": 0}), "hc_mult is 0"),
+        (json!({"hc_mult": 17}), "hc_mult is 17, not an integer from 1 to 16"),
         (json!({"hc_sinkhorn_iters": 0}), "hc_sinkhorn_iters is 0"),
         (json!({"hc_eps": null}), "hc_eps is missing"),
         (json!({"swiglu_limit": 0}), "swiglu_limit is 0"),
