@@ -103,10 +103,16 @@ impl AccessRecord {
         (known.generation, known.model) = (Some(digest.to_owned()), Some(model.to_owned()));
     }
 
-    /// An engine has taken the request, and, if it generates, with these parameters.
-    pub fn submitted(&self, asked: Option<Asked>) {
+    /// Time since the request came.
+    pub fn elapsed(&self) -> Duration {
+        self.arrival.elapsed()
+    }
+
+    /// An engine was given the request at that time, and has taken it; if it generates, with these parameters. The time is that
+    /// before it was given: by the time this is called the engine may be far ahead.
+    pub fn submitted(&self, given: Duration, asked: Option<Asked>) {
         let mut known = self.known.lock();
-        (known.submitted, known.asked) = (Some(self.arrival.elapsed()), asked);
+        (known.submitted, known.asked) = (Some(given), asked);
     }
 
     /// Tokens of all prompts.

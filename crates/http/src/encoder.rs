@@ -210,9 +210,10 @@ impl Encoder {
                 ApiError::out_of_range(&field(index), format!("token ids below {}", self.spec.vocab_size))
             }
         };
+        let given = record.elapsed();
         self.engine.submit(inputs, deadline, EncoderReply(sender)).map_err(refused)?;
         taken.used(tokens);
-        record.submitted(None);
+        record.submitted(given, None);
         let result = tokio::select! {
             result = receiver => result.unwrap_or(Err(EncoderFailure::Failed)),
             () = service.kill_switch().cancelled_owned() => return Err(ApiError::draining()),

@@ -60,7 +60,7 @@ pub(crate) async fn embed(
     };
     let tokens = inputs.iter().map(Vec::len).sum();
     let mut taken = service.charge(record, Ask { choices: 1, tokens })?;
-    let mut submitted = 0;
+    let (mut submitted, given) = (0, record.elapsed());
     let (mut inputs, mut streams) = (inputs.into_iter().enumerate(), VecDeque::new());
     let (mut embeddings, kill_switch) = (Vec::new(), service.kill_switch());
     loop {
@@ -76,7 +76,7 @@ pub(crate) async fn embed(
         }
         let Some(stream) = streams.pop_front() else { return Ok(embeddings) };
         if embeddings.is_empty() {
-            record.submitted(None);
+            record.submitted(given, None);
         }
         embeddings.push(pooled(stream, &generation.engine, &kill_switch).await?);
     }

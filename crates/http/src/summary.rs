@@ -44,7 +44,7 @@ pub struct Known {
     pub model: Option<String>,
     /// What it asked for, once an engine has taken it to generate.
     pub asked: Option<Asked>,
-    /// When an engine took it.
+    /// When the engine that took it was given it.
     pub submitted: Option<Duration>,
     /// When the last choice had its first token.
     pub first_token: Option<Duration>,

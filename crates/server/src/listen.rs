@@ -3,14 +3,17 @@
 //! Invariant: nothing is bound to an address that other machines reach unless clients must show a key or a certificate
 //! there, or the operator has said that they need not.
 
-use std::net::SocketAddr;
+use std::{io, net::SocketAddr};
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::{TcpListener, lookup_host};
+use tokio::net::{TcpListener, TcpSocket, lookup_host};
 
 /// Connections at once, at most, where neither the settings nor the system say less.
 const MOST_CONNECTIONS: usize = 16 << 10;
+/// Connections that the system holds until they are accepted, if it allows so many. With the usual 128 most of a burst of clients
+/// would wait for their next attempt, which comes a second later.
+const BACKLOG: u32 = 4096;
 /// Descriptors left for files, of many.
 const SPARE_DESCRIPTORS: usize = 256;
 
@@ -31,7 +34,23 @@ pub async fn listen(host: &str, port: u16, guarded: bool) -> Result<TcpListener>
              alone, and --allow-unauthenticated everybody"
         );
     }
-    TcpListener::bind(&addresses[..]).await.with_context(place)
+    // The first that can be had, as `TcpListener::bind` chooses.
+    let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in addresses {
+        match bind(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure).with_context(place)
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A port is not kept from us by connections of a server before us that are still ending.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// How many connections there may be at once, for the descriptors that the process may have: all that the system allows it,
@@ -51,6 +70,19 @@ fn within(descriptors: Option<usize>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_burst_of_clients_is_held_until_it_is_accepted() {
+        let allowed = std::fs::read_to_string("/proc/sys/net/core/somaxconn").expect("what the system allows");
+        let clients = (BACKLOG as usize).min(allowed.trim().parse().expect("a number")).min(500);
+        let listener = listen("127.0.0.1", 0, false).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let connect = || std::net::TcpStream::connect_timeout(&address, std::time::Duration::from_secs(30));
+        let held: Vec<_> = (0..clients).map(|_| connect().expect("nobody has to try again")).collect();
+        for _ in held {
+            listener.accept().await.unwrap();
+        }
+    }
 
     #[test]
     fn connections_leave_descriptors_for_files() {

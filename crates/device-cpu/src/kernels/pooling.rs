@@ -28,77 +28,31 @@ pub(crate) fn add(
     plan: &AttentionPlan,
 ) {
     let (width, stride) = (kv.width, kv.rows.width);
-    let state_rows = kind.series() * PARTS;
     let sequences: Vec<Range<usize>> = plan.runs(0..plan.rows(), usize::MAX).collect();
-    let mut states: Vec<f32> =
-        sequences.iter().flat_map(|rows| state(plan, rows.start, kind, kv).into_iter()).collect();
-    // Rows that complete an entry, and how many before each sequence.
+    let mut states: Vec<f32> = sequences.iter().flat_map(|rows| state(plan, rows.start, kind, kv)).collect();
+    // Rows that complete an entry.
     let closing: Vec<usize> =
         (0..plan.rows()).filter(|&row| (plan.position(row) + 1).is_multiple_of(kind.rate)).collect();
-    let before: Vec<usize> = sequences.iter().map(|rows| closing.partition_point(|row| *row < rows.start)).collect();
     let mut entries = vec![0.0; closing.len() * stride];
 
     let vectors = stride / LANES;
     let work = plan.rows() * kind.series() * stride * WORK;
     let chunk = pool.share(sequences.len() * vectors, work).clamp(1, vectors);
     let chunks = vectors.div_ceil(chunk);
-    let (states, sums) = (Target::new(&mut states, stride), Target::new(&mut kv.sums, stride));
-    let targets = Target::new(&mut entries, stride);
+    let targets = [&mut states[..], &mut kv.sums, &mut entries].map(|data| Target::new(data, stride));
+    let step = Step { isa, pooling, kind, plan, width, closing: &closing, targets };
     pool.run(sequences.len() * chunks, work, |task| {
         let (sequence, vector) = (task / chunks, task % chunks * chunk);
         let features = vector * LANES..stride.min((vector + chunk) * LANES);
-        let columns = features.start..width.min(features.end);
-        // SAFETY: tasks differ in sequences or in features, here and below, and sequences write no block of another.
-        let mut state: Vec<&mut [f32]> =
-            (0..state_rows).map(|i| unsafe { states.part(sequence * state_rows + i, features.clone()) }).collect();
-        let mut entry = before[sequence];
-        let rows = sequences[sequence].clone();
-        for row in rows.clone() {
-            let (position, place) = (plan.position(row), plan.position(row) % kind.rate);
-            // The last series is of the token's own entry, whose sums come first; one before it of the next entry.
-            for (sums, series) in state.chunks_exact_mut(PARTS).zip((0..kind.series()).rev()) {
-                let [max, sum, mixed] = sums else { unreachable!("{PARTS} of them") };
-                let own = series * width + columns.start..series * width + columns.end;
-                let bias = &pooling.bias[place * kind.series() * width..];
-                isa.run(Accumulate {
-                    values: &pooling.values.row(row)[own.clone()],
-                    gates: &pooling.gates.row(row)[own.clone()],
-                    bias: &bias[own],
-                    max,
-                    sum,
-                    mixed,
-                });
-            }
-            if place + 1 == kind.rate {
-                // SAFETY: as above.
-                let out = unsafe { targets.part(entry, features.clone()) };
-                isa.run(Close { sum: &*state[1], mixed: &*state[2], out });
-                entry += 1;
-                let (first, next) = state.split_at_mut(PARTS);
-                let last = if let [_, ..] = next {
-                    first.iter_mut().zip(&*next).for_each(|(first, next)| first.copy_from_slice(next));
-                    next
-                } else {
-                    first
-                };
-                last[0].fill(f32::NEG_INFINITY);
-                last[1..].iter_mut().for_each(|sums| sums.fill(0.0));
-            }
-            if (position + 1).is_multiple_of(BLOCK) || row + 1 == rows.end {
-                let block = plan.passing_slot(row).0 as usize;
-                for (i, state) in state.iter().enumerate() {
-                    // SAFETY: as above.
-                    unsafe { sums.part(block * state_rows + i, features.clone()) }.copy_from_slice(state);
-                }
-            }
-        }
+        // SAFETY: tasks differ in sequences or in features.
+        unsafe { step.run(sequence, sequences[sequence].clone(), features) };
     });
 
-    let position = |row: usize| plan.position(row) + 1 - kind.rate;
+    let first = |row: usize| plan.position(row) + 1 - kind.rate;
     pool.each(entries.chunks_exact_mut(stride).zip(&closing), closing.len() * width * WORK, |_, (entry, &row)| {
         let entry = &mut entry[..width];
         isa.run(RmsNorm { x: entry, weight: pooling.norm, eps: pooling.eps });
-        isa.run(Rotate { row: entry, layout: pooling.layout, table: pooling.table, position: position(row) });
+        isa.run(Rotate { row: entry, layout: pooling.layout, table: pooling.table, position: first(row) });
     });
     for (entry, &row) in entries.chunks_exact(stride).zip(&closing) {
         let (block, slot) = kind.place(plan.position(row) / kind.rate, BLOCK);
@@ -120,6 +74,61 @@ fn state(plan: &AttentionPlan, row: usize, kind: PoolKv, kv: &EntryKv) -> Vec<f3
                 sums[..kv.rows.width].fill(f32::NEG_INFINITY);
             }
             state
+        }
+    }
+}
+
+/// What tasks have in common.
+struct Step<'a> {
+    isa: Dispatch,
+    pooling: &'a Pooling<'a, CpuBackend>,
+    kind: PoolKv,
+    plan: &'a AttentionPlan,
+    width: usize,
+    /// Rows that complete an entry.
+    closing: &'a [usize],
+    /// Sums that sequences begin with, `[sequences, series, PARTS]`; of blocks, `[blocks, series, PARTS]`; completed entries.
+    targets: [Target<'a>; 3],
+}
+
+impl Step<'_> {
+    /// Takes some features of a sequence through its rows.
+    ///
+    /// # Safety
+    /// Nobody else has these features of the sequence's sums, of its blocks, or of its entries meanwhile. No two sequences write
+    /// one block.
+    unsafe fn run<'s>(&'s self, sequence: usize, rows: Range<usize>, features: Range<usize>) {
+        let Self { pooling, plan, targets: [states, blocks, entries], .. } = self;
+        let &Self { isa, kind, width, .. } = self;
+        let sums = kind.series() * PARTS;
+        // SAFETY: the caller's obligation, here and below.
+        let part = |target: &'s Target<'s>, row: usize| unsafe { target.part(row, features.clone()) };
+        let mut state: Vec<&mut [f32]> = (0..sums).map(|i| part(states, sequence * sums + i)).collect();
+        let mut entry = self.closing.partition_point(|row| *row < rows.start);
+        for row in rows.clone() {
+            let place = plan.position(row) % kind.rate;
+            let bias = &pooling.bias[place * kind.series() * width..];
+            // The sums of the entry that is completed next take the last series, those of the one behind it the first.
+            for (sums, series) in state.chunks_exact_mut(PARTS).zip((0..kind.series()).rev()) {
+                let [max, sum, mixed] = sums else { unreachable!("{PARTS} of them") };
+                let own = series * width + features.start..series * width + width.min(features.end);
+                let (values, gates) = (&pooling.values.row(row)[own.clone()], &pooling.gates.row(row)[own.clone()]);
+                isa.run(Accumulate { values, gates, bias: &bias[own], max, sum, mixed });
+            }
+            if place + 1 == kind.rate {
+                isa.run(Close { sum: &*state[1], mixed: &*state[2], out: part(entries, entry) });
+                entry += 1;
+                // The sums of the next entry become those of this one, and then there are none.
+                let (this, next) = state.split_at_mut(PARTS);
+                this.iter_mut().zip(&*next).for_each(|(this, next)| this.copy_from_slice(next));
+                let empty = if next.is_empty() { this } else { next };
+                empty[0].fill(f32::NEG_INFINITY);
+                empty[1..].iter_mut().for_each(|sums| sums.fill(0.0));
+            }
+            if (plan.position(row) + 1).is_multiple_of(BLOCK) || row + 1 == rows.end {
+                let block = plan.passing_slot(row).0 as usize;
+                state.iter().enumerate().for_each(|(i, state)| part(blocks, block * sums + i).copy_from_slice(state));
+            }
         }
     }
 }

@@ -84,6 +84,7 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
 
     sampling.bad_words = job.bad_words;
     let (share, priority, batch) = (service.share(&job.record), job.params.priority, job.record.of_batch());
+    let given = job.record.elapsed();
     let mut streams: Vec<OutputStream> = Vec::new();
     let prompt_tokens: Vec<usize> = job.prompts.iter().map(Vec::len).collect();
     let first_room = rooms[0];
@@ -149,7 +150,8 @@ pub(crate) fn submit(service: &Service, generation: InUse, job: Job) -> Result<C
             .hide_reasoning(job.params.hide_reasoning)
     };
     let choices = streams.into_iter().map(|stream| (stream, text())).collect();
-    let meter = Meter::new(generation, job.arrival, (job.record, taken), &prompt_tokens, per_prompt as usize, asked);
+    let (times, owed) = ((job.arrival, given), (job.record, taken));
+    let meter = Meter::new(generation, times, owed, &prompt_tokens, per_prompt as usize, asked);
     let choices = Choices::new(choices, told, service.kill_switch(), meter, witness);
     let prompts_only = job.params.max_tokens == Some(0);
     Ok(choices.told(job.params.n as usize).prompts_only(prompts_only))

@@ -43,10 +43,10 @@ struct MeteredChoice {
 }
 
 impl Meter {
-    /// The engine has accepted all choices, `n` per prompt.
+    /// The engine was `given` all choices, `n` per prompt, so long after the arrival, and has accepted them.
     pub fn new(
         generation: InUse,
-        arrival: Instant,
+        (arrival, given): (Instant, Duration),
         (record, taken): (Arc<AccessRecord>, Taken),
         prompt_tokens: &[usize],
         n: usize,
@@ -54,7 +54,7 @@ impl Meter {
     ) -> Self {
         let all_tokens = prompt_tokens.iter().sum();
         record.prompt_tokens(all_tokens);
-        record.submitted(Some(asked));
+        record.submitted(given, Some(asked));
         generation.metrics.params_n.observe(f64::from(asked.n));
         if let Some(max_tokens) = asked.max_tokens {
             generation.metrics.params_max_tokens.observe(f64::from(max_tokens));

@@ -59,8 +59,10 @@ async fn the_same_model_gives_the_same_tokens_whatever_is_asked() {
     assert_eq!((stats.equal, stats.started, stats.failed, stats.skipped), (5, 5, 0, 0), "{stats:?}");
     assert_eq!(stats.compared_tokens, stats.agreed_tokens);
     assert!(stats.compared_tokens > 9, "{stats:?}");
-    assert_eq!(stats.serving_time_to_first_token.count(), 5);
-    assert_eq!(stats.candidate_time_per_output_token.count(), 5);
+    // A candidate that lags behind a client whose text ended it is not waited for, and so not timed.
+    let timed = stats.serving_time_to_first_token.count();
+    assert!((4..=5).contains(&timed), "{stats:?}");
+    assert_eq!(stats.candidate_time_per_output_token.count(), timed);
     let observed = server.service.observed().unwrap();
     assert_eq!((observed.serving.requests, observed.candidate.unwrap().requests), (5, 0), "clients only");
 }

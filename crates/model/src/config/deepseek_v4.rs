@@ -12,7 +12,8 @@ use super::parse::{HEAD_DIM, HEADS, POSITIONS, WIDTH};
 use super::{DeepseekV4Config, RopeConfig, V4Attention, V4Layer, rope};
 
 const RATE: RangeInclusive<usize> = 1..=1 << 16;
-const STREAMS: RangeInclusive<usize> = 1..=64;
+/// Four in published models; the CPU has a vector of 16 for them.
+const STREAMS: RangeInclusive<usize> = 1..=16;
 const ITERATIONS: RangeInclusive<usize> = 1..=1 << 10;
 const WINDOW: &str = "sliding_attention";
 const SPARSE: &str = "compressed_sparse_attention";

@@ -119,7 +119,7 @@ fn family(
 }
 
 fn refuse_odd(fields: &mut Fields<'_>, rope_dim: usize) {
-    if rope_dim % 2 != 0 {
+    if !rope_dim.is_multiple_of(2) {
         fields.refuse(format!("the rotary width {rope_dim} is odd; pairs of columns are rotated"));
     }
 }

@@ -55,16 +55,17 @@ impl QuantizationConfig {
             return None;
         }
         let named = |g: &&Group| g.targets.as_ref().is_some_and(|t| t.iter().any(|p| p.matches(module)));
-        let all = |g: &&Group| g.targets.is_none();
-        let first = self.groups.iter().find(named).or_else(|| self.groups.iter().find(all))?;
+        let mut groups: Vec<&Group> = self.groups.iter().filter(named).collect();
+        if groups.is_empty() {
+            groups.extend(self.groups.iter().filter(|g| g.targets.is_none()));
+        }
+        let first = groups.first()?;
         if !self.by_type {
             return Some(&first.encoding);
         }
         let stored = stored.filter(|stored| !FLOATS.contains(stored))?;
-        let is_named = first.targets.is_some();
-        let mut candidates = self.groups.iter().filter(|g| if is_named { named(g) } else { all(g) });
         // One of another type is refused by what the first would be.
-        let group = candidates.find(|g| g.encoding.stores_weights_as(stored)).unwrap_or(first);
+        let group = groups.iter().find(|g| g.encoding.stores_weights_as(stored)).unwrap_or(first);
         Some(&group.encoding)
     }
 }

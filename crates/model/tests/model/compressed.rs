@@ -1,9 +1,12 @@
 //! DeepSeek-V4: every part of it shows in the logits, and a context is the same however it is cut.
 
+use baton_device::{Backend, CompressedOps, LatentOps, Reference};
+use baton_device_cpu::{CpuBackend, CpuOptions};
+use baton_model::{SamplingParams, StepPlan};
 use serde_json::{Value, json};
 
 use crate::common::checkpoint::{Copy, Tensor};
-use crate::common::off_by;
+use crate::common::{Pool, Sequence, all_logits, off_by, prompts, runner};
 
 const CASES: [&str; 2] = ["deepseek-v4", "deepseek-v4-b"];
 /// What goldens are held to.
@@ -137,5 +140,39 @@ fn the_two_series_and_the_rows_of_a_table_of_experts_are_not_the_other_way_round
         });
         let off = off_by(case, &copy);
         assert!(off > TOLERANCE, "{case}, rows of tables off by one: off by {off}");
+    }
+}
+
+/// A prompt in two steps, cut before, at and behind each multiple of a window, a rate and a block.
+fn a_cut_changes_no_bit<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B, case: &str, sizes: [usize; 4]) {
+    let mut runner = runner(make(), case);
+    let prompt = prompts(case).into_iter().max_by_key(|prompt| prompt.ids.len()).unwrap();
+    let len = prompt.ids.len();
+    let whole = all_logits(&mut runner, &prompt.ids);
+    // All of the small ones would take minutes; the first two of each, and those that several share.
+    let around = |size: usize| [size, 2 * size, 256, 384 - size].into_iter().flat_map(|at| [at - 1, at, at + 1]);
+    let cuts: std::collections::BTreeSet<usize> =
+        sizes.into_iter().flat_map(around).filter(|cut| (1..len).contains(cut)).collect();
+    assert!(cuts.len() > 15, "{cuts:?}");
+    for cut in cuts {
+        let mut sequence = Sequence::new(1, &prompt.ids, SamplingParams::greedy());
+        let (mut pool, mut logits) = (Pool::new(&runner), Vec::new());
+        for count in [cut, len - cut] {
+            let end = sequence.num_computed + count;
+            pool.cover(&mut sequence, end);
+            logits.extend(runner.logits(&StepPlan { sequences: vec![sequence.step(count)] }).unwrap());
+            sequence.num_computed = end;
+        }
+        assert!(whole == logits, "{case}: cut at {cut}");
+    }
+}
+
+#[test]
+fn a_cut_at_any_boundary_of_window_pools_and_blocks_changes_no_bit() {
+    let cpu = || CpuBackend::new(&CpuOptions { threads: 2, isa: None }).unwrap();
+    // Window, rates, tokens of a block.
+    for (case, sizes) in CASES.into_iter().zip([[24, 4, 128, 16], [17, 3, 16, 48]]) {
+        a_cut_changes_no_bit(Reference::new, case, sizes);
+        a_cut_changes_no_bit(cpu, case, sizes);
     }
 }

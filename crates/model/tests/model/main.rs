@@ -14,6 +14,7 @@ mod bad_gguf;
 mod common;
 mod compressed;
 mod configs;
+mod configs_v4;
 mod equalities;
 mod export;
 mod fuzz_corpus;
