@@ -145,6 +145,8 @@ struct Run {
     /// See [`World`].
     displaced: usize,
     in_vain: usize,
+    /// Whether something passes.
+    passes: bool,
     journal: Vec<Record>,
 }
 
@@ -198,6 +200,7 @@ fn simulate(seed: u64) -> Run {
         stats: world.core.stats(),
         displaced: world.displaced,
         in_vain: world.in_vain,
+        passes: world.spec.passing.is_some_and(|passing| passing.reach > 0),
         journal: world.journal.into_values().collect(),
     }
 }
@@ -242,6 +245,11 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
         ("step ahead", count(|stats| stats.steps_ahead > 9)),
         ("step ahead in vain", runs.iter().filter(|run| run.in_vain > 0).count()),
         ("prefix hit", count(|stats| stats.prefix_hit_tokens > 0)),
+        (
+            "prefix hit beside what passes",
+            runs.iter().filter(|run| run.passes && run.stats.prefix_hit_tokens > 0).count(),
+        ),
+        ("step ahead beside what passes", runs.iter().filter(|run| run.passes && run.stats.steps_ahead > 9).count()),
         ("failed step", count(|stats| stats.failed_steps > 0)),
         ("runner in the place of another", count(|stats| stats.rebuilds > 0)),
         ("accepted draft", count(|stats| stats.speculation.as_ref().is_some_and(|s| s.accepted_tokens > 9))),
