@@ -1,4 +1,4 @@
-//! DeepSeek-V4 as it is released: matrices in blocks of FP8 and experts in fours of bits mean the values of a checkpoint of
+//! DeepSeek-V3.2 and V4 as they are released: matrices in blocks of FP8 and experts in fours of bits mean the values of a checkpoint of
 //! floats, to the last bit; tables name the experts of each token; and what is wrong with either is refused by name.
 
 use baton_device::{DType, Reference};
@@ -149,14 +149,23 @@ fn state(config: &mut Map<String, Value>, form: Form) {
 
 /// A released checkpoint, and the one of floats that it means.
 fn released(form: Form) -> [Copy; 2] {
-    let [copy, twin] = [wide(), wide()];
-    copy.edit_config(|config| state(config, form));
+    let copies = [wide(), wide()];
+    copies[0].edit_config(|config| state(config, form));
+    with_quantized(copies, |name| is_quantized(name, form), |tensor| quantized(tensor, form))
+}
+
+/// The first of two equal checkpoints with matrices in a released form, the second with what that means.
+fn with_quantized(
+    [copy, twin]: [Copy; 2],
+    is_quantized: impl Fn(&str) -> bool,
+    quantize: impl Fn(&Tensor) -> (Vec<Tensor>, Tensor),
+) -> [Copy; 2] {
     let mut widened = Vec::new();
     copy.edit_weights(|tensors| {
         let all = std::mem::take(tensors);
         for tensor in all {
-            if is_quantized(&tensor.name, form) {
-                let (parts, meant) = quantized(&tensor, form);
+            if is_quantized(&tensor.name) {
+                let (parts, meant) = quantize(&tensor);
                 tensors.extend(parts);
                 widened.push(meant);
             } else {
@@ -164,7 +173,7 @@ fn released(form: Form) -> [Copy; 2] {
             }
         }
     });
-    assert!(widened.len() > 100);
+    assert!(widened.len() > 50, "{}", widened.len());
     twin.edit_weights(|tensors| {
         for meant in widened {
             let tensor = find(tensors, &meant.name);
@@ -205,6 +214,36 @@ fn released_forms_mean_exactly_the_expected_values() {
     }
     assert!(all[0] == all[1] && all[3] == all[4]);
     assert!([2, 3, 5].iter().all(|other| all[0] != all[*other]));
+}
+
+/// As V3's, with an indexer whose queries and key are in blocks too; its weights of heads stay floats.
+#[test]
+fn v32_in_blocks_of_fp8_means_exactly_the_expected_values() {
+    const CASE: &str = "deepseek-v32";
+    let copies = [Copy::of(CASE), Copy::of(CASE)];
+    copies[0].edit_config(|config| state(config, BASE));
+    let in_blocks = |name: &str| {
+        let module = name.strip_prefix("model.layers.").and_then(|name| name.strip_suffix(".weight"));
+        let last = module.and_then(|module| module.rsplit('.').next()).unwrap_or_default();
+        last != "weights_proj" && (last.ends_with("proj") || ["kv_a_proj_with_mqa", "wq_b", "wk"].contains(&last))
+    };
+    let [copy, twin] = with_quantized(copies, in_blocks, |tensor| {
+        let (mut parts, meant) = quantized(tensor, BASE);
+        parts[1].name = tensor.name.clone() + "_scale_inv";
+        (parts, meant)
+    });
+    let options = LoadOptions { dtype: Some(DType::F32), ..options_of(CASE) };
+    let prompt: Vec<u32> = (0..40).map(|i| i * 7 % 300).collect();
+    let logits = |copy: &Copy| {
+        let files = Files::folder(copy.path()).unwrap();
+        let on_reference = all_logits(&mut load(Reference::new(), &files, &options).unwrap().0, &prompt);
+        (on_reference, all_logits(&mut load(exact_cpu(), &files, &options).unwrap().0, &prompt))
+    };
+    let (actual, expected) = (logits(&copy), logits(&twin));
+    assert!(expected.0.iter().all(|logit| logit.is_finite()) && actual == expected);
+    let report = load(Reference::new(), &Files::folder(copy.path()).unwrap(), &options).unwrap().1;
+    let of_indexers = report.conversions.iter().filter(|c| c.tensor.contains(".indexer.")).count();
+    assert_eq!(of_indexers, 2 * report.conversions.iter().filter(|c| c.tensor.ends_with("q_a_proj.weight")).count());
 }
 
 #[test]
