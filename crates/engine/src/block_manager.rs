@@ -158,16 +158,21 @@ impl BlockManager {
     fn cached_prefix(&self, sequence: &mut Sequence) -> (Vec<BlockId>, Vec<BlockId>) {
         let mut cached = self.cached_kept(sequence);
         let Some(own) = &self.passing else { return (cached, Vec::new()) };
-        loop {
-            let first = own.rule.first(cached.len() * self.block_size, self.block_size);
-            let of = |index| own.allocator.lookup(&sequence.table.hashes[index], self.tokens_of(sequence, index));
-            let passing: Vec<Option<BlockId>> = (first..cached.len()).map(of).collect();
-            match passing.iter().rposition(Option::is_none) {
-                None => return (cached, passing.into_iter().flatten().collect()),
-                // What ends behind it lacks it too.
-                Some(missing) => cached.truncate(first + missing),
+        // Back from the end, each block once: what ends behind one that is missing lacks it too.
+        let (mut end, mut index, mut passing) = (cached.len(), cached.len(), Vec::new());
+        while index > own.rule.first(end * self.block_size, self.block_size) {
+            index -= 1;
+            match own.allocator.lookup(&sequence.table.hashes[index], self.tokens_of(sequence, index)) {
+                Some(id) => passing.push(id),
+                None => {
+                    end = index;
+                    passing.clear();
+                }
             }
         }
+        passing.reverse();
+        cached.truncate(end);
+        (cached, passing)
     }
 
     /// The published kept blocks of the longest prefix of the sequence.
@@ -235,6 +240,10 @@ impl BlockManager {
         let first = own.rule.first(sequence.num_computed, self.block_size).min(table.passing.len());
         for index in table.num_passed..first {
             let id = std::mem::replace(&mut table.passing[index], PASSED);
+            // Nobody goes on from the midst of what was generated: it shall not displace the ends of others.
+            if index * self.block_size >= sequence.prompt_len && own.allocator.is_held_once(id) {
+                own.allocator.unpublish(id);
+            }
             own.allocator.release(id);
             if index >= proven {
                 unproven.passing.push(id);
@@ -256,8 +265,9 @@ impl BlockManager {
         }
     }
 
-    /// A token was sampled behind all computed ones. Publishes the full computed blocks, but for the background: it leaves nothing in the cache, so that of the
-    /// foreground's prefixes it never displaces more than it holds at a time. Only for values known to be finite.
+    /// A token was sampled behind all computed ones. Publishes the full computed blocks, but for the background: it leaves
+    /// nothing in the cache, so that of the foreground's prefixes it never displaces more than it holds at a time. Only for
+    /// values known to be finite.
     pub fn publish(&mut self, sequence: &mut Sequence) {
         sequence.table.num_proven = sequence.num_computed;
         if self.hasher.is_none() || sequence.id.is_background() {

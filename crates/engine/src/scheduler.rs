@@ -298,13 +298,7 @@ impl Scheduler {
         if shares_soon(&self.blocks, self.running.values(), sequence) {
             return false;
         }
-        let beginning = loop {
-            let beginning = self.blocks.beginning(self.waiting.get_mut(rank).expect("it waits"));
-            let are_there = self.blocks.available() >= beginning.needed + planned + behind.len();
-            if are_there || !self.preempt_background_for(id) {
-                break beginning;
-            }
-        };
+        let beginning = self.beginning(first, planned + behind.len());
         let Some(give_way) = self.who_gives_way(first, (planned, left), &beginning, behind) else { return false };
         for id in give_way {
             behind.retain(|urgency| urgency.id() != id);
@@ -324,8 +318,20 @@ impl Scheduler {
         true
     }
 
-    /// Those `behind` it who give way to `first`, which begins so, beside what is `planned`, until there are a place, a row and blocks for it; `None` if that is not enough, for nobody gives way for nothing. Each running sequence may need one block within
-    /// the next `block_size` steps: without them to spare, whoever is admitted now would soon be preempted again.
+    /// How the first that waits would begin beside so many others, for whose blocks the background gives way.
+    fn beginning(&mut self, first: &Urgency, others: usize) -> Beginning {
+        loop {
+            let beginning = self.blocks.beginning(self.waiting.get_mut(first.rank()).expect("it waits"));
+            let are_there = self.blocks.available() >= beginning.needed + others;
+            if are_there || !self.preempt_background_for(first.id()) {
+                return beginning;
+            }
+        }
+    }
+
+    /// Those `behind` it who give way to `first`, which begins so, beside what is `planned`, until there are a place, a row and
+    /// blocks for it; `None` if that is not enough, for nobody gives way for nothing. Each running sequence may need one block
+    /// within the next `block_size` steps: without them to spare, whoever is admitted now would soon be preempted again.
     fn who_gives_way(
         &self,
         first: &Urgency,
@@ -360,8 +366,9 @@ impl Scheduler {
         held
     }
 
-    /// Which of the running ones `behind` it gives way to `first`, which waits, where tenants hold so many places: the last of the tenant that holds the most
-    /// places for its weight, if `first`'s holds not half as many, also with one more, and it keeps others.
+    /// Which of the running ones `behind` it gives way to `first`, which waits, where tenants hold so many places: the last of
+    /// the tenant that holds the most places for its weight, if `first`'s holds not half as many, also with one more, and it
+    /// keeps others.
     ///
     /// So a tenant that comes to an engine which another one fills need not wait for any of its requests to end. It gets a
     /// third of the places in this way; the rest as they become free. What one takes, the other cannot take back.

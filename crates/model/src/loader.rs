@@ -40,8 +40,8 @@ pub(crate) struct Formats {
 }
 
 impl Formats {
-    /// The format of every tensor of a verified checkpoint that is no table, by name. Unless something else is asked for, a matrix is kept as it is
-    /// stored if the device keeps that, blocks and codes included, else in the device's type of activations. Codes that it does
+    /// The format of every tensor of a verified checkpoint that is no table, by name. Unless something else is asked for, a
+    /// matrix is kept as it is stored if the device keeps that, blocks and codes included, else in the device's type of activations. Codes that it does
     /// not keep are widened to that, too, or to bf16 where that is f32 and the device has bf16. So are those that do not
     /// [lie in runs](Encoding::lies_in_runs). The experts of a projection are kept alike. Routers are f32: they are small, and a
     /// device may make activations narrow for other formats, which can choose other experts.

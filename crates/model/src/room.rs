@@ -137,23 +137,27 @@ impl Memory {
 /// on from, and what a step of prompts leaves on its way, which serves others that begin alike.
 pub(crate) fn passing(kv: &KvSpec, spec: &RunSpec) -> Option<Passing> {
     let &RunSpec { max_step_sequences: sequences, max_step_tokens: tokens, .. } = spec;
-    let reach = kv.reach()?;
+    let reach = kv.reach()?.min(spec.max_model_len);
     let fewest = Passing::fewest(reach, kv.block_size, sequences, tokens);
-    let resting = sequences * (reach.div_ceil(kv.block_size) + 1) + tokens / kv.block_size;
-    Some(Passing { reach, num_blocks: fewest + resting })
+    let resting = sequences.saturating_mul(reach.div_ceil(kv.block_size) + 1).saturating_add(tokens / kv.block_size);
+    Some(Passing { reach, num_blocks: fewest.saturating_add(resting) })
 }
 
 /// Kept blocks of the cache, of so many bytes: at least those of one whole context, and if `bounded` no more than those of as many
 /// contexts as a step has sequences.
 fn blocks_of(kv: &KvSpec, spec: &RunSpec, bytes: u64, bounded: bool) -> Result<usize, LoadError> {
     let block_bytes = kv.kept_bytes() as u64;
-    let passing_bytes = spec.passing.map_or(0, |passing| passing.num_blocks as u64) * kv.passing_bytes() as u64;
+    let passing = spec.passing.map_or(0, |passing| passing.num_blocks as u64);
+    let passing_bytes = passing.saturating_mul(kv.passing_bytes() as u64);
     let needed_blocks = spec.max_model_len.div_ceil(kv.block_size) as u64;
     let wanted = if bounded { needed_blocks.saturating_mul(spec.max_step_sequences as u64) } else { u64::MAX };
     // Slots of all blocks are numbered in 32 bits.
     let most = u64::from(u32::MAX) / kv.block_size as u64;
     // Of a model that keeps nothing else there is room for any context.
-    let fitting = bytes.checked_sub(passing_bytes).map(|left| left.checked_div(block_bytes).unwrap_or(u64::MAX));
+    let fitting = bytes
+        .checked_sub(passing_bytes)
+        .filter(|_| passing <= most)
+        .map(|left| left.checked_div(block_bytes).unwrap_or(u64::MAX));
     let blocks = fitting.unwrap_or(0).min(wanted).min(most);
     if blocks < needed_blocks {
         return Err(LoadError::CacheTooSmall {

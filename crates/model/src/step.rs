@@ -336,7 +336,7 @@ impl Passing {
     /// step out: those of the background while the foreground computes.
     pub const fn fewest(reach: usize, block_size: usize, sequences: usize, tokens: usize) -> usize {
         let resting = reach.div_ceil(block_size) + 1;
-        sequences * (resting + 1) + tokens / block_size + sequences * resting
+        sequences.saturating_mul(2 * resting + 1).saturating_add(tokens / block_size)
     }
 }
 

@@ -74,14 +74,7 @@ impl Scheduler {
         // As it would be admitted: those before it have a row each.
         let planned = running.saturating_sub(behind.len());
         let left = self.max_num_batched_tokens.saturating_sub(planned);
-        loop {
-            let beginning = self.blocks.beginning(self.waiting.get_mut(first.rank()).expect("it is the first"));
-            if self.who_gives_way(&first, (planned, left), &beginning, &behind).is_some() {
-                return true;
-            }
-            if !self.preempt_background_for(first.id()) {
-                return false;
-            }
-        }
+        let beginning = self.beginning(&first, planned + behind.len());
+        self.who_gives_way(&first, (planned, left), &beginning, &behind).is_some()
     }
 }

@@ -339,7 +339,7 @@ async fn ask(
         };
         let status = response.status();
         if let Some(wait) = response.extensions().get::<ApiError>().and_then(ApiError::retry_after) {
-            let wait = wait.max(pause);
+            let wait = wait.max(pause).min(LONGEST_PAUSE);
             // Others' lines need not wait until this one's key has room, or the engine; but each holds its body, so only so
             // many step aside.
             if let Ok(aside) = asides.clone().try_acquire_owned() {

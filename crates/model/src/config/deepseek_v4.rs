@@ -15,6 +15,8 @@ const RATE: RangeInclusive<usize> = 1..=1 << 16;
 /// Four in published models; the CPU has a vector of 16 for them.
 const STREAMS: RangeInclusive<usize> = 1..=16;
 const ITERATIONS: RangeInclusive<usize> = 1..=1 << 10;
+/// Tokens of an entry of sparse and of heavily compressed layers, in published models.
+const RATES: [usize; 2] = [4, 128];
 const WINDOW: &str = "sliding_attention";
 const SPARSE: &str = "compressed_sparse_attention";
 const HEAVY: &str = "heavily_compressed_attention";
@@ -70,6 +72,9 @@ fn rope_dim(fields: &mut Fields<'_>, head_dim: usize) -> usize {
 
 fn layers(fields: &mut Fields<'_>, num_layers: usize) -> Vec<V4Layer> {
     let [sparse, heavy] = rates(fields);
+    if fields.get("compress_ratios").is_some() && [sparse, heavy] != RATES {
+        fields.refuse(format!("compress_ratios has rates of 4 and 128, other fields {sparse} and {heavy}"));
+    }
     let [sparse, heavy] = [V4Attention::Sparse { rate: sparse }, V4Attention::Heavy { rate: heavy }];
     let types = by_layer(fields, "layer_types", [num_layers; 2], &[WINDOW, SPARSE, HEAVY].join(", "), |value| {
         [(WINDOW, V4Attention::Window), (SPARSE, sparse), (HEAVY, heavy)].into_iter().find(|(name, _)| value == name)
@@ -103,11 +108,19 @@ fn rates(fields: &mut Fields<'_>) -> [usize; 2] {
         }
     };
     let mut own = Fields::new(map, "compress_rates.");
-    let rates = [own.size_or(SPARSE, 4, RATE), own.size_or(HEAVY, 128, RATE)];
+    // The second are the names that transformers first had.
+    let names = [(SPARSE, "compress_rate_csa"), (HEAVY, "compress_rate_hca")];
+    let rates = std::array::from_fn(|i| {
+        let (name, older) = names[i];
+        let rate = own.optional_size(name, RATE);
+        let other = fields.optional_size(older, RATE);
+        if other.is_some() && rate.is_some() && other != rate {
+            fields.refuse(format!("{older} and compress_rates.{name} differ"));
+        }
+        rate.or(other).unwrap_or(RATES[i])
+    });
     fields.reasons.append(&mut own.reasons);
-    // The names that transformers first had.
-    let [sparse, heavy] = rates;
-    [fields.size_or("compress_rate_csa", sparse, RATE), fields.size_or("compress_rate_hca", heavy, RATE)]
+    rates
 }
 
 /// What `read` gives for each layer, of a list that may have more entries behind them; `None` if it is absent or refused.

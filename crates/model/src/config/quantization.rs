@@ -83,6 +83,11 @@ pub(super) fn parse(fields: &mut Fields<'_>, architecture: Architecture) -> Opti
     let parsed = match method {
         "fp8" if by_type => {
             // The release has it beside this object, later files in it.
+            if let (Some(inner), Some(outer)) = (own.get(EXPERT_DTYPE), fields.get(EXPERT_DTYPE))
+                && inner != outer
+            {
+                fields.refuse(format!("{EXPERT_DTYPE} and quantization_config.{EXPERT_DTYPE} differ"));
+            }
             let place = if own.get(EXPERT_DTYPE).is_some() { &mut own } else { &mut *fields };
             place.only(EXPERT_DTYPE, &[json!("fp4"), json!("fp8")]);
             let experts = place.text(EXPERT_DTYPE);

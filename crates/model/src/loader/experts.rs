@@ -8,8 +8,8 @@ use crate::LoadError;
 use crate::checkpoint::CheckpointError;
 
 impl<B: MoeOps> Loader<'_, B> {
-    /// `{prefix}.{expert}.{name}.weight` of this rank's share of a layer's experts, for the names of gate, up and down, whose products are bounded
-    /// by `limit` if there is one.
+    /// `{prefix}.{expert}.{name}.weight` of this rank's share of a layer's experts, for the names of gate, up and down, whose
+    /// products are bounded by `limit` if there is one.
     pub(crate) fn experts(
         &mut self,
         prefix: &str,

@@ -194,6 +194,7 @@ fn the_sizes_of_deepseek_v4_are_read_and_odd_ones_refused() {
         (json!({"partial_rotary_factor": 0.25}), "partial_rotary_factor makes 12 of head_dim 48, not 16 columns"),
         (json!({"partial_rotary_factor": 0.3, "qk_rope_head_dim": null}), "of head_dim 48, not 14 columns"),
         (json!({"partial_rotary_factor": 1.5}), "partial_rotary_factor is 1.5"),
+        (json!({"compress_rate_csa": 5}), "compress_ratios has rates of 4 and 128, other fields 5 and 128"),
         (json!({"hc_mult": 0}), "hc_mult is 0"),
         (json!({"hc_mult": 17}), "hc_mult is 17, not an integer from 1 to 16"),
         (json!({"hc_sinkhorn_iters": 0}), "hc_sinkhorn_iters is 0"),

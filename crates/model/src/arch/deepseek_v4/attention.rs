@@ -187,7 +187,7 @@ impl<B: Backend> Rotation<B> {
     fn new(backend: &B, config: &RopeConfig, sizes: Sizes) -> DeviceResult<Self> {
         let table = |sign: f32| {
             let inv_freq = config.inv_freq().into_iter().map(|frequency| sign * frequency).collect();
-            backend.rope_table(&HostRope { inv_freq, scale: 1.0, max_positions: sizes.positions })
+            backend.rope_table(&HostRope { inv_freq, scale: config.attention_factor(), max_positions: sizes.positions })
         };
         Ok(Self { forth: table(1.0)?, back: table(-1.0)? })
     }
