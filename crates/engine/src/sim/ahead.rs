@@ -288,3 +288,20 @@ fn steps_are_begun_ahead_while_one_waits_for_whom_it_is_not_enough_that_others_g
     world.run();
     assert_eq!(world.core.stats().preemptions, 0);
 }
+
+/// Whoever lacks a place alone takes no blocks of the background, which it would have to compute anew.
+#[test]
+fn the_background_keeps_its_blocks_while_one_waits_for_a_place() {
+    let mut world = world_with(50, &EngineConfig { max_num_seqs: 2, ..EngineConfig::default() });
+    let canary = submit(&mut world, Request { background: true, ..request(0, 40, 5) });
+    world.step();
+    let ids: Vec<_> = (1..4).map(|family| submit(&mut world, request(family, 4, 12))).collect();
+    step_to(&mut world, ids[1], 4);
+    assert!(world.record(ids[2]).started.is_none());
+    assert!(steps_ahead(&world) > 0);
+    world.run();
+    for id in ids.into_iter().chain([canary]) {
+        assert_eq!(world.end(id), &FinishReason::Length);
+    }
+    assert_eq!(world.displaced, 0);
+}
