@@ -57,6 +57,22 @@ fn a_conversation_is_gone_on_with_where_it_ended() {
 }
 
 #[test]
+fn what_others_generate_displaces_no_end_of_a_conversation() {
+    let mut world = world_with(0, spec(400));
+    let first = submit(&mut world, request(0, 30, 9));
+    world.run();
+    // More than all passing blocks, one after the other.
+    for family in 1..11 {
+        submit(&mut world, request(family, 5, 100));
+        world.run();
+    }
+    let prompt = [world.record(first).request.prompt.clone(), world.record(first).tokens.clone()].concat();
+    let next = submit(&mut world, Request { prompt, ..request(0, 1, 5) });
+    world.run();
+    assert_eq!(world.cached_tokens(next), 36);
+}
+
+#[test]
 fn a_prefix_is_of_use_as_far_as_its_end_is_cached() {
     // Whole in one step, and in steps on whose way what passes is given back before anything vouches for it.
     for (step, inner) in [(64, 24), (16, 0)] {
