@@ -380,7 +380,7 @@ struct PlanRow {
 impl AttentionPlan {
     pub(crate) fn new(batch: &AttentionBatch<'_>) -> Self {
         let mut rows = Vec::with_capacity(batch.num_tokens());
-        let (mut blocks, mut all_passing) = (Vec::new(), Vec::new());
+        let (mut blocks, mut all_passing, mut written) = (Vec::new(), Vec::new(), Vec::new());
         for s in batch.sequences {
             let used = (s.start + s.len).div_ceil(BLOCK);
             assert!(used <= s.block_table.len(), "{used} blocks needed, {} given", s.block_table.len());
@@ -388,9 +388,13 @@ impl AttentionPlan {
             blocks.extend_from_slice(&s.block_table[..used]);
             let passing = all_passing.len()..all_passing.len() + s.passing_table.len();
             all_passing.extend_from_slice(s.passing_table);
+            written.extend_from_slice(s.passing_table.get(s.start / BLOCK..used).unwrap_or_default());
             let row = |position| PlanRow { position, blocks: range.clone(), passing: passing.clone() };
             rows.extend((s.start..s.start + s.len).map(row));
         }
+        // What pools rely on, whose sequences are computed side by side.
+        written.sort_unstable();
+        assert!(written.windows(2).all(|pair| pair[0] != pair[1]), "two sequences of a step write one passing block");
         Self { rows, blocks, passing: all_passing }
     }
 

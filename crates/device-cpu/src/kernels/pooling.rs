@@ -29,9 +29,6 @@ pub(crate) fn add(
 ) {
     let (width, stride) = (kv.width, kv.rows.width);
     let sequences: Vec<Range<usize>> = plan.runs(0..plan.rows(), usize::MAX).collect();
-    let mut written: Vec<u32> = sequences.iter().flat_map(|rows| blocks_written(plan, rows)).copied().collect();
-    written.sort_unstable();
-    assert!(written.windows(2).all(|pair| pair[0] != pair[1]), "two sequences of a step write one block");
     let mut states: Vec<f32> = sequences.iter().flat_map(|rows| state(plan, rows.start, kind, kv)).collect();
     // Rows that complete an entry.
     let closing: Vec<usize> =
@@ -47,7 +44,7 @@ pub(crate) fn add(
     pool.run(sequences.len() * chunks, work, |task| {
         let (sequence, vector) = (task / chunks, task % chunks * chunk);
         let features = vector * LANES..stride.min((vector + chunk) * LANES);
-        // SAFETY: tasks differ in sequences or in features, and no two sequences write one block.
+        // SAFETY: tasks differ in sequences or in features, and the plan has no two sequences that write one passing block.
         unsafe { step.run(sequence, sequences[sequence].clone(), features) };
     });
 
@@ -61,12 +58,6 @@ pub(crate) fn add(
         let (block, slot) = kind.place(plan.position(row) / kind.rate, BLOCK);
         kv.rows.put((plan.blocks(row)[block], slot), 0, 0, &entry[..width]);
     }
-}
-
-/// Passing blocks of the tokens of some rows of one sequence.
-fn blocks_written<'p>(plan: &'p AttentionPlan, rows: &Range<usize>) -> &'p [u32] {
-    let last = rows.end - 1;
-    &plan.passing(last)[plan.position(rows.start) / BLOCK..=plan.position(last) / BLOCK]
 }
 
 /// The sums before a row.
