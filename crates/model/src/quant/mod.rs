@@ -78,7 +78,7 @@ impl Encoding {
     pub(crate) fn stores_weights_as(&self, stored: &str) -> bool {
         match self {
             Encoding::Scaled(format) => format.codes.stored_types().contains(&stored),
-            Encoding::Mxfp4(_) => mxfp4::CODES.contains(&stored),
+            Encoding::Mxfp4(format) => format.types.contains(&stored),
             Encoding::Packed(_) | Encoding::Gptq(_) | Encoding::Awq(_) | Encoding::Blocks(_) => false,
         }
     }

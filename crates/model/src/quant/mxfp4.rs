@@ -11,26 +11,26 @@ use super::parts::{EXPONENTS, Parts, StoredTensor};
 use crate::checkpoint::{CheckpointError, Part};
 
 pub(super) const BLOCK: usize = 32;
-/// Types of bytes of two codes.
-pub(super) const CODES: &[&str] = &["U8", "I8"];
-
 /// Microscaling floats of four bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mxfp4 {
     /// Last part of the codes' name.
     codes: &'static str,
+    /// Types that these bytes of two may have.
+    pub(super) types: &'static [&'static str],
     /// Last part of the exponents' name.
     exponents: &'static str,
 }
 
 impl Mxfp4 {
-    pub(crate) const COMPRESSED_TENSORS: Self = Self { codes: "weight_packed", exponents: "weight_scale" };
-    pub(crate) const DEEPSEEK: Self = Self { codes: "weight", exponents: "scale" };
+    pub(crate) const COMPRESSED_TENSORS: Self =
+        Self { codes: "weight_packed", types: &["U8"], exponents: "weight_scale" };
+    pub(crate) const DEEPSEEK: Self = Self { codes: "weight", types: &["I8", "U8"], exponents: "scale" };
 
     pub(super) fn tensors(&self, [rows, cols]: [usize; 2]) -> Result<Vec<StoredTensor>, String> {
         let blocks = super::groups(cols, BLOCK)?;
         Ok(vec![
-            StoredTensor::new(self.codes, vec![rows, cols / 2], CODES),
+            StoredTensor::new(self.codes, vec![rows, cols / 2], self.types),
             StoredTensor::new(self.exponents, vec![rows, blocks], EXPONENTS),
         ])
     }
