@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use baton_fairness::Share;
 use parking_lot::{Condvar, Mutex};
 
 use crate::backlog::{Backlog, BatchLimits};
@@ -119,13 +120,14 @@ impl EncoderHandle {
         self.0.encoder.spec()
     }
 
-    /// Has inputs computed, at least one. `deadline`: when the first of them must have begun.
+    /// Has inputs computed, at least one, when it is this share's turn. `deadline`: when the first of them must have begun.
     ///
     /// # Errors
     /// An input that cannot be computed, or too much that waits.
     pub fn submit(
         &self,
         inputs: Vec<Input>,
+        share: Share,
         deadline: Option<Instant>,
         reply: Box<dyn Reply>,
     ) -> Result<(), SubmitError> {
@@ -142,7 +144,7 @@ impl EncoderHandle {
         if requests >= self.0.limits.requests || (waiting > 0 && waiting + tokens > self.0.limits.tokens) {
             return Err(SubmitError::QueueFull);
         }
-        state.backlog.push(inputs, Owner { reply, deadline });
+        state.backlog.push(inputs, share, Owner { reply, deadline });
         drop(state);
         self.0.changed.notify_all();
         Ok(())

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use baton_encoder::{EncoderHandle, Input, Limits, LoadOptions, Reply, RunError, SubmitError, Worker};
+use baton_encoder::{EncoderHandle, Input, Limits, LoadOptions, Reply, RunError, Share, SubmitError, Worker};
 use common::{Checkpoint, difference, golden, input};
 
 type Outcome = Result<Vec<Vec<f32>>, RunError>;
@@ -32,7 +32,7 @@ fn start(limits: Limits) -> (EncoderHandle, Worker) {
 
 fn ask(handle: &EncoderHandle, inputs: Vec<Input>) -> Result<(Receiver<Outcome>, Arc<AtomicBool>), SubmitError> {
     let ((sender, receiver), wanted) = (channel(), Arc::new(AtomicBool::new(true)));
-    handle.submit(inputs, None, Box::new(Sent(sender, wanted.clone())))?;
+    handle.submit(inputs, Share::default(), None, Box::new(Sent(sender, wanted.clone())))?;
     Ok((receiver, wanted))
 }
 
@@ -125,7 +125,7 @@ fn who_waits_too_long_for_a_beginning_and_who_is_left_at_the_end_are_told_so() {
     let (large, _) = ask(&handle, large()).unwrap();
     let ((sender, late), wanted) = (channel(), Arc::new(AtomicBool::new(true)));
     let past = Instant::now() - Duration::from_millis(1);
-    handle.submit(inputs(), Some(past), Box::new(Sent(sender, wanted))).unwrap();
+    handle.submit(inputs(), Share::default(), Some(past), Box::new(Sent(sender, wanted))).unwrap();
     assert_eq!(late.recv().unwrap(), Err(RunError::Expired));
     drop(worker);
     assert_eq!(large.recv().unwrap(), Err(RunError::Stopped));

@@ -12,7 +12,6 @@ mod core;
 mod engine;
 mod handle;
 mod intake;
-mod ledger;
 mod rebuild;
 mod request;
 mod scheduler;
@@ -26,13 +25,14 @@ mod watchdog;
 
 pub mod sim;
 
+pub use baton_fairness::{Share, Tenant};
 pub use baton_model::{Adapter, RunError, RunSpec, Runner, SampledToken, SamplingParams};
 pub use engine::{Engine, spawn, spawn_rebuildable};
 pub use handle::{EngineConfig, EngineHandle, OutputStream};
 pub use rebuild::Rebuild;
 pub use request::{
     CacheScope, EngineFailure, FinishReason, HiddenStates, OutputEvent, PositionScore, PromptScores, Request,
-    RequestId, Share, SubmitError, Tenant, Timings, Usage,
+    RequestId, SubmitError, Timings, Usage,
 };
 pub use shared::SharedRunner;
 pub use speculate::{DraftMethod, SpeculationConfig, SpeculationStats};

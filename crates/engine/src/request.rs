@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_fairness::{Share, Tenant};
 use baton_model::{Adapter, ConstraintError, Grammar, RunError, SamplingParams, SequenceFailure};
 
 /// The engine's own number for a request; strings that clients send are never keys. Ids grow in the order of
@@ -37,25 +38,6 @@ pub struct CacheScope {
     pub tenant: Tenant,
     /// What else separates prefixes.
     pub salt: Vec<u8>,
-}
-
-/// Somebody whose cached blocks, or whose requests, are counted together. The caller makes these distinct.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Tenant(pub [u8; 32]);
-
-/// Whose turn a request takes, and how much of the engine that tenant is given while others wait as well.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Share {
-    /// Whose.
-    pub tenant: Tenant,
-    /// How much, relative to others; 0 is as 1.
-    pub weight: u32,
-}
-
-impl Default for Share {
-    fn default() -> Self {
-        Self { tenant: Tenant::default(), weight: 1 }
-    }
 }
 
 /// One sequence to generate. Immutable once submitted.

@@ -9,7 +9,7 @@
 //! nothing of the foreground runs or waits. Meanwhile background sequences keep their blocks, until the foreground needs
 //! them.
 //!
-//! Who goes first is decided by class, then between tenants by what they [were served](crate::ledger), then within a tenant
+//! Who goes first is decided by class, then between tenants by what they [were served](baton_fairness::Ledger), then within a tenant
 //! by priority and arrival.
 //!
 //! Invariant: the first of those that wait is the next to be admitted, and the last of those that run is the first to be
@@ -32,7 +32,6 @@ use crate::block::Blocks;
 use crate::block_manager::{Beginning, BlockHasher, BlockManager};
 use crate::constrain::MaskJob;
 use crate::intake::Amount;
-use crate::ledger::PROMPT_TOKEN;
 use crate::scheduler::queue::{Queue, Urgency};
 use crate::sequence::{Sequence, Start};
 use crate::speculate::{lookup, worth};
@@ -40,6 +39,10 @@ use crate::{
     DraftMethod, EngineConfig, EngineFailure, EngineStats, FinishReason, OutputEvent, RequestId, SpeculationConfig,
     SpeculationStats, Tenant,
 };
+
+/// What a token of a prompt counts for its tenant, and one of an output: those come one by one, each in a step.
+pub(crate) const PROMPT_TOKEN: u64 = 1;
+pub(crate) const OUTPUT_TOKEN: u64 = 2;
 
 /// An event for the client of one request.
 #[derive(Debug, Clone, PartialEq)]
@@ -470,7 +473,7 @@ impl Scheduler {
     }
 
     /// Breaks the order between tenants.
-    pub fn plant(&mut self, fault: crate::ledger::Fault) {
+    pub fn plant(&mut self, fault: baton_fairness::Fault) {
         self.waiting.plant(fault);
     }
 

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_engine::Share;
 use baton_text::{EncoderInput, TextModel};
 use tokio::sync::oneshot;
 
@@ -118,13 +119,14 @@ impl EncoderReply {
 
 /// Computes. Neither method may wait for a computation.
 pub trait EncoderEngine: Send + Sync {
-    /// Takes inputs up, at least one. `deadline`: when the first of them must have begun.
+    /// Takes inputs up, at least one, for when it is this share's turn. `deadline`: when the first of them must have begun.
     ///
     /// # Errors
     /// Why not; nothing of it is computed then.
     fn submit(
         &self,
         inputs: Vec<EncoderInput>,
+        share: Share,
         deadline: Option<Instant>,
         reply: EncoderReply,
     ) -> Result<(), EncoderRefusal>;
@@ -211,7 +213,7 @@ impl Encoder {
             }
         };
         let given = record.elapsed();
-        self.engine.submit(inputs, deadline, EncoderReply(sender)).map_err(refused)?;
+        self.engine.submit(inputs, service.share(record), deadline, EncoderReply(sender)).map_err(refused)?;
         taken.used(tokens);
         record.submitted(given, None);
         let result = tokio::select! {

@@ -22,7 +22,8 @@ use crate::keys::Owner;
 pub struct KeyLimits {
     /// What it is given of the engine while others wait as well, relative to theirs; at least 1.
     pub weight: u32,
-    /// Choices that are computed or wait, at most, each prompt's for itself; a request for embeddings or scores is one.
+    /// Choices that are computed or wait, at most, each prompt's for itself; a request for embeddings or scores is one. Lines
+    /// of batches take what is left of it, and leave none less to requests for which somebody waits.
     pub max_concurrent_requests: Option<u32>,
     /// Requests in a minute.
     pub requests_per_minute: Option<u32>,
@@ -63,7 +64,8 @@ pub(crate) struct Quotas(Mutex<BTreeMap<Owner, Used>>);
 
 #[derive(Debug, Default)]
 struct Used {
-    at_once: usize,
+    /// Choices for which somebody waits, and those of batches.
+    at_once: [usize; 2],
     requests: Charged,
     tokens: Charged,
 }
@@ -95,14 +97,23 @@ impl Charged {
 }
 
 impl Quotas {
-    /// Charges a request of this key, until it is dropped as far as it is for what is there at once.
-    pub fn take(self: &Arc<Self>, owner: Owner, limits: KeyLimits, ask: Ask, now: Duration) -> Result<Taken, Exceeded> {
+    /// Charges a request of this key, until it is dropped as far as it is for what is there at once. `of_batch`: nobody waits
+    /// for it.
+    pub fn take(
+        self: &Arc<Self>,
+        (owner, limits): (Owner, KeyLimits),
+        of_batch: bool,
+        ask: Ask,
+        now: Duration,
+    ) -> Result<Taken, Exceeded> {
         let KeyLimits { max_concurrent_requests, requests_per_minute, tokens_per_minute, .. } = limits;
         let mut all = self.0.lock();
         let used = all.entry(owner).or_default();
+        let [awaited, of_batches] = used.at_once;
+        let before = if of_batch { awaited + of_batches } else { awaited };
         if let Some(limit) = max_concurrent_requests
-            && used.at_once > 0
-            && used.at_once + ask.choices > limit as usize
+            && before > 0
+            && before + ask.choices > limit as usize
         {
             return Err(Exceeded::Concurrency(limit));
         }
@@ -118,7 +129,7 @@ impl Quotas {
                 return Err(Exceeded::Tokens(limit, wait));
             }
         }
-        used.at_once += ask.choices;
+        used.at_once[usize::from(of_batch)] += ask.choices;
         // Without a limit nothing would fade.
         if requests_per_minute.is_some() {
             used.requests.amount += 1.0;
@@ -126,7 +137,7 @@ impl Quotas {
         if tokens_per_minute.is_some() {
             used.tokens.amount += ask.tokens as f64;
         }
-        Ok(Taken { quotas: self.clone(), owner, limits, ask, used: None })
+        Ok(Taken { quotas: self.clone(), owner, limits, of_batch, ask, used: None })
     }
 
     /// What OpenAI's API says of limits in headers, of those that there are.
@@ -156,14 +167,14 @@ impl Quotas {
 
     /// Forgets keys that are not among these, unless they have requests.
     pub fn keep(&self, known: impl Fn(Owner) -> bool) {
-        self.0.lock().retain(|owner, used| used.at_once > 0 || known(*owner));
+        self.0.lock().retain(|owner, used| used.at_once != [0; 2] || known(*owner));
     }
 
     fn give_back(&self, taken: &Taken) {
-        let Taken { limits, ask, .. } = taken;
+        let Taken { limits, of_batch, ask, .. } = taken;
         let mut all = self.0.lock();
         let Some(used) = all.get_mut(&taken.owner) else { return };
-        used.at_once -= ask.choices;
+        used.at_once[usize::from(*of_batch)] -= ask.choices;
         // It may have faded in between; what is below nothing was nobody's.
         if limits.tokens_per_minute.is_some() {
             let tokens = taken.used.unwrap_or_default() as f64;
@@ -182,6 +193,7 @@ pub(crate) struct Taken {
     owner: Owner,
     /// Those it was charged under.
     limits: KeyLimits,
+    of_batch: bool,
     ask: Ask,
     /// Tokens; `None` until an engine has taken it.
     used: Option<usize>,
@@ -229,7 +241,7 @@ mod tests {
         let quotas = Arc::<Quotas>::default();
         let limits = KeyLimits { tokens_per_minute: Some(600), ..KeyLimits::default() };
         let take = |owner, tokens, at| {
-            let mut taken = quotas.take(owner, limits, ask(1, tokens), seconds(at))?;
+            let mut taken = quotas.take((owner, limits), false, ask(1, tokens), seconds(at))?;
             taken.used(tokens);
             Ok(())
         };
@@ -248,7 +260,7 @@ mod tests {
     fn what_was_not_used_is_given_back_and_what_was_used_beyond_is_owed() {
         let quotas = Arc::<Quotas>::default();
         let limits = KeyLimits { tokens_per_minute: Some(60), ..KeyLimits::default() };
-        let take = |tokens, at| quotas.take(A, limits, ask(1, tokens), seconds(at));
+        let take = |tokens, at| quotas.take((A, limits), false, ask(1, tokens), seconds(at));
         let mut taken = take(50, 0).unwrap();
         assert_eq!(take(20, 0).unwrap_err(), Exceeded::Tokens(60, seconds(10)));
         taken.used(40);
@@ -269,7 +281,7 @@ mod tests {
     fn requests_at_once_count_their_choices_and_alone_one_may_have_more() {
         let quotas = Arc::<Quotas>::default();
         let limits = KeyLimits { max_concurrent_requests: Some(4), ..KeyLimits::default() };
-        let take = |choices| quotas.take(A, limits, ask(choices, 10), seconds(0));
+        let take = |choices| quotas.take((A, limits), false, ask(choices, 10), seconds(0));
         let many = take(9).unwrap();
         assert_eq!(take(1).unwrap_err(), Exceeded::Concurrency(4));
         drop(many);
@@ -282,15 +294,31 @@ mod tests {
     }
 
     #[test]
+    fn lines_of_batches_take_what_is_left_of_what_there_may_be_at_once_and_leave_none_less_to_others() {
+        let quotas = Arc::<Quotas>::default();
+        let limits = KeyLimits { max_concurrent_requests: Some(4), ..KeyLimits::default() };
+        let take = |of_batch, choices| quotas.take((A, limits), of_batch, ask(choices, 10), seconds(0));
+        let awaited = take(false, 1).unwrap();
+        let lines = take(true, 3).unwrap();
+        assert_eq!(take(true, 1).unwrap_err(), Exceeded::Concurrency(4));
+        let more = take(false, 3).unwrap();
+        assert_eq!(take(false, 1).unwrap_err(), Exceeded::Concurrency(4));
+        drop(lines);
+        assert_eq!(take(true, 1).unwrap_err(), Exceeded::Concurrency(4));
+        drop((awaited, more));
+        assert!(take(true, 4).is_ok());
+    }
+
+    #[test]
     fn limits_change_under_what_was_charged_and_headers_say_what_is_left() {
         let quotas = Arc::<Quotas>::default();
         let limits = |limit| KeyLimits { requests_per_minute: Some(limit), ..KeyLimits::default() };
         for _ in 0..3 {
-            quotas.take(A, limits(3), ask(1, 10), seconds(0)).unwrap().used(10);
+            quotas.take((A, limits(3)), false, ask(1, 10), seconds(0)).unwrap().used(10);
         }
         // One that no engine takes counts neither.
-        assert!(quotas.take(A, limits(4), ask(1, 10), seconds(0)).is_ok());
-        let refused = quotas.take(A, limits(3), ask(1, 10), seconds(0));
+        assert!(quotas.take((A, limits(4)), false, ask(1, 10), seconds(0)).is_ok());
+        let refused = quotas.take((A, limits(3)), false, ask(1, 10), seconds(0));
         assert_eq!(refused.unwrap_err(), Exceeded::Requests(3, seconds(20)));
         let headers = quotas.headers(A, limits(6), seconds(0));
         let header = |name: &str| headers[name].to_str().unwrap();

@@ -400,7 +400,8 @@ impl Service {
 
     /// Charges the request's key for it.
     pub(crate) fn charge(&self, record: &AccessRecord, ask: Ask) -> Result<Taken, ApiError> {
-        let taken = self.0.quotas.take(record.owner(), record.limits(), ask, self.0.started.elapsed());
+        let (key, now) = ((record.owner(), record.limits()), self.0.started.elapsed());
+        let taken = self.0.quotas.take(key, record.of_batch(), ask, now);
         taken.map_err(ApiError::rate_limited)
     }
 

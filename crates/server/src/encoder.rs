@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_encoder::{
-    Architecture, Encoder, EncoderHandle, Input, Limits, LoadOptions, Reply, RunError, Source, SubmitError, Task,
-    TensorInfo, Worker,
+    Architecture, Encoder, EncoderHandle, Input, Limits, LoadOptions, Reply, RunError, Share, Source, SubmitError,
+    Task, TensorInfo, Worker,
 };
 use baton_handoff::Digest;
 use baton_http::{
@@ -201,11 +201,12 @@ impl EncoderEngine for Engine {
     fn submit(
         &self,
         inputs: Vec<EncoderInput>,
+        share: Share,
         deadline: Option<Instant>,
         reply: EncoderReply,
     ) -> Result<(), EncoderRefusal> {
         let inputs = inputs.into_iter().map(|EncoderInput { ids, type_ids }| Input { ids, type_ids }).collect();
-        self.0.submit(inputs, deadline, Box::new(Client(reply))).map_err(|error| match error {
+        self.0.submit(inputs, share, deadline, Box::new(Client(reply))).map_err(|error| match error {
             SubmitError::QueueFull => EncoderRefusal::QueueFull,
             SubmitError::Stopped => EncoderRefusal::Stopped,
             SubmitError::Empty { index } => EncoderRefusal::Empty { index },

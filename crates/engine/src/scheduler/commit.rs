@@ -8,7 +8,7 @@ use baton_model::{SampledToken, SequenceFailure, SequenceOutput, StepOutput, Ste
 
 use super::{RequestOutput, Scheduler};
 use crate::block::Blocks;
-use crate::ledger::OUTPUT_TOKEN;
+use crate::scheduler::OUTPUT_TOKEN;
 use crate::sequence::Sequence;
 use crate::{EngineFailure, FinishReason, OutputEvent, RequestId};
 

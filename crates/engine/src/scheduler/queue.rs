@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::ledger::{Ledger, Turn};
+use baton_fairness::{Ledger, Turn};
+
 use crate::sequence::{Class, Rank, Sequence};
 use crate::{RequestId, Tenant};
 
@@ -145,7 +146,7 @@ impl Queue {
 
     /// Breaks the order between tenants.
     #[cfg(test)]
-    pub fn plant(&mut self, fault: crate::ledger::Fault) {
+    pub fn plant(&mut self, fault: baton_fairness::Fault) {
         self.ledgers.iter_mut().for_each(|ledger| ledger.fault = Some(fault));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use baton_fairness::Fault;
 use baton_model::RunSpec;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -9,7 +10,6 @@ use rand::{Rng, SeedableRng};
 use super::MockModel;
 use super::cases::{request, spec, world};
 use super::world::World;
-use crate::ledger::Fault;
 use crate::sequence::Class;
 use crate::{EngineConfig, FinishReason, Request, RequestId, Share, Tenant};
 

@@ -432,19 +432,42 @@ async fn a_line_that_misses_its_own_deadline_has_that_as_its_result() {
     assert_eq!(errors[0]["response"]["body"]["error"]["code"], "deadline_exceeded", "{errors:?}");
 }
 
-#[tokio::test]
-async fn lines_of_a_key_beyond_its_limits_keep_nobody_elses_waiting() {
-    let dir = TempDir::new().unwrap();
-    let mut setup = setup(dir.path(), LIMITS);
+/// Where `key` has limits.
+async fn limited(dir: &Path, limits: KeyLimits) -> Server {
+    let mut setup = setup(dir, LIMITS);
     setup.config.api_keys.remove(0);
     setup.config.listed_keys = Some(vec![ListedKey {
         name: "few".into(),
         digest: Sha256::digest("key").into(),
         scopes: Scopes::INFERENCE,
         expires: None,
-        limits: KeyLimits { requests_per_minute: Some(1), ..KeyLimits::default() },
+        limits,
     }]);
-    let server = setup.start().await;
+    setup.start().await
+}
+
+#[tokio::test]
+async fn lines_leave_their_key_as_many_requests_at_once_as_it_may_have() {
+    let dir = TempDir::new().unwrap();
+    let server = limited(dir.path(), KeyLimits { max_concurrent_requests: Some(2), ..KeyLimits::default() }).await;
+    server.control.hang();
+    let content: String = (0..5).map(|number| line(&number.to_string(), CHAT, &chat_body())).collect();
+    let id = begin(&server, &content, CHAT).await;
+    server.until("lines are there, as many as there may be", |s| s.running + s.waiting == 2).await;
+    let body = chat_body();
+    let (chat, ()) = tokio::join!(server.post_with_key(CHAT, "key", &body), async {
+        server.until("the chat is there", |s| s.running + s.waiting == 3).await;
+        server.control.release();
+    });
+    assert_eq!(chat.status, 200);
+    let batch = ended(&server, &id).await;
+    assert_eq!(batch["request_counts"], json!({"total": 5, "completed": 5, "failed": 0}), "{batch}");
+}
+
+#[tokio::test]
+async fn lines_of_a_key_beyond_its_limits_keep_nobody_elses_waiting() {
+    let dir = TempDir::new().unwrap();
+    let server = limited(dir.path(), KeyLimits { requests_per_minute: Some(1), ..KeyLimits::default() }).await;
     // More than are answered at once of all batches.
     let content: String = (0..40).map(|number| line(&number.to_string(), CHAT, &chat_body())).collect();
     let limited = begin(&server, &content, CHAT).await;

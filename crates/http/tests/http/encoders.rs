@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_engine::{HiddenStates, PromptScores, Request, SamplingParams};
+use baton_engine::{HiddenStates, PromptScores, Request, SamplingParams, Share};
 use baton_http::{
     DecoderEmbeddings, DecoderPooling, EncoderEngine, EncoderFailure, EncoderRefusal, EncoderReply, EncoderSpec,
-    EncoderStats, EncoderTask, ModelCard, NewEncoder,
+    EncoderStats, EncoderTask, KeyLimits, ListedKey, ModelCard, NewEncoder, Scopes,
 };
 use baton_text::{EncoderInput, TextFiles, TextModel, TokenizerFile};
 use parking_lot::Mutex;
@@ -16,6 +16,7 @@ use tokio::io::AsyncWriteExt;
 use crate::harness::{
     CHAT, COMPLETIONS, DIGEST, REPLY, Reply, Server, Setup, card, chat_body, eventually, request, script,
 };
+use crate::keys::listed;
 use crate::usage;
 
 const EMBEDDINGS: &str = "/v1/embeddings";
@@ -31,10 +32,18 @@ struct Mock {
     fails: Option<EncoderFailure>,
     scores: bool,
     kept: Mutex<Vec<EncoderReply>>,
+    shares: Mutex<Vec<Share>>,
 }
 
 impl EncoderEngine for Mock {
-    fn submit(&self, inputs: Vec<EncoderInput>, _: Option<Instant>, reply: EncoderReply) -> Result<(), EncoderRefusal> {
+    fn submit(
+        &self,
+        inputs: Vec<EncoderInput>,
+        share: Share,
+        _: Option<Instant>,
+        reply: EncoderReply,
+    ) -> Result<(), EncoderRefusal> {
+        self.shares.lock().push(share);
         if let Some(refusal) = self.refuses {
             return Err(refusal);
         }
@@ -93,6 +102,10 @@ fn text() -> Arc<TextModel> {
 async fn start(mock: Mock) -> (Server, Arc<Mock>) {
     let (server, _) = Setup { drain_timeout: Duration::from_millis(100), ..Setup::default() }.start_loading().await;
     assert_eq!(server.post(EMBEDDINGS, &json!({"input": "x"})).await.error_code(), "model_loading");
+    install(server, mock)
+}
+
+fn install(server: Server, mock: Mock) -> (Server, Arc<Mock>) {
     let engine = Arc::new(mock);
     let task = if engine.scores { EncoderTask::Score } else { EncoderTask::Embed };
     let spec = EncoderSpec { task, width: WIDTH, normalized: true, vocab_size: VOCAB, max_model_len: CONTEXT };
@@ -361,6 +374,24 @@ async fn a_model_that_generates_embeds_by_its_hidden_states() {
         server.blocks_are_free().await;
         usage::shown(&server, "requests", 2).await;
     }
+}
+
+#[tokio::test]
+async fn an_encoder_is_told_whose_turn_a_request_takes() {
+    let key = |name: &str, weight| ListedKey {
+        limits: KeyLimits { weight, ..KeyLimits::default() },
+        ..listed(name, Scopes::INFERENCE)
+    };
+    let mut setup = Setup::default();
+    setup.config.listed_keys = Some(vec![key("a", 1), key("b", 3)]);
+    let (server, _) = setup.start_loading().await;
+    let (server, engine) = install(server, Mock::default());
+    for name in ["a", "b", "a"] {
+        assert_eq!(server.post_with_key(EMBEDDINGS, name, &json!({"input": "x"})).await.status, 200);
+    }
+    let shares = engine.shares.lock().clone();
+    assert_eq!(shares.iter().map(|share| share.weight).collect::<Vec<_>>(), [1, 3, 1]);
+    assert!(shares[0] == shares[2] && shares[0].tenant != shares[1].tenant);
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! What the tenants of a class were served, and so whose turn it is among those that wait: of them whoever was served least.
 //!
-//! Each has a counter of what steps computed for it, divided by its weight: the virtual counters of "Fairness in Serving
+//! Each has a counter of what was computed for it, divided by its weight: the virtual counters of "Fairness in Serving
 //! Large Language Models" (arXiv 2401.00588). A counter never falls. Whoever begins to wait is lifted to the least of those
 //! that wait already, or else to whoever waited last: nobody is owed anything for a time in which it asked for nothing.
 //! So as long as two tenants wait, what they are served differs by no more than what was under way when they began to,
@@ -10,24 +10,20 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{Share, Tenant};
 
-/// What a token of a prompt counts, and one of an output: those come one by one, each in a step.
-pub(crate) const PROMPT_TOKEN: u64 = 1;
-pub(crate) const OUTPUT_TOKEN: u64 = 2;
-
-/// A counter's value for a token that counts 1, of a tenant of weight 1.
+/// A counter's value for what counts 1, of a tenant of weight 1.
 const UNIT: u128 = 1 << 32;
 
 /// A tenant's place: the smallest is next. Of those that were served alike, whoever was given its last beginning longest ago.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Turn {
+pub struct Turn {
     served: u128,
     last_start: u64,
     pub tenant: Tenant,
 }
 
-/// See the head of the file.
-#[derive(Default)]
-pub(crate) struct Ledger {
+/// What everybody was served, and who waits.
+#[derive(Debug, Default)]
+pub struct Ledger {
     /// Of all that had requests since nobody had any.
     turns: BTreeMap<Tenant, Turn>,
     /// Of those that wait.
@@ -35,16 +31,20 @@ pub(crate) struct Ledger {
     /// Who had something waiting last.
     last: Option<Tenant>,
     starts: u64,
-    #[cfg(test)]
+    /// What is left out.
+    #[cfg(feature = "faults")]
     pub fault: Option<Fault>,
 }
 
 /// What is left out, for the simulator to see that it would notice.
-#[cfg(test)]
+#[cfg(feature = "faults")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fault {
+pub enum Fault {
+    /// Whoever begins to wait stays where it was.
     Lift,
+    /// Nothing is counted.
     Charge,
+    /// All weigh the same.
     Weight,
 }
 
@@ -66,7 +66,7 @@ impl Ledger {
             return;
         }
         let level = self.first().or(self.last.map(|last| self.turn(last)));
-        #[cfg(test)]
+        #[cfg(feature = "faults")]
         let level = level.filter(|_| self.fault != Some(Fault::Lift));
         turn.served = turn.served.max(level.map_or(0, |level| level.served));
         self.turns.insert(tenant, turn);
@@ -86,10 +86,10 @@ impl Ledger {
         self.change(tenant, |turn| turn.last_start = last_start);
     }
 
-    /// A step computes something for the tenant that counts so much.
+    /// Something is computed for the tenant that counts so much.
     pub fn charge(&mut self, share: Share, count: u64) {
         let weight = share.weight.max(1);
-        #[cfg(test)]
+        #[cfg(feature = "faults")]
         let (weight, count) = match self.fault {
             Some(Fault::Charge) => (weight, 0),
             Some(Fault::Weight) => (1, count),
