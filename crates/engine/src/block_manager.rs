@@ -106,6 +106,11 @@ impl BlockManager {
         self.allocator.stats()
     }
 
+    /// Where the passing blocks are, if there are any.
+    pub fn passing_stats(&self) -> Option<BlockStats> {
+        self.passing.as_ref().map(|own| own.allocator.stats())
+    }
+
     /// Of the blocks of its first `num_tokens` tokens, how many the sequence could take from the cache. The last token
     /// is always computed, since its logits are wanted.
     pub fn shareable_blocks(&self, sequence: &Sequence, num_tokens: usize) -> usize {

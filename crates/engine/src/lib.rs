@@ -26,7 +26,7 @@ mod watchdog;
 pub mod sim;
 
 pub use baton_fairness::{Share, Tenant};
-pub use baton_model::{Adapter, RunError, RunSpec, Runner, SampledToken, SamplingParams};
+pub use baton_model::{Adapter, Passing, RunError, RunSpec, Runner, SampledToken, SamplingParams};
 pub use engine::{Engine, spawn, spawn_rebuildable};
 pub use handle::{EngineConfig, EngineHandle, OutputStream};
 pub use rebuild::Rebuild;

@@ -137,6 +137,7 @@ impl Scheduler {
             running_adapters: running.filter_map(adapters).collect(),
             waiting_adapters: waiting.filter_map(adapters).collect(),
             blocks: self.blocks.stats(),
+            passing_blocks: self.blocks.passing_stats(),
             ..self.counters.clone()
         }
     }

@@ -29,6 +29,8 @@ pub struct EngineStats {
     pub waiting_adapters: BTreeSet<[u8; 32]>,
     /// Gauges of the cache.
     pub blocks: BlockStats,
+    /// Gauges of the blocks for the last tokens of sequences, of a model that reads such.
+    pub passing_blocks: Option<BlockStats>,
     /// Counter: times a foreground sequence lost its blocks to one that goes before it.
     pub preemptions: u64,
     /// Counter: prompt tokens computed by steps, recomputation after a preemption included.

@@ -242,8 +242,10 @@ fn one_terminal_event(world: &World) -> Result<(), String> {
 }
 
 fn blocks_are_conserved(world: &World) -> Result<(), String> {
-    let blocks = world.core.stats().blocks;
-    ensure(blocks.free + blocks.cached + blocks.used == blocks.total, || format!("{blocks:?}"))?;
+    let stats = world.core.stats();
+    std::iter::once(stats.blocks).chain(stats.passing_blocks).try_for_each(|blocks| {
+        ensure(blocks.free + blocks.cached + blocks.used == blocks.total, || format!("{blocks:?}"))
+    })?;
     world.core.scheduler().check_blocks()
 }
 

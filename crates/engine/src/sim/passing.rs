@@ -38,7 +38,9 @@ fn a_long_context_holds_few_passing_blocks_and_gives_the_tokens_of_its_solo_run(
     while world.record(id).end.is_none() {
         world.step();
         let running = world.core.scheduler().running().contains_key(&id);
-        most = most.max(if running { held(&world, id).len() } else { 0 });
+        let held = if running { held(&world, id).len() } else { 0 };
+        assert_eq!(world.core.stats().passing_blocks.expect("the model has some").used, held);
+        most = most.max(held);
     }
     assert_eq!(world.end(id), &FinishReason::Length);
     assert_eq!(most, 3, "two behind the last, which is not full");

@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use baton_engine::{EngineStats, RunSpec, StepTokens};
+use baton_engine::{BlockStats, EngineStats, RunSpec, StepTokens};
 use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
 use crate::adapters::AdapterGauges;
@@ -22,6 +22,11 @@ pub(super) fn families(
     let (waiting, blocks) = (stats.waiting as f64, &stats.blocks);
     let (block_size, num_blocks) = (spec.block_size.to_string(), spec.num_blocks.to_string());
     let cache = [("block_size", block_size.as_str()), ("num_gpu_blocks", num_blocks.as_str())];
+    let states = |name: &str, help: &str, blocks: &BlockStats| {
+        let of = |state| [("state", state)];
+        let [used, cached, free] = ["used", "cached", "free"].map(of);
+        gauges(name, help, &[(&used, blocks.used as f64), (&cached, blocks.cached as f64), (&free, blocks.free as f64)])
+    };
     let device = &stats.device_failures;
     let step_seconds = stats.step_under_way.unwrap_or_default().as_secs_f64();
     let mut families = vec![
@@ -54,15 +59,7 @@ pub(super) fn families(
             f64::from(u8::from(stats.rebuilding)),
         ),
         gauge("baton_step_under_way_seconds", "How long the step under way has been running.", step_seconds),
-        gauges(
-            "baton_kv_blocks",
-            "Cache blocks, by state.",
-            &[
-                (&[("state", "used")], blocks.used as f64),
-                (&[("state", "cached")], blocks.cached as f64),
-                (&[("state", "free")], blocks.free as f64),
-            ],
-        ),
+        states("baton_kv_blocks", "Cache blocks, by state.", blocks),
         counter("baton_dropped_events_total", "Events whose client had left.", stats.dropped_events),
         gauge(
             "baton_background_requests",
@@ -88,6 +85,10 @@ pub(super) fn families(
         ),
         counter("baton_rebuilds_total", "Times the model was loaded again after its device failed.", stats.rebuilds),
     ];
+    if let Some(blocks) = &stats.passing_blocks {
+        let help = "Blocks for the last tokens of sequences, by state.";
+        families.push(states("baton_passing_blocks", help, blocks));
+    }
     if let Some(drafts) = &stats.speculation {
         let positions: Vec<String> = (0..drafts.accepted_by_position.len()).map(|i| i.to_string()).collect();
         let labelled: Vec<[(&str, &str); 1]> =

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use baton_engine::{DraftMethod, EngineConfig, SpeculationConfig};
+use baton_engine::{DraftMethod, EngineConfig, Passing, RunSpec, SpeculationConfig};
 use baton_http::{ApiKey, OutsideCounter, RequestObserver, Store, StoreLimits};
 use serde_json::json;
 use tempfile::TempDir;
@@ -251,6 +251,28 @@ async fn metrics_have_every_name_with_both_labels_and_count_what_happened() {
     assert_eq!(value(&format!("vllm:request_generation_tokens_sum{labels}")), 20.0);
     assert_eq!(value("baton_http_requests_in_flight"), 0.0);
     assert_eq!(value("baton_http_requests_total{route=\"/v1/chat/completions\",status=\"200\"}"), 1.0);
+}
+
+#[tokio::test]
+async fn blocks_of_the_last_tokens_are_shown_where_a_model_has_such() {
+    let server = Setup::default().start().await;
+    assert!(!server.get("/metrics").await.body.contains("baton_passing_blocks"));
+    let mut setup = Setup::default();
+    let RunSpec { block_size, max_step_sequences, max_step_tokens, .. } = setup.spec;
+    let num_blocks = Passing::fewest(5, block_size, max_step_sequences, max_step_tokens);
+    setup.spec.passing = Some(Passing { reach: 5, num_blocks });
+    let server = setup.start().await;
+    assert_eq!(server.chat(json!({"max_tokens": 10})).await.status, 200);
+    let body = server.get("/metrics").await.body;
+    let count = |state: &str| {
+        let is_it =
+            |line: &&str| line.starts_with("baton_passing_blocks{") && line.contains(&format!("state=\"{state}\""));
+        let line = body.lines().find(is_it).unwrap_or_else(|| panic!("no {state}: {body}"));
+        line.rsplit(' ').next().unwrap().parse::<usize>().unwrap()
+    };
+    let [used, cached, free] = ["used", "cached", "free"].map(count);
+    assert_eq!((used, cached + free), (0, num_blocks));
+    assert!(cached > 0, "the end of what was answered is kept");
 }
 
 #[tokio::test]
