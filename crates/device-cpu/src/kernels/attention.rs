@@ -1,8 +1,7 @@
 //! Attention over full keys and values.
 //!
 //! A task takes some rows of one sequence and the query heads of one key/value head, so that all of them pass over a piece
-//! of the context while it is in cache ([`super::context`] says in which order). Where there are too few such tasks for the
-//! threads, a task takes one group of the context and the groups are merged afterwards.
+//! of the context while it is in cache ([`super::context`] says in which order, [`super::grouped`] on which threads).
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -12,8 +11,9 @@ use half::{bf16, f16};
 
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane};
 use crate::isa::Dispatch;
-use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Rows, Source, Sums, Walk, parts};
-use crate::kernels::latent::with_scratch;
+use crate::kernels::context::{GROUP_LEN, PIECE, Piece, Queries, Rows, Source, Sums, Walk};
+use crate::kernels::grouped::{self, Task, Work};
+use crate::kernels::linear::Buffers;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::{Target, Tensor};
@@ -35,40 +35,22 @@ pub(crate) fn attend(
     out: &Target<'_>,
 ) {
     let &AttentionParams { heads, kv_heads, head_dim, window, .. } = params;
-    let work = 2 * plan.context(window) * heads * head_dim;
     let group = heads / kv_heads;
     let runs: Vec<_> = plan.runs(0..plan.rows(), (TASK_QUERIES / group).max(1)).collect();
     let tasks = runs.len() * kv_heads;
     let task = |i: usize| {
         let (rows, kv_head) = (runs[i / kv_heads].clone(), i % kv_heads);
-        Task { isa, q, keys, values, plan, params, rows, kv_head }
+        Attention { isa, q, keys, values, plan, params, rows, kv_head }
     };
     let groups = plan.groups(usize::MAX);
-    if groups == 1 || pool.threads() == 1 || tasks >= 2 * pool.threads() {
-        return pool.run(tasks, work, |i| {
-            let task = task(i);
-            with_scratch(task.sums() + task.scratch(), |scratch, _| {
-                let (sums, scratch) = scratch.split_at_mut(task.sums());
-                task.walk(0..groups, sums, scratch);
-                // SAFETY: each task has its own rows and heads.
-                unsafe { task.finish(sums, out) };
-            });
-        });
-    }
-    // The sums of each task, group by group.
-    let mut sums: Vec<_> = (0..tasks).map(|i| vec![0.0; groups * task(i).sums()]).collect();
-    pool.each(parts(&mut sums, groups), work, |_, (i, group, sums)| {
-        let task = task(i);
-        with_scratch(task.scratch(), |scratch, _| task.walk(group..group + 1, sums, scratch));
-    });
-    pool.each(sums.iter_mut(), plan.rows() * heads * head_dim * groups, |i, sums| {
-        // SAFETY: each task has its own rows and heads.
-        unsafe { task(i).finish(sums, out) };
-    });
+    let floats = plan.rows() * heads * head_dim;
+    let work = Work { prepare: floats, walk: 2 * plan.context(window) * heads * head_dim, finish: floats * groups };
+    // SAFETY: each task has its own rows and heads, and the caller alone has `out`.
+    unsafe { grouped::run(pool, (tasks, groups), &work, task, out) };
 }
 
 /// Some rows of one sequence, and the query heads of one key/value head.
-struct Task<'a> {
+struct Attention<'a> {
     isa: Dispatch,
     q: &'a Tensor,
     keys: &'a Plane,
@@ -79,7 +61,7 @@ struct Task<'a> {
     kv_head: usize,
 }
 
-impl Task<'_> {
+impl Attention<'_> {
     /// Query heads of the key/value head.
     fn group(&self) -> usize {
         self.params.heads / self.params.kv_heads
@@ -89,37 +71,52 @@ impl Task<'_> {
         self.rows.len() * self.group()
     }
 
-    /// Floats of the sums over one group.
-    fn sums(&self) -> usize {
-        Sums::floats(self.queries(), self.values.width)
-    }
-
     /// Floats of a piece, if pieces are widened before use.
     fn piece(&self) -> usize {
         let widens = self.keys.dtype != KvDtype::F32 && self.queries() >= WIDEN;
         if widens { PIECE * BLOCK * (self.keys.width + self.values.width) } else { 0 }
     }
 
-    /// Floats that [`Task::walk`] needs.
-    fn scratch(&self) -> usize {
-        self.piece() + self.sums() + self.queries() * self.keys.width
+    fn run<E: Element>(&self, walk: Walk<'_>, piece: &mut [f32]) {
+        let mut stored = Stored::<E> { keys: self.keys, values: self.values, head: self.kv_head, element: PhantomData };
+        if piece.is_empty() {
+            return walk.run(self.isa, &mut stored);
+        }
+        let (keys, values) = piece.split_at_mut(PIECE * BLOCK * self.keys.width);
+        let (keys, values) = (keys.as_chunks_mut().0, values.as_chunks_mut().0);
+        walk.run(self.isa, &mut Widened { stored, keys, values });
+    }
+}
+
+impl Task for Attention<'_> {
+    fn query_floats(&self) -> usize {
+        self.queries() * self.params.head_dim
     }
 
-    /// Replaces `sums` by those of some groups of the context.
-    fn walk(&self, groups: Range<usize>, sums: &mut [f32], scratch: &mut [f32]) {
-        let &AttentionParams { head_dim, scale, window, softcap, .. } = self.params;
-        let heads = self.group();
-        let (piece, scratch) = scratch.split_at_mut(self.piece());
-        let (next, queries) = scratch.split_at_mut(self.sums());
-        let queries = &mut queries[..self.queries() * head_dim];
-        for (row, scaled) in self.rows.clone().zip(queries.chunks_exact_mut(heads * head_dim)) {
-            let q = &self.q.row(row)[self.kv_head * heads * head_dim..][..heads * head_dim];
+    fn sum_floats(&self) -> usize {
+        Sums::floats(self.queries(), self.values.width)
+    }
+
+    fn scratch_floats(&self) -> usize {
+        self.piece() + self.sum_floats()
+    }
+
+    fn prepare(&self, queries: &mut [f32], _: &mut Buffers) {
+        let &AttentionParams { head_dim, scale, .. } = self.params;
+        let width = self.group() * head_dim;
+        for (row, scaled) in self.rows.clone().zip(queries.chunks_exact_mut(width)) {
+            let q = &self.q.row(row)[self.kv_head * width..][..width];
             scaled.iter_mut().zip(q).for_each(|(scaled, q)| *scaled = q * scale);
         }
+    }
+
+    fn walk(&self, groups: Range<usize>, queries: &[f32], sums: &mut [f32], scratch: &mut [f32]) {
+        let &AttentionParams { head_dim, window, softcap, .. } = self.params;
+        let (piece, next) = scratch.split_at_mut(self.piece());
         let (first, last) = (self.rows.start, self.rows.end - 1);
         let queries = Queries {
             data: queries,
-            heads,
+            heads: self.group(),
             width: head_dim,
             position: self.plan.position(first),
             window: window.unwrap_or(usize::MAX),
@@ -137,21 +134,7 @@ impl Task<'_> {
         }
     }
 
-    fn run<E: Element>(&self, walk: Walk<'_>, piece: &mut [f32]) {
-        let mut stored = Stored::<E> { keys: self.keys, values: self.values, head: self.kv_head, element: PhantomData };
-        if piece.is_empty() {
-            return walk.run(self.isa, &mut stored);
-        }
-        let (keys, values) = piece.split_at_mut(PIECE * BLOCK * self.keys.width);
-        let (keys, values) = (keys.as_chunks_mut().0, values.as_chunks_mut().0);
-        walk.run(self.isa, &mut Widened { stored, keys, values });
-    }
-
-    /// Merges the sums of all groups and writes the task's part of `out`.
-    ///
-    /// # Safety
-    /// Nobody else reads or writes these rows and heads of `out` meanwhile.
-    unsafe fn finish(&self, sums: &mut [f32], out: &Target<'_>) {
+    unsafe fn finish(&self, sums: &mut [f32], _: &mut [f32], _: &mut Buffers, out: &Target<'_>) {
         let width = self.params.head_dim;
         let row_width = self.group() * width;
         let mut sums = Sums::of_groups(self.isa, sums, self.queries(), self.values.width);

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use crate::cache::{AttentionPlan, BLOCK, Element, Plane};
 use crate::isa::Dispatch;
 use crate::kernels::gather::{Place, Transpose, widen};
-use crate::kernels::latent::with_scratch;
+use crate::kernels::scratch::with_scratch;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::tensor::Tensor;

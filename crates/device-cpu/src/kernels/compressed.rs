@@ -1,8 +1,7 @@
 //! Attention to a window of vectors and to pooled entries (DeepSeek-V4).
 //!
 //! What a row reads is a context of its own: the positions of its window, behind them the entries, all or those that were chosen,
-//! in the order of [`super::context`]. A task takes some heads of a row, or one group of its context where there are too few
-//! such tasks for the threads.
+//! in the order of [`super::context`]. A task takes some heads of a row.
 
 use std::ops::Range;
 
@@ -11,9 +10,10 @@ use baton_device::PoolKv;
 use crate::cache::{AttentionPlan, BLOCK, Plane};
 use crate::isa::Dispatch;
 use crate::kernels::chosen::Chosen;
-use crate::kernels::context::{GROUP_LEN, PIECE, Queries, Sums, Walk, parts};
+use crate::kernels::context::{GROUP_LEN, PIECE, Queries, Sums, Walk};
 use crate::kernels::gather::{Gathered, Place};
-use crate::kernels::latent::with_scratch;
+use crate::kernels::grouped::{self, Task, Work};
+use crate::kernels::linear::Buffers;
 use crate::pool::Pool;
 use crate::simd::LANES;
 use crate::tensor::{Target, Tensor};
@@ -68,34 +68,17 @@ pub(crate) fn attend(
     let task = |i: usize| {
         let (row, head) = (i / head_chunks, i % head_chunks * task_heads);
         let heads = head..heads.min(head + task_heads);
-        Task { isa, q, reading, plan, row, heads, blocks: &blocks[..lens[row].div_ceil(BLOCK)] }
+        HeadsOfRow { isa, q, reading, plan, row, heads, blocks: &blocks[..lens[row].div_ceil(BLOCK)] }
     };
     let groups = most.div_ceil(GROUP_LEN);
-    if groups == 1 || pool.threads() == 1 || tasks >= 2 * pool.threads() {
-        return pool.run(tasks, work, |i| {
-            let task = task(i);
-            with_scratch(task.sums() + task.scratch(), |scratch, _| {
-                let (sums, scratch) = scratch.split_at_mut(task.sums());
-                task.walk(0..groups, sums, scratch);
-                // SAFETY: tasks differ in rows or in heads.
-                unsafe { task.finish(sums, out) };
-            });
-        });
-    }
-    // The sums of each task, group by group.
-    let mut sums: Vec<_> = (0..tasks).map(|i| vec![0.0; groups * task(i).sums()]).collect();
-    pool.each(parts(&mut sums, groups), work, |_, (i, group, sums)| {
-        let task = task(i);
-        with_scratch(task.scratch(), |scratch, _| task.walk(group..group + 1, sums, scratch));
-    });
-    pool.each(sums.iter_mut(), rows * heads * reading.width * groups, |i, sums| {
-        // SAFETY: tasks differ in rows or in heads.
-        unsafe { task(i).finish(sums, out) };
-    });
+    let floats = rows * heads * reading.width;
+    let work = Work { prepare: floats, walk: work, finish: floats * groups };
+    // SAFETY: tasks differ in rows or in heads, and the caller alone has `out`.
+    unsafe { grouped::run(pool, (tasks, groups), &work, task, out) };
 }
 
 /// Some heads of a row.
-struct Task<'a> {
+struct HeadsOfRow<'a> {
     isa: Dispatch,
     q: &'a Tensor,
     reading: &'a Reading<'a>,
@@ -106,31 +89,36 @@ struct Task<'a> {
     blocks: &'a [u32],
 }
 
-impl Task<'_> {
+impl HeadsOfRow<'_> {
     /// Columns of the queries and of what comes of them.
     fn columns(&self) -> Range<usize> {
         self.heads.start * self.reading.width..self.heads.end * self.reading.width
     }
+}
 
-    /// Floats of the sums over one group.
-    fn sums(&self) -> usize {
+impl Task for HeadsOfRow<'_> {
+    fn query_floats(&self) -> usize {
+        self.columns().len()
+    }
+
+    fn sum_floats(&self) -> usize {
         Sums::floats(self.heads.len(), self.reading.rows.width)
     }
 
-    /// Floats that [`Task::walk`] needs: a piece as keys and as values, sums once more, and queries.
-    fn scratch(&self) -> usize {
-        2 * PIECE * BLOCK * self.reading.rows.width + self.sums() + self.columns().len()
+    fn scratch_floats(&self) -> usize {
+        // A piece as keys and as values, and sums once more.
+        2 * PIECE * BLOCK * self.reading.rows.width + self.sum_floats()
     }
 
-    /// Replaces `sums` by those of some groups of the context.
-    fn walk(&self, groups: Range<usize>, sums: &mut [f32], scratch: &mut [f32]) {
-        let &Reading { rows, width, entries, chosen, scale, .. } = self.reading;
-        let (next, scratch) = scratch.split_at_mut(self.sums());
-        let (piece, queries) = scratch.split_at_mut(2 * PIECE * BLOCK * rows.width);
-        let (keys, values) = piece.as_chunks_mut().0.split_at_mut(PIECE * rows.width);
+    fn prepare(&self, queries: &mut [f32], _: &mut Buffers) {
         let q = &self.q.row(self.row)[self.columns()];
-        queries.iter_mut().zip(q).for_each(|(scaled, q)| *scaled = q * scale);
+        queries.iter_mut().zip(q).for_each(|(scaled, q)| *scaled = q * self.reading.scale);
+    }
 
+    fn walk(&self, groups: Range<usize>, queries: &[f32], sums: &mut [f32], scratch: &mut [f32]) {
+        let &Reading { rows, width, entries, chosen, .. } = self.reading;
+        let (next, piece) = scratch.split_at_mut(self.sum_floats());
+        let (keys, values) = piece.as_chunks_mut().0.split_at_mut(PIECE * rows.width);
         let [window, count] = self.reading.lens(self.plan, self.row);
         let (table, passing) = (self.plan.blocks(self.row), self.plan.passing(self.row));
         let first = self.plan.position(self.row) + 1 - window;
@@ -154,11 +142,7 @@ impl Task<'_> {
         Walk { queries, blocks: self.blocks, groups, sums, next }.run(self.isa, &mut source);
     }
 
-    /// Merges the sums of all groups and writes the task's part of `out`.
-    ///
-    /// # Safety
-    /// Nobody else reads or writes this row and these heads of `out` meanwhile.
-    unsafe fn finish(&self, sums: &mut [f32], out: &Target<'_>) {
+    unsafe fn finish(&self, sums: &mut [f32], _: &mut [f32], _: &mut Buffers, out: &Target<'_>) {
         let mut sums = Sums::of_groups(self.isa, sums, self.heads.len(), self.reading.rows.width);
         // SAFETY: the caller's obligation.
         let out = unsafe { out.part(self.row, self.columns()) };

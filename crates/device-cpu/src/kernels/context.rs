@@ -135,15 +135,6 @@ impl<'a> Sums<'a> {
     }
 }
 
-/// The parts of tasks whose context is split: task, group, and where the sums go; each task has those of all its groups
-/// one behind the other.
-pub(crate) fn parts(sums: &mut [Vec<f32>], groups: usize) -> impl Iterator<Item = (usize, usize, &mut [f32])> {
-    sums.iter_mut().enumerate().flat_map(move |(task, sums)| {
-        let len = sums.len() / groups;
-        sums.chunks_exact_mut(len).enumerate().map(move |(group, sums)| (task, group, sums))
-    })
-}
-
 struct Merge<'a, 's> {
     sums: Sums<'a>,
     next: Sums<'s>,

@@ -4,17 +4,16 @@
 //! A task takes some rows of some heads through three stages: absorb, attend, project. Each stage has
 //! the order of its kernel ([`super::linear`], [`super::attention`]).
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use baton_device::{HostLatent, KvDtype, Result, Rows, WeightFormat};
-use bytemuck::{Pod, Zeroable};
 
 use crate::cache::{AttentionPlan, BLOCK, Plane, rope_start};
 use crate::isa::Dispatch;
 use crate::kernels::chosen::Chosen;
 use crate::kernels::context::{self, GROUP_LEN, PIECE, Piece, Queries, Source, Sums, Walk};
 use crate::kernels::gather::{Gathered, Place, Transpose, widen};
+use crate::kernels::grouped::{self, Task, Work};
 use crate::kernels::linear::{Buffers, Part, Prepared};
 use crate::pool::Pool;
 use crate::simd::LANES;
@@ -102,43 +101,18 @@ pub(crate) fn attend(
     let task = |i: usize| {
         let (row, head) = (i / head_chunks * row_chunk, i % head_chunks * TASK_HEADS);
         let (rows, heads) = (row..rows.min(row + row_chunk), head..heads.min(head + TASK_HEADS));
-        Task { pool, isa, q, weight, plane, plan, chosen, scale, rows, heads }
+        Absorbed { pool, isa, q, weight, plane, plan, chosen, scale, rows, heads }
     };
     let groups = plan.groups(top_k.unwrap_or(usize::MAX));
-    if groups == 1 || pool.threads() == 1 || tasks >= 2 * pool.threads() {
-        return pool.run(tasks, work, |i| {
-            let task = task(i);
-            with_scratch(task.absorbed() + task.sums() + task.scratch(), |scratch, buffers| {
-                let (queries, scratch) = scratch.split_at_mut(task.absorbed());
-                let (sums, scratch) = scratch.split_at_mut(task.sums());
-                task.absorb(queries, buffers);
-                task.walk(0..groups, queries, sums, scratch);
-                // SAFETY: tasks differ in rows or in heads.
-                unsafe { task.project(sums, scratch, buffers, out) };
-            });
-        });
-    }
-    // The queries of each task, and its sums group by group.
-    let mut queries: Vec<_> = (0..tasks).map(|i| vec![0.0; task(i).absorbed()]).collect();
-    pool.each(queries.iter_mut(), work, |i, queries| {
-        with_scratch(0, |_, buffers| task(i).absorb(queries, buffers));
-    });
-    let mut sums: Vec<_> = (0..tasks).map(|i| vec![0.0; groups * task(i).sums()]).collect();
-    pool.each(context::parts(&mut sums, groups), work, |_, (i, group, sums)| {
-        let task = task(i);
-        with_scratch(task.scratch(), |scratch, _| task.walk(group..group + 1, &queries[i], sums, scratch));
-    });
-    pool.each(sums.iter_mut(), work, |i, sums| {
-        let task = task(i);
-        with_scratch(task.scratch(), |scratch, buffers| {
-            // SAFETY: tasks differ in rows or in heads.
-            unsafe { task.project(sums, scratch, buffers, out) };
-        });
-    });
+    let ends = heads * rows * weight.rank;
+    let context = 2 * heads * plan.context(top_k) * plane.width;
+    let work = Work { prepare: ends * weight.nope, walk: context, finish: ends * weight.v };
+    // SAFETY: tasks differ in rows or in heads, and the caller alone has `out`.
+    unsafe { grouped::run(pool, (tasks, groups), &work, task, out) };
 }
 
 /// Some rows of some heads.
-struct Task<'a> {
+struct Absorbed<'a> {
     pool: &'a Pool,
     isa: Dispatch,
     q: &'a Tensor,
@@ -151,27 +125,50 @@ struct Task<'a> {
     heads: Range<usize>,
 }
 
-impl Task<'_> {
+impl Absorbed<'_> {
     fn queries(&self) -> usize {
         self.rows.len() * self.heads.len()
     }
 
-    /// Floats of the queries in the space of the cached rows, `[rows, heads, width]`.
-    fn absorbed(&self) -> usize {
+    /// Of some rows, the first at a position, what they sum over groups of a context.
+    fn over<'s>(
+        &self,
+        rows: Range<usize>,
+        (position, blocks): (usize, &'s [u32]),
+        groups: Range<usize>,
+        queries: &'s [f32],
+        [sums, next]: &'s mut [Sums<'_>; 2],
+    ) -> Walk<'s> {
+        let (heads, width) = (self.heads.len(), self.plane.width);
+        let of = |row: usize| (row - self.rows.start) * heads;
+        let of = of(rows.start)..of(rows.end);
+        let data = &queries[of.start * width..of.end * width];
+        Walk {
+            queries: Queries { data, heads, width, position, window: usize::MAX, softcap: None },
+            blocks,
+            groups: groups.start..groups.end.min(blocks.len().div_ceil(GROUP_LEN / BLOCK)),
+            sums: sums.part(of.clone()),
+            next: next.part(of),
+        }
+    }
+}
+
+impl Task for Absorbed<'_> {
+    fn query_floats(&self) -> usize {
+        // In the space of the cached rows, `[rows, heads, width]`.
         self.queries() * self.plane.width
     }
 
-    /// Floats of the sums over one group.
-    fn sums(&self) -> usize {
+    fn sum_floats(&self) -> usize {
         Sums::floats(self.queries(), rope_start(self.weight.rank))
     }
 
-    /// Floats that [`Task::walk`] and [`Task::project`] need: a piece as keys and as values, and sums once more.
-    fn scratch(&self) -> usize {
-        2 * PIECE * BLOCK * self.plane.width + self.sums()
+    fn scratch_floats(&self) -> usize {
+        // A piece as keys and as values, and sums once more.
+        2 * PIECE * BLOCK * self.plane.width + self.sum_floats()
     }
 
-    fn absorb(&self, queries: &mut [f32], buffers: &mut Buffers) {
+    fn prepare(&self, queries: &mut [f32], buffers: &mut Buffers) {
         let &Latent { nope, rope, rank, .. } = self.weight;
         let (rows, width, row_width) = (self.rows.len(), self.plane.width, self.heads.len() * self.plane.width);
         queries.fill(0.0);
@@ -193,11 +190,10 @@ impl Task<'_> {
         }
     }
 
-    /// Replaces `sums` by those of some groups of the context.
     fn walk(&self, groups: Range<usize>, queries: &[f32], sums: &mut [f32], scratch: &mut [f32]) {
         let (heads, width) = (self.heads.len(), self.plane.width);
         let value_width = rope_start(self.weight.rank);
-        let (next, scratch) = scratch.split_at_mut(self.sums());
+        let (next, scratch) = scratch.split_at_mut(self.sum_floats());
         let (keys, values) = scratch.as_chunks_mut().0.split_at_mut(PIECE * width);
         let mut sums = [sums, next].map(|sums| Sums::new(sums, self.queries(), value_width));
         let (plane, split) = (self.plane, value_width / LANES);
@@ -228,33 +224,7 @@ impl Task<'_> {
         }
     }
 
-    /// Of some rows, the first at a position, what they sum over groups of a context.
-    fn over<'s>(
-        &self,
-        rows: Range<usize>,
-        (position, blocks): (usize, &'s [u32]),
-        groups: Range<usize>,
-        queries: &'s [f32],
-        [sums, next]: &'s mut [Sums<'_>; 2],
-    ) -> Walk<'s> {
-        let (heads, width) = (self.heads.len(), self.plane.width);
-        let of = |row: usize| (row - self.rows.start) * heads;
-        let of = of(rows.start)..of(rows.end);
-        let data = &queries[of.start * width..of.end * width];
-        Walk {
-            queries: Queries { data, heads, width, position, window: usize::MAX, softcap: None },
-            blocks,
-            groups: groups.start..groups.end.min(blocks.len().div_ceil(GROUP_LEN / BLOCK)),
-            sums: sums.part(of.clone()),
-            next: next.part(of),
-        }
-    }
-
-    /// Merges the sums of all groups and takes the mixed latents to the values.
-    ///
-    /// # Safety
-    /// Nobody else reads or writes these rows and heads of `out` meanwhile.
-    unsafe fn project(&self, sums: &mut [f32], scratch: &mut [f32], buffers: &mut Buffers, out: &Target<'_>) {
+    unsafe fn finish(&self, sums: &mut [f32], scratch: &mut [f32], buffers: &mut Buffers, out: &Target<'_>) {
         let &Latent { v, rank, .. } = self.weight;
         let (rows, width) = (self.rows.len(), rope_start(rank));
         let mut sums = Sums::of_groups(self.isa, sums, self.queries(), width);
@@ -324,27 +294,3 @@ unsafe fn multiply_here(
     // SAFETY: the caller's obligation.
     unsafe { part.run(engine.1, out) }
 }
-
-/// Memory of this thread for the length of a task, from a cache line's start on; its contents are arbitrary.
-pub(crate) fn with_scratch(len: usize, f: impl FnOnce(&mut [f32], &mut Buffers)) {
-    thread_local! {
-        static SCRATCH: RefCell<(Vec<Line>, Buffers)> = RefCell::default();
-    }
-    SCRATCH.with_borrow_mut(|(lines, buffers)| {
-        let needed = len.div_ceil(LANES);
-        if lines.len() < needed {
-            lines.resize(needed, Line::zeroed());
-        }
-        f(&mut bytemuck::cast_slice_mut(&mut lines[..needed])[..len], buffers);
-    });
-}
-
-/// A cache line of floats.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; LANES]);
-
-// SAFETY: an array of floats of exactly its alignment's size, so without padding; zeros are floats.
-unsafe impl Zeroable for Line {}
-// SAFETY: as above.
-unsafe impl Pod for Line {}
