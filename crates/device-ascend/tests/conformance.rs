@@ -3,9 +3,14 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::sync::LazyLock;
 
-use baton_device::{Backend, BlockFormat, Code, DType, conformance};
+use baton_device::conformance::{self, Judge};
+use baton_device::{Backend, BlockFormat, Code, DType};
 use common::{A2, P310, Simulator};
+
+/// Of all chips.
+static JUDGE: LazyLock<Judge> = LazyLock::new(Judge::default);
 
 /// Runs what the chip offers, and gives what was missing for the others.
 fn judged(chip: &str, activations: DType, fused: bool) -> BTreeSet<String> {
@@ -17,7 +22,7 @@ fn judged(chip: &str, activations: DType, fused: bool) -> BTreeSet<String> {
         let refusals = backend.caps().refusals(&case.needs());
         if refusals.is_empty() {
             run += 1;
-            match conformance::run(case, &backend) {
+            match JUDGE.run(case, &backend) {
                 Ok(outcome) if outcome.passed() => {}
                 Ok(outcome) => {
                     wrong.push(format!("{case:?}: error {} over {}", outcome.max_error(), outcome.tolerance));
@@ -101,7 +106,7 @@ fn cases_agree_also_when_what_they_do_is_run_as_graphs() {
         simulator.reset();
         // Met, captured, run.
         for time in 1..=3 {
-            let outcome = conformance::run(&case, &backend).unwrap_or_else(|error| panic!("{case:?}, {time}: {error}"));
+            let outcome = JUDGE.run(&case, &backend).unwrap_or_else(|error| panic!("{case:?}, {time}: {error}"));
             assert!(outcome.passed(), "{case:?}, {time}: {} over {}", outcome.max_error(), outcome.tolerance);
         }
         simulator.expect_no_violation();

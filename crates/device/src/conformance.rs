@@ -28,6 +28,9 @@ pub use steps::passing_table;
 use steps::{LONG, MAX_POSITIONS, Ragged, over_steps};
 use tolerance::tolerance;
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
 use crate::{
     Activation, AttentionParams, Backend, BlockFormat, Code, CompressedOps, DType, GroupScore, HostLatent, HostLinear,
     HostRope, KvDtype, LatentOps, LayerKv, Op, Purpose, Reference, Requirements, Result, RopeLayout, Rows, TokenIds,
@@ -443,10 +446,33 @@ impl Outcome {
 /// Runs one case on `backend` and on the judge. Inputs are numbers that the backend's activations hold, so that both compute
 /// with the same.
 pub fn run<B: Full>(case: &Case, backend: &B) -> Result<Outcome> {
-    let inputs = backend.caps().activations;
-    let expected = evaluate(case, &Reference::new(), inputs)?;
-    let tolerance = tolerance(case, backend.caps(), &expected);
-    Ok(Outcome { expected, actual: evaluate(case, backend, inputs)?, tolerance })
+    Judge::default().run(case, backend)
+}
+
+/// The judge of many backends, or of one many times: it is slow, so it computes once for each case and type of inputs.
+#[derive(Default)]
+pub struct Judge(Mutex<HashMap<String, Vec<f32>>>);
+
+impl Judge {
+    /// As [`run`].
+    pub fn run<B: Full>(&self, case: &Case, backend: &B) -> Result<Outcome> {
+        let inputs = backend.caps().activations;
+        let expected = self.expected(case, inputs)?;
+        let tolerance = tolerance(case, backend.caps(), &expected);
+        Ok(Outcome { expected, actual: evaluate(case, backend, inputs)?, tolerance })
+    }
+
+    fn expected(&self, case: &Case, inputs: DType) -> Result<Vec<f32>> {
+        let name = name(case, inputs);
+        let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(expected) = known().get(&name) {
+            return Ok(expected.clone());
+        }
+        // Others need not wait meanwhile.
+        let expected = evaluate(case, &Reference::new(), inputs)?;
+        known().insert(name, expected.clone());
+        Ok(expected)
+    }
 }
 
 /// The numbers that one backend computes for a case with inputs that `inputs` holds, all outputs one after the other.
