@@ -18,6 +18,7 @@ const UNIT: u128 = 1 << 32;
 pub struct Turn {
     served: u128,
     last_start: u64,
+    /// Whose it is.
     pub tenant: Tenant,
 }
 

@@ -450,13 +450,16 @@ async fn limited(dir: &Path, limits: KeyLimits) -> Server {
 async fn lines_leave_their_key_as_many_requests_at_once_as_it_may_have() {
     let dir = TempDir::new().unwrap();
     let server = limited(dir.path(), KeyLimits { max_concurrent_requests: Some(2), ..KeyLimits::default() }).await;
-    server.control.hang();
+    server.control.delay_steps(Duration::from_millis(10));
     let content: String = (0..5).map(|number| line(&number.to_string(), CHAT, &chat_body())).collect();
     let id = begin(&server, &content, CHAT).await;
     server.until("lines are there, as many as there may be", |s| s.running + s.waiting == 2).await;
+    server.control.hang();
     let body = chat_body();
     let (chat, ()) = tokio::join!(server.post_with_key(CHAT, "key", &body), async {
-        server.until("the chat is there", |s| s.running + s.waiting == 3).await;
+        // It would be refused at once.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        server.control.delay_steps(Duration::ZERO);
         server.control.release();
     });
     assert_eq!(chat.status, 200);
