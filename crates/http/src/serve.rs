@@ -20,6 +20,8 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -53,6 +55,10 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 const HTTP2_BEGIN: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Pause after a look at such a beginning that is not whole, the first time; it doubles.
 const PEEK_PAUSE: Duration = Duration::from_millis(5);
+
+/// Connections at most, or half of those that there may be, that were accepted and not looked at yet. Without a bound those who
+/// come in a flood would take the places of others whose request has arrived and was not read yet.
+const MOST_UNREAD: usize = 64;
 
 /// Pause after the system refused a connection for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -97,9 +103,14 @@ pub async fn serve(
     };
     let mut drained = pin!(drained);
     let (mut too_many, mut not_accepted) = (Seldom::default(), Seldom::default());
+    let unread = Arc::new(Semaphore::new((terms.limits.connections / 2).clamp(1, MOST_UNREAD)));
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let next = async {
+            let unread = unread.clone().acquire_owned().await.expect("it is never closed");
+            (unread, listener.accept().await)
+        };
+        let (unread, accepted) = tokio::select! {
+            next = next => next,
             () = &mut drained => break,
         };
         match accepted {
@@ -123,6 +134,12 @@ pub async fn serve(
                 let connection = connection(stream, Terms { close: close.clone(), ..terms.clone() }, place.clone());
                 tokio::spawn(async move {
                     let mut connection = pin!(connection);
+                    // What has arrived is known when the system was asked, which is when whoever yields goes on.
+                    tokio::select! {
+                        biased;
+                        () = connection.as_mut() => return,
+                        () = yield_now() => drop(unread),
+                    }
                     tokio::select! {
                         biased;
                         () = place.evicted() => {

@@ -55,6 +55,28 @@ async fn r23_silent_connections_keep_nobody_out_however_many_they_are() {
 }
 
 #[tokio::test]
+async fn r23_who_has_asked_is_answered_however_many_come_behind_it_at_once() {
+    let server = start(8).await;
+    // None of them is accepted before all have come: the server and this test share a thread.
+    let asking: Vec<_> = (0..60)
+        .map(|i| {
+            let mut stream = std::net::TcpStream::connect(server.addr).unwrap();
+            let asks = i < 10;
+            if asks {
+                std::io::Write::write_all(&mut stream, &request("GET", "/live", "", b"")).unwrap();
+            }
+            stream.set_nonblocking(true).unwrap();
+            (asks, TcpStream::from_std(stream).unwrap())
+        })
+        .collect();
+    for (_, mut stream) in asking.into_iter().filter(|(asks, _)| *asks) {
+        let mut bytes = Vec::new();
+        let _ = timeout(PATIENCE, stream.read_to_end(&mut bytes)).await.expect("the server answers or closes");
+        assert!(String::from_utf8_lossy(&bytes).contains("200 OK"), "it was closed unread");
+    }
+}
+
+#[tokio::test]
 async fn r23_a_stream_is_not_cut_for_those_that_come_and_where_all_are_at_work_the_new_one_is_refused() {
     let server = start(3).await;
     server.control.delay_steps(Duration::from_millis(20));
