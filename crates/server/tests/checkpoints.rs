@@ -53,6 +53,34 @@ async fn a_gguf_file_gives_its_golden_text() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r33_a_file_that_is_cut_after_it_was_loaded_changes_nothing() {
+    let folder = TempDir::new().expect("a folder");
+    // In the file's own blocks, which are the nearest to being used where they lie.
+    let file = folder.path().join("model.gguf");
+    fs::copy(golden("gguf/llama-rope3-Q4_0.gguf"), &file).expect("a copy");
+    let whole = golden("llama-256");
+    for name in ["config.json", "generation_config.json", "model.safetensors"] {
+        fs::copy(whole.join(name), folder.path().join(name)).expect(name);
+    }
+    let vocabulary = golden("tokenizers/converted/bpe-no-prefix.model");
+    fs::copy(&vocabulary, folder.path().join("tokenizer.model")).expect("a copy");
+    for (path, weights) in [(&*file, "model.gguf"), (folder.path(), "model.safetensors")] {
+        let server = start(&[path.to_str().expect("UTF-8")]).await;
+        let answer = async || {
+            let body =
+                json!({"prompt": "a b c d e", "max_tokens": 20, "temperature": 0, "ignore_eos": true, "logprobs": 1});
+            let (status, reply) = server.client().post("/v1/completions", &body).await.expect("an answer");
+            assert_eq!(status, 200, "{reply}");
+            reply["choices"][0].clone()
+        };
+        let before = answer().await;
+        let weights = folder.path().join(weights);
+        fs::OpenOptions::new().write(true).open(&weights).and_then(|file| file.set_len(10)).expect("it is cut");
+        assert_eq!(answer().await, before, "{weights:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_checkpoint_with_a_sentencepiece_model_gives_its_golden_text() {
     let folder = TempDir::new().expect("a folder");
     for name in ["config.json", "generation_config.json", "model.safetensors"] {
