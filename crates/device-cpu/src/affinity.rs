@@ -44,8 +44,8 @@ mod linux {
     }
 
     pub(crate) fn this_thread() -> Thread {
-        // SAFETY: no arguments.
-        unsafe { libc::gettid() }
+        // SAFETY: no arguments. The call itself, for which glibc has a function only since 2.30: releases run with older ones.
+        (unsafe { libc::syscall(libc::SYS_gettid) }) as Thread
     }
 
     /// Time that a thread of this process has spent on a CPU, zero if it is gone.
