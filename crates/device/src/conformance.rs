@@ -1,4 +1,4 @@
-//! The list of cases that every backend must pass, judged by [`Reference`].
+//! The list of cases that every backend must pass, judged by [`Reference`](crate::Reference).
 //!
 //! A case is data (shapes, formats, tolerance), not code: add one to [`cases`]. Sizes are odd on
 //! purpose: tails of vectors, panels and blocks are where kernels break. Inputs come from a counter
@@ -10,6 +10,7 @@ mod compressed;
 mod fused;
 mod indexed;
 mod inputs;
+mod judge;
 mod moe;
 mod name;
 mod ranks;
@@ -23,18 +24,14 @@ pub use vectors::{MAGIC, Vector, Vectors, VectorsError, name};
 
 use inputs::{Source, activation, on_grid};
 pub use inputs::{random_blocks, uniform};
+pub use judge::{Judge, Outcome, run};
 pub use ranks::ranks;
 pub use steps::passing_table;
 use steps::{LONG, MAX_POSITIONS, Ragged, over_steps};
-use tolerance::tolerance;
-
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 
 use crate::{
     Activation, AttentionParams, Backend, BlockFormat, Code, CompressedOps, DType, GroupScore, HostLatent, HostLinear,
-    HostRope, KvDtype, LatentOps, LayerKv, Op, Purpose, Reference, Requirements, Result, RopeLayout, Rows, TokenIds,
-    WeightFormat,
+    HostRope, KvDtype, LatentOps, LayerKv, Op, Purpose, Requirements, Result, RopeLayout, Rows, TokenIds, WeightFormat,
 };
 
 /// What a backend must offer to run the whole list.
@@ -419,62 +416,6 @@ impl Case {
     }
 }
 
-/// What a backend gave for a case beside what the judge gave: equal lengths.
-pub struct Outcome {
-    /// The judge's numbers.
-    pub expected: Vec<f32>,
-    /// The backend's numbers.
-    pub actual: Vec<f32>,
-    /// Largest difference allowed, absolute, on outputs of order one.
-    pub tolerance: f32,
-}
-
-impl Outcome {
-    /// Largest absolute difference; infinite where one side is not finite.
-    pub fn max_error(&self) -> f32 {
-        assert_eq!(self.expected.len(), self.actual.len());
-        let error = |(e, a): (&f32, &f32)| if e.is_finite() && a.is_finite() { (e - a).abs() } else { f32::INFINITY };
-        self.expected.iter().zip(&self.actual).map(error).fold(0.0, f32::max)
-    }
-
-    /// Whether the backend may keep its kernel.
-    pub fn passed(&self) -> bool {
-        !self.expected.is_empty() && self.max_error() <= self.tolerance
-    }
-}
-
-/// Runs one case on `backend` and on the judge. Inputs are numbers that the backend's activations hold, so that both compute
-/// with the same.
-pub fn run<B: Full>(case: &Case, backend: &B) -> Result<Outcome> {
-    Judge::default().run(case, backend)
-}
-
-/// The judge of many backends, or of one many times: it is slow, so it computes once for each case and type of inputs.
-#[derive(Default)]
-pub struct Judge(Mutex<HashMap<String, Vec<f32>>>);
-
-impl Judge {
-    /// As [`run`].
-    pub fn run<B: Full>(&self, case: &Case, backend: &B) -> Result<Outcome> {
-        let inputs = backend.caps().activations;
-        let expected = self.expected(case, inputs)?;
-        let tolerance = tolerance(case, backend.caps(), &expected);
-        Ok(Outcome { expected, actual: evaluate(case, backend, inputs)?, tolerance })
-    }
-
-    fn expected(&self, case: &Case, inputs: DType) -> Result<Vec<f32>> {
-        let name = name(case, inputs);
-        let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(expected) = known().get(&name) {
-            return Ok(expected.clone());
-        }
-        // Others need not wait meanwhile.
-        let expected = evaluate(case, &Reference::new(), inputs)?;
-        known().insert(name, expected.clone());
-        Ok(expected)
-    }
-}
-
 /// The numbers that one backend computes for a case with inputs that `inputs` holds, all outputs one after the other.
 pub fn evaluate<B: Full>(case: &Case, b: &B, inputs: DType) -> Result<Vec<f32>> {
     let activation = |rows: usize, cols: usize, seed: u64| activation(b, inputs, rows, cols, seed);
@@ -619,6 +560,7 @@ fn outputs<B: Backend>(b: &B, tensors: &[&B::Tensor]) -> Result<Vec<f32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Reference;
 
     #[test]
     fn the_judge_agrees_with_itself_and_says_something() {

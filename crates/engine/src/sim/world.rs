@@ -13,8 +13,7 @@ use super::invariants;
 use super::{MockControl, MockModel, MockRunner};
 use crate::constrain::MaskPool;
 use crate::core::Core;
-use crate::scheduler::RequestOutput;
-use crate::scheduler::{OUTPUT_TOKEN, PROMPT_TOKEN};
+use crate::scheduler::{OUTPUT_TOKEN, PROMPT_TOKEN, RequestOutput};
 use crate::sequence::{Class, Rank};
 use crate::{EngineConfig, FinishReason, OutputEvent, PositionScore, Rebuild, Request, RequestId, SubmitError, Usage};
 
