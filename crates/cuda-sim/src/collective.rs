@@ -49,19 +49,31 @@ struct Round {
     outcome: Option<Result<(), Fail>>,
 }
 
-/// One rank's part of a sum over ranks.
+/// One rank's part of a collective.
 #[derive(Clone, Copy, Debug)]
 pub struct Meeting {
     pub communicator: u64,
     pub from: u64,
     pub to: u64,
     pub count: u64,
-    pub dtype: DType,
+    pub kind: Kind,
+}
+
+/// What becomes of the elements of all ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Sum(DType),
+    /// All get those of this rank, which are words of 32 bits.
+    Of(u32),
 }
 
 impl Meeting {
-    fn bytes(&self) -> u64 {
-        self.count * self.dtype.bytes()
+    pub fn bytes(&self) -> u64 {
+        self.count
+            * match self.kind {
+                Kind::Sum(dtype) => dtype.bytes(),
+                Kind::Of(_) => size_of::<u32>() as u64,
+            }
     }
 }
 
@@ -103,7 +115,7 @@ impl Machine {
             return Ok(false);
         }
         let parts: Vec<Meeting> = round.came.values().copied().collect();
-        let outcome = self.add_up(&parts);
+        let outcome = self.exchange(&parts);
         let round = self.rings.get_mut(&ring).and_then(|found| found.rounds.get_mut(&number));
         round.expect("found above").outcome = Some(outcome.clone());
         notify();
@@ -123,10 +135,11 @@ impl Machine {
         Ok(Progress::Done)
     }
 
-    fn add_up(&mut self, parts: &[Meeting]) -> Result<(), Fail> {
+    /// `parts`: of all ranks, in their order.
+    fn exchange(&mut self, parts: &[Meeting]) -> Result<(), Fail> {
         let first = parts[0];
-        if parts.iter().any(|part| (part.count, part.dtype) != (first.count, first.dtype)) {
-            return Err(fail!(cuda::LAUNCH_FAILED, "ranks meet with different counts or types: {parts:?}"));
+        if parts.iter().any(|part| (part.count, part.kind) != (first.count, first.kind)) {
+            return Err(fail!(cuda::LAUNCH_FAILED, "ranks meet with different counts or kinds: {parts:?}"));
         }
         let mut devices = Vec::new();
         for part in parts {
@@ -136,12 +149,23 @@ impl Machine {
             }
         }
         devices.iter().for_each(|&device| self.memory.open(device));
-        let mut sum = read(&first);
-        for part in &parts[1..] {
-            let value = read(part);
-            sum.iter_mut().zip(value).for_each(|(sum, value)| *sum = round(first.dtype, *sum + value));
+        match first.kind {
+            Kind::Sum(dtype) => {
+                let mut sum = read(&first, dtype);
+                for part in &parts[1..] {
+                    let value = read(part, dtype);
+                    sum.iter_mut().zip(value).for_each(|(sum, value)| *sum = round(dtype, *sum + value));
+                }
+                parts.iter().for_each(|part| write(part, dtype, &sum));
+            }
+            Kind::Of(rank) => {
+                let root = parts[rank as usize];
+                // SAFETY: all ranges are live and open, and each has as many bytes.
+                parts.iter().for_each(|part| unsafe {
+                    std::ptr::copy(root.from as *const u8, part.to as *mut u8, root.bytes() as usize);
+                });
+            }
         }
-        parts.iter().for_each(|part| write(part, &sum));
         devices.iter().for_each(|&device| self.memory.close(device));
         Ok(())
     }
@@ -155,11 +179,11 @@ fn round(dtype: DType, value: f32) -> f32 {
     }
 }
 
-fn read(part: &Meeting) -> Vec<f32> {
+fn read(part: &Meeting, dtype: DType) -> Vec<f32> {
     let at = |i: u64| {
         // SAFETY: the range is live and open.
         unsafe {
-            match part.dtype {
+            match dtype {
                 DType::F32 => (part.from as *const f32).add(i as usize).read_unaligned(),
                 DType::F16 => (part.from as *const f16).add(i as usize).read_unaligned().to_f32(),
                 DType::BF16 => (part.from as *const bf16).add(i as usize).read_unaligned().to_f32(),
@@ -169,11 +193,11 @@ fn read(part: &Meeting) -> Vec<f32> {
     (0..part.count).map(at).collect()
 }
 
-fn write(part: &Meeting, values: &[f32]) {
+fn write(part: &Meeting, dtype: DType, values: &[f32]) {
     for (i, &value) in values.iter().enumerate() {
         // SAFETY: the range is live and open.
         unsafe {
-            match part.dtype {
+            match dtype {
                 DType::F32 => (part.to as *mut f32).add(i).write_unaligned(value),
                 DType::F16 => (part.to as *mut f16).add(i).write_unaligned(f16::from_f32(value)),
                 DType::BF16 => (part.to as *mut bf16).add(i).write_unaligned(bf16::from_f32(value)),

@@ -63,6 +63,23 @@ pub struct AscendBackend {
     drawer: Mutex<Drawer>,
 }
 
+/// How a step ended.
+pub enum Chosen {
+    /// With these tokens, which the host has.
+    Told(Vec<Option<u32>>),
+    /// With none, and it may still be computed.
+    UnderWay,
+}
+
+impl AsRef<[Option<u32>]> for Chosen {
+    fn as_ref(&self) -> &[Option<u32>] {
+        match self {
+            Self::Told(tokens) => tokens,
+            Self::UnderWay => &[],
+        }
+    }
+}
+
 /// Tokens of a cache block: what fused attention takes everywhere.
 pub(crate) const BLOCK: usize = 128;
 
@@ -223,7 +240,7 @@ impl Backend for AscendBackend {
     type KvCache = KvCache;
     type AttentionPlan = AttentionPlan;
     /// On the host: the device finds the largest, every other draw is the host's.
-    type Chosen = Vec<Option<u32>>;
+    type Chosen = Chosen;
 
     fn caps(&self) -> &Caps {
         &self.caps
@@ -423,10 +440,6 @@ impl Backend for AscendBackend {
         self.place.all_here(&self.caps.device)
     }
 
-    fn submit(&self) -> Result<()> {
-        self.owner.submit("submit", Device::end_piece)
-    }
-
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
         assert_eq!(x.cols(), out.cols(), "width of gathered rows");
         below(rows, x.rows());
@@ -462,24 +475,35 @@ impl Backend for AscendBackend {
         Ok(())
     }
 
-    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+    fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Chosen> {
         assert_eq!(logits.rows(), draws.len(), "a draw for each row");
         if draws.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Chosen::Told(Vec::new()));
         }
         if draws.iter().all(Draw::takes_the_largest) {
             let x = logits.view();
-            return self.owner.call("argmax", move |device| index::argmax(device, &x));
+            return self.owner.call("argmax", move |device| index::argmax(device, &x)).map(Chosen::Told);
         }
         let mut values = Vec::new();
         self.read(logits, &mut values)?;
         let mut drawer = self.drawer.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(drawer.choose(&values, logits.cols(), draws))
+        Ok(Chosen::Told(drawer.choose(&values, logits.cols(), draws)))
     }
 
-    fn read_chosen(&self, chosen: &Vec<Option<u32>>, out: &mut Vec<Option<u32>>) -> Result<()> {
-        out.clone_from(chosen);
-        Ok(())
+    fn submit(&self) -> Result<Chosen> {
+        self.owner.submit("submit", Device::end_piece)?;
+        Ok(Chosen::UnderWay)
+    }
+
+    fn read_chosen(&self, chosen: &Chosen, out: &mut Vec<Option<u32>>) -> Result<()> {
+        out.clear();
+        match chosen {
+            Chosen::UnderWay => self.owner.call("step", Device::synchronize),
+            Chosen::Told(tokens) => {
+                out.extend(tokens);
+                Ok(())
+            }
+        }
     }
 }
 

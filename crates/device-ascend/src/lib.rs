@@ -35,7 +35,7 @@ mod tests;
 
 pub use abi::codes::{Class, describe};
 pub use abi::consts::constants;
-pub use backend::{AscendBackend, AscendOptions};
+pub use backend::{AscendBackend, AscendOptions, Chosen};
 pub use chip::Chip;
 pub use error::AscendError;
 pub use libraries::{Attempt, Role, Search, Unavailable};

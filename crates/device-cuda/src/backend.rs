@@ -301,10 +301,6 @@ impl Backend for CudaBackend {
         self.place.rejoin(self.gpu.name())
     }
 
-    fn submit(&self) -> Result<()> {
-        self.gpu.flush()
-    }
-
     fn gather_rows(&self, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
         self.rows.gather_rows(x, rows, out)
     }
@@ -335,7 +331,15 @@ impl Backend for CudaBackend {
     }
 
     fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Chosen> {
-        self.chooser.choose(logits, draws)
+        self.chooser.choose(Some(logits), logits.cols(), draws, None)
+    }
+
+    fn choose_for_all(&self, logits: Option<&Tensor>, cols: usize, draws: &[Draw]) -> Result<Chosen> {
+        self.chooser.choose(logits, cols, draws, Some(&self.place))
+    }
+
+    fn submit(&self) -> Result<Chosen> {
+        self.chooser.choose_nothing()
     }
 
     fn read_chosen(&self, chosen: &Chosen, out: &mut Vec<Option<u32>>) -> Result<()> {

@@ -1,17 +1,19 @@
 //! Tokens chosen from logits, and where the next step finds them.
 //!
 //! Invariant: chosen tokens stay where they are on the device until the next are chosen, so a step that begins with them waits for
-//! nobody; and it is the same launches as one that begins with tokens of the host.
+//! nobody; and it is the same launches as one that begins with tokens of the host. Of several ranks the first chooses, and the
+//! others have its tokens in their own place.
 
 use std::f64::consts::LOG2_E;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use baton_device::{Draw, Result, Rows, TokenIds};
+use baton_device::{Draw, Result, Rows, TokenId, TokenIds};
 
 use crate::gpu::{Arg, Gpu, Launch};
 use crate::program::{Kernel, Source};
 use crate::queue::Fetch;
+use crate::ranks::Place;
 use crate::staging::Slot;
 use crate::tensor::{DataType, Tensor};
 
@@ -22,15 +24,15 @@ const USUAL: usize = 16 << 10;
 /// Marks an id that is the row of a chosen token: `CHOSEN` of `kernels/linear.cu`.
 const CHOSEN: u32 = 1 << 31;
 
-/// Tokens chosen from the rows of a step.
+/// Tokens chosen from the rows of a step, at its end.
 pub struct Chosen {
     /// Which choice of all it was.
     number: u64,
     rows: usize,
     /// Tokens are below it.
     limit: usize,
-    /// Their way to the host; `None` if there are none.
-    fetch: Option<Fetch>,
+    /// Their way to the host.
+    fetch: Fetch,
 }
 
 /// Tokens as a kernel takes them.
@@ -63,36 +65,56 @@ impl Chooser {
         self.gpu.kernel(Source::Choose, format!("choose<{}>", logits.name()))
     }
 
-    /// Queues the choice, and begins to bring it to the host: with that all that is queued runs.
-    pub(crate) fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Chosen> {
-        let (rows, limit) = (logits.rows(), logits.cols());
-        assert_eq!(rows, draws.len(), "a draw for each row");
-        let number = self.choices.load(Ordering::Relaxed) + 1;
+    /// Queues the choice among so many columns, and begins to bring it to the host: with that all that is queued runs. With a
+    /// place among ranks the tokens are those of the first, which alone brings logits.
+    pub(crate) fn choose(
+        &self,
+        logits: Option<&Tensor>,
+        limit: usize,
+        draws: &[Draw],
+        place: Option<&Place>,
+    ) -> Result<Chosen> {
+        let rows = draws.len();
         if rows == 0 {
-            return Ok(Chosen { number, rows, limit, fetch: None });
+            return self.choose_nothing();
         }
-        let draws = self.gpu.upload(&self.draws, &draws.iter().flat_map(encode).collect::<Vec<_>>())?;
         let tokens = self.gpu.reserve(&self.tokens, rows * size_of::<i32>())?;
+        if let Some(logits) = logits {
+            assert_eq!((logits.rows(), logits.cols()), (rows, limit), "a draw for each row");
+            self.launch(logits, draws, tokens)?;
+        }
+        if let Some(place) = place {
+            place.broadcast(&self.gpu, tokens, rows)?;
+        }
+        // What was there is overwritten from now on.
+        let number = self.choices.fetch_add(1, Ordering::Relaxed) + 1;
+        let fetch = self.gpu.fetch(tokens, rows * size_of::<i32>())?;
+        Ok(Chosen { number, rows, limit, fetch })
+    }
+
+    /// The end of a step that chooses nothing.
+    pub(crate) fn choose_nothing(&self) -> Result<Chosen> {
+        let fetch = self.gpu.fetch(self.tokens()?, 0)?;
+        Ok(Chosen { number: self.choices.load(Ordering::Relaxed), rows: 0, limit: 0, fetch })
+    }
+
+    fn launch(&self, logits: &Tensor, draws: &[Draw], tokens: u64) -> Result<()> {
+        let (rows, limit) = (logits.rows(), logits.cols());
+        let draws = self.gpu.upload(&self.draws, &draws.iter().flat_map(encode).collect::<Vec<_>>())?;
         let threads = limit.div_ceil(STEP).next_multiple_of(32).min(1024);
         let launch = Launch { grid: [rows as u32, 1, 1], block: [threads as u32, 1, 1], shared: 0 };
         let args = [logits.address(), draws, tokens].map(Arg::Ptr);
         let args = [&args[..], &[Arg::I32(limit as i32)]].concat();
-        self.gpu.launch(&self.kernel(logits.dtype())?, launch, &args)?;
-        // What was there is overwritten from now on.
-        self.choices.store(number, Ordering::Relaxed);
-        let fetch = self.gpu.fetch(tokens, rows * size_of::<i32>())?;
-        Ok(Chosen { number, rows, limit, fetch: Some(fetch) })
+        self.gpu.launch(&self.kernel(logits.dtype())?, launch, &args)
     }
 
     /// Waits for tokens, replacing what `out` held.
     pub(crate) fn read(&self, chosen: &Chosen, out: &mut Vec<Option<u32>>) -> Result<()> {
+        let mut bytes = vec![0; chosen.rows * size_of::<i32>()];
+        self.gpu.finish(&chosen.fetch, &mut bytes)?;
         out.clear();
-        if let Some(fetch) = &chosen.fetch {
-            let mut bytes = vec![0; chosen.rows * size_of::<i32>()];
-            self.gpu.finish(fetch, &mut bytes)?;
-            // -1 for a row that is not finite.
-            out.extend(bytes.as_chunks().0.iter().map(|token| u32::try_from(i32::from_ne_bytes(*token)).ok()));
-        }
+        // -1 for a row that is not finite.
+        out.extend(bytes.as_chunks().0.iter().map(|token| u32::try_from(i32::from_ne_bytes(*token)).ok()));
         Ok(())
     }
 
@@ -108,14 +130,24 @@ impl Chooser {
                 let limit = ids.iter().max().map_or(0, |id| *id as usize + 1);
                 Ids { words: ids.to_vec(), limit }
             }
-            TokenIds::Chosen { tokens, rows } => {
+            TokenIds::Chosen { tokens, ids } => {
                 assert_eq!(
                     tokens.number,
                     self.choices.load(Ordering::Relaxed),
                     "only what was chosen last is still there"
                 );
-                assert!(rows.iter().all(|row| (*row as usize) < tokens.rows), "a row beyond {}", tokens.rows);
-                Ids { words: rows.iter().map(|row| CHOSEN | row).collect(), limit: tokens.limit }
+                let mut limit = tokens.limit;
+                let word = |id: &TokenId| match *id {
+                    TokenId::Known(id) => {
+                        limit = limit.max(id as usize + 1);
+                        id
+                    }
+                    TokenId::Chosen(row) => {
+                        assert!((row as usize) < tokens.rows, "row {row} of {}", tokens.rows);
+                        CHOSEN | row
+                    }
+                };
+                Ids { words: ids.iter().map(word).collect(), limit }
             }
         }
     }

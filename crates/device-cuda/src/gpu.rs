@@ -276,7 +276,7 @@ impl Gpu {
     /// Runs what is queued and begins a copy to the host, at whose end [`Gpu::finish`] waits.
     pub(crate) fn fetch(&self, address: u64, bytes: usize) -> Result<Fetch> {
         self.context.enter()?;
-        add(&self.counters.reads, 1);
+        add(&self.counters.reads, usize::from(bytes > 0));
         add(&self.counters.read, bytes);
         self.with_queue(|queue| {
             queue.flush(&self.context, &self.counters)?;

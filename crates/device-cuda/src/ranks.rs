@@ -12,7 +12,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use baton_device::{DeviceError, Result, Rows, World};
-use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
+use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
 
 use crate::context::{Context, Handle};
 use crate::gpu::Gpu;
@@ -50,13 +50,7 @@ impl Place {
     /// # Errors
     /// [`DeviceError::Poisoned`] if a rank has left; it need not show here.
     pub(crate) fn all_reduce(&self, gpu: &Arc<Gpu>, x: &mut Tensor) -> Result<()> {
-        let Some(group) = &self.group else { return Ok(()) };
-        group.whole(gpu.name())?;
-        if !group.captured {
-            gpu.flush()?;
-        }
-        let captured = group.captured;
-        let (group, rank, at, count) = (group.clone(), self.world.rank, x.address(), x.rows() * x.cols());
+        let (at, count) = (x.address(), x.rows() * x.cols());
         if count == 0 {
             return Ok(());
         }
@@ -65,14 +59,45 @@ impl Place {
             DataType::F16 => ncclDataType_t::ncclFloat16,
             DataType::BF16 => ncclDataType_t::ncclBfloat16,
         };
-        gpu.call("all_reduce", &[at, count as u64, dtype as u64], move |context, stream| {
+        let key = [at, count as u64, dtype as u64];
+        self.collective(gpu, "all_reduce", key, "ncclAllReduce", move |nccl, end, stream| {
             let data = at as *mut c_void;
-            let all_reduce = group.nccl.all_reduce;
-            group.with(rank, &context.name, "ncclAllReduce", |end| {
-                // SAFETY: the communicator is this rank's and live, its stream is of the device that it was made for; so many elements
-                // are the caller's until the stream has passed, and they may be both input and output.
-                unsafe { all_reduce(data, data, count, dtype, ncclRedOp_t::ncclSum, end, stream.cast()) }
-            })
+            // SAFETY: the communicator is this rank's and live, its stream is of the device that it was made for; so many elements
+            // are the caller's until the stream has passed, and they may be both input and output.
+            unsafe { (nccl.all_reduce)(data, data, count, dtype, ncclRedOp_t::ncclSum, end, stream) }
+        })
+    }
+
+    /// Queues a copy of what the first rank has to all of them: words of 32 bits at an address of each one's own.
+    ///
+    /// # Errors
+    /// As [`Place::all_reduce`].
+    pub(crate) fn broadcast(&self, gpu: &Arc<Gpu>, at: u64, words: usize) -> Result<()> {
+        self.collective(gpu, "broadcast", [at, words as u64, 0], "ncclBroadcast", move |nccl, end, stream| {
+            let (data, dtype) = (at as *mut c_void, ncclDataType_t::ncclInt32);
+            // SAFETY: as in `all_reduce`; the first rank is number 0.
+            unsafe { (nccl.broadcast)(data, data, words, dtype, 0, end, stream) }
+        })
+    }
+
+    /// Queues a call of NCCL that `op` and `key` say everything about.
+    fn collective(
+        &self,
+        gpu: &Arc<Gpu>,
+        op: &'static str,
+        key: [u64; 3],
+        name: &'static str,
+        call: impl Fn(&Nccl, ncclComm_t, cudaStream_t) -> ncclResult_t + Send + 'static,
+    ) -> Result<()> {
+        let Some(group) = &self.group else { return Ok(()) };
+        group.whole(gpu.name())?;
+        if !group.captured {
+            gpu.flush()?;
+        }
+        let captured = group.captured;
+        let (group, rank) = (group.clone(), self.world.rank);
+        gpu.call(op, &key, move |context, stream| {
+            group.with(rank, &context.name, name, |end| call(group.nccl, end, stream.cast()))
         })?;
         if captured { Ok(()) } else { gpu.flush() }
     }

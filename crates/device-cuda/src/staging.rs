@@ -124,7 +124,7 @@ impl Staging {
         Ok(())
     }
 
-    /// Queues a copy to the host behind all that `stream` was given.
+    /// Queues a copy to the host behind all that `stream` was given. Of no bytes it is the end of that.
     pub(crate) fn fetch(
         &mut self,
         context: &Arc<Context>,
@@ -133,10 +133,12 @@ impl Staging {
         bytes: usize,
     ) -> Result<Arrival> {
         let landing = self.landing(context, bytes)?;
-        let start = landing.pinned.start.get();
-        // SAFETY: the target has so many bytes and nobody reads it before the event, the source is the caller's.
-        let code = unsafe { sys::cuMemcpyDtoHAsync_v2(start, address, bytes, stream) };
-        context.check("fetch", code)?;
+        if bytes > 0 {
+            let start = landing.pinned.start.get();
+            // SAFETY: the target has so many bytes and nobody reads it before the event, the source is the caller's.
+            let code = unsafe { sys::cuMemcpyDtoHAsync_v2(start, address, bytes, stream) };
+            context.check("fetch", code)?;
+        }
         // SAFETY: an event and a stream of this context.
         context.check("fetch", unsafe { sys::cuEventRecord(landing.event.get(), stream) })?;
         Ok(Arrival { landing, bytes })

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use baton_device::{
     Activation, AttentionBatch, AttentionParams, Backend, DType, DeviceError, Draw, HostLinear, HostRope, HostTensor,
-    KvBlocks, KvSpec, LayerKv, Purpose, Result, RopeLayout, SequenceSpan, TokenIds, WeightFormat, conformance::uniform,
+    KvBlocks, KvSpec, LayerKv, Purpose, Result, RopeLayout, SequenceSpan, TokenId, TokenIds, WeightFormat,
+    conformance::uniform,
 };
 use baton_device_cuda::{CudaBackend, CudaOptions, probe};
 use common::{Simulator, options};
@@ -151,7 +152,7 @@ fn a_step_begun_before_the_last_has_ended_is_the_same_graph_and_gives_the_same_t
     let mut ahead = decoder.begin(TokenIds::Known(&[tokens[tokens.len() - 1]]), 1, 9).unwrap();
     for position in 10..TOKENS {
         let (begun, launched) = (b.statistics(), simulator.count("calls.cuGraphLaunch"));
-        let next = decoder.begin(TokenIds::Chosen { tokens: &ahead, rows: &[0] }, 1, position).unwrap();
+        let next = decoder.begin(TokenIds::Chosen { tokens: &ahead, ids: &[TokenId::Chosen(0)] }, 1, position).unwrap();
         assert_eq!(b.statistics().waits, begun.waits, "to begin a step waits for nothing");
         assert_eq!(simulator.count("calls.cuGraphLaunch"), launched + 1);
         let copied = simulator.count("copies.device_to_host");
@@ -170,6 +171,28 @@ fn a_step_begun_before_the_last_has_ended_is_the_same_graph_and_gives_the_same_t
 }
 
 #[test]
+fn the_end_of_a_step_that_chooses_nothing_is_waited_for_and_nothing_behind_it() {
+    let Some(simulator) = Simulator::new() else { return };
+    let b = simulator.open(DType::BF16);
+    let mut x = b.tensor(2, 8).unwrap();
+    b.write(&[1.0; 16], &mut x).unwrap();
+    let mut ends: Vec<_> = (0..2)
+        .map(|_| {
+            (0..3).for_each(|_| b.scale(&mut x, 2.0).unwrap());
+            b.submit().unwrap()
+        })
+        .collect();
+    let run = || simulator.count("kernels.scale<bf16>");
+    assert_eq!(run(), 0, "nobody has waited");
+    for (end, expected) in ends.drain(..).zip([3, 6]) {
+        let mut tokens = vec![Some(1)];
+        b.read_chosen(&end, &mut tokens).unwrap();
+        assert_eq!((run(), tokens.len()), (expected, 0));
+    }
+    assert_eq!(b.statistics().read, 0);
+}
+
+#[test]
 #[should_panic(expected = "only what was chosen last")]
 fn tokens_that_others_replaced_are_not_looked_up() {
     let Some(simulator) = Simulator::new() else { panic!("only what was chosen last: skipped") };
@@ -177,7 +200,7 @@ fn tokens_that_others_replaced_are_not_looked_up() {
     let mut decoder = Decoder::new(&b).unwrap();
     let first = decoder.begin(TokenIds::Known(&[1]), 1, 0).unwrap();
     decoder.begin(TokenIds::Known(&[2]), 1, 1).unwrap();
-    let _ = decoder.begin(TokenIds::Chosen { tokens: &first, rows: &[0] }, 1, 2);
+    let _ = decoder.begin(TokenIds::Chosen { tokens: &first, ids: &[TokenId::Chosen(0)] }, 1, 2);
 }
 
 #[test]

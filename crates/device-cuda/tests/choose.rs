@@ -4,7 +4,7 @@
 mod common;
 
 use baton_device::conformance::uniform;
-use baton_device::{Backend, DType, Draw, Drawer, HostLinear, HostTensor, Purpose, TokenIds, WeightFormat};
+use baton_device::{Backend, DType, Draw, Drawer, HostLinear, HostTensor, Purpose, TokenId, TokenIds, WeightFormat};
 use baton_device_cuda::CudaBackend;
 use common::Simulator;
 
@@ -151,12 +151,15 @@ fn chosen_tokens_are_looked_up_as_known_ones_are() {
     let tokens = b.choose(&logits, &draws(1, rows.len())).unwrap();
     let (mut out, mut looked_up, mut chosen) = (b.tensor(4, 4).unwrap(), Vec::new(), Vec::new());
     // The last has none: any row will do.
-    let order = [3, 0, 3, 9];
-    b.embed(TokenIds::Chosen { tokens: &tokens, rows: &order }, &weight, &mut out).unwrap();
+    let order = [TokenId::Chosen(3), TokenId::Known(254), TokenId::Chosen(3), TokenId::Chosen(9)];
+    b.embed(TokenIds::Chosen { tokens: &tokens, ids: &order }, &weight, &mut out).unwrap();
     b.read(&out, &mut looked_up).unwrap();
     b.read_chosen(&tokens, &mut chosen).unwrap();
-    for (row, values) in order.iter().zip(looked_up.chunks_exact(4)) {
-        let id = chosen[*row as usize].unwrap_or(0) as usize;
-        assert_eq!(values, &table[4 * id..][..4]);
+    for (id, values) in order.iter().zip(looked_up.chunks_exact(4)) {
+        let id = match *id {
+            TokenId::Known(id) => id,
+            TokenId::Chosen(row) => chosen[row as usize].unwrap_or(0),
+        };
+        assert_eq!(values, &table[4 * id as usize..][..4]);
     }
 }

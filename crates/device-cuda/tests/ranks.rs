@@ -4,7 +4,9 @@ mod common;
 
 use std::thread;
 
-use baton_device::{Backend, DType, DeviceError, WeightFormat, conformance};
+use baton_device::{
+    Backend, DType, DeviceError, Draw, HostLinear, HostTensor, Purpose, TokenId, TokenIds, WeightFormat, conformance,
+};
 use baton_device_cuda::{CudaBackend, Statistics};
 use common::{Simulator, options};
 
@@ -88,6 +90,62 @@ fn steps_are_replayed_with_sums_in_their_graphs_or_between_them_and_come_to_the_
     put_sums_in_graphs(false);
     assert_eq!(made[0], made[1]);
     assert!(made[0].iter().all(|x| *x != 0.0), "{:?}", made[0]);
+    simulator.expect_clean();
+}
+
+/// Tokens on the host, and what a rank looked up.
+type Choice = (Vec<Option<u32>>, Vec<f32>);
+
+/// What `choose_for_all` gives each rank, and what each looks up of it in a table whose row i is i.
+fn shared_choices(backends: &[CudaBackend], rounds: usize) -> Vec<Vec<Choice>> {
+    const COLS: usize = 40;
+    let choose = |rank: usize| {
+        let b = &backends[rank];
+        let bytes: Vec<u8> = (0..COLS).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let weight = HostTensor::new("table", DType::F32, vec![COLS, 1], &bytes);
+        let (format, purpose) = (WeightFormat::F32, Purpose::Table);
+        let table = b.linear_weight(&HostLinear { weight, bias: None, format, purpose }).unwrap();
+        let (mut logits, mut out) = (b.tensor(3, COLS).unwrap(), b.tensor(4, 1).unwrap());
+        let mut round = |number: usize| {
+            let mut values = vec![0.0; 3 * COLS];
+            values[number] = 1.0;
+            values[COLS + 30 - number] = 1.0;
+            values[2 * COLS] = f32::NAN;
+            b.write(&values, &mut logits).unwrap();
+            let own = if rank == 0 { Some(&logits) } else { None };
+            let chosen = b.choose_for_all(own, COLS, &[Draw::LARGEST; 3]).unwrap();
+            let ids = [TokenId::Chosen(1), TokenId::Chosen(0), TokenId::Known(39), TokenId::Chosen(1)];
+            b.embed(TokenIds::Chosen { tokens: &chosen, ids: &ids }, &table, &mut out).unwrap();
+            let (mut tokens, mut looked_up) = (Vec::new(), Vec::new());
+            b.read_chosen(&chosen, &mut tokens).unwrap();
+            b.read(&out, &mut looked_up).unwrap();
+            (tokens, looked_up)
+        };
+        (0..rounds).map(&mut round).collect()
+    };
+    thread::scope(|scope| {
+        let ranks: Vec<_> = (0..backends.len()).map(|rank| scope.spawn(move || choose(rank))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn what_the_first_rank_chooses_all_have_on_host_and_device() {
+    let Some(simulator) = Simulator::new() else { return };
+    const ROUNDS: u32 = 4;
+    for inside in [false, true] {
+        put_sums_in_graphs(inside);
+        for size in [1, 2, 3] {
+            let all = shared_choices(&ranks(&simulator, size, DType::F32), ROUNDS as usize);
+            let round = |i: u32| {
+                let looked_up = [30 - i, i, 39, 30 - i].map(|id| id as f32);
+                (vec![Some(i), Some(30 - i), None], looked_up.to_vec())
+            };
+            let expected: Vec<_> = (0..ROUNDS).map(round).collect();
+            all.iter().for_each(|rank| assert_eq!(*rank, expected, "{size} ranks"));
+        }
+    }
+    put_sums_in_graphs(false);
     simulator.expect_clean();
 }
 

@@ -39,17 +39,26 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// The token of one row of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenId {
+    /// As the host knows it.
+    Known(u32),
+    /// In this row of what was chosen. Where no token was chosen it is some valid id.
+    Chosen(u32),
+}
+
 /// The tokens of a step, one per row.
 #[derive(Debug)]
 pub enum TokenIds<'a, C> {
     /// As the host knows them.
     Known(&'a [u32]),
-    /// Those that an earlier step chose, which need not have come to the host.
+    /// Among them those that an earlier step chose, which need not have come to the host.
     Chosen {
-        /// What the last [`Backend::choose`] gave.
+        /// What chose tokens last.
         tokens: &'a C,
-        /// For each row the row of `tokens`. Where no token was chosen it is some valid id.
-        rows: &'a [u32],
+        /// Of each row.
+        ids: &'a [TokenId],
     },
 }
 
@@ -61,13 +70,17 @@ impl<C> Clone for TokenIds<'_, C> {
 
 impl<C> Copy for TokenIds<'_, C> {}
 
-impl<'a> TokenIds<'a, Vec<Option<u32>>> {
+impl<'a, C: AsRef<[Option<u32>]>> TokenIds<'a, C> {
     /// The ids, of a device that chooses when it is asked to.
     pub fn on_host(self) -> Cow<'a, [u32]> {
         match self {
             TokenIds::Known(ids) => ids.into(),
-            TokenIds::Chosen { tokens, rows } => {
-                rows.iter().map(|&row| tokens[row as usize].unwrap_or_default()).collect()
+            TokenIds::Chosen { tokens, ids } => {
+                let id = |id: &TokenId| match *id {
+                    TokenId::Known(id) => id,
+                    TokenId::Chosen(row) => tokens.as_ref()[row as usize].unwrap_or_default(),
+                };
+                ids.iter().map(id).collect()
             }
         }
     }
@@ -113,7 +126,7 @@ pub trait Backend: Send + Sync + 'static {
     type KvCache: Send;
     /// What attention needs to know of a step; built once, read by every layer.
     type AttentionPlan: Send;
-    /// Tokens chosen from logits: on their way to the host, and where [`Backend::embed`] finds them.
+    /// The end of a step, and the tokens that it chose: on their way to the host, and where [`Backend::embed`] finds them.
     type Chosen: Send;
 
     /// What this device offers.
@@ -271,11 +284,6 @@ pub trait Backend: Send + Sync + 'static {
     fn rejoin(&self) -> Result<()> {
         Ok(())
     }
-    /// Says that a step asks for nothing more: a device that collects what it is asked for begins it now. For ranks that bring
-    /// nothing to the host, while others wait for their sums.
-    fn submit(&self) -> Result<()> {
-        Ok(())
-    }
     /// `out[i] = x[rows[i]]`.
     fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<()>;
     /// `out[rows[i]] += x[i]`. Rows are distinct.
@@ -289,7 +297,16 @@ pub trait Backend: Send + Sync + 'static {
     /// Chooses a token from each row of logits in use, by one draw per row. Nobody waits: a device that collects what it is asked
     /// for begins it now, and the next step can be asked for before the tokens are read.
     fn choose(&self, logits: &Self::Tensor, draws: &[Draw]) -> Result<Self::Chosen>;
-    /// Waits for tokens that were chosen, replacing what `out` held; `None` for a row that is not finite throughout.
+    /// [`Backend::choose`] of the first rank for all of them: it brings the logits, the others the same draws, and how many columns
+    /// logits have. Where [`Caps::runs_ahead`] is set the tokens are on every rank then, as ranks are at the same place of the
+    /// same step; elsewhere others have none.
+    fn choose_for_all(&self, logits: Option<&Self::Tensor>, _cols: usize, draws: &[Draw]) -> Result<Self::Chosen> {
+        assert!(self.world().size == 1 || !self.caps().runs_ahead, "a device that runs ahead shares its tokens");
+        logits.map_or_else(|| self.submit(), |logits| self.choose(logits, draws))
+    }
+    /// Says that a step asks for nothing more and chooses no tokens: a device that collects what it is asked for begins it now.
+    fn submit(&self) -> Result<Self::Chosen>;
+    /// Waits for the end of a step and its tokens, replacing what `out` held; `None` for a row that is not finite throughout.
     fn read_chosen(&self, chosen: &Self::Chosen, out: &mut Vec<Option<u32>>) -> Result<()>;
 }
 

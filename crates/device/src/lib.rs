@@ -30,7 +30,7 @@ mod routing;
 pub use attention::{
     AttentionBatch, AttentionParams, KvBlocks, KvDtype, KvSpec, LayerKv, PASSED, RopeLayout, SequenceSpan, saturate_f16,
 };
-pub use backend::{Activation, Backend, Indexer, LatentOps, MoeOps, Rotary, Rows, TokenIds};
+pub use backend::{Activation, Backend, Indexer, LatentOps, MoeOps, Rotary, Rows, TokenId, TokenIds};
 pub use caps::{Caps, Op, Requirements};
 pub use coded::{Code, CodedRows, CodedSource, Coding, widen};
 pub use compressed::{CompressedOps, Entries, Mixing, PoolKv, Pooling, Reads, WindowedParams};

@@ -106,6 +106,11 @@ impl BlockManager {
         self.allocator.stats()
     }
 
+    /// Whether something passes.
+    pub fn has_passing(&self) -> bool {
+        self.passing.is_some()
+    }
+
     /// Where the passing blocks are, if there are any.
     pub fn passing_stats(&self) -> Option<BlockStats> {
         self.passing.as_ref().map(|own| own.allocator.stats())
@@ -305,11 +310,12 @@ impl BlockManager {
         (sequence.num_computed, sequence.num_begun) = (0, 0);
     }
 
-    /// Takes the last block of each kind out of the table of a sequence; they stay held until
-    /// [`release_detached`](Self::release_detached).
-    pub fn detach_last(&mut self, sequence: &mut Sequence) -> Blocks {
-        let kept = sequence.table.blocks.pop().expect("it has blocks");
-        Blocks { kept: vec![kept], passing: sequence.table.passing.pop().into_iter().collect() }
+    /// Takes the blocks that the step under way writes out of the table of a sequence, and those behind them, in which nothing
+    /// is; they stay held until [`release_detached`](Self::release_detached).
+    pub fn detach_begun(&mut self, sequence: &mut Sequence) -> Blocks {
+        let (table, first) = (&mut sequence.table, sequence.num_computed / self.block_size);
+        let passing = table.passing.drain(first.min(table.passing.len())..).collect();
+        Blocks { kept: table.blocks.split_off(first), passing }
     }
 
     /// Takes blocks back that are in no table.
@@ -327,8 +333,9 @@ impl BlockManager {
         let table = &sequence.table;
         let (proven, computed) = (table.num_proven, sequence.num_computed);
         let unproven = |blocks: &[BlockId], from: usize| {
-            let from = from.max(proven.div_ceil(self.block_size));
-            blocks.get(from..computed.div_ceil(self.block_size)).unwrap_or_default().to_vec()
+            let (from, to) = (from.max(proven.div_ceil(self.block_size)), computed.div_ceil(self.block_size));
+            // Without those that were detached.
+            blocks.get(from..to.min(blocks.len())).unwrap_or_default().to_vec()
         };
         let unproven = Blocks { kept: unproven(&table.blocks, 0), passing: unproven(&table.passing, table.num_passed) };
         self.release(sequence);

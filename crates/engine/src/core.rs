@@ -365,7 +365,7 @@ mod tests {
         let score = Score { logprobs: vec![-1.0], top: vec![(4, -0.5), (2, -0.6)], hidden: vec![] };
         let output = SequenceOutput { scores: Ok(vec![score.clone()]), ..SequenceOutput::new(7) };
         let answers = |step: &SequenceStep, output: &SequenceOutput| {
-            let plan = StepPlan { sequences: vec![step.clone()] };
+            let plan = StepPlan::new(vec![step.clone()]);
             check(&plan, StepOutput { sequences: vec![output.clone()] }, 10).is_ok()
         };
         let with = |scores| SequenceOutput { scores, ..output.clone() };

@@ -205,19 +205,28 @@ impl Scheduler {
             left -= self.plan(next.id(), left - behind.len(), &mut plan);
         }
         self.add_drafts(&mut plan);
+        self.begun(&plan);
         plan
     }
 
     /// Adds a running sequence to the plan, with as many of its tokens as there is room for; returns how many.
     fn plan(&mut self, id: RequestId, room: usize, plan: &mut StepPlan) -> usize {
         let sequence = self.running.get_mut(&id).expect("who is planned runs");
-        let n = sequence.num_pending().min(room);
+        let n = sequence.num_left().min(room);
         debug_assert!(n > 0, "every running sequence is part of every step of its class");
         let uncharged = sequence.take_uncharged(n) as u64;
         self.waiting.charge(sequence, uncharged * PROMPT_TOKEN);
-        self.blocks.give_passing(sequence, sequence.num_computed + n);
+        self.blocks.give_passing(sequence, sequence.next() + n);
         plan.sequences.push(sequence.step(n, self.blocks.block_size()));
         n
+    }
+
+    /// A planned step is under way from now on.
+    fn begun(&mut self, plan: &StepPlan) {
+        for step in &plan.sequences {
+            let sequence = self.running.get_mut(&RequestId(step.id)).expect("what is planned is running");
+            sequence.num_begun = step.num_computed + step.tokens.count();
+        }
     }
 
     /// The running sequences of a class, the first to go first.
@@ -416,7 +425,7 @@ impl Scheduler {
     /// Takes all blocks from a running sequence, which waits then.
     fn preempt(&mut self, id: RequestId) {
         let mut sequence = self.running.remove(&id).expect("it runs");
-        debug_assert!(!sequence.is_begun_ahead(), "it will run again, and what is under way would be of its past");
+        debug_assert!(!sequence.is_under_way(), "it will run again, and what is under way would be of its past");
         self.unclean.extend(self.blocks.release_unfinished(&mut sequence));
         self.waiting.insert(sequence);
         self.counters.preemptions += u64::from(!id.is_background());
@@ -524,5 +533,5 @@ fn shares_soon<'a>(
 ) -> bool {
     !sequence.id.is_background()
         && blocks.shareable_blocks(sequence, sequence.prompt_len) > 0
-        && running.any(|other| other.group == sequence.group && other.num_pending() > 1)
+        && running.any(|other| other.group == sequence.group && other.num_left() > 1)
 }

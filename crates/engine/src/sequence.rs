@@ -30,7 +30,7 @@ pub(crate) struct Sequence {
     /// Tokens of the prompt that its tenant was charged for, or that were in the cache, from the first on: computed again,
     /// they cost nothing.
     pub num_charged: usize,
-    /// As `num_computed` once the step that was begun ahead has ended; not above it if there is none.
+    /// As `num_computed` once the steps under way have ended, but for drafts; not above it if there is none.
     pub num_begun: usize,
     /// Blocks for all of `tokens` while it runs, and passing ones for the last that were planned; empty while it waits.
     pub table: BlockTable,
@@ -139,10 +139,21 @@ impl Sequence {
         Rank { class: self.class, tenant: self.share.tenant, priority: self.priority, id: self.id }
     }
 
+    /// The first token that no step under way computes.
+    pub fn next(&self) -> usize {
+        self.num_begun.max(self.num_computed)
+    }
+
+    /// Tokens known and not computed, nor being computed by a step under way: at least one if there is none, or there would be
+    /// nothing to sample from.
+    pub fn num_left(&self) -> usize {
+        self.tokens.len() - self.next()
+    }
+
     /// The next `n` tokens are part of a step: those of the prompt that were not charged for before, and are from now on.
     pub fn take_uncharged(&mut self, n: usize) -> usize {
-        let from = self.num_charged.max(self.num_computed);
-        let to = (self.num_computed + n).min(self.prompt_len);
+        let from = self.num_charged.max(self.next());
+        let to = (self.next() + n).min(self.prompt_len);
         self.num_charged = from.max(to);
         to.saturating_sub(from)
     }
@@ -152,13 +163,8 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
-    /// Tokens known and not computed: at least one, or there would be nothing to sample from.
-    pub fn num_pending(&self) -> usize {
-        self.tokens.len() - self.num_computed
-    }
-
-    /// Whether a step that was begun ahead computes a token of it.
-    pub fn is_begun_ahead(&self) -> bool {
+    /// Whether a step under way computes tokens of it.
+    pub fn is_under_way(&self) -> bool {
         self.num_begun > self.num_computed
     }
 
@@ -189,24 +195,31 @@ impl Sequence {
 
     /// The next `n` tokens as work for the runner, in blocks of `block_size`, without drafts.
     pub fn step(&self, n: usize, block_size: usize) -> SequenceStep {
-        let end = self.num_computed + n;
+        let (start, end) = (self.next(), self.next() + n);
         let blocks = self.table.first(end.div_ceil(block_size));
         SequenceStep {
             id: self.id.0,
-            num_computed: self.num_computed,
-            tokens: Tokens::Known(self.tokens[self.num_computed..end].to_vec()),
+            num_computed: start,
+            tokens: Tokens::Known(self.tokens[start..end].to_vec()),
             block_table: blocks.kept,
             passing_table: blocks.passing,
             adapter: self.adapter.clone(),
             draft: Vec::new(),
             propose: 0,
-            scores: self.score_requests(end),
+            scores: self.score_requests(start, end),
             sample: (end == self.tokens.len()).then(|| self.sample_request(self.num_output())),
         }
     }
 
+    /// Whether [`step`](Self::step) of so many tokens tells nothing but a plain draw, if anything.
+    pub fn is_plain_draw(&self, n: usize) -> bool {
+        let (start, end) = (self.next(), self.next() + n);
+        self.score_requests(start, end).is_empty()
+            && (end < self.tokens.len() || self.sample_request(self.num_output()).is_plain_draw())
+    }
+
     /// The token that the step under way samples, as work for the runner. Blocks are there for it.
-    pub fn step_ahead(&self) -> SequenceStep {
+    pub fn step_awaited(&self) -> SequenceStep {
         SequenceStep {
             id: self.id.0,
             num_computed: self.tokens.len(),
@@ -232,12 +245,12 @@ impl Sequence {
         }
     }
 
-    /// What is to be told of positions up to `end`, and was not told before.
-    fn score_requests(&self, end: usize) -> Vec<ScoreRequest> {
+    /// What is to be told of positions from `start` up to `end`, and was not told before.
+    fn score_requests(&self, start: usize, end: usize) -> Vec<ScoreRequest> {
         let Some(PromptScores { top, targets, hidden }) = &self.prompt_scores else { return Vec::new() };
         let prompt = &self.tokens[..self.prompt_len];
         let request = |position: usize| {
-            let row = position - self.num_computed;
+            let row = position - start;
             if hidden.is_some() {
                 return ScoreRequest { row, hidden: true, ..ScoreRequest::default() };
             }
@@ -245,7 +258,7 @@ impl Sequence {
             let ids = prompt.get(position + 1).into_iter().chain(targets).copied().collect();
             ScoreRequest { row, ids, top: *top, hidden: false }
         };
-        (self.num_computed.max(self.num_scored)..end.min(prompt.len())).map(request).collect()
+        (start.max(self.num_scored)..end.min(prompt.len())).map(request).collect()
     }
 
     /// The answers to `score_requests`, for the client.

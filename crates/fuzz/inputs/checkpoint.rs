@@ -37,7 +37,7 @@ pub fn run(path: &Path) -> bool {
                 scores: Vec::new(),
                 adapter: None,
             };
-            runner.step(&StepPlan { sequences: vec![step] }).expect("a step within the limits");
+            runner.step(&StepPlan::new(vec![step])).expect("a step within the limits");
             true
         }
         Err(error) => {

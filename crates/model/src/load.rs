@@ -335,7 +335,7 @@ pub(crate) fn prepare<B: Backend + LatentOps + CompressedOps>(
     let max_rank = options.max_lora_rank;
     let mut scratch = AdapterScratch::new(&backend, if max_rank > 0 { &slots } else { &[] })?;
     // Ranks take a step after the other, and a layer that looks ahead awaits what was sampled.
-    let steps_ahead = backend.caps().runs_ahead && backend.world().size == 1 && !model.looks_ahead();
+    let steps_ahead = backend.caps().runs_ahead && !model.looks_ahead();
     let spec = RunSpec { steps_ahead, ..spec };
     let report = LoadReport {
         architecture: config.architecture,

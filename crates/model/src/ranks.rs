@@ -31,8 +31,6 @@ pub struct Ranks<B: Backend> {
     timeout: Duration,
     /// A step has failed since ranks were last ready.
     failed: bool,
-    /// What the step under way gave: ranks take one after the other.
-    begun: Option<StepOutput>,
     /// Why nothing more can be asked.
     lost: Option<String>,
 }
@@ -47,14 +45,15 @@ struct Rank<B: Backend> {
 
 #[derive(Clone)]
 enum Order {
-    Step(Arc<StepPlan>),
-    /// With what the first rank sampled.
+    Begin(Arc<StepPlan>),
+    /// The rest of the same step, with what the first rank sampled. Only of models that look ahead.
     LookAhead(Arc<StepPlan>, Vec<SequenceOutput>),
+    Finish,
     /// Kept and passing blocks.
     Clear(Arc<[u32]>, Arc<[u32]>),
 }
 
-/// What the first rank sampled; nothing of the others. The outer error is a panic.
+/// What the first rank samples in a step, once it is known; nothing of the others. The outer error is a panic.
 type Answer = Result<Result<Vec<SequenceOutput>, DeviceError>, Box<dyn Any + Send>>;
 
 /// The rank that failed first: the others' failures may follow from its own.
@@ -168,18 +167,8 @@ pub fn load_ranks<B: Backend + LatentOps + CompressedOps>(
         report.add_rank(&of_other);
     }
     let adapters = AdapterLoader::of_ranks(adapters);
-    let ranks = Ranks {
-        spec,
-        looks_ahead,
-        ranks,
-        adapters,
-        answers,
-        first_failure,
-        timeout,
-        failed: false,
-        begun: None,
-        lost: None,
-    };
+    let ranks =
+        Ranks { spec, looks_ahead, ranks, adapters, answers, first_failure, timeout, failed: false, lost: None };
     Ok((ranks, report))
 }
 
@@ -195,16 +184,19 @@ fn obey<B: Backend>(
     for order in orders {
         // After a panic a runner can go on: it keeps no state but the cache, which is cleared.
         let result = catch_unwind(AssertUnwindSafe(|| match order {
-            Order::Step(plan) => {
+            Order::Begin(plan) if runner.looks_ahead() => {
+                runner.forget_begun(&plan);
                 let (outputs, of_step) = runner.compute(&plan)?;
                 attention = Some(of_step);
                 Ok(outputs)
             }
+            Order::Begin(plan) => runner.begin_step(&plan).map(|()| Vec::new()),
             Order::LookAhead(plan, mut outputs) => {
                 let attention = attention.as_ref().expect("a step came before");
                 runner.look_ahead(&plan, attention, &mut outputs)?;
-                Ok(outputs)
+                runner.told(outputs).map(|()| Vec::new())
             }
+            Order::Finish => runner.finish_step(),
             Order::Clear(kept, passing) => runner.clear(&kept, &passing).map(|()| Vec::new()),
         }));
         if !matches!(result, Ok(Ok(_))) {
@@ -227,7 +219,7 @@ impl<B: Backend> Ranks<B> {
         self.adapters.clone()
     }
 
-    /// Has all ranks do something; what the first of them sampled.
+    /// Has all ranks do something; what the first of them answers.
     fn all(&mut self, order: &Order) -> Result<Vec<SequenceOutput>, DeviceError> {
         if let Some(reason) = &self.lost {
             return Err(self.lost_to(reason.clone()));
@@ -285,18 +277,16 @@ impl<B: Backend> Runner for Ranks<B> {
     }
 
     fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
-        self.begun = None;
         let plan = Arc::new(plan.clone());
-        let mut sequences = self.all(&Order::Step(plan.clone()))?;
+        let sampled = self.all(&Order::Begin(plan.clone()))?;
         if self.looks_ahead {
-            sequences = self.all(&Order::LookAhead(plan, sequences))?;
+            self.all(&Order::LookAhead(plan, sampled))?;
         }
-        self.begun = Some(StepOutput { sequences });
         Ok(())
     }
 
     fn finish(&mut self) -> Result<StepOutput, RunError> {
-        Ok(self.begun.take().expect("a step is under way"))
+        Ok(StepOutput { sequences: self.all(&Order::Finish)? })
     }
 
     fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {

@@ -58,7 +58,7 @@ pub(crate) fn rehearse<B: Backend + LatentOps + CompressedOps>(
             model.look_ahead(backend, &ids, &plan, &mut cache, &mut adapters)?;
             model.logits(backend, &last)?;
         }
-        backend.submit()
+        backend.submit().map(drop)
     };
     let pads = backend.caps().replays_steps;
     backend.rehearse(|| steps(spec, pads).iter().try_for_each(|spans| step(spans)))

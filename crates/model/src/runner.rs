@@ -6,11 +6,11 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use baton_device::{AttentionBatch, Backend, DeviceError, Draw, SequenceSpan, TokenIds};
+use baton_device::{AttentionBatch, Backend, DeviceError, Draw, SequenceSpan, TokenId, TokenIds};
 
 use crate::adapter::{Adapter, AdapterLoader};
 use crate::arch::{AdaptedRows, AdapterScratch, AdapterWeights, Model, StepAdapters};
-use crate::begun::{Begun, Drawn, sampled};
+use crate::begun::{Begun, sampled};
 use crate::buckets::padded;
 use crate::loader::Slot;
 use crate::sampler::{Sampler, score};
@@ -94,9 +94,46 @@ impl<B: Backend> ModelRunner<B> {
     /// attention knows of it.
     pub(crate) fn compute(&mut self, plan: &StepPlan) -> Result<(Vec<SequenceOutput>, B::AttentionPlan), DeviceError> {
         let attention = self.forward(plan)?;
-        let outputs = if self.speaks() { self.sample(plan)? } else { Vec::new() };
+        if self.speaks() {
+            return Ok((self.sample(plan)?, attention));
+        }
+        // The first waits for this one's part.
         self.backend.submit()?;
-        Ok((outputs, attention))
+        Ok((Vec::new(), attention))
+    }
+
+    /// Keeps a step of which all was told that it will tell.
+    pub(crate) fn told(&mut self, outputs: Vec<SequenceOutput>) -> Result<(), DeviceError> {
+        let end = self.backend.submit()?;
+        self.begun.push_back(Begun::told(outputs, end));
+        Ok(())
+    }
+
+    /// Begins a step of a model that does not look ahead. One of draws is left to the device; of any other it is known what it
+    /// gave when it has begun.
+    pub(crate) fn begin_step(&mut self, plan: &StepPlan) -> Result<(), DeviceError> {
+        self.forget_begun(plan);
+        if !plan.is_plain_draw() {
+            let (outputs, _) = self.compute(plan)?;
+            return self.told(outputs);
+        }
+        self.forward(plan)?;
+        let sampling = sampling(plan);
+        let end = if sampling.is_empty() { self.backend.submit()? } else { self.draw_for_all(&sampling)? };
+        self.begun.push_back(Begun::drawn(plan, end));
+        Ok(())
+    }
+
+    /// Forgets steps that an error ended, before one that is not ahead of another.
+    pub(crate) fn forget_begun(&mut self, plan: &StepPlan) {
+        if !plan.ahead {
+            self.begun.clear();
+        }
+    }
+
+    /// Waits for the end of the earliest step under way; what it gave each sequence, if this is the first rank.
+    pub(crate) fn finish_step(&mut self) -> Result<Vec<SequenceOutput>, DeviceError> {
+        self.begun.pop_front().expect("a step is under way").finish(&self.backend)
     }
 
     /// Whether this rank scores and samples.
@@ -120,15 +157,6 @@ impl<B: Backend> ModelRunner<B> {
 
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
-        let ahead = match self.begun.back() {
-            Some(Begun::Drawn(last)) if plan.is_ahead() => Some(last),
-            _ => None,
-        };
-        // Tokens, or where those are that are awaited.
-        let mut ids: Vec<u32> = match ahead {
-            Some(last) => last.awaited(plan),
-            None => plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect(),
-        };
         let mut spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
@@ -142,7 +170,6 @@ impl<B: Backend> ModelRunner<B> {
         // Rows that pad are all alike, a first token in the block that is nobody's: of experts they meet no more than one row
         // does. They have no adapter, and nobody reads what they give.
         let padding = self.padding(plan);
-        ids.resize(ids.len() + padding, ids[0]);
         let nobodys = [self.spec.num_blocks, self.spec.passing.map_or(0, |passing| passing.num_blocks)];
         let [block_table, passing_table] = nobodys.map(|block| [block as u32]);
         let nobody = SequenceSpan { start: 0, len: 1, block_table: &block_table, passing_table: &passing_table };
@@ -150,7 +177,17 @@ impl<B: Backend> ModelRunner<B> {
         let attention = self.backend.plan_attention(&AttentionBatch { sequences: &spans })?;
         let groups = adapted_rows(plan, self.backend.world().rank);
         let mut adapters = StepAdapters { groups: &groups, scratch: &mut self.adapters.scratch };
-        let ids = ahead.map_or(TokenIds::Known(&ids), |last| last.token_ids(&ids));
+        let (mut known, mut ids): (Vec<u32>, Vec<TokenId>);
+        let ids = if plan.ahead {
+            let last = self.begun.back().expect("a step is under way");
+            ids = last.ids_of(plan);
+            ids.resize(ids.len() + padding, ids[0]);
+            last.token_ids(&ids)
+        } else {
+            known = plan.sequences.iter().flat_map(|s| s.tokens.known().iter().chain(&s.draft)).copied().collect();
+            known.resize(known.len() + padding, known[0]);
+            TokenIds::Known(&known)
+        };
         self.model.forward(&*self.backend, ids, &attention, &mut self.cache, &mut adapters)?;
         Ok(attention)
     }
@@ -255,22 +292,29 @@ impl<B: Backend> ModelRunner<B> {
                 output.proposed.extend(self.sampler.choose(logits, &request).ok().map(|(token, _)| token));
             }
         }
-        self.backend.submit()
+        Ok(())
     }
 
-    /// Has the device choose for sequences that all draw from their logits as they are, for each row as if the drafts before it
-    /// were accepted. Tokens of rows that nobody asked for come last.
-    fn draw(&mut self, group: &[Sampling<'_>]) -> Result<B::Chosen, DeviceError> {
+    /// The rows of sequences that all draw from their logits as they are, and how, for each row as if the drafts before it were
+    /// accepted. Rows that nobody asked for come last.
+    fn draws(&self, group: &[Sampling<'_>]) -> (Vec<u32>, Vec<Draw>) {
         let rows = self.padded_rows(&rows_of(group));
-        let logits = self.model.logits(&*self.backend, &rows)?;
         let mut draws: Vec<Draw> = group.iter().flat_map(Sampling::draws).collect();
         draws.resize(rows.len(), Draw::LARGEST);
-        self.backend.choose(logits, &draws)
+        (rows, draws)
+    }
+
+    /// Has the first rank's device choose for such sequences, and all have what it chose.
+    fn draw_for_all(&mut self, group: &[Sampling<'_>]) -> Result<B::Chosen, DeviceError> {
+        let (rows, draws) = self.draws(group);
+        let logits = if self.speaks() { Some(self.model.logits(&*self.backend, &rows)?) } else { None };
+        self.backend.choose_for_all(logits, self.spec.vocab_size, &draws)
     }
 
     /// Samples such sequences.
     fn choose(&mut self, group: &[Sampling<'_>], outputs: &mut [SequenceOutput]) -> Result<(), DeviceError> {
-        let chosen = self.draw(group)?;
+        let (rows, draws) = self.draws(group);
+        let chosen = self.backend.choose(self.model.logits(&*self.backend, &rows)?, &draws)?;
         self.backend.read_chosen(&chosen, &mut self.chosen)?;
         let mut chosen = self.chosen.as_slice();
         for Sampling { index, step, rows } in group {
@@ -422,32 +466,18 @@ impl<B: Backend> Runner for ModelRunner<B> {
         &self.spec
     }
 
-    /// A step of draws is left to the device; of any other it is known what it gave when it has begun.
     fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
-        if !plan.is_ahead() {
-            self.begun.clear();
+        if !self.looks_ahead() {
+            return Ok(self.begin_step(plan)?);
         }
-        let sampling = sampling(plan);
-        let begun = if plan.is_plain_draw() && !sampling.is_empty() && !self.looks_ahead() {
-            self.forward(plan)?;
-            Begun::Drawn(Drawn::new(plan, self.draw(&sampling)?))
-        } else {
-            let (mut sequences, attention) = self.compute(plan)?;
-            if self.looks_ahead() {
-                self.look_ahead(plan, &attention, &mut sequences)?;
-            }
-            Begun::Told(sequences)
-        };
-        self.begun.push_back(begun);
-        Ok(())
+        self.forget_begun(plan);
+        let (mut outputs, attention) = self.compute(plan)?;
+        self.look_ahead(plan, &attention, &mut outputs)?;
+        Ok(self.told(outputs)?)
     }
 
     fn finish(&mut self) -> Result<StepOutput, RunError> {
-        let sequences = match self.begun.pop_front().expect("a step is under way") {
-            Begun::Told(sequences) => sequences,
-            Begun::Drawn(step) => step.finish(&self.backend)?,
-        };
-        Ok(StepOutput { sequences })
+        Ok(StepOutput { sequences: self.finish_step()? })
     }
 
     fn clear_blocks(&mut self, kept: &[u32], passing: &[u32]) -> Result<(), RunError> {

@@ -23,17 +23,19 @@ use crate::{Adapter, ConstraintError, SamplingParams, StepMasks};
 pub struct StepPlan {
     /// In the order in which rows are packed.
     pub sequences: Vec<SequenceStep>,
+    /// Whether it begins before the step before it has ended.
+    pub ahead: bool,
 }
 
 impl StepPlan {
+    /// A step that begins when none is under way.
+    pub fn new(sequences: Vec<SequenceStep>) -> Self {
+        Self { sequences, ahead: false }
+    }
+
     /// Tokens computed by the step, drafts included.
     pub fn num_tokens(&self) -> usize {
         self.sequences.iter().map(SequenceStep::num_rows).sum()
-    }
-
-    /// Whether it computes what the step before it samples, instead of tokens that are known.
-    pub fn is_ahead(&self) -> bool {
-        self.sequences.iter().any(|step| step.tokens == Tokens::Awaited)
     }
 
     /// Whether all that it tells is one plain draw for each sequence that samples: then its end says nothing that a device
@@ -53,8 +55,7 @@ impl StepPlan {
 pub enum Tokens {
     /// These; at least one.
     Known(Vec<u32>),
-    /// The one that the step before samples for the sequence; any valid one, if it fails to. Of all sequences of a plan or
-    /// of none.
+    /// The one that the step before samples for the sequence; any valid one, if it fails to. Of a plan ahead.
     Awaited,
 }
 
@@ -347,12 +348,11 @@ impl Passing {
 pub trait Runner: Send {
     /// Limits of this runner.
     fn spec(&self) -> &RunSpec;
-    /// Begins a step. The plan keeps to the spec. A plan [ahead](StepPlan::is_ahead) comes while one other step is under way,
-    /// which samples a token for each of its sequences by a [plain draw](StepPlan::is_plain_draw). Any other plan comes while none
-    /// is: what is left of steps that an error ended is forgotten.
+    /// Begins a step. The plan keeps to the spec. A plan [ahead](StepPlan::ahead) comes while one other step is under way, and
+    /// both are [plain draws](StepPlan::is_plain_draw); for sequences whose token it awaits that one samples. Any other plan comes
+    /// while none is: what is left of steps that an error ended is forgotten.
     fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError>;
-    /// Waits for what the earliest step under way gives, of which there is one. A step that was asked for nothing need not be at
-    /// its end then: the next one that gives something is behind it.
+    /// Waits for the end of the earliest step under way, of which there is one, and what it gives.
     fn finish(&mut self) -> Result<StepOutput, RunError>;
     /// Computes a step, while none is under way.
     fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {

@@ -312,7 +312,7 @@ fn warm_up(runner: &mut dyn Runner) -> Result<(), RunError> {
         propose: 0,
         scores: Vec::new(),
     };
-    let plan = StepPlan { sequences: vec![step] };
+    let plan = StepPlan::new(vec![step]);
     for _ in 0..3 {
         runner.step(&plan)?;
     }

@@ -1,4 +1,4 @@
-//! NCCL: communicators and the sum over ranks.
+//! NCCL: communicators, the sum over ranks, and what all get of one.
 
 use std::{
     ffi::{CStr, c_char},
@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    collective::{Communicator, Meeting},
+    collective::{Communicator, Kind, Meeting},
     dtype::DType,
     machine::{Fail, Guard, Machine, current, fail, lock, notify, put, wait},
     stream::Task,
@@ -17,6 +17,7 @@ pub const INVALID_ARGUMENT: i32 = 4;
 pub const INVALID_USAGE: i32 = 5;
 pub const REMOTE_ERROR: i32 = 6;
 pub const SUM: i32 = 0;
+const INT32: i32 = 2;
 
 /// `ncclUniqueId`.
 #[repr(C)]
@@ -168,24 +169,48 @@ pub extern "C" fn ncclAllReduce(
     stream: u64,
 ) -> i32 {
     at_once("ncclAllReduce", |m| {
-        let device = argument(m.communicators.get(communicator))?.device;
         let dtype = DType::of_nccl(kind).filter(|_| operation == SUM);
         let dtype = dtype.ok_or_else(|| fail!(INVALID_ARGUMENT, "only sums of f32, f16 and bf16 are simulated"))?;
-        let meeting = Meeting { communicator, from, to, count: count as u64, dtype };
-        for address in [from, to] {
-            let lies_on = m.memory.device(address, count as u64 * dtype.bytes());
-            if lies_on.map_err(|text| fail!(INVALID_ARGUMENT, "{text}"))? != device {
-                return Err(fail!(INVALID_ARGUMENT, "{address:#x} is not on the communicator's device"));
-            }
-        }
-        let context = argument(m.streams.get(stream))?.context;
-        if m.contexts.get(context)?.device != device {
-            return Err(fail!(INVALID_ARGUMENT, "the stream is not of the communicator's device"));
-        }
-        m.submit(stream, Task::Meet(meeting))?;
-        m.communicators.get_mut(communicator)?.stream = Some(stream);
-        Ok(())
+        queue(m, Meeting { communicator, from, to, count: count as u64, kind: Kind::Sum(dtype) }, stream)
     })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn ncclBroadcast(
+    from: u64,
+    to: u64,
+    count: usize,
+    kind: i32,
+    root: i32,
+    communicator: u64,
+    stream: u64,
+) -> i32 {
+    at_once("ncclBroadcast", |m| {
+        let ring = argument(m.communicators.get(communicator))?.ring;
+        let root = u32::try_from(root).ok().filter(|root| *root < m.rings[&ring].size && kind == INT32);
+        let root =
+            root.ok_or_else(|| fail!(INVALID_ARGUMENT, "only words of 32 bits of one of the ranks are simulated"))?;
+        queue(m, Meeting { communicator, from, to, count: count as u64, kind: Kind::Of(root) }, stream)
+    })
+}
+
+/// Puts a rank's part of a collective on its stream.
+fn queue(m: &mut Machine, meeting: Meeting, stream: u64) -> Result<(), Fail> {
+    let Meeting { communicator, from, to, .. } = meeting;
+    let device = argument(m.communicators.get(communicator))?.device;
+    for address in [from, to] {
+        let lies_on = m.memory.device(address, meeting.bytes());
+        if lies_on.map_err(|text| fail!(INVALID_ARGUMENT, "{text}"))? != device {
+            return Err(fail!(INVALID_ARGUMENT, "{address:#x} is not on the communicator's device"));
+        }
+    }
+    let context = argument(m.streams.get(stream))?.context;
+    if m.contexts.get(context)?.device != device {
+        return Err(fail!(INVALID_ARGUMENT, "the stream is not of the communicator's device"));
+    }
+    m.submit(stream, Task::Meet(meeting))?;
+    m.communicators.get_mut(communicator)?.stream = Some(stream);
+    Ok(())
 }
 
 #[unsafe(no_mangle)]

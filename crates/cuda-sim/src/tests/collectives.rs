@@ -6,9 +6,13 @@ use half::bf16;
 
 use super::harness::*;
 
+fn enter(device: i32) {
+    well(cuCtxSetCurrent(made(|out| cuDevicePrimaryCtxRetain(out, device))));
+}
+
 /// A rank's device, with a stream and values.
 fn prepare<T: Copy>(device: i32, values: &[T]) -> (u64, u64) {
-    well(cuCtxSetCurrent(made(|out| cuDevicePrimaryCtxRetain(out, device))));
+    enter(device);
     let block = made(|out| cuMemAlloc_v2(out, size_of_val(values)));
     well(cuMemcpyHtoD_v2(block, values.as_ptr() as u64, size_of_val(values)));
     (block, made(|out| cuStreamCreate(out, flag::STREAM_NON_BLOCKING)))
@@ -57,10 +61,9 @@ fn one_thread_drives_several_ranks_and_graphs_of_them() {
     well(unsafe { ncclCommInitAll(communicators.as_mut_ptr(), 2, [0, 1].as_ptr()) });
     let ones = [bf16::ONE.to_bits(); 3];
     let ranks = [0, 1].map(|device| prepare(device, &ones));
-    let context = |device: i32| well(cuCtxSetCurrent(made(|out| cuDevicePrimaryCtxRetain(out, device))));
     let execs = [0usize, 1].map(|rank| {
         let (block, stream) = ranks[rank];
-        context(rank as i32);
+        enter(rank as i32);
         well(cuStreamBeginCapture_v2(stream, flag::CAPTURE_THREAD_LOCAL));
         well(ncclAllReduce(block, block, 3, 9, SUM, communicators[rank], stream));
         let graph = made(|out| cuStreamEndCapture(stream, out));
@@ -68,12 +71,12 @@ fn one_thread_drives_several_ranks_and_graphs_of_them() {
     });
     for _ in 0..3 {
         for rank in 0..2 {
-            context(rank as i32);
+            enter(rank as i32);
             well(cuGraphLaunch(execs[rank], ranks[rank].1));
         }
     }
     for (rank, (block, stream)) in ranks.into_iter().enumerate() {
-        context(rank as i32);
+        enter(rank as i32);
         assert_eq!(read::<u16>(block, stream, 3), [bf16::from_f32(8.0).to_bits(); 3]);
     }
     communicators.into_iter().for_each(|communicator| well(ncclCommDestroy(communicator)));
@@ -100,6 +103,30 @@ fn a_rank_that_gives_up_lets_the_others_go() {
         well(ncclCommAbort(communicator));
     });
     assert_eq!(count("live.communicators"), 0);
+}
+
+#[test]
+fn all_ranks_get_what_the_named_one_has() {
+    let _session = Session::new();
+    let mut communicators = [0u64; 2];
+    // SAFETY: room for two; without a list devices are counted.
+    well(unsafe { ncclCommInitAll(communicators.as_mut_ptr(), 2, std::ptr::null()) });
+    for root in 0..2 {
+        let ranks = [prepare(0, &[1i32, -1]), prepare(1, &[7i32, 8])];
+        for ((block, stream), communicator) in ranks.into_iter().zip(communicators) {
+            well(ncclBroadcast(block, block, 2, 2, root, communicator, stream));
+        }
+        for (device, (block, stream)) in (0..).zip(ranks) {
+            enter(device);
+            assert_eq!(read::<i32>(block, stream, 2), [[1, -1], [7, 8]][root as usize]);
+        }
+    }
+    let (block, stream) = prepare(0, &[1i32]);
+    for (kind, root) in [(2, 2), (2, -1), (7, 0)] {
+        let code = ncclBroadcast(block, block, 1, kind, root, communicators[0], stream);
+        assert_eq!(code, INVALID_ARGUMENT, "type {kind} of rank {root}");
+    }
+    communicators.into_iter().for_each(|communicator| well(ncclCommDestroy(communicator)));
 }
 
 #[test]

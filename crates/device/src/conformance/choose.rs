@@ -2,7 +2,7 @@
 //! such that their token has room on both sides.
 
 use super::inputs::{Source, round, uniform};
-use crate::{Backend, DType, Draw, Drawer, HostLinear, Purpose, Result, TokenIds, WeightFormat};
+use crate::{Backend, DType, Draw, Drawer, HostLinear, Purpose, Result, TokenId, TokenIds, WeightFormat};
 
 /// How a row's token is drawn, and in which part of all.
 const DRAWS: [Draw; 16] = {
@@ -62,7 +62,7 @@ fn clear(drawer: &mut Drawer, row: &[f32], draw: Draw) -> Draw {
     Draw { uniform: wanted.map_or(draw.uniform, |(middle, _)| *middle), ..draw }
 }
 
-/// The tokens of all rows, -1 for none, and what a table has for those there are, in another order.
+/// The tokens of all rows, -1 for none, and what a table has for those there are, in another order, behind a known one.
 pub(super) fn evaluate<B: Backend>(b: &B, inputs: DType, cols: usize, ties: bool) -> Result<Vec<f32>> {
     let values = logits(inputs, cols, ties);
     let mut logits = b.tensor(DRAWS.len(), cols)?;
@@ -75,9 +75,10 @@ pub(super) fn evaluate<B: Backend>(b: &B, inputs: DType, cols: usize, ties: bool
     let table = Source::new(WeightFormat::F32, vec![cols, WIDTH], 2, 1.0);
     let (weight, format, purpose) = (table.tensor(), WeightFormat::F32, Purpose::Table);
     let table = b.linear_weight(&HostLinear { weight, bias: None, format, purpose })?;
-    let rows: Vec<u32> = (0..DRAWS.len() as u32 - 1).rev().collect();
-    let mut embedded = b.tensor(rows.len(), WIDTH)?;
-    b.embed(TokenIds::Chosen { tokens: &tokens, rows: &rows }, &table, &mut embedded)?;
+    let rows = (0..DRAWS.len() as u32 - 1).rev().map(TokenId::Chosen);
+    let ids: Vec<TokenId> = std::iter::once(TokenId::Known(0)).chain(rows).collect();
+    let mut embedded = b.tensor(ids.len(), WIDTH)?;
+    b.embed(TokenIds::Chosen { tokens: &tokens, ids: &ids }, &table, &mut embedded)?;
 
     let (mut chosen, mut values) = (Vec::new(), Vec::new());
     b.read_chosen(&tokens, &mut chosen)?;

@@ -18,7 +18,7 @@ impl Scheduler {
     pub fn commit(&mut self, plan: &StepPlan, output: StepOutput, now: Duration) -> Vec<RequestOutput> {
         let mut outputs = Vec::new();
         self.counters.step_tokens.observe(plan.num_tokens());
-        self.counters.steps_ahead += u64::from(plan.is_ahead());
+        self.counters.steps_ahead += u64::from(plan.ahead);
         for (step, result) in plan.sequences.iter().zip(output.sequences) {
             let id = RequestId(step.id);
             let Some(sequence) = self.running.get_mut(&id) else {
@@ -130,11 +130,11 @@ impl Scheduler {
     }
 
     /// Comes before the blocks of a sequence that ends are given back. A step begun ahead may still read and write them: it
-    /// does so before any step that somebody else gets them for. But what it writes may turn out to be not finite, so that
-    /// block is kept back, and the passing one.
+    /// does so before any step that somebody else gets them for. But what it writes may turn out to be not finite, so these
+    /// blocks are kept back.
     fn keep_in_doubt(&mut self, sequence: &mut Sequence) {
-        if sequence.is_begun_ahead() {
-            self.in_doubt.insert(sequence.id, self.blocks.detach_last(sequence));
+        if sequence.is_under_way() {
+            self.in_doubt.insert(sequence.id, self.blocks.detach_begun(sequence));
         }
     }
 
@@ -143,7 +143,8 @@ impl Scheduler {
         // None of one that failed: its blocks were discarded.
         let Some(blocks) = self.in_doubt.remove(&id) else { return };
         self.blocks.release_detached(&blocks);
-        if result.sampled.iter().any(Result::is_err) {
+        // In the midst of a prompt nothing vouches for them.
+        if !matches!(result.sampled[..], [Ok(_)]) {
             self.unclean.extend(blocks);
         }
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{RunError, RunSpec, SamplingParams};
+use baton_model::{Passing, RunError, RunSpec, SamplingParams};
 
 use super::MockModel;
 use super::cases::{request, scored, spec, submit};
@@ -29,7 +29,7 @@ fn step_to(world: &mut World, id: RequestId, tokens: usize) {
     while world.record(id).tokens.len() < tokens {
         world.step();
     }
-    assert!(world.core.is_under_way() && world.core.scheduler().running()[&id].is_begun_ahead());
+    assert!(world.core.is_under_way() && world.core.scheduler().running()[&id].is_under_way());
 }
 
 fn steps_ahead(world: &World) -> u64 {
@@ -46,6 +46,106 @@ fn all_steps_of_decoding_but_the_first_are_begun_ahead_and_none_is_in_vain_where
     let stats = world.core.stats();
     assert_eq!((stats.step_tokens.count, stats.steps_ahead, world.in_vain), (26, 25, 0));
     assert_eq!(world.control.computed_tokens(), 3 * 5 + 19 + 22 + 25);
+}
+
+/// Steps of 16 tokens.
+#[test]
+fn a_long_prompt_is_gone_on_with_ahead_alone_and_beside_who_decodes() {
+    let mut alone = world(50);
+    let id = submit(&mut alone, request(0, 100, 5));
+    alone.run();
+    assert_eq!(alone.end(id), &FinishReason::Length);
+    let stats = alone.core.stats();
+    assert_eq!((stats.step_tokens.count, stats.steps_ahead, alone.in_vain), (7 + 4, 6 + 4, 0));
+    assert_eq!(alone.control.computed_tokens(), 100 + 4);
+
+    let mut beside = world(50);
+    let decoding = submit(&mut beside, request(0, 10, 30));
+    step_to(&mut beside, decoding, 3);
+    let late = submit(&mut beside, request(1, 60, 5));
+    beside.run();
+    for id in [decoding, late] {
+        assert_eq!(beside.end(id), &FinishReason::Length);
+    }
+    // The late one waited for the end of a step; the next has its first tokens.
+    let stats = beside.core.stats();
+    assert_eq!((stats.step_tokens.count, stats.step_tokens.count - stats.steps_ahead, beside.in_vain), (30, 2, 0));
+    assert_eq!(beside.control.computed_tokens(), 10 + 29 + 60 + 4);
+}
+
+#[test]
+fn a_prompt_goes_ahead_as_far_as_nothing_is_told_of_it_but_a_plain_draw() {
+    let told = SamplingParams { logprobs: Some(2), ..SamplingParams::default() };
+    let mut world = world(50);
+    submit(&mut world, Request { params: told, ..request(0, 100, 1) });
+    world.run();
+    // All between the first step and the one that samples.
+    assert_eq!((world.core.stats().step_tokens.count, steps_ahead(&world)), (7, 5));
+
+    let mut scores = world_with(50, &EngineConfig::default());
+    submit(&mut scores, scored(request(0, 100, 1), 2, &[]));
+    scores.run();
+    assert_eq!(steps_ahead(&scores), 0);
+}
+
+#[test]
+fn who_waits_for_a_row_keeps_no_prompt_from_going_ahead_and_starts_beside_its_end() {
+    let mut world = world(80);
+    let first = submit(&mut world, request(0, 60, 10));
+    let second = submit(&mut world, request(1, 40, 10));
+    for _ in 0..3 {
+        assert!(world.record(second).started.is_none());
+        world.step();
+    }
+    assert_eq!(steps_ahead(&world), 3 - 1);
+    world.step();
+    let plan = world.last_step.plan.as_ref().unwrap();
+    let rows = plan.sequences.iter().map(|step| (RequestId(step.id), step.tokens.count()));
+    assert_eq!(rows.collect::<Vec<_>>(), [(first, 12), (second, 4)]);
+    world.run();
+    assert_eq!([first, second].map(|id| world.end(id).clone()), [FinishReason::Length, FinishReason::Length]);
+}
+
+#[test]
+fn choices_wait_for_the_prompt_that_the_first_of_them_computes_ahead() {
+    let mut world = world(80);
+    let ids = world.submit((0..3).map(|_| request(0, 50, 10)).collect()).unwrap();
+    world.run();
+    ids[1..].iter().for_each(|&id| assert_eq!(world.cached_tokens(id), 48));
+    assert_eq!(world.core.stats().prompt_tokens_computed, 50 + 2 + 2);
+}
+
+/// What it computed is not finite, which nothing told.
+#[test]
+fn whoever_leaves_in_the_midst_of_a_prompt_has_all_its_blocks_cleared_those_of_the_step_under_way_behind_it() {
+    let mut world = world(30);
+    let leaver = submit(&mut world, request(0, 100, 5));
+    world.poison(leaver, 0);
+    world.step();
+    world.step();
+    let held = world.core.scheduler().running()[&leaver].table.blocks().to_vec();
+    assert!(world.core.is_under_way() && world.core.scheduler().running()[&leaver].num_computed == 32);
+    world.abort(leaver);
+    let in_doubt: Vec<u32> = world.core.scheduler().in_doubt().values().flat_map(|b| b.kept.clone()).collect();
+    assert_eq!(in_doubt, held[8..], "the step writes four blocks, behind which nothing is");
+    assert_eq!(world.core.stats().blocks.used, held.len() - 8);
+    let next = submit(&mut world, request(1, 100, 5));
+    world.run();
+    assert_eq!((world.core.stats().blocks.used, world.in_vain, world.spoilt_in_vain), (0, 16, 16));
+    let cleared = world.control.cleared_blocks();
+    assert!(held[..12].iter().all(|block| cleared.contains(block)), "{cleared:?} of {held:?}");
+    assert_eq!(world.end(next), &FinishReason::Length);
+}
+
+/// Of what passes there are blocks for a token ahead.
+#[test]
+fn no_prompt_goes_ahead_where_something_passes() {
+    let passing = Passing { reach: 7, num_blocks: Passing::fewest(7, 4, 8, 16) };
+    let spec = RunSpec { steps_ahead: true, passing: Some(passing), ..spec(50) };
+    let mut world = World::new(spec, &EngineConfig::default(), MODEL);
+    submit(&mut world, request(0, 100, 5));
+    world.run();
+    assert_eq!((world.core.stats().step_tokens.count, steps_ahead(&world)), (7 + 4, 4));
 }
 
 #[test]

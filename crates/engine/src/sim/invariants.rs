@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use baton_model::PASSED;
+use baton_model::{PASSED, SequenceStep};
 
 use super::fairness;
 use super::world::{Record, World};
@@ -255,7 +255,8 @@ fn what_has_passed_is_given_back(world: &World) -> Result<(), String> {
     let block_size = world.spec.block_size;
     world.core.scheduler().running().values().try_for_each(|sequence| {
         let held = sequence.table.passing().iter().filter(|&&block| block != PASSED).count();
-        let end = if sequence.num_pending() > 1 { sequence.num_computed } else { sequence.tokens.len() };
+        let known = sequence.tokens.len();
+        let end = if known > sequence.num_computed + 1 { sequence.num_computed } else { known };
         let needed = end.div_ceil(block_size) - passing.first(sequence.num_computed, block_size);
         ensure(held <= needed, || format!("{:?} holds {held} passing blocks and needs {needed}", sequence.id))
     })
@@ -304,14 +305,25 @@ fn what_fits_is_scheduled(world: &World) -> Result<(), String> {
 }
 
 /// Whoever waits comes before a step that could be begun ahead: such a step is begun only if the first that waits lacks a
-/// place or blocks.
+/// place, a row or blocks, or awaits another choice of its request.
 fn nobody_waits_for_a_step_ahead(world: &World) -> Result<(), String> {
     let (step, scheduler) = (&world.last_step, world.core.scheduler());
-    let (Some(_), Some(head)) = (&step.ahead, step.before_ahead.head) else { return Ok(()) };
+    let (Some(ahead), Some(head)) = (&step.ahead, step.before_ahead.head) else { return Ok(()) };
     let (record, running) = (world.record(head), step.before_ahead.running.len());
     let needed = (record.request.prompt.len() + record.tokens.len()).div_ceil(world.spec.block_size);
-    let fits = running < scheduler.limits().0 && step.before_ahead.available >= needed + running;
-    ensure(!fits || record.end.is_some(), || format!("{head:?} waits for a step ahead and fits"))
+    let (max_num_seqs, max_num_batched_tokens) = scheduler.limits();
+    // Rows that others have before it: of those behind it one each.
+    let rank = record.rank(head);
+    let before_it = |id: RequestId| {
+        let other = world.record(id).rank(id);
+        (other.class, other.tenant) != (rank.class, rank.tenant) || other < rank
+    };
+    let rows = |step: &SequenceStep| if before_it(RequestId(step.id)) { step.tokens.count() } else { 1 };
+    let fits = running < max_num_seqs
+        && ahead.sequences.iter().map(rows).sum::<usize>() < max_num_batched_tokens
+        && step.before_ahead.available >= needed + running;
+    let awaits_a_choice = step.before_ahead.running.iter().any(|&id| world.record(id).group == record.group);
+    ensure(!fits || awaits_a_choice || record.end.is_some(), || format!("{head:?} waits for a step ahead and fits"))
 }
 
 /// All those that a step ahead did not take along have ended.

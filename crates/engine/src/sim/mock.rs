@@ -269,14 +269,14 @@ impl MockRunner {
             assert!(end <= self.spec.max_model_len, "a sequence beyond the context");
             assert_eq!(s.block_table.len(), end.div_ceil(self.spec.block_size), "blocks do not match the positions");
             assert!(s.block_table.iter().all(|&block| (block as usize) < self.spec.num_blocks), "no such block");
-            self.check_passing(s, plan.is_ahead());
+            self.check_passing(s, plan.ahead);
             for position in s.num_computed..end {
                 assert!(written.insert(self.slot(s, position)), "a slot written twice in a step");
                 let passing = self.spec.passing.map(|_| self.passing_slot(s, position));
                 assert!(passing.is_none_or(|slot| written_passing.insert(slot)), "a slot written twice in a step");
             }
         }
-        if plan.is_ahead() {
+        if plan.ahead {
             self.check_ahead(plan);
         }
     }
@@ -291,11 +291,17 @@ impl MockRunner {
         let [last] = steps.collect::<Vec<_>>()[..] else { panic!("not one step is under way") };
         assert!(last.is_plain_draw() && plan.is_plain_draw(), "more is asked than draws");
         for s in &plan.sequences {
-            assert_eq!(s.tokens, Tokens::Awaited, "known tokens among awaited ones");
             let before = last.sequences.iter().find(|before| before.id == s.id).expect("it is part of the step before");
             assert_eq!(s.num_computed, before.num_computed + before.num_rows(), "it goes on where that ends");
-            let [sample, sample_before] = [s, before].map(|s| s.sample.as_ref().expect("it samples"));
-            assert_eq!(sample.position, sample_before.position + 1, "it samples what follows");
+            assert_eq!(
+                s.tokens == Tokens::Awaited,
+                before.sample.is_some(),
+                "what is sampled is awaited, and nothing else"
+            );
+            if let Some(sample_before) = &before.sample {
+                let sample = s.sample.as_ref().expect("it samples");
+                assert_eq!(sample.position, sample_before.position + 1, "it samples what follows");
+            }
             assert!(s.block_table.starts_with(&before.block_table), "its blocks are others");
             let first = s.passing_table.iter().take_while(|&&block| block == PASSED).count();
             let mut of_both = s.passing_table.iter().zip(&before.passing_table).skip(first);
@@ -470,7 +476,7 @@ impl Runner for MockRunner {
     }
 
     fn begin(&mut self, plan: &StepPlan) -> Result<(), RunError> {
-        if !plan.is_ahead() {
+        if !plan.ahead {
             // What is left of steps that nobody waits for any more happens nevertheless.
             while let Some(work) = self.queue.pop_front() {
                 self.work(work);

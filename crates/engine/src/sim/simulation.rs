@@ -145,6 +145,7 @@ struct Run {
     /// See [`World`].
     displaced: usize,
     in_vain: usize,
+    prompts_ahead: usize,
     /// Whether something passes.
     passes: bool,
     journal: Vec<Record>,
@@ -200,6 +201,7 @@ fn simulate(seed: u64) -> Run {
         stats: world.core.stats(),
         displaced: world.displaced,
         in_vain: world.in_vain,
+        prompts_ahead: world.prompts_ahead,
         passes: world.spec.passing.is_some_and(|passing| passing.reach > 0),
         journal: world.journal.into_values().collect(),
     }
@@ -243,6 +245,7 @@ fn all_invariants_hold_after_every_step_of_every_seed() {
         ("preemption", count(|stats| stats.preemptions > 0)),
         ("displaced background", runs.iter().filter(|run| run.displaced > 0).count()),
         ("step ahead", count(|stats| stats.steps_ahead > 9)),
+        ("prompt ahead", runs.iter().filter(|run| run.prompts_ahead > 0).count()),
         ("step ahead in vain", runs.iter().filter(|run| run.in_vain > 0).count()),
         ("prefix hit", count(|stats| stats.prefix_hit_tokens > 0)),
         (

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_model::{RunError, RunSpec, Runner, SequenceStep, StepOutput, StepPlan};
+use baton_model::{RunError, RunSpec, Runner, SequenceStep, StepOutput, StepPlan, Tokens};
 use parking_lot::Mutex;
 
 use super::fairness::Fairness;
@@ -34,6 +34,8 @@ pub(crate) struct World {
     /// finite.
     pub in_vain: usize,
     pub spoilt_in_vain: usize,
+    /// Steps begun ahead in which a prompt went on.
+    pub prompts_ahead: usize,
     pub fairness: Fairness,
     /// Only what looks at the last step alone is checked after it: the others take ever longer.
     pub is_long: bool,
@@ -146,6 +148,7 @@ impl World {
             displaced: 0,
             in_vain: 0,
             spoilt_in_vain: 0,
+            prompts_ahead: 0,
             fairness: Fairness::default(),
             is_long: false,
             begun_ahead: None,
@@ -236,18 +239,21 @@ impl World {
         let in_vain: Vec<_> = ending.iter().flat_map(|plan| &plan.sequences).filter(gone).collect();
         for step in in_vain {
             let poisoned_from = self.record(RequestId(step.id)).poisoned_from;
-            self.in_vain += 1;
-            self.spoilt_in_vain += usize::from(poisoned_from.is_some_and(|from| from <= step.num_computed));
+            let end = step.num_computed + step.tokens.count();
+            self.in_vain += step.tokens.count();
+            self.spoilt_in_vain += end.saturating_sub(poisoned_from.unwrap_or(end).max(step.num_computed));
         }
         let scheduled: Vec<RequestId> = plan.sequences.iter().map(|step| RequestId(step.id)).collect();
         if !self.core.is_idle() {
             outputs.extend(self.core.execute(plan, &|| now));
         }
         let plans = std::mem::take(&mut *self.plans.lock());
-        let (ahead, plan): (Vec<_>, Vec<_>) = plans.into_iter().partition(StepPlan::is_ahead);
+        let (ahead, plan): (Vec<_>, Vec<_>) = plans.into_iter().partition(|plan| plan.ahead);
         (self.last_step.plan, self.last_step.ahead) = (plan.into_iter().next(), ahead.into_iter().next());
         let failed = self.core.stats().failed_steps > failed_before;
         self.begun_ahead = self.last_step.ahead.clone();
+        let of_prompts = |plan: &StepPlan| plan.sequences.iter().any(|step| step.tokens != Tokens::Awaited);
+        self.prompts_ahead += usize::from(self.begun_ahead.as_ref().is_some_and(of_prompts));
         let planned = self.last_step.planned();
         if failed {
             // There may have been no step to be judged, since blocks could not be cleared.
@@ -281,7 +287,7 @@ impl World {
             .map(|step| (RequestId(step.id), self.record(RequestId(step.id)).tokens.len(), step.draft.clone()))
             .collect();
         self.note(outputs);
-        let parts = self.last_step.plan.iter().flat_map(|plan| &plan.sequences);
+        let parts = self.last_step.plan.iter().chain(&self.last_step.ahead).flat_map(|plan| &plan.sequences);
         let parts: Vec<_> = parts.map(|step| (RequestId(step.id), step.num_computed, step.tokens.count())).collect();
         for (id, num_computed, count) in parts {
             let record = self.record_mut(id);

@@ -1,13 +1,12 @@
 //! A sequence gets the same tokens whether its steps wait for each other or each begins before the one before it has ended;
 //! also beside sequences that have ended meanwhile, and behind what failed. Through the runner, on every kind of device.
 
+use crate::common::ahead::{next, run_ahead};
 use crate::common::checkpoint::poisoned_by_token_7;
 use crate::common::{Pool, Sequence, adapted, alone, exact_cpu, generate, options, prompts, step};
 use baton_device::{Backend, CompressedOps, DType, LatentOps, Reference};
 use baton_device_cuda::CudaBackend;
-use baton_model::{
-    Adapter, Files, Runner, SamplingParams, SequenceFailure, SequenceStep, StepOutput, StepPlan, Tokens, load,
-};
+use baton_model::{Adapter, Files, Runner, SamplingParams, SequenceFailure, StepPlan, load};
 
 /// Draws of every kind.
 fn params(i: usize) -> SamplingParams {
@@ -29,47 +28,11 @@ fn sequences(case: &str, adapters: &[Adapter]) -> Vec<Sequence> {
     prompts.map(sequence).collect()
 }
 
-/// The step behind the one under way, of those sequences that shall have it.
-fn plan_ahead(sequences: &[Sequence], output: usize, stays: impl Fn(u64) -> bool) -> StepPlan {
-    let ahead = |sequence: &Sequence| {
-        let known = sequence.step(sequence.remaining());
-        let mut sample = known.sample.expect("its last token is known");
-        sample.position = output as u32;
-        let num_computed = sequence.prompt_len + output - 1;
-        SequenceStep { num_computed, tokens: Tokens::Awaited, sample: Some(sample), ..known }
-    };
-    StepPlan { sequences: sequences.iter().filter(|sequence| stays(sequence.id)).map(ahead).collect() }
-}
-
-fn keep(sequences: &mut [Sequence], output: StepOutput) {
-    for out in output.sequences {
-        let sequence = sequences.iter_mut().find(|sequence| sequence.id == out.id).unwrap();
-        sequence.output.extend(out.sampled.into_iter().map(Result::unwrap));
-    }
-}
-
-/// Computes so many tokens of each; of the second, which then leaves, three and another in vain.
-fn run_ahead(runner: &mut dyn Runner, sequences: &mut [Sequence], tokens: usize) {
-    let mut pool = Pool::new(runner);
-    sequences.iter_mut().for_each(|s| {
-        let end = s.tokens.len() + tokens;
-        pool.cover(s, end);
-    });
-    let whole = |s: &Sequence| s.step(s.remaining());
-    runner.begin(&StepPlan { sequences: sequences.iter().map(whole).collect() }).unwrap();
-    for output in 1..tokens {
-        runner.begin(&plan_ahead(sequences, output, |id| id != 1 || output <= 3)).unwrap();
-        let told = runner.finish().unwrap();
-        keep(sequences, told);
-    }
-    let told = runner.finish().unwrap();
-    keep(sequences, told);
-}
-
 fn ahead_is_not<B: Backend + LatentOps + CompressedOps>(
     make: impl Fn() -> B,
     case: &str,
     adapters: &[&str],
+    chunk: usize,
     tokens: usize,
 ) {
     let (mut runner, adapters) = adapted(make(), case, adapters);
@@ -80,7 +43,7 @@ fn ahead_is_not<B: Backend + LatentOps + CompressedOps>(
         let counts: Vec<usize> = waiting.iter().map(Sequence::remaining).collect();
         step(&mut runner, &mut pool, &mut waiting, &counts);
     }
-    run_ahead(&mut runner, &mut ahead, tokens);
+    run_ahead(&mut runner, &mut ahead, chunk, tokens);
     for (waiting, ahead) in waiting.iter().zip(&ahead) {
         let got = if ahead.id == 1 { tokens.min(4) } else { tokens };
         assert_eq!(ahead.output, waiting.output[..got], "{case}, sequence {}", ahead.id);
@@ -98,8 +61,9 @@ fn a_failed_sequence_spares_its_batch_ahead<B: Backend + LatentOps + CompressedO
         let end = s.tokens.len() + 1;
         pool.cover(s, end);
     });
-    runner.begin(&StepPlan { sequences: both.iter().map(|s| s.step(s.tokens.len())).collect() }).unwrap();
-    runner.begin(&plan_ahead(&both, 1, |_| true)).unwrap();
+    runner.begin(&StepPlan::new(both.iter().map(|s| s.step(s.tokens.len())).collect())).unwrap();
+    let ahead = both.iter().map(|s| next(s, s.prompt_len, 1)).collect();
+    runner.begin(&StepPlan { sequences: ahead, ahead: true }).unwrap();
     // Asked for while two steps are under way, it happens behind them.
     runner.clear_blocks(&both[0].table, &both[0].passing).unwrap();
     let first = runner.finish().unwrap().sequences;
@@ -133,8 +97,9 @@ fn what_is_left_of_steps_under_way_is_forgotten_by_the_next_of_known_tokens() {
         let end = s.tokens.len() + 1;
         pool.cover(s, end);
     });
-    runner.begin(&StepPlan { sequences: left.iter().map(|s| s.step(s.remaining())).collect() }).unwrap();
-    runner.begin(&plan_ahead(&left, 1, |_| true)).unwrap();
+    runner.begin(&StepPlan::new(left.iter().map(|s| s.step(s.remaining())).collect())).unwrap();
+    let ahead = left.iter().map(|s| next(s, s.prompt_len, 1)).collect();
+    runner.begin(&StepPlan { sequences: ahead, ahead: true }).unwrap();
     let mut first = [left[0].clone()];
     let remaining = first[0].remaining();
     step(&mut runner, &mut pool, &mut first, &[remaining]);
@@ -144,21 +109,30 @@ fn what_is_left_of_steps_under_way_is_forgotten_by_the_next_of_known_tokens() {
 /// One checkpoint of each family: dense, windows and caps, experts, latents.
 const FAMILIES: [&str; 4] = ["llama-rope3", "gemma2", "qwen3-moe", "deepseek-v2-lite"];
 
+/// Prompts in one step, or in several of which most are shorter than the longest prompt.
+const CHUNKS: [usize; 2] = [usize::MAX, 7];
+
 #[test]
 fn ahead_is_not_on_the_reference() {
-    FAMILIES.into_iter().for_each(|case| ahead_is_not(Reference::new, case, &[], 12));
-    ahead_is_not(Reference::new, "llama-rope3", &["llama-all", "llama-rslora"], 12);
+    for chunk in CHUNKS {
+        FAMILIES.into_iter().for_each(|case| ahead_is_not(Reference::new, case, &[], chunk, 12));
+        ahead_is_not(Reference::new, "llama-rope3", &["llama-all", "llama-rslora"], chunk, 12);
+    }
 }
 
 #[test]
 fn ahead_is_not_on_the_cpu() {
-    FAMILIES.into_iter().for_each(|case| ahead_is_not(exact_cpu, case, &[], 12));
+    for chunk in CHUNKS {
+        FAMILIES.into_iter().for_each(|case| ahead_is_not(exact_cpu, case, &[], chunk, 12));
+    }
 }
 
 #[test]
 fn ahead_is_not_on_a_simulated_gpu() {
     if cuda_sim::can_compile() {
-        FAMILIES.into_iter().for_each(|case| ahead_is_not(gpu, case, &[], 6));
+        for (case, chunk) in FAMILIES.into_iter().zip([usize::MAX, 7, 20, usize::MAX]) {
+            ahead_is_not(gpu, case, &[], chunk, 6);
+        }
     }
 }
 

@@ -160,7 +160,7 @@ fn a_cut_changes_no_bit<B: Backend + LatentOps + CompressedOps>(make: impl Fn() 
         for count in [cut, len - cut] {
             let end = sequence.num_computed + count;
             pool.cover(&mut sequence, end);
-            logits.extend(runner.logits(&StepPlan { sequences: vec![sequence.step(count)] }).unwrap());
+            logits.extend(runner.logits(&StepPlan::new(vec![sequence.step(count)])).unwrap());
             sequence.num_computed = end;
         }
         assert!(whole == logits, "{case}: cut at {cut}");

@@ -87,7 +87,7 @@ fn chunked_is_whole<B: Backend + LatentOps + CompressedOps>(make: impl Fn() -> B
                 let count = (1 + rng.below(limit)).min(sequence.remaining());
                 let end = sequence.num_computed + count;
                 pool.cover(&mut sequence, end);
-                chunked.extend(runner.logits(&StepPlan { sequences: vec![sequence.step(count)] }).unwrap());
+                chunked.extend(runner.logits(&StepPlan::new(vec![sequence.step(count)])).unwrap());
                 sequence.num_computed += count;
             }
             assert!(whole == chunked, "{case}, {}: chunks changed the logits", prompt.name);
@@ -250,7 +250,7 @@ fn spares_its_batch<B: Backend + LatentOps + CompressedOps>(
     let mut pool = Pool::new(&runner);
     let mut both = [Sequence::new(1, &[5, 6, 7], params(0)), Sequence::new(2, &healthy, params(1))];
     both.iter_mut().for_each(|s| pool.cover_all(s));
-    let plan = StepPlan { sequences: both.iter().map(|s| s.step(s.tokens.len())).collect() };
+    let plan = StepPlan::new(both.iter().map(|s| s.step(s.tokens.len())).collect());
     let output = runner.step(&plan).unwrap().sequences;
     assert_eq!(output[0].sampled, [Err(SequenceFailure::NonFiniteLogits)]);
     assert_eq!(output[1].sampled, [Ok(solo[0].clone())]);
@@ -278,7 +278,7 @@ fn a_score_that_is_not_finite_fails_its_sequence_alone<B: Backend + LatentOps + 
         [Sequence::new(1, &[5, 7, 6], params(0)).scored(), Sequence::new(2, &[1, 2, 3, 4], params(1)).scored()];
     both.iter_mut().for_each(|s| pool.cover_all(s));
     // The faulty one is in the midst of its prompt, so that nothing is sampled that would tell.
-    let plan = StepPlan { sequences: vec![both[0].step(2), both[1].step(4)] };
+    let plan = StepPlan::new(vec![both[0].step(2), both[1].step(4)]);
     let output = runner.step(&plan).unwrap().sequences;
     assert_eq!((&output[0].sampled, &output[0].scores), (&vec![], &Err(SequenceFailure::NonFiniteLogits)));
     assert_eq!(output[1].scores.as_ref(), Ok(&healthy.scores));
@@ -319,7 +319,7 @@ fn last_token_over<B: Backend + LatentOps + CompressedOps>(
     let mut reader = Sequence::new(2, prompt, SamplingParams::greedy());
     (reader.table, reader.passing) = (sequence.table.clone(), sequence.passing.clone());
     reader.num_computed = prompt.len() - 1;
-    runner.logits(&StepPlan { sequences: vec![reader.step(1)] }).unwrap()
+    runner.logits(&StepPlan::new(vec![reader.step(1)])).unwrap()
 }
 
 /// One checkpoint per kind of attention and feed-forward network: full, in windows (with head norms and two rotary

@@ -26,7 +26,7 @@ fn outputs<B: Backend + LatentOps + CompressedOps>(backend: B, mtp: bool, chunk:
             let end = sequence.num_computed + count + draft.len();
             pool.cover(&mut sequence, end);
             let step = SequenceStep { draft: draft.clone(), propose: 1, ..sequence.step(count) };
-            let output = runner.step(&StepPlan { sequences: vec![step] }).unwrap().sequences.remove(0);
+            let output = runner.step(&StepPlan::new(vec![step])).unwrap().sequences.remove(0);
             sequence.num_computed += count;
             for (i, sampled) in output.sampled.into_iter().enumerate() {
                 sequence.num_computed = sequence.tokens.len();

@@ -163,6 +163,9 @@ impl Backend for Faulty {
     fn choose(&self, logits: &Tensor, draws: &[Draw]) -> Result<Self::Chosen> {
         self.inner.choose(logits, draws)
     }
+    fn submit(&self) -> Result<Self::Chosen> {
+        self.inner.submit()
+    }
     fn read_chosen(&self, chosen: &Self::Chosen, out: &mut Vec<Option<u32>>) -> Result<()> {
         self.inner.read_chosen(chosen, out)
     }

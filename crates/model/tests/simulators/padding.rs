@@ -147,7 +147,7 @@ fn a_step_ahead_finds_its_tokens_among_those_of_rows_that_pad() {
         let second = plan(&mut pool, &mut sequences);
         let ahead = second.sequences.iter().map(|step| SequenceStep { tokens: Tokens::Awaited, ..step.clone() });
         padded.begin(&first).unwrap();
-        padded.begin(&StepPlan { sequences: ahead.collect() }).unwrap();
+        padded.begin(&StepPlan { sequences: ahead.collect(), ahead: true }).unwrap();
         assert_eq!(padded.finish().unwrap(), expected);
         let expected = plain.step(&second).unwrap();
         assert_eq!(padded.finish().unwrap(), expected);

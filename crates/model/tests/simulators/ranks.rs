@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use crate::common::ahead::run_ahead;
 use crate::common::checkpoint::{Copy, find};
-use crate::common::{CASES, Pool, Sequence, folder, generate_with, json, options, options_of, prompts, step};
+use crate::common::{CASES, Pool, Sequence, alone, folder, generate_with, json, options, options_of, prompts, step};
 use crate::faulty::{Fault, Faulty};
 use baton_device::{Backend, BlockFormat, CompressedOps, DType, LatentOps, Reference};
 use baton_device_ascend::{AscendBackend, AscendOptions};
 use baton_device_cpu::{CpuBackend, CpuOptions};
+use baton_device_cuda::CudaBackend;
 use baton_model::{
     Adapter, Files, LoadError, LoadOptions, LoadReport, Quantization, Ranks, RunError, Runner, SampledToken,
     SamplingParams, SequenceStep, StepPlan, load, load_ranks,
@@ -94,6 +96,33 @@ fn simulated_npus_say_together_what_the_reference_says_alone() {
             let backends = AscendBackend::ranks(&device, &devices).unwrap();
             let (mut ranks, _) = load_ranks(backends, &golden(case), &options(), TIMEOUT).unwrap();
             same(&told(&mut ranks, None, &PROMPT), &expected, &format!("{case} on {size} simulated devices"));
+        }
+    }
+    simulator.expect_clean();
+}
+
+/// Prompts of other lengths are computed beside those that have come to their end.
+#[test]
+fn simulated_gpus_go_ahead_together_and_say_what_the_reference_says_alone() {
+    let Some(simulator) = crate::cuda::Simulator::new() else { return };
+    simulator.control("devices=2");
+    const TOKENS: usize = 5;
+    let sampled = SamplingParams { seed: 3, top_k: 40, ..SamplingParams::default() };
+    for case in ["llama-rope3", "qwen3-moe", "deepseek-v2-lite"] {
+        let mut one = load(Reference::new(), &golden(case), &options()).unwrap().0;
+        let gpus = CudaBackend::ranks(&crate::cuda::options(DType::F32), &[0, 1]).unwrap();
+        let mut ranks = load_ranks(gpus, &golden(case), &options(), TIMEOUT).unwrap().0;
+        assert!(ranks.spec().steps_ahead);
+        let params = [SamplingParams::greedy(), SamplingParams::greedy(), sampled.clone()];
+        let prompts = [&PROMPT[..], &PROMPT[1..], &[9, 3, 5, 11, 2, 8, 8, 20, 1]];
+        let sequence = |((id, prompt), params): ((u64, &[u32]), SamplingParams)| Sequence::new(id, prompt, params);
+        let mut sequences: Vec<_> = (0..).zip(prompts).zip(params).map(sequence).collect();
+        let expected: Vec<_> = sequences.iter().map(|s| alone(&mut one, s.clone(), TOKENS).output).collect();
+        run_ahead(&mut ranks, &mut sequences, 4, TOKENS);
+        for (sequence, expected) in sequences.iter().zip(&expected) {
+            // The second leaves.
+            let got = if sequence.id == 1 { 4 } else { TOKENS };
+            assert_eq!(sequence.output, expected[..got], "{case}, sequence {}", sequence.id);
         }
     }
     simulator.expect_clean();
@@ -183,12 +212,13 @@ fn adapters_change_on_ranks_what_they_change_on_one() {
     }
 }
 
-/// The bundled model on a runner: its greedy answers, and what it drafted on the way.
-fn bundled_answers(runner: &mut dyn Runner) -> Vec<(Vec<u32>, Vec<u32>)> {
-    let chats = json(folder("../abacus/golden.json"));
+/// The bundled model on a runner: so many tokens of its greedy answers to so many chats, and what it drafted on the way.
+fn bundled_answers(runner: &mut dyn Runner, chats: usize, tokens: usize) -> Vec<(Vec<u32>, Vec<u32>)> {
+    let golden = json(folder("../abacus/golden.json"));
     let answer = |chat: &serde_json::Value| {
         let prompt: Vec<u32> = serde_json::from_value(chat["prompt_ids"].clone()).unwrap();
-        let expected: Vec<u32> = serde_json::from_value(chat["output_ids"].clone()).unwrap();
+        let mut expected: Vec<u32> = serde_json::from_value(chat["output_ids"].clone()).unwrap();
+        expected.truncate(tokens);
         let mut sequence = Sequence::new(1, &prompt, SamplingParams::greedy());
         let (mut pool, mut drafts) = (Pool::new(runner), Vec::new());
         while sequence.tokens.len() < prompt.len() + expected.len() {
@@ -196,7 +226,7 @@ fn bundled_answers(runner: &mut dyn Runner) -> Vec<(Vec<u32>, Vec<u32>)> {
             let end = sequence.num_computed + count;
             pool.cover(&mut sequence, end);
             let step = SequenceStep { propose: 1, ..sequence.step(count) };
-            let output = runner.step(&StepPlan { sequences: vec![step] }).unwrap().sequences.remove(0);
+            let output = runner.step(&StepPlan::new(vec![step])).unwrap().sequences.remove(0);
             sequence.num_computed += count;
             sequence.tokens.push(output.sampled[0].as_ref().unwrap().token);
             drafts.extend(output.proposed);
@@ -204,15 +234,38 @@ fn bundled_answers(runner: &mut dyn Runner) -> Vec<(Vec<u32>, Vec<u32>)> {
         assert_eq!(sequence.tokens[prompt.len()..], expected);
         (expected, drafts)
     };
-    chats["chats"].as_array().unwrap().iter().map(answer).collect()
+    golden["chats"].as_array().unwrap().iter().take(chats).map(answer).collect()
 }
 
 #[test]
 fn the_bundled_model_answers_and_drafts_on_ranks_as_on_one() {
     let (files, options) = (golden("../abacus"), LoadOptions { mtp: true, ..options() });
-    let expected = bundled_answers(&mut load(Reference::new(), &files, &options).unwrap().0);
+    let all = |runner: &mut dyn Runner| bundled_answers(runner, usize::MAX, usize::MAX);
+    let expected = all(&mut load(Reference::new(), &files, &options).unwrap().0);
     assert!(expected.iter().any(|(_, drafts)| !drafts.is_empty()));
-    assert_eq!(bundled_answers(&mut on(2, &files, &options).0), expected);
+    assert_eq!(all(&mut on(2, &files, &options).0), expected);
+}
+
+/// A rank that samples nothing has begun its part when the first waits for it, wherever the sums are.
+#[test]
+fn simulated_gpus_draft_together_with_sums_in_their_graphs_or_between_them() {
+    let Some(simulator) = crate::cuda::Simulator::new() else { return };
+    simulator.control("devices=2");
+    let (files, options) = (golden("../abacus"), LoadOptions { mtp: true, ..options() });
+    let few = |runner: &mut dyn Runner| bundled_answers(runner, 1, 4);
+    let expected = few(&mut load(Reference::new(), &files, &options).unwrap().0);
+    assert!(expected.iter().all(|(_, drafts)| drafts.len() == 4));
+    for register in ["1", "0"] {
+        // SAFETY: the simulator is one test's at a time, and nothing else of a test reads the environment meanwhile.
+        unsafe { std::env::set_var("NCCL_GRAPH_REGISTER", register) };
+        let gpus = CudaBackend::ranks(&crate::cuda::options(DType::F32), &[0, 1]).unwrap();
+        let mut ranks = load_ranks(gpus, &files, &options, TIMEOUT).unwrap().0;
+        assert!(!ranks.spec().steps_ahead);
+        assert_eq!(few(&mut ranks), expected, "{register}");
+    }
+    // SAFETY: as above.
+    unsafe { std::env::remove_var("NCCL_GRAPH_REGISTER") };
+    simulator.expect_clean();
 }
 
 fn cpus(size: usize) -> Vec<CpuBackend> {
@@ -256,7 +309,7 @@ fn faulty(timeout: Duration) -> (Ranks<Faulty>, crate::faulty::Planned) {
 fn attempt(runner: &mut dyn Runner, prompt: &[u32]) -> Result<u32, RunError> {
     let mut sequence = Sequence::new(1, prompt, SamplingParams::greedy());
     Pool::new(runner).cover(&mut sequence, prompt.len());
-    let output = runner.step(&StepPlan { sequences: vec![sequence.step(prompt.len())] });
+    let output = runner.step(&StepPlan::new(vec![sequence.step(prompt.len())]));
     let token = output.map(|output| output.sequences[0].sampled[0].as_ref().unwrap().token);
     runner.clear_blocks(&sequence.table, &[])?;
     token

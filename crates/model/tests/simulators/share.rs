@@ -68,7 +68,7 @@ fn run(runner: &mut ModelRunner<CudaBackend>, tokens: impl IntoIterator<Item = u
         propose: 0,
         scores: Vec::new(),
     };
-    let plan = StepPlan { sequences: tokens.into_iter().enumerate().map(sequence).collect() };
+    let plan = StepPlan::new(tokens.into_iter().enumerate().map(sequence).collect());
     let output = runner.step(&plan).unwrap();
     assert!(output.sequences.iter().all(|output| output.sampled.iter().all(Result::is_ok)));
 }

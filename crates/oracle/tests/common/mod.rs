@@ -76,7 +76,7 @@ pub fn ours(path: &Path) -> Feed {
             propose: 0,
             scores: Vec::new(),
         };
-        let logits = runner.logits(&StepPlan { sequences: vec![sequence] }).unwrap();
+        let logits = runner.logits(&StepPlan::new(vec![sequence])).unwrap();
         logits[logits.len() - runner.spec().vocab_size..].to_vec()
     })
 }

@@ -232,7 +232,7 @@ fn run(loaded: &mut Loaded, test: Test, repetitions: usize) -> Result<Rates> {
                 propose: 0,
                 scores: Vec::new(),
             };
-            loaded.runner.step(&StepPlan { sequences: (0..test.streams).map(sequence).collect() })?;
+            loaded.runner.step(&StepPlan::new((0..test.streams).map(sequence).collect()))?;
         }
         Ok(start.elapsed().as_secs_f64())
     };

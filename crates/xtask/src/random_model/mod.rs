@@ -304,7 +304,7 @@ mod tests {
                 propose: 0,
                 scores: Vec::new(),
             };
-            runner.logits(&StepPlan { sequences: vec![sequence] }).unwrap()
+            runner.logits(&StepPlan::new(vec![sequence])).unwrap()
         };
         for name in ["qwen2-0.5b", "r1-qwen-1.5b", "qwen3-moe-1b-active"] {
             let mut config: Value = serde_json::from_str(shape(name).unwrap()).unwrap();

@@ -3,6 +3,7 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+pub mod ahead;
 pub mod checkpoint;
 pub mod gguf;
 
@@ -404,7 +405,7 @@ pub fn all_logits_with<B: Backend + LatentOps + CompressedOps>(
 ) -> Vec<f32> {
     let mut sequence = Sequence::new(1, prompt, SamplingParams::greedy()).adapted(adapter);
     Pool::new(runner).cover(&mut sequence, prompt.len());
-    runner.logits(&StepPlan { sequences: vec![sequence.step(prompt.len())] }).unwrap()
+    runner.logits(&StepPlan::new(vec![sequence.step(prompt.len())])).unwrap()
 }
 
 /// A small generator for tests (splitmix64), so that a failing seed can be run again.
