@@ -82,8 +82,9 @@ impl Simulator {
         assert_eq!(code, 0, "{setting}");
     }
 
-    /// One of the counts: `live.KIND`, `bytes.device`, `bytes.peak.DEVICE`, `calls.SYMBOL`, `kernels.NAME`, `copies.DIRECTION`,
-    /// `copied.DIRECTION` in bytes, `messages`; 0 if nothing was counted under that name.
+    /// One of the counts: `live.KIND`, `bytes.device`, `bytes.peak.DEVICE`, `calls.SYMBOL`, `copies.DIRECTION`,
+    /// `copied.DIRECTION` in bytes, `messages`; of kernels that ran `kernels.NAME`, and of their blocks `threads.NAME` and bytes of
+    /// dynamic shared memory `shared.NAME`, at most; 0 if nothing was counted under that name.
     pub fn count(&self, name: &str) -> u64 {
         let name = CString::new(name).expect("a text");
         // SAFETY: the type of the exported function, and a text that ends in zero.

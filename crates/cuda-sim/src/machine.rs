@@ -92,11 +92,20 @@ pub struct Graph {
 pub struct Counters {
     pub calls: BTreeMap<&'static str, u64>,
     /// Kernels that ran, by name expression.
-    pub kernels: BTreeMap<String, u64>,
+    pub kernels: BTreeMap<String, Ran>,
     /// Copies that ran and their bytes, by direction.
     pub copies: BTreeMap<&'static str, (u64, u64)>,
     /// What was refused and what failed, in words.
     pub messages: Vec<String>,
+}
+
+/// Launches of one kernel that ran.
+#[derive(Default)]
+pub struct Ran {
+    pub times: u64,
+    /// Threads of a block and its bytes of dynamic shared memory, at most.
+    pub threads: u64,
+    pub shared: u64,
 }
 
 pub struct Machine {

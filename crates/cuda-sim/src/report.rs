@@ -9,11 +9,12 @@ use std::{
 
 use crate::{
     api,
-    machine::{Counters, Machine, lock},
+    machine::{Counters, Machine, Ran, lock},
 };
 
-/// Every count there is, by name: `live.KIND`, `bytes.device`, `bytes.peak.N`, `calls.SYMBOL`, `kernels.NAME`, `copies.DIRECTION`,
-/// `copied.DIRECTION` in bytes, `messages`.
+/// Every count there is, by name: `live.KIND`, `bytes.device`, `bytes.peak.N`, `calls.SYMBOL`, `copies.DIRECTION`,
+/// `copied.DIRECTION` in bytes, `messages`; of kernels that ran `kernels.NAME`, and of their blocks `threads.NAME` and bytes of dynamic
+/// shared memory `shared.NAME`, at most.
 fn counts(m: &Machine) -> Vec<(String, u64)> {
     let (blocks, bytes, pinned) = m.memory.live();
     let live = [
@@ -36,7 +37,10 @@ fn counts(m: &Machine) -> Vec<(String, u64)> {
     counts.push(("bytes.device".to_owned(), bytes));
     counts.extend(m.devices.iter().enumerate().map(|(i, device)| (format!("bytes.peak.{i}"), device.peak)));
     counts.extend(m.counters.calls.iter().map(|(symbol, &count)| (format!("calls.{symbol}"), count)));
-    counts.extend(m.counters.kernels.iter().map(|(name, &count)| (format!("kernels.{name}"), count)));
+    for (name, Ran { times, threads, shared }) in &m.counters.kernels {
+        let of = [("kernels", times), ("threads", threads), ("shared", shared)];
+        counts.extend(of.map(|(what, &count)| (format!("{what}.{name}"), count)));
+    }
     for (direction, &(count, bytes)) in &m.counters.copies {
         counts.extend([(format!("copies.{direction}"), count), (format!("copied.{direction}"), bytes)]);
     }

@@ -163,7 +163,10 @@ impl Machine {
             Task::Launch(launch) => {
                 self.function_is_live(launch)?;
                 launch.run(self.settings.order)?;
-                *self.counters.kernels.entry(launch.name().to_owned()).or_default() += 1;
+                let ran = self.counters.kernels.entry(launch.name().to_owned()).or_default();
+                ran.times += 1;
+                ran.threads = ran.threads.max(launch.block.iter().map(|&n| u64::from(n)).product());
+                ran.shared = ran.shared.max(u64::from(launch.shared));
             }
             Task::Copy { to, from, bytes } => self.copy(to, from, *bytes)?,
             Task::Fill { at, value, width, count } => {

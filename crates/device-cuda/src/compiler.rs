@@ -146,13 +146,14 @@ impl Unit {
     }
 }
 
-/// Compiles kernels for a compute capability, without a GPU, and gives the chip's code. NVRTC is there.
+/// Compiles kernels for a compute capability, without a GPU, and gives the chip's code, and the kernels' names in it. NVRTC is
+/// there.
 ///
 /// # Errors
 /// The compiler's words.
-pub fn compile(source: Source, names: &[String], capability: (i32, i32)) -> Result<Vec<u8>, String> {
+pub fn compile(source: Source, names: &[String], capability: (i32, i32)) -> Result<(Vec<u8>, Vec<CString>), String> {
     let unit = Unit { source, names: names.to_vec(), target: Target::Chip(capability) };
-    unit.compile().map(|image| image.code).map_err(|refusal| refusal.to_string())
+    unit.compile().map(|image| (image.code, image.lowered)).map_err(|refusal| refusal.to_string())
 }
 
 /// NVRTC's version; zeros if it does not tell.
