@@ -15,7 +15,7 @@
 //! | Key | Value | At first |
 //! |---|---|---|
 //! | `devices` | how many; 0 is a machine without one | 1 |
-//! | `cc` | compute capability, 80 or 90 | 90 |
+//! | `cc` | compute capability, which says how much shared memory there is | 90 |
 //! | `sms` | multiprocessors of a device | 132 |
 //! | `memory` | bytes of each device | 2 GiB |
 //! | `driver` | as `cuDriverGetVersion` gives it | 13000 |

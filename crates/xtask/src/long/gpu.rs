@@ -19,6 +19,7 @@ pub fn check(_: &Setting) -> Result<()> {
     timed("goldens", || ignored("baton-model", "model", "golden::gpu_in_f32"))?;
     timed("codes", || ignored("baton-model", "simulators", "codes::every_layout"))?;
     timed("cases", || ignored("baton-device-cuda", "conformance", "all_cases"))?;
+    timed("kernels for other chips", || ignored("baton-device-cuda", "nvrtc", "other_chips"))?;
     timed("kernels", || ignored("baton-device-cuda", "nvrtc", "every_kernel"))
 }
 
