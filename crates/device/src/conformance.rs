@@ -265,9 +265,17 @@ pub fn cases() -> Vec<Case> {
     use WeightFormat::{BF16, F16, F32};
     let mut cases = Vec::new();
     for format in [F32, F16, BF16] {
-        for (rows, in_features, out_features) in
-            [(1, 1, 1), (1, 7, 5), (3, 33, 17), (2, 64, 16), (5, 127, 31), (17, 192, 65), (1, 300, 129), (33, 96, 40)]
-        {
+        for (rows, in_features, out_features) in [
+            (1, 1, 1),
+            (1, 7, 5),
+            (3, 33, 17),
+            (2, 64, 16),
+            (12, 40, 24),
+            (5, 127, 31),
+            (17, 192, 65),
+            (1, 300, 129),
+            (33, 96, 40),
+        ] {
             cases.push(Case::Linear { rows, in_features, out_features, format, bias: rows % 2 == 1 });
         }
     }
@@ -283,10 +291,15 @@ pub fn cases() -> Vec<Case> {
     cases.extend(codes::cases());
     for block in BlockFormat::ALL {
         let (format, k) = (WeightFormat::Ggml(block), block.elements());
-        for (rows, blocks, out_features) in [(1, 1, 1), (2, 5, 33), (3, 3, 17), (7, 4, 16), (37, 2, 65)] {
+        // Devices take few rows, and more, in tiles of other sizes.
+        for (rows, blocks, out_features) in
+            [(1, 1, 1), (2, 5, 33), (3, 3, 17), (7, 4, 16), (12, 1, 24), (27, 1, 9), (37, 2, 65)]
+        {
             cases.push(Case::Linear { rows, in_features: k * blocks, out_features, format, bias: rows % 2 == 1 });
         }
-        cases.push(Case::Moe { rows: 5, hidden: k, intermediate: k, experts: 4, format, groups: None });
+        for rows in [1, 27, 5] {
+            cases.push(Case::Moe { rows, hidden: k, intermediate: k, experts: 4, format, groups: None });
+        }
     }
     for block in BlockFormat::ALL.into_iter().filter(|block| block.can_be_made()) {
         for (rows, blocks, out_features) in [(1, 1, 1), (3, 2, 17), (17, 3, 65)] {
@@ -329,6 +342,7 @@ pub fn cases() -> Vec<Case> {
             }
         }
     }
+    cases.extend(KvDtype::ALL.into_iter().flat_map(real_widths));
     for (kv, window) in KvDtype::ALL.into_iter().flat_map(|kv| [None, Some(90)].map(|window| (kv, window))) {
         let params = AttentionParams { heads: 3, kv_heads: 1, head_dim: 16, scale: 0.25, window, softcap: None };
         cases.push(Case::Attention { params, kv, history: LONG });
@@ -356,11 +370,49 @@ pub fn cases() -> Vec<Case> {
         cases.push(Case::Moe { rows: 5, hidden: 37, intermediate: 23, experts: 8, format: BF16, groups });
     }
     cases.push(Case::Moe { rows: 6, hidden: 33, intermediate: 17, experts: 9, format: F32, groups: None });
-    for (rows, hidden, intermediate, code) in [(1, 64, 128, Code::Int4), (19, 136, 200, Code::E4M3)] {
-        let format = WeightFormat::Coded(code);
-        cases.push(Case::Moe { rows, hidden, intermediate, experts: 8, format, groups: None });
+    // All rows have few experts to choose from, or one row has many numbers that do not fill a vector.
+    for (rows, hidden, intermediate) in [(40, 32, 24), (110, 24, 32), (1, 37, 23)] {
+        for format in [F32, BF16, F16] {
+            cases.push(Case::Moe { rows, hidden, intermediate, experts: 4, format, groups: None });
+        }
+    }
+    for code in Code::ALL {
+        for (rows, hidden, intermediate, experts) in [(1, 64, 128, 8), (45, 72, 64, 4), (19, 136, 200, 8)] {
+            let format = WeightFormat::Coded(code);
+            cases.push(Case::Moe { rows, hidden, intermediate, experts, format, groups: None });
+        }
     }
     cases
+}
+
+/// Attention in the widths of models that are served, with few heads: devices have ways of their own for these.
+fn real_widths(kv: KvDtype) -> Vec<Case> {
+    let full = |heads: usize, kv_heads: usize, head_dim: usize| {
+        let scale = (head_dim as f32).sqrt().recip();
+        AttentionParams { heads, kv_heads, head_dim, scale, window: None, softcap: None }
+    };
+    let attention = [
+        full(4, 1, 64),
+        full(12, 1, 64),
+        full(4, 1, 128),
+        AttentionParams { window: Some(40), softcap: Some(1.5), ..full(7, 1, 128) },
+        full(16, 1, 128),
+        full(2, 2, 192),
+        AttentionParams { window: Some(40), softcap: Some(50.0), ..full(2, 1, 256) },
+    ];
+    let attention = attention.map(|params| Case::Attention { params, kv, history: 0 });
+    let latent = [(2, 24, 64, 40, 512, WeightFormat::BF16), (3, 24, 16, 40, 128, WeightFormat::F16)];
+    let latent = latent.map(|(heads, nope, rope, v, rank, format)| Case::Latent {
+        heads,
+        nope,
+        rope,
+        v,
+        rank,
+        format,
+        kv,
+        history: 0,
+    });
+    attention.into_iter().chain(latent).collect()
 }
 
 impl Case {

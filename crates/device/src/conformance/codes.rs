@@ -56,14 +56,16 @@ pub(super) fn cases() -> Vec<Case> {
         (7, 384, 33, layout(Int8, [1, 128], F16, true, true)),
         (19, 200, 40, layout(Int8, [1, 0], BF16, true, false)),
     ];
-    let cases = cases.map(|(rows, in_features, out_features, layout)| Case::Coded {
+    // Devices take few rows, and more, in tiles of other sizes.
+    let tiles = Code::ALL.into_iter().flat_map(|code| [12, 27, 40].map(|rows| (rows, 192, 24, Layout::usual(code))));
+    let cases = tiles.chain(cases).map(|(rows, in_features, out_features, layout)| Case::Coded {
         rows,
         in_features,
         out_features,
         layout,
         bias: rows % 2 == 1,
     });
-    cases.into()
+    cases.collect()
 }
 
 /// Runs a [`Case::Coded`].

@@ -25,10 +25,14 @@ pub(super) fn cases() -> Vec<Case> {
         (3, 2056, 33, [BF16; 2]),
         (8, 300, 33, [Coded(Code::E4M3); 2]),
     ];
-    let gated = gated.into_iter().enumerate().map(|(i, (rows, in_features, out_features, formats))| {
-        let activation = if i % 3 == 1 { Activation::GeluTanh } else { Activation::Silu };
-        Case::Gated { rows, in_features, out_features, formats, activation, bias: rows % 2 == 1 }
-    });
+    let codes = Code::ALL.map(|code| (5, 192, 17, [Coded(code); 2]));
+    let blocks = BlockFormat::ALL.map(|block| (3, 2 * block.elements(), 17, [Ggml(block); 2]));
+    let gated = codes.into_iter().chain(blocks).chain(gated).enumerate().map(
+        |(i, (rows, in_features, out_features, formats))| {
+            let activation = if i % 3 == 1 { Activation::GeluTanh } else { Activation::Silu };
+            Case::Gated { rows, in_features, out_features, formats, activation, bias: rows % 2 == 1 }
+        },
+    );
     let rotary = KvDtype::ALL.into_iter().flat_map(|kv| {
         // Heads, their width, and which of its columns are rotated.
         let shapes = [
