@@ -241,8 +241,12 @@ impl EngineThread {
         self.deliver(outputs);
     }
 
-    /// Statistics first: whoever sees its request finished sees it counted as well.
+    /// Statistics first: whoever sees its request finished sees it counted as well. And whoever sees that there will be no more
+    /// steps is refused from then on.
     fn deliver(&mut self, outputs: Vec<RequestOutput>) {
+        if self.stop.is_some() {
+            self.shared.gate.lock().down = true;
+        }
         self.publish_stats();
         let mut streams = self.shared.streams.lock();
         let lost = outputs.into_iter().map(|output| streams.send(output)).filter(|sent| !sent).count();

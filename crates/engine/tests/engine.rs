@@ -503,6 +503,19 @@ fn r20_a_shutdown_does_not_wait_for_another_runner_and_neither_does_the_end_of_t
     engine.join();
 }
 
+/// At once: the thread that told it has not ended then.
+#[test]
+fn r14_whoever_is_told_that_the_device_is_lost_is_refused_from_then_on() {
+    for _ in 0..300 {
+        let (handle, engine, control) = start(EngineConfig::default());
+        control.fail_steps_with(1, RunError::Lost("mock fault".into()));
+        let mut stream = handle.submit(request(0, 3)).unwrap();
+        assert!(matches!(stream.blocking_next(), Some(OutputEvent::Finished { reason: FinishReason::Error(_), .. })));
+        assert_eq!(handle.submit(request(1, 3)).err(), Some(SubmitError::EngineDown));
+        engine.join();
+    }
+}
+
 #[test]
 fn r14_a_lost_device_ends_everything_at_once_and_the_engine_says_why_it_is_down() {
     let (handle, engine, control) = start_rebuildable(EngineConfig::default());
