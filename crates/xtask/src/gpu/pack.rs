@@ -1,4 +1,4 @@
-//! The folder that goes to a GPU machine: binaries without symbols, the golden checkpoints and the bundled model's
+//! What goes to a GPU machine, as a folder and packed: binaries without symbols, the golden checkpoints and the bundled model's
 //! questions, laid out as in the repository.
 
 use std::{
@@ -15,7 +15,7 @@ use crate::{elf, git, gpu::correct::GOLDENS, python::finished, root};
 /// Arguments of the chore.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The folder to make; it is emptied
+    /// The folder to make; it is emptied, and packed as FOLDER.tar.gz beside it
     #[arg(default_value = "target/gpu")]
     folder: PathBuf,
     /// Where `baton` and `xtask` are that were built before, on an older system perhaps, so that they need no newer glibc
@@ -51,15 +51,13 @@ pub fn main(args: &Args) -> Result<()> {
     // Changes that are not committed are not seen.
     let build = json!({"commit": git(&["rev-parse", "HEAD"]), "glibc": format!("{}.{}", glibc.0, glibc.1)});
     fs::write(folder.join("build.json"), build.to_string() + "\n")?;
-    let bytes = size(folder)?;
+    let (archive, name) = packed(&folder.canonicalize()?)?;
+    let bytes = archive.metadata()?.len();
     #[allow(clippy::print_stdout)] // the chore's result
     {
         let mib = bytes as f64 / f64::from(1 << 20);
-        println!("{}: {mib:.1} MiB, needs glibc {}.{}", folder.canonicalize()?.display(), glibc.0, glibc.1);
-        println!(
-            "there: {}/xtask gpu run --quick --out results.json",
-            folder.file_name().unwrap_or_default().display()
-        );
+        println!("{}: {mib:.1} MiB, needs glibc {}.{}", archive.display(), glibc.0, glibc.1);
+        println!("there: tar -xzf {name}.tar.gz && {name}/xtask gpu run --quick --out results.json");
     }
     ensure!(bytes <= MOST, "{bytes} bytes are more than {MOST}");
     Ok(())
@@ -100,13 +98,13 @@ fn models(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-fn size(folder: &Path) -> Result<u64> {
-    let mut bytes = 0;
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        bytes += if path.is_dir() { size(&path)? } else { path.metadata()?.len() };
-    }
-    Ok(bytes)
+/// Packs a folder; the file beside it, and the folder's name.
+fn packed(folder: &Path) -> Result<(PathBuf, String)> {
+    let name = folder.file_name().and_then(|name| name.to_str()).context("a folder with a name")?;
+    let parent = folder.parent().context("a folder in a folder")?;
+    let archive = parent.join(format!("{name}.tar.gz"));
+    finished(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(parent).arg(name))?;
+    Ok((archive, name.to_owned()))
 }
 
 #[cfg(test)]
@@ -115,12 +113,16 @@ mod tests {
 
     #[test]
     fn every_golden_that_is_judged_and_every_question_is_packed() {
-        let folder = tempfile::tempdir().unwrap();
-        models(&root().join("models"), folder.path()).unwrap();
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path().join("gpu");
+        models(&root().join("models"), &folder).unwrap();
+        let (archive, name) = packed(&folder).unwrap();
+        assert!(name == "gpu" && archive.metadata().unwrap().len() < MOST / 2);
+        fs::remove_dir_all(&folder).unwrap();
+        finished(Command::new("tar").arg("-xzf").arg(&archive).arg("-C").arg(place.path())).unwrap();
         let judged =
-            |case: &str| ["golden.json", "config.json"].map(|file| folder.path().join("golden").join(case).join(file));
+            |case: &str| ["golden.json", "config.json"].map(|file| folder.join("golden").join(case).join(file));
         assert!(GOLDENS.into_iter().flat_map(judged).all(|file| file.exists()));
-        assert!(QUESTIONS.iter().all(|name| folder.path().join("abacus").join(name).exists()));
-        assert!(size(folder.path()).unwrap() < MOST / 2);
+        assert!(QUESTIONS.iter().all(|name| folder.join("abacus").join(name).exists()));
     }
 }
