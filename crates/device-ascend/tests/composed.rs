@@ -229,6 +229,22 @@ fn the_largest_column_of_a_row_is_chosen_on_the_device_unless_the_row_is_not_fin
 }
 
 #[test]
+fn the_end_of_a_step_that_chooses_nothing_is_waited_for() {
+    let simulator = Simulator::new();
+    let b = &simulator.open(A2, DType::BF16);
+    let mut x = tensor(b, &[1.0, 2.0], 2);
+    let waited = || simulator.report()["calls"]["aclrtSynchronizeStreamWithTimeout"].as_u64().unwrap_or(0);
+    let before = waited();
+    b.scale(&mut x, 2.0).unwrap();
+    let end = b.submit().unwrap();
+    assert_eq!(waited(), before, "nobody has waited");
+    let mut chosen = vec![None];
+    b.read_chosen(&end, &mut chosen).unwrap();
+    assert_eq!((waited() - before, chosen), (1, vec![]));
+    simulator.expect_no_violation();
+}
+
+#[test]
 fn no_rows_are_no_work() {
     let simulator = Simulator::new();
     let b = &simulator.open(A2, DType::BF16);

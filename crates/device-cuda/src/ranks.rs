@@ -60,7 +60,7 @@ impl Place {
             DataType::BF16 => ncclDataType_t::ncclBfloat16,
         };
         let key = [at, count as u64, dtype as u64];
-        self.collective(gpu, "all_reduce", key, "ncclAllReduce", move |nccl, end, stream| {
+        self.collective(gpu, "all_reduce", &key, "ncclAllReduce", move |nccl, end, stream| {
             let data = at as *mut c_void;
             // SAFETY: the communicator is this rank's and live, its stream is of the device that it was made for; so many elements
             // are the caller's until the stream has passed, and they may be both input and output.
@@ -73,7 +73,7 @@ impl Place {
     /// # Errors
     /// As [`Place::all_reduce`].
     pub(crate) fn broadcast(&self, gpu: &Arc<Gpu>, at: u64, words: usize) -> Result<()> {
-        self.collective(gpu, "broadcast", [at, words as u64, 0], "ncclBroadcast", move |nccl, end, stream| {
+        self.collective(gpu, "broadcast", &[at, words as u64], "ncclBroadcast", move |nccl, end, stream| {
             let (data, dtype) = (at as *mut c_void, ncclDataType_t::ncclInt32);
             // SAFETY: as in `all_reduce`; the first rank is number 0.
             unsafe { (nccl.broadcast)(data, data, words, dtype, 0, end, stream) }
@@ -85,7 +85,7 @@ impl Place {
         &self,
         gpu: &Arc<Gpu>,
         op: &'static str,
-        key: [u64; 3],
+        key: &[u64],
         name: &'static str,
         call: impl Fn(&Nccl, ncclComm_t, cudaStream_t) -> ncclResult_t + Send + 'static,
     ) -> Result<()> {
@@ -96,7 +96,7 @@ impl Place {
         }
         let captured = group.captured;
         let (group, rank) = (group.clone(), self.world.rank);
-        gpu.call(op, &key, move |context, stream| {
+        gpu.call(op, key, move |context, stream| {
             group.with(rank, &context.name, name, |end| call(group.nccl, end, stream.cast()))
         })?;
         if captured { Ok(()) } else { gpu.flush() }

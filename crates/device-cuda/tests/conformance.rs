@@ -10,7 +10,7 @@ use common::cases::Part;
 use common::{Simulator, options};
 
 /// Judges what is offered; what is missing for the others must be caches in these dtypes, and what an indexer chooses. `BATON_CASES` names cases by a piece of their
-/// description.
+/// description; then these are judged, and nothing is said of what is missing.
 fn judge(part: Part, activations: DType, setting: &str, isolated: bool, no_cache: &[&str]) {
     let Some(simulator) = Simulator::new() else { return };
     simulator.control(setting);

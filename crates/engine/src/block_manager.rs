@@ -310,12 +310,16 @@ impl BlockManager {
         (sequence.num_computed, sequence.num_begun) = (0, 0);
     }
 
-    /// Takes the blocks that the step under way writes out of the table of a sequence, and those behind them, in which nothing
-    /// is; they stay held until [`release_detached`](Self::release_detached).
+    /// Takes the blocks that the step under way writes out of the table of a sequence; they stay held until
+    /// [`release_detached`](Self::release_detached). Those behind them, in which nothing is, are given back.
     pub fn detach_begun(&mut self, sequence: &mut Sequence) -> Blocks {
         let (table, first) = (&mut sequence.table, sequence.num_computed / self.block_size);
+        let mut kept = table.blocks.split_off(first);
+        let behind = kept.split_off(sequence.num_begun.div_ceil(self.block_size) - first);
+        behind.into_iter().rev().for_each(|id| self.allocator.release(id));
+        // Of what passes there is none for tokens that no step was begun for.
         let passing = table.passing.drain(first.min(table.passing.len())..).collect();
-        Blocks { kept: table.blocks.split_off(first), passing }
+        Blocks { kept, passing }
     }
 
     /// Takes blocks back that are in no table.

@@ -185,9 +185,10 @@ fn obey<B: Backend>(
         // After a panic a runner can go on: it keeps no state but the cache, which is cleared.
         let result = catch_unwind(AssertUnwindSafe(|| match order {
             Order::Begin(plan) if runner.looks_ahead() => {
-                runner.forget_begun(&plan);
                 let (outputs, of_step) = runner.compute(&plan)?;
                 attention = Some(of_step);
+                // The first waits for the others' parts before any of them can look ahead.
+                backend.submit()?;
                 Ok(outputs)
             }
             Order::Begin(plan) => runner.begin_step(&plan).map(|()| Vec::new()),

@@ -94,12 +94,8 @@ impl<B: Backend> ModelRunner<B> {
     /// attention knows of it.
     pub(crate) fn compute(&mut self, plan: &StepPlan) -> Result<(Vec<SequenceOutput>, B::AttentionPlan), DeviceError> {
         let attention = self.forward(plan)?;
-        if self.speaks() {
-            return Ok((self.sample(plan)?, attention));
-        }
-        // The first waits for this one's part.
-        self.backend.submit()?;
-        Ok((Vec::new(), attention))
+        let outputs = if self.speaks() { self.sample(plan)? } else { Vec::new() };
+        Ok((outputs, attention))
     }
 
     /// Keeps a step of which all was told that it will tell.
@@ -112,7 +108,6 @@ impl<B: Backend> ModelRunner<B> {
     /// Begins a step of a model that does not look ahead. One of draws is left to the device; of any other it is known what it
     /// gave when it has begun.
     pub(crate) fn begin_step(&mut self, plan: &StepPlan) -> Result<(), DeviceError> {
-        self.forget_begun(plan);
         if !plan.is_plain_draw() {
             let (outputs, _) = self.compute(plan)?;
             return self.told(outputs);
@@ -122,13 +117,6 @@ impl<B: Backend> ModelRunner<B> {
         let end = if sampling.is_empty() { self.backend.submit()? } else { self.draw_for_all(&sampling)? };
         self.begun.push_back(Begun::drawn(plan, end));
         Ok(())
-    }
-
-    /// Forgets steps that an error ended, before one that is not ahead of another.
-    pub(crate) fn forget_begun(&mut self, plan: &StepPlan) {
-        if !plan.ahead {
-            self.begun.clear();
-        }
     }
 
     /// Waits for the end of the earliest step under way; what it gave each sequence, if this is the first rank.
@@ -157,6 +145,10 @@ impl<B: Backend> ModelRunner<B> {
 
     fn forward(&mut self, plan: &StepPlan) -> Result<B::AttentionPlan, DeviceError> {
         self.check(plan);
+        if !plan.ahead {
+            // What is left of steps that an error ended.
+            self.begun.clear();
+        }
         let mut spans: Vec<SequenceSpan<'_>> = plan
             .sequences
             .iter()
@@ -470,7 +462,6 @@ impl<B: Backend> Runner for ModelRunner<B> {
         if !self.looks_ahead() {
             return Ok(self.begin_step(plan)?);
         }
-        self.forget_begun(plan);
         let (mut outputs, attention) = self.compute(plan)?;
         self.look_ahead(plan, &attention, &mut outputs)?;
         Ok(self.told(outputs)?)

@@ -128,6 +128,25 @@ fn simulated_gpus_go_ahead_together_and_say_what_the_reference_says_alone() {
     simulator.expect_clean();
 }
 
+/// Part of a prompt: nothing of it comes to the host.
+#[test]
+fn the_end_of_a_step_that_samples_nothing_is_waited_for_on_one_gpu_and_on_two() {
+    let Some(simulator) = crate::cuda::Simulator::new() else { return };
+    simulator.control("devices=2");
+    for devices in [&[0][..], &[0, 1]] {
+        let gpus = CudaBackend::ranks(&crate::cuda::options(DType::F32), devices).unwrap();
+        let mut ranks = load_ranks(gpus, &golden("qwen3"), &options(), TIMEOUT).unwrap().0;
+        let mut sequence = Sequence::new(1, &PROMPT, SamplingParams::greedy());
+        Pool::new(&ranks).cover(&mut sequence, PROMPT.len());
+        let waited = || simulator.count("calls.cuEventSynchronize");
+        let before = waited();
+        ranks.begin(&StepPlan::new(vec![sequence.step(PROMPT.len() - 1)])).unwrap();
+        assert_eq!(waited(), before, "to begin it waits for nothing");
+        assert!(ranks.finish().unwrap().sequences.iter().all(|sequence| sequence.sampled.is_empty()));
+        assert_eq!(waited() - before, devices.len() as u64);
+    }
+}
+
 #[test]
 fn quantised_checkpoints_say_on_ranks_what_they_say_on_one() {
     let fp8 = LoadOptions { dtype: Some(DType::F32), ..options() };
